@@ -134,11 +134,11 @@ class SwapOrders:
             facts = self._facts.setdefault(worker.base, _Facts())
             facts.model, facts.capacity = worker.model, worker.beat.capacity or facts.capacity
             facts.start_s = worker.beat.start_s or facts.start_s
-            if worker.beat.becoming and worker.beat.name not in self.by_worker:  # an earlier leader's order
+            name, becoming, order = worker.beat.name, worker.beat.becoming, self.by_worker.get(worker.beat.name)
+            # A worker obeys the first order that it reads, which may be an earlier leader's.
+            if becoming and (order is None or (order.wid == worker.wid and order.base != becoming)):
                 may_become = frozenset(worker.beat.may_become)
-                self.by_worker[worker.beat.name] = Swap(
-                    worker.wid, worker.beat.becoming, "", now_ms, worker.beat.name, worker.base, may_become
-                )
+                self.by_worker[name] = Swap(worker.wid, becoming, "", now_ms, name, worker.base, may_become)
         found: list[tuple[Swap, str]] = []
         for name, order in list(self.by_worker.items()):
             worker = by_name.get(name)

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -102,8 +103,10 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
     loader = Loader(secret.bearer if secret else "")
     is_loaded = False
     try:
+        asked_s = time.monotonic()
         if not await bus.server.reach(stop):
             return 0, None
+        waited_ms = round(1000 * (time.monotonic() - asked_s))  # none of what a start takes
         WATCHDOG.require(None, LOADING_S)
         try:
             with _ended_by_signals():
@@ -114,7 +117,7 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
             sys.setswitchinterval(SWITCH_S)
             # A thread that has ended cannot be stuck; what is left to do then is the loop's.
             WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
-            service = WorkerService(bus, engine, served, settings, loader, start.began_ms, bases)
+            service = WorkerService(bus, engine, served, settings, loader, start.began_ms + waited_ms, bases)
             if (code := await service.run(stop)) or not service.becomes:
                 return code, None
             if service.becomes not in bases.others:  # taken away while the worker left

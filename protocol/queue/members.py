@@ -108,17 +108,20 @@ class Members:
         earlier version; and when there are too many bases.
         """
         keys = self._keys
+        beats: dict[str, bytes] = {}  # each is read once, however many workers join meanwhile: they come to megabytes
         while True:
-            others = [wid for wid in await self.ids(keys.workers) if wid != beat.wid]
-            raws = await read_many(self._redis, [keys.worker_beat(wid) for wid in others])
-            first, further = await self._raw_bases()
+            first, further, wids = await self._raw_bases()
+            others = [wid for wid in wids if wid != beat.wid]
+            unread = [wid for wid in others if wid not in beats]
+            raws = await read_many(self._redis, [keys.worker_beat(wid) for wid in unread])
+            beats |= {wid: raw for wid, raw in zip(unread, raws, strict=True) if raw}
             by_operators = decoded(await self._redis.get(keys.added_bases))
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was removed from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
             known = {base.name: base for base in _decoded(first, further)}
             names = _fleet_of(served.name, fleet, by_operators.bases, known)
-            joining = joining_of(served, known, names, [raw for raw in raws if raw])
+            joining = joining_of(served, known, names, [beats[wid] for wid in others if wid in beats])
             name = joining.base.name
             call = lua.Join(
                 base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
@@ -129,13 +132,17 @@ class Members:
             if await self._scripts.run(call) == b"joined":
                 return name
 
-    async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes]]:
-        """Return the records of the first base, b"" without one, and of the further ones by name, as written."""
+    async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes], list[str]]:
+        """Return the records of the first base, b"" without one, and of the further ones by name, as written.
+
+        With them the ids of the registered workers, at one moment: who left before it has no say on later records.
+        """
         pipe = self._redis.pipeline(transaction=True)
         pipe.get(self._keys.base)
         pipe.hgetall(self._keys.bases)
-        first, further = await pipe.execute()
-        return first or b"", further
+        pipe.zrange(self._keys.workers, 0, -1)
+        first, further, wids = await pipe.execute()
+        return first or b"", further, [wid.decode() for wid in wids]
 
     async def note_failure(self, name: str, reason: str, *, keep: bool = False) -> None:
         """Note why no worker of a base has started, until one joins. There is room for as many as for bases.
@@ -157,7 +164,7 @@ class Members:
 
         Raises ProtocolError.
         """
-        first, further = await self._raw_bases()
+        first, further, _ = await self._raw_bases()
         return _decoded(first, further), _failures(further)
 
     async def drop_base(self, name: str) -> None:
@@ -170,7 +177,7 @@ class Members:
             await pipe.watch(keys.base, keys.bases)
             if any(beat is None or beat.base == name for beat in (await self.worker_beats()).values()):
                 return
-            first, further = await self._raw_bases()
+            first, further, _ = await self._raw_bases()
             others = sorted(_decoded(None, further), key=lambda base: base.created_ms)
             pipe.multi()
             pipe.hdel(keys.bases, name, f"{_FAILED}{name}")

@@ -61,6 +61,20 @@ def test_an_idle_worker_becomes_the_base_that_is_asked_for() -> None:
     assert [r.rid for r in scheduler.plan(5000.0).batches["w as b"]] == ["r"]
 
 
+def test_a_worker_that_obeys_another_leader_speaks_against_no_base() -> None:
+    """It obeys the first order that it reads, of an earlier leader: the base of the second one did not fail."""
+    scheduler = scheduler_of(beat("a"))
+    scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
+    for at_ms in range(0, 100_000 * MAX_LOST, 100_000):
+        assert ordered(scheduler, at_ms + 1000.0) == {"w": "b"}
+        see(scheduler, beat("a", wid=scheduler.swaps.by_worker["w"].wid, becoming="c", draining=True, sent_ms=2))
+        assert settled(scheduler, at_ms + 2000.0) == []
+        see(scheduler, beat("c", wid=f"c{at_ms}"))
+        assert settled(scheduler, at_ms + 9000.0) == [("c", DONE)]
+        see(scheduler, beat("a", wid=f"a{at_ms}"))
+    assert scheduler.swaps.failed() == set()
+
+
 def test_a_base_that_was_never_served_is_served_once() -> None:
     scheduler = scheduler_of(beat("a"), known=["a"])
     scheduler.swaps.settle(0.0)

@@ -54,7 +54,7 @@ class _Talk(asyncio.Protocol):
         self._transport: asyncio.WriteTransport
         self._replies: Any  # `hiredis.Reader`, which is untyped
         self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()  # with the time until which each may wait
-        self._unsent: list[bytes] = []  # commands of this turn of the loop
+        self._unsent: list[tuple[bytes, asyncio.Future[Any]]] = []  # commands of this turn of the loop
         self._timer: asyncio.TimerHandle | None = None  # one for all that wait: each of its own would cost more
 
     def begin(self, connection: Any) -> None:
@@ -68,25 +68,29 @@ class _Talk(asyncio.Protocol):
             if type(word) is bytes and len(word) > MAX_COMMAND_BYTES:  # packing it would copy it
                 raise NotTakenError
         packed = _pack(command)
-        if len(packed) > MAX_COMMAND_BYTES or len(self._waiting) >= MAX_WAITING:
+        if len(packed) > MAX_COMMAND_BYTES or len(self._waiting) + len(self._unsent) >= MAX_WAITING:
             raise NotTakenError
         if self.is_over or self._transport.is_closing():
             raise RedisConnectionError(_LOST)
         reply: asyncio.Future[Any] = self._loop.create_future()
-        until_s = math.inf if self._timeout_s is None else self._loop.time() + self._timeout_s
-        self._waiting.append((reply, until_s))
-        if self._timer is None and self._timeout_s is not None:
-            self._timer = self._loop.call_at(until_s, self._look)
         if not self._unsent:
-            self._loop.call_soon(self._send)
-        self._unsent.append(packed)
+            self._loop.call_soon(self.send)
+        self._unsent.append((packed, reply))
         return reply
 
-    def _send(self) -> None:
-        """Send what was asked in this turn of the loop. A write for each command wakes the server for each."""
+    def send(self) -> None:
+        """Send what was asked in this turn of the loop. A write for each command wakes the server for each.
+
+        The time for a reply counts from here: this process may have stood still since the command was asked.
+        """
+        if not self._unsent:
+            return
         unsent, self._unsent = self._unsent, []
-        if not self.is_over:
-            self._transport.writelines(unsent)
+        until_s = math.inf if self._timeout_s is None else self._loop.time() + self._timeout_s
+        self._waiting.extend((reply, until_s) for _, reply in unsent)
+        if self._timer is None and self._timeout_s is not None:
+            self._timer = self._loop.call_at(until_s, self._look)
+        self._transport.writelines([packed for packed, _ in unsent])
 
     def data_received(self, data: bytes) -> None:
         """Take what the server has sent."""
@@ -119,10 +123,12 @@ class _Talk(asyncio.Protocol):
         self._transport.abort()
         if self._timer is not None:
             self._timer.cancel()
-        while self._waiting:
-            future, _ = self._waiting.popleft()
-            if not future.done():
-                future.set_exception(error)
+        failed = [*(reply for reply, _ in self._waiting), *(reply for _, reply in self._unsent)]
+        self._waiting.clear()
+        self._unsent.clear()
+        for reply in failed:
+            if not reply.done():
+                reply.set_exception(error)
 
     def _look(self) -> None:
         """Give up a server that has not answered in time: those who asked later have waited as long, or will."""
@@ -170,6 +176,7 @@ class Line:
         reply = talk.ask(command)
         if within_s is None:
             return await reply
+        talk.send()  # such reads have lines of their own, where nothing else is asked meanwhile
         late = asyncio.get_running_loop().call_later(within_s, _fail_late, reply)
         try:
             return await reply

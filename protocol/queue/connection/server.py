@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol.queue.connection.redis_client import CONNECTION_ERRORS, Client
-from protocol.runtime.service import wait_any
 from protocol.wire.errors import Internal
 
 logger = logging.getLogger(__name__)
@@ -72,15 +71,24 @@ class Server:
 
     async def reach(self, stop: asyncio.Event) -> bool:
         """Wait until the server answers, and check it; return False when `stop` was set first. Raises Internal."""
+        waiting, stopped = asyncio.create_task(self._answer()), asyncio.create_task(stop.wait())
+        try:  # a silent server fails an attempt after many seconds only
+            await asyncio.wait((waiting, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                waiting.result()
+            return waiting.done()
+        finally:
+            waiting.cancel()
+            stopped.cancel()
+            await asyncio.wait((waiting, stopped))
+
+    async def _answer(self) -> None:
         told = ""
-        while not stop.is_set():
+        while True:
             try:
-                await self.check()
+                return await self.check()
             except CONNECTION_ERRORS as error:
                 if str(error) != told:
                     logger.warning("the queue cannot be reached, waiting for it: %s", error)
                 told = str(error)
-                await wait_any(stop, AWAY_S)
-            else:
-                return True
-        return False
+                await asyncio.sleep(AWAY_S)

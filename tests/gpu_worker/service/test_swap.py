@@ -27,6 +27,7 @@ from chaos.fleet import free_port
 from gpu_worker.service import bases, program
 from gpu_worker.service.program import BaseStart
 from gpu_worker.service.service import WorkerService
+from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.added_bases import AddedBaseRecord
 from protocol.queue.bus import Bus
 from protocol.queue.members import Members
@@ -35,6 +36,7 @@ from protocol.runtime.again import SWAP_VARIABLE
 from protocol.runtime.model_files import base_settings, worker_bases
 from protocol.runtime.settings import DRAFT_TOKENS, Settings
 from protocol.wire import messages as m
+from protocol.wire.clock import now_ms
 from protocol.wire.errors import BadRequest, NewerRecord
 from tests.gpu_worker.service.fakes import assign, expected, log, running_worker, state, submit
 
@@ -327,6 +329,31 @@ async def test_a_worker_comes_back_from_an_added_base_that_does_not_start(
     (environment,) = started
     start = json.loads(environment[SWAP_VARIABLE])
     assert (start["base"], start["fallbacks"]) == ("a", [])
+
+
+async def test_time_in_which_there_was_no_queue_is_none_of_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The scheduler would take every swap for one of minutes, and give none."""
+    _fake_exec(monkeypatch)
+    server = EmbeddedServer(tmp_path, durable=False, guarded=False)
+    bus, stop = Bus(server.url), asyncio.Event()
+    began_ms = now_ms()
+    monkeypatch.setenv(SWAP_VARIABLE, json.dumps({"base": "a", "fallbacks": ["b"], "began_ms": began_ms}))
+    serving = asyncio.create_task(program.serve(_settings(bus), stop))
+    await wait_until(lambda: "the queue cannot be reached" in caplog.text, "it waits")
+    waits_ms = now_ms()
+    await asyncio.to_thread(server.start)
+    waited_ms = now_ms() - waits_ms
+    try:
+        await wait_until(lambda: _beats(bus), "it has joined")
+        (beat,) = await _beats(bus)
+        assert 1000 * beat.start_s < beat.joined_ms - began_ms - waited_ms / 2
+        stop.set()
+        assert await serving == 0
+    finally:
+        await bus.close()
+        await asyncio.to_thread(server.stop)
 
 
 async def test_files_that_do_not_answer_silence_no_worker(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:

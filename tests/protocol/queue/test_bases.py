@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -159,6 +160,49 @@ async def test_a_worker_that_swaps_keeps_the_records_of_other_bases(bus: Bus) ->
     assert await swap("b", fleet) == ["a", "b", "c"]
     assert await swap("d", ["d", "a", "b"]) == ["a", "b", "d"]  # a fleet that has changed: `c` is none of it
     assert await swap("e", ["e", "d"]) == ["e", "d"]  # nor is its first one
+
+
+class Meanwhile:
+    """A client after whose first reading of heartbeats something happens."""
+
+    def __init__(self, bus: Bus, happens: Callable[[], Awaitable[object]]) -> None:
+        self._client, bus.members._redis = bus.members._redis, self
+        self._members, self._happens = bus.members, happens
+        self.read: list[str] = []
+
+    async def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        found: list[bytes | None] = await self._client.mget(keys)
+        if not self.read:
+            self._members._redis = self._client
+            await self._happens()
+            self._members._redis = self
+        self.read += keys
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+async def test_who_left_is_not_held_against_records_that_came_later(bus: Bus) -> None:
+    """A worker was told that its fleet serves b, and that b cannot join it."""
+    await join(bus, "w1", base("a"), several=False)
+
+    async def change() -> None:
+        await bus.members.leave("w1")
+        await join(bus, "w2", base("b"), several=False)
+
+    Meanwhile(bus, change)
+    with pytest.raises(Conflict, match="this fleet serves a; b cannot join it"):  # so it was when it asked
+        await join(bus, "w3", base("b"), several=False)
+    assert await join(bus, "w3", base("b"), several=False) == "b"
+
+
+async def test_a_heartbeat_is_read_once_though_others_join_meanwhile(bus: Bus) -> None:
+    """Of a hundred workers that joined together, each read all heartbeats anew when one had come before it."""
+    await join(bus, "w1", base("a"))
+    client = Meanwhile(bus, lambda: join(bus, "w2", base("a")))
+    await join(bus, "w3", base("a"))
+    assert client.read == [bus.keys.worker_beat("w1"), bus.keys.worker_beat("w2")]
 
 
 async def test_which_bases_failed_is_told_with_their_names(bus: Bus) -> None:

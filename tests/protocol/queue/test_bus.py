@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.queue.bus import CONNECTION_ERRORS, TIMEOUT_S, Bus, decode, now_ms
 from protocol.queue.connection.redis_client import connect
 from protocol.wire import messages as m
 from protocol.wire.errors import Internal, ProtocolError
@@ -218,6 +218,26 @@ async def test_a_service_waits_for_a_queue_that_is_not_there_yet(
         await bus.close()
         await asyncio.to_thread(server.stop)
     assert caplog.text.count("cannot be reached, waiting for it") == 2, "a cause is told once"
+
+
+async def test_a_service_that_waits_for_a_silent_queue_can_be_stopped(tmp_path: Path) -> None:
+    """A server that takes connections and says nothing held a stop up for 25 seconds."""
+    is_asked, stop = asyncio.Event(), asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(4096):
+            is_asked.set()
+        writer.close()
+
+    async with await asyncio.start_unix_server(silent, tmp_path / "s"):
+        bus = Bus(f"unix://{tmp_path / 's'}")
+        waiting = asyncio.create_task(bus.server.reach(stop))
+        await is_asked.wait()
+        stop.set()
+        done, _ = await asyncio.wait([waiting], timeout=TIMEOUT_S)  # before the first attempt is given up
+        assert done
+        assert waiting.result() is False
+        await bus.close()
 
 
 @pytest.mark.parametrize("kind", ["write", "pipeline", "script", "blocking read"])
