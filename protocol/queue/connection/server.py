@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from redis.exceptions import AuthenticationError, NoPermissionError
+
 from protocol.queue.connection.redis_client import CONNECTION_ERRORS, Client
 from protocol.wire.errors import Internal
 
@@ -70,7 +72,10 @@ class Server:
             raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
 
     async def reach(self, stop: asyncio.Event) -> bool:
-        """Wait until the server answers, and check it; return False when `stop` was set first. Raises Internal."""
+        """Wait until the server answers, and check it; return False when `stop` was set first.
+
+        Raises Internal for a server that is not fit for a queue, or refuses this service's user.
+        """
         waiting, stopped = asyncio.create_task(self._answer()), asyncio.create_task(stop.wait())
         try:  # a silent server fails an attempt after many seconds only
             await asyncio.wait((waiting, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -87,6 +92,8 @@ class Server:
         while True:
             try:
                 return await self.check()
+            except (AuthenticationError, NoPermissionError) as error:  # which waiting does not mend
+                raise Internal(f"the queue does not let this service in: {error}") from error
             except CONNECTION_ERRORS as error:
                 if str(error) != told:
                     logger.warning("the queue cannot be reached, waiting for it: %s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -30,6 +31,7 @@ from protocol.queue.scripts import FOLDER
 from protocol.queue.users import COMMANDS, PROBE, Rights, acl, table
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.errors import Internal
 from protocol.wire.keys import Keys
 from protocol.wire.records import AdapterUse
 
@@ -318,6 +320,15 @@ async def test_nobody_enters_without_the_password(guarded: EmbeddedServer) -> No
         with pytest.raises(CONNECTION_ERRORS, match=r"authenticated|invalid username-password"):
             await client.get(KEYS.base)
         await client.aclose()
+
+
+async def test_a_service_with_a_wrong_password_ends_instead_of_waiting(guarded: EmbeddedServer) -> None:
+    bus = Bus(f"unix://gateway:wrong@{guarded.socket}")
+    try:
+        with pytest.raises(Internal, match="the queue does not let this service in"):
+            await bus.server.reach(asyncio.Event())
+    finally:
+        await bus.close()
 
 
 async def test_a_password_opens_one_user_only(guarded: EmbeddedServer) -> None:
