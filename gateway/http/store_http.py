@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import anyio
 import httpx2
@@ -22,15 +23,18 @@ class StoreHttp:
 
     async def get(self) -> httpx2.AsyncClient:
         """Return the client, which has no time limit of its own: each request states one."""
-        if self._making is None:
+        if self._making is None or (self._making.done() and self._making.exception()):
             self._making = asyncio.create_task(asyncio.to_thread(self._make))
         return await asyncio.shield(self._making)
 
     def _make(self) -> httpx2.AsyncClient:
         anyio.run(anyio.sleep, 0)  # imports anyio's backend, on a loop that ends here
-        return httpx2.AsyncClient(headers=self._headers, trust_env=False)
+        # Any number of connections: uploads may take minutes each, and nobody else's call is to wait for one to end.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
+        return httpx2.AsyncClient(headers=self._headers, trust_env=False, limits=limits)
 
     async def close(self) -> None:
         """Close the connections."""
         if self._making is not None:
-            await (await self._making).aclose()
+            with suppress(Exception):  # whoever asked for a client that could not be made has been told
+                await (await self._making).aclose()

@@ -39,9 +39,10 @@ class Norm:
         """Return the norm of x [..., D]. gates: one of the shape of x, or none."""
         # Heads cut from a fused projection, or transposed, are copied: the operation wants rows at one stride.
         rows = x.reshape(-1, x.shape[-1])
-        out = ops.rms_norm(rows, self.weight, self.eps, plus_one=self.plus_one, impl=self.impl)
+        weight = self.weight.to(x.dtype)  # a scan's output is fp32, whatever the model's dtype is
+        out = ops.rms_norm(rows, weight, self.eps, plus_one=self.plus_one, impl=self.impl)
         for gate in gates:
-            out = ops.gated_act(gate.reshape(rows.shape), out, "silu", impl=self.impl)
+            out = ops.gated_act(gate.reshape(rows.shape).to(x.dtype), out, "silu", impl=self.impl)
         return self._finish(out.view(x.shape), x, *gates)
 
     @property

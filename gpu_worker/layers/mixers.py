@@ -285,7 +285,7 @@ class ChunkScan(MixerCall):
             states[at.writes] = own.mT
         for run in batch.runs:
             end = run.start + run.num_prompt if self._limited else run.end
-            own = states[run.read].mT[None].contiguous()
+            own = states[run.read].mT[None].clone(memory_format=torch.contiguous_format)  # changed in place
             if end > run.start:
                 part = {name: x[:, run.start : end] for name, x in inputs.items()}
                 out[:, run.start : end], own = self.many(**part, initial_states=own, return_final_states=True, **bound)

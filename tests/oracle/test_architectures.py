@@ -13,6 +13,7 @@ from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers.masking_utils import and_masks, causal_mask_function, chunked_causal_mask_function
 from transformers.masking_utils import sliding_window_causal_mask_function as window_mask
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 
 from gpu_worker.build import build_engine
 from gpu_worker.layers.blocks import RotaryAttention
@@ -63,6 +64,15 @@ def test_a_gated_norm_is_taken_if_silu_of_the_gate_comes_last(model_type: str, i
     if norm is not None:
         x, gate = torch.randn(2, 5, len(norm.weight))
         torch.testing.assert_close(norm.forward(x, gate), module(x, gate))
+
+
+def test_a_gated_norm_takes_fp32_beside_a_gate_in_bf16() -> None:
+    """So Falcon H1's does where it comes before the gate: the weight and the gate have the model's dtype."""
+    module = FalconH1RMSNormGated(64, norm_before_gate=True).to(torch.bfloat16)
+    norm = find_norm(module, None)
+    assert norm is not None
+    x, gate = torch.randn(2, 1, 5, 64)
+    torch.testing.assert_close(norm.forward(x, gate.bfloat16()), module(x, gate.bfloat16()))
 
 
 @pytest.mark.parametrize(("clip", "is_short"), [(None, True), (20.0, False)])
