@@ -92,9 +92,11 @@ class Server:
         while True:
             try:
                 return await self.check()
-            except (AuthenticationError, NoPermissionError) as error:  # which waiting does not mend
-                raise Internal(f"the queue does not let this service in: {error}") from error
-            except CONNECTION_ERRORS as error:
+            except (*CONNECTION_ERRORS, NoPermissionError) as error:
+                if isinstance(
+                    error.__cause__ or error, (AuthenticationError, NoPermissionError)
+                ):  # waiting mends neither
+                    raise Internal(f"the queue does not let this service in: {error}") from error
                 if str(error) != told:
                     logger.warning("the queue cannot be reached, waiting for it: %s", error)
                 told = str(error)
