@@ -90,9 +90,7 @@ async def test_many_names_of_one_version_are_taken_together(
         assert {name for _, name, _ in await asyncio.gather(*takes)} == {"two"}
         fetched = Counter(seen.path.rpartition("/")[2] for seen in hub.requests("/resolve/"))
         assert fetched[WEIGHTS_FILE] == has_note, "a version that is here is not fetched again"
-        assert 1 <= fetched[CONFIG_FILE] < 6, (
-            "who comes while others take it waits, unless they have just ended"
-        )
+        assert 1 <= fetched[CONFIG_FILE] < 6, "who comes while others take it waits, unless they have just ended"
 
 
 async def test_what_fits_no_base_is_refused_before_its_weights_come(
