@@ -159,6 +159,7 @@ class Blobs:
         self._trash = root / "trash"
         self._quota_bytes = quota_bytes
         self._lock = threading.Lock()
+        self._notes_lock = threading.RLock()  # threads read and write notes of one version at once
         self._verified: set[str] = set()
         for folder in (self._blobs, self._staging, self._versions, self._trash):
             folder.mkdir(parents=True, exist_ok=True)
@@ -194,9 +195,10 @@ class Blobs:
 
     def note_reader(self, version: str, reader: str) -> None:
         """Note that a version, which has a digest here, was read by the rights of `reader`."""
-        digest, notes = self._note_of(version)
-        if digest and reader not in notes:
-            self._write_note(version, digest, {*notes, reader})
+        with self._notes_lock:
+            digest, notes = self._note_of(version)
+            if digest and reader not in notes:
+                self._write_note(version, digest, {*notes, reader})
 
     def named_base(self, version: str) -> str | None:
         """Return the base that a version names, as `note_base` was told; None if it was not."""
@@ -205,8 +207,9 @@ class Blobs:
 
     def note_base(self, version: str, name: str) -> None:
         """Note which base a version, which has a digest here, names: one line of text."""
-        if digest := self._note_of(version)[0]:
-            self._write_note(version, digest, {*self.readers_of(version), f"{BASE_LINE}{name}"})
+        with self._notes_lock:
+            if digest := self._note_of(version)[0]:
+                self._write_note(version, digest, {*self.readers_of(version), f"{BASE_LINE}{name}"})
 
     def _write_note(self, version: str, digest: str, notes: Iterable[str]) -> None:
         self._version_file(version).write_text("\n".join([digest, *sorted(notes)]))
@@ -214,7 +217,8 @@ class Blobs:
     def _note_of(self, version: str) -> tuple[str, set[str]]:
         """Return the digest of a version and what else was noted, "" and nothing if nothing was."""
         try:
-            digest, *notes = self._version_file(version).read_text(errors="replace").split("\n")
+            with self._notes_lock:  # none is read while it is half written
+                digest, *notes = self._version_file(version).read_text(errors="replace").split("\n")
         except FileNotFoundError:
             return "", set()
         return digest, set(notes)
@@ -263,8 +267,9 @@ class Blobs:
 
     def note_version(self, version: str, digest: str) -> None:
         """Note which digest a source's version has. Losing the note in a crash only costs another fetch."""
-        known, notes = self._note_of(version)
-        self._write_note(version, digest, notes if known == digest else ())
+        with self._notes_lock:
+            known, notes = self._note_of(version)
+            self._write_note(version, digest, notes if known == digest else ())
 
     def room(self, num_blob: int, num_staged: int, folder: Path) -> AbstractContextManager[None]:
         """Promise room on the disk, meanwhile, for an adapter that is staged in a folder.

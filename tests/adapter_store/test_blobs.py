@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,18 @@ def test_refuses_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
     (folder / WEIGHTS_FILE).write_bytes(b"")
     with pytest.raises(AdapterRefused, match="too short"):
         AdapterFolder.open(folder)
+
+
+def test_notes_of_a_version_that_threads_write_at_once_all_stay(tmp_path: Path) -> None:
+    """Takes of many tenants note their rights, and the first of them the base, each in a thread of its own."""
+    blobs = Blobs(tmp_path)
+    readers = {f"reader-{number}" for number in range(8)}
+    with ThreadPoolExecutor(len(readers) + 1) as threads:
+        for number in range(40):
+            version = f"version-{number}"
+            blobs.note_version(version, "d")
+            noted = [threads.submit(blobs.note_reader, version, reader) for reader in readers]
+            noted.append(threads.submit(blobs.note_base, version, "two"))
+            for one in noted:
+                one.result()
+            assert (blobs.readers_of(version), blobs.named_base(version)) == (readers, "two")
