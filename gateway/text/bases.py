@@ -151,8 +151,7 @@ async def open_bases(
 ) -> GatewayBases:
     """Read the files of `model` and of `more_models`. A further base that cannot be read fails its own calls only.
 
-    on_wait: as of `SandboxPool`. added: as of `GatewayBases`. Raises BadRequest where
-    `model` cannot be read.
+    on_wait: as of `SandboxPool`. added: as of `GatewayBases`. Raises BadRequest where `model` cannot be read.
     """
 
     async def read(one: Settings) -> BaseTexts:

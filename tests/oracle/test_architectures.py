@@ -140,7 +140,7 @@ class Routed(nn.Module):
 
 
 def test_an_expert_of_an_unbatched_text_takes_lora_on_the_rows_it_sees() -> None:
-    """All of them are of one text, and so of one adapter."""
+    """The rows of an unbatched pass are of one text, and so of one adapter."""
     llama = tiny_model("llama")
     llama.get_submodule("model.layers.0").mlp = Routed(64)
     model = prepare_model(llama, frozenset(), None)

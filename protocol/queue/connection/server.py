@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 AWAY_S = 1.0
 """Pause before a server that did not answer is asked again, by a service that starts."""
 
+_DENIED = (AuthenticationError, NoPermissionError)
+"""Refusals of a service's user, which waiting does not mend. redis-py wraps the first in a lost connection."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
@@ -93,9 +96,7 @@ class Server:
             try:
                 return await self.check()
             except (*CONNECTION_ERRORS, NoPermissionError) as error:
-                if isinstance(
-                    error.__cause__ or error, (AuthenticationError, NoPermissionError)
-                ):  # waiting mends neither
+                if isinstance(error.__cause__ or error, _DENIED):
                     raise Internal(f"the queue does not let this service in: {error}") from error
                 if str(error) != told:
                     logger.warning("the queue cannot be reached, waiting for it: %s", error)
