@@ -313,6 +313,11 @@ def test_the_worker_shell_imports_torch_only_when_it_loads_a_model() -> None:
     assert run_python("import sys, gpu_worker.service.program; print('torch' in sys.modules)") == "False"
 
 
+def test_a_process_of_the_sandbox_starts_without_numpy() -> None:
+    """Importing it is half of such a start, which is beside whatever else the machine computes."""
+    assert run_python("import sys, gateway.sandbox.child; print('numpy' in sys.modules)") == "False"
+
+
 def test_kernels_never_finds_our_code(tmp_path: Path) -> None:
     """Transformers imports Hugging Face's `kernels` by that name: ours must not answer to it, nor stand before it."""
     assert not (ROOT / "kernels/__init__.py").exists()

@@ -11,7 +11,8 @@ from typing import Any, TypeGuard
 
 from gateway.anthropic.client_tools import CLIENT_TOOLS
 from gateway.bodies.parameter_check import MAX_ENTRIES
-from gateway.chat.messages import Message, stand_in, unread_parts
+from gateway.chat.message_text import Message
+from gateway.chat.messages import stand_in, unread_parts
 from gateway.grammars.limits import check_num
 from gateway.tools.definitions import ToolWords
 from protocol.wire.brief import brief

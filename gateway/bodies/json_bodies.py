@@ -51,13 +51,13 @@ _filling = threading.RLock()
 
 
 async def body_value(raw: bytes, scope: MutableMapping[str, Any]) -> Any:
-    """Return the value of a request's body, and charge a call for it. What is long is read in a thread.
+    """Return the value of a request's body, and charge a call for it. What is long or nested is read in a thread.
 
     Raises JSONDecodeError; HTTPException, as FastAPI lets it pass, for too many values; and as `cost.hold`.
     """
     is_call = scope[MATCH].kind == "call"
     try:
-        if len(raw) <= PLAIN_BYTES:
+        if len(raw) <= PLAIN_BYTES and json_values.is_shallow(raw):
             if is_call:
                 hold_values(len(raw), values_bytes(raw))
             return json_values.loads(raw)

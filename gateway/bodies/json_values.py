@@ -46,9 +46,12 @@ def loads(raw: bytes, what: str = "the body") -> Any:
 
     As JSON demands, NaN and Infinity are none, nor are lone surrogates text.
     """
-    if len(raw) <= MAX_CONTAINERS and raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
-        return orjson.loads(raw)
-    return Marks(raw, what).value()
+    return orjson.loads(raw) if is_shallow(raw) else Marks(raw, what).value()
+
+
+def is_shallow(raw: bytes) -> bool:
+    """Return whether a JSON text is short, and has too few brackets to be nested too deep: it is read at once."""
+    return len(raw) <= MAX_CONTAINERS and raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH
 
 
 def loads_kept(raw: bytes) -> Any:

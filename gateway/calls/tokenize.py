@@ -14,7 +14,7 @@ from gateway.adapters.resolver import CallTarget
 from gateway.bodies.parameter_check import ignore
 from gateway.calls.parsed_call import CallOptions, ChatPrompt, Pairs, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
-from gateway.chat.messages import text_in
+from gateway.chat.message_text import text_in
 from gateway.overload import cost
 from gateway.overload.memory import CHARACTER_BYTES
 from gateway.text.answer_form import AnswerForm, found_form

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gateway.bodies import json_values
+from gateway.chat.message_text import Message, text_of
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
-
-Message = dict[str, Any]
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
@@ -99,22 +98,6 @@ def check_roles(messages: list[Message], text: str) -> None:
         at = found + len(content)
     if missing is not None:
         raise BadRequest(f"the template of this model has no role {missing!r}", param="messages")
-
-
-def text_of(content: object) -> str:
-    """Return the `content` of a normalized message as one text, "" for none."""
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content)
-    return content if isinstance(content, str) else ""
-
-
-def text_in(message: Message) -> str:
-    """Return the text of a message as `normalize_messages` has it, which has let it pass: its calls are not read."""
-    content = message.get("content")
-    refusal = (message.get("refusal") or "") if message["role"] == "assistant" else ""
-    if isinstance(content, list):
-        content = "\n".join(part[part["type"]] for part in content)
-    return "\n".join(filter(None, [content, refusal])) if refusal else content or ""
 
 
 def _normalize(message: Message, place: str, new_id: str) -> Message:

@@ -16,7 +16,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gateway.chat.messages import Message
+from gateway.chat.message_text import Message
 from gateway.chat.template_forms import form_of_template, in_forms, shows_lists
 from peft_adapters.texts.files import TEXT_FILES, special_tokens, template_of
 from protocol.wire.errors import BadRequest

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import nodes
 
-from gateway.chat.messages import Message, text_of
+from gateway.chat.message_text import Message, text_of
 
 _WRITTEN_OUT = ("tojson", "items", "dictsort", "string")
 """Filters that take an object; applied to the arguments of calls, they show that these are one."""

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gateway.bodies import json_values
-from gateway.chat.messages import Message, stand_in, unread_parts
+from gateway.chat.message_text import Message
+from gateway.chat.messages import stand_in, unread_parts
 from gateway.responses.tools import flat_name
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken as LibraryToken
 from tokenizers import Tokenizer
 
-from gateway.chat.messages import Message, check_roles, normalize_messages, text_of
+from gateway.chat.message_text import Message, text_of
+from gateway.chat.messages import check_roles, normalize_messages
 from gateway.chat.template import ChatTemplate
 from gateway.sandbox.sandbox import SandboxedTemplate
 from gateway.text.answer_parts import THOUGHTS

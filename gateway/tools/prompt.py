@@ -9,7 +9,7 @@ from typing import Any
 
 import re2 as _re2  # pyright: ignore[reportMissingTypeStubs]
 
-from gateway.chat.messages import Message, text_of
+from gateway.chat.message_text import Message, text_of
 
 re2: Any = _re2  # it has no types; a template may be a stranger's, on which `re` backtracks for minutes
 _TAG = re2.compile(r"(?s)\{[%{].*?[%}]\}")

@@ -116,6 +116,7 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "metadata": (COMPLETIONS, completion(metadata={f"k{i}": "v" * 512 for i in range(16)})),
     "bias": (COMPLETIONS, completion(logit_bias={str(i).zfill(4000): 1 for i in range(300)})),
     "names nobody knows": (COMPLETIONS, completion(**{f"unknown_{i}_{'x' * 20}": 1 for i in range(60_000)})),
+    "long names nobody knows": (COMPLETIONS, completion(**{f"{i}_{'x' * 6000}": "v" * 1000 for i in range(500)})),
     "a list of names": (COMPLETIONS, completion(model=["s3://" + "a/" * 500] * 3000)),
     "documents": ("/v1/rerank", {"model": "base", "query": "a", "documents": [{"text": "a"}] * 16_000}),
     "lists": (COMPLETIONS, completion(prompt=json.loads(LISTS))),

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from gateway.chat.messages import normalize_messages, text_in, text_of
+from gateway.chat.message_text import text_in, text_of
+from gateway.chat.messages import normalize_messages
 from gateway.chat.template import ChatTemplate
 from gateway.chat.template_forms import Form, in_forms, shows_lists
 from protocol.wire.errors import BadRequest
