@@ -74,7 +74,8 @@ async def test_a_base_that_failed_is_not_waited_for_whatever_may_become_it(bus: 
     assert (await chat(http, "a")).status_code == 200
 
 
-async def test_who_becomes_what_is_shown(bus: Bus, http: httpx2.AsyncClient) -> None:
+async def test_who_becomes_what_is_shown(bus: Bus, http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    await fleet.stop_beating()
     await tell(bus, REACHED, becoming={"worker-0": "b"})
     beat = m.WorkerBeat(wid="w1", name="worker-0", capacity=0, base="a", becoming="b", draining=True, sent_ms=now_ms())
     await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)

@@ -62,6 +62,7 @@ async def test_metrics_tell_of_every_live_worker(
         m.WorkerBeat(wid="w0", name="one", sent_ms=1, **facts),  # what it was before it was started again
         m.WorkerBeat(wid="w2", name="two", sent_ms=1, **facts),
     ]
+    await fleet.stop_beating()
     for beat in beats:
         await bus.members.beat(bus.keys.worker_beat(beat.wid), bus.keys.workers, beat.wid, m.encode(beat), 60_000)
 
