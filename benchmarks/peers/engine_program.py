@@ -2,8 +2,11 @@
 
 Run by `benchmarks.peers.in_process` in the engine's own environment, with the engine's name and its options as JSON as
 arguments. `in_flight` requests are computed at a time, as a client of a server has them in flight: as soon as one ends,
-the next one begins. OpenVINO GenAI computes one adapter at a time, so its requests are sorted by adapter beforehand,
-which no server could do, and those of one adapter among `in_flight` are one batch.
+the next one begins. Two kinds of engine get what no server could do for them:
+
+- OpenVINO GenAI computes one adapter at a time, so its requests are sorted by adapter beforehand, and those of one
+  adapter among `in_flight` are one batch.
+- ONNX Runtime GenAI and ik_llama.cpp batch what begins together, so all of `in_flight` begin and end together.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -111,7 +115,162 @@ class OpenVino:
             request.update(start_s=start_s, arrivals_s=arrivals_s, end_s=end_s, ids=ids)
 
 
-ENGINES: dict[str, Any] = {"openvino": OpenVino}
+class MistralRs:
+    """mistral.rs, which mixes adapters in a batch. Options: see `benchmarks.peers.in_process`."""
+
+    def __init__(self, model: str, adapters: list[str], max_seqs: int, dtype: str, quantisation: str) -> None:
+        """dtype: of weights and arithmetic, as `ModelDType` names it. quantisation: done as it loads; "": none."""
+        self._library: Any = importlib.import_module("mistralrs")
+        self.version = importlib.import_module("importlib.metadata").version("mistralrs")
+        self._names = {"": None, **{folder: f"a{number}" for number, folder in enumerate(adapters)}}
+        source = {"model_id": model, "dtype": getattr(self._library.ModelDType, dtype)}
+        which = self._library.Which
+        loaded = [self._library.LoraAdapter(name, folder) for folder, name in self._names.items() if name]
+        chosen = which.Lora(**source, adapters=loaded, max_adapters=len(loaded)) if loaded else which.Plain(**source)
+        self._runner = self._library.Runner(
+            which=chosen,
+            max_seqs=max_seqs,
+            prefix_cache_n=0,
+            no_paged_attn=True,
+            in_situ_quant=quantisation or None,
+            jinja_explicit=f"{model}/plain.jinja",  # only chats are streamed: the prompt alone, as elsewhere
+        )
+
+    def run(self, requests: list[Request], in_flight: int, num_tokens: int) -> None:
+        """See `Engine.run`. The texts of tokens stand for their ids, which are not told."""
+        waiting, flying = deque(requests), deque[tuple[Request, Any]]()
+        while waiting or flying:
+            while waiting and len(flying) < in_flight:
+                request = waiting.popleft()
+                request.update(start_s=time.perf_counter(), arrivals_s=[], ids=[])
+                flying.append((request, self._begun(request, num_tokens)))
+            request, stream = flying.popleft()  # one thread only: others are told "Already borrowed"
+            chunk = next(stream, None)
+            request["end_s"] = time.perf_counter()
+            if chunk is None:
+                continue
+            request["ids"].append(chunk.choices[0].delta.content)
+            request["arrivals_s"].append(request["end_s"])
+            flying.append((request, stream))
+
+    def _begun(self, request: Request, num_tokens: int) -> Any:
+        asked = self._library.ChatCompletionRequest(
+            messages=[{"role": "user", "content": request["prompt"]}],
+            model="default",
+            max_tokens=num_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            stream=True,
+            adapter=self._names[request["adapter"]],
+        )
+        return iter(self._runner.send_chat_completion_request(asked))
+
+
+class Together:
+    """An engine that begins and ends as many requests at a time as are in flight."""
+
+    def run(self, requests: list[Request], in_flight: int, num_tokens: int) -> None:
+        """See `Engine.run`."""
+        for first in range(0, len(requests), in_flight):
+            batch = requests[first : first + in_flight]
+            for request in batch:
+                request.update(start_s=time.perf_counter(), arrivals_s=[], ids=[])
+            for ids in self.tokens_of([request["prompt"] for request in batch], num_tokens):
+                now_s = time.perf_counter()
+                for request, id_ in zip(batch, ids, strict=True):
+                    request["ids"].append(int(id_))
+                    request["arrivals_s"].append(now_s)
+                    request["end_s"] = now_s
+
+    def tokens_of(self, prompts: list[str], num_tokens: int) -> Iterator[list[int]]:
+        """Yield the next token of each prompt, `num_tokens` times."""
+        raise NotImplementedError
+
+
+class OnnxRuntime(Together):
+    """ONNX Runtime GenAI without adapters. Options: see `benchmarks.peers.in_process`."""
+
+    def __init__(self, model: str, adapters: list[str], threads: int) -> None:
+        assert not adapters, "its adapters have a format of their own"
+        self._library: Any = importlib.import_module("onnxruntime_genai")
+        self._numpy: Any = importlib.import_module("numpy")
+        self.version = importlib.import_module("importlib.metadata").version("onnxruntime-genai")
+        config = self._library.Config(model)
+        options = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
+        self._model = self._library.Model(config)
+        self._tokenizer = self._library.Tokenizer(self._model)
+
+    def tokens_of(self, prompts: list[str], num_tokens: int) -> Iterator[list[int]]:
+        """See `Together.tokens_of`. Prompts are as long as the longest one, as a batch has to be here."""
+        ids = [list(self._tokenizer.encode(prompt)) for prompt in prompts]
+        longest = max(map(len, ids))
+        rows = [[*[row[0]] * (longest - len(row)), *row] for row in ids]
+        length = longest + num_tokens
+        parameters = self._library.GeneratorParams(self._model)
+        parameters.set_search_options(
+            batch_size=len(rows), max_length=length, min_length=length, do_sample=False
+        )  # the least length is what keeps an end of text from being chosen
+        generator = self._library.Generator(self._model, parameters)
+        generator.append_tokens(self._numpy.array(rows, dtype=self._numpy.int32))
+        for _ in range(num_tokens):
+            generator.generate_next_token()
+            yield list(generator.get_next_tokens())
+
+
+class IkLlama(Together):
+    """ik_llama.cpp without adapters. Options: see `benchmarks.peers.in_process`."""
+
+    def __init__(self, model: str, adapters: list[str], threads: int, max_seqs: int, slot_tokens: int) -> None:
+        """slot_tokens: room for a prompt and its answer."""
+        assert not adapters, "it changes them for all sequences at once"
+        self._numpy: Any = importlib.import_module("numpy")
+        parts: Any = importlib.import_module("ik_llama_cpp._internals")
+        self._library: Any = importlib.import_module("ik_llama_cpp._ctypes_api")
+        self.version = importlib.import_module("importlib.metadata").version("ik-llama-cpp-python")
+        self._model = parts.IkModel(model)
+        sizes = {"n_ctx": max_seqs * slot_tokens, "n_seq_max": max_seqs, "n_threads": threads}
+        self._context = parts.IkContext(self._model, **sizes, flash_attn=False)  # which aborts with several sequences
+
+    def tokens_of(self, prompts: list[str], num_tokens: int) -> Iterator[list[int]]:
+        """See `Together.tokens_of`. Ends of text count as any other token."""
+        self._context.kv_cache_clear()
+        rows = [self._model.tokenize(prompt, add_bos=False) for prompt in prompts]
+        lengths = [len(row) for row in rows]
+        ids = [self._decoded([row], [0], [number])[0] for number, row in enumerate(rows)]
+        for index in range(num_tokens):
+            yield ids
+            if index < num_tokens - 1:
+                places = [length + index for length in lengths]
+                ids = self._decoded([[id_] for id_ in ids], places, list(range(len(ids))))
+
+    def _decoded(self, rows: list[list[int]], places: list[int], sequences: list[int]) -> list[int]:
+        """Compute tokens of sequences, each row from its place on. Returns the best next token of each."""
+        library, total = self._library, sum(map(len, rows))
+        batch = library.llama_batch_init(total, 0, 1)
+        batch.n_tokens = total
+        index, lasts = 0, list[int]()
+        for row, place, sequence in zip(rows, places, sequences, strict=True):
+            for offset, id_ in enumerate(row):
+                batch.token[index], batch.pos[index] = id_, place + offset
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
+                batch.logits[index] = offset == len(row) - 1
+                index += 1
+            lasts.append(index - 1)
+        status = self._context.decode(batch)
+        library.llama_batch_free(batch)
+        assert status == 0, f"llama_decode: {status}"
+        shape = (self._model.n_vocab,)
+        found = (self._numpy.ctypeslib.as_array(self._context.get_logits(last), shape) for last in lasts)
+        return [int(logits.argmax()) for logits in found]
+
+
+ENGINES: dict[str, Any] = {
+    "openvino": OpenVino,
+    "mistralrs": MistralRs,
+    "onnxruntime": OnnxRuntime,
+    "ik_llama": IkLlama,
+}
 
 
 def main() -> None:

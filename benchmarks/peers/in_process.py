@@ -1,15 +1,18 @@
-"""Lorafleet beside an engine that has no server, OpenVINO GenAI, asked in turns.
+"""Lorafleet beside engines that have no server, asked in turns: OpenVINO GenAI, mistral.rs, ONNX Runtime, ik_llama.cpp.
 
     python -m benchmarks.peers.in_process --peers /opt/peers [--bits 16,8,4] [--isa avx512_vnni] [--rounds 3]
 
-It computes the same prompts in a process of its own (`engine_program.py`), so it pays for no HTTP, no queue
+Each computes the same prompts in a process of its own (`engine_program.py`), so it pays for no HTTP, no queue
 and no streaming, all of which Lorafleet's figures have in them. With 16 bits: the base, one adapter and many adapters;
-with 8 and 4 bits the base. OpenVINO's weights are those of `optimum-cli export openvino`: fp16, int8 (a scale a row)
-and int4 (a scale for 64 weights); its keys and values are int8, and it rounds the
-inputs of quantised layers to int8. Lorafleet serves Q8_0 and Q4_0, without and with `--quantize-activations`.
+with 8 and 4 bits the base. Lorafleet serves Q8_0 and Q4_0, without and with `--quantize-activations`.
+
+- OpenVINO's weights are those of `optimum-cli export openvino`: fp16, int8 (a scale a row) and int4 (a scale for 64
+  weights); its keys and values are int8, and it rounds the inputs of quantised layers to int8.
+- mistral.rs mixes adapters in a batch. It computes in fp32, which it does faster than bf16, or in its Q8_0 and Q4_0.
+- ONNX Runtime computes the base in fp32 or int4 (its own builder's), ik_llama.cpp in bf16, Q8_0 or Q4_0.
 
 --isa: of Lorafleet (`--kernels`); for sets without bf16, OpenVINO computes in fp32 and is held to the same set, too, as
-far as it lets itself. What it needs is made by `setup_engines.sh`.
+far as it lets itself. The others choose by the processor. What is needed is made by `setup_engines.sh`.
 """
 
 from __future__ import annotations
@@ -57,7 +60,47 @@ def openvino(lab: Lab, bits: int, isa: str, _: Path) -> list[Server]:
     return _programs("OpenVINO GenAI", lab, bits, "openvino", options, environment)
 
 
-SYSTEMS = {"lorafleet": lorafleets, "openvino": openvino}
+def mistral_rs(lab: Lab, bits: int, _: str, scratch: Path) -> list[Server]:
+    """Return mistral.rs without adapters, and with all of them loaded."""
+    quantisation = "" if bits == 16 else f"Q{bits}_0"
+    model = _with_rope_theta(lab.model, scratch / "mistralrs")
+    options = {"model": str(model), "max_seqs": lab.max_concurrency, "dtype": "F32", "quantisation": quantisation}
+    return _programs("mistral.rs", lab, bits, "mistralrs", options, {"RAYON_NUM_THREADS": str(lab.num_threads)})
+
+
+def _with_rope_theta(model: Path, folder: Path) -> Path:
+    """Return a folder of the same model with `rope_theta` where mistral.rs looks for it, and a template of no marks."""
+    folder.mkdir(exist_ok=True)
+    for path in model.iterdir():
+        if path.name != "config.json" and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.resolve())
+    config = json.loads((model / "config.json").read_text())
+    config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta"))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "plain.jinja").write_text("{{ messages[0].content }}")
+    return folder
+
+
+def onnxruntime(lab: Lab, bits: int, _isa: str, _: Path) -> list[Server]:
+    """Return ONNX Runtime GenAI without adapters; of 8 bits its builder knows none."""
+    model = lab.root / f"onnxruntime-{ {16: 'fp32', 4: 'int4'}.get(bits, '') }"
+    options = {"model": str(model), "threads": lab.num_threads}
+    return [] if bits == 8 else _programs("ONNX Runtime GenAI", lab, bits, "onnxruntime", options, {})[:1]
+
+
+def ik_llama(lab: Lab, bits: int, _isa: str, _: Path) -> list[Server]:
+    """Return ik_llama.cpp without adapters."""
+    model = lab.root / f"ik_llama-{ {16: 'bf16', 8: 'q8_0', 4: 'q4_0'}[bits] }.gguf"
+    sizes = {"max_seqs": lab.max_concurrency, "slot_tokens": lab.slot_tokens}
+    return _programs(
+        "ik_llama.cpp", lab, bits, "ik_llama", {"model": str(model), "threads": lab.num_threads, **sizes}, {}
+    )[:1]
+
+
+SYSTEMS = {
+    "lorafleet": lorafleets, "openvino": openvino, "mistralrs": mistral_rs, "onnxruntime": onnxruntime,
+    "ik_llama": ik_llama,
+}  # fmt: skip
 
 
 def _programs(

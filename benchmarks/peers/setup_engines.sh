@@ -39,4 +39,39 @@ if [ ! -e "$peers/openvino-int4" ]; then
     done
 fi
 
+if [ ! -e "$peers/mistralrs/.ready" ]; then
+    "$python" -m venv "$peers/mistralrs"
+    "$peers/mistralrs/bin/pip" install --quiet mistralrs==0.9.5
+    touch "$peers/mistralrs/.ready"
+fi
+
+if [ ! -e "$peers/onnxruntime/.ready" ]; then
+    "$python" -m venv "$peers/onnxruntime"
+    "$peers/onnxruntime/bin/pip" install --quiet onnxruntime-genai==0.18.0
+    touch "$peers/onnxruntime/.ready"
+fi
+if [ ! -e "$peers/onnxruntime-int4" ]; then
+    "$python" -m venv "$peers/builder"
+    "$peers/builder/bin/pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu \
+        onnxruntime-genai==0.18.0 onnx onnx-ir torch transformers
+    for format in fp32 int4; do
+        rm -rf "$peers/onnxruntime.part"
+        "$peers/builder/bin/python" -m onnxruntime_genai.models.builder -i "$peers/model" -o "$peers/onnxruntime.part" \
+            -p "$format" -e cpu -c "$peers/builder/cache"
+        mv "$peers/onnxruntime.part" "$peers/onnxruntime-$format"
+    done
+fi
+
+if [ ! -e "$peers/ik_llama/.ready" ]; then
+    "$python" -m venv "$peers/ik_llama"
+    "$peers/ik_llama/bin/pip" install --quiet ik-llama-cpp-python==0.1.5 numpy
+    touch "$peers/ik_llama/.ready"
+fi
+if [ ! -e "$peers/ik_llama-bf16.gguf" ]; then
+    cp -L "$peers/model.bf16.gguf" "$peers/ik_llama-bf16.gguf"  # setup.sh makes it
+    for format in q8_0 q4_0; do
+        "$peers"/ik_llama/lib/python3.*/site-packages/ik_llama_cpp/bin/llama-quantize "$peers/ik_llama-bf16.gguf" "$peers/ik_llama-$format.gguf" "$format"
+    done
+fi
+
 echo "ready in $peers"
