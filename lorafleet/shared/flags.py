@@ -101,6 +101,11 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
             "--redis-url: other users of this machine could read the password; use --redis-password-file, or give the"
             " URL as REDIS_URL"
         )
+    if urlsplit(str(vars(args).get("prometheus_url", ""))).password:
+        raise BadRequest(
+            "--prometheus-url: other users of this machine could read the password; give the URL as"
+            f" {PREFIX}PROMETHEUS_URL"
+        )
     try:
         return Settings(**flags)
     except tomllib.TOMLDecodeError as error:

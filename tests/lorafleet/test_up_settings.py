@@ -71,6 +71,9 @@ def test_no_secret_can_be_given_where_everybody_reads_it(
     printed = error_of(words, capsys)
     assert "--redis-password-file" in printed
     assert "hunter2" not in printed
+    printed = error_of(["up", "x/y", "--prometheus-url", "https://user:hunter2@h/"], capsys)
+    assert "LORAFLEET_PROMETHEUS_URL" in printed
+    assert "hunter2" not in printed
     monkeypatch.setenv("REDIS_URL", "http://user:hunter2@h/0")
     assert "hunter2" not in error_of(["up", "x/y"], capsys)
 
