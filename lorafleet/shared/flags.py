@@ -114,10 +114,17 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
         raise BadRequest(str(error)) from error
     except ValidationError as error:
         problems = [
-            f"{_origin(str(problem['loc'][0]), flags, config)}: {problem['msg']}" + _given(problem)
+            f"{_origin(str(problem['loc'][0]), flags, config)}: {_wrong(problem)}" + _given(problem)
             for problem in error.errors()
         ]
         raise BadRequest("; ".join(problems)) from error
+
+
+def _wrong(problem: Any) -> str:
+    """Return what is wrong with a value: pydantic's words, but for a pattern the setting's description."""
+    if problem["type"] == "string_pattern_mismatch":
+        return f"expected: {str(Settings.model_fields[problem['loc'][0]].description).partition(';')[0]}"
+    return problem["msg"].partition(", unable to parse")[0].replace("Input should be", "must be")
 
 
 def _given(problem: Any) -> str:

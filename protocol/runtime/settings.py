@@ -180,8 +180,8 @@ class Settings(CommonSettings):
     prometheus_url: str = Field(
         default="",
         pattern=r"^(https?://\S+)?$",
-        description="URL of a Prometheus that scrapes the fleet, for charts of up to 90 days; empty: the gateway's own"
-        " week",
+        description="http(s) URL of a Prometheus that scrapes the fleet, for charts of up to 90 days; empty: the"
+        " gateway's own week",
     )
     prometheus_matchers: str = Field(
         default="",
