@@ -161,18 +161,12 @@ def _charts(raw: bytes, group: Group | None, names: Sequence[str], times: range)
             made[field] = [None if seen is None else value or 0.0 for value, seen in pairs]
         return made
 
-    all_ = columns(None, charts.TOTAL)
-    groups = {name: columns(name, known) for name in names}
-    rest = columns(OTHER, {})
-    for field in [field for field in FIELDS if field in known]:
-        apart = [sum(part[field][at] or 0.0 for part in groups.values()) for at in range(len(times))]
-        pairs = zip(all_[field], apart, strict=True)
-        rest[field] = [None if one is None else max(0.0, one - some) for one, some in pairs]
-    shown = [_shown(name, group, fields) for name, fields in [*groups.items(), (OTHER, rest)]]
-    if not any(any(shown[-1][field]) for field in FIELDS):
+    shown = [_shown(None, None, columns(None, charts.TOTAL))]
+    shown += [_shown(name, group, columns(name, known)) for name in (names if group is None else [*names, OTHER])]
+    if group is not None and not any(any(shown[-1][field]) for field in FIELDS):
         shown.pop()
     rounded = {field: _rounded(column, 1) for field, column in fleet.items()}
-    return {"fleet": rounded, "groups": [_shown(None, None, all_), *shown]}
+    return {"fleet": rounded, "groups": shown}
 
 
 def _shown(name: str | None, group: Group | None, columns: Mapping[str, Column]) -> dict[str, Any]:

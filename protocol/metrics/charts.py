@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from string import Template
 from typing import Literal
 
+from protocol.metrics.names import OTHER
+
 FIELD = "field"
 """Label of a query's results: the name of the number, one of `FLEET` after `OF_FLEET`."""
 
@@ -52,13 +54,20 @@ TENANT = {
 """Of each tenant; its requests are those that reached a worker."""
 
 TOTAL = MODEL | {
+    "requests": _sum("lorax_request_input_length_count{$m}"),
+    "prompt_tokens": _sum("lorafleet_prompt_tokens_total{$m}"),
+    "output_tokens": _sum("lorafleet_output_tokens_total{$m}"),
     "refused": TENANT["refused"],
     "client_errors": _sum('lorafleet_http_requests_total{method="POST",status=~"4..",status!="429",$m}'),
     "server_errors": _sum('lorafleet_http_requests_total{method="POST",status=~"5..",$m}'),
     "ttft_p50_ms": _quantile(0.5, "lorafleet_time_to_first_token_seconds"),
     "ttft_p95_ms": _quantile(0.95, "lorafleet_time_to_first_token_seconds"),
 }
-"""Of all calls; the errors are those of every POST."""
+"""Of all calls; the errors are those of every POST.
+
+Series with fixed labels begin at 0 with their gateway. One with a name begins with its first calls, which Prometheus
+therefore counts in no period, so sums are not taken of those where there is another series.
+"""
 
 FLEET = {
     "queued": "max(max_over_time(lorafleet_queued_requests{$m}[$w]))",
@@ -82,17 +91,21 @@ def busiest(group: Group, num: int, range_s: int, matchers: str) -> str:
 
 
 def chart(group: Group | None, names: Sequence[str], step_s: int, matchers: str) -> str:
-    """Return the query for all charts. Its results have the label `FIELD`; those of a name the group's label too.
+    """Return the query for all charts. Its results have the label `FIELD`; those of a group the group's label too.
 
-    names: the tenants or models that are shown apart. matchers: select the fleet's series, "" for all of the server.
+    names: the tenants or models that are shown apart; the counts of all others are those of `OTHER`. matchers: select
+    the fleet's series, "" for all of the server.
     """
-    totals = TOTAL | (TENANT if group == "tenant" else {})
-    found = [_labelled(name, _filled(text, step_s, matchers)) for name, text in totals.items()]
+    found = [_labelled(name, _filled(text, step_s, matchers)) for name, text in TOTAL.items()]
     found += [_labelled(OF_FLEET + name, _filled(text, step_s, matchers)) for name, text in FLEET.items()]
-    if group is not None and names:
+    if group is not None:
         label, numbers = GROUPS[group]
-        apart = f"{label}=~{json.dumps('|'.join(map(re.escape, names)), ensure_ascii=False)},{matchers}"
-        found += [_labelled(name, _filled(text, step_s, apart, label)) for name, text in numbers.items()]
+        chosen = json.dumps("|".join(map(re.escape, names)), ensure_ascii=False)
+        for name, text in numbers.items():
+            found.append(_labelled(name, _filled(text, step_s, f"{label}=~{chosen},{matchers}", label)))
+            if not name.startswith("ttft"):  # times to first token of a thousand names take long
+                others = _filled(text, step_s, f"{label}!~{chosen},{matchers}")
+                found.append(_labelled(name, f'label_replace({others}, "{label}", "{OTHER}", "", "")'))
     return " or ".join(found)
 
 

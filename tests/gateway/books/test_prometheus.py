@@ -93,6 +93,7 @@ async def test_a_reply_becomes_columns_with_its_gaps() -> None:
             row("fleet:workers", {0: "2", 1: "2", 70: "2", 71: "1"}),
             row("fleet:queued", {0: "NaN", 1: "3"}),
             row("requests", {0: "10.02", 71: "5"}),
+            row("requests", {0: "3.01", 71: "5"}, adapter="other"),
             row("requests", {0: "6.01"}, adapter='odd".*'),
             row("requests", {0: "1", 72: "9", -1: "9"}, adapter="small"),
             row("ttft_p95_ms", {0: "120.26", 1: "+Inf", 70: "NaN"}),
@@ -125,6 +126,7 @@ async def test_a_reply_becomes_columns_with_its_gaps() -> None:
     assert (int(form["start"]), int(form["end"]), form["step"]) == (FIRST_S + 300, 1_800_000_300, "300")
     assert 'fleet="a"' in top["query"]
     assert r'adapter=~"odd\"\\.\\*|small",fleet="a"' in form["query"]
+    assert r'adapter!~"odd\"\\.\\*|small",fleet="a"' in form["query"]
 
 
 async def test_a_range_is_asked_for_once_a_period() -> None:
