@@ -32,6 +32,7 @@ from gateway.batches.batches import BatchService
 from gateway.batches.run import BatchMeans, BatchPace
 from gateway.batches.runner import BatchRunner
 from gateway.books.audit_routes import AuditEndpoints
+from gateway.books.prometheus import PrometheusCharts
 from gateway.books.timeseries_routes import TimeSeriesEndpoints
 from gateway.books.usage_routes import UsageEndpoints
 from gateway.calls import observe
@@ -161,6 +162,10 @@ async def _serve(
         resolver = Resolver(bus, aliases, bases, settings.adapters, shows_paths=not settings.api_keys)
         pipeline = Pipeline(settings, bus, fleet, resolver, replies, admission)
         answers = Answers(settings.keepalive_s)
+        http = StoreHttp()
+        prometheus = None
+        if settings.prometheus_url:
+            prometheus = PrometheusCharts(settings.prometheus_url, settings.prometheus_matchers, http)
         calls = OpenAICalls(pipeline, {RESPONSES: job_api(settings)})
         database = _database(settings)
         archiver = Archiver(bus, gid, settings, database, bases) if database is not None else None
@@ -199,8 +204,8 @@ async def _serve(
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
             requests, FleetEndpoints(bus, settings, BaseAdministration(bus, settings, fleet, bases)),
-            UsageEndpoints(bus.usage), AuditEndpoints(bus.audit), TimeSeriesEndpoints(observe.SERIES, sampler),
-            ConsolePages(), DocsPages(),
+            UsageEndpoints(bus.usage), AuditEndpoints(bus.audit),
+            TimeSeriesEndpoints(observe.SERIES, sampler, prometheus), ConsolePages(), DocsPages(),
         )  # fmt: skip
         app, inner = build_app(handlers, settings, admission, memory, pipeline.checks, keys, secret)
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, pipeline.checks, timings.batches)
@@ -218,6 +223,7 @@ async def _serve(
         await replies.close()
         await bases.close()
         await stores.close()
+        await http.close()
     finally:
         await beats.close()
         await bus.close()

@@ -49,7 +49,7 @@ def parser_of(names: Collection[str]) -> Parser:
     """Return the parser of the command line, with the arguments of the commands `names`: only these are imported."""
     parser = Parser(prog="lorafleet", description="Serve thousands of LoRA adapters from one base model.")
     parser.add_argument("--version", action="version", version=RELEASE)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=bool(names))
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
         if name in names:
@@ -64,9 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 2 for wrong usage or settings, 1 for other failures."""
     use_private_umask()
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     chosen = next((word for word in words if not word.startswith("-")), None)
     try:
-        args = parse(parser_of([] if chosen is None else [chosen]), words)
+        parser = parser_of([] if chosen is None else [chosen])
+        args = parse(parser, words)
+        if chosen is None:
+            parser.print_help()
+            return 0
         code = args.run(args)
         sys.stdout.flush()
         return code

@@ -49,7 +49,8 @@ def _add(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     base = api.ask("POST", PATH, json={"model": args.model, "name": args.name})
     if not args.json:
         named = f" --served-name {args.name}" if args.name else ""
-        print(f"{base['id']} is added; a worker of its own: lorafleet serve worker --model {base['model']}{named}")
+        print(f"{base['id']} is added; `lorafleet bases list` shows its state")
+        print(f"to give it a worker: lorafleet serve worker --model {base['model']}{named}")
     return base
 
 

@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 
 from lorafleet.shared.on_queue import add_flags, run_action
-from lorafleet.shared.parser import ALIASES, Parser
+from lorafleet.shared.parser import ALIASES, Parser, suggestion
 from lorafleet.shared.tables import print_list
 from protocol.queue.books.api_keys import SCOPES, ApiKey, Tenant
 from protocol.queue.books.audit import from_command_line
@@ -31,6 +31,7 @@ def add_arguments(parser: Parser) -> None:
     create.add_argument("--tenant", required=True, help="the tenant that the key belongs to")
     create.add_argument(
         "--scopes",
+        type=_scope_names,
         default="infer",
         help=f"permissions, separated by commas: {', '.join(SCOPES)} (%(default)s)",
     )
@@ -64,6 +65,17 @@ def run(args: argparse.Namespace) -> int:
     return run_action(args)
 
 
+def _scope_names(text: str) -> tuple[str, ...]:
+    """Return the scopes in a flag. Raises ArgumentTypeError, before a tenant's limits are changed."""
+    names = names_of(text)
+    for name in names:
+        if name not in SCOPES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SCOPES)}{suggestion(name, SCOPES)}")
+    if not names:
+        raise argparse.ArgumentTypeError(f"give at least one of {', '.join(SCOPES)}")
+    return names
+
+
 async def _create(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, Any]:
     keys = bus.api_keys
     changes: dict[str, Any] = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
@@ -74,7 +86,7 @@ async def _create(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, 
         await keys.set_tenant(msgspec.structs.replace(await keys.tenant(args.tenant), **changes))
         limits = " ".join(f"{name}={value}" for name, value in changes.items())
         await bus.audit.note(from_command_line("tenant.change", args.tenant, limits))
-    secret, key = await keys.create(args.tenant, names_of(args.scopes), expires_ms, args.note)
+    secret, key = await keys.create(args.tenant, args.scopes, expires_ms, args.note)
     detail = f"{key.id} scopes={','.join(key.scopes)} expires={args.expires}"
     await bus.audit.note(from_command_line("key.create", key.tenant, detail))
     if not args.json:

@@ -30,7 +30,7 @@ MAX_OPERATIONS = 12
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("model", help="the base model: a Hub id or a local folder")
+    parser.add_argument("model", metavar="MODEL", help="the base model: a Hub id or a local folder")
     parser.add_argument(
         "--sequences", type=_numbers, default=(1, 8, 32), metavar="N,N,…", help="batch sizes (default 1,8,32)"
     )

@@ -33,7 +33,10 @@ def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} {'|'.join(SERVICES)} [flags]"
     parser.add_argument(
-        "service", choices=tuple(SERVICES), help="the service; the first signal drains it, the second stops it"
+        "service",
+        metavar="|".join(SERVICES),
+        choices=tuple(SERVICES),
+        help="the service; the first signal drains it, the second stops it",
     )
     add_settings(parser, first=MAIN_FLAGS, skip=("workers",))
 

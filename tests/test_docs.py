@@ -43,6 +43,13 @@ def test_linked_headings_exist(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_diagrams_keep_their_lines(page: Path) -> None:
+    """Mermaid reads a statement per line: a diagram whose lines were filled like a paragraph is an error."""
+    first_lines = re.findall(r"^```mermaid\n(.*)$", page.read_text(), re.MULTILINE)
+    assert [line for line in first_lines if len(line.split()) > 2] == []
+
+
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
     pages = {str(place) for place in script(".ci/docs_site.py").places().values() if place.suffix == ".md"} | {"api.md"}
     listed = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)

@@ -24,7 +24,7 @@ PAGES = (
     "docs/metrics.md", "docs/evaluation.md", "docs/lorax.md", "docs/encoders.md", "CHANGELOG.md", "docs/kubernetes.md",
     "docs/adapters.md", "docs/batches.md", "docs/drop-in.md", "docs/structured.md", "docs/responses.md",
     "docs/messages.md", "docs/models.md", "docs/gpus.md", "docs/peft.md", "docs/reliability.md", "docs/compat.md",
-    "SECURITY.md", "examples/README.md",
+    "SECURITY.md", "examples/README.md", "docs/threat-model.md",
     *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs" / "runbooks").glob("*.md"))),
 )  # fmt: skip
 """Pages that users read before and while they run a fleet."""
@@ -32,7 +32,8 @@ PAGES = (
 SHORT = (
     *PAGES, "CONTRIBUTING.md", "docs/adapter-pool.md", "docs/architecture.md", "docs/bases.md", "docs/benchmarks.md",
     "docs/console.md", "docs/engine.md", "docs/glossary.md", "docs/kernels.md", "docs/measured/adapters.md",
-    "docs/measured/clients.md", "docs/measured/kernels.md", "docs/measured/peers.md", "docs/measured/swaps.md",
+    "docs/measured/clients.md", "docs/measured/control-plane.md", "docs/measured/engine.md", "docs/measured/fuzzing.md",
+    "docs/measured/hostile.md", "docs/measured/kernels.md", "docs/measured/peers.md", "docs/measured/swaps.md",
     "docs/protocol.md", "docs/redis-keys.md", "docs/scheduling.md", "docs/speculation.md", "docs/triton.md",
 )  # fmt: skip
 """Pages that users or developers read from beginning to end."""
@@ -161,7 +162,7 @@ MAX_WORDS = 40
 def sentences(text: str) -> Iterator[str]:
     """Yield the sentences of a page; code, tables, headings and the addresses of links are left out."""
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    text = "\n".join("" if re.match(r"\||#|    |!\[", line) else line for line in text.splitlines())
+    text = "\n".join("" if re.match(r" *\||#|    |!\[", line) else line for line in text.splitlines())
     for block in re.split(r"\n\s*\n|\n(?=(?:- |\d+\. ))", re.sub(r"\]\([^)]*\)", "]", text)):
         yield from re.split(r"(?<=[.!?])\s+(?=[A-Z`*\[(0-9])", " ".join(block.split()))
 

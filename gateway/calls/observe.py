@@ -43,6 +43,10 @@ _CHILDREN: dict[str, dict[tuple[Any, ...], Any]] = {}
 ADAPTERS.on_drop = TENANTS.on_drop = lambda name: _CHILDREN.pop(name, None)
 
 
+for _kind in (series.KIND_BASE, series.KIND_ADAPTER):  # at 0, so that Prometheus sees their first calls
+    for _metric in (series.PROMPT_TOKENS, series.OUTPUT_TOKENS, series.FIRST_TOKEN_SECONDS):
+        _metric.labels(_kind)
+
 _TIERS = {"staged": "store", "resident": "host"}
 """What happened to an adapter -> where it came from."""
 

@@ -483,7 +483,8 @@ TIMESERIES: Responses = {
         "Values per period of `step_s` seconds from `start_time` (unix time) on; null where nothing was measured",
         _object(
             object=_TEXT, start_time=_INTEGER, step_s=_INTEGER, num=_INTEGER, elapsed_s=_INTEGER, range=_TEXT,
-            gateways=_INTEGER, fleet={"type": ["object", "null"], "additionalProperties": _COLUMN},
+            gateways=_INTEGER, source=_TEXT, ranges={"type": "array", "items": _TEXT}, note=_MAYBE,
+            fleet={"type": ["object", "null"], "additionalProperties": _COLUMN},
             groups={"type": "array", "items": _SERIES},
         ),
     )

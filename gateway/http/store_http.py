@@ -1,4 +1,4 @@
-"""The gateway's HTTP client of the adapter stores."""
+"""The gateway's HTTP clients: of the adapter stores, and of a Prometheus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx2
 
 
 class StoreHttp:
-    """One client for all that a gateway asks of stores, made by the first call that needs it: most have none.
+    """One client for all that a gateway asks of stores or of a Prometheus, made by the first call that needs it.
 
     It is made in a thread, since it reads all certificates and imports what connections need: together 100 ms, in which
     an event loop would serve nobody.

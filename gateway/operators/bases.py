@@ -92,7 +92,7 @@ class BaseAdministration:
         """Take a base away. Raises Conflict for one of the settings, NotFound, PermissionDenied."""
         self._check_allowed()
         if name in self._models:
-            text = f"the settings of this fleet name the base {name}: take it out of --more-models and start again"
+            text = f"the base {name} is in the settings of this fleet: take it out of --more-models and restart"
             raise Conflict(text, code="base_in_settings")
         await self._record.remove(name)
         return {"id": name, "object": "base.deleted", "deleted": True}

@@ -14,8 +14,8 @@ from lorafleet.bench.report import print_result, save_json, save_plot
 from lorafleet.bench.result import BenchRequest, BenchResult
 from lorafleet.bench.workload import BenchConfig, BenchTarget
 from lorafleet.launcher.records import URL_VARIABLE, the_only
-from lorafleet.shared.api import DEFAULT_URL, KEY_VARIABLE
-from lorafleet.shared.parser import Parser
+from lorafleet.shared.api import DEFAULT_URL, KEY_VARIABLE, reason_of
+from lorafleet.shared.parser import Parser, number
 
 _OPEN_LOOP_CONCURRENCY = 1024
 
@@ -51,10 +51,10 @@ def add_arguments(parser: Parser) -> None:
     what.add_argument("--seed", type=int, default=0, help="seed of prompts, targets and arrivals (%(default)s)")
     load = parser.add_argument_group("load")
     load.add_argument(
-        "--requests", type=int, help="number of measured requests (default: 8 × concurrency; with --rate 256)"
+        "--requests", type=number, help="number of measured requests (default: 8 × concurrency; with --rate 256)"
     )
     load.add_argument(
-        "--concurrency", type=int, help=f"concurrent requests (8; with --rate at most {_OPEN_LOOP_CONCURRENCY})"
+        "--concurrency", type=number, help=f"concurrent requests (8; with --rate at most {_OPEN_LOOP_CONCURRENCY})"
     )
     load.add_argument(
         "--rate", type=float, metavar="R", help="open loop: Poisson arrivals, R per second, instead of a closed loop"
@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = config_of(args)
         result = _run_with_progress(config, console)
-    except (ValueError, OSError, WarmupError, httpx2.HTTPError) as error:
+    except (httpx2.HTTPError, ConnectionError) as error:
+        console.print(f"[red]cannot reach the server at {args.url}:[/] {reason_of(error)}")
+        return 2
+    except (ValueError, OSError, WarmupError) as error:
         console.print(f"[red]cannot run the load:[/] {error}")
         return 2
     print_result(result, console)

@@ -203,8 +203,8 @@ def with_queue(settings: Settings) -> Settings:
     servers = [EmbeddedServer(folder, durable=True, guarded=(folder / "users").is_dir()) for folder in folders]
     running = [server for server in servers if server.is_running]
     if len(running) != 1:
-        found = ", ".join(server.door("operator")["redis_url"] for server in running) or "none"
-        raise BadRequest(
-            f"no single queue found: give --redis-url (or REDIS_URL); running with --data {settings.data}: {found}"
-        )
+        urls = ", ".join(server.door("operator")["redis_url"] for server in running)
+        found = f"several fleets run in {settings.data}: {urls}" if running else f"no fleet runs in {settings.data}"
+        hint = "choose a queue" if running else "start one with `lorafleet up MODEL`, or give another's queue"
+        raise BadRequest(f"{found}; {hint}: --redis-url or $REDIS_URL")
     return settings.model_copy(update=running[0].door("operator"))

@@ -165,7 +165,7 @@ def _lines(path: Path, model: str | None) -> Iterator[tuple[IO[bytes], str]]:
     except OSError as error:
         raise BadRequest(f"cannot read {path}: {error.strerror}") from error
     with file, tempfile.TemporaryFile() as changed:
-        first_url = ""
+        first_url, number = "", 0
         for number, raw in enumerate(file, start=1):
             if number > 1 and model is None:
                 break
@@ -181,6 +181,8 @@ def _lines(path: Path, model: str | None) -> Iterator[tuple[IO[bytes], str]]:
                 if isinstance(line.get("body"), dict):
                     line["body"].setdefault("model", model)
                 changed.write(json.dumps(line).encode() + b"\n")
+        if not number:
+            raise BadRequest(f"{path} is empty: give a file with a call on each line")
         chosen = file if model is None else changed
         chosen.seek(0)
         yield chosen, first_url

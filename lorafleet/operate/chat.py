@@ -22,7 +22,11 @@ def add_arguments(parser: Parser) -> None:
     parser.epilog = f"Commands in the chat: {HELP}."
     parser.add_argument("model", metavar="MODEL", help="the base model or an adapter")
     parser.add_argument(
-        "message", metavar="MESSAGE", nargs="*", help="ask this and exit (default: each line of the input is a message)"
+        "message",
+        metavar="MESSAGE",
+        nargs="*",
+        default=[],
+        help="ask this and exit (default: each line of the input is a message)",
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum tokens per answer")

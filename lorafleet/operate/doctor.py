@@ -82,7 +82,7 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
             return [Finding("gateway", "problem", f"{api.url} requires an API key: {error.message}", advice)]
         except LorafleetError as error:
             advice = "start the fleet with `lorafleet up`, or give its address: --url"
-            return [Finding("gateway", "problem", error.message, advice)]
+            return [Finding("gateway", "problem", error.message.partition("; start a fleet")[0], advice)]
     if state != "ready":
         advice = "see what is wrong with the workers and the queue below, and their logs: `lorafleet logs`"
         return [Finding("gateway", "problem", f"{api.url} is not ready: {state}", advice)]

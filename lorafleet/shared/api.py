@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def given_url(args: argparse.Namespace) -> str:
     return args.url or os.environ.get(URL_VARIABLE) or load_profile(args.profile).url
 
 
+def reason_of(error: Exception) -> str:
+    """Return why a server cannot be reached, without the number of the system's error."""
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+
+
 class Api:
     """A client of one gateway."""
 
@@ -118,7 +124,7 @@ class Api:
 
     def _unreachable(self, error: Exception) -> Unavailable:
         hint = "; start a fleet with `lorafleet up MODEL`, or give its --url" if self._is_default else ""
-        return Unavailable(f"cannot reach the gateway at {self.url}: {error or type(error).__name__}{hint}")
+        return Unavailable(f"cannot reach the gateway at {self.url}: {reason_of(error)}{hint}")
 
     def health(self) -> dict[str, Any]:
         """Return the gateway's health, also where it is not ready. Raises Unavailable if cannot reach the gateway."""

@@ -101,6 +101,11 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
             "--redis-url: other users of this machine could read the password; use --redis-password-file, or give the"
             " URL as REDIS_URL"
         )
+    if urlsplit(str(vars(args).get("prometheus_url", ""))).password:
+        raise BadRequest(
+            "--prometheus-url: other users of this machine could read the password; give the URL as"
+            f" {PREFIX}PROMETHEUS_URL"
+        )
     try:
         return Settings(**flags)
     except tomllib.TOMLDecodeError as error:
@@ -109,10 +114,17 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
         raise BadRequest(str(error)) from error
     except ValidationError as error:
         problems = [
-            f"{_origin(str(problem['loc'][0]), flags, config)}: {problem['msg']}" + _given(problem)
+            f"{_origin(str(problem['loc'][0]), flags, config)}: {_wrong(problem)}" + _given(problem)
             for problem in error.errors()
         ]
         raise BadRequest("; ".join(problems)) from error
+
+
+def _wrong(problem: Any) -> str:
+    """Return what is wrong with a value: pydantic's words, but for a pattern the setting's description."""
+    if problem["type"] == "string_pattern_mismatch":
+        return f"expected: {str(Settings.model_fields[problem['loc'][0]].description).partition(';')[0]}"
+    return problem["msg"].partition(", unable to parse")[0].replace("Input should be", "must be")
 
 
 def _given(problem: Any) -> str:

@@ -60,7 +60,8 @@ class Parser(argparse.ArgumentParser):
             close = suggestion(str(value), choices)
             if isinstance(action, argparse._SubParsersAction):
                 self.error(f"unknown command {str(value)!r:.100}{close}")
-            raise argparse.ArgumentError(action, f"{value!r:.100} is not one of {', '.join(choices)}{close}")
+            known = f"one of {', '.join(choices)}" if len(choices) > 1 else f"{choices[0]}, the only choice"
+            raise argparse.ArgumentError(action, f"{value!r:.100} is not {known}{close}")
 
 
 class _HelpAll(argparse.Action):
@@ -76,9 +77,12 @@ ALIASES = ("ls",)
 
 def number(text: str) -> int:
     """Return the value of a flag that counts something. Raises ArgumentTypeError unless it is from 1 to 2⁶³ − 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.100} is not a whole number") from None
     if not 1 <= value <= sys.maxsize:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 to {sys.maxsize}")
+        raise argparse.ArgumentTypeError(f"{text} is {'less than 1' if value < 1 else 'too large'}")
     return value
 
 

@@ -177,6 +177,17 @@ class Settings(CommonSettings):
         default=16 << 20, ge=1 << 20, description="maximum size of a tenant's kept prompts and outputs"
     )
     usage_days: int = Field(default=62, ge=0, le=400, description="days that usage data is kept; 0: none is counted")
+    prometheus_url: str = Field(
+        default="",
+        pattern=r"^(https?://\S+)?$",
+        description="http(s) URL of a Prometheus that scrapes the fleet, for charts of up to 90 days; empty: the"
+        " gateway's own week",
+    )
+    prometheus_matchers: str = Field(
+        default="",
+        pattern=r'^([A-Za-z_]\w*(=|!=|=~|!~)"[^"\\]*",?)*$',
+        description='label matchers of the fleet in that Prometheus, such as namespace="prod"; empty: all its series',
+    )
     files: str = Field(
         default="",
         description="storage of uploaded files and batch results: a folder shared by all gateways, or"

@@ -88,7 +88,7 @@ async def test_a_base_is_added_asked_and_taken_away_while_it_answers(
             await wait_until(is_alone, "one base is left", every_s=0.2)
             assert await is_as_peft("pirate")
             told = await lorafleet("bases", "remove", "one", code=2)
-            assert "the settings of this fleet name the base one" in told
+            assert "the base one is in the settings of this fleet" in told
 
 
 @pytest.mark.thorough

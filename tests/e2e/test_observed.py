@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from helpers.waiting import wait_until
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from chaos.fleet import ProcessFleet, Shape, free_port
+from gateway.books.prometheus import RANGES_S, PrometheusCharts
+from gateway.http.store_http import StoreHttp
 from protocol.metrics.series import DECLARED
 
 ROOT = Path(__file__).parents[2]
@@ -185,9 +188,33 @@ async def test_prometheus_finds_data_for_every_panel_and_rule(tmp_path: Path) ->
             answer = (await fleet.http.get(f"http://127.0.0.1:{port}/api/v1/rules")).json()
             health = {rule["name"]: rule["health"] for group in answer["data"]["groups"] for rule in group["rules"]}
             assert set(health.values()) == {"ok"}, health
+            has_data = partial(_charts_have_data, f"http://127.0.0.1:{port}")
+            await wait_until(has_data, "all charts have data", every_s=0.5)
         finally:
             process.kill()
             process.wait()
+
+
+async def _charts_have_data(url: str) -> bool:
+    """Return whether a gateway's charts of every range and group have numbers from Prometheus."""
+    http = StoreHttp()
+    charts = PrometheusCharts(url, 'job="gateway"', http)
+    try:
+        for span in RANGES_S:
+            models = await charts.read(span, "model")
+            tenants = await charts.read(span, "tenant")
+            assert isinstance(models, dict), models
+            assert isinstance(tenants, dict), tenants
+            all_, *named = models["groups"]
+            columns = [all_[field] for field in ("requests", "hits", "misses", "ttft_p95_ms")]
+            columns += [models["fleet"][field] for field in ("running", "workers", "output_tokens", "computed_tokens")]
+            columns += [one[field] for one in named for field in ("requests", "output_tokens", "ttft_p50_ms")]
+            columns += [one["requests"] for one in tenants["groups"]]
+            if not all(map(any, columns)) or (len(named), len(tenants["groups"])) != (len(ADAPTERS) + 1, 2):
+                return False
+    finally:
+        await http.close()
+    return True
 
 
 async def _wrong(http: httpx2.AsyncClient, port: int, query: str) -> str:

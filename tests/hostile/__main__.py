@@ -144,7 +144,7 @@ def as_markdown(trials: Sequence[Trial], words: str) -> str:
         f"{WANTED:g} × in {num_unnoticed}. **Violations: {len(wrong)}.**",
         "",
         "| attack | p99 gap, ms: alone → beside | × | p50 gap | first token p50, ms | tokens/s | /health p99, ms "
-        f"| attacker was told | CPU, % of a core: {', '.join(COMPUTING)} | RSS, MB: {', '.join(MEMBERS)} |",
+        f"| attacker got | CPU, % of a core: {', '.join(COMPUTING)} | RSS, MB: {', '.join(MEMBERS)} |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(_row, trials),
         "",

@@ -67,7 +67,7 @@ def test_the_queue_of_a_running_fleet_is_found_by_its_data_folder(
 ) -> None:
     flags = ["--data", str(tmp_path)]
     assert main(["dlq", "list", *flags]) == 2
-    assert "none" in capsys.readouterr().err
+    assert f"no fleet runs in {tmp_path}; start one with" in capsys.readouterr().err
     server = start_embedded(tmp_path / "queue" / "tiny-1", durable=False, guarded=guarded)
     try:
         (tmp_path / "queue" / "ended-2").mkdir()
@@ -102,7 +102,7 @@ def test_the_queue_is_asked_wherever_it_is_named(
     (tmp_path / "fleet.toml").write_text(f'redis_url = "{url}"\n')
     values = {"LORAFLEET_CONFIG": str(tmp_path / "fleet.toml"), "LORAFLEET_DATA": str(tmp_path)}
     monkeypatch.setenv(name, values.get(name, url))
-    told = f"running with --data {tmp_path}: none" if name == "LORAFLEET_DATA" else "cannot reach the queue"
+    told = f"no fleet runs in {tmp_path}; start one with" if name == "LORAFLEET_DATA" else "cannot reach the queue"
     assert main(["dlq", "list"]) == (2 if name == "LORAFLEET_DATA" else 1)
     assert told in capsys.readouterr().err
     monkeypatch.setenv("LORAFLEET_URL", NOBODY)  # it stands before what names the queue

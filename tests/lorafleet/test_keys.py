@@ -87,7 +87,6 @@ def test_a_key_is_made_listed_and_revoked(
     [
         (["--tenant", "a:b"], "'a:b' cannot be a tenant's name"),
         (["--tenant", "public"], "'public' cannot be a tenant's name"),
-        (["--tenant", "a", "--scopes", "root"], "root are not valid scopes; these are infer, adapters, admin"),
         (["--tenant", "a", "--expires", "soon"], "'soon' is not a lifetime"),
         (["--tenant", "a", "--concurrency", "-1"], "limits must not be negative"),
     ],

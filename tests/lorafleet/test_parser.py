@@ -50,6 +50,17 @@ def test_every_help_has_examples_that_parse(subtests: pytest.Subtests) -> None:
         ("up x --adaptrs=y", "lorafleet up: error: unknown argument --adaptrs; did you mean --adapters?"),
         ("completion fsh", "'fsh' is not one of bash, zsh, fish; did you mean fish?"),
         ("zzzz", "unknown command 'zzzz' (see lorafleet --help)"),
+        ("--verison", "lorafleet: error: unknown argument --verison; did you mean --version?"),
+        ("chat", "the following arguments are required: MODEL (see"),
+        ("serve", "required: gateway|scheduler|worker|store (see"),
+        ("profile", "required: MODEL (see"),
+        ("audit --limit 0", "argument --limit: 0 is less than 1 (see"),
+        ("audit --limit 9223372036854775808", "argument --limit: 9223372036854775808 is too large (see"),
+        ("audit --limit x", "argument --limit: 'x' is not a whole number (see"),
+        ("bench --requests 0", "argument --requests: 0 is less than 1 (see"),
+        ("adapters convert a b --rank 8", "argument --rank: '8' is not auto, the only choice (see"),
+        ("keys create --tenant a --scopes infer,adaptors", "not one of infer, adapters, admin; did you mean"),
+        ("keys create --tenant a --scopes ,", "argument --scopes: give at least one of infer, adapters, admin (see"),
     ],
 )  # fmt: skip
 def test_an_unknown_word_gets_a_suggestion(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,6 +70,20 @@ def test_an_unknown_word_gets_a_suggestion(words: str, said: str, capsys: pytest
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
+
+
+def test_the_command_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert "examples:" in shown
+    assert _printed(["help"], capsys) == shown
+    assert _printed(["help", "chat"], capsys) == _printed(["chat", "--help"], capsys)
+
+
+def test_a_benchmark_without_a_server_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "http://127.0.0.1:9"]) == 2
+    said = "cannot reach the server at http://127.0.0.1:9: Connection refused"
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_ls_is_list_everywhere() -> None:

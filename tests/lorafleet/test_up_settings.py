@@ -71,6 +71,9 @@ def test_no_secret_can_be_given_where_everybody_reads_it(
     printed = error_of(words, capsys)
     assert "--redis-password-file" in printed
     assert "hunter2" not in printed
+    printed = error_of(["up", "x/y", "--prometheus-url", "https://user:hunter2@h/"], capsys)
+    assert "LORAFLEET_PROMETHEUS_URL" in printed
+    assert "hunter2" not in printed
     monkeypatch.setenv("REDIS_URL", "http://user:hunter2@h/0")
     assert "hunter2" not in error_of(["up", "x/y"], capsys)
 
@@ -120,13 +123,13 @@ def test_settings_survive_the_way_to_a_child(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "COMMAND"),
         (["upp"], "unknown command 'upp'"),
         (["up"], "MODEL is missing"),
-        (["up", "x/y", "--port", "web"], "--port: Input should be a valid integer"),
-        (["up", "x/y", "--port", "70000"], "--port: Input should be less than or equal to 65535"),
-        (["up", "x/y", "--device", "tpu"], "--device: Input should be 'auto', 'cpu' or 'cuda', not 'tpu'"),
-        (["up", "x/y", "--workers", "-1"], "--workers: Input should be greater than or equal to 0"),
+        (["up", "x/y", "--port", "web"], "--port: must be a valid integer"),
+        (["up", "x/y", "--prometheus-url", "h:9090"], "--prometheus-url: expected: http(s) URL of a Prometheus that"),
+        (["up", "x/y", "--port", "70000"], "--port: must be less than or equal to 65535"),
+        (["up", "x/y", "--device", "tpu"], "--device: must be 'auto', 'cpu' or 'cuda', not 'tpu'"),
+        (["up", "x/y", "--workers", "-1"], "--workers: must be greater than or equal to 0"),
         (["up", "x/y", "--prot", "1"], "unknown argument --prot; did you mean --port?"),
         (["up", "./nowhere", "--port", "0"], "'./nowhere' is neither a folder nor a Hub id"),
         (["up", "x/y", "--adapters", "./nowhere"], "--adapters: nowhere is not a folder"),

@@ -1,13 +1,14 @@
 // The fleet's current state: queue and workers; and charts of a chosen range, which the gateway keeps.
 
-import { html } from "./vendor/preact-htm.js";
+import { html, useState } from "./vendor/preact-htm.js";
 import { get, pages, post, query } from "./api.js";
 import { Lines } from "./charts.js";
 import { Act, Cut, Scroll, Share, Stale, State, ago, bytes, confirmed, count, usePoll } from "./parts.js";
 import { href, replace } from "./route.js";
 
 const EVERY_MS = 2000;
-const RANGES = [["15m", "15 min"], ["1h", "1 hour"], ["6h", "6 hours"], ["24h", "24 hours"], ["7d", "7 days"]];
+const RANGES = [["15m", "15 min"], ["1h", "1 hour"], ["6h", "6 hours"], ["24h", "24 hours"], ["7d", "7 days"], ["30d", "30 days"], ["90d", "90 days"]];
+const OWN = ["15m", "1h", "6h", "24h", "7d"]; // ranges that every gateway has
 const PHASES = ["plan_s", "inputs_s", "forward_s", "sample_s", "finish_s"];
 
 // ------------------------------------------------------------ workers
@@ -113,18 +114,23 @@ const METRICS = {
   hits: ["Pool hit rate", "%", (one) => share(one.hits, one.misses)],
 };
 
-function Charts({ params, set }) {
+function Charts({ params, set, offer }) {
   const { range } = params;
   const by = params.by === "tenant" ? "tenant" : "model";
   const metric = METRICS[params.metric] ? params.metric : "requests";
-  const { value, error } = usePoll(async (signal) => complete(await get(`v1/timeseries${query({ range, group_by: by })}`, signal)), range === "15m" ? 5000 : 30_000, [range, by]);
-  if (!value) return error ? null : html`<p>Loading …</p>`;
+  const { value, error } = usePoll(async (signal) => {
+    const answer = await get(`v1/timeseries${query({ range, group_by: by })}`, signal);
+    offer(answer.ranges);
+    return complete(answer);
+  }, range === "15m" ? 5000 : 30_000, [range, by]);
+  if (!value) return error ? html`<p class="note">${error.message}</p>` : html`<p>Loading …</p>`;
   const { fleet, step_s: step } = value;
   const times = Array.from({ length: value.num }, (_, place) => value.start_time + place * step);
   const [all, ...groups] = value.groups;
   const [title, unit, values] = METRICS[metric];
   return html`
-    ${value.gateways > 1 ? html`<p class="note">There are ${value.gateways} gateways: calls, errors and times to first token are those of the one that serves this page. Queue, throughput and prefix cache are of the whole fleet.</p>` : null}
+    ${value.note ? html`<p class="note">${value.note}</p>` : null}
+    ${value.gateways > 1 && value.source === "gateway" ? html`<p class="note">There are ${value.gateways} gateways: calls, errors and times to first token are those of the one that serves this page. Queue, throughput and prefix cache are of the whole fleet.</p>` : null}
     <div class="grid charts">
       <section class="panel"><${Lines} title="Queue" unit="requests" times=${times} lines=${[{ label: "running", values: fleet.running }, { label: "queued", values: fleet.queued }]} /></section>
       <section class="panel"><${Lines} title="Throughput" unit="tokens/s" times=${times} lines=${[{ label: "all workers", values: per(fleet.output_tokens, 1, value) }]} /></section>
@@ -145,6 +151,7 @@ function Charts({ params, set }) {
 
 export function Overview({ route }) {
   const poll = usePoll(look, EVERY_MS);
+  const [ranges, offer] = useState(OWN);
   const range = RANGES.some(([name]) => name === route.params.range) ? route.params.range : "15m";
   const set = (more) => replace(href("overview", "", { ...route.params, ...more }));
   if (!poll.value) return poll.error ? html`<${Stale} poll=${poll} />` : html`<p>Loading …</p>`;
@@ -167,6 +174,6 @@ export function Overview({ route }) {
     <section class=${`panel ${poll.error ? "stale" : ""}`} aria-label="Queue"><dl class="facts">${facts.map(([name, fact]) => html`<div><dt>${name}</dt><dd>${fact}</dd></div>`)}</dl></section>
     ${fleet.bases ? html`<${Bases} bases=${fleet.bases} failed=${fleet.failed} />` : null}
     <section class="panel"><h2>Workers</h2><${Workers} workers=${workers} steps=${steps} again=${poll.again} lost=${poll.error?.status === 0} several=${Boolean(fleet.bases)} /></section>
-    <div class="row tabs" role="group" aria-label="Range of the charts">${RANGES.map(([name, words]) => html`<button type="button" aria-pressed=${name === range ? "true" : "false"} onClick=${() => set({ range: name })}>${words}</button>`)}</div>
-    <${Charts} params=${{ ...route.params, range }} set=${set} />`;
+    <div class="row tabs" role="group" aria-label="Range of the charts">${RANGES.filter(([name]) => ranges.includes(name)).map(([name, words]) => html`<button type="button" aria-pressed=${name === range ? "true" : "false"} onClick=${() => set({ range: name })}>${words}</button>`)}</div>
+    <${Charts} params=${{ ...route.params, range }} set=${set} offer=${offer} />`;
 }

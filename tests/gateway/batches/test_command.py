@@ -59,7 +59,7 @@ async def test_a_wrong_file_is_told(
     path.write_text(call(1, model=BASE_NAME) + "\n{")
     assert await lorafleet(gateway, "run", str(path)) == 1
     assert "line 2" in capsys.readouterr().err
-    for text, told in (("{", "line 1"), ("{}", "--endpoint"), ("[]", "not a JSON object")):
+    for text, told in (("", "is empty"), ("{", "line 1"), ("{}", "--endpoint"), ("[]", "not a JSON object")):
         path.write_text(text)
         assert await lorafleet(gateway, "run", str(path)) == 2
         assert told in capsys.readouterr().err

@@ -193,6 +193,25 @@ async def test_charts_have_units_and_what_was_before_a_reload(fleet: ScriptedFle
     await tab.page.get_by_role("img", name=re.compile(r"^Queue, .*queued \d+ requests")).wait_for()
 
 
+async def test_longer_ranges_come_with_a_prometheus_and_a_note_without_its_reply(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    async with running_browser() as browser:
+        async with running_gateway(bus, model_folder) as gateway:
+            tab = Tab(await browser.new_page(), gateway.url)
+            await tab.page.goto(f"{gateway.url}/console#/overview?range=30d")
+            await tab.page.get_by_text("range 30d needs a Prometheus").wait_for()
+            assert await tab.page.get_by_role("button", name="30 days").count() == 0
+        async with running_gateway(bus, model_folder, prometheus_url="http://127.0.0.1:9") as gateway:
+            tab = Tab(await browser.new_page(), gateway.url)
+            await tab.enter()
+            await tab.page.get_by_role("button", name="90 days").click()
+            await tab.page.get_by_text("These are the last 7d of this gateway's own numbers").wait_for()
+            await tab.page.get_by_role("img", name=re.compile("^Queue, ")).wait_for()
+            await tab.page.get_by_role("button", name="1 hour").click()
+            await tab.page.get_by_text("Prometheus").wait_for(state="detached")
+
+
 async def test_the_theme_is_kept_and_refresh_is_paused(fleet: ScriptedFleet, tab: Tab) -> None:
     asked: list[str] = []
     await tab.page.clock.install()

@@ -1,0 +1,117 @@
+"""The numbers of the console's charts as PromQL over the declared series: one query for all charts of a range.
+
+A gateway that has the address of a Prometheus asks it for them (`gateway/books/prometheus.py`). What is said of the
+fleet is in the /metrics of every gateway, so it takes the `max`; calls are counted where they are served, and added.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from string import Template
+from typing import Literal
+
+from protocol.metrics.names import OTHER
+
+FIELD = "field"
+"""Label of a query's results: the name of the number, one of `FLEET` after `OF_FLEET`."""
+
+OF_FLEET = "fleet:"
+
+Group = Literal["tenant", "model"]
+
+
+def _sum(selector: str) -> str:
+    return f"sum by ($by) (increase({selector}[$w]))"
+
+
+def _quantile(share: float, name: str) -> str:
+    return f"1000 * histogram_quantile({share}, sum by (le, $by) (rate({name}_bucket{{$m}}[$w])))"
+
+
+def _workers(kind: str) -> str:
+    return f'sum(max by (worker) (increase(lorafleet_worker_tokens_total{{kind="{kind}",$m}}[$w])))'
+
+
+MODEL = {
+    "requests": _sum("lorafleet_adapter_requests_total{$m}"),
+    "prompt_tokens": _sum('lorafleet_adapter_tokens_total{kind="prompt",$m}'),
+    "output_tokens": _sum('lorafleet_adapter_tokens_total{kind="output",$m}'),
+    "hits": _sum('lorafleet_adapter_uses_total{tier="resident",$m}'),
+    "misses": _sum('lorafleet_adapter_uses_total{tier!="resident",$m}'),
+    "ttft_p50_ms": _quantile(0.5, "lorafleet_adapter_first_token_seconds"),
+    "ttft_p95_ms": _quantile(0.95, "lorafleet_adapter_first_token_seconds"),
+}
+"""Of each model. `$w`: the length of a period, `$m`: matchers that select series, `$by`: the label to group by."""
+
+TENANT = {
+    "requests": _sum("lorafleet_tenant_queue_seconds_count{$m}"),
+    "prompt_tokens": _sum('lorafleet_tenant_tokens_total{kind="prompt",$m}'),
+    "output_tokens": _sum('lorafleet_tenant_tokens_total{kind="output",$m}'),
+    "refused": _sum("lorafleet_tenant_refused_total{$m}"),
+}
+"""Of each tenant; its requests are those that reached a worker."""
+
+TOTAL = MODEL | {
+    "requests": _sum("lorax_request_input_length_count{$m}"),
+    "prompt_tokens": _sum("lorafleet_prompt_tokens_total{$m}"),
+    "output_tokens": _sum("lorafleet_output_tokens_total{$m}"),
+    "refused": TENANT["refused"],
+    "client_errors": _sum('lorafleet_http_requests_total{method="POST",status=~"4..",status!="429",$m}'),
+    "server_errors": _sum('lorafleet_http_requests_total{method="POST",status=~"5..",$m}'),
+    "ttft_p50_ms": _quantile(0.5, "lorafleet_time_to_first_token_seconds"),
+    "ttft_p95_ms": _quantile(0.95, "lorafleet_time_to_first_token_seconds"),
+}
+"""Of all calls; the errors are those of every POST.
+
+Series with fixed labels begin at 0 with their gateway. One with a name begins with its first calls, which Prometheus
+therefore counts in no period, so sums are not taken of those where there is another series.
+"""
+
+FLEET = {
+    "queued": "max(max_over_time(lorafleet_queued_requests{$m}[$w]))",
+    "running": "max(max_over_time(lorafleet_running_requests{$m}[$w]))",
+    "oldest_s": "max(max_over_time(lorafleet_oldest_queued_seconds{$m}[$w]))",
+    "workers": "max(max_over_time(lorafleet_workers{$m}[$w]))",
+    "output_tokens": _workers("output"),
+    "computed_tokens": _workers("computed"),
+    "cached_tokens": _workers("cached"),
+}
+
+GROUPS: Mapping[Group, tuple[str, Mapping[str, str]]] = {"model": ("adapter", MODEL), "tenant": ("tenant", TENANT)}
+"""The label that has the names of a group, and what is known of each name."""
+
+
+def busiest(group: Group, num: int, range_s: int, matchers: str) -> str:
+    """Return the query for the names of a group that had the most requests in the last `range_s` seconds."""
+    label, numbers = GROUPS[group]
+    named = f'{label}!="other",{matchers}'
+    return f"topk({num}, {_filled(numbers['requests'], range_s, named, label)} > 0)"
+
+
+def chart(group: Group | None, names: Sequence[str], step_s: int, matchers: str) -> str:
+    """Return the query for all charts. Its results have the label `FIELD`; those of a group the group's label too.
+
+    names: the tenants or models that are shown apart; the counts of all others are those of `OTHER`. matchers: select
+    the fleet's series, "" for all of the server.
+    """
+    found = [_labelled(name, _filled(text, step_s, matchers)) for name, text in TOTAL.items()]
+    found += [_labelled(OF_FLEET + name, _filled(text, step_s, matchers)) for name, text in FLEET.items()]
+    if group is not None:
+        label, numbers = GROUPS[group]
+        chosen = json.dumps("|".join(map(re.escape, names)), ensure_ascii=False)
+        for name, text in numbers.items():
+            found.append(_labelled(name, _filled(text, step_s, f"{label}=~{chosen},{matchers}", label)))
+            if not name.startswith("ttft"):  # times to first token of a thousand names take long
+                others = _filled(text, step_s, f"{label}!~{chosen},{matchers}")
+                found.append(_labelled(name, f'label_replace({others}, "{label}", "{OTHER}", "", "")'))
+    return " or ".join(found)
+
+
+def _filled(text: str, window_s: int, matchers: str, by: str = "") -> str:
+    return Template(text).substitute(w=f"{window_s}s", m=matchers, by=by)
+
+
+def _labelled(name: str, text: str) -> str:
+    return f'label_replace({text}, "{FIELD}", "{name}", "", "")'
