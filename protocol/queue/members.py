@@ -33,8 +33,11 @@ MAX_BASES = 32
 MAX_REASON = 500
 """Characters of the reason why a base's worker has not started."""
 
+_BASE = m.encode("base")
+"""Names the field of a heartbeat that comes first, the worker's base."""
+
 _BEFORE_BASE = 16
-"""Most bytes of a heartbeat before the name of its worker's base, which comes first."""
+"""Most bytes of a heartbeat before that base's name."""
 
 _FAILED = "\0"
 """Begins the fields of `Keys.bases` that are reasons of failures, by the base's name."""
@@ -107,25 +110,21 @@ class Members:
 
         That is its own or, in a fleet of one base, that under which live workers serve the same weights. fleet: the
         names of its fleet's bases, if it has several. Raises Conflict when live workers serve another base by its
-        name, or the fleet has another one only; with `fleet`, when they serve its weights by another name; and when
-        there are too many bases.
+        name, or the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an
+        earlier version; and when there are too many bases.
         """
         keys = self._keys
         beats: dict[str, bytes] = {}  # their beginnings, each read once, however many workers join meanwhile
         while True:
             first, further, wids = await self._raw_bases()
+            others = [wid for wid in wids if wid != beat.wid]
+            unread = [wid for wid in others if wid not in beats]
             known = {base.name: base for base in _decoded(first, further)}
+            beats |= await self._beginnings(unread, max(len(m.encode(name)) for name in (*known, served.name)))
             by_operators = decoded(await self._redis.get(keys.added_bases))
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was removed from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
-            others = [wid for wid in wids if wid != beat.wid]
-            unread = [wid for wid in others if wid not in beats]
-            most = max(len(m.encode(name)) for name in (*known, served.name))
-            pipe = self._redis.pipeline(transaction=False)
-            for wid in unread:
-                pipe.getrange(keys.worker_beat(wid), 0, _BEFORE_BASE + most)
-            beats |= {wid: raw for wid, raw in zip(unread, await pipe.execute(), strict=True) if raw}
             names = _fleet_of(served.name, fleet, by_operators.bases, known)
             joining = joining_of(served, known, names, [beats[wid] for wid in others if wid in beats])
             name = joining.base.name
@@ -137,6 +136,20 @@ class Members:
             )  # fmt: skip
             if await self._scripts.run(call) == b"joined":
                 return name
+
+    async def _beginnings(self, wids: Sequence[str], longest: int) -> dict[str, bytes]:
+        """Return of workers' heartbeats, which come to megabytes, as much as says which bases they serve.
+
+        longest: bytes of the longest name of a base. Of earlier versions, which name it elsewhere or not at all, it is
+        the whole heartbeat.
+        """
+        pipe = self._redis.pipeline(transaction=False)
+        for wid in wids:
+            pipe.getrange(self._keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
+        found = {wid: raw for wid, raw in zip(wids, await pipe.execute(), strict=True) if raw}
+        old = [wid for wid, raw in found.items() if _BASE not in raw]
+        raws = await read_many(self._redis, [self._keys.worker_beat(wid) for wid in old])
+        return found | {wid: raw or b"" for wid, raw in zip(old, raws, strict=True)}
 
     async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes], list[str]]:
         """Return the records of the first base, b"" without one, and of the further ones by name, as written.
@@ -314,35 +327,50 @@ def joining_of(
     fleet: Sequence[str],
     beats: Sequence[bytes],
 ) -> Joining:
-    """Return how the worker of a base joins, by the known records and the beginnings of live beats. Pure.
+    """Return how the worker of a base joins, by the records that are known and the beats of live workers. Pure.
 
     fleet: the names of its fleet's bases, if it has several. When a worker of a base without record joins a fleet
     without workers, the records go of bases that are none of these. Raises as `Members.join`.
     """
     first_name = next(iter(known), served.name)
-    field = m.encode("base")
-    live = {name for name in (*known, served.name) if any(field + m.encode(name) in raw for raw in beats)}
-    twins = [name for name, base in known.items() if name != served.name and base.is_same(served)]
+    live, has_old = _live([*known, served.name], first_name, beats)
+    twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
     if fleet and live.intersection(twins):
         taken = min(live.intersection(twins))
         text = f"this fleet serves the weights of {served.name} as {taken}; name each base model once"
         raise Conflict(text, code="base_named_twice")
+    if not fleet and served.name not in known:  # earlier versions reported no weights, and knew one base by many names
+        twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
     name = next((name for name in twins if name in live), served.name)
     base = msgspec.structs.replace(served, name=name)
     other = known.get(name, base)
+    serves = f"this fleet serves {', '.join(known)}; {name} cannot join it"
     if name in live:
         if not other.is_same(base):
             raise Conflict(_taken(base, other), code="base_name_taken")
         base = msgspec.structs.replace(base, max_model_len=min(base.max_model_len, other.max_model_len))
+    elif has_old:
+        text = f"{serves} beside workers of an earlier version, which know of one base only: update those first"
+        raise Conflict(text, code="old_workers")
     elif beats and not fleet:
-        text = f"this fleet serves {', '.join(known)}; {name} cannot join it: a fleet of several bases has"
-        raise Conflict(f"{text} --more-models on all services", code="other_base")
+        text = f"{serves}: a fleet of several bases has --more-models on all services"
+        raise Conflict(text, code="other_base")
     if name in known or name == first_name:
         return Joining(base, name == first_name, ())
     dropped = [] if beats else [one for one in known if one not in fleet]
     if len(known) - len(dropped) >= MAX_BASES:
         raise Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {name} cannot join it")
     return Joining(base, first_name in dropped, dropped)
+
+
+def _live(names: Iterable[str], first: str, beats: Sequence[bytes]) -> tuple[set[str], bool]:
+    """Return which bases live workers serve, and whether some are of an earlier version, which names none.
+
+    Those are of the first one, and only their beats are decoded.
+    """
+    live = {name for name in names if any(_BASE + m.encode(name) in raw for raw in beats)}
+    has_old = any(_BASE not in raw and _beat(raw) is not None for raw in beats)
+    return live | ({first} if has_old else set()), has_old
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:

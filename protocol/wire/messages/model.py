@@ -73,8 +73,13 @@ class ServedModel(Wire, frozen=True):
         return msgspec.structs.replace(self, max_model_len=left) if num_virtual else self
 
     def is_same(self, other: ServedModel) -> bool:
-        """Return whether both are one base: of one config and layout, and of the same weights."""
-        return (self.fingerprint, self.weights) == (other.fingerprint, other.weights)
+        """Return whether both are one base: of one config, layout and, as far as both say, of the same weights."""
+        unknown = not self.weights or not other.weights  # of a worker of an earlier version
+        return self.fingerprint == other.fingerprint and (unknown or self.weights == other.weights)
+
+    def has_weights_of(self, other: ServedModel) -> bool:
+        """Return whether both are known to be one base."""
+        return bool(self.weights) and bool(other.weights) and self.is_same(other)
 
     def does(self, task: Task) -> bool:
         """Return whether requests may ask this of the model."""
