@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -35,9 +34,6 @@ EXCUSES = {
 
 RTOL, ATOL = 2e-3, 2e-4
 """Within which two computations of one vector in float32 agree."""
-
-AT_THE_DOOR = "so that another one can take the request"
-"""Part of what a call is told that a gateway which is shutting down has not taken; others wait until it has ended."""
 
 KILLS_OF_A_BASE = 3
 """Killed starts in a row after which the scheduler takes a base for failed, for a minute or more: its `MAX_LOST`."""
@@ -103,60 +99,6 @@ def unexcused(attempt: Attempt, hits: Iterable[Hit]) -> str:
         if hit.kind in kinds and same and hit.at_s - SLACK_S <= attempt.ended_s and attempt.began_s <= over_s:
             return ""
     return f"{attempt.outcome} {attempt.code} {attempt.detail}".strip()
-
-
-Counts = tuple[int, int, int]
-"""Requests, prompt tokens and output tokens."""
-
-
-@dataclass(slots=True)
-class Books:
-    """What the fleet's usage must come to, by model: between what clients were told and what they may have caused."""
-
-    least: dict[str, Counts] = field(default_factory=dict[str, Counts])
-    most: dict[str, Counts] = field(default_factory=dict[str, Counts])
-
-    def note(self, call: Call, expected: Expected) -> None:
-        """Note a call of a client that has got its answer, or has given up."""
-        counts = (1, expected.num_prompt_tokens, expected.num_tokens)
-        is_keyed = call.style not in ("stream", "whole")  # attempts with one key are one request
-        unfinished = [attempt for attempt in call.attempts if _may_have_run(attempt)]
-        num = int(call.is_complete)
-        num_most = 1 if is_keyed else num + len(unfinished)
-        self._add(self.least, call.ask.model, num, counts)
-        self._add(self.most, call.ask.model, num_most, counts)
-
-    def _add(self, to: dict[str, Counts], model: str, times: int, counts: Counts) -> None:
-        a, b, c = to.get(model, (0, 0, 0))
-        to[model] = (a + times * counts[0], b + times * counts[1], c + times * counts[2])
-
-    def wrong(self, counted: Mapping[str, Counts], *, may_lack: bool, may_exceed: bool) -> list[str]:
-        """Return what is wrong with what was counted, by model.
-
-        may_lack: the queue has lost its last second. may_exceed: others ask the same models.
-        """
-        found: list[str] = []
-        for model in sorted({*self.least, *counted}):
-            nothing = (0, 0, 0)
-            have, least, most = (where.get(model, nothing) for where in (counted, self.least, self.most))
-            if not may_lack and any(a < b for a, b in zip(have, least, strict=True)):
-                found.append(f"usage of {model} is {have}, and clients were told {least}")
-            if not may_exceed and any(a > b for a, b in zip(have, most, strict=True)):
-                found.append(f"usage of {model} is {have}, and clients can have caused {most}")
-        return found
-
-
-def _may_have_run(attempt: Attempt) -> bool:
-    """Return whether an attempt without an answer may have been computed.
-
-    One that was told `queue_unavailable` may have reached the queue, whose reply was lost. A gateway that is shutting
-    down refuses new calls, and after its grace period tells those that still wait in other words.
-    """
-    if attempt.outcome != "refused":
-        return attempt.outcome != "complete"
-    return attempt.code == "queue_unavailable" or (
-        attempt.code == "shutting_down" and AT_THE_DOOR not in attempt.detail
-    )
 
 
 def lost_webhooks(never: Iterable[tuple[str, str]], waiting: Iterable[Delivery], max_tries: int) -> list[str]:

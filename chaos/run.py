@@ -33,8 +33,8 @@ from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
 from chaos.replicated import FAILOVERS, ReplicatedQueue
 from chaos.shortage import Clocks
-from protocol.queue.books.usage import DAY_S
-from protocol.queue.bus import CONNECTION_ERRORS, now_ms
+from chaos.usage import Books, wrong_usage
+from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.service import wait_any
 from protocol.wire.keys import CLASSES
 from protocol.wire.messages import Delivery
@@ -136,7 +136,7 @@ class Run:
         self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only, only=plan.only, hows=plan.hows)
         self._client_key, self._attacker_key, self._operator_key = keys
         self._turns = Turns(plan.models([ask.model for ask in asks if ask.model not in plan.models(())]))
-        self._books = check.Books()
+        self._books = Books()
         self._client = Client(fleet.urls, self._client_key)
         self._checks: set[asyncio.Task[None]] = set()
 
@@ -381,7 +381,11 @@ class Run:
                 break
             await asyncio.sleep(0.5)
         self._check_lost_batches()
-        await self._check_usage()
+        self.tally.violations += await wrong_usage(
+            self.fleet.bus, CLIENTS if self._client_key else PUBLIC, self._books, self.plan.more_bases,
+            may_lack=any(map(self._loses, self.havoc.hits)),
+            may_exceed=self.plan.num_turns > 0 or (self.plan.stores and not self._operator_key),
+        )  # fmt: skip
         if self._receiver is not None:
             told = {event for event, ended_s in self._ended.items() if not self._may_be_forgotten(ended_s)}
             self.tally.violations += self._receiver.violations
@@ -399,22 +403,6 @@ class Run:
         cuts = [hit for hit in self.havoc.hits if self._loses(hit)]
         if self.tally.num_lost_batches > len(cuts):
             self.tally.violations.append(f"{self.tally.num_lost_batches} batches are lost after {len(cuts)} power cuts")
-
-    async def _check_usage(self) -> None:
-        """Compare what was counted of each model with what clients were told. Lines of batches are counted apart."""
-        usage, today = self.fleet.bus.usage, now_ms() // (DAY_S * 1000)
-        counted: dict[str, check.Counts] = {}
-        for day in (today - 1, today):
-            for row in await usage.rows(day, CLIENTS if self._client_key else PUBLIC):
-                if not row.batch:
-                    model = row.model if row.digest or row.model in self.plan.more_bases else "base"
-                    a, b, c = counted.get(model, (0, 0, 0))
-                    counted[model] = (a + row.requests, b + row.prompt_tokens, c + row.output_tokens)
-        self.tally.violations += self._books.wrong(
-            counted,
-            may_lack=any(map(self._loses, self.havoc.hits)),
-            may_exceed=self.plan.num_turns > 0 or (self.plan.stores and not self._operator_key),
-        )
 
     async def _left_over(self) -> list[str]:
         bus = self.fleet.bus

@@ -97,6 +97,11 @@ class Call:
         """Whether the last attempt got the whole answer."""
         return bool(self.attempts) and self.attempts[-1].outcome == "complete"
 
+    @property
+    def is_keyed(self) -> bool:
+        """Whether all attempts have one Idempotency-Key, and so are one request."""
+        return self.style not in ("stream", "whole", "vector")
+
     def note(self, attempt: Attempt) -> None:
         """Note the time if the attempt has shown more than anything before."""
         if len(attempt.text) > self.num_known:
@@ -121,8 +126,7 @@ class Client:
 
     async def ask(self, ask: Ask, style: Style, call: Call) -> None:
         """Ask until the whole answer is there, or GIVE_UP_S have passed. Everything shown goes into `call`."""
-        is_keyed = style not in ("stream", "whole", "vector")
-        headers = {"idempotency-key": uuid.uuid4().hex} if is_keyed else {}
+        headers = {"idempotency-key": uuid.uuid4().hex} if call.is_keyed else {}
         while not call.is_complete and time.monotonic() < call.began_s + GIVE_UP_S:
             if call.attempts:
                 await asyncio.sleep(PAUSE_S)

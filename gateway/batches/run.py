@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -22,7 +22,6 @@ from gateway.auth.callers import Caller
 from gateway.batches.inner_calls import InnerCalls
 from gateway.batches.lines import BatchLine, InputLines, LineCall, call_of, read_lines, turn_of
 from gateway.batches.results import KINDS, Kind, LineAnswer, Results, answer_of, failure_of
-from gateway.calls.submit import cancel
 from gateway.files.files import HELD_S, FileService
 from gateway.files.storage import Storage
 from gateway.http.paths import SMALL_BODY_BYTES
@@ -409,8 +408,9 @@ class BatchRun:
         for some in _slices(open_lines, 256):
             keys = [self._bus.keys.idem(caller.owner, self._key(line)) for line in some]
             for record in await self._bus.get_many(keys, m.Idempotent):
-                if record is not None:
-                    await cancel(self._bus, record.rids)
+                for rid in record.rids if record is not None else ():
+                    with suppress(*CONNECTION_ERRORS):  # it ends at its deadline
+                        await self._bus.cancel(rid)
 
     # ------------------------------------------------------------ storage
 

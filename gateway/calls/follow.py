@@ -12,7 +12,7 @@ from typing import TypeVar
 from gateway.calls import observe
 from gateway.calls.choices import Choice, Piece, tokens_of
 from gateway.calls.replies import Replies
-from gateway.calls.submit import SubmittedCall, cancel
+from gateway.calls.submit import SubmittedCall
 from gateway.calls.trace import TRACE_OF
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import CallUsage
@@ -168,7 +168,7 @@ class Generation:
         if self.is_done:
             observe.succeeded(self._kind, time.monotonic() - self._started_s, num_tokens, self._trace_id)
         elif not self.call.parsed.key:
-            await cancel(self._replies.bus, list(self._open))
+            await self._replies.cancel(list(self._open))
 
     # ------------------------------------------------------------ order
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from protocol.metrics.series import GATEWAY_LOG_READS, GATEWAY_STALE_DELTAS
-from protocol.queue.bus import Bus, decode
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
 from protocol.runtime.guarded import FAILED
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, ProtocolError
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 STREAM_TTL_S = 300
 STREAM_MAX_AGE_MS = 60_000
 KEEP_S = 1.0  # pause between two looks whether the stream exists
+MAX_ABANDONED = 1024  # requests; others end at their deadline
+NUM_LOOKS = 5  # turns of `keep` in which a request may come into the queue that was submitted before
 MAX_PENDING = 64  # deltas held for one call; a client that takes them more slowly is served from the log
 
 
@@ -203,6 +205,7 @@ class Replies:
         # From the beginning: a request may have been answered before the first read.
         self._last_ids = {self._stream: b"0"}
         self._subscriptions: dict[str, list[Subscription]] = {}
+        self._abandoned: dict[str, int] = {}  # request -> how often it was cancelled and was not there
 
     def subscribe(self, rids: Sequence[str], *, eager: bool) -> Subscription:
         """Open a mailbox, before the requests are submitted, so that nothing is missed. eager: wake for every delta."""
@@ -226,6 +229,17 @@ class Replies:
         for listeners in list(self._subscriptions.values()):
             for subscription in listeners:
                 subscription.fail(error)
+
+    async def cancel(self, rids: Sequence[str]) -> None:
+        """Take requests out of the queue and stop those that run; as soon as it can be reached, if it cannot be now."""
+        try:
+            await asyncio.gather(*(self.bus.cancel(rid) for rid in rids))
+        except CONNECTION_ERRORS:
+            self.abandon(rids)
+
+    def abandon(self, rids: Sequence[str]) -> None:
+        """Cancel, once the queue can be reached, requests that it may have, or may get, although it has not said so."""
+        self._abandoned |= dict.fromkeys(rids[: MAX_ABANDONED - len(self._abandoned)], 0)
 
     async def read_log(self, rid: str, cursor: Cursor, record_bytes: int, limit: int) -> m.Delta | None:
         """Return what a request's log holds beyond the cursor, see `Bus.read_log`."""
@@ -258,6 +272,11 @@ class Replies:
             for listeners in self._subscriptions.values():
                 for subscription in listeners:
                     subscription.nudge(restarted=restarted)
+        for rid, num_looks in list(self._abandoned.items()):
+            if await self._beats.cancel(rid) or num_looks == NUM_LOOKS:
+                del self._abandoned[rid]
+            else:
+                self._abandoned[rid] += 1
 
     async def close(self) -> None:
         """Remove this gateway from the queue."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,14 +22,13 @@ from gateway.calls.trace import TRACE_OF
 from gateway.http.errors import OUTCOME_OF
 from peft_adapters.recipe import is_merge
 from protocol.queue.books.usage import CountedFor, usage_of
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.queue.bus import Bus, decode, now_ms
+from protocol.queue.connection.line import LOST
 from protocol.queue.history import kept_for
 from protocol.queue.kept.jobs import NewJob
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.messages.requests import fields_in_use
-
-logger = logging.getLogger(__name__)
 
 PREFIX_TOKENS = 128  # prompt tokens hashed for the scheduler's prefix affinity
 
@@ -95,13 +93,12 @@ class Submitter:
         record = record_of(made, new.job.jid if new is not None else "") if made.parsed.key else None
         try:
             earlier = await self.put(call, requests, record, new)
-        except asyncio.CancelledError:
+        except BaseException as failure:
             self._replies.unsubscribe(mail)
-            if not made.parsed.key:
-                await cancel(self._bus, made.rids)  # the queue may have it, and nobody would take it out any more
-            raise
-        except BaseException:
-            self._replies.unsubscribe(mail)
+            if not made.parsed.key and isinstance(failure, asyncio.CancelledError):
+                await self._replies.cancel(made.rids)  # the queue may have it, and nobody would take it out any more
+            elif not made.parsed.key and isinstance(failure, LOST):
+                self._replies.abandon(made.rids)
             raise
         if earlier is not None:
             self._replies.unsubscribe(mail)
@@ -213,15 +210,6 @@ class Submitter:
             usages=usages_of(call, self._usage_days), history=history, text=text,
             tokenizer=call.prompts[0].files.tokenizer,
         )  # fmt: skip
-
-
-async def cancel(bus: Bus, rids: Sequence[str]) -> None:
-    """Take requests out of the queue and stop those that run."""
-    try:
-        await asyncio.gather(*(bus.cancel(rid) for rid in rids))
-    except CONNECTION_ERRORS as error:
-        # They end at their deadline, or when the scheduler sees that this gateway is gone.
-        logger.warning("%d requests could not be cancelled: %s", len(rids), error)
 
 
 def targets_of(parsed: ParsedCall, prompts: Sequence[Prompt]) -> list[CallTarget]:

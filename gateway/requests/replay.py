@@ -9,7 +9,7 @@ from msgspec import structs
 
 from gateway.auth.callers import Caller
 from gateway.calls.pipeline import Pipeline
-from gateway.calls.submit import cancel, rid_of
+from gateway.calls.submit import rid_of
 from gateway.overload.admission import CallLoad
 from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.bus import now_ms
@@ -88,7 +88,7 @@ async def _run(pipeline: Pipeline, submit: m.RequestHead, body: m.Body, model: s
     finally:
         replies.unsubscribe(mail)
         if not ended:
-            await cancel(bus, [submit.rid])
+            await replies.cancel([submit.rid])
 
 
 def compared(rid: str, again: str, before: bytes, now: bytes) -> dict[str, Any]:

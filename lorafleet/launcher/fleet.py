@@ -212,13 +212,13 @@ class FleetLauncher:
         if not all(child.ready.is_set() or child.spec.name in self._given_up for child in workers):
             return False
         try:
-            served, failures = await bus.members.bases()
+            served, failed = await bus.members.base_names()
         except CONNECTION_ERRORS:
             return False  # the queue is restarting
         names = {one.served_name for one in base_settings(self.settings)}
         if not self.settings.swaps:
             names &= {child.spec.environment["LORAFLEET_BASE"] for child in workers}
-        missing = names - {base.name for base in served} - failures.keys()
+        missing = names.difference(served, failed)
         if missing:
             self.screen.starting("bases", f"{', '.join(sorted(missing))} not yet served")
         return not missing

@@ -33,6 +33,12 @@ MAX_BASES = 32
 MAX_REASON = 500
 """Characters of the reason why a base's worker has not started."""
 
+_BASE = m.encode("base")
+"""Names the field of a heartbeat that comes first, the worker's base."""
+
+_BEFORE_BASE = 16
+"""Most bytes of a heartbeat before that base's name."""
+
 _FAILED = "\0"
 """Begins the fields of `Keys.bases` that are reasons of failures, by the base's name."""
 
@@ -108,18 +114,17 @@ class Members:
         earlier version; and when there are too many bases.
         """
         keys = self._keys
-        beats: dict[str, bytes] = {}  # each is read once, however many workers join meanwhile: they come to megabytes
+        beats: dict[str, bytes] = {}  # their beginnings, each read once, however many workers join meanwhile
         while True:
             first, further, wids = await self._raw_bases()
             others = [wid for wid in wids if wid != beat.wid]
             unread = [wid for wid in others if wid not in beats]
-            raws = await read_many(self._redis, [keys.worker_beat(wid) for wid in unread])
-            beats |= {wid: raw for wid, raw in zip(unread, raws, strict=True) if raw}
+            known = {base.name: base for base in _decoded(first, further)}
+            beats |= await self._beginnings(unread, max(len(m.encode(name)) for name in (*known, served.name)))
             by_operators = decoded(await self._redis.get(keys.added_bases))
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was removed from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
-            known = {base.name: base for base in _decoded(first, further)}
             names = _fleet_of(served.name, fleet, by_operators.bases, known)
             joining = joining_of(served, known, names, [beats[wid] for wid in others if wid in beats])
             name = joining.base.name
@@ -131,6 +136,20 @@ class Members:
             )  # fmt: skip
             if await self._scripts.run(call) == b"joined":
                 return name
+
+    async def _beginnings(self, wids: Sequence[str], longest: int) -> dict[str, bytes]:
+        """Return of workers' heartbeats, which come to megabytes, as much as says which bases they serve.
+
+        longest: bytes of the longest name of a base. Of earlier versions, which name it elsewhere or not at all, it is
+        the whole heartbeat.
+        """
+        pipe = self._redis.pipeline(transaction=False)
+        for wid in wids:
+            pipe.getrange(self._keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
+        found = {wid: raw for wid, raw in zip(wids, await pipe.execute(), strict=True) if raw}
+        old = [wid for wid, raw in found.items() if _BASE not in raw]
+        raws = await read_many(self._redis, [self._keys.worker_beat(wid) for wid in old])
+        return found | {wid: raw or b"" for wid, raw in zip(old, raws, strict=True)}
 
     async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes], list[str]]:
         """Return the records of the first base, b"" without one, and of the further ones by name, as written.
@@ -166,6 +185,17 @@ class Members:
         """
         first, further, _ = await self._raw_bases()
         return _decoded(first, further), _failures(further)
+
+    async def base_names(self) -> tuple[list[str], list[str]]:
+        """Return the names of the bases that `bases` returns, and of those that failed to start."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.get(self._keys.base)
+        pipe.hkeys(self._keys.bases)
+        first, fields = await pipe.execute()
+        names = [field.decode() for field in fields]
+        served = [_base(first).name] if first else []
+        served += [name for name in names if not name.startswith(_FAILED)]
+        return served, [name.removeprefix(_FAILED) for name in names if name.startswith(_FAILED)]
 
     async def drop_base(self, name: str) -> None:
         """Delete what workers of a base have reported, unless one is registered.
@@ -336,11 +366,10 @@ def joining_of(
 def _live(names: Iterable[str], first: str, beats: Sequence[bytes]) -> tuple[set[str], bool]:
     """Return which bases live workers serve, and whether some are of an earlier version, which names none.
 
-    Those are of the first one. Only their beats are decoded, since beats come to megabytes.
+    Those are of the first one, and only their beats are decoded.
     """
-    field = m.encode("base")
-    live = {name for name in names if any(field + m.encode(name) in raw for raw in beats)}
-    has_old = any(field not in raw and _beat(raw) is not None for raw in beats)
+    live = {name for name in names if any(_BASE + m.encode(name) in raw for raw in beats)}
+    has_old = any(_BASE not in raw and _beat(raw) is not None for raw in beats)
     return live | ({first} if has_old else set()), has_old
 
 

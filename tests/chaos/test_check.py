@@ -14,7 +14,7 @@ import pytest
 from helpers.waiting import wait_until
 
 from chaos.bases import ANSWER_S, DECIDE_S, MAX_SWAP_WAIT_S, Turns, longest_silence_s, silence_bound_s
-from chaos.check import Books, logged_wrongly, longest_pause, lost_webhooks, shown_wrongly, unexcused
+from chaos.check import logged_wrongly, longest_pause, lost_webhooks, shown_wrongly, unexcused
 from chaos.clients.asks import GREEDY, Ask, Expected
 from chaos.clients.client import Attempt, Call, Outcome, Style
 from chaos.clients.responses import doubled, misplaced, wrong_events
@@ -25,9 +25,10 @@ from chaos.fleet import Shape
 from chaos.report import Report, as_markdown, merged
 from chaos.run import Plan, Run
 from chaos.soak import Course
+from chaos.usage import Books, unexplained
 from gateway.webhooks.names import HostNames, UnknownHostError
 from lorafleet.launcher.embedded import EmbeddedServer
-from protocol.wire.messages import Delivery
+from protocol.wire.messages import Delivery, HistoryEntry
 from protocol.wire.records import RequestFacts
 
 IDS = array("i", range(5)).tobytes()
@@ -118,7 +119,9 @@ def called(style: Style, *attempts: Attempt) -> Call:
 def test_usage_lies_between_what_was_told_and_what_was_caused() -> None:
     books = Books()
     books.note(called("stream", attempt("abcde")), EXPECTED)
-    books.note(called("whole", attempt("", "cut"), attempt("", "refused"), attempt("abcde")), EXPECTED)
+    books.note(
+        called("whole", attempt("", "cut"), attempt("", "refused", code="queue_full"), attempt("abcde")), EXPECTED
+    )
     books.note(called("job", attempt("ab", "cut"), attempt("abcde")), EXPECTED)
     told, most = (3, 9, 15), (4, 12, 20)
     for right in (told, (4, 9, 17), most):
@@ -129,19 +132,47 @@ def test_usage_lies_between_what_was_told_and_what_was_caused() -> None:
     assert len(books.wrong({"sql": told, "base": (1, 1, 1)}, may_lack=False, may_exceed=False)) == 1
 
 
-def test_a_call_whose_submission_had_no_reply_may_be_in_the_books() -> None:
-    """The queue ended with it in hand, or its gateway, which waited. Other refusals come before it is submitted."""
+def test_calls_that_were_told_an_error_may_be_in_the_books_if_they_were_taken() -> None:
     door, ended = (
         f"503: this gateway is shutting down; retry, so that another one can take {what}"
         for what in ("the request", "it")
     )
     for code, detail, num in (
         ("queue_unavailable", "", 2), ("shutting_down", "503: this gateway is shutting down", 2),
-        ("shutting_down", ended, 2), ("shutting_down", door, 1), ("queue_full", "", 1),
+        ("shutting_down", ended, 2), ("base_failed", "", 2), ("shutting_down", door, 1), ("queue_full", "", 1),
     ):  # fmt: skip
-        books = Books()
-        books.note(called("whole", attempt("", "refused", code=code, detail=detail), attempt("abcde")), EXPECTED)
-        assert books.most == {"sql": (num, 3 * num, 5 * num)}
+        for style in ("whole", "vector"):
+            books = Books()
+            books.note(called(style, attempt("", "refused", code=code, detail=detail), attempt("abcde")), EXPECTED)
+            assert books.most == {"sql": (num, 3 * num, 5 * num)}
+
+
+def test_every_vector_that_was_cut_off_may_be_in_the_books() -> None:
+    """Vectors are asked for without an Idempotency-Key."""
+    books = Books()
+    books.note(called("vector", attempt("", "cut"), attempt("", "cut"), attempt("abcde")), EXPECTED)
+    assert books.least == {"sql": (1, 3, 5)}
+    assert books.most == {"sql": (3, 9, 15)}
+
+
+def ended(rid: str, submitted_ms: int, state: str = "completed", num_output: int = 0) -> HistoryEntry:
+    return HistoryEntry(
+        rid, rid, '["sql","d"]', "interactive", state, "", "", "w", 3, 0, num_output, 1, submitted_ms, 0, 0
+    )
+
+
+def test_requests_that_no_attempt_has_caused_are_named() -> None:
+    calls = [
+        called("vector", attempt("", "cut"), attempt("", "refused", code="queue_full"), attempt("abcde")),
+        called("keyed whole", attempt("", "cut"), attempt("abcde")),
+    ]  # each attempt from 10 to 20 s
+    ends = [ended(rid, 100_000 + at_ms) for rid, at_ms in (("a", 15_000), ("b", 19_000), ("c", 12_000))]
+    assert unexplained(calls, ends, 100_000.0) == []
+    assert [one.rid for one in unexplained(calls, [*ends, ended("d", 119_900)], 100_000.0)] == ["d"]
+    assert [one.rid for one in unexplained(calls, [ended("e", 125_000)], 100_000.0)] == ["e"]
+    nothing = [ended("f", 200_000, "cancelled"), ended("g", 200_000, "refused", 1)]
+    assert unexplained(calls, nothing, 100_000.0) == []
+    assert len(unexplained(calls, [ended("h", 200_000, "cancelled", 1)], 100_000.0)) == 1
 
 
 def test_the_pause_of_a_fault_is_the_longest_one_that_begins_with_it() -> None:

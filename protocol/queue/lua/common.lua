@@ -135,14 +135,14 @@ local usage_rows = 1000
 
 -- Count a request that ends at `now`, ms, for its tenant's usage of that day (UTC): a hash of rows, each '<requests>
 -- <prompt tokens> <of them cached> <output tokens>'. `usage`: what the request's field of that name has, made by
--- `usage.py`; `made`: the tokens of its log; `cached`: its prompt's tokens that the prefix cache had. Kept for 0 days, it is not counted. A prompt counts if its request has completed, or made a token.
+-- `usage.py`; `made`: the tokens of its log; `cached`: its prompt's tokens that the prefix cache had. Kept for 0 days, it
+-- is not counted, nor where it has neither completed nor made a token: nothing was computed for it.
 -- `is_dead`: it may be queued again, so its field becomes what is still to be counted then.
 local function count_usage(rid, usage, made, state, cached, now, is_dead)
   local calls, prompt, from, days, tenant, row = unpack(usage)
   if days == 0 then return end
   local output = from < 0 and 0 or math.max(made - from, 0)
-  local left = 0
-  if output == 0 and state ~= 'completed' then left, prompt = prompt, 0 end
+  if output == 0 and state ~= 'completed' then return end
   if prompt == 0 then cached = 0 end
   local day = math.floor(now / 86400000)
   local key = P .. ':usage:' .. day .. ':' .. tenant
@@ -164,7 +164,7 @@ local function count_usage(rid, usage, made, state, cached, now, is_dead)
     redis.call('PEXPIREAT', key, to)
   end
   if is_dead then
-    local rest = {0, left, from < 0 and from or from + output, days, tenant, own}
+    local rest = {0, 0, from + output, days, tenant, own}
     redis.call('HSET', req_key(rid), 'usage', cmsgpack.pack(rest))
   end
 end

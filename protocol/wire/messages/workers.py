@@ -65,9 +65,10 @@ class WorkerCounters(msgspec.Struct, omit_defaults=True):
     publish_s: float = 0.0  # making steps durable and visible, while the next ones are computed
 
 
-class WorkerBeat(Wire, frozen=True):
-    """A worker's state, once a second and on change."""
+class WorkerBeat(Wire, frozen=True, kw_only=True):
+    """A worker's state, once a second and on change. Who asks which bases live workers serve reads its beginning."""
 
+    base: str = ""  # name of the base that it serves; "" of an earlier version: the fleet's only one
     wid: str  # unique per process start
     name: str  # stable across restarts: a new wid with the same name means the old one is gone
     capacity: int  # requests it would hold at once
@@ -97,7 +98,6 @@ class WorkerBeat(Wire, frozen=True):
     sent_ms: int = 0
     knows: list[str] = []  # `requests.KNOWN_FIELDS` of its version
     version: str = ""  # version of its program
-    base: str = ""  # name of the base that it serves; "" of an earlier version: the fleet's only one
     may_become: list[str] = []  # names of other bases that it serves when ordered to
     becoming: str = ""  # the one of them that it is leaving for
     start_s: float = 0.0  # seconds from the start of its process to its first heartbeat
