@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers import examples
+from helpers import examples, good_bodies
 from helpers.scripted_fleet import Script, ScriptedFleet
 
 from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
@@ -58,6 +58,7 @@ NATIVE = {
 }  # fmt: skip
 
 GOOD: dict[str, dict[str, Any]] = {
+    **good_bodies.GOOD,
     "/v1/chat/completions": {
         "model": "base", "messages": MESSAGES, **SAMPLING, "logprobs": True, "top_logprobs": 2, "tools": [TOOL],
         "tool_choice": {"type": "function", "function": {"name": "f"}}, "chat_template_kwargs": {"a": 1},
@@ -79,7 +80,6 @@ GOOD: dict[str, dict[str, Any]] = {
         "model": "base", "query": "hi", "documents": ["a", {"text": "b"}], "top_n": 1, "return_documents": False,
         "max_tokens_per_doc": 1,
     },
-    "/v1/score": {"model": "base", "text_1": "hi", "text_2": ["a", "b"]},
     "/embed": {"inputs": "hi", "parameters": {"adapter_id": ""}},
     "/classify": {"inputs": "hi", "parameters": {"adapter_id": ""}},
     "/classify_batch": {"inputs": ["hi"], "parameters": {"adapter_id": ""}},
@@ -109,13 +109,9 @@ GOOD: dict[str, dict[str, Any]] = {
         "input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h", "metadata": {"a": "b"},
         "output_expires_after": {"anchor": "created_at", "seconds": 3600},
     },
-    "/v1/webhook_endpoints": {"name": "n", "url": "https://example.com/", "event_types": ["job.failed"]},
     "/v1/keys": {"tenant": "nobody", "scopes": ["infer"], "expires_in_s": 60, "note": "n"},
     "/v1/adapters": {"name": "nobody", "source": "nobody", "token": "t", "wait_s": 0.0, "pin": False, "preload": False},
     "/v1/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody", "load_inplace": False},
-    "/v1/unload_lora_adapter": {"lora_name": "nobody"},
-    "/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody"},
-    "/unload_lora_adapter": {"lora_name": "nobody"},
 }  # fmt: skip
 
 
@@ -218,8 +214,7 @@ DEEP = "[" * 200_000
     ],
 )
 async def test_what_is_wrong_or_too_much_is_named(http: httpx2.AsyncClient, fields: dict[str, Any], param: str) -> None:
-    good = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
-    answer = await http.post("/v1/chat/completions", json={**good, **fields})
+    answer = await http.post("/v1/chat/completions", json={**good_bodies.CHAT, **fields})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert len(answer.content) < 4000
