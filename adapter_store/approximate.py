@@ -11,9 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +24,7 @@ from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config, read_a
 from peft_adapters.kinds.refused import is_converted
 from peft_adapters.reasons import show
 from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
+from protocol.runtime.fair_slots import FairSlots
 from protocol.runtime.model_files import WEIGHT_FILES, base_settings, model_folder
 from protocol.runtime.settings import Settings
 from protocol.wire.brief import brief
@@ -72,62 +72,11 @@ def as_lora(version: SourceVersion, base: ServedModel) -> SourceVersion:
     return replace(version, key=f"{version.key}:as LoRA for {base.fingerprint}:{base.weights}")
 
 
-class TenantTurns:
-    """One place, for which each tenant has a queue; the tenants take turns."""
-
-    def __init__(self) -> None:
-        """Start with a free place."""
-        self._is_taken = False
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
-
-    def check(self, tenant: str) -> None:
-        """Raise Unavailable where no more may wait."""
-        num = len(self._waiting.get(tenant, ()))
-        if num >= MAX_TENANT_WAITING or sum(map(len, self._waiting.values())) >= MAX_WAITING:
-            raise Unavailable(
-                f"it has to be converted, and too many wait for that: {MAX_TENANT_WAITING} of a tenant may, and"
-                f" {MAX_WAITING} in all"
-            )
-
-    @asynccontextmanager
-    async def turn(self, tenant: str) -> AsyncGenerator[None]:
-        """Wait for the place, and have it until the block ends. Raises as `check`."""
-        if self._is_taken:
-            self.check(tenant)
-            granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.setdefault(tenant, deque()).append(granted)
-            try:
-                await granted
-            except asyncio.CancelledError:
-                if granted.cancelled():
-                    self._forget(tenant, granted)
-                else:
-                    self._pass_on()
-                raise
-        self._is_taken = True
-        try:
-            yield
-        finally:
-            self._pass_on()
-
-    def _forget(self, tenant: str, granted: asyncio.Future[None]) -> None:
-        queue = self._waiting.get(tenant, deque())
-        with suppress(ValueError):  # its turn came after the cancellation, and went to another
-            queue.remove(granted)
-        if not queue:
-            self._waiting.pop(tenant, None)
-
-    def _pass_on(self) -> None:
-        """Give the place to the tenant that has waited longest for one; its next waits behind all others."""
-        while self._waiting:
-            tenant, queue = self._waiting.popitem(last=False)
-            granted = queue.popleft()
-            if queue:
-                self._waiting[tenant] = queue
-            if not granted.done():
-                granted.set_result(None)
-                return
-        self._is_taken = False
+def _too_many(_: int) -> Unavailable:
+    return Unavailable(
+        f"it has to be converted, and too many wait for that: {MAX_TENANT_WAITING} of a tenant may, and {MAX_WAITING}"
+        " in all"
+    )
 
 
 class Approximation:
@@ -142,7 +91,7 @@ class Approximation:
         self._models = models
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
-        self.turns = TenantTurns()
+        self.turns = FairSlots(1, 1, MAX_WAITING, MAX_TENANT_WAITING, _too_many)
 
     @classmethod
     def of(
@@ -196,7 +145,7 @@ class Approximation:
         Raises as `write`, and NoRoom.
         """
         version, own, base = needed.version, as_lora(needed.version, needed.base), needed.base
-        async with self.turns.turn(needed.tenant):
+        async with self.turns.held(needed.tenant):
             folder = await asyncio.to_thread(self._blobs.staging, version.key)
             if not (folder / WEIGHTS_FILE).exists() or self._blobs.digest_of(own.key) is not None:
                 return

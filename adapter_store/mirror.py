@@ -271,7 +271,8 @@ class Mirror:
         conversion = None
         if to_convert is None:
             conversion = await asyncio.to_thread(_check_head, folder, weights, num_bytes, bases)
-        made, text_bytes = conversion.num_bytes if conversion else 0, _text_bytes(version)
+        made = conversion.num_bytes if conversion else 0
+        text_bytes = sum(file.num_bytes for name, file in version.files.items() if name in MORE_FILES)
         # What is converted lies beside its source until it is done, and texts beside the file that they are joined in.
         most = sum(file.num_bytes for file in version.files.values()) + made + text_bytes
         with self.blobs.room((made or num_bytes) + text_bytes, most, folder):
@@ -405,10 +406,6 @@ def _drop_unless(config: Path, num_bytes: int) -> bool:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _text_bytes(version: SourceVersion) -> int:
-    return sum(file.num_bytes for name, file in version.files.items() if name in MORE_FILES)
 
 
 def _for_base(version: SourceVersion, base: ServedModel | None, any_of: Sequence[ServedModel]) -> SourceVersion:

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpu_worker.engine.engine_thread import EngineThread, OnDeath, OnOutputs
 from gpu_worker.engine.timelines import Timelines
-from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 from gpu_worker.service.service import WorkerService
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.service import run, set_up_logging
@@ -169,11 +169,11 @@ class FakeEngine(EngineThread):
         """Note that a step is durable."""
         self._room.release()
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> m.WorkerBeat:
         """Return the figures of a beat."""
         with self._lock:
-            return EngineStats(
-                capacity=self._capacity, running=len(self._requests),
+            return m.WorkerBeat(
+                wid="", name="", capacity=self._capacity, running=len(self._requests),
                 resident=sorted(self._resident), host=sorted(self._host), pinned=dict(self._pinned),
             )  # fmt: skip
 

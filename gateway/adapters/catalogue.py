@@ -18,8 +18,8 @@ from gateway.bodies.json_slices import dumps
 from gateway.overload import reads
 from gateway.overload.cost import held, hold
 from gateway.overload.loop_slice import LoopSlice, each
-from gateway.overload.slots import FairSlots
 from protocol.queue.bus import Bus
+from protocol.runtime.fair_slots import FairSlots
 from protocol.wire import messages as m
 
 T = TypeVar("T")
@@ -201,16 +201,13 @@ class CatalogueCopy:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key][0]
-        await self._turns.take(caller.name)
-        try:
+        async with self._turns.held(caller.name):
             if key in self._kept:  # it was made while this one waited
                 return self._kept[key][0]
             made = await make(copy)
             if copy is self._copy:
                 self._keep(key, made, num_bytes(made))
             return made
-        finally:
-            self._turns.give(caller.name)
 
     def _keep(self, key: Hashable, made: Any, num_bytes: int) -> None:
         self._kept[key] = made, num_bytes

@@ -29,9 +29,9 @@ from gateway.bodies.json_slices import dumps
 from gateway.http.store_http import StoreHttp
 from gateway.overload.cost import held, hold
 from gateway.overload.loop_slice import each
-from gateway.overload.slots import FairSlots
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.adapter_refs import FOLDER, Reference, SourcePolicy, in_root, parse_reference, parse_source
+from protocol.runtime.fair_slots import FairSlots
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
@@ -420,11 +420,8 @@ class AdapterOperations:
         caller.require_names_of(tenant)
         if caller.is_admin:
             return await self._unload(name, caller, tenant, force=force, blob=blob, wait_s=wait_s)
-        await self._unloading.take(tenant)
-        try:
+        async with self._unloading.held(tenant):
             return await self._unload(name, caller, tenant, force=force, blob=blob, wait_s=wait_s)
-        finally:
-            self._unloading.give(tenant)
 
     async def _unload(
         self, name: str, caller: Caller, tenant: str, *, force: bool, blob: bool, wait_s: float

@@ -29,7 +29,7 @@ from gateway.bodies.json_outline import Outline, TooManyFields
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import PLAIN_BYTES, Checks
 from gateway.overload.loop_slice import LoopSlice
-from gateway.overload.slots import FairSlots
+from protocol.runtime.fair_slots import FairSlots
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
 

@@ -26,10 +26,10 @@ from gateway.files.files import HELD_S, FileService
 from gateway.files.storage import Storage
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import PLAIN_BYTES, Checks
-from gateway.overload.slots import FairSlots
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.kept.batches import ClaimedBatch
 from protocol.runtime.backoff import Backoff
+from protocol.runtime.fair_slots import FairSlots
 from protocol.runtime.guarded import FAILED, is_failure, is_queue_away
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

@@ -90,8 +90,9 @@ def check_size(call: ResolvedCall, max_call_tokens: int) -> None:
         sources = [*inputs.firsts, *(inputs.seconds if inputs.most_second is None else ())]
     else:
         sources, limit = inputs.sources, most_left(inputs, options, call.base)
+    longest = max(target.files.tokens.longest for target in call.targets)
     for source in sources:
-        least = len(source) if isinstance(source, list) else _least_tokens(source, call)
+        least = len(source) if isinstance(source, list) else len(source) // longest
         least = least if limit is None else min(least, limit)
         rules.most_tokens(options, least, call.base.max_model_len)
         num_tokens += least
@@ -107,10 +108,6 @@ def most_left(inputs: ChatPrompt | Texts, options: CallOptions, base: m.ServedMo
         message = f"truncate_prompt_tokens is {limit}; this model's context has {base.max_model_len} tokens"
         raise BadRequest(message, param="truncate_prompt_tokens")
     return limit
-
-
-def _least_tokens(text: str, call: ResolvedCall) -> int:
-    return min(len(text) // target.files.tokens.longest for target in call.targets)
 
 
 async def tokenize(call: ResolvedCall) -> TokenizedCall:

@@ -22,9 +22,9 @@ from gateway.files.upload import UploadedForm
 from gateway.http.list_page import list_page
 from gateway.overload import reads
 from gateway.overload.shares import shares
-from gateway.overload.slots import FairSlots
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.backoff import Backoff
+from protocol.runtime.fair_slots import FairSlots
 from protocol.runtime.guarded import Items
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -102,8 +102,7 @@ class FileService:
 
         length: of the body as its client states it, 0 if it does not: so much must have room before any of it is read.
         """
-        await self._uploads.take(caller.owner)
-        try:
+        async with self._uploads.held(caller.owner):
             await self._storage.check_room(length)
             now = now_ms()
             file = m.File(
@@ -119,8 +118,6 @@ class FileService:
                 return await self._receive(file, form, body)
             finally:
                 self._ending.discard(file.id)
-        finally:
-            self._uploads.give(caller.owner)
 
     async def _receive(self, file: m.File, form: UploadedForm, body: AsyncIterator[bytes]) -> m.File:
         """Write an upload's bytes, then its record.

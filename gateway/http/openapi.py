@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 from starlette.responses import Response
 
 JSON = "application/json"
@@ -15,274 +15,6 @@ EVENTS = "text/event-stream"
 LINES = "application/x-ndjson"
 
 Responses = dict[int | str, dict[str, Any]]
-
-
-class Health(BaseModel):
-    """Whether requests are served."""
-
-    status: str
-    workers: int
-    history: str | None = None
-    error: str | None = None
-    error_type: str | None = None
-
-
-class Page(BaseModel):
-    """A list."""
-
-    object: str
-    data: list[dict[str, Any]]
-
-
-class Usage(BaseModel):
-    """Tokens of a call."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Generated(BaseModel):
-    """A chat completion, or a text completion."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[dict[str, Any]]
-    usage: Usage
-
-
-class Job(BaseModel):
-    """A background job."""
-
-    id: str
-    object: str
-    status: str
-    created_at: int
-    result: dict[str, Any] | None = None
-
-
-class ResponseObject(BaseModel):
-    """A response of OpenAI's Responses API."""
-
-    id: str
-    object: str
-    created_at: int
-    status: str
-    model: str
-    output: list[dict[str, Any]]
-    usage: dict[str, Any] | None = None
-
-
-class Conversation(BaseModel):
-    """A stored conversation."""
-
-    id: str
-    object: str
-    created_at: int
-    metadata: dict[str, str]
-
-
-class Item(BaseModel):
-    """An item of a conversation."""
-
-    id: str
-    type: str
-
-
-class Deleted(BaseModel):
-    """A deleted object."""
-
-    id: str
-    object: str
-    deleted: bool
-
-
-class Embeddings(BaseModel):
-    """Embeddings; `embeddings` is LoRAX's key for the same, left out with base64."""
-
-    object: str
-    data: list[dict[str, Any]]
-    model: str
-    usage: dict[str, int]
-    embeddings: list[dict[str, Any]] | None = None
-
-
-class Embedding(BaseModel):
-    """LoRAX's embedding of one text."""
-
-    embeddings: list[float]
-
-
-class Labels(BaseModel):
-    """The labels of texts, in vLLM's form."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    data: list[dict[str, Any]]
-    usage: dict[str, int | None]
-
-
-class Ranks(BaseModel):
-    """Documents in the order of their relevance, in Jina's and Cohere's form."""
-
-    id: str
-    model: str
-    usage: dict[str, int]
-    results: list[dict[str, Any]]
-
-
-class Scores(BaseModel):
-    """The scores of pairs of texts, in vLLM's form."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    data: list[dict[str, Any]]
-    usage: dict[str, int]
-
-
-class Detokenized(BaseModel):
-    """The text of token ids, in vLLM's form."""
-
-    prompt: str
-
-
-class TokenizerInfo(BaseModel):
-    """What transformers knows of the base model's tokenizer, and its chat template."""
-
-    tokenizer_class: str
-
-
-class Version(BaseModel):
-    """The version of this server."""
-
-    version: str
-
-
-class Load(BaseModel):
-    """The calls that this gateway is answering."""
-
-    server_load: int
-
-
-class Fleet(BaseModel):
-    """How much the fleet has to do."""
-
-    object: str
-    workers: int
-    queued: int
-    running: int
-    demand: int
-    compute: dict[str, str | None] | None
-
-
-class File(BaseModel):
-    """A file."""
-
-    id: str
-    object: str
-    bytes: int
-    created_at: int
-    expires_at: int
-    filename: str
-    purpose: str
-    status: str
-
-
-class Batch(BaseModel):
-    """A batch."""
-
-    id: str
-    object: str
-    endpoint: str
-    input_file_id: str
-    completion_window: str
-    status: str
-    created_at: int
-    expires_at: int
-    request_counts: dict[str, int]
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-
-
-class Webhook(BaseModel):
-    """An endpoint of webhooks; only its creation returns its secret."""
-
-    id: str
-    object: str
-    name: str
-    url: str
-    event_types: list[str]
-    created_at: int
-    updated_at: int
-    signing_secret: str | None = None
-
-
-class WebhookTested(BaseModel):
-    """What an endpoint of webhooks has answered."""
-
-    object: str
-    webhook_endpoint_id: str
-    event_type: str
-    status_code: int
-    success: bool
-
-
-class Delivery(BaseModel):
-    """A webhook that was given up, or is sent again."""
-
-    id: str
-    object: str
-    webhook_endpoint_id: str
-    event_id: str
-    event_type: str
-    created_at: int
-    attempts: int
-
-
-class Names(BaseModel):
-    """A list of names."""
-
-    object: str
-    data: list[str]
-
-
-class OllamaModels(BaseModel):
-    """Models as Ollama lists them."""
-
-    models: list[dict[str, Any]]
-
-
-class Message(BaseModel):
-    """A message of Anthropic's API."""
-
-    id: str
-    type: str
-    role: str
-    model: str
-    content: list[dict[str, Any]]
-    stop_reason: str | None
-    stop_sequence: str | None
-    usage: dict[str, int]
-
-
-class Counted(BaseModel):
-    """The tokens of a prompt."""
-
-    input_tokens: int
-
-
-class InputTokens(BaseModel):
-    """The tokens of a response's prompt."""
-
-    object: str
-    input_tokens: int
 
 
 class EventStream(Response):
@@ -297,6 +29,16 @@ class PlainText(Response):
     media_type = "text/plain"
 
 
+def _model(name: str, about: str, /, **fields: Any) -> type[BaseModel]:
+    """Return a model that the page shows under its name. fields: types, of those that may be missing with a default."""
+    types: dict[str, Any] = {key: kind if isinstance(kind, tuple) else (kind, ...) for key, kind in fields.items()}
+    return create_model(name, __doc__=about, **types)
+
+
+def _found(name: str, about: str, /, **fields: Any) -> Responses:
+    return {200: {"model": _model(name, about, **fields)}}
+
+
 def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "required": list(properties), "properties": properties}
 
@@ -309,6 +51,8 @@ def _errors(schema: dict[str, Any]) -> Responses:
     return {status: _json("An error", schema) for status in ("4XX", "5XX")}
 
 
+_ANY, _ROWS, _COUNTS, _OR_NONE = dict[str, Any], list[dict[str, Any]], dict[str, int], (str | None, None)
+
 _TEXT = {"type": "string"}
 _NUMBER, _INTEGER = {"type": "number"}, {"type": "integer"}
 _MAYBE = {"type": ["string", "null"]}
@@ -320,37 +64,112 @@ OPENAI = _errors(_OPENAI_ERROR)
 NATIVE = _errors(_NATIVE_ERROR)
 EITHER = _errors({"anyOf": [_OPENAI_ERROR, _NATIVE_ERROR]})
 """Errors of routes that take LoRAX's bodies and OpenAI's."""
-_ANTHROPIC = _errors(
-    _object(type=_TEXT, error=_object(type=_TEXT, message=_TEXT), request_id={"type": ["string", "null"]})
+_ANTHROPIC = _errors(_object(type=_TEXT, error=_object(type=_TEXT, message=_TEXT), request_id=_MAYBE))
+_MESSAGE = _model(
+    "Message",
+    "A message of Anthropic's API.",
+    id=str,
+    type=str,
+    role=str,
+    model=str,
+    content=_ROWS,
+    stop_reason=str | None,
+    stop_sequence=str | None,
+    usage=_COUNTS,
 )
-MESSAGES: Responses = {200: {"model": Message, "content": _EVENTS}, **_ANTHROPIC}
-COUNTED: Responses = {200: {"model": Counted}, **_ANTHROPIC}
-HEALTH: Responses = {200: {"model": Health}, 503: {"model": Health, "description": "No requests are served now"}}
-PAGE: Responses = {200: {"model": Page}}
+MESSAGES: Responses = {200: {"model": _MESSAGE, "content": _EVENTS}, **_ANTHROPIC}
+COUNTED: Responses = {**_found("Counted", "The tokens of a prompt.", input_tokens=int), **_ANTHROPIC}
+_HEALTH = _model(
+    "Health",
+    "Whether requests are served.",
+    status=str,
+    workers=int,
+    history=_OR_NONE,
+    error=_OR_NONE,
+    error_type=_OR_NONE,
+)
+HEALTH: Responses = {200: {"model": _HEALTH}, 503: {"model": _HEALTH, "description": "No requests are served now"}}
+PAGE = _found("Page", "A list.", object=str, data=_ROWS)
 _MODELS = {"type": "object", "required": ["data"], "properties": {"data": {"type": "array"}}}
 MODELS: Responses = {200: _json("OpenAI's list or, with the header anthropic-version, a page of Anthropic's", _MODELS)}
-JOB: Responses = {200: {"model": Job}}
-DELETED: Responses = {200: {"model": Deleted}}
+JOB = _found(
+    "Job", "A background job.", id=str, object=str, status=str, created_at=int, result=(dict[str, Any] | None, None)
+)
+_LATER_JOB: Responses = {202: {**JOB[200], "description": "A background job"}}
+DELETED = _found("Deleted", "A deleted object.", id=str, object=str, deleted=bool)
 LATER: Responses = {202: _json("Accepted; it is not done yet", {"type": "object"})}
 REGISTERED: Responses = {201: _json("A new name is served", {"type": "object"}), **LATER}
 STREAMED: Responses = {200: {"content": _EVENTS}}
-GENERATED: Responses = {
-    200: {"model": Generated, "content": _EVENTS},
-    202: {"model": Job, "description": "A background job"},
-}
-EMBEDDINGS: Responses = {
-    200: {"model": Embeddings},
-    202: {"model": Job, "description": "A background job"},
-}
-RESPONSE: Responses = {200: {"model": ResponseObject}}
-RESPONDED: Responses = {200: {"model": ResponseObject, "content": _EVENTS}}
-INPUT_TOKENS: Responses = {200: {"model": InputTokens}}
-CONVERSATION: Responses = {200: {"model": Conversation}}
-ITEM: Responses = {200: {"model": Item}}
-LABELS: Responses = {200: {"model": Labels}}
-RANKS: Responses = {200: {"model": Ranks}}
-SCORES: Responses = {200: {"model": Scores}}
-EMBEDDING: Responses = {200: {"model": Embedding}, **NATIVE}
+_USAGE = _model("Usage", "Tokens of a call.", prompt_tokens=int, completion_tokens=int, total_tokens=int)
+_GENERATED = _model(
+    "Generated",
+    "A chat completion, or a text completion.",
+    id=str,
+    object=str,
+    created=int,
+    model=str,
+    system_fingerprint=str,
+    choices=_ROWS,
+    usage=_USAGE,
+)
+GENERATED: Responses = {200: {"model": _GENERATED, "content": _EVENTS}, **_LATER_JOB}
+_EMBEDDINGS = _found(
+    "Embeddings",
+    "Embeddings; `embeddings` is LoRAX's key for the same, left out with base64.",
+    object=str,
+    data=_ROWS,
+    model=str,
+    usage=_COUNTS,
+    embeddings=(_ROWS | None, None),
+)
+EMBEDDINGS: Responses = {**_EMBEDDINGS, **_LATER_JOB}
+RESPONSE = _found(
+    "ResponseObject",
+    "A response of OpenAI's Responses API.",
+    id=str,
+    object=str,
+    created_at=int,
+    status=str,
+    model=str,
+    output=_ROWS,
+    usage=(dict[str, Any] | None, None),
+)
+RESPONDED: Responses = {200: {**RESPONSE[200], "content": _EVENTS}}
+INPUT_TOKENS = _found("InputTokens", "The tokens of a response's prompt.", object=str, input_tokens=int)
+CONVERSATION = _found(
+    "Conversation", "A stored conversation.", id=str, object=str, created_at=int, metadata=dict[str, str]
+)
+ITEM = _found("Item", "An item of a conversation.", id=str, type=str)
+_LABELLED = _model(
+    "Labels",
+    "The labels of texts, in vLLM's form.",
+    id=str,
+    object=str,
+    created=int,
+    model=str,
+    data=_ROWS,
+    usage=dict[str, int | None],
+)
+LABELS: Responses = {200: {"model": _LABELLED}}
+RANKS = _found(
+    "Ranks",
+    "Documents in the order of their relevance, in Jina's and Cohere's form.",
+    id=str,
+    model=str,
+    usage=_COUNTS,
+    results=_ROWS,
+)
+SCORES = _found(
+    "Scores",
+    "The scores of pairs of texts, in vLLM's form.",
+    id=str,
+    object=str,
+    created=int,
+    model=str,
+    data=_ROWS,
+    usage=_COUNTS,
+)
+EMBEDDING: Responses = {**_found("Embedding", "LoRAX's embedding of one text.", embeddings=list[float]), **NATIVE}
 _ENTITIES = {
     "type": "array",
     "items": _object(entity_group=_TEXT, score=_NUMBER, word=_TEXT, start=_INTEGER, end=_INTEGER),
@@ -360,7 +179,7 @@ _OF_TEXT = {"anyOf": [_ENTITIES, _LABELS]}
 ENTITIES: Responses = {
     200: _json(
         "The entities or the labels of a text; to `input` and `messages` vLLM's answer",
-        {"anyOf": [*_OF_TEXT["anyOf"], Labels.model_json_schema()]},
+        {"anyOf": [*_OF_TEXT["anyOf"], _LABELLED.model_json_schema()]},
     ),
     **EITHER,
 }
@@ -368,12 +187,66 @@ ENTITIES_OF_SEVERAL: Responses = {
     200: _json("The entities or the labels of each text", {"type": "array", "items": _OF_TEXT}),
     **NATIVE,
 }
-FILE: Responses = {200: {"model": File}}
-BATCH: Responses = {200: {"model": Batch}}
-WEBHOOK: Responses = {200: {"model": Webhook}}
-WEBHOOK_TEST: Responses = {200: {"model": WebhookTested}}
-DELIVERY: Responses = {200: {"model": Delivery}}
-NAMES: Responses = {200: {"model": Names}}
+FILE = _found(
+    "File",
+    "A file.",
+    id=str,
+    object=str,
+    bytes=int,
+    created_at=int,
+    expires_at=int,
+    filename=str,
+    purpose=str,
+    status=str,
+)
+BATCH = _found(
+    "Batch",
+    "A batch.",
+    id=str,
+    object=str,
+    endpoint=str,
+    input_file_id=str,
+    completion_window=str,
+    status=str,
+    created_at=int,
+    expires_at=int,
+    request_counts=_COUNTS,
+    output_file_id=_OR_NONE,
+    error_file_id=_OR_NONE,
+)
+WEBHOOK = _found(
+    "Webhook",
+    "An endpoint of webhooks; only its creation returns its secret.",
+    id=str,
+    object=str,
+    name=str,
+    url=str,
+    event_types=list[str],
+    created_at=int,
+    updated_at=int,
+    signing_secret=_OR_NONE,
+)
+WEBHOOK_TEST = _found(
+    "WebhookTested",
+    "What an endpoint of webhooks has answered.",
+    object=str,
+    webhook_endpoint_id=str,
+    event_type=str,
+    status_code=int,
+    success=bool,
+)
+DELIVERY = _found(
+    "Delivery",
+    "A webhook that was given up, or is sent again.",
+    id=str,
+    object=str,
+    webhook_endpoint_id=str,
+    event_id=str,
+    event_type=str,
+    created_at=int,
+    attempts=int,
+)
+NAMES = _found("Names", "A list of names.", object=str, data=list[str])
 CONTENT: Responses = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
@@ -415,11 +288,21 @@ TOKENIZED: Responses = {
     200: _json("LoRAX's answer to `inputs`, vLLM's to others", {"anyOf": [_TOKENS, _COUNTED]}),
     **EITHER,
 }
-DETOKENIZED: Responses = {200: {"model": Detokenized}}
-TOKENIZER_INFO: Responses = {200: {"model": TokenizerInfo}}
-VERSION: Responses = {200: {"model": Version}}
-LOAD: Responses = {200: {"model": Load}}
-FLEET: Responses = {200: {"model": Fleet}}
+DETOKENIZED = _found("Detokenized", "The text of token ids, in vLLM's form.", prompt=str)
+_KNOWN = "What transformers knows of the base model's tokenizer, and its chat template."
+TOKENIZER_INFO = _found("TokenizerInfo", _KNOWN, tokenizer_class=str)
+VERSION = _found("Version", "The version of this server.", version=str)
+LOAD = _found("Load", "The calls that this gateway is answering.", server_load=int)
+FLEET = _found(
+    "Fleet",
+    "How much the fleet has to do.",
+    object=str,
+    workers=int,
+    queued=int,
+    running=int,
+    demand=int,
+    compute=dict[str, str | None] | None,
+)
 WORKER: Responses = {200: _json("A worker", _object(id=_TEXT, object=_TEXT, name=_MAYBE, state=_TEXT))}
 WORKER[202] = {**WORKER[200], "description": "Requested; the worker has not confirmed it yet"}
 BASE: Responses = {
@@ -497,4 +380,4 @@ OLLAMA_GENERATED: Responses = {
     },
     **OLLAMA,
 }
-OLLAMA_MODELS: Responses = {200: {"model": OllamaModels}, **OLLAMA}
+OLLAMA_MODELS: Responses = {**_found("OllamaModels", "Models as Ollama lists them.", models=_ROWS), **OLLAMA}

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 
 from gateway.jobs.job_events import JobEvent, JobEvents
 from gateway.overload.cost import held, hold, own_cost, shared
-from gateway.overload.slots import FairSlots
+from protocol.runtime.fair_slots import FairSlots
 
 POLL_S, WAITING_POLL_S = 0.1, 0.5
 """Shortest pauses between looks into the logs: while tokens come, and before the first."""

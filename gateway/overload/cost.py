@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from gateway.overload.memory import CALL_BYTES, Charge
-from gateway.overload.slots import FairSlots
+from protocol.runtime.fair_slots import FairSlots
 
 FREED_AT_ONCE = 1 << 9
 """Values that are freed before others have their turn."""

@@ -38,7 +38,7 @@ from gateway.overload.memory import (
     address_holder,
     tenant_holder,
 )
-from gateway.overload.slots import FairSlots
+from protocol.runtime.fair_slots import FairSlots
 from protocol.wire.errors import LorafleetError
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from gateway.overload.cost import body_of_task
-from gateway.overload.slots import FairSlots
+from protocol.runtime.fair_slots import FairSlots
 
 T = TypeVar("T")
 

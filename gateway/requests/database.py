@@ -43,9 +43,9 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from gateway.overload.slots import RETRY_S, FairSlots
 from protocol.queue.archive import Past
 from protocol.queue.history import MAX_REFUSALS, Place
+from protocol.runtime.fair_slots import RETRY_S, FairSlots
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable

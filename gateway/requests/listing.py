@@ -232,54 +232,39 @@ def _listed(page: Sequence[dict[str, Any]], last: str | None) -> dict[str, Any]:
 
 def _shown(one: RequestSummary | None, beats: dict[str, m.WorkerBeat], owner: str | None) -> dict[str, Any] | None:
     """Return the object of a request; None for one that has ended or is not the owner's, who is None for everybody."""
-    if one is None or one.is_terminal or owner not in (None, one.tenant):
+    if one is None or one.entry.state in m.TERMINAL or owner not in (None, one.tenant):
         return None
-    beat = beats.get(one.owner)
-    return _object(
-        one.rid, one.call, one.state, one.tenant, one.cls, one.model, one.digest, one.base,
-        beat.name if beat else one.owner,
-        finish=one.finish, error=one.error, attempts=one.attempts,
-        tokens=(one.num_prompt_tokens, one.num_cached_tokens, one.num_output_tokens),
-        times=(one.submitted_ms, one.first_ms, one.ended_ms),
-    )  # fmt: skip
+    beat = beats.get(one.entry.worker)
+    return _object(one.entry, one.tenant, one.digest, beat.name if beat else one.entry.worker)
 
 
 def _past(one: m.HistoryEntry, tenant: str) -> dict[str, Any]:
-    return _object(
-        one.rid, one.call, one.state, tenant, one.cls, one.model, one.digest, one.base, one.worker, finish=one.finish,
-        error=one.error, tokens=(one.num_prompt_tokens, one.num_cached_tokens, int(one.num_output_tokens)),
-        attempts=one.attempts, times=(one.submitted_ms, one.first_ms, one.ended_ms), endpoint=one.endpoint,
-        status=one.status,
-    )  # fmt: skip
+    return _object(one, tenant, one.digest, one.worker)
 
 
-def _object(
-    rid: str, call: str, state: str, tenant: str, cls: str, model: str, digest: str, base: str, worker: str, *,
-    finish: str, error: str, tokens: tuple[int, int, int], attempts: int, times: tuple[int, int, int],
-    endpoint: str = "", status: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the object of a request in the list. tokens: of the prompt, of them cached, of the output."""
-    why = error_from(error) if error else None
+def _object(one: m.HistoryEntry, tenant: str, digest: str, worker: str) -> dict[str, Any]:
+    """Return the object of a request in the list."""
+    why, model = error_from(one.error) if one.error else None, one.model
     return {
-        "id": rid,
+        "id": one.rid,
         "object": "request",
-        "call": call or rid,
-        "state": state,
-        "finish": finish or None,
+        "call": one.call or one.rid,
+        "state": one.state,
+        "finish": one.finish or None,
         "error": {"message": why.message, "code": why.code} if why is not None else None,
-        "status": status or None,
-        "endpoint": endpoint or None,
+        "status": one.status or None,
+        "endpoint": one.endpoint or None,
         "tenant": tenant,
-        "class": cls or None,
+        "class": one.cls or None,
         "model": model or None,
         "adapter": {"digest": digest, "name": model or None} if digest else None,
-        "base": base or None,
+        "base": one.base or None,
         "worker": worker or None,
-        "prompt_tokens": tokens[0],
-        "cached_tokens": tokens[1],
-        "output_tokens": tokens[2],
-        "attempts": attempts,
-        "submitted_ms": times[0],
-        "first_ms": times[1] or None,
-        "ended_ms": times[2] or None,
+        "prompt_tokens": one.num_prompt_tokens,
+        "cached_tokens": one.num_cached_tokens,
+        "output_tokens": int(one.num_output_tokens),
+        "attempts": one.attempts,
+        "submitted_ms": one.submitted_ms,
+        "first_ms": one.first_ms or None,
+        "ended_ms": one.ended_ms or None,
     }

@@ -11,6 +11,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -260,7 +261,7 @@ class Conversations:
     ) -> None:
         limits = self._limits
         if caller.tenant is not None and caller.tenant.kept_bytes:
-            limits = limits.with_kept(caller.tenant.kept_bytes)
+            limits = replace(limits, max_kept=caller.tenant.kept_bytes)
         made = await self._queue.change(
             conversation_id, caller.owner, limits, record=record, is_new=is_new, items=_written(items)
         )

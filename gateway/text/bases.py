@@ -15,10 +15,9 @@ from gateway.text.tokenizer import ModelFiles, load_model_files
 from peft_adapters.texts.files import TOKENIZER
 from protocol.queue.bus import Bus
 from protocol.runtime.model_files import TOKENIZER_FILES, base_settings, check_text_files, model_folder
-from protocol.runtime.panics import panics_as
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Unavailable
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Unavailable, panics_as
 
 logger = logging.getLogger(__name__)
 

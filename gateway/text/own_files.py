@@ -12,12 +12,12 @@ from weakref import WeakValueDictionary
 import httpx2
 
 from gateway.http.store_http import StoreHttp
-from gateway.overload.slots import FairSlots
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.tokenizer import Encoder, ModelFiles
 from peft_adapters.texts.files import MAX_TEXTS_BYTES, TEXTS_FIELD, TEXTS_FILE, OwnTexts, parse_texts, special_tokens
 from peft_adapters.texts.tokenizer_json import AddedToken
 from protocol.queue.bus import Bus
+from protocol.runtime.fair_slots import FairSlots
 from protocol.wire import messages as m
 from protocol.wire.errors import NotFound, Unavailable
 from protocol.wire.tokens import TokenTable
@@ -115,12 +115,9 @@ class OwnFiles:
 
     async def _read(self, digest: str, texts: str, tenant: str) -> ModelFiles:
         """Fetch an adapter's texts, and make of them what it is served with: a few at a time, by turns of tenants."""
-        await self._reading.take(tenant)
-        try:
+        async with self._reading.held(tenant):
             raw = await self._fetch(digest)
             return await asyncio.to_thread(lambda: self._made(parse_texts(raw, texts)))
-        finally:
-            self._reading.give(tenant)
 
     def _made(self, own: OwnTexts) -> ModelFiles:
         base = self.base

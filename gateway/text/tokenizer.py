@@ -21,10 +21,9 @@ from gateway.tools.prompt import explain_tools, knows_tools, without_calls
 from peft_adapters.texts.files import TEXT_FILES, TOKENIZER, special_tokens
 from peft_adapters.texts.tokenizer_json import AddedToken, BaseTokens
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
-from protocol.runtime.panics import panics_as
 from protocol.runtime.settings import Settings
 from protocol.wire.brief import brief
-from protocol.wire.errors import AdapterRefused, BadRequest, LorafleetError
+from protocol.wire.errors import AdapterRefused, BadRequest, LorafleetError, panics_as
 from protocol.wire.tokens import TokenTable
 
 

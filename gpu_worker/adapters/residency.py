@@ -51,7 +51,7 @@ class Residency:
         return [digest for digest, problem in self._pins.items() if not problem]
 
     def figures(self, waiting: Sequence[str]) -> dict[str, Any]:
-        """Return the fields of `EngineStats` about adapters. waiting: the adapters of the requests that wait."""
+        """Return the fields of a heartbeat about adapters. waiting: the adapters of the requests that wait."""
         cache, resident = self._cache, set(self._cache.resident)
         return {
             "waiting_adapter": sum(digest not in resident for digest in waiting),

@@ -22,8 +22,9 @@ from gpu_worker.engine.step_model import StepWork
 from gpu_worker.layers.apply_extras import ExtraRows
 from gpu_worker.layers.step_rows import extra_rows, lora_batch
 from gpu_worker.planning.policy import MAX_SKIPS
-from gpu_worker.planning.request import BATCH_PRIORITY, EngineRequest, EngineStats, TokenOutput, failure_of, room_error
+from gpu_worker.planning.request import BATCH_PRIORITY, EngineRequest, TokenOutput, failure_of, room_error
 from lora_kernels import ops
+from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Internal, LorafleetError
 
 
@@ -288,7 +289,7 @@ class EncoderEngine(BaseEngine):
         self._requests.pop(rid, None)
         self._num_skips.pop(rid, None)
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> m.WorkerBeat:
         """Return the engine's figures as they are now."""
         return self._stats(
             capacity=self.config.max_num_seqs,

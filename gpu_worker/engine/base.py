@@ -12,7 +12,8 @@ from gpu_worker.adapters.residency import Residency
 from gpu_worker.engine.step_model import StepMeter
 from gpu_worker.engine.timelines import Timelines
 from gpu_worker.host_memory import give_back_freed, let_go_of_libraries
-from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.planning.request import EngineRequest, TokenOutput
+from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError
 
 
@@ -46,8 +47,8 @@ class BaseEngine(ABC):
         """Compute one batch. Returns the outputs of requests that got a token or ended."""
 
     @abstractmethod
-    def stats(self) -> EngineStats:
-        """Return the engine's figures as they are now."""
+    def stats(self) -> m.WorkerBeat:
+        """Return the engine's figures as they are now: a heartbeat without what only the service knows."""
 
     def finish_start(self) -> None:
         """Make what the fleet need not wait for, and give back the memory that starting took. May be called again."""
@@ -142,9 +143,11 @@ class BaseEngine(ABC):
         held = [slot for slot in set(slots) if slot >= 0]
         return int(self.adapters.slot_ranks[held].sum()) if held else 0
 
-    def _stats(self, **own: Any) -> EngineStats:
+    def _stats(self, **own: Any) -> m.WorkerBeat:
         """Return the figures that all engines have, and an engine's `own`."""
-        return EngineStats(
+        return m.WorkerBeat(
+            wid="",
+            name="",
             step_model=self.meter.model,
             counters=copy(self.counters),
             **self.residency.figures(self._wanted_adapters()),

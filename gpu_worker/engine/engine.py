@@ -26,13 +26,14 @@ from gpu_worker.model.model import BaseModel
 from gpu_worker.planning.batcher import Batcher, DraftSource
 from gpu_worker.planning.blocks import BlockPool
 from gpu_worker.planning.policy import BatchLimits
-from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput, failure_of
+from gpu_worker.planning.request import EngineRequest, TokenOutput, failure_of
 from gpu_worker.planning.sequence import Sequence
 from gpu_worker.planning.states import StatePool
 from gpu_worker.planning.step_plan import StepPlan
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.logprobs import record_prompts
 from gpu_worker.sampling.sampling import Sampled, begin_sample
+from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, Unavailable
 from protocol.wire.tokens import TokenTable
 
@@ -384,7 +385,7 @@ class Engine(BaseEngine):
         self.batcher.check_integrity()
         super().check_integrity()
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> m.WorkerBeat:
         """Return the engine's figures as they are now."""
         return self._stats(
             capacity=self.config.limits.max_num_seqs,

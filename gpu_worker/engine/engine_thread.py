@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
-from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.planning.request import EngineRequest, TokenOutput
+from protocol.wire import messages as m
 from protocol.wire.messages import AdapterEvent
 from protocol.wire.records import AdapterUse
 
@@ -146,7 +147,7 @@ class EngineThread:
             self._num_unacked -= 1
             self._changed.notify()
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> m.WorkerBeat:
         """Return the engine's figures of at most `STATS_S` ago."""
         return self._stats
 

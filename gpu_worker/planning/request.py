@@ -66,32 +66,6 @@ class TokenOutput(msgspec.Struct):  # a dataclass takes three times as long to m
         return cls(request.rid, request.epoch, len(request.output), finish="error", error=error)
 
 
-@dataclass(slots=True)
-class EngineStats:
-    """The engine's figures, which a worker's heartbeat reports to the fleet."""
-
-    capacity: int  # requests it would hold at once
-    running: int = 0
-    waiting: int = 0
-    waiting_adapter: int = 0  # those of `waiting` whose adapter is not resident
-    kv_blocks_free: int = 0
-    kv_blocks_total: int = 0
-    pool_bytes_free: int = 0
-    pool_bytes_total: int = 0
-    step_model: m.StepModel = field(default_factory=m.StepModel)
-    resident: list[str] = field(default_factory=list)  # digests of the adapters in the pool
-    loading: list[str] = field(default_factory=list)  # digests being loaded into the pool
-    host: list[str] = field(default_factory=list)  # packed in host memory
-    pinned: dict[str, str] = field(default_factory=dict)  # digest -> why it is not in the pool
-    num_loads: int = 0  # adapters copied into the pool
-    num_fetches: int = 0  # adapters fetched and packed
-    load_seconds: dict[str, list[float]] = field(default_factory=dict)  # see `messages.WorkerBeat`
-    kv_bytes_total: int = 0
-    host_bytes_used: int = 0
-    host_bytes_total: int = 0
-    counters: m.WorkerCounters = field(default_factory=m.WorkerCounters)
-
-
 def room_error(request: EngineRequest, num_virtual: int, most: int) -> BadRequest | None:
     """Return why a text has no room behind its adapter's virtual tokens, None if it has.
 

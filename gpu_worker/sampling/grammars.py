@@ -20,8 +20,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from gpu_worker.sampling.masks import Filling, MaskCost, MaskFiller
-from protocol.runtime.panics import panics_as
-from protocol.wire.errors import BadRequest, Internal, LorafleetError
+from protocol.wire.errors import BadRequest, Internal, LorafleetError, panics_as
 from protocol.wire.grammar_limits import GRAMMAR_LIMITS
 from protocol.wire.tokens import TokenTable
 

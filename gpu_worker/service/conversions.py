@@ -1,18 +1,14 @@
-"""From the queue's messages to what engine and outbox hold, and from the engine's figures to a beat. Pure."""
+"""From the queue's messages to what engine and outbox hold. Pure."""
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 
-from gpu_worker.planning.request import EngineRequest, EngineStats
-from gpu_worker.service.outbox import Outbox
+from gpu_worker.planning.request import EngineRequest
 from gpu_worker.service.owned import OwnedRequest
-from protocol.queue.bus import Entry, decode, now_ms
-from protocol.runtime.release import RELEASE
+from protocol.queue.bus import Entry, decode
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, ProtocolError
-from protocol.wire.messages.requests import KNOWN_FIELDS
 
 
 def assignments_in(entry: Entry) -> list[m.Assigned]:
@@ -28,18 +24,7 @@ def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: byte
     written so far.
     """
     if body is None:
-        return OwnedRequest(
-            item.rid,
-            item.epoch,
-            entry,
-            item.gateway,
-            item.tenant,
-            0,
-            0,
-            bytearray(log),
-            queued_ms=item.queued_ms,
-            trace=item.trace,
-        )
+        body, logprobs = m.Body(prompt=b"", sampling=m.Sampling(), max_new_tokens=0), b""
     num_top = body.sampling.num_logprobs
     record_bytes = 0 if num_top is None else m.logprob_record_bytes(num_top, body.sampling.vocabulary)
     return OwnedRequest(
@@ -76,51 +61,6 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
         grammar=body.grammar,
         task=body.task,
         second=body.second,
-    )
-
-
-def worker_beat(
-    name: str,
-    base: str,
-    stats: EngineStats,
-    outbox: Outbox,
-    *,
-    publish_s: float,
-    draining: bool,
-) -> m.WorkerBeat:
-    """Return what a worker says of itself, but what concerns its process.
-
-    name: the worker's. base: name of the base that it serves. publish_s: seconds it has waited for step scripts.
-    """
-    return m.WorkerBeat(
-        wid=outbox.wid,
-        name=name,
-        base=base,
-        capacity=0 if draining else stats.capacity,
-        running=stats.running,
-        waiting=stats.waiting,
-        waiting_adapter=stats.waiting_adapter,
-        progress=[(request.rid, request.num_logged) for request in outbox.owned.values()],
-        kv_blocks_free=stats.kv_blocks_free,
-        kv_blocks_total=stats.kv_blocks_total,
-        pool_bytes_free=stats.pool_bytes_free,
-        pool_bytes_total=stats.pool_bytes_total,
-        step_model=stats.step_model,
-        resident=stats.resident,
-        loading=stats.loading,
-        host=stats.host,
-        pinned=stats.pinned,
-        num_loads=stats.num_loads,
-        num_fetches=stats.num_fetches,
-        load_seconds=stats.load_seconds,
-        kv_bytes_total=stats.kv_bytes_total,
-        host_bytes_used=stats.host_bytes_used,
-        host_bytes_total=stats.host_bytes_total,
-        counters=msgspec.structs.replace(stats.counters, publish_s=publish_s),
-        draining=draining,
-        sent_ms=now_ms(),
-        knows=KNOWN_FIELDS,
-        version=RELEASE,
     )
 
 

@@ -20,7 +20,7 @@ from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.planning.request import EngineRequest, TokenOutput
 from gpu_worker.service.bases import WorkerBases
-from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
+from gpu_worker.service.conversions import assignments_in, engine_request, owned_request
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.residency_time import ResidencyTime
@@ -30,10 +30,12 @@ from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, QueueError, decode, now_ms
 from protocol.runtime.again import began_ms
 from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
+from protocol.runtime.release import RELEASE
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict, DeadlineExceeded, Internal, LorafleetError, ProtocolError
+from protocol.wire.messages.requests import KNOWN_FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -456,10 +458,12 @@ class WorkerService:
     def _own_beat(self) -> m.WorkerBeat:
         stats = self.engine.stats()
         self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
-        name, publish_s = self.served.name, self._publish_s
-        beat = worker_beat(self.name, name, stats, self.outbox, publish_s=publish_s, draining=self.draining)
         return msgspec.structs.replace(
-            beat, may_become=self.bases.others, becoming=self.becomes, start_s=self._start_s,
+            stats, wid=self.wid, name=self.name, base=self.served.name, version=RELEASE, knows=KNOWN_FIELDS,
+            capacity=0 if self.draining else stats.capacity, draining=self.draining, sent_ms=now_ms(),
+            progress=[(request.rid, request.num_logged) for request in self.outbox.owned.values()],
+            counters=msgspec.structs.replace(stats.counters, publish_s=self._publish_s),
+            may_become=self.bases.others, becoming=self.becomes, start_s=self._start_s,
             joined_ms=self._joined_ms, started_with=self.settings.workers,
         )  # fmt: skip
 

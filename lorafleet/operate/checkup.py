@@ -64,7 +64,7 @@ def of_queue(facts: ServerFacts) -> list[Finding]:
     if not facts.snapshot_ok:
         text = "the server could not write its last snapshot; by default it then refuses all writes"
         found.append(Finding("queue's snapshot", "problem", text, MAKE_ROOM))
-    return [*found, _memory(facts), _clock("queue's clock", facts.ahead_ms)]
+    return [*found, _memory(facts), of_clock("queue's clock", facts.ahead_ms)]
 
 
 def _memory(facts: ServerFacts) -> Finding:
@@ -87,7 +87,8 @@ def of_history(state: str | None) -> list[Finding]:
     return [Finding("history", "warning", text, "check the database, and the gateway's log for the reason")]
 
 
-def _clock(name: str, ahead_ms: float) -> Finding:
+def of_clock(name: str, ahead_ms: float) -> Finding:
+    """Judge a clock against this machine's."""
     if abs(ahead_ms) <= MAX_SKEW_MS:
         return Finding(name, "ok", f"differs by {abs(ahead_ms):.0f} ms from this machine's")
     word = "ahead of" if ahead_ms > 0 else "behind"
@@ -226,11 +227,6 @@ def of_compiler(machine: str, compiler: str | None, *, is_shipped: bool, is_buil
     return Finding(
         name, "warning", text, "install g++ (apt-get install g++) or a wheel with native kernels, or set CXX"
     )
-
-
-def of_clock(name: str, ahead_ms: float) -> Finding:
-    """Judge a clock against this machine's."""
-    return _clock(name, ahead_ms)
 
 
 def worst(findings: Sequence[Finding]) -> Level:

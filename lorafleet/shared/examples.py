@@ -74,7 +74,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "lorafleet usage": ("lorafleet usage --days 30", "lorafleet usage --by tenant --csv"),
     "lorafleet audit": ("lorafleet audit --limit 20", "lorafleet audit --tenants"),
     "lorafleet dlq": ("lorafleet dlq list", "lorafleet dlq retry 1764043172123-0"),
-    "lorafleet dlq list": ("lorafleet dlq list", "lorafleet dlq list --redis-url redis://operator@queue:6379/0"),
+    "lorafleet dlq list": ("lorafleet dlq list",),
     "lorafleet dlq show": ("lorafleet dlq show 1764043172123-0",),
     "lorafleet dlq retry": ("lorafleet dlq retry 1764043172123-0 1764043172456-0",),
     "lorafleet keys": ("lorafleet keys create --tenant acme", "lorafleet keys list"),

@@ -1,4 +1,4 @@
-"""Commands that work on the queue itself: those of `lorafleet keys` and `lorafleet dlq`. No gateway needs to run."""
+"""Commands that work on the queue itself: those of `lorafleet keys`. No gateway needs to run."""
 
 from __future__ import annotations
 

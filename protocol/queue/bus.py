@@ -44,7 +44,7 @@ from protocol.queue.kept.readable import readable
 from protocol.queue.kept.webhooks import Webhooks
 from protocol.queue.members import Members
 from protocol.queue.request_lists import RequestLists
-from protocol.queue.request_records import record_of
+from protocol.queue.request_records import FACTS, facts_of, record_of
 from protocol.queue.scripts import FOLDER, Scripts
 from protocol.queue.steps import Refused, StepResult, StepRow, refused_rows, step_call
 from protocol.queue.streams import Entry, Streams
@@ -319,27 +319,13 @@ class Bus:
 
     async def requests(self, rids: Sequence[str]) -> list[RequestFacts | None]:
         """Return the facts of requests, None for one that has expired or never was."""
-        fields = ("state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts",
-                  "t_submit", "t_first", "t_end", "t_assign")  # fmt: skip
         pipe = self._redis.pipeline(transaction=False)
         for rid in rids:
-            pipe.hmget(self.keys.req(rid), fields)
+            pipe.hmget(self.keys.req(rid), FACTS)
             pipe.strlen(self.keys.tok(rid))
         replies = await pipe.execute()
-        found: list[RequestFacts | None] = []
-        for row, length in zip(replies[::2], replies[1::2], strict=True):
-            if row[0] is None:
-                found.append(None)
-                continue
-            state, epoch, finish, error, gateway, num_prompt, attempts, *times = ((v or b"").decode() for v in row)
-            submitted, first, ended, given = (int(t or 0) for t in times)
-            found.append(
-                RequestFacts(
-                    state, int(epoch), finish, error, gateway, int(num_prompt), length // 4, int(attempts or 0),
-                    submitted, first, ended, given,
-                )
-            )  # fmt: skip
-        return found
+        pairs = zip(replies[::2], replies[1::2], strict=True)
+        return [facts_of(row, length) if row[0] is not None else None for row, length in pairs]
 
     async def record(self, rid: str) -> RequestRecord | None:
         """Return all that is kept of a request but its prompt and tokens, None for one that has expired or never was.

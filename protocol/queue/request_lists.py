@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.queue.books.usage import base_of, model_of, owner_of
+from protocol.queue.books.usage import owner_of, row_of
 from protocol.queue.connection.redis_client import Client
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
@@ -56,11 +56,10 @@ class RequestLists:
             words: list[str] = [(value or b"").decode() for value in row[:-1]]
             state, tenant, cls, digest, call, owner, finish = words[:7]
             num_prompt, attempts, submitted, first, ended, cached = (int(word or 0) for word in words[7:13])
-            found.append(
-                RequestSummary(
-                    rid, state, owner_of(row[-1] or b"") or tenant, cls, digest, model_of(row[-1] or b""), call,
-                    owner, finish, words[13], num_prompt, cached, length // 4, attempts, submitted, first, ended,
-                    base_of(row[-1] or b""),
-                )
+            usage = row[-1] or b""
+            entry = m.HistoryEntry(
+                rid, call, row_of(usage), cls, state, finish, words[13], owner, num_prompt, cached, length // 4,
+                attempts, submitted, first, ended,
             )  # fmt: skip
+            found.append(RequestSummary(entry, owner_of(usage) or tenant, digest))
         return found

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from protocol.queue.books.usage import base_of, model_of, owner_of
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.records import FIRST_NOTES, LAST_NOTES, Assignment, RequestFacts, RequestRecord
+
+FACTS = (
+    "state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts", "t_submit", "t_first", "t_end", "t_assign",
+)  # fmt: skip
+"""Fields of a request's hash that `facts_of` takes, in this order."""
+
+
+def facts_of(values: Sequence[bytes | None], log_bytes: int) -> RequestFacts:
+    """Return the facts of a request. values: of `FACTS`; log_bytes: of its log."""
+    state, epoch, finish, error, gateway, *rest = ((value or b"").decode() for value in values)
+    num_prompt, attempts, *times = (int(float(text or 0)) for text in rest)
+    return RequestFacts(state, int(epoch or 0), finish, error, gateway, num_prompt, log_bytes // 4, attempts, *times)
 
 
 def record_of(fields: Mapping[bytes, bytes], log_bytes: int) -> RequestRecord:
@@ -19,10 +31,7 @@ def record_of(fields: Mapping[bytes, bytes], log_bytes: int) -> RequestRecord:
     def number(name: str) -> int:
         return int(float(text(name) or 0))
 
-    facts = RequestFacts(
-        text("state"), number("epoch"), text("finish"), text("error"), text("gateway"), number("n_prompt"),
-        log_bytes // 4, number("attempts"), number("t_submit"), number("t_first"), number("t_end"), number("t_assign"),
-    )  # fmt: skip
+    facts = facts_of([fields.get(name.encode()) for name in FACTS], log_bytes)
     usage = fields.get(b"usage", b"")
     return RequestRecord(
         facts, owner_of(usage) or text("tenant"), text("cls"), text("digest"), model_of(usage), text("call"),

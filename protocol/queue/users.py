@@ -107,12 +107,12 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
             scans=True,
         ),
         "operator": Rights(
-            writes=(k.tag, k.api_keys, k.tenants, k.dlq, k.call("*"), k.req("*")),
+            writes=(k.tag, k.api_keys, k.tenants),
             reads=(
                 k.status, k.workers, k.worker_beat("*"), k.gateways, k.gateway_beat("*"), k.stores, k.store_beat("*"),
-                k.base, k.bases, k.added_bases, k.work("*"), k.out("*"),
+                k.base, k.bases, k.added_bases,
             ),
-            adds=(*answers, k.body("*"), k.sub("*"), k.audit),  # it extends the TTL of what it retries
+            adds=(k.audit,),
         ),
     }  # fmt: skip
 

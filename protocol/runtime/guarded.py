@@ -87,13 +87,10 @@ def _raised_at(error: BaseException) -> tuple[object, int] | None:
         frames.append(frame)
         frame = frame.tb_next
     frames.reverse()
-    outside = (one for one in frames if not _is_of_the_queue(one.tb_frame.f_globals.get("__name__", "")))
+    of_the_queue = ("protocol.queue.", "redis.")
+    outside = (one for one in frames if not one.tb_frame.f_globals.get("__name__", "").startswith(of_the_queue))
     found = next(outside, frames[0] if frames else None)
     return (found.tb_frame.f_code, found.tb_lineno) if found is not None else None
-
-
-def _is_of_the_queue(module: str) -> bool:
-    return module.startswith(("protocol.queue.", "redis."))
 
 
 FAILED = Failures()

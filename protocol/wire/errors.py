@@ -32,6 +32,9 @@ Those named with a file are defined there and never cross the queue.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
 
 class LorafleetError(Exception):
     """An error with the HTTP status, OpenAI `type` and `code` a client sees."""
@@ -202,3 +205,14 @@ class UnreadableRecord(ProtocolError):
 
 class NewerRecord(UnreadableRecord):
     """A newer release has written it, and can read it."""
+
+
+@contextmanager
+def panics_as(error: Callable[[str], LorafleetError]) -> Generator[None]:
+    """Raise `error`, with the panic's text, in the place of a panic of a library in Rust, a BaseException in Python."""
+    try:
+        yield
+    except BaseException as panic:
+        if type(panic).__name__ != "PanicException":
+            raise
+        raise error(f"a library failed: {' '.join(str(panic).split())[:200]}") from panic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protocol.wire import messages as m
 
@@ -71,33 +72,12 @@ class RequestRecord:
     base: str = ""  # name of its base
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSummary:
-    """What a list says of a request; times are unix milliseconds, 0 for what has not happened."""
+class RequestSummary(NamedTuple):
+    """What a list says of a request that has not ended: as the history will, and what that does not say."""
 
-    rid: str
-    state: str
+    entry: m.HistoryEntry  # the wid of its owner in place of a worker's name
     tenant: str  # the tenant as the API shows it
-    cls: str
-    digest: str  # digest of its adapter, "" for the base model
-    model: str  # requested model, as shown by the API
-    call: str
-    owner: str  # wid; "" while it is queued, and of one that has ended
-    finish: str
-    error: str  # JSON of `messages.ErrorInfo`, "" without an error
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    attempts: int
-    submitted_ms: int
-    first_ms: int
-    ended_ms: int
-    base: str = ""  # name of its base
-
-    @property
-    def is_terminal(self) -> bool:
-        """Whether it has ended."""
-        return self.state in m.TERMINAL
+    digest: str  # digest of its adapter, also of a merge; "" for the base model
 
 
 @dataclass(frozen=True, slots=True)

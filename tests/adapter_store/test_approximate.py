@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from helpers.adapter_files import safetensors
 from helpers.store_run import RunStore, ask, in_state
-from helpers.waiting import wait_until
 from msgspec import structs
 from oracle.adapters.peft_kinds import LLAMA, Kind, make_adapter, make_base
 from peft import C3AConfig
 
-from adapter_store.approximate import KEEP, MAX_TENANT_WAITING, MAX_WAITING, Approximation, TenantTurns, ToConvert
+from adapter_store.approximate import KEEP, MAX_TENANT_WAITING, Approximation, ToConvert
 from adapter_store.bases import Bases
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
@@ -196,64 +195,15 @@ async def test_an_adapter_of_another_base_is_refused_with_the_reason(
         await mirror.converted(lambda: mirror.take(source, "one", base))
 
 
-# ---------------------------------------------------------------- turns
-
-
-async def test_tenants_take_turns() -> None:
-    turns, order, first = TenantTurns(), list[str](), asyncio.Event()
-
-    async def wait(tenant: str) -> None:
-        async with turns.turn(tenant):
-            order.append(tenant)
-            await first.wait()
-
-    async with asyncio.TaskGroup() as tasks:
-        for tenant in ("a", "a", "a", "a", "b", "c", "b"):
-            tasks.create_task(wait(tenant))
-        await wait_until(lambda: len(order) == 1, "the first has its turn")
-        first.set()
-    assert order == ["a", "a", "b", "c", "a", "b", "a"]
-
-
-async def test_only_so_many_wait() -> None:
-    turns, gate = TenantTurns(), asyncio.Event()
-
-    async def wait(tenant: str) -> None:
-        async with turns.turn(tenant):
-            await gate.wait()
-
-    def start(tenant: str, num: int) -> list[asyncio.Task[None]]:
-        return [asyncio.create_task(wait(tenant)) for _ in range(num)]
-
-    tasks = start("a", MAX_TENANT_WAITING + 2)
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    assert [type(task.exception()) for task in done] == [Unavailable]
-    with pytest.raises(Unavailable):
-        turns.check("a")
-    turns.check("b")
-    for tenant in ("b", "c", "d", "e"):
-        tasks += start(tenant, MAX_WAITING // 4)
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=0)
-    with pytest.raises(Unavailable, match="64 in all"):
-        turns.check("new")
-    gate.set()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    turns.check("a")
-
-
-async def test_who_gives_up_takes_no_turn() -> None:
-    turns, order = TenantTurns(), list[str]()
-
-    async def wait(tenant: str) -> None:
-        async with turns.turn(tenant):
-            order.append(tenant)
-
-    async with turns.turn("a"):
-        tasks = {tenant: asyncio.create_task(wait(tenant)) for tenant in "bcd"}
-        await asyncio.sleep(0)  # all three wait
-        tasks["b"].cancel()
-    tasks["c"].cancel()  # it has the place, and has not run since
-    await asyncio.gather(*tasks.values(), return_exceptions=True)
-    assert order == ["d"]
-    async with turns.turn("e"):
-        turns.check("b")
+async def test_only_so_many_wait(tmp_path: Path, model: Path, base: m.ServedModel) -> None:
+    mirror, _ = converting(tmp_path, model, base)
+    assert mirror._approximation is not None
+    turns = mirror._approximation.turns
+    async with turns.held("a"):
+        tasks = [asyncio.create_task(turns.take(tenant)) for tenant in "ab" * MAX_TENANT_WAITING]
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="16 of a tenant may, and 64 in all"):
+            turns.check("a")
+        turns.check("c")
+    for task in tasks:
+        task.cancel()

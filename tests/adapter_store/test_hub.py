@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.adapter_files import BASE, adapter_bytes, lora_tensors, safetensors
 from helpers.hub_stub import HubStub, Repo, run_hub
 from helpers.store_run import QUICK
 from helpers.waiting import wait_until
@@ -24,11 +23,7 @@ from protocol.wire.errors import AdapterRefused, NotFound, PermissionDenied, Una
 
 
 def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
-    return {
-        CONFIG_FILE: json.dumps(lora_config(**fields)).encode(),
-        WEIGHTS_FILE: safetensors(lora_tensors(seed)),
-        "README.md": b"hello",
-    }
+    return {**adapter_bytes(seed, **fields), "README.md": b"hello"}
 
 
 @pytest.fixture
@@ -206,8 +201,7 @@ async def test_a_tenants_slow_downloads_leave_room_for_others(hub: HubStub, sour
         hub.repos[f"org/{i}"] = Repo()
         hub.repos[f"org/{i}"].commit(adapter(i))
     hub.repos["org/small"] = Repo()
-    small = {CONFIG_FILE: json.dumps(lora_config(1)).encode(), WEIGHTS_FILE: safetensors(lora_tensors(9, rank=1))}
-    hub.repos["org/small"].commit(small)  # which passes the gate
+    hub.repos["org/small"].commit(adapter_bytes(9, rank=1))  # which passes the gate
     async with asyncio.TaskGroup() as tasks:
         slow = [tasks.create_task(mirror.take(source, f"org/{i}", BASE, tenant="greedy")) for i in range(8)]
         await wait_until(lambda: len(hub.requests(WEIGHTS_FILE)) == 3, "three are being fetched")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -12,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.adapter_files import BASE, adapter_bytes, write_adapter
 from helpers.hub_stub import LFS_BYTES, HubStub, Repo
 from helpers.store_run import ask, get, in_state
 from helpers.waiting import wait_until
 
-from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import WEIGHTS_FILE
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -54,9 +53,7 @@ async def test_killed_in_mid_download(
     """The next process resumes the download as soon as the lease of the dead one has expired."""
     await bus.set(bus.keys.base, BASE)
     hub.repos["org/a"] = Repo()
-    hub.repos["org/a"].commit(
-        {CONFIG_FILE: json.dumps(lora_config()).encode(), WEIGHTS_FILE: safetensors(lora_tensors())}
-    )
+    hub.repos["org/a"].commit(adapter_bytes())
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     await bus.adapters.register(m.Registration(name="a", source="hub:org/a", asked_ms=now_ms()))
     hub.gate = asyncio.Event()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
-from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.adapter_files import BASE, adapter_bytes, write_adapter
 from helpers.hub_stub import HubStub, Repo
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
 from helpers.store_run import RunStore, in_state
@@ -20,7 +19,7 @@ from adapter_store.mirror import Mirror
 from adapter_store.sources import FLEET
 from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
-from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused, Unavailable
@@ -34,11 +33,6 @@ def wider(factor: int) -> list[m.SiteShape]:
 
 
 WIDE = msgspec.structs.replace(ONE, name="wide", model="wide", fingerprint="third", sites=wider(2))
-
-
-def adapter(seed: int = 0, factor: int = 1, **fields: Any) -> dict[str, bytes]:
-    tensors = lora_tensors(seed, sites=wider(factor))
-    return {CONFIG_FILE: json.dumps(lora_config(**fields)).encode(), WEIGHTS_FILE: safetensors(tensors)}
 
 
 def several(*bases: m.ServedModel, missing: tuple[str, ...] = ()) -> Bases:
@@ -64,7 +58,7 @@ async def test_a_commit_names_its_base_at_every_look(
     hub: HubStub, source: HubSource, mirror: Mirror, has_note: bool
 ) -> None:
     """Once it is here its source is asked nothing, not even for its files."""
-    commit = hub.repos["org/a"].commit(adapter(base_model_name_or_path="two"))
+    commit = hub.repos["org/a"].commit(adapter_bytes(base_model_name_or_path="two"))
     unfit = several(ONE, msgspec.structs.replace(WIDE, model="two"))
     for _ in range(3):
         mirrored, name, _ = await several(ONE, TWO).take(mirror, source, f"org/a@{commit}", "", FLEET)
@@ -80,7 +74,7 @@ async def test_many_names_of_one_version_are_taken_together(
     hub: HubStub, source: HubSource, mirror: Mirror, has_note: bool
 ) -> None:
     for seed in range(3):
-        hub.repos["org/a"].commit(adapter(seed, base_model_name_or_path="two"))
+        hub.repos["org/a"].commit(adapter_bytes(seed, base_model_name_or_path="two"))
         if not has_note:
             mirrored, *_ = await several(ONE, TWO).take(mirror, source, "org/a", "", FLEET)
             await without_note(mirror, mirrored.version.key)
@@ -93,7 +87,7 @@ async def test_many_names_of_one_version_are_taken_together(
 async def test_what_fits_no_base_is_refused_before_its_weights_come(
     hub: HubStub, source: HubSource, mirror: Mirror
 ) -> None:
-    hub.repos["org/a"].commit(adapter(factor=3))
+    hub.repos["org/a"].commit(adapter_bytes(sites=wider(3)))
     with pytest.raises(AdapterRefused, match=r"it fits no base of this fleet; tiny: .*; wide: "):
         await several(ONE, WIDE).take(mirror, source, "org/a", "", FLEET)
     assert len(mirror.blobs) == 0
@@ -136,7 +130,7 @@ async def register(bus: Bus, base: str = "") -> None:
 async def test_a_name_stays_served_when_it_does_not_fit_the_base_asked(
     bus: Bus, hub: HubStub, run_store: RunStore
 ) -> None:
-    hub.repos["org/a"].commit(adapter())
+    hub.repos["org/a"].commit(adapter_bytes())
     await bus.set(bus.keys.base, ONE)
     await bus._redis.hset(bus.keys.bases, "wide", m.encode(WIDE))
     run_store(model=ONE.name, more_models="wide", hub_endpoint=hub.url)
@@ -157,7 +151,7 @@ async def test_what_one_base_served_is_kept_for_no_other_when_there_are_several(
     bus: Bus, hub: HubStub, run_store: RunStore
 ) -> None:
     """Its entry names no base; while its source is away nothing says which it was, and any of the layout would do."""
-    hub.repos["org/a"].commit(adapter())
+    hub.repos["org/a"].commit(adapter_bytes())
     await bus.set(bus.keys.base, ONE)
     store = run_store(hub_endpoint=hub.url)
     await register(bus)
@@ -169,5 +163,5 @@ async def test_what_one_base_served_is_kept_for_no_other_when_there_are_several(
     run_store(model="two", more_models=ONE.name, hub_endpoint=hub.url, refresh_s=0.1)
     assert (await in_state(bus, "a", "failed")).status == 503
     hub.down = False
-    hub.repos["org/a"].commit(adapter(base_model_name_or_path=ONE.name))
+    hub.repos["org/a"].commit(adapter_bytes(base_model_name_or_path=ONE.name))
     assert (await in_state(bus, "a", "on_disk")).base == ONE.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.adapter_files import BASE, adapter_bytes, write_adapter
 from helpers.hub_stub import HubStub, Repo
 from helpers.store_run import RunStore, ask, get, in_state
 from helpers.waiting import wait_until
@@ -31,10 +30,6 @@ from protocol.wire.keys import private_name
 SECRET = "a secret of the tests"
 
 
-def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
-    return {CONFIG_FILE: json.dumps(lora_config(**fields)).encode(), WEIGHTS_FILE: safetensors(lora_tensors(seed))}
-
-
 @pytest_asyncio.fixture
 async def hub(hub: HubStub, bus: Bus, timings: StoreTimings) -> HubStub:
     """A Hub that stores use, with short pauses, and a base model in the fleet."""
@@ -42,7 +37,7 @@ async def hub(hub: HubStub, bus: Bus, timings: StoreTimings) -> HubStub:
     timings.retries = Retries(max_tries=1)
     await bus.set(bus.keys.base, BASE)
     hub.repos["org/a"] = Repo()
-    hub.repos["org/a"].commit(adapter())
+    hub.repos["org/a"].commit(adapter_bytes())
     return hub
 
 
@@ -69,7 +64,7 @@ async def test_a_registered_name_is_served_and_kept_fresh(bus: Bus, hub: HubStub
     await register(bus)
     first = await in_state(bus, "a", "on_disk")
     assert first.source == f"hub:org/a@{hub.repos['org/a'].refs['main']}"
-    hub.repos["org/a"].commit(adapter(1))
+    hub.repos["org/a"].commit(adapter_bytes(1))
     second = await in_state(bus, "a", "on_disk", not_digest=first.digest)
     for alias in (first, second):
         await ask(url, alias.digest, SECRET)
@@ -81,9 +76,9 @@ async def test_a_registered_name_is_served_and_kept_fresh(bus: Bus, hub: HubStub
 async def test_a_name_can_be_pointed_elsewhere(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
     """To another repository or to a commit: the content changes in one step and is never missing."""
     old_commit = hub.repos["org/a"].refs["main"]
-    hub.repos["org/a"].commit(adapter(1))
+    hub.repos["org/a"].commit(adapter_bytes(1))
     hub.repos["org/b"] = Repo()
-    hub.repos["org/b"].commit(adapter(2))
+    hub.repos["org/b"].commit(adapter_bytes(2))
     run_store()
     digests = set()
     for source in ("hub:org/a", "hub:org/b", f"hub:org/a@{old_commit}"):
@@ -119,7 +114,7 @@ async def test_stale_is_said_and_fresh_again_too(bus: Bus, hub: HubStub, run_sto
 
 async def test_refusals_say_why_and_are_looked_at_again_when_asked(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
     hub.repos["org/bad"] = Repo()
-    hub.repos["org/bad"].commit(adapter(use_qalora=True))
+    hub.repos["org/bad"].commit(adapter_bytes(use_qalora=True))
     run_store()
     await register(bus, "bad", "hub:org/bad")
     await register(bus, "none", "hub:org/none")
@@ -129,7 +124,7 @@ async def test_refusals_say_why_and_are_looked_at_again_when_asked(bus: Bus, hub
     assert "does not exist" in (await in_state(bus, "none", "failed")).reason
     assert "not a supported" in (await in_state(bus, "nowhere", "failed")).reason
     assert "not a supported" in (await in_state(bus, "bucket", "failed")).reason
-    hub.repos["org/bad"].commit(adapter(3))
+    hub.repos["org/bad"].commit(adapter_bytes(3))
     hub.seen.clear()
     await register(bus)
     await in_state(bus, "a", "on_disk")
@@ -161,7 +156,7 @@ async def test_trouble_passes_by_itself(bus: Bus, hub: HubStub, run_store: RunSt
 async def test_private_names(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
     """Reached with a registration's token, seen by its tenant only; a token that is revoked ends it."""
     hub.repos["org/p"] = Repo(private=True)
-    hub.repos["org/p"].commit(adapter(7))
+    hub.repos["org/p"].commit(adapter_bytes(7))
     hub.tokens = {"hf_mine": {"org/p"}, "hf_other": set()}
     store = run_store(refresh_s=0.1)
     await register(bus, "p", "hub:org/p", token="hf_mine", tenant="me")
@@ -192,7 +187,7 @@ async def test_the_fleets_token_is_for_what_operators_register(
     """A tenant's registration has it only where a gateway has lent it, and once it is fetched it stays closed."""
     monkeypatch.setenv("HF_TOKEN", "hf_fleet")
     hub.repos["org/p"] = Repo(private=True)
-    commit = hub.repos["org/p"].commit(adapter(7))
+    commit = hub.repos["org/p"].commit(adapter_bytes(7))
     hub.tokens = {"hf_fleet": {"org/p"}}
     run_store(request_sources="hub")
     await register(bus, "ops", f"hub:org/p@{commit}")
@@ -373,7 +368,7 @@ async def test_slow_ones_keep_nobody_waiting(bus: Bus, hub: HubStub, settings: S
     hub.gate = asyncio.Event()
     for i in range(10):
         hub.repos[f"slow/{i}"] = Repo()
-        hub.repos[f"slow/{i}"].commit(adapter(10 + i))
+        hub.repos[f"slow/{i}"].commit(adapter_bytes(10 + i))
     store = run_store(max_downloads=4)
     for i in range(10):
         await register(bus, f"slow{i}", f"hub:slow/{i}")
@@ -435,7 +430,7 @@ async def test_evicted_content_is_fetched_again_with_the_registrations_token(
     bus: Bus, hub: HubStub, settings: Settings, run_store: RunStore
 ) -> None:
     hub.repos["org/p"] = Repo(private=True)
-    hub.repos["org/p"].commit(adapter(7))
+    hub.repos["org/p"].commit(adapter_bytes(7))
     hub.tokens = {"hf_mine": {"org/p"}}
     store = run_store()
     await register(bus, "p", "hub:org/p", token="hf_mine", tenant="me")

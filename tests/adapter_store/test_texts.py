@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.adapter_files import BASE as PLAIN_BASE
-from helpers.adapter_files import lora_config, lora_tensors, safetensors, write_adapter
+from helpers.adapter_files import adapter_bytes, write_adapter
 from helpers.hub_stub import Repo, run_hub
 from helpers.s3_server import BUCKET, run_s3
 from helpers.store_run import QUICK, RunStore, ask, get, in_state
@@ -47,8 +47,7 @@ BASE = structs.replace(PLAIN_BASE, tokenizer=parts_of(json.dumps({**FILE, "added
 NEW = AddedToken(3, "<new>", special=True, normalized=False)
 TEXTS = {"tokenizer.json": TOKENIZER, "chat_template.jinja": b"{{ messages }}"}
 ADAPTER = {
-    CONFIG_FILE: json.dumps(lora_config()).encode(),
-    WEIGHTS_FILE: safetensors(lora_tensors()),
+    **adapter_bytes(),
     "tokenizer_config.json": b'{"eos_token": "<end>"}',
     **TEXTS,
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from helpers.adapter_files import zipped
 
 from adapter_store.uploads import FOLDER, KEPT_S, Uploads, unpack
 from protocol.runtime.free_space import Reserve, size_of
@@ -22,14 +23,6 @@ from protocol.wire.errors import AdapterRefused, BadRequest, Conflict, Lorafleet
 NUM_FUZZED = int(os.environ.get("LORAFLEET_FUZZED_ZIPS", "3000"))
 
 GOOD = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights" * 1000}
-
-
-def zipped(files: dict[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> bytes:
-    raw = io.BytesIO()
-    with zipfile.ZipFile(raw, "w", how) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return raw.getvalue()
 
 
 def unpacked(tmp_path: Path, raw: bytes, max_bytes: int = 1 << 20) -> dict[str, bytes]:

@@ -67,7 +67,8 @@ async def test_other_commands_find_it(fleet: RunningFleet, capfd: pytest.Capture
     (told,) = json.loads(capfd.readouterr().out)
     assert (told["url"], told["state"], told["model"], told["workers"]) == (fleet.url, "ready", "tiny", 1)
     assert told["pid"] == fleet.process.pid
-    for words in ("workers list", "keys list", "dlq list", "dlq list --data " + told["data"], "logs gateway", "doctor"):
+    data = f"keys list --data {told['data']}"
+    for words in ("workers list", "keys list", data, "dlq list", "logs gateway", "doctor"):
         assert await asyncio.to_thread(main, words.split()) == 0, words
         assert capfd.readouterr().out, words
     assert await asyncio.to_thread(main, ["chat", "frist"]) == 2

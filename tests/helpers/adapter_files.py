@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,9 +60,26 @@ def lora_config(rank: int = 4, **fields: Any) -> dict[str, Any]:
     return {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **fields}
 
 
+def adapter_bytes(
+    seed: int = 0, rank: int = 4, sites: Sequence[m.SiteShape] = BASE.sites, **fields: Any
+) -> dict[str, bytes]:
+    """Return the files of a valid adapter for BASE, by name."""
+    weights = safetensors(lora_tensors(seed, rank, sites))
+    return {CONFIG_FILE: json.dumps(lora_config(rank, **fields)).encode(), WEIGHTS_FILE: weights}
+
+
 def write_adapter(folder: Path, seed: int = 0, rank: int = 4, **fields: Any) -> Path:
     """Write a valid adapter for BASE, over one that may be there."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS_FILE).write_bytes(safetensors(lora_tensors(seed, rank)))
-    (folder / CONFIG_FILE).write_text(json.dumps(lora_config(rank, **fields)))
+    for name, raw in adapter_bytes(seed, rank, **fields).items():
+        (folder / name).write_bytes(raw)
     return folder
+
+
+def zipped(files: Mapping[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """Return a zip of files, by their paths."""
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", how) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return raw.getvalue()

@@ -1,8 +1,19 @@
-"""A clock whose speed a test sets."""
+"""Clocks whose time, or its speed, a test sets."""
 
 from __future__ import annotations
 
 import time
+
+
+class SetClock:
+    """Seconds that a test sets; callable, as `time.monotonic` is."""
+
+    def __init__(self, now_s: float = 0.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        """Return the time in seconds."""
+        return self.now_s
 
 
 class ScaledClock:

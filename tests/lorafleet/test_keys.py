@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+from pathlib import Path
 
 import pytest
 
 from lorafleet.__main__ import main
-from lorafleet.launcher.embedded import EmbeddedServer
+from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from protocol.queue.books.api_keys import PREFIX, ApiKey, Tenant
 from protocol.queue.bus import Bus, now_ms
 
@@ -96,3 +97,35 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     assert main(["keys", "create", *words, *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_queue_of_a_running_fleet_is_found_by_its_data_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], guarded: bool
+) -> None:
+    flags = ["--data", str(tmp_path)]
+    assert main(["keys", "list", *flags]) == 2
+    assert "none" in capsys.readouterr().err
+    server = start_embedded(tmp_path / "queue" / "tiny-1", durable=False, guarded=guarded)
+    try:
+        (tmp_path / "queue" / "ended-2").mkdir()
+        assert main(["keys", "list", *flags]) == 0
+        assert "no keys" in capsys.readouterr().out
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("name", ["flag", "file", "REDIS_URL", "LORAFLEET_REDIS_URL", "LORAFLEET_CONFIG"])
+def test_the_queue_is_asked_wherever_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for variable in ("REDIS_URL", "LORAFLEET_REDIS_URL", "LORAFLEET_DATA", "LORAFLEET_CONFIG"):
+        monkeypatch.setenv(variable, "")  # so that one which the command sets is none later
+        monkeypatch.delenv(variable)
+    url, file = f"unix://{tmp_path}/none.sock", tmp_path / "fleet.toml"
+    file.write_text(f'redis_url = "{url}"\n')
+    flags = {"flag": ["--redis-url", url], "file": ["--config", str(file)]}.get(name, [])
+    if not flags:
+        monkeypatch.setenv(name, str(file) if name == "LORAFLEET_CONFIG" else url)
+    assert main(["keys", "list", *flags]) == 1
+    assert "cannot reach the queue" in capsys.readouterr().err

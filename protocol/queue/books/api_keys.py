@@ -98,7 +98,8 @@ class ApiKeys:
 
     async def tenants(self) -> list[Tenant]:
         """Return every tenant that has limits or keys, by name."""
-        known = {tenant.name: tenant for tenant in map(_tenant_in, await self._redis.hvals(self._keys.tenants))}
+        found = [decode(raw, Tenant) for raw in await self._redis.hvals(self._keys.tenants)]
+        known = {tenant.name: tenant for tenant in found}
         for raw in await self._redis.hvals(self._keys.api_keys):
             name = decode(raw, ApiKey).tenant
             known.setdefault(name, Tenant(name=name))
@@ -146,10 +147,6 @@ class ApiKeys:
         if min(limits) < 0 or not 0 < tenant.weight <= 1000:
             raise BadRequest("limits must not be negative, and a weight above 0 and at most 1000")
         await self._redis.hset(self._keys.tenants, tenant.name, m.encode(tenant))
-
-
-def _tenant_in(raw: bytes) -> Tenant:
-    return decode(raw, Tenant)
 
 
 def check_tenant(name: str) -> None:

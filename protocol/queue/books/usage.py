@@ -69,14 +69,19 @@ def usage_of(counted: CountedFor, *, calls: int, prompt_tokens: int, has_output:
     return msgspec.msgpack.encode(parts)
 
 
+def row_of(usage: bytes) -> str:
+    """Return the row of what `usage_of` returned, as a history keeps it; "" of nothing."""
+    return msgspec.msgpack.decode(usage)[-1] if usage else ""
+
+
 def model_of(usage: bytes) -> str:
     """Return the model of what `usage_of` returned, as the API shows it; "" of nothing."""
-    return msgspec.json.decode(msgspec.msgpack.decode(usage)[-1])[0] if usage else ""
+    return msgspec.json.decode(row_of(usage))[0] if usage else ""
 
 
 def base_of(usage: bytes) -> str:
     """Return the name of the base of what `usage_of` returned; "" of nothing."""
-    return msgspec.json.decode(msgspec.msgpack.decode(usage)[-1])[2] if usage else ""
+    return msgspec.json.decode(row_of(usage))[2] if usage else ""
 
 
 def owner_of(usage: bytes) -> str:

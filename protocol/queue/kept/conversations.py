@@ -7,7 +7,7 @@ response has ended; the script that adds its items takes the note away, so it is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from protocol.queue.connection.redis_client import Client
@@ -32,10 +32,6 @@ class ConversationLimits:
     max_items: int  # limit per conversation
     max_bytes: int  # limit per conversation
     max_kept: int  # limit on all bytes of the tenant in the queue; 0: no limit
-
-    def with_kept(self, max_kept: int) -> ConversationLimits:
-        """Return the limits of a tenant that may keep so many bytes."""
-        return replace(self, max_kept=max_kept)
 
 
 class TurnOutcome(NamedTuple):

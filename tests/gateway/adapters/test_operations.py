@@ -13,7 +13,7 @@ import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
-from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.adapter_files import BASE, adapter_bytes, write_adapter
 from helpers.hub_stub import HubStub, Repo, run_hub
 from helpers.scripted_fleet import gateway_client
 from helpers.waiting import wait_until
@@ -28,10 +28,6 @@ from protocol.runtime.settings import Settings
 from scheduler.service import serve as serve_scheduler
 
 SECRET = "a secret of the tests"
-
-
-def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
-    return {CONFIG_FILE: json.dumps(lora_config(**fields)).encode(), WEIGHTS_FILE: safetensors(lora_tensors(seed))}
 
 
 class Fleet:
@@ -96,8 +92,8 @@ async def fleet(bus: Bus, model_folder: Path, tmp_path: Path, monkeypatch: pytes
     stop = asyncio.Event()
     async with run_hub() as hub, asyncio.TaskGroup() as group:
         hub.repos["org/a"], hub.repos["org/b"] = Repo(), Repo()
-        hub.repos["org/a"].commit(adapter(1))
-        hub.repos["org/b"].commit(adapter(2))
+        hub.repos["org/a"].commit(adapter_bytes(1))
+        hub.repos["org/b"].commit(adapter_bytes(2))
         own: dict[str, Any] = {"hub_endpoint": hub.url, "secret": SECRET, "adapters": str(root), "hub_orgs": "org"}
         own["adapter_roots"] = f"{tmp_path / 'runs'},{tmp_path / 'more'}"
         settings = Settings(
@@ -255,7 +251,7 @@ async def test_content_stays_while_another_name_stands_for_it(fleet: Fleet) -> N
 
 async def test_a_name_is_replaced_only_on_demand_and_only_by_what_is_good(fleet: Fleet) -> None:
     fleet.hub.repos["org/bad"] = Repo()
-    fleet.hub.repos["org/bad"].commit(adapter() | {WEIGHTS_FILE: b"no weights"})
+    fleet.hub.repos["org/bad"].commit(adapter_bytes() | {WEIGHTS_FILE: b"no weights"})
     first = (await fleet.register("mine", "org/a"))["digest"]
     assert (await fleet.register("mine", "org/a", 200))["digest"] == first, "again, for the same place"
     assert (await fleet.register("mine", "org/b", 409))["error"]["code"] == "name_taken"
@@ -267,13 +263,13 @@ async def test_a_name_is_replaced_only_on_demand_and_only_by_what_is_good(fleet:
     assert (shown["digest"], shown["reason"]) == (first, None), "as if nothing had been"
     second = (await fleet.register("mine", "org/b", 200, replace=True))["digest"]
     assert second != first
-    fleet.hub.repos["org/b"].commit(adapter(3))
+    fleet.hub.repos["org/b"].commit(adapter_bytes(3))
     assert (await fleet.register("mine", "org/b", 200))["digest"] not in (first, second), "the branch has moved"
 
 
 async def test_nothing_stays_of_what_could_not_be_registered(fleet: Fleet) -> None:
     fleet.hub.repos["org/gated"] = Repo(gated=True)
-    fleet.hub.repos["org/gated"].commit(adapter(4))
+    fleet.hub.repos["org/gated"].commit(adapter_bytes(4))
     for source, status in (("org/none", 404), ("org/gated", 403), ("acme/a", 403), ("s3://bucket/a", 403)):
         await fleet.register("new", source, status)
         await fleet.do("GET", "/v1/adapters/new", 404)
@@ -331,7 +327,7 @@ async def test_as_vllm_has_it(fleet: Fleet) -> None:
     assert "must be provided" in (await load("l", "", 400))["error"]["message"]
     await fleet.do("POST", "/v1/load_lora_adapter", 400, {"lora_name": "l"})
     fleet.hub.repos["org/cut"] = Repo()
-    fleet.hub.repos["org/cut"].commit(adapter() | {WEIGHTS_FILE: adapter()[WEIGHTS_FILE][:-1]})
+    fleet.hub.repos["org/cut"].commit(adapter_bytes() | {WEIGHTS_FILE: adapter_bytes()[WEIGHTS_FILE][:-1]})
     assert "bytes" in (await load("x", "org/cut", 422))["error"]["message"]
     await load("x", "org/none", 404)
     for outside in ("/etc/passwd", f"{fleet.root}-not", "local:/etc", "/"):

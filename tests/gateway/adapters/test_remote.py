@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
-from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.adapter_files import BASE, adapter_bytes
 from helpers.hub_stub import HubStub, Repo, run_hub
 from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
@@ -22,7 +21,7 @@ from adapter_store.service import serve
 from adapter_store.sources.retry import Retries
 from adapter_store.timings import StoreTimings
 from gateway.service import GatewayTimings
-from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import WEIGHTS_FILE
 from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.backoff import Backoff
@@ -35,10 +34,6 @@ from protocol.wire.records import AdapterUse
 SECRET = "a secret of the tests"
 
 
-def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
-    return {CONFIG_FILE: json.dumps(lora_config(**fields)).encode(), WEIGHTS_FILE: safetensors(lora_tensors(seed))}
-
-
 @pytest_asyncio.fixture
 async def hub(bus: Bus, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
     """A Hub with a good adapter; the fleet's base model is one that it fits."""
@@ -48,7 +43,7 @@ async def hub(bus: Bus, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch) -
     await bus.set(bus.keys.base, msgspec.structs.replace(base, sites=BASE.sites))
     async with run_hub() as stub:
         stub.repos["org/a"] = Repo()
-        stub.repos["org/a"].commit(adapter())
+        stub.repos["org/a"].commit(adapter_bytes())
         yield stub
 
 
@@ -133,9 +128,9 @@ async def test_what_cannot_be_served_says_why(
     hub: HubStub, fleet: ScriptedFleet, http: httpx2.AsyncClient, name: str, status: int, part: str
 ) -> None:
     hub.repos["org/dora"] = Repo()
-    hub.repos["org/dora"].commit(adapter(use_dora=True, layers_pattern=7))
+    hub.repos["org/dora"].commit(adapter_bytes(use_dora=True, layers_pattern=7))
     hub.repos["org/gated"] = Repo(gated=True)
-    hub.repos["org/gated"].commit(adapter())
+    hub.repos["org/gated"].commit(adapter_bytes())
     answer = await ask(http, name)
     assert answer.status_code == status, answer.text
     assert part in answer.json()["error"]["message"] or part == "use_dora"
@@ -154,7 +149,7 @@ async def test_failures_are_remembered_and_tried_again_later(
     timings.refusal = Backoff(0.01, 0.01)
     assert (await ask(http, "org/soon")).status_code == 404
     hub.repos["org/soon"] = Repo()
-    hub.repos["org/soon"].commit(adapter(3))
+    hub.repos["org/soon"].commit(adapter_bytes(3))
 
     async def is_served() -> bool:
         return (await ask(http, "org/soon")).status_code == 200
@@ -175,7 +170,7 @@ async def test_private_is_for_those_whose_token_opens_it(
 ) -> None:
     """Not for who comes later without it; and nothing of a token is readable in Redis."""
     hub.repos["org/p"] = Repo(private=True)
-    hub.repos["org/p"].commit(adapter(5))
+    hub.repos["org/p"].commit(adapter_bytes(5))
     hub.tokens = {"hf_mine": {"org/p"}, "hf_other": set()}
     assert (await ask(http, "org/p")).status_code == 404
     assert (await ask(http, "org/p", "hf_mine")).status_code == 200
@@ -192,7 +187,7 @@ async def test_a_token_that_is_revoked_opens_nothing_any_more(
     bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
 ) -> None:
     hub.repos["org/p"] = Repo(private=True)
-    commit = hub.repos["org/p"].commit(adapter(5))
+    commit = hub.repos["org/p"].commit(adapter_bytes(5))
     hub.tokens = {"hf_mine": {"org/p"}}
     async with running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as http:
         for name in ("org/p", f"org/p@{commit}"):
@@ -208,7 +203,7 @@ async def test_what_a_token_opened_is_closed_to_others_at_every_door(
     """By its commit, under a name of one's own, in a merge, by its digest: as if it did not exist."""
     timings.refusal = Backoff(0.001, 0.001)
     hub.repos["org/p"] = Repo(private=True)
-    place = f"org/p@{hub.repos['org/p'].commit(adapter(5))}"
+    place = f"org/p@{hub.repos['org/p'].commit(adapter_bytes(5))}"
     hub.tokens = {"hf_mine": {"org/p"}, "hf_other": set()}
     mine = await ask(http, place, "hf_mine")
     assert mine.status_code == 200
@@ -236,7 +231,7 @@ async def test_rights_are_asked_again_within_the_time_that_is_set(
 ) -> None:
     """However rarely content is looked up again; a name of one's own is closed as well. Public commits cost nothing."""
     hub.repos["org/p"] = Repo(private=True)
-    commit = hub.repos["org/p"].commit(adapter(5))
+    commit = hub.repos["org/p"].commit(adapter_bytes(5))
     hub.tokens = {"hf_mine": {"org/p"}}
     public = f"org/a@{hub.repos['org/a'].refs['main']}"
     changes = {"refresh_s": 3600.0, "access_check_s": 0.01, "api_keys": True}
@@ -259,7 +254,7 @@ async def test_rights_hold_while_the_hub_is_away_but_not_for_ever(
     bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
 ) -> None:
     hub.repos["org/p"] = Repo(private=True)
-    hub.repos["org/p"].commit(adapter(5))
+    hub.repos["org/p"].commit(adapter_bytes(5))
     hub.tokens = {"hf_mine": {"org/p"}}
     for seconds, status in ((3600.0, 200), (0.01, 503)):
         hub.down = False
@@ -275,7 +270,7 @@ async def test_a_name_in_use_is_confirmed_before_its_time_is_over(
 ) -> None:
     """While requests go on: none of them waits for the Hub, which does not even answer here."""
     hub.repos["org/p"] = Repo(private=True)
-    hub.repos["org/p"].commit(adapter(5))
+    hub.repos["org/p"].commit(adapter_bytes(5))
     hub.tokens = {"hf_mine": {"org/p"}}
     owner = owner_of("hf_mine", FleetSecret(SECRET))
     async with running(bus, hub, model_folder, tmp_path, access_check_s=3600.0, refresh_s=36_000.0) as http:
@@ -299,7 +294,7 @@ async def test_the_fleets_token_is_not_for_tenants(
     monkeypatch.setenv("HF_TOKEN", "hf_fleet")
     for name in ("org/p", "lent/p", "lent/hidden"):
         hub.repos[name] = Repo(private=True)
-        hub.repos[name].commit(adapter(5))
+        hub.repos[name].commit(adapter_bytes(5))
     hub.tokens = {"hf_fleet": {"org/p", "lent/p", "lent/hidden"}}
     await bus.api_keys.set_tenant(Tenant(name="acme", adapters=("lent/p", "org/*", "shared")))
     keys = {
@@ -364,7 +359,7 @@ async def test_a_moved_branch_is_seen_when_it_is_asked_for(
     async with running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as http:
         assert (await ask(http, "org/a")).status_code == 200
         seen = len(hub.requests("/api/models/org/a"))
-        hub.repos["org/a"].commit(adapter(9))
+        hub.repos["org/a"].commit(adapter_bytes(9))
         assert (await ask(http, "org/a")).status_code == 200
         assert len(hub.requests("/api/models/org/a")) == seen + 1
     assert len({submit.digest for submit, _ in fleet.seen}) == 2

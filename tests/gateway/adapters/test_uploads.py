@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import json
-import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +11,13 @@ import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
-from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.adapter_files import BASE, adapter_bytes, zipped
 from helpers.scripted_fleet import gateway_client
 from helpers.waiting import wait_until
 
 from adapter_store.service import serve as serve_store
 from adapter_store.uploads import FOLDER
 from benchmarks.common.fake_worker import fake_served
-from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 
@@ -29,12 +25,8 @@ SECRET = "a secret of the tests"
 ZIP = {"content-type": "application/zip"}
 
 
-def zipped(seed: int = 0, prefix: str = "mine/", **fields: Any) -> bytes:
-    raw = io.BytesIO()
-    with zipfile.ZipFile(raw, "w") as archive:
-        archive.writestr(f"{prefix}{CONFIG_FILE}", json.dumps(lora_config(**fields)))
-        archive.writestr(f"{prefix}{WEIGHTS_FILE}", safetensors(lora_tensors(seed)))
-    return raw.getvalue()
+def mine(seed: int = 0, **fields: Any) -> bytes:
+    return zipped({f"mine/{name}": raw for name, raw in adapter_bytes(seed, **fields).items()})
 
 
 @pytest.fixture
@@ -76,12 +68,12 @@ def kept(root: Path) -> list[str]:
 
 
 async def test_a_zip_is_served_replaced_and_unloaded(http: httpx2.AsyncClient, root: Path) -> None:
-    shown = await upload(http, 201, zipped(), name="mine")
+    shown = await upload(http, 201, mine(), name="mine")
     assert (shown["name"], shown["state"], shown["rank"]) == ("mine", "on_disk", 4)
     assert kept(root) == [shown["source"].rpartition("/")[2]]
-    taken = await upload(http, 409, zipped(), name="mine")
+    taken = await upload(http, 409, mine(), name="mine")
     assert taken["error"]["code"] == "name_taken"
-    other = await upload(http, 200, zipped(seed=5), name="mine", replace=True)
+    other = await upload(http, 200, mine(seed=5), name="mine", replace=True)
     assert other["digest"] != shown["digest"]
     assert (await http.post("/v1/adapters/mine/refresh?wait_s=30")).status_code == 200
     assert (await http.delete("/v1/adapters/mine")).status_code == 200
@@ -89,11 +81,11 @@ async def test_a_zip_is_served_replaced_and_unloaded(http: httpx2.AsyncClient, r
 
 
 async def test_what_a_store_refuses_is_told_and_not_kept(http: httpx2.AsyncClient, root: Path) -> None:
-    refused = await upload(http, 422, zipped(peft_type="PREFIX_TUNING"), name="mine")
+    refused = await upload(http, 422, mine(peft_type="PREFIX_TUNING"), name="mine")
     assert refused["error"]["code"] == "adapter_refused"
     assert kept(root) == []
     assert (await upload(http, 400, b"no zip at all", name="mine"))["error"]["code"] == "bad_zip"
-    assert (await upload(http, 400, zipped(), name="no such name!"))["error"]["param"] == "name"
+    assert (await upload(http, 400, mine(), name="no such name!"))["error"]["param"] == "name"
     assert (await http.get("/v1/adapters/mine")).status_code == 404
 
 
@@ -102,7 +94,7 @@ async def test_uploads_have_limits_before_they_are_read(http: httpx2.AsyncClient
     for number in range(3):
         (root / FOLDER / f"u{number:024}").mkdir(parents=True, exist_ok=True)
         (root / FOLDER / f"u{number:024}" / "x").write_bytes(bytes(1_397_000))
-    assert "upload_bytes is 4194304" in (await upload(http, 413, zipped(), name="mine"))["error"]["message"]
+    assert "upload_bytes is 4194304" in (await upload(http, 413, mine(), name="mine"))["error"]["message"]
     unsized = await http.post("/v1/adapters/upload?name=mine", content=_pieces(), headers=ZIP)
     assert (unsized.status_code, unsized.json()["error"]["code"]) == (400, "bad_zip")
     plain = await http.post("/v1/adapters/upload?name=mine", content=b"x")
@@ -112,23 +104,23 @@ async def test_uploads_have_limits_before_they_are_read(http: httpx2.AsyncClient
 async def test_only_operators_upload(bus: Bus, http: httpx2.AsyncClient, root: Path) -> None:
     secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])
     http.headers["authorization"] = f"Bearer {secret}"
-    assert (await upload(http, 403, zipped(), name="mine"))["error"]["code"] == "insufficient_scope"
+    assert (await upload(http, 403, mine(), name="mine"))["error"]["code"] == "insufficient_scope"
     assert kept(root) == []
 
 
 async def _pieces() -> AsyncIterator[bytes]:
-    yield zipped()
+    yield mine()
 
 
 async def test_no_tenant_replaces_what_all_share(bus: Bus, http: httpx2.AsyncClient, root: Path) -> None:
     """However it spells the path: an upload for all is refused before a byte of it is kept."""
-    before = await upload(http, 201, zipped(), name="shared")
+    before = await upload(http, 201, mine(), name="shared")
     audited = await bus.audit.newest(100)
     secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])
     tenant = {**ZIP, "authorization": f"Bearer {secret}"}
     for path in ("upload", "upload%0A", "upload/", "upload%0D", "%0Aupload", "upload%00", "uploa%64", "upload;x=1"):
         answer = await http.post(
-            f"/v1/adapters/{path}", params={"name": "shared", "replace": True}, content=zipped(seed=7), headers=tenant
+            f"/v1/adapters/{path}", params={"name": "shared", "replace": True}, content=mine(seed=7), headers=tenant
         )  # fmt: skip
         assert answer.status_code in (400, 403, 404, 405), (path, answer.text)
     for act in ("pin", "unpin", "evict"):

@@ -29,7 +29,7 @@ from gateway.batches.results import Results, failure_of, usage_of
 from gateway.files.storage import CHUNK_BYTES, FolderStorage
 from gateway.overload.large import Checks
 from gateway.overload.loop_slice import STEPS
-from gateway.overload.slots import FairSlots
+from protocol.runtime.fair_slots import FairSlots
 
 URL = "/v1/completions"
 

@@ -16,6 +16,7 @@ import httpx2
 import numpy as np
 import orjson
 import pytest
+from helpers.asgi import AsgiClient
 from helpers.scripted_fleet import Script, ScriptedFleet
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,28 +84,17 @@ def test_rows_are_made_when_they_are_written() -> None:
 
 async def test_an_answer_in_slices_stops_when_its_client_leaves() -> None:
     made: list[int] = []
-    sent: list[dict[str, Any]] = []
 
     def rows() -> Iterator[str]:
         for number in range(100_000):
             made.append(number)
             yield "x" * 100
 
-    left = asyncio.Event()
-
-    async def receive() -> dict[str, Any]:
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-        if len(sent) == 5:
-            left.set()
-
-    await SlicedResponse(RowSlices(rows))({"type": "http"}, receive, send)
-    assert 5 <= len(sent) < 10
+    client = AsgiClient(lambda message: len(client.sent) == 5 and client.left.set())
+    await SlicedResponse(RowSlices(rows))({"type": "http"}, client.receive, client.send)
+    assert 5 <= len(client.sent) < 10
     assert len(made) * 100 < 10 * (SENT_BYTES + 10_000)
-    assert all(len(message.get("body", b"")) < SENT_BYTES + 10_000 for message in sent)
+    assert all(len(message.get("body", b"")) < SENT_BYTES + 10_000 for message in client.sent)
 
 
 async def test_rows_that_take_long_are_made_by_turns_of_tenants() -> None:
@@ -123,15 +113,8 @@ async def test_rows_that_take_long_are_made_by_turns_of_tenants() -> None:
                 num_at_once -= 1
                 yield "x"
 
-        async def receive() -> dict[str, Any]:
-            await asyncio.Event().wait()
-            raise AssertionError
-
-        async def send(message: Any) -> None:
-            pass
-
-        scope = {"type": "http", "app": app, CALLER: Caller(Tenant(name))}
-        await SlicedResponse(RowSlices(rows, 1), in_thread=True)(scope, receive, send)
+        client, scope = AsgiClient(), {"type": "http", "app": app, CALLER: Caller(Tenant(name))}
+        await SlicedResponse(RowSlices(rows, 1), in_thread=True)(scope, client.receive, client.send)
 
     many = asyncio.gather(*(answer("many", 10) for _ in range(20)))
     await answer("one", 10)
@@ -149,16 +132,10 @@ async def test_a_body_is_checked_beside_an_answer_whose_rows_take_long() -> None
         assert checked.wait(60)
         yield "x"
 
-    async def receive() -> dict[str, Any]:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(message: Any) -> None:
-        pass
-
+    client = AsgiClient()
     app = SimpleNamespace(state=SimpleNamespace(checks=Checks(), writing=Checks()))
     scope = {"type": "http", "app": app, CALLER: Caller(Tenant("a"))}
-    answer = asyncio.create_task(SlicedResponse(RowSlices(rows, 1), in_thread=True)(scope, receive, send))
+    answer = asyncio.create_task(SlicedResponse(RowSlices(rows, 1), in_thread=True)(scope, client.receive, client.send))
     await asyncio.to_thread(making.wait, 60)
     await in_thread(scope, checked.set)
     await answer

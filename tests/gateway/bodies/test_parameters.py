@@ -10,63 +10,19 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.good_bodies import CHAT, COMPLETION, GOOD
 from helpers.scripted_fleet import ScriptedFleet, gateway_client
 from pydantic import ValidationError
 
 from gateway.bodies.compat import PAGE, with_table
 from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
 from gateway.bodies.parameters import BY_TYPE, OBJECTS, PARAMETERS, PARAMETERS_OF, SERVERS
-from gateway.http.paths import LORAX_PATHS, OLLAMA_PREFIX, RERANK, SCORE
+from gateway.http.paths import LORAX_PATHS, OLLAMA_PREFIX
 from gateway.openai.openai_bodies import MAX_TOOLS, ChatRequest
 from protocol.queue.bus import Bus
 from protocol.wire.errors import BadRequest
 
-CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
-COMPLETION: dict[str, Any] = {"model": "base", "prompt": "hi"}
 TOOL = {"type": "function", "function": {"name": "look"}}
-GOOD: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": CHAT,
-    "/v1/completions": COMPLETION,
-    "/v1/embeddings": {"model": "base", "input": "hi"},
-    "/v1/classify": {"model": "base", "input": "hi"},
-    **{path: {"model": "base", "query": "hi", "documents": ["a"]} for path in RERANK},
-    **{path: {"model": "base", "text_1": "hi", "text_2": "a"} for path in SCORE},
-    "/": {"inputs": "hi"},
-    "/invocations": {"inputs": "hi"},
-    "/generate": {"inputs": "hi"},
-    "/generate_stream": {"inputs": "hi"},
-    "/embed": {"inputs": "hi"},
-    "/classify": {"inputs": "hi"},
-    "/classify_batch": {"inputs": ["hi"]},
-    "/tokenize": {"inputs": "hi"},
-    "/detokenize": {"tokens": [5]},
-    "/api/chat": CHAT,
-    "/api/generate": COMPLETION,
-    "/api/embed": {"model": "base", "input": "hi"},
-    "/api/show": {"model": "base"},
-    "/v1/batches": {"input_file_id": "file-a", "endpoint": "/v1/completions", "completion_window": "24h"},
-    "/v1/messages": {**CHAT, "max_tokens": 8},
-    "/v1/messages/count_tokens": CHAT,
-    "/v1/responses": {"model": "base", "input": "hi"},
-    "/v1/responses/input_tokens": {"model": "base", "input": "hi"},
-    "/v1/conversations": {"items": []},
-    "/v1/conversations/{conversation_id}": {"metadata": {}},
-    "/v1/conversations/{conversation_id}/items": {"items": []},
-    "/v1/webhook_endpoints": {"name": "n", "url": "https://example.com", "event_types": ["job.failed"]},
-    "/v1/webhook_endpoints/{endpoint_id}": {"name": "n"},
-    "/v1/webhook_endpoints/{endpoint_id}/rotate_secret": {"keep_old_secret_active_for_24_hours": False},
-    "/v1/webhook_endpoints/{endpoint_id}/test": {"event_type": "job.failed"},
-    "/v1/bases": {"model": "org/x"},
-    "/v1/keys": {"tenant": "a"},
-    "/v1/tenants/{name}": {"weight": 2},
-    "/v1/adapters": {"name": "a"},
-    "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
-    "/v1/unload_lora_adapter": {"lora_name": "a"},
-    "/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
-    "/unload_lora_adapter": {"lora_name": "a"},
-}
-"""Every route that takes a body, with one that only lacks what a test adds."""
-
 OPENAI = ("/v1/chat/completions", "/v1/completions")
 
 

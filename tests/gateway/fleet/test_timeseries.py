@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from helpers.clocks import SetClock
 from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 
@@ -37,14 +38,6 @@ from protocol.wire.errors import WorkerLost
 START_S = 1_800_000 * 1000  # a multiple of every bucket
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = float(START_S)
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 def total(answer: dict[str, Any], what: str = "requests", name: str | None = None) -> int:
     (group,) = [one for one in answer["groups"] if one["name"] == name]
     return sum(value or 0 for value in group[what])
@@ -52,7 +45,7 @@ def total(answer: dict[str, Any], what: str = "requests", name: str | None = Non
 
 @pytest.mark.parametrize("span", RANGES_S)
 async def test_a_range_has_what_happened_in_it_and_nothing_older(span: str) -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     range_s = RANGES_S[span]
     step = next(step for step, num in TIERS if step * num >= range_s)
@@ -79,7 +72,7 @@ async def test_a_bucket_that_ends_keeps_what_it_counted(span: str) -> None:
     step = next(step for step, num in TIERS if step * num >= range_s)
     every_s = 5
     for after_s in AFTER_S:
-        clock = Clock()
+        clock = SetClock(START_S)
         series = TimeSeries(clock)
         for clock.now_s in range(START_S, START_S + 2 * TIERS[-1][0] + after_s + 1, every_s):
             series.count("acme", "sql", "requests")
@@ -94,7 +87,7 @@ async def test_a_bucket_that_ends_keeps_what_it_counted(span: str) -> None:
 
 
 async def test_buckets_from_before_a_pause_are_where_they_were() -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     series.count("acme", "sql", "requests", 3)
     clock.now_s += 7200
@@ -106,7 +99,7 @@ async def test_buckets_from_before_a_pause_are_where_they_were() -> None:
 
 
 async def test_what_ends_while_it_is_read_is_counted_once() -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     for number in range(MAX_OPEN_ROWS):
         clock.now_s = START_S + TIERS[-1][0] - 400 + 390 * number // MAX_OPEN_ROWS
@@ -121,7 +114,7 @@ async def test_what_ends_while_it_is_read_is_counted_once() -> None:
 
 
 async def test_before_the_gateway_ran_there_is_nothing_and_not_zero() -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     series.sample(FleetSample(queued=3, running=2, workers=1, output_tokens=50))
     clock.now_s += 10
@@ -136,7 +129,7 @@ async def test_before_the_gateway_ran_there_is_nothing_and_not_zero() -> None:
 
 
 async def test_a_clock_that_goes_back_loses_nothing() -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     clock.now_s += 100
     series.count("a", "m", "requests")
@@ -146,7 +139,7 @@ async def test_a_clock_that_goes_back_loses_nothing() -> None:
 
 
 async def test_a_tenant_sees_its_own_calls_and_nothing_of_the_fleet() -> None:
-    series = TimeSeries(Clock())
+    series = TimeSeries(SetClock(START_S))
     series.count("acme", "sql", "requests", 2)
     series.count("globex", "sql", "requests", 40)
     series.count("globex", "secret", "refused", 5)
@@ -160,7 +153,7 @@ async def test_a_tenant_sees_its_own_calls_and_nothing_of_the_fleet() -> None:
 
 
 async def test_the_busiest_are_apart_and_the_others_are_counted_together() -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     for number in range(MAX_ROWS + 9):
         series.count("acme", f"adapter-{number}", "requests", number + 1)
@@ -176,7 +169,7 @@ async def test_the_busiest_are_apart_and_the_others_are_counted_together() -> No
 
 
 async def test_sums_are_exact_where_full_buckets_are_put_together() -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     for bucket in range(2):
         clock.now_s = START_S + 10 * bucket
@@ -190,7 +183,7 @@ async def test_sums_are_exact_where_full_buckets_are_put_together() -> None:
 @pytest.mark.parametrize("tenant", [OTHER, "", "None", "null", "\0", "public"])
 @pytest.mark.parametrize("group", ["tenant", "model", None])
 async def test_no_name_shows_what_others_did(tenant: str, group: timeseries.Group | None) -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     for number in range(3 * MAX_OPEN_ROWS):  # more tenants than are kept apart
         series.count(f"tenant-{number}", tenant, "requests", 5)
@@ -209,7 +202,7 @@ async def test_no_name_shows_what_others_did(tenant: str, group: timeseries.Grou
 
 @pytest.mark.parametrize("what", ["requests", "refused", "client_errors"])
 async def test_one_busy_tenant_hides_nothing_of_another(what: timeseries.Field) -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     num_buckets = 40
     for _ in range(num_buckets):
@@ -230,7 +223,7 @@ async def test_one_busy_tenant_hides_nothing_of_another(what: timeseries.Field) 
 
 
 async def test_a_tenant_that_is_not_kept_apart_has_no_number_and_not_zero() -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     series.count("small", "sql", "requests")
     clock.now_s += 10
@@ -251,7 +244,7 @@ READERS: tuple[tuple[str | None, timeseries.Group], ...] = ((None, "tenant"), (N
 
 
 async def test_a_turn_of_a_read_adds_few_rows() -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     for bucket in range(400):
         clock.now_s = START_S + 10 * bucket
@@ -289,7 +282,7 @@ def test_a_quantile_is_between_the_bounds_of_its_calls() -> None:
 
 
 async def test_first_tokens_are_counted_within_their_bounds() -> None:
-    series = TimeSeries(Clock())
+    series = TimeSeries(SetClock(START_S))
     for ms in (50, 50, 50, 60_001):
         series.first_token("acme", "sql", ms / 1000)
     answer = await series.read(900, None, None)
@@ -298,7 +291,7 @@ async def test_first_tokens_are_counted_within_their_bounds() -> None:
 
 
 async def test_names_that_strangers_choose_fill_twelve_megabytes_at_most() -> None:
-    clock = Clock()
+    clock = SetClock(START_S)
     series = TimeSeries(clock)
     tracemalloc.start()
     try:

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 import pytest
+from helpers.clocks import SetClock
 from helpers.waiting import wait_until
 
 from gateway.grammars.check import LIMIT_REMEMBERED_S, GrammarCheck
@@ -44,21 +45,13 @@ def sandbox() -> Script:
     return Script()
 
 
-@dataclass
-class Clock:
-    now_s: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 async def refused(check: GrammarCheck, tenant: str, match: str) -> None:
     with pytest.raises(BadRequest, match=match):
         await check.check("g", "response_format", tenant)
 
 
 async def test_what_the_compiler_says_holds_for_everybody(sandbox: Script) -> None:
-    clock = Clock()
+    clock = SetClock()
     check = GrammarCheck(sandbox, 5.0, clock)
     sandbox.outcome = "no such rule"
     for tenant in "aab":
@@ -72,7 +65,7 @@ async def test_what_the_compiler_says_holds_for_everybody(sandbox: Script) -> No
 
 
 async def test_what_took_too_much_holds_for_its_tenant_and_a_minute(sandbox: Script) -> None:
-    clock = Clock()
+    clock = SetClock()
     check = GrammarCheck(sandbox, 5.0, clock)
     sandbox.outcome = BadRequest("took longer than 5 s")
     for _ in range(2):

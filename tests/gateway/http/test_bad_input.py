@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from helpers.good_bodies import CHAT, COMPLETION
 from helpers.scripted_fleet import MAX_MODEL_LEN, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 from openai import AsyncOpenAI
@@ -18,9 +19,6 @@ from openai import AsyncOpenAI
 from gateway.http.errors import retry_headers
 from protocol.queue.bus import Bus
 from protocol.wire.errors import BadRequest, Overloaded
-
-CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
-COMPLETION = {"model": "base", "prompt": "hi"}
 
 GOOD = {
     "chat": ("/v1/chat/completions", CHAT),

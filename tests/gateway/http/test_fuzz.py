@@ -5,25 +5,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import queue
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from helpers import examples
-from helpers.scripted_fleet import Script, playing, running_gateway
-from tokenizers import Tokenizer
+from helpers import examples, good_bodies
+from helpers.scripted_fleet import Script, ScriptedFleet
 
 from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
 from gateway.app.shapes import shape_of
 from gateway.http.errors import OPENAI_ERRORS
-from lorafleet.launcher.embedded import EmbeddedServer
-from protocol.queue.bus import Bus
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "enum": [1]}}, "required": ["a"]}
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}}
@@ -65,6 +58,7 @@ NATIVE = {
 }  # fmt: skip
 
 GOOD: dict[str, dict[str, Any]] = {
+    **good_bodies.GOOD,
     "/v1/chat/completions": {
         "model": "base", "messages": MESSAGES, **SAMPLING, "logprobs": True, "top_logprobs": 2, "tools": [TOOL],
         "tool_choice": {"type": "function", "function": {"name": "f"}}, "chat_template_kwargs": {"a": 1},
@@ -86,7 +80,6 @@ GOOD: dict[str, dict[str, Any]] = {
         "model": "base", "query": "hi", "documents": ["a", {"text": "b"}], "top_n": 1, "return_documents": False,
         "max_tokens_per_doc": 1,
     },
-    "/v1/score": {"model": "base", "text_1": "hi", "text_2": ["a", "b"]},
     "/embed": {"inputs": "hi", "parameters": {"adapter_id": ""}},
     "/classify": {"inputs": "hi", "parameters": {"adapter_id": ""}},
     "/classify_batch": {"inputs": ["hi"], "parameters": {"adapter_id": ""}},
@@ -116,13 +109,9 @@ GOOD: dict[str, dict[str, Any]] = {
         "input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h", "metadata": {"a": "b"},
         "output_expires_after": {"anchor": "created_at", "seconds": 3600},
     },
-    "/v1/webhook_endpoints": {"name": "n", "url": "https://example.com/", "event_types": ["job.failed"]},
     "/v1/keys": {"tenant": "nobody", "scopes": ["infer"], "expires_in_s": 60, "note": "n"},
     "/v1/adapters": {"name": "nobody", "source": "nobody", "token": "t", "wait_s": 0.0, "pin": False, "preload": False},
     "/v1/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody", "load_inplace": False},
-    "/v1/unload_lora_adapter": {"lora_name": "nobody"},
-    "/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody"},
-    "/unload_lora_adapter": {"lora_name": "nobody"},
 }  # fmt: skip
 
 
@@ -141,31 +130,6 @@ def put(value: Any, at: tuple[Any, ...], part: Any) -> None:
     value[at[-1]] = part
 
 
-@pytest.fixture(scope="module")
-def url(queue_server: EmbeddedServer, model_folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
-    """A gateway and its scripted fleet in a thread of their own, so that examples need no event loop."""
-    told: queue.Queue[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = queue.Queue()
-
-    async def serve() -> None:
-        bus, stop = Bus(queue_server.url), asyncio.Event()
-        await bus._redis.flushall()
-        async with (
-            playing(bus.url, tokenizer, script=lambda submit, body: Script(text="hi", chunk=64)),
-            running_gateway(bus, model_folder, max_stop_strings=4) as gateway,
-        ):
-            told.put((gateway.url, asyncio.get_running_loop(), stop))
-            await stop.wait()
-        await bus._redis.flushall()
-        await bus.close()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    address, loop, stop = told.get(timeout=30)
-    yield address
-    loop.call_soon_threadsafe(stop.set)
-    thread.join()
-
-
 def check_shape(path: str, answer: httpx2.Response) -> None:
     """Check that an error is in the shape of the path's API, and short."""
     error, shape = answer.json()["error"], shape_of({"path": path, "headers": []})
@@ -174,13 +138,6 @@ def check_shape(path: str, answer: httpx2.Response) -> None:
     message = error if isinstance(error, str) else error["message"]
     assert isinstance(message, str)
     assert 0 < len(message) < 2000
-
-
-@pytest.fixture(scope="module")
-def patient() -> Iterator[httpx2.Client]:
-    """A client that waits a minute: silence is a failure."""
-    with httpx2.Client(timeout=60, trust_env=False) as client:
-        yield client
 
 
 NUMBERS = ["NaN", "Infinity", "-Infinity", "1e400", "-1e400", "9" * 400, "0x10", "01", "1.", "--1"]
@@ -196,7 +153,7 @@ FUZZED = examples.some(
 
 
 @pytest.mark.parametrize("path", FUZZED)
-def test_no_numbers_and_half_characters_are_client_errors(url: str, patient: httpx2.Client, path: str) -> None:
+async def test_no_numbers_and_half_characters_are_client_errors(http: httpx2.AsyncClient, path: str) -> None:
     """In every place of a good body, also in those that nothing looks at."""
     wrong = []
     for i, at in enumerate([*places(GOOD[path]), ("unknown",)]):
@@ -204,7 +161,7 @@ def test_no_numbers_and_half_characters_are_client_errors(url: str, patient: htt
         put(good, at, "@")
         for odd in (NUMBERS[i % len(NUMBERS)], HALVES[i % len(HALVES)]):
             body = json.dumps(good).replace('"@"', odd).encode()
-            answer = patient.post(url + path, content=body, headers={"content-type": "application/json"})
+            answer = await http.post(path, content=body, headers={"content-type": "application/json"})
             if not 400 <= answer.status_code < 500:
                 wrong.append((at, odd[:20], answer.status_code, answer.content[:200]))
             else:
@@ -213,13 +170,14 @@ def test_no_numbers_and_half_characters_are_client_errors(url: str, patient: htt
 
 
 @pytest.mark.parametrize("path", FUZZED)
-def test_nul_and_huge_numbers_are_no_fault(url: str, patient: httpx2.Client, path: str) -> None:
+async def test_nul_and_huge_numbers_are_no_fault(http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str) -> None:
+    fleet.script = lambda submit, body: Script(text="hi", chunk=64)
     for at in [*places(GOOD[path]), ("unknown",)]:
         good = json.loads(json.dumps(GOOD[path]))
         put(good, at, "@")
         for odd in ('"\\u0000"', "9" * 30):
             body = json.dumps(good).replace('"@"', odd).encode()
-            answer = patient.post(url + path, content=body, headers={"content-type": "application/json"})
+            answer = await http.post(path, content=body, headers={"content-type": "application/json"})
             assert answer.status_code < 500, (at, odd[:20], answer.content)
 
 
@@ -255,11 +213,8 @@ DEEP = "[" * 200_000
         ({"merged_adapters": {"ids": [5] * 100_000, "weights": []}}, "merged_adapters.ids"),
     ],
 )
-def test_what_is_wrong_or_too_much_is_named(
-    url: str, patient: httpx2.Client, fields: dict[str, Any], param: str
-) -> None:
-    good = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
-    answer = patient.post(f"{url}/v1/chat/completions", json={**good, **fields})
+async def test_what_is_wrong_or_too_much_is_named(http: httpx2.AsyncClient, fields: dict[str, Any], param: str) -> None:
+    answer = await http.post("/v1/chat/completions", json={**good_bodies.CHAT, **fields})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert len(answer.content) < 4000

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from helpers.asgi import AsgiClient
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.responses import Response
 
@@ -17,34 +18,34 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import LorafleetError, NotFound, Overloaded
 
 
+class Panic(BaseException):
+    """As pyo3's PanicException."""
+
+
 @pytest.mark.parametrize(
     ("failure", "code"),
     [
         (NotFound("no such adapter", code="model_not_found"), "model_not_found"),
         (RedisTimeoutError("timeout writing to the queue"), "queue_unavailable"),
         (ZeroDivisionError(), "internal_error"),
+        (Panic("Rust"), "internal_error"),
+        (None, "internal_error"),  # its answer comes whole, after a stream has begun
     ],
 )
-async def test_whatever_goes_wrong_ends_it_with_an_event(failure: Exception, code: str) -> None:
-    go, sent = asyncio.Event(), list[dict[str, Any]]()
+async def test_whatever_goes_wrong_ends_it_with_an_event(failure: BaseException | None, code: str) -> None:
+    go = asyncio.Event()
 
     async def answer() -> Response:
         await go.wait()
+        if failure is None:
+            return Response(b"whole")
         raise failure
 
-    async def receive() -> dict[str, Any]:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-        if message.get("body", b"").startswith(b":"):
-            go.set()
-
+    client = AsgiClient(lambda message: message.get("body", b"").startswith(b":") and go.set())
     response = CallResponse(answer(), stream=True, keepalive_s=0.01)
-    await response({"type": "http"}, receive, send)
-    assert sent[0]["status"] == 200
-    last = sent[-1]
+    await response({"type": "http"}, client.receive, client.send)
+    assert [message.get("status") for message in client.sent] == [200] + [None] * (len(client.sent) - 1)
+    last = client.sent[-1]
     assert not last["more_body"]
     assert json.loads(last["body"].removeprefix(b"data: "))["error"]["code"] == code
 
@@ -69,26 +70,19 @@ class Noting(SentAnswer):
 async def test_an_answer_is_closed_whenever_its_task_is_cancelled() -> None:
     turns = 1
     while True:
-        answer, sent = Noting(), list[Any]()
+        answer, client = Noting(), AsgiClient()
 
         async def coming(answer: Noting = answer) -> Noting:
             return answer
 
-        async def receive() -> dict[str, Any]:
-            await asyncio.Event().wait()
-            raise AssertionError
-
-        async def send(message: Any, sent: list[Any] = sent) -> None:
-            sent.append(message)
-
         response = CallResponse(coming(), stream=True, keepalive_s=30)
-        task = asyncio.create_task(response({"type": "http"}, receive, send))
+        task = asyncio.create_task(response({"type": "http"}, client.receive, client.send))
         for _ in range(turns):
             await asyncio.sleep(0)
         was_done = task.done()
         task.cancel()
         await asyncio.wait([task])
-        assert answer.closed or not sent, turns
+        assert answer.closed or not client.sent, turns
         if was_done:
             break
         turns += 1
@@ -119,15 +113,12 @@ async def test_an_answer_has_ended_when_its_client_has_left(stream: bool) -> Non
             ended = True
         raise AssertionError
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        assert stream
-
+    client = AsgiClient()
+    client.left.set()
     before = asyncio.all_tasks()
-    await CallResponse(answer(), stream=stream, keepalive_s=0.01)({"type": "http"}, receive, send)
+    await CallResponse(answer(), stream=stream, keepalive_s=0.01)({"type": "http"}, client.receive, client.send)
     assert ended
+    assert stream or not client.sent
     assert asyncio.all_tasks() == before
 
 

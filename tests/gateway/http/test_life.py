@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 import orjson
 import pytest
+from helpers.asgi import AsgiClient
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 
@@ -367,23 +368,16 @@ async def test_a_call_that_the_closing_server_drops_is_told_so_in_json() -> None
     async def never(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.Event().wait()
 
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
+    client = AsgiClient()
     scope = {"type": "http", "method": "GET", "path": "/v1/jobs/job_1", "headers": []}
-    call = asyncio.create_task(Envelope(never, Settings(), RouteTable([]))(scope, receive, send))
+    call = asyncio.create_task(Envelope(never, Settings(), RouteTable([]))(scope, client.receive, client.send))
     await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    assert sent[0]["status"] == 503
-    assert (b"x-should-retry", b"true") in sent[0]["headers"]
-    assert orjson.loads(sent[1]["body"])["error"]["code"] == "shutting_down"
+    assert client.sent[0]["status"] == 503
+    assert (b"x-should-retry", b"true") in client.sent[0]["headers"]
+    assert orjson.loads(client.body)["error"]["code"] == "shutting_down"
 
 
 async def test_what_outlasts_the_grace_is_told_and_cancelled(

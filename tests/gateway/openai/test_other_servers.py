@@ -7,13 +7,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.good_bodies import CHAT, COMPLETION
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet
 from tokenizers import Tokenizer
 
 from gateway.grammars.schemas import JSON_STYLE
 
-CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
-COMPLETION: dict[str, Any] = {"model": "base", "prompt": "hi"}
 ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 CLOSED = {**SCHEMA, "additionalProperties": False}

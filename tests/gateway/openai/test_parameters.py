@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.good_bodies import CHAT, COMPLETION
 from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFleet, gateway_client
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -18,8 +19,6 @@ from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
-CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
-COMPLETION = {"model": "base", "prompt": "hi"}
 FIELDS: dict[str, Any] = {
     "temperature": 0, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "typical_p": 0.8, "seed": 7, "presence_penalty": 0.5,
     "frequency_penalty": -0.5, "repetition_penalty": 1.1, "logit_bias": {"5": -100, "6": 2.5}, "min_tokens": 2,

@@ -32,9 +32,9 @@ from gateway.overload.admission import Admission
 from gateway.overload.cost import COST, LargeBody, RequestCost, free_slowly, held, hold
 from gateway.overload.gate import Gate, LargeLimits
 from gateway.overload.memory import MemoryAccount
-from gateway.overload.slots import FairSlots
 from gateway.text.tokenizer import ModelFiles, load_model_files
 from protocol.queue.bus import Bus
+from protocol.runtime.fair_slots import FairSlots
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest

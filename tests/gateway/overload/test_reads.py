@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
+from helpers.asgi import AsgiClient
 from starlette.requests import Request
 
 from gateway.adapters.catalogue import CatalogueCopy
@@ -78,16 +79,9 @@ class Clocked:
             "type": "http", "method": method, "path": match.path, "headers": [], CALLER: caller, MATCH: match,
             "client": (address, 1),
         }  # fmt: skip
-        sent: list[Any] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        async def receive() -> Any:
-            raise AssertionError
-
-        await self.reads(scope, receive, send)
-        return sent[0]["status"], dict(sent[0]["headers"])
+        client = AsgiClient()
+        await self.reads(scope, client.receive, client.send)
+        return client.sent[0]["status"], dict(client.sent[0]["headers"])
 
     async def num_let_in(self, path: str, num: int, **who: Any) -> int:
         """Return how many of `num` requests were answered 200."""

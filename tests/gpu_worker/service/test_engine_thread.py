@@ -14,7 +14,8 @@ from helpers.adapter_loading import Loading
 
 from gpu_worker.engine.base import BaseEngine
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.planning.request import EngineRequest, TokenOutput
+from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError
 from protocol.wire.messages import Sampling
 
@@ -49,8 +50,8 @@ class IdleEngine(BaseEngine):
         assert self.go.wait(WAIT_S)
         return []
 
-    def stats(self) -> EngineStats:
-        return EngineStats(capacity=1)
+    def stats(self) -> m.WorkerBeat:
+        return m.WorkerBeat(wid="", name="", capacity=1)
 
     def _held(self) -> list[str]:
         return self.held

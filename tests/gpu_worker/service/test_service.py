@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
-from dataclasses import replace
 from types import CoroutineType
 from urllib.request import urlopen
 
@@ -16,7 +15,7 @@ from helpers.waiting import wait_until
 
 from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine
 from chaos.fleet import free_port
-from gpu_worker.planning.request import EngineRequest, EngineStats
+from gpu_worker.planning.request import EngineRequest
 from gpu_worker.service import service
 from gpu_worker.service.outbox import OutboxRecovery
 from gpu_worker.service.owned import OwnedRequest
@@ -398,8 +397,8 @@ class LoadingEngine(FakeEngine):
 
     num_loads = 0
 
-    def stats(self) -> EngineStats:
-        return replace(super().stats(), num_loads=self.num_loads)
+    def stats(self) -> m.WorkerBeat:
+        return msgspec.structs.replace(super().stats(), num_loads=self.num_loads)
 
 
 async def test_it_beats_at_once_when_an_adapter_has_come(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:

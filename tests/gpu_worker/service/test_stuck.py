@@ -16,11 +16,11 @@ PROGRAM = """
 import re, sys
 from types import SimpleNamespace
 from benchmarks.common.fake_worker import fake_served
-from gpu_worker.planning.request import EngineStats
 from gpu_worker.service import program
 from gpu_worker.engine.engine_thread import EngineThread
 from protocol.runtime.service import run
 from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
 
 class StuckEngine:
     can_step = has_work = False
@@ -41,7 +41,7 @@ class StuckEngine:
         return self.held
 
     def stats(self):
-        return EngineStats(capacity=4)
+        return m.WorkerBeat(wid="", name="", capacity=4)
 
     def wake_with(self, wake):
         pass

@@ -8,100 +8,21 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, get_args
 
+from fastapi.routing import APIRoute
+from helpers.good_bodies import GOOD
 from hostile.fuzz import odd
 from hostile.fuzz.engine import Check, OnLoop, Target
 from hostile.fuzz.services import json_error, services
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from chaos.attackers.webhook_attacks import silent_dns
-from gateway.anthropic.anthropic_bodies import CountTokensRequest, MessagesRequest
-from gateway.batches.batch_bodies import BatchRequest
-from gateway.encoders.encoder_bodies import (
-    ClassifyRequest,
-    EmbeddingsRequest,
-    EncoderBatchRequest,
-    EncoderRequest,
-    RerankRequest,
-    ScoreRequest,
-)
-from gateway.lorax.lorax_bodies import CompatRequest, Parameters
-from gateway.ollama import ollama_bodies as ollama
-from gateway.openai.openai_bodies import ChatRequest, CompletionRequest
-from gateway.operators.adapter_routes import LoadRequest, RegisterRequest, UnloadRequest
-from gateway.operators.keys import KeyRequest, TenantChange
-from gateway.responses.response_bodies import (
-    ConversationChange,
-    ConversationRequest,
-    InputTokensRequest,
-    NewItems,
-    ResponseRequest,
-)
-from gateway.tokenizer.tokenizer_bodies import DetokenizeRequest, TokenizeRequest
-from gateway.webhooks.webhook_bodies import WebhookChange, WebhookRequest
+from gateway.app.access_table import unserved
+from gateway.lorax.lorax_bodies import Parameters
 
 PATIENCE_S = 30.0
 """Silence after which a request counts as hung."""
-
-BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
-    "/v1/chat/completions": (
-        ChatRequest,
-        {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
-    ),
-    "/v1/completions": (CompletionRequest, {"model": "base", "prompt": "hi", "max_tokens": 2}),
-    "/generate": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
-    "/generate_stream": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
-    "/": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
-    "/invocations": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
-    "/tokenize": (TokenizeRequest, {"inputs": "hi"}),
-    "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
-    "/api/chat": (
-        ollama.OllamaChatRequest,
-        {"model": "base", "messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 2}},
-    ),
-    "/api/generate": (ollama.OllamaGenerateRequest, {"model": "base", "prompt": "hi", "options": {"num_predict": 2}}),
-    "/api/embed": (ollama.EmbedRequest, {"model": "base", "input": ["hi"]}),
-    "/api/show": (ollama.ShowRequest, {"model": "base"}),
-    "/v1/embeddings": (EmbeddingsRequest, {"model": "base", "input": ["hi"]}),
-    "/v1/classify": (ClassifyRequest, {"model": "base", "input": ["hi"]}),
-    "/v1/rerank": (RerankRequest, {"model": "base", "query": "hi", "documents": ["a", {"text": "b"}]}),
-    "/v1/score": (ScoreRequest, {"model": "base", "text_1": "hi", "text_2": ["a", "b"]}),
-    "/embed": (EncoderRequest, {"inputs": "hi"}),
-    "/classify": (EncoderRequest, {"inputs": "hi"}),
-    "/classify_batch": (EncoderBatchRequest, {"inputs": ["hi"]}),
-    "/v1/messages": (
-        MessagesRequest,
-        {"model": "base", "max_tokens": 2, "messages": [{"role": "user", "content": "hi"}]},
-    ),
-    "/v1/messages/count_tokens": (
-        CountTokensRequest,
-        {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
-    ),
-    "/v1/responses": (ResponseRequest, {"model": "base", "input": "hi", "max_output_tokens": 2}),
-    "/v1/responses/input_tokens": (InputTokensRequest, {"model": "base", "input": "hi"}),
-    "/v1/conversations": (ConversationRequest, {"items": [{"role": "user", "content": "hi"}]}),
-    "/v1/conversations/CONVERSATION": (ConversationChange, {"metadata": {"a": "b"}}),
-    "/v1/conversations/CONVERSATION/items": (NewItems, {"items": [{"role": "user", "content": "hi"}]}),
-    "/v1/batches": (
-        BatchRequest,
-        {"input_file_id": "FILE", "endpoint": "/v1/completions", "completion_window": "24h"},
-    ),
-    "/v1/webhook_endpoints": (
-        WebhookRequest,
-        {"name": "n", "url": "http://127.0.0.1:9/", "event_types": ["batch.expired"]},
-    ),
-    "/v1/webhook_endpoints/WEBHOOK": (WebhookChange, {"name": "n"}),
-    "/v1/keys": (KeyRequest, {"tenant": "nobody"}),
-    "/v1/tenants/nobody": (TenantChange, {"weight": 2}),
-    "/v1/adapters": (RegisterRequest, {"name": "mine", "source": "local:one", "wait_s": 0}),
-    "/v1/load_lora_adapter": (LoadRequest, {"lora_name": "one", "lora_path": "local:one"}),
-    "/v1/unload_lora_adapter": (UnloadRequest, {"lora_name": "nobody"}),
-    "/load_lora_adapter": (LoadRequest, {"lora_name": "one", "lora_path": "local:one"}),
-    "/unload_lora_adapter": (UnloadRequest, {"lora_name": "nobody"}),
-}
-"""Path -> what it takes, and a good body. Names in capitals stand for what `_made` has made."""
 
 LIKELY: dict[str, tuple[Any, ...]] = {
     "messages": (
@@ -185,7 +106,20 @@ LIKELY: dict[str, tuple[Any, ...]] = {
     "encoding_format": ("base64",), "dimensions": (1, 3), "lora_scale": (0.5, 0), "adapter_source": ("hub", "local"),
 }  # fmt: skip
 
-FIELDS = {path: sorted(body.model_fields) for path, (body, _) in BODIES.items()}
+
+def _fields(body: Any) -> list[str]:
+    """Return the fields of what a route takes: of each form where there are several."""
+    forms = [get_args(form)[0] for form in get_args(body)] or [body]
+    return sorted({name for form in forms for name in form.model_fields})
+
+
+FIELDS = {
+    route.path: _fields(route.body_field.field_info.annotation)
+    for route in unserved().routes
+    if isinstance(route, APIRoute) and route.body_field is not None
+}
+MADE = {"{conversation_id}": "CONVERSATION", "{endpoint_id}": "WEBHOOK", "{name}": "nobody"}
+"""Parameter of a path -> its value. Names in capitals stand for what `_made` has made, there and in bodies."""
 
 
 @st.composite
@@ -198,14 +132,15 @@ def requests(draw: st.DrawFn) -> tuple[str, str, bytes | None, dict[str, str]]:
     if how == "path":
         path = draw(st.sampled_from(PATHS)).replace("{}", draw(st.text("aZ0./%-_~:@!", max_size=20)))
         return draw(st.sampled_from(["GET", "POST", "DELETE", "PUT", "HEAD", "OPTIONS"])), path, None, headers
-    path = draw(st.sampled_from(sorted(BODIES)))
-    good = json.loads(json.dumps(BODIES[path][1]))
+    route = draw(st.sampled_from(sorted(FIELDS)))
+    path = re.sub(r"\{\w+\}", lambda found: MADE[found[0]], route)
+    good = json.loads(json.dumps(GOOD[route]))
     if how == "json":
         return "POST", path, odd.written(draw(odd.wild_values)), headers
     if how == "bytes":
         return "POST", path, draw(st.binary(max_size=40)), headers
     for _ in range(draw(st.integers(1, 3))):
-        name = draw(st.sampled_from(FIELDS[path]))
+        name = draw(st.sampled_from(FIELDS[route]))
         into = good
         if name == "parameters" and draw(st.booleans()):
             into, name = good.setdefault("parameters", {}), draw(st.sampled_from(PARAMETERS))
@@ -272,7 +207,7 @@ def _made(connection: http.client.HTTPConnection) -> dict[str, str]:
         "ITEM": added["data"][0]["id"],
         "RESPONSE": sent("/v1/responses", {"model": "base", "input": "hi", "max_output_tokens": 2})["id"],
         "FILE": sent("/v1/files", form, "multipart/form-data; boundary=b")["id"],
-        "WEBHOOK": sent("/v1/webhook_endpoints", BODIES["/v1/webhook_endpoints"][1])["id"],
+        "WEBHOOK": sent("/v1/webhook_endpoints", GOOD["/v1/webhook_endpoints"])["id"],
     }
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+from helpers.clocks import SetClock
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from protocol.metrics.names import CANDIDATES, OTHER, RANK_S, TopNames
-
-
-class Clock:
-    """A time that a test sets."""
-
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def series_of(registry: CollectorRegistry) -> set[tuple[str, ...]]:
     return {(s.name, *s.labels.values()) for metric in registry.collect() for s in metric.samples}
 
 
-def make(limit: int, clock: Clock) -> tuple[TopNames, Counter, CollectorRegistry]:
+def make(limit: int, clock: SetClock) -> tuple[TopNames, Counter, CollectorRegistry]:
     registry = CollectorRegistry()
     counter = Counter("uses_total", "Uses.", ["adapter"], registry=registry)
     names = TopNames("adapter", counter, now_s=clock)
@@ -32,7 +24,7 @@ def test_ten_thousand_names_have_no_more_series_than_the_limit() -> None:
     registry = CollectorRegistry()
     counter = Counter("tokens_total", "Tokens.", ["adapter", "kind"], registry=registry)
     spread = Histogram("seconds", "Seconds.", ["adapter"], buckets=(1, 2), registry=registry)
-    clock = Clock()
+    clock = SetClock()
     names = TopNames("adapter", counter, spread, now_s=clock)
     names.set_limit(100)
     for turn in range(30):
@@ -48,7 +40,7 @@ def test_ten_thousand_names_have_no_more_series_than_the_limit() -> None:
 
 
 def test_places_go_to_the_most_used() -> None:
-    clock = Clock()
+    clock = SetClock()
     names, counter, registry = make(2, clock)
     for name in ("first", "second"):
         counter.labels(names.of(name)).inc()
@@ -63,7 +55,7 @@ def test_places_go_to_the_most_used() -> None:
 
 
 def test_who_is_used_as_often_keeps_its_place() -> None:
-    clock = Clock()
+    clock = SetClock()
     names, _, _ = make(1, clock)
     for _ in range(5):
         assert names.of("mine") == "mine"
@@ -72,7 +64,7 @@ def test_who_is_used_as_often_keeps_its_place() -> None:
 
 
 def test_unused_names_keep_places_that_nobody_needs() -> None:
-    clock = Clock()
+    clock = SetClock()
     names, counter, registry = make(10, clock)
     counter.labels(names.of("rare")).inc()
     for _ in range(20):
@@ -83,11 +75,11 @@ def test_unused_names_keep_places_that_nobody_needs() -> None:
 
 
 def test_without_a_limit_there_is_no_name() -> None:
-    names, _, _ = make(0, Clock())
+    names, _, _ = make(0, SetClock())
     assert {names.of(f"name-{i}") for i in range(100)} == {OTHER}
 
 
 def test_a_name_that_is_the_rest_s_takes_no_place() -> None:
-    names, _, _ = make(2, Clock())
+    names, _, _ = make(2, SetClock())
     assert names.of(OTHER) == OTHER
     assert {names.of("a"), names.of("b")} == {"a", "b"}

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 
-from protocol.wire.errors import Overloaded
+from protocol.wire.errors import LorafleetError, Overloaded
 
 RETRY_S = 5.0
 """Retry-After of a body without a slot: the time until one is free is unknown."""
 
 
+def _bodies_wait(num: int) -> LorafleetError:
+    return Overloaded(f"{num} large bodies are waiting to be read; send a smaller one, or retry later", RETRY_S)
+
+
 class FairSlots:
     """A number of slots. A freed slot goes to the tenant that holds the fewest, in order of arrival."""
 
-    def __init__(self, num: int, num_of_tenant: int = 0, num_waiting: int = 0) -> None:
-        """`num_of_tenant`: maximum slots of one tenant, `num_waiting`: maximum waiting bodies; 0: no limit."""
+    def __init__(
+        self,
+        num: int,
+        num_of_tenant: int = 0,
+        num_waiting: int = 0,
+        num_waiting_of_tenant: int = 0,
+        full: Callable[[int], LorafleetError] = _bodies_wait,
+    ) -> None:
+        """num_of_tenant: maximum slots of one tenant; num_waiting: how many may wait; 0: no limit.
+
+        num_waiting_of_tenant: how many of one tenant may wait, 0: half of them, so that there is always room for
+        another. full: makes the error of the number that wait.
+        """
         self._num = num
         self._num_of_tenant = num_of_tenant or num
         self._num_waiting = num_waiting
+        self._num_waiting_of_tenant = num_waiting_of_tenant or (num_waiting + 1) // 2
+        self._full = full
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in order of arrival
 
@@ -29,18 +48,27 @@ class FairSlots:
             return 0
         return sum(min(len(line), self._num_of_tenant - self._held[name]) for name, line in self._waiting.items())
 
+    def check(self, tenant: str) -> None:
+        """Raise the error of `full` where no more of a tenant may wait."""
+        waiting, own = sum(map(len, self._waiting.values())), len(self._waiting.get(tenant, ()))
+        if self._num_waiting and (waiting >= self._num_waiting or own >= self._num_waiting_of_tenant):
+            raise self._full(waiting)
+
+    @asynccontextmanager
+    async def held(self, tenant: str) -> AsyncGenerator[None]:
+        """Wait for a slot, and have it until the block ends. Raises as `check`."""
+        await self.take(tenant)
+        try:
+            yield
+        finally:
+            self.give(tenant)
+
     async def take(self, tenant: str) -> None:
-        """Wait for a slot. Raises Overloaded when too many wait."""
+        """Wait for a slot. Raises as `check`."""
         if not self._waiting and self._is_free(tenant):
             self._held[tenant] += 1
             return
-        waiting = sum(map(len, self._waiting.values()))
-        # A tenant may fill half of the line, so that there is always room for another.
-        own = len(self._waiting.get(tenant, ()))
-        if self._num_waiting and (waiting >= self._num_waiting or 2 * own >= self._num_waiting):
-            raise Overloaded(
-                f"{waiting} large bodies are waiting to be read; send a smaller one, or retry later", RETRY_S
-            )
+        self.check(tenant)
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, {})[turn] = None
         self._hand_out()

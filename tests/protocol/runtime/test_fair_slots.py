@@ -1,4 +1,4 @@
-"""Places for large bodies: who is next, who leaves the line, and what one tenant may hold."""
+"""Slots that tenants share: who is next, who leaves the line, and what one tenant may hold."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from gateway.overload.slots import FairSlots
-from protocol.wire.errors import Overloaded
+from protocol.runtime.fair_slots import FairSlots
+from protocol.wire.errors import Overloaded, Unavailable
 
 MAX_BODY = 4 << 20
 
@@ -77,8 +77,25 @@ async def test_the_line_is_bounded_and_half_of_it_is_for_others() -> None:
     tasks += await taken(places, "b", "b")
     with pytest.raises(Overloaded, match="4 large bodies are waiting"):
         await places.take("c")
+    own = FairSlots(1, 1, 3, 1, lambda num: Unavailable(f"{num} wait"))
+    tasks += await taken(own, "a", "a", "b")
+    with pytest.raises(Unavailable, match="2 wait"):
+        own.check("b")
+    own.check("c")
     for task in tasks:
         task.cancel()
+
+
+async def test_tenants_take_turns_at_one_slot() -> None:
+    places, order = FairSlots(1), list[str]()
+
+    async def wait(tenant: str) -> None:
+        async with places.held(tenant):
+            order.append(tenant)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*map(wait, "aaaabcb"))
+    assert "".join(order) == "aabcaba"
 
 
 async def test_who_leaves_the_line_takes_no_place() -> None:
