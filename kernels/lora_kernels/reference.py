@@ -19,6 +19,7 @@ from lora_kernels.tables import (
     Activation,
     AdapterTable,
     DecoderLayer,
+    GatedDelta,
     LoraSite,
     ModelEnds,
     PackedLinear,
@@ -265,6 +266,22 @@ def causal_conv(
     if bias is not None:
         out = out + bias.float()
     return (F.silu(out) if silu else out).to(x.dtype)
+
+
+def gated_delta(qkv: Tensor, b: Tensor, a: Tensor, layer: GatedDelta, runs: Tensor) -> Tensor:
+    """See `ops.gated_delta`."""
+    _, heads, key_dim, width = layer.states.shape
+    keys = (qkv.shape[1] - heads * width) // 2
+    mixed = causal_conv(qkv, layer.conv_weight, layer.conv_states, runs, bias=layer.conv_bias, silu=True)
+    q, k, v = mixed.split([keys, keys, heads * width], 1)
+    q, k, v = (x.unflatten(1, (-1, dim)) for x, dim in ((q, key_dim), (k, key_dim), (v, width)))
+    decay = layer.rates * F.softplus(a.float() + layer.dt_bias)
+    return delta_rule(q, k, v, decay, b.sigmoid(), layer.states, runs, normalize=True)
+
+
+def gate_heads_(x: Tensor, gate: Tensor) -> None:
+    """See `ops.gate_heads_`."""
+    x.copy_(x.float() * gate.float().sigmoid())
 
 
 def _leave(states: Tensor, state: Tensor, write: int, save: int) -> None:

@@ -180,7 +180,7 @@ struct RotaryArgs {
   int64_t num_tokens, q_heads, k_heads, rotary_dim;
 };
 
-enum class Activation { kSilu, kGelu, kGeluTanh };
+enum class Activation { kSilu, kGelu, kGeluTanh, kSigmoid };
 
 struct GatedActArgs {
   Dtype dtype;
@@ -244,6 +244,16 @@ struct DeltaArgs {
   bool additive;     // whether values are added as they are, not what the state lacks of them
 };
 
+// What a delta rule's two smallest projections a and b mean: decay = rates * softplus(a + bias), beta = sigmoid(b) as b's
+// dtype has it.
+struct DeltaGatesArgs {
+  Dtype dtype;
+  Matrix a, b;                // [tokens, heads]
+  const float *rates, *bias;  // [heads]
+  float *decay, *beta;        // [tokens, heads]
+  int64_t tokens, heads;
+};
+
 // out[t] = sum(weight[:, j] * x[t - taps + 1 + j]) + bias, of each run from its state: its last `taps` inputs.
 struct ConvArgs {
   Dtype dtype;
@@ -301,6 +311,7 @@ struct Kernels {
   void (*mask_logits)(const MaskArgs&);
   void (*argmax)(const ArgmaxArgs&);
   void (*scan)(const ScanArgs&);
+  void (*delta_gates)(const DeltaGatesArgs&);
   void (*delta_rule)(const DeltaArgs&);
   void (*causal_conv)(const ConvArgs&);
   int64_t attention_rows;  // of a task: enough to share keys that are packed

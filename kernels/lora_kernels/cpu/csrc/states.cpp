@@ -120,4 +120,32 @@ Tensor causal_conv(const Tensor& x, const Tensor& weight, const Tensor& states, 
   return out;
 }
 
+Tensor gated_delta(const Tensor& qkv, const Tensor& b, const Tensor& a, const DeltaLayer& layer, const Tensor& runs) {
+  const Tensor& states = layer.states;
+  LORAFLEET_CHECK(states.dim() == 4 && qkv.dim() == 2, "states must be [slots, G, K, V], qkv [T, channels]");
+  const int64_t tokens = qkv.size(0), heads = states.size(1), key_dim = states.size(2), width = states.size(3);
+  const int64_t keys = (qkv.size(1) - heads * width) / 2, key_heads = keys / key_dim;
+  LORAFLEET_CHECK(key_heads > 0 && qkv.size(1) == 2 * key_heads * key_dim + heads * width, qkv.size(1),
+                  " channels are no keys of ", key_dim, " and values of ", width);
+  for (const Tensor* t : {&a, &b}) {
+    LORAFLEET_CHECK(t->has_sizes({tokens, heads}), "a and b must be [", tokens, ", ", heads, "]");
+    check_same_dtype(*t, qkv, "a or b");
+  }
+  const Tensor convolved = causal_conv(qkv, layer.conv_weight, layer.conv_states, runs, layer.conv_bias, true);
+  const Tensor decay = empty({tokens, heads}, Scalar::kFloat), beta = empty({tokens, heads}, Scalar::kFloat);
+  active->delta_gates({
+      .dtype = dtype_of(qkv),
+      .a = rows_of(a, "a"),
+      .b = rows_of(b, "b"),
+      .rates = floats(layer.rates, {heads}, "rates"),
+      .bias = floats(layer.dt_bias, {heads}, "dt_bias"),
+      .decay = entries_of<float>(decay, "decay"),
+      .beta = entries_of<float>(beta, "beta"),
+      .tokens = tokens,
+      .heads = heads,
+  });
+  return delta_rule(convolved.heads(0, key_heads, key_dim), convolved.heads(keys, key_heads, key_dim),
+                    convolved.heads(2 * keys, heads, width), decay, beta, states, runs, true, false);
+}
+
 }  // namespace lorafleet

@@ -18,6 +18,7 @@ void put_rows(Kernels& kernels) {
   kernels.mask_logits = mask_logits;
   kernels.argmax = argmax;
   kernels.scan = scan;
+  kernels.delta_gates = delta_gates;
   kernels.delta_rule = delta_rule;
   kernels.causal_conv = causal_conv;
 }

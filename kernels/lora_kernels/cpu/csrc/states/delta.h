@@ -5,6 +5,7 @@
 constexpr int kDeltaVecs = 4;
 constexpr int64_t kDeltaColumns = kDeltaVecs * kLanes;  // of a task: what lies in registers
 constexpr int64_t kConvChannels = 128;                  // of a task
+constexpr int64_t kGateWork = 8;                        // a gate takes as long as so many entries of other rows
 constexpr int64_t kConvAhead = 8;                       // tokens between what is read and what is fetched
 
 template <typename T>
@@ -127,6 +128,25 @@ void delta_rule(const DeltaArgs& args) {
       with_dtype(args.dtype, [&]<typename T>() { delta_columns<Vecs, T>(args, i / blocks, first, n); });
     });
   });
+}
+
+template <typename T>
+inline void gates_of_token(const DeltaGatesArgs& args, int64_t token) {
+  const T* a = static_cast<const T*>(args.a.data) + token * args.a.stride;
+  const T* b = static_cast<const T*>(args.b.data) + token * args.b.stride;
+  float *decay = args.decay + token * args.heads, *beta = args.beta + token * args.heads;
+  each_vector(args.heads, [&](int64_t h, auto n) {
+    const Vec step = softplus(add(load_n(a + h, n), load_n(args.bias + h, n)));
+    store_n(decay + h, mul(load_n(args.rates + h, n), step), n);
+    T rounded[kLanes];
+    store(rounded, activate(load_n(b + h, n), Activation::kSigmoid));
+    store_n(beta + h, load(rounded), n);
+  });
+}
+
+void delta_gates(const DeltaGatesArgs& args) {
+  run_rows(args.tokens, kGateWork * args.heads,
+           [&](int64_t token) { with_dtype(args.dtype, [&]<typename T>() { gates_of_token<T>(args, token); }); });
 }
 
 template <typename T>
