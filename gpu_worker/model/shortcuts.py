@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.adaptable_modules import AdaptableModules, is_norm
 from gpu_worker.layers.attention import PagedLayer, StepContext
 from gpu_worker.layers.blocks import (
     Angles,
@@ -31,7 +31,8 @@ from gpu_worker.layers.blocks import (
     RotaryAttention,
 )
 from gpu_worker.layers.lora import SharedInput, SiteLinear
-from gpu_worker.layers.mixers import Convolution, DeltaRule, MixerStates
+from gpu_worker.layers.mixers import ChunkScan, Convolution, DeltaRule, MixerStates
+from gpu_worker.layers.scan_mixer import ScanMixer
 from gpu_worker.model.agreement import agrees, close
 from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, ModuleCall, Trial
 from lora_kernels import ops
@@ -42,7 +43,7 @@ _ACTIVATIONS: dict[ops.Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-Block = RotaryAttention | DeltaMixer | GatedMlp | PreNormLayer
+Block = RotaryAttention | DeltaMixer | ScanMixer | GatedMlp | PreNormLayer
 
 
 @dataclass(slots=True)
@@ -129,9 +130,9 @@ def _candidates(
         if len(own_norms) in (0, 2) and (gate_width == 0 or (gated and _is_native(layer))):
             yield RotaryAttention(layer, shared[0], shared[1], tuple(own_norms), is_gated=gate_width > 0)
     elif called:
-        mixer = _delta_mixer(module, called, shared, own_norms, found.mixers)
-        if mixer is not None:
-            yield mixer
+        delta = _delta_mixer(module, called, shared, own_norms, found.mixers)
+        scan = _scan_mixer(module, called, shared, found.mixers)
+        yield from (mixer for mixer in (delta, scan) if mixer is not None)
     elif layer is None and len(shared) == 2 and shared[0].num_siblings <= 2 and shared[1].num_siblings == 1:
         act = _find_activation(module)
         if act is not None and sum(shared[0].sizes) == 2 * shared[1].in_features:
@@ -163,6 +164,23 @@ def _delta_mixer(
         return None
     rates, dt_bias = -own["A_log"].detach().float().exp(), own["dt_bias"].detach().float()
     return DeltaMixer(mixers, called[0], shared[0], shared[1], norms[0], convolutions[0], rates, dt_bias)
+
+
+def _scan_mixer(
+    module: nn.Module, called: list[int], shared: list[SharedInput], mixers: MixerStates
+) -> ScanMixer | None:
+    """Return the mixer of Mamba2 that a module may be, None if it is made of other things, or has no native code."""
+    convolutions = [child for child in module.children() if type(child) is nn.Conv1d]
+    norms = [child for child in module.children() if is_norm(child)]
+    own = dict(module.named_parameters(recurse=False))
+    calls = [mixers.calls[i] for i in called]
+    if [type(call) for call in calls] != [Convolution, ChunkScan] or len(convolutions) != 1 or len(norms) != 1:
+        return None
+    if [inputs.num_siblings for inputs in shared] != [1, 1] or own.keys() != {"A_log", "D", "dt_bias"}:
+        return None
+    if calls[1].tells_prompts_apart or not ops.is_native(convolutions[0].weight):
+        return None
+    return ScanMixer(mixers, called[0], module, shared[0], shared[1], convolutions[0], norms[0])
 
 
 def find_norm(module: nn.Module, impl: ops.Impl | None) -> Norm | None:

@@ -34,6 +34,7 @@ from lora_kernels.tables import (
     ChangedRows,
     DecoderLayer,
     GatedDelta,
+    GatedScan,
     LayerChange,
     LoraSite,
     ModelEnds,
@@ -56,6 +57,7 @@ __all__ = [
     "DecoderLayer",
     "DecoderStack",
     "GatedDelta",
+    "GatedScan",
     "Impl",
     "LayerChange",
     "LoraBatch",
@@ -79,6 +81,7 @@ __all__ = [
     "gate_heads_",
     "gated_act",
     "gated_delta",
+    "gated_scan",
     "is_native",
     "kv_write_",
     "linear",
@@ -323,6 +326,18 @@ def gated_delta(
     see `delta_rule`. The states of both are changed in place.
     """
     return _choose(qkv, impl).gated_delta(qkv, b, a, layer, runs)
+
+
+def gated_scan(
+    gate: Tensor, xbc: Tensor, dt: Tensor, layer: GatedScan, runs: Tensor, *, impl: Impl | None = None
+) -> Tensor:
+    """norm((scan(*split(silu(causal_conv(xbc))), dt) + skip * x) * silu(gate)) * weight, Mamba2's scan: [T, I].
+
+    gate: [T, I]. xbc: [T, C], values, then keys and queries of each group of heads. dt: [T, H], which becomes
+    softplus(dt + dt_bias). norm: x / rms(x) in groups of columns. runs: see `delta_rule`. The states of both are
+    changed in place. All between the convolution and the result is in fp32.
+    """
+    return _choose(xbc, impl).gated_scan(gate, xbc, dt, layer, runs)
 
 
 def gate_heads_(x: Tensor, gate: Tensor, *, impl: Impl | None = None) -> None:

@@ -152,6 +152,22 @@ class GatedDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedScan:
+    """Mamba2's mixer between its projections. H: heads; I: their width together. See `ops.gated_scan`."""
+
+    conv_weight: Tensor  # [C, K]
+    conv_bias: Tensor | None  # [C]
+    conv_states: Tensor  # [slots, K, C]
+    rates: Tensor  # fp32 [H]
+    dt_bias: Tensor  # fp32 [H]
+    skip: Tensor  # fp32 [H]
+    states: Tensor  # fp32 [slots, H, N, P]
+    norm_weight: Tensor  # [I]
+    eps: float
+    group: int  # columns that are normed together, those of whole heads
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """x += out(attention(rotary(qkv(norm(x))))); x += down(act(gate(norm(x))) * up(norm(x))).
 

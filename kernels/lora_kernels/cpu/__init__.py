@@ -26,6 +26,7 @@ from lora_kernels.tables import (
     ChangedRows,
     DecoderLayer,
     GatedDelta,
+    GatedScan,
     LayerChange,
     LoraSite,
     ModelEnds,
@@ -268,6 +269,14 @@ def gated_delta(qkv: Tensor, b: Tensor, a: Tensor, layer: GatedDelta, runs: Tens
     )
 
 
+def gated_scan(gate: Tensor, xbc: Tensor, dt: Tensor, layer: GatedScan, runs: Tensor) -> Tensor:
+    """See `ops.gated_scan`."""
+    return _ops.gated_scan.default(
+        gate, xbc, dt, layer.conv_weight, layer.conv_bias, layer.conv_states, layer.rates, layer.dt_bias, layer.skip,
+        layer.states, layer.norm_weight, layer.eps, layer.group, runs,
+    )  # fmt: skip
+
+
 def gate_heads_(x: Tensor, gate: Tensor) -> None:
     """See `ops.gate_heads_`."""
     _ops.gate_heads_.default(x, gate)
@@ -468,6 +477,10 @@ def _register_fakes() -> None:
     @fake("lorafleet::gated_delta")
     def _(qkv: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
         return qkv.new_empty(*b.shape, rest[6].shape[3])
+
+    @fake("lorafleet::gated_scan")
+    def _(gate: Tensor, *_: object) -> Tensor:
+        return gate.new_empty(gate.shape)
 
     @fake("lorafleet::argmax")
     def _(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from lora_kernels.reference import (
     delta_rule,
     gate_heads_,
     gated_delta,
+    gated_scan,
     mask_logits_,
     pack_linear,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "gate_heads_",
     "gated_act",
     "gated_delta",
+    "gated_scan",
     "kv_write_",
     "linear",
     "lora_add_",

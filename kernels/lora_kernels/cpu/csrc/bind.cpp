@@ -119,6 +119,14 @@ Tensor gated_delta_of(const Tensor& qkv, const Tensor& b, const Tensor& a, const
   return gated_delta(qkv, b, a, {conv_weight, conv_bias, conv_states, rates, dt_bias, states}, runs);
 }
 
+Tensor gated_scan_of(const Tensor& gate, const Tensor& xbc, const Tensor& dt, const Tensor& conv_weight,
+                     const OptionalTensor& conv_bias, const Tensor& conv_states, const Tensor& rates,
+                     const Tensor& dt_bias, const Tensor& skip, const Tensor& states, const Tensor& norm_weight,
+                     double eps, int64_t group, const Tensor& runs) {
+  return gated_scan(
+      gate, xbc, dt, {conv_weight, conv_bias, conv_states, rates, dt_bias, skip, states, norm_weight, eps, group}, runs);
+}
+
 // An operation as torch calls it: it takes its arguments from the stack and leaves its results there.
 template <auto function>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
@@ -188,6 +196,10 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def(
       "gated_delta(Tensor qkv, Tensor b, Tensor a, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_states, "
       "Tensor rates, Tensor dt_bias, Tensor(b!) states, Tensor runs) -> Tensor");
+  m.def(
+      "gated_scan(Tensor gate, Tensor xbc, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_states, "
+      "Tensor rates, Tensor dt_bias, Tensor skip, Tensor(b!) states, Tensor norm_weight, float eps, int group, "
+      "Tensor runs) -> Tensor");
   m.def("gate_heads_(Tensor(a!) x, Tensor gate) -> ()");
   m.def("changes_new() -> int");
   m.def("changes_free(int changes) -> ()");
@@ -246,6 +258,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("delta_rule", &boxed<delta_rule>);
   m.impl("causal_conv", &boxed<causal_conv>);
   m.impl("gated_delta", &boxed<gated_delta_of>);
+  m.impl("gated_scan", &boxed<gated_scan_of>);
   m.impl("gate_heads_", &boxed<gate_heads_>);
   m.impl("changes_add", &boxed<changes_add>);
   m.impl("stack_norm", &boxed<stack_norm>);

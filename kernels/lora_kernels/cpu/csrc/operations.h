@@ -114,6 +114,20 @@ struct DeltaLayer {
 // qkv: [T, channels], which the convolution reads; b, a: [T, heads]. Returns [T, heads, width].
 Tensor gated_delta(const Tensor& qkv, const Tensor& b, const Tensor& a, const DeltaLayer& layer, const Tensor& runs);
 
+// Mamba2's mixer between its projections.
+struct ScanLayer {
+  Tensor conv_weight;             // [channels, taps]
+  OptionalTensor conv_bias;       // [channels]
+  Tensor conv_states;             // [slots, taps, channels]
+  Tensor rates, dt_bias, skip;    // fp32 [heads]
+  Tensor states;                  // fp32 [slots, heads, key_dim, width]
+  Tensor norm_weight;             // [heads * width]
+  double eps;
+  int64_t group;  // columns that are normed together
+};
+// gate: [T, heads * width]; xbc: [T, channels], which the convolution reads; dt: [T, heads]. Returns the shape of gate.
+Tensor gated_scan(const Tensor& gate, const Tensor& xbc, const Tensor& dt, const ScanLayer& layer, const Tensor& runs);
+
 // stack.cpp: a stack is known by its number. What belongs to a layer is added part by part before the layer itself.
 int64_t stack_new();
 void stack_free(int64_t stack);

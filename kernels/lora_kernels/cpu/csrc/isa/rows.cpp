@@ -19,6 +19,8 @@ void put_rows(Kernels& kernels) {
   kernels.argmax = argmax;
   kernels.scan = scan;
   kernels.delta_gates = delta_gates;
+  kernels.scan_inputs = scan_inputs;
+  kernels.scan_norm = scan_norm;
   kernels.delta_rule = delta_rule;
   kernels.causal_conv = causal_conv;
 }

@@ -1,4 +1,4 @@
-"""A gated delta rule's layer beside transformers' own: outputs and states of several sequences, at different places."""
+"""Layers with states beside transformers' own: outputs and states of several sequences, at different places."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from transformers import DynamicCache
 
 from gpu_worker.layers.blocks import DeltaMixer, stacks_of
 from gpu_worker.layers.mixers import Run, StateBatch
+from gpu_worker.layers.scan_mixer import ScanMixer
 from gpu_worker.model.prepare import prepare_model
 from lora_kernels import cpu
-from lora_kernels.tables import GatedDelta
+from lora_kernels.tables import GatedDelta, GatedScan
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers stay transformers' own")
 
@@ -49,19 +50,20 @@ class Beside:
         self.errors.zero_()
 
     def check(self, found: Sequence[Tensor], texts: Sequence[Tensor]) -> None:
-        """Hold the outputs [n, D] for each text's next rows [n, D] against both."""
+        """Hold the outputs [1, n, D] for each text's next rows [1, n, D] against both."""
         for i, (own, rows) in enumerate(zip(found, texts, strict=True)):
             theirs, exact = (
-                layer(rows[None].to(dtype), caches[i])[0]
+                layer(rows.to(dtype), caches[i])
                 for layer, caches, dtype in zip(self.layers, self.caches, self.dtypes, strict=True)
             )
             self.compare(own, theirs, exact)
 
-    def check_states(self, found: GatedDelta, slots: Sequence[int]) -> None:
+    def check_states(self, found: GatedDelta | GatedScan, slots: Sequence[int]) -> None:
         """Hold the states in the texts' slots against both."""
         for i, slot in enumerate(slots):
             theirs, exact = (numbers(caches[i].get_recurrent_state(0, state_idx=0)) for caches in self.caches)
-            self.compare(found.states[slot], theirs, exact)
+            is_turned = isinstance(found, GatedScan)
+            self.compare(found.states[slot].mT if is_turned else found.states[slot], theirs, exact)
             theirs, exact = (numbers(caches[i].get_conv_state(0, state_idx=0)).T for caches in self.caches)
             self.compare(found.conv_states[slot][-len(exact) :], theirs, exact)
 
@@ -71,36 +73,43 @@ def numbers(state: Tensor | None) -> Tensor:
     return state[0]
 
 
-def mixers_of(model: nn.Module) -> list[DeltaMixer]:
-    owners = [getattr(module.forward, "__self__", None) for module in model.modules()]
-    return [owner for owner in owners if type(owner) is DeltaMixer]
+LAYERS = {
+    "qwen3_5_text": ("model.layers.0.linear_attn", DeltaMixer),
+    "mamba2": ("backbone.layers.0.mixer", ScanMixer),
+    "bamba": ("model.layers.0.mamba", ScanMixer),
+}
+"""Types of models, a layer of each, and what takes its place."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_outputs_and_states_are_transformers(dtype: torch.dtype) -> None:
-    base, cpu_device = tiny_model("qwen3_5_text"), torch.device("cpu")
+@pytest.mark.parametrize("model_type", LAYERS)
+def test_outputs_and_states_are_transformers(model_type: str, dtype: torch.dtype) -> None:
+    (name, kind), base, device = LAYERS[model_type], tiny_model(model_type), torch.device("cpu")
     nn.Module.to(base, dtype)  # `PreTrainedModel.to` has no types
-    theirs = Beside(copy.deepcopy(base.get_submodule("model.layers.0.linear_attn")), base.config)
+    theirs = Beside(copy.deepcopy(base.get_submodule(name)), base.config)
     model = prepare_model(base, frozenset(), None)
-    assert model.plain is not None, "the whole model runs as one call"
-    assert len(stacks_of(model.module)) == 1
-    mixer = mixers_of(model.module)[0]
-    model.mixers.allocate(NUM_SLOTS, cpu_device)
-    texts = [randn(num + NUM_DECODES, base.config.hidden_size, dtype=dtype, seed=num) for num in LENGTHS]
+    mixer = getattr(model.module.get_submodule(name).forward, "__self__", None)
+    assert isinstance(mixer, (DeltaMixer, ScanMixer))
+    assert type(mixer) is kind
+    if kind is DeltaMixer:
+        assert model.plain is not None, "the whole model runs as one call"
+        assert len(stacks_of(model.module)) == 1
+    model.mixers.allocate(NUM_SLOTS, device)
+    texts = [randn(1, num + NUM_DECODES, base.config.hidden_size, dtype=dtype, seed=num) for num in LENGTHS]
     slots, later = [5, 0, 3], [5, 6, 3]  # one moves to another slot at its first decode
     with torch.inference_mode():
         ends = list(itertools.accumulate(LENGTHS))
         parts = zip(ends, LENGTHS, slots, strict=True)
         runs = [Run(end - num, end, NUM_SLOTS - 1, slot, num) for end, num, slot in parts]
-        model.mixers.batch = StateBatch.of([], runs, [], cpu_device)
-        now = [text[:num] for text, num in zip(texts, LENGTHS, strict=True)]
-        theirs.check(mixer.run(torch.cat(now)).split(LENGTHS), now)
+        model.mixers.batch = StateBatch.of([], runs, [], device)
+        now = [text[:, :num] for text, num in zip(texts, LENGTHS, strict=True)]
+        theirs.check(mixer.forward(torch.cat(now, 1)).split(LENGTHS, 1), now)
         theirs.conclude()
         for step in range(NUM_DECODES):
             singles = [(i, read, write) for i, (read, write) in enumerate(zip(slots, later, strict=True))]
-            model.mixers.batch = StateBatch.of(singles, [], [], cpu_device)
-            now = [text[num + step, None] for text, num in zip(texts, LENGTHS, strict=True)]
-            theirs.check(mixer.run(torch.cat(now)).split(1), now)
+            model.mixers.batch = StateBatch.of(singles, [], [], device)
+            now = [text[:, num + step, None] for text, num in zip(texts, LENGTHS, strict=True)]
+            theirs.check(mixer.forward(torch.cat(now, 1)).split(1, 1), now)
             slots = later
         theirs.conclude()
         theirs.check_states(mixer.constants, slots)
