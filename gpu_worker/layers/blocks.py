@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from gpu_worker.layers.apply_extras import AdaptableModule, ExtraRows
 from gpu_worker.layers.attention import PagedLayer, StepContext
 from gpu_worker.layers.lora import SharedInput
+from gpu_worker.layers.mixers import MixerStates
 from gpu_worker.layers.stack_changes import StackChanges
 from gpu_worker.layers.tied import TiedEmbedding
 from lora_kernels import ops
@@ -85,25 +87,34 @@ class GatedMlp:
 class RotaryAttention:
     """out(attention(rotary(qkv(x)))), in some models with RMSNorm of each head's queries and keys before `rotary`."""
 
-    def __init__(self, layer: PagedLayer, qkv: SharedInput, out: SharedInput, norms: tuple[Norm, Norm] | None) -> None:
-        """qkv: three siblings, or one linear layer whose output holds q, k, v. norms: of the heads' q and k."""
+    def __init__(
+        self, layer: PagedLayer, qkv: SharedInput, out: SharedInput, norms: tuple[Norm, ...], *, is_gated: bool = False
+    ) -> None:
+        """qkv: three siblings, or one linear layer whose output holds q, k, v. norms: of the heads' q and k, or none.
+
+        is_gated: whether each head has numbers behind its q whose sigmoid its output is multiplied by.
+        """
         self.layer = layer
         self.qkv = qkv
         self.out = out
         self.norms = norms
+        self.is_gated = is_gated
 
     def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return the output [T, width] for rows [T, width]. cos, sin: [T, R], as `ops.rotary_` takes them."""
         call = self.layer.call
         outs = self.qkv.project(rows)
         q, k, v = outs if len(outs) == 3 else outs[0].split(call.widths, dim=-1)
-        q = q.view(-1, call.num_heads, call.head_dim)
+        q = q.view(-1, call.num_heads, q.shape[1] // call.num_heads)
+        q, gate = q[..., : call.head_dim], q[..., call.head_dim :]
         k = k.view(-1, call.num_kv_heads, call.head_dim)
         v = v.view(-1, call.num_kv_heads, call.value_dim)
-        if self.norms is not None:
+        if self.norms:
             q, k = self.norms[0].forward(q), self.norms[1].forward(k)
         ops.rotary_(q, k, cos, sin, impl=self.layer.impl)
         attended = self.layer.attend(q, k, v, call.scale, call.softcap, call.sinks)
+        if self.is_gated:
+            ops.gate_heads_(attended, gate, impl=self.layer.impl)
         return self.out.project(attended.view(len(rows), -1))[0]
 
     def forward(
@@ -114,11 +125,72 @@ class RotaryAttention:
         out = self.run(hidden_states.view(-1, hidden_states.shape[-1]), cos[0], sin[0])
         return out.view(*hidden_states.shape[:-1], out.shape[-1]), None
 
+    @property
+    def memory(self) -> object:
+        """The tensor that keeps what later tokens read."""
+        return self.layer.k_cache
+
+    @property
+    def constants(self) -> ops.PagedAttention:
+        """The attention as an operation over whole layers takes it. The KV cache must be allocated."""
+        return replace(self.layer.attention, is_gated=self.is_gated)
+
+
+class DeltaMixer:
+    """out(norm(delta(qkv(x), b(x), a(x))) * silu(z(x))): a gated delta rule's layer. See `ops.gated_delta`."""
+
+    def __init__(
+        self, mixers: MixerStates, index: int, projections: SharedInput, out: SharedInput, norm: Norm, conv: nn.Conv1d,
+        rates: Tensor, dt_bias: Tensor,
+    ) -> None:  # fmt: skip
+        """index: of its convolution's call among the mixers', behind which is the delta rule's.
+
+        projections: qkv, z, b and a. norm: of each head's output, gated. rates, dt_bias: fp32 [G].
+        """
+        self.mixers = mixers
+        self.index = index
+        self.qkv = projections
+        self.out = out
+        self.norms = (norm,)
+        self._weight = conv.weight.detach().squeeze(1)
+        self._bias = None if conv.bias is None else conv.bias.detach()
+        self._rates = rates
+        self._dt_bias = dt_bias
+
+    def runs(self) -> Tensor:
+        """Return the step's runs, to which this layer has got."""
+        return self.mixers.runs_of(self.index, 2)
+
+    def run(self, rows: Tensor, *_: Tensor) -> Tensor:
+        """Return the output [T, width] for rows [T, width]."""
+        qkv, z, b, a = self.qkv.project(rows)
+        mixed = ops.gated_delta(qkv, b, a, self.constants, self.runs())
+        heads = mixed.view(-1, mixed.shape[2])
+        normed = self.norms[0].forward(heads, z.reshape(heads.shape))
+        return self.out.project(normed.view(len(rows), -1))[0]
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return the output for hidden_states [1, T, width], as the model calls it."""
+        return self.run(hidden_states.view(-1, hidden_states.shape[-1])).view(hidden_states.shape)
+
+    @property
+    def memory(self) -> object:
+        """The tensor that keeps what later tokens read."""
+        return self.mixers.calls[self.index].states
+
+    @property
+    def constants(self) -> ops.GatedDelta:
+        """The delta rule as operations take it. The states must be allocated."""
+        taps, states = (call.states for call in self.mixers.calls[self.index : self.index + 2])
+        assert taps is not None
+        assert states is not None
+        return ops.GatedDelta(self._weight, self._bias, taps, self._rates, self._dt_bias, states)
+
 
 class PreNormLayer:
     """x += attention(norm(x)); x += mlp(norm(x)). Changes its input in place."""
 
-    def __init__(self, attention: RotaryAttention, mlp: GatedMlp, first: Norm, second: Norm) -> None:
+    def __init__(self, attention: RotaryAttention | DeltaMixer, mlp: GatedMlp, first: Norm, second: Norm) -> None:
         self.attention = attention
         self.mlp = mlp
         self.first = first
@@ -148,13 +220,13 @@ class PreNormLayer:
     @property
     def constants(self) -> ops.DecoderLayer:
         """The layer as `ops.decoder_stack` takes it. The KV cache must be allocated, and no part opaque."""
-        attention, mlp, norms = self.attention, self.mlp, self.attention.norms
+        attention, mlp = self.attention, self.mlp
         return ops.DecoderLayer(
             attention_norm=self.first.constants,
             mlp_norm=self.second.constants,
-            head_norms=(norms[0].constants, norms[1].constants) if norms else None,
+            head_norms=tuple(norm.constants for norm in attention.norms),
             qkv=attention.qkv.linears,
-            attention=attention.layer.attention,
+            attention=attention.constants,
             out=attention.out.linears,
             gate_up=mlp.gate_up.linears,
             act=mlp.act,
@@ -173,21 +245,26 @@ class LayerStack:
         self.head: SharedInput | None = None  # of the ends
         self._stack: ops.DecoderStack | None = None
         self._changes: StackChanges | None = None
-        self._built_for: tuple[object, ...] = ()  # the KV cache, the adapter table and the ends that `_stack` holds
+        self._built_for: tuple[object, ...] = ()  # the caches, the adapter table and the ends that `_stack` holds
+        self._mixer = next((layer.attention for layer in reversed(layers) if type(layer.attention) is DeltaMixer), None)
 
     @property
     def context(self) -> StepContext:
         """Where the layers find the step's work lists."""
-        return self.layers[0].attention.layer.context
+        return self.layers[0].attention.qkv.context
 
     @property
     def table(self) -> ops.AdapterTable | None:
         """The adapters in the pool, None where there is none."""
         return self.layers[0].attention.qkv.table
 
+    def runs(self) -> Tensor | None:
+        """Return the step's runs, which the layers are about to move on; None if no layer has states."""
+        return None if self._mixer is None else self._mixer.runs()
+
     def native(self) -> ops.DecoderStack | None:
         """Return what runs layers in one call, if adapters leave it to do so; None if each has its own call."""
-        holds = (self.layers[0].attention.layer.k_cache, self.table, self.ends)
+        holds = (*(layer.attention.memory for layer in self.layers), self.table, self.ends)
         if len(self._built_for) != len(holds) or any(map(operator.is_not, holds, self._built_for)):
             ends = None if self.ends is None else self.ends()
             self._stack = ops.decoder_stack([layer.constants for layer in self.layers], ends, impl=self.impl)
@@ -214,7 +291,7 @@ class LayerStack:
                 layer.run(rows, cos, sin)
             return
         assert context.attention is not None
-        native.run(rows, cos, sin, context.attention, self.table, context.lora, changes)
+        native.run(rows, cos, sin, context.attention, self.table, context.lora, changes, self.runs())
 
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
         """Return hidden_states [1, T, width], changed in place, as the model calls it."""
@@ -320,7 +397,7 @@ class PlainModel:
         angles = decoder.angles.upto(context.attention.max_kv_len, self.norm.weight)
         return native.logits(
             tokens, positions, angles, logit_rows, context.attention, stack.table, context.lora, context.lora_logits,
-            changes, head_changes,
+            changes, head_changes, stack.runs(),
         )  # fmt: skip
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, **_: Any) -> Any:

@@ -418,6 +418,24 @@ class MixerStates:
             for call in self.calls:
                 call.copy(*self.batch.copies)
 
+    def runs_of(self, first: int, number: int) -> Tensor:
+        """Return the step's runs, in the form of `ops.delta_rule`, to who computes `number` calls by itself.
+
+        first: their place among the calls; that behind them is the next.
+        """
+        if self.batch is None:
+            raise RuntimeError("a mixer was called before the step's runs were known")
+        self._next = first + number
+        return self.batch.all_runs
+
+    def begin_one(self, num_tokens: int, device: torch.device) -> None:
+        """Describe a step of `num_tokens` of one sequence, from the last slot's states, which nothing has changed."""
+        if self.calls:
+            states = self.calls[0].states
+            assert states is not None
+            run = Run(0, num_tokens, len(states) - 1, 0, num_tokens)
+            self.batch = StateBatch.of([], [run], [], device)
+
     def call(self, name: str, many: Callable[..., Any], one: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute the forward pass's next call."""
         if self.batch is None:

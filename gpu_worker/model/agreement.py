@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from gpu_worker.layers.attention import StepContext
+from gpu_worker.layers.mixers import MixerStates
 from gpu_worker.model.trial import NUM_TOKENS, ModuleCall
 from lora_kernels import ops
 
@@ -28,6 +29,7 @@ def agrees(
     block: Any,
     call: ModuleCall,
     context: StepContext,
+    mixers: MixerStates,
     *,
     large_inputs: bool = False,
     exact: bool = False,
@@ -35,15 +37,15 @@ def agrees(
     """Return whether a block computes what a module computes from a recorded call, up to rounding.
 
     large_inputs: compare with larger numbers too, for one token, whose attention only passes its values on. exact: not
-    even rounding may differ. Writes to the first KV block, and to the step's work list in `context`.
+    even rounding may differ. Writes to the first KV block and states, and to the step's work lists.
     """
     device = next(value.device for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor))
-    _set_tokens(context, NUM_TOKENS, device)
+    _set_tokens(context, mixers, NUM_TOKENS, device)
     if not _same(module, block, call, exact=exact):
         return False
     if not large_inputs:
         return True
-    _set_tokens(context, 1, device)
+    _set_tokens(context, mixers, 1, device)
     enlarged = ModuleCall(_last_token_enlarged(call.args), _last_token_enlarged(call.kwargs))
     return _same(module, block, enlarged, exact=exact)
 
@@ -75,8 +77,9 @@ def _same(module: nn.Module, block: Any, call: ModuleCall, *, exact: bool) -> bo
     return torch.equal(got, expected) if exact else close(got, expected, TOLERANCE[expected.dtype])
 
 
-def _set_tokens(context: StepContext, num: int, device: torch.device) -> None:
+def _set_tokens(context: StepContext, mixers: MixerStates, num: int, device: torch.device) -> None:
     """Describe a step of `num` tokens of one sequence, in the first block."""
+    mixers.begin_one(num, device)
     num_tokens = np.array([num])
     context.attention = ops.build_attention_batch(num_tokens, num_tokens, np.zeros((1, 1), np.int32), device)
 

@@ -216,7 +216,7 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
     """Put our linear layers and shortcuts into a model. trial: of the model as it runs."""
     module, context, layers = model.module, model.context, model.layers
     names = {module_: name for name, module_ in module.named_modules()}
-    attention_names = {names[layer.call.module] for layer in layers} | trial.mixer_modules
+    attention_names = {names[layer.call.module] for layer in layers} | trial.mixer_modules.keys()
     model.idle = _idle_linears(module, trial)
     model.sites, model.shared = install_sites(module, trial.linears, attention_names, context, impl)
     model.adaptable = find_adaptable_modules(module, trial.per_token, model.sites, model.shared, context, impl)
@@ -226,7 +226,7 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
         assert check is not None
         with torch.inference_mode():
             model.num_shortcuts, model.plain, agreed = install_shortcuts(
-                module, trial, layers, model.adaptable, impl, check.agreed, model.max_positions
+                module, trial, layers, model.mixers, model.adaptable, impl, check.agreed, model.max_positions
             )
         model.check = replace(check, agreed=agreed)
     model.adaptable.watch()
@@ -237,7 +237,7 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
         logger.info("%d layers of %s are compiled", num_compiled, module.config.model_type)
     elif model.passes is None:
         num, model_type = model.num_shortcuts, module.config.model_type
-        logger.info("%d of %d layers of %s run in native code", num, len(layers), model_type)
+        logger.info("%d of %d layers of %s run in native code", num, len(attention_names), model_type)
 
 
 def _compute_angles_on_one_thread(module: nn.Module) -> None:

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.adaptable_modules import AdaptableModules, is_norm
 from gpu_worker.layers.attention import PagedLayer, StepContext
 from gpu_worker.layers.blocks import (
     Angles,
+    DeltaMixer,
     GatedMlp,
     LayerStack,
     Norm,
@@ -29,7 +30,9 @@ from gpu_worker.layers.blocks import (
     PreNormLayer,
     RotaryAttention,
 )
-from gpu_worker.layers.lora import SiteLinear
+from gpu_worker.layers.lora import SharedInput, SiteLinear
+from gpu_worker.layers.mixers import ChunkScan, Convolution, DeltaRule, MixerStates
+from gpu_worker.layers.scan_mixer import ScanMixer
 from gpu_worker.model.agreement import agrees, close
 from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, ModuleCall, Trial
 from lora_kernels import ops
@@ -40,7 +43,7 @@ _ACTIVATIONS: dict[ops.Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-Block = RotaryAttention | GatedMlp | PreNormLayer
+Block = RotaryAttention | DeltaMixer | ScanMixer | GatedMlp | PreNormLayer
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class _Found:
     """The blocks that stand in a model so far, by the module that each replaces."""
 
     context: StepContext
+    mixers: MixerStates
     known: Collection[str] | None  # shortcuts that agreed at an earlier start
     agreed: set[str] = field(default_factory=set)
     norms: dict[nn.Module, Norm] = field(default_factory=dict)
@@ -55,7 +59,10 @@ class _Found:
 
     def agrees(self, what: str, module: nn.Module, block: Any, call: ModuleCall, **how: bool) -> bool:
         """Return whether a block computes what a module does. what: names both. how: as of `agrees`."""
-        result = agrees(module, block, call, self.context, **how) if self.known is None else what in self.known
+        if self.known is None:
+            result = agrees(module, block, call, self.context, self.mixers, **how)
+        else:
+            result = what in self.known
         if result:
             self.agreed.add(what)
         return result
@@ -65,6 +72,7 @@ def install_shortcuts(
     model: nn.Module,
     trial: Trial,
     layers: list[PagedLayer],
+    mixers: MixerStates,
     adaptable: AdaptableModules,
     impl: ops.Impl | None,
     known: Collection[str] | None = None,
@@ -72,12 +80,12 @@ def install_shortcuts(
 ) -> tuple[int, PlainModel | None, frozenset[str]]:
     """Replace the recognised blocks of a model whose linear layers are sites.
 
-    The KV cache must have room for the trial's tokens. known: what the last result was at an earlier start of the
-    same model; nothing is compared then. max_positions: of a sequence, 0 for no limit known. Returns how many decoder
-    layers are replaced as a whole, what steps are to call in the model's place, None for the model itself, and names of
-    the blocks that agreed.
+    The KV cache must have room for the trial's tokens, and states for a sequence and one that none uses. known: what
+    the last result was at an earlier start of the same model; nothing is compared then. max_positions: of a sequence, 0
+    for no limit known. Returns how many decoder layers are replaced as a whole, what steps are to call in the model's
+    place, None for the model itself, and names of the blocks that agreed.
     """
-    found = _Found(adaptable.context, known)
+    found = _Found(adaptable.context, mixers, known)
     for module in model.modules():
         norm = find_norm(module, impl)
         if norm is not None:
@@ -89,8 +97,10 @@ def install_shortcuts(
     # Inner blocks come first: a layer is recognised by the blocks found for what it holds.
     for name, call in sorted(trial.modules.items(), key=lambda item: -item[0].count(".")):
         module = model.get_submodule(name)
-        for number, candidate in enumerate(_candidates(module, by_module.get(module), found, impl)):
-            is_part = not isinstance(candidate, PreNormLayer)
+        called = trial.mixer_modules.get(name, [])
+        for number, candidate in enumerate(_candidates(module, by_module.get(module), called, found, impl)):
+            # One token through a delta rule is a multiple of its value, often close to zero, which the norm enlarges.
+            is_part = isinstance(candidate, (RotaryAttention, GatedMlp))
             if found.agrees(f"{name} {number}", module, candidate, call, large_inputs=is_part):
                 module.forward = candidate.forward
                 found.blocks[module] = candidate
@@ -103,27 +113,74 @@ def install_shortcuts(
 # ---------------------------------------------------------------- single blocks
 
 
-def _candidates(module: nn.Module, layer: PagedLayer | None, found: _Found, impl: ops.Impl | None) -> Iterator[Block]:
-    """Yield the blocks that a module may be, judging by its children. layer: its attention, if it calls any."""
+def _candidates(
+    module: nn.Module, layer: PagedLayer | None, called: list[int], found: _Found, impl: ops.Impl | None
+) -> Iterator[Block]:
+    """Yield the blocks that a module may be, judging by its children.
+
+    layer: its attention, if it calls any. called: which of the mixers' calls are its own.
+    """
     children = list(module.children())
     shared = {child.shared for child in children if isinstance(child, SiteLinear)}
     shared = sorted(shared, key=lambda inputs: inputs.position)
     own_norms = [found.norms[child] for child in children if child in found.norms]
     if layer is not None and len(shared) == 2 and shared[0].num_siblings in (1, 3) and shared[1].num_siblings == 1:
-        pair = (own_norms[0], own_norms[1]) if len(own_norms) == 2 else None
-        if len(own_norms) in (0, 2) and sum(shared[0].sizes) == sum(layer.call.widths):
-            yield RotaryAttention(layer, shared[0], shared[1], pair)
+        gate_width = sum(shared[0].sizes) - sum(layer.call.widths)
+        gated = shared[0].num_siblings == 3 and gate_width == layer.call.num_heads * layer.call.value_dim
+        if len(own_norms) in (0, 2) and (gate_width == 0 or (gated and _is_native(layer))):
+            yield RotaryAttention(layer, shared[0], shared[1], tuple(own_norms), is_gated=gate_width > 0)
+    elif called:
+        delta = _delta_mixer(module, called, shared, own_norms, found.mixers)
+        scan = _scan_mixer(module, called, shared, found.mixers)
+        yield from (mixer for mixer in (delta, scan) if mixer is not None)
     elif layer is None and len(shared) == 2 and shared[0].num_siblings <= 2 and shared[1].num_siblings == 1:
         act = _find_activation(module)
         if act is not None and sum(shared[0].sizes) == 2 * shared[1].in_features:
             yield GatedMlp(shared[0], shared[1], act, impl)
     elif len(own_norms) == 2:
         blocks = [found.blocks[child] for child in children if child in found.blocks]
-        attentions = [block for block in blocks if isinstance(block, RotaryAttention)]
+        attentions = [block for block in blocks if isinstance(block, (RotaryAttention, DeltaMixer))]
         mlps = [block for block in blocks if isinstance(block, GatedMlp)]
         if len(attentions) == 1 and len(mlps) == 1:
             yield PreNormLayer(attentions[0], mlps[0], *own_norms)
             yield PreNormLayer(attentions[0], mlps[0], *reversed(own_norms))
+
+
+def _is_native(layer: PagedLayer) -> bool:
+    return layer.k_cache is not None and ops.is_native(layer.k_cache)
+
+
+def _delta_mixer(
+    module: nn.Module, called: list[int], shared: list[SharedInput], norms: list[Norm], mixers: MixerStates
+) -> DeltaMixer | None:
+    """Return the gated delta rule that a module may be, None if it is made of other things, or has no native code."""
+    convolutions = [child for child in module.children() if type(child) is nn.Conv1d]
+    own = dict(module.named_parameters(recurse=False))
+    if [type(mixers.calls[i]) for i in called] != [Convolution, DeltaRule] or len(convolutions) != 1:
+        return None
+    if [inputs.num_siblings for inputs in shared] != [4, 1] or len(norms) != 1 or own.keys() != {"A_log", "dt_bias"}:
+        return None
+    if not ops.is_native(convolutions[0].weight):
+        return None
+    rates, dt_bias = -own["A_log"].detach().float().exp(), own["dt_bias"].detach().float()
+    return DeltaMixer(mixers, called[0], shared[0], shared[1], norms[0], convolutions[0], rates, dt_bias)
+
+
+def _scan_mixer(
+    module: nn.Module, called: list[int], shared: list[SharedInput], mixers: MixerStates
+) -> ScanMixer | None:
+    """Return the mixer of Mamba2 that a module may be, None if it is made of other things, or has no native code."""
+    convolutions = [child for child in module.children() if type(child) is nn.Conv1d]
+    norms = [child for child in module.children() if is_norm(child)]
+    own = dict(module.named_parameters(recurse=False))
+    calls = [mixers.calls[i] for i in called]
+    if [type(call) for call in calls] != [Convolution, ChunkScan] or len(convolutions) != 1 or len(norms) != 1:
+        return None
+    if [inputs.num_siblings for inputs in shared] != [1, 1] or own.keys() != {"A_log", "D", "dt_bias"}:
+        return None
+    if calls[1].tells_prompts_apart or not ops.is_native(convolutions[0].weight):
+        return None
+    return ScanMixer(mixers, called[0], module, shared[0], shared[1], convolutions[0], norms[0])
 
 
 def find_norm(module: nn.Module, impl: ops.Impl | None) -> Norm | None:

@@ -39,7 +39,7 @@ class Trial:
     modules: dict[str, ModuleCall] = field(default_factory=dict)  # the first call of every module that has children
     per_token: dict[str, TokenLayout] = field(default_factory=dict)  # modules with parameters of their own, called once
     mixers: list[MixerCall] = field(default_factory=list)
-    mixer_modules: set[str] = field(default_factory=set)  # the modules that call mixers' functions
+    mixer_modules: dict[str, list[int]] = field(default_factory=dict)  # who calls mixers' functions, and which of them
 
 
 def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
@@ -174,7 +174,7 @@ class _Watch:
         self._inside.pop()
 
     def _note_mixer(self) -> None:
-        self.trial.mixer_modules.add(self._inside[-1])
+        self.trial.mixer_modules.setdefault(self._inside[-1], []).append(len(self._mixers.calls))
         self._mixing.update(self._inside)
 
     def _linear_hook(self, name: str) -> Any:

@@ -50,6 +50,8 @@ OPERATIONS = {
     "lorafleet::rms_norm": "norm",
     "lorafleet::rotary_": "rotary",
     "lorafleet::gated_act": "activation",
+    "lorafleet::gate_heads_": "activation",
+    "lorafleet::gated_delta": "delta rule",
     "lorafleet::delta_rule": "delta rule",
     "lorafleet::causal_conv": "convolution",
 }
@@ -131,7 +133,7 @@ def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) 
         stacks = stacks_of(engine.model.module)
         return StepProfile(
             model=served.name, dtype=served.dtype, device=str(engine.model.device), adapters=names,
-            num_threads=torch.get_num_threads(), num_layers=len(engine.model.layers),
+            num_threads=torch.get_num_threads(), num_layers=engine.model.config.num_hidden_layers,
             num_stacked=sum(len(stack.layers) for stack in stacks), prompt_tokens=plan.prompt_tokens,
             kv_tokens=engine.config.num_blocks * BLOCK_TOKENS, kv_dtype=name_of(engine.model.cache_dtype),
             cases=list(_cases(engine, queue, [*names, ""], plan, on_progress)),

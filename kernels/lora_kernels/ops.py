@@ -33,6 +33,8 @@ from lora_kernels.tables import (
     AdapterTable,
     ChangedRows,
     DecoderLayer,
+    GatedDelta,
+    GatedScan,
     LayerChange,
     LoraSite,
     ModelEnds,
@@ -54,6 +56,8 @@ __all__ = [
     "ChangedRows",
     "DecoderLayer",
     "DecoderStack",
+    "GatedDelta",
+    "GatedScan",
     "Impl",
     "LayerChange",
     "LoraBatch",
@@ -74,7 +78,10 @@ __all__ = [
     "decoder_stack",
     "delta_rule",
     "fix_sums",
+    "gate_heads_",
     "gated_act",
+    "gated_delta",
+    "gated_scan",
     "is_native",
     "kv_write_",
     "linear",
@@ -310,6 +317,34 @@ def causal_conv(
     return _choose(x, impl).causal_conv(x, weight, states, runs, bias=bias, silu=silu)
 
 
+def gated_delta(
+    qkv: Tensor, b: Tensor, a: Tensor, layer: GatedDelta, runs: Tensor, *, impl: Impl | None = None
+) -> Tensor:  # fmt: skip
+    """delta_rule(*split(silu(causal_conv(qkv))), rates * softplus(a + dt_bias), sigmoid(b)): [T, G, V].
+
+    qkv: [T, C], queries, keys and values side by side, which are normalised after the convolution. b, a: [T, G]. runs:
+    see `delta_rule`. The states of both are changed in place.
+    """
+    return _choose(qkv, impl).gated_delta(qkv, b, a, layer, runs)
+
+
+def gated_scan(
+    gate: Tensor, xbc: Tensor, dt: Tensor, layer: GatedScan, runs: Tensor, *, impl: Impl | None = None
+) -> Tensor:
+    """norm((scan(*split(silu(causal_conv(xbc))), dt) + skip * x) * silu(gate)) * weight, Mamba2's scan: [T, I].
+
+    gate: [T, I]. xbc: [T, C], values, then keys and queries of each group of heads. dt: [T, H], which becomes
+    softplus(dt + dt_bias). norm: x / rms(x) in groups of columns. runs: see `delta_rule`. The states of both are
+    changed in place. All between the convolution and the result is in fp32.
+    """
+    return _choose(xbc, impl).gated_scan(gate, xbc, dt, layer, runs)
+
+
+def gate_heads_(x: Tensor, gate: Tensor, *, impl: Impl | None = None) -> None:
+    """x *= sigmoid(gate), in place. x, gate: [T, H, D], the heads' entries contiguous."""
+    _choose(x, impl).gate_heads_(x, gate)
+
+
 def is_native(tensor: Tensor) -> bool:
     """Return whether operations on such a tensor are native code: a CPU's, where it could be built."""
     return tensor.device.type == "cpu" and _choose(tensor, None) is not reference
@@ -327,19 +362,20 @@ class DecoderStack(Protocol):
         table: AdapterTable | None,
         lora: LoraBatch | None,
         changes: ChangedRows | None = None,
+        runs: Tensor | None = None,
     ) -> None:
         """Replace x [T, width] by the output of the last layer, in place.
 
         cos, sin: see `rotary_`. attention, table, lora: see `paged_attention` and `lora_add_`; lora is None for a step
         without adapters. changes: what adapters do to layers besides; LoRA is of inputs that none has changed, and
-        outputs are changed behind it.
+        outputs are changed behind it. runs: see `delta_rule`; None where no layer has states.
         """
         ...
 
     def logits(
         self, tokens: Tensor, positions: Tensor, angles: Tensor, logit_rows: Tensor | None, attention: AttentionBatch,
         table: AdapterTable | None, lora: LoraBatch | None, head_lora: LoraBatch | None,
-        changes: ChangedRows | None = None, head_changes: ChangedRows | None = None,
+        changes: ChangedRows | None = None, head_changes: ChangedRows | None = None, runs: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the logits [n, V] of some of the tokens, by the ends that the stack was made with.
 

@@ -19,6 +19,8 @@ from lora_kernels.tables import (
     Activation,
     AdapterTable,
     DecoderLayer,
+    GatedDelta,
+    GatedScan,
     LoraSite,
     ModelEnds,
     PackedLinear,
@@ -265,6 +267,38 @@ def causal_conv(
     if bias is not None:
         out = out + bias.float()
     return (F.silu(out) if silu else out).to(x.dtype)
+
+
+def gated_delta(qkv: Tensor, b: Tensor, a: Tensor, layer: GatedDelta, runs: Tensor) -> Tensor:
+    """See `ops.gated_delta`."""
+    _, heads, key_dim, width = layer.states.shape
+    keys = (qkv.shape[1] - heads * width) // 2
+    mixed = causal_conv(qkv, layer.conv_weight, layer.conv_states, runs, bias=layer.conv_bias, silu=True)
+    q, k, v = mixed.split([keys, keys, heads * width], 1)
+    q, k, v = (x.unflatten(1, (-1, dim)) for x, dim in ((q, key_dim), (k, key_dim), (v, width)))
+    decay = layer.rates * F.softplus(a.float() + layer.dt_bias)
+    return delta_rule(q, k, v, decay, b.sigmoid(), layer.states, runs, normalize=True)
+
+
+def gated_scan(gate: Tensor, xbc: Tensor, dt: Tensor, layer: GatedScan, runs: Tensor) -> Tensor:
+    """See `ops.gated_scan`."""
+    _, heads, key_dim, width = layer.states.shape
+    keys = (xbc.shape[1] - heads * width) // 2
+    mixed = causal_conv(xbc, layer.conv_weight, layer.conv_states, runs, bias=layer.conv_bias, silu=True).float()
+    x, key, query = mixed.split([heads * width, keys, keys], 1)
+    x, key, query = (part.unflatten(1, (-1, dim)) for part, dim in ((x, width), (key, key_dim), (query, key_dim)))
+    step = F.softplus(dt.float() + layer.dt_bias)
+    query = query * key_dim**0.5  # by which the rule divides
+    out = delta_rule(query, key, x, layer.rates * step, step, layer.states, runs, additive=True)
+    out = (out + layer.skip[:, None] * x).flatten(1) * F.silu(gate.float())
+    groups = out.unflatten(1, (-1, layer.group))
+    normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + layer.eps)
+    return (layer.norm_weight * normed.flatten(1)).to(xbc.dtype)
+
+
+def gate_heads_(x: Tensor, gate: Tensor) -> None:
+    """See `ops.gate_heads_`."""
+    x.copy_(x.float() * gate.float().sigmoid())
 
 
 def _leave(states: Tensor, state: Tensor, write: int, save: int) -> None:

@@ -136,17 +136,49 @@ class PagedAttention:
     sinks: Tensor | None
     k_cache: Tensor  # [blocks, Hkv, 16, D]
     v_cache: Tensor  # [blocks, Hkv, 16, Dv]
+    is_gated: bool = False  # whether a head's queries have its gates behind them; see `ops.gate_heads_`
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDelta:
+    """A gated delta rule with its convolution. G: heads of values. See `ops.gated_delta`."""
+
+    conv_weight: Tensor  # [C, K]
+    conv_bias: Tensor | None  # [C]
+    conv_states: Tensor  # [slots, K, C]
+    rates: Tensor  # fp32 [G]
+    dt_bias: Tensor  # fp32 [G]
+    states: Tensor  # fp32 [slots, G, K, V]
+
+
+@dataclass(frozen=True, slots=True)
+class GatedScan:
+    """Mamba2's mixer between its projections. H: heads; I: their width together. See `ops.gated_scan`."""
+
+    conv_weight: Tensor  # [C, K]
+    conv_bias: Tensor | None  # [C]
+    conv_states: Tensor  # [slots, K, C]
+    rates: Tensor  # fp32 [H]
+    dt_bias: Tensor  # fp32 [H]
+    skip: Tensor  # fp32 [H]
+    states: Tensor  # fp32 [slots, H, N, P]
+    norm_weight: Tensor  # [I]
+    eps: float
+    group: int  # columns that are normed together, those of whole heads
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """x += out(attention(rotary(qkv(norm(x))))); x += down(act(gate(norm(x))) * up(norm(x)))."""
+    """x += out(attention(rotary(qkv(norm(x))))); x += down(act(gate(norm(x))) * up(norm(x))).
+
+    A gated delta rule in the attention's place: out(norm(delta(qkv, b, a)) * silu(z)), of the siblings qkv, z, b, a.
+    """
 
     attention_norm: RmsNorm
     mlp_norm: RmsNorm
-    head_norms: tuple[RmsNorm, RmsNorm] | None  # of each head's queries, and keys
+    head_norms: tuple[RmsNorm, ...]  # of each head's queries, and keys; or of what a delta rule gives
     qkv: SiblingLinears
-    attention: PagedAttention
+    attention: PagedAttention | GatedDelta
     out: SiblingLinears
     gate_up: SiblingLinears
     act: Activation

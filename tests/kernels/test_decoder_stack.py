@@ -72,9 +72,9 @@ def decoder_layer(seed: int, weights: str, impl: Impl, *, head_norms: bool, mlp:
     return DecoderLayer(
         attention_norm=norm(WIDTH, 1),
         mlp_norm=norm(WIDTH, 2),
-        head_norms=(norm(DIM, 3), norm(DIM, 4)) if head_norms else None,
+        head_norms=(norm(DIM, 3), norm(DIM, 4)) if head_norms else (),
         qkv=linears(seed + 10, WIDTH, [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], weights, impl),
-        attention=PagedAttention(HEADS, KV_HEADS, DIM, DIM, 0, DIM**-0.5, 0.0, None, *cache),
+        attention=PagedAttention(HEADS, KV_HEADS, DIM, DIM, 0, DIM**-0.5, 0.0, None, cache[0], cache[1]),
         out=linears(seed + 20, HEADS * DIM, [WIDTH], weights, impl),
         gate_up=linears(seed + 30, WIDTH, [mlp, mlp], weights, impl),
         act="silu",
@@ -131,15 +131,20 @@ def what_becomes_of(x: Tensor, change: LayerChange) -> Tensor:
     return x * first + torch.stack([-other, one], 2).view(x.shape) * second
 
 
+def attention_of(layer: DecoderLayer) -> PagedAttention:
+    assert isinstance(layer.attention, PagedAttention)
+    return layer.attention
+
+
 def run_one_by_one(
     layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch, table: AdapterTable,
     lora: LoraBatch | None, impl: Impl, plan: Plan | None = None,
 ) -> None:  # fmt: skip
-    attention, first = layer.attention, layer.attention_norm
+    attention, first = attention_of(layer), layer.attention_norm
     normed = ops.rms_norm(x, first.weight, first.eps, impl=impl)
     qkv = project(normed, layer.qkv, table, lora, impl, plan).split(layer.qkv.sizes, dim=1)
     q, k, v = (part.unflatten(1, (-1, DIM)) for part in qkv)
-    if layer.head_norms is not None:
+    if layer.head_norms:
         q, k = (
             ops.rms_norm(heads.contiguous(), norm.weight, norm.eps, impl=impl)
             for heads, norm in zip((q, k), layer.head_norms, strict=True)
@@ -188,7 +193,10 @@ def test_long_steps_are_what_operations_give(case: tuple[str, tuple[int, bool]],
             for layer in layers:
                 run_one_by_one(layer, hidden, cos, sin, batch, table, lora, native)
         got.append(
-            [hidden, *(cache for layer in layers for cache in (layer.attention.k_cache, layer.attention.v_cache))]
+            [
+                hidden,
+                *(cache for layer in layers for cache in (attention_of(layer).k_cache, attention_of(layer).v_cache)),
+            ]
         )
     assert all(torch.equal(one, other) for one, other in zip(*got, strict=True))
     assert got[0][0].isfinite().all()

@@ -21,7 +21,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 )
 
 from lora_kernels import ops
-from lora_kernels.ops import Impl
+from lora_kernels.ops import GatedDelta, GatedScan, Impl
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 6, 16, 24), (4, 4, 128, 128), (1, 3, 33, 7)]
@@ -107,6 +107,48 @@ def test_an_additive_rule_is_mamba2s_scan(shape: tuple[int, int, int, int], impl
             expected[save] = left[0].mT
         assert_close(out[start:end], theirs[0], torch.float32)
     assert_close(states, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gated_delta_rule_is_its_operations(dtype: torch.dtype, impl: Impl) -> None:
+    heads, key_dim, width, taps = 6, 16, 24, 4
+    channels = 2 * 2 * key_dim + heads * width
+    fused = randn(NUM_TOKENS, channels + 2 * heads, dtype=dtype)
+    qkv, b, a = fused.split([channels, heads, heads], 1)
+    weight, bias = randn(channels, taps, dtype=dtype, seed=1), randn(channels, dtype=dtype, seed=2)
+    rates, dt_bias = -torch.exp(randn(heads, seed=3)), randn(heads, seed=4)
+    convs, rules = states_of(taps, channels, dtype=dtype), states_of(heads, key_dim, width)
+    layer = GatedDelta(weight, bias, convs.clone(), rates, dt_bias, rules.clone())
+    with poisoned_memory():
+        out = ops.gated_delta(qkv, b, a, layer, RUNS, impl=impl)
+    mixed = ops.causal_conv(qkv, weight, convs, RUNS, bias=bias, silu=True, impl=impl)
+    q, k, v = mixed.split([2 * key_dim, 2 * key_dim, heads * width], 1)
+    parts = (q.unflatten(1, (2, key_dim)), k.unflatten(1, (2, key_dim)), v.unflatten(1, (heads, width)))
+    decay = rates * torch.nn.functional.softplus(a.float() + dt_bias)
+    expected = ops.delta_rule(*parts, decay, torch.sigmoid(b), rules, RUNS, normalize=True, impl=impl)
+    assert_close(out, expected, dtype)
+    assert torch.equal(layer.conv_states, convs)
+    assert_close(layer.states, rules, torch.float32 if dtype == torch.float32 else dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [24, 72, 144])
+def test_a_gated_scan_is_its_definition(group: int, dtype: torch.dtype, native: Impl) -> None:
+    heads, key_dim, width, taps = 6, 16, 24, 4
+    inner, channels = heads * width, heads * width + 2 * 2 * key_dim
+    gate, xbc, dt = randn(NUM_TOKENS, inner + channels + heads, dtype=dtype).split([inner, channels, heads], 1)
+    weight, bias = randn(channels, taps, dtype=dtype, seed=1), randn(channels, dtype=dtype, seed=2)
+    vectors = (-torch.exp(randn(heads, seed=3)), randn(heads, seed=4), randn(heads, seed=6))
+    norm, found = 1 + 0.1 * randn(inner, dtype=dtype, seed=7), []
+    for impl in (native, "reference"):
+        convs, states = states_of(taps, channels, dtype=dtype), states_of(heads, key_dim, width)
+        layer = GatedScan(weight, bias, convs, *vectors, states, norm, 1e-5, group)
+        with poisoned_memory():
+            found.append((ops.gated_scan(gate, xbc, dt, layer, RUNS, impl=impl), convs, states))
+    (out, convs, states), (expected, theirs, left) = found
+    assert torch.equal(convs, theirs)
+    assert_close(out, expected, dtype)
+    assert_close(states, left, dtype)
 
 
 def test_decays_far_out_forget_or_keep_all(impl: Impl) -> None:

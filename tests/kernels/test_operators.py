@@ -47,6 +47,13 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     torch.library.opcheck(lorafleet.delta_rule.default, delta, test_utils=checks)
     conv = (dt, torch.randn(64, 4), torch.randn(3, 4, 64), runs, None, True)
     torch.library.opcheck(lorafleet.causal_conv.default, conv, test_utils=checks)
+    gates, vector, channels = torch.randn(2, 5, 2), torch.rand(2, 2), torch.randn(5, 48)
+    mixer = (torch.randn(48, 4), None, torch.randn(3, 4, 48), -vector[0], vector[1], torch.randn(3, 2, 8, 8), runs)
+    torch.library.opcheck(lorafleet.gated_delta.default, (channels, *gates, *mixer), test_utils=checks)
+    own = (*mixer[:3], -vector[0], vector[1], vector[0], torch.randn(3, 2, 8, 8), torch.rand(16), 1e-5, 8, runs)
+    scan = (torch.randn(5, 16), torch.randn(5, 48), gates[0], *own)
+    torch.library.opcheck(lorafleet.gated_scan.default, scan, test_utils=checks)
+    torch.library.opcheck(lorafleet.gate_heads_.default, (heads, torch.randn(5, 2, 8)), test_utils=checks)
     pools, pieces = [torch.zeros(9, 3), torch.zeros(7)], torch.tensor([[0, 2, 4, 12], [1, 5, 2, 0]])
     buffer = torch.arange(64, dtype=torch.uint8)
     torch.library.opcheck(lorafleet.copy_rows_.default, (pools, buffer, pieces), test_utils=checks)
@@ -121,6 +128,7 @@ def test_rows_are_copied_where_the_pieces_say(native: Impl) -> None:
         (lambda: ops.gated_act(torch.ones(4, 2).T, torch.ones(2, 4), impl="cpu"), "rows whose entries are contiguous"),
         (lambda: ops.rms_norm(torch.ones(2, 4), torch.ones(5), 1e-5, impl="cpu"), "weight needs 4 entries"),
         (lambda: ops.rms_norm(torch.ones(2, 4), torch.ones(4, dtype=BF16), 1e-5, impl="cpu"), "weight is BFloat16"),
+        (lambda: ops.gate_heads_(torch.ones(2, 3, 4), torch.ones(2, 3, 5), impl="cpu"), r"must be \[T, H, D\]"),
         (lambda: ops.mask_logits_(torch.ones(2, 33), ROW, WORDS[:, :1], impl="cpu"), r"words must be \[rows, 2\]"),
         (lambda: ops.mask_logits_(torch.ones(2, 33), ROW + 1, WORDS, impl="cpu"), "row 2 is not there"),
         (lambda: ops.argmax(torch.ones(2, 0), impl="cpu"), "V > 0"),

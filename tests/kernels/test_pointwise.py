@@ -52,6 +52,16 @@ def test_rms_norm_of_strided_rows(impl: Impl) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_are_gated_where_they_lie(dtype: torch.dtype, impl: Impl) -> None:
+    both = randn(7, 3, 40, dtype=dtype, seed=1) * 4  # a head's numbers, its gate behind them
+    x, gate = both[..., :20], both[..., 20:]
+    expected, gates = x.float() * torch.sigmoid(gate.float()), gate.clone()
+    ops.gate_heads_(x, gate, impl=impl)
+    assert_close(x, expected, dtype)
+    assert torch.equal(gate, gates)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (20, 20), (64, 16)])
 def test_rotary_is_hugging_faces(head_dim: int, rotary_dim: int, dtype: torch.dtype, impl: Impl) -> None:
     tokens, q_heads, k_heads = 37, 6, 2

@@ -50,7 +50,7 @@ class Outcome:
     refused: str = ""  # why
     difference: float = 0.0  # largest of any logit, under any adapter
     effect: float = 0.0  # smallest change that an adapter makes to a prompt's logits, the largest of them
-    num_calls: int = 0  # of attention, in a forward pass
+    num_calls: int = 0  # of attention, in a forward pass; layers, where more of them run by shortcut
     num_shortcuts: int = 0  # layers that run by shortcut as a whole
     notes: str = ""
     num_grouped: int = 0  # modules of experts whose LoRA is rows of the pool
@@ -108,7 +108,7 @@ def conform(model: PreTrainedModel, adapters: Adapters | None = None) -> Outcome
     return Outcome(
         difference=max(differences),
         effect=min(effects),
-        num_calls=len(engine.model.layers),
+        num_calls=max(len(engine.model.layers), engine.model.num_shortcuts),
         num_shortcuts=engine.model.num_shortcuts,
         notes="; ".join(notes_on(oracle.untouched, engine, sites)),
         num_grouped=len(engine.model.adaptable.experts),

@@ -34,6 +34,7 @@ STACKED = {
     "qwen2": ("q_proj", "v_proj"),
     "qwen3": ("o_proj", "gate_proj"),
     "phi3": ("qkv_proj", "gate_up_proj"),
+    "qwen3_5_text": ("in_proj_qkv", "up_proj"),
 }
 """Types that consist of such layers, and what an adapter may target there."""
 

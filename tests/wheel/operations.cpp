@@ -225,6 +225,14 @@ void print_states(Scalar type) {
                             filled({5, 4}, Scalar::kFloat, -1, 0), filled({5, 4}, Scalar::kFloat, 0, 1), states, runs,
                             true, false));
   print("delta_state", states);
+  const Tensor convs = filled({3, 4, 144}, type), gates = filled({5, 8}, type);
+  const DeltaLayer layer = {filled({144, 4}, type), {}, convs, filled({4}, Scalar::kFloat, -1, 0),
+                            filled({4}, Scalar::kFloat), states};
+  print("gated_delta", gated_delta(filled({5, 144}, type), gates.columns(0, 4), gates.columns(4, 4), layer, runs));
+  print("gated_delta_state", states), print("gated_delta_conv", convs);
+  const Tensor heads = filled({5, 2, 16}, type);
+  gate_heads_(heads, filled({5, 2, 16}, type));
+  print("gate_heads", heads);
   const Tensor taps = filled({3, 4, 37}, type);
   print("conv", causal_conv(filled({5, 37}, type), filled({37, 4}, type), taps, runs, filled({37}, type), true));
   print("conv_state", taps);

@@ -25,6 +25,8 @@ from lora_kernels.tables import (
     AdapterTable,
     ChangedRows,
     DecoderLayer,
+    GatedDelta,
+    GatedScan,
     LayerChange,
     LoraSite,
     ModelEnds,
@@ -260,6 +262,26 @@ def causal_conv(
     return _ops.causal_conv.default(_rows(x), weight.contiguous(), states, runs, bias, silu)
 
 
+def gated_delta(qkv: Tensor, b: Tensor, a: Tensor, layer: GatedDelta, runs: Tensor) -> Tensor:
+    """See `ops.gated_delta`."""
+    return _ops.gated_delta.default(
+        qkv, b, a, layer.conv_weight, layer.conv_bias, layer.conv_states, layer.rates, layer.dt_bias, layer.states, runs
+    )
+
+
+def gated_scan(gate: Tensor, xbc: Tensor, dt: Tensor, layer: GatedScan, runs: Tensor) -> Tensor:
+    """See `ops.gated_scan`."""
+    return _ops.gated_scan.default(
+        gate, xbc, dt, layer.conv_weight, layer.conv_bias, layer.conv_states, layer.rates, layer.dt_bias, layer.skip,
+        layer.states, layer.norm_weight, layer.eps, layer.group, runs,
+    )  # fmt: skip
+
+
+def gate_heads_(x: Tensor, gate: Tensor) -> None:
+    """See `ops.gate_heads_`."""
+    _ops.gate_heads_.default(x, gate)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -276,10 +298,16 @@ class NativeDecoderStack:
         weakref.finalize(self, _ops.stack_free, self._number)
         for layer in layers:
             attention = layer.attention
-            for norm in (layer.attention_norm, layer.mlp_norm, *(layer.head_norms or ())):
+            for norm in (layer.attention_norm, layer.mlp_norm, *layer.head_norms):
                 _ops.stack_norm(self._number, norm.weight, norm.eps, norm.plus_one)
             for linears in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 _ops.stack_linears(self._number, *_linears(linears))
+            if isinstance(attention, GatedDelta):
+                _ops.stack_delta(
+                    self._number, attention.conv_weight, attention.conv_bias, attention.conv_states, attention.rates,
+                    attention.dt_bias, attention.states, layer.act,
+                )  # fmt: skip
+                continue
             _ops.stack_layer(
                 self._number,
                 [
@@ -288,6 +316,7 @@ class NativeDecoderStack:
                     attention.head_dim,
                     attention.value_dim,
                     attention.window,
+                    attention.is_gated,
                 ],
                 attention.scale,
                 attention.softcap,
@@ -310,18 +339,19 @@ class NativeDecoderStack:
         table: AdapterTable | None,
         lora: LoraBatch | None,
         changes: ChangedRows | None = None,
+        runs: Tensor | None = None,
     ) -> None:
         """See `ops.DecoderStack.run`."""
-        lists = _step(attention, table, lora)
+        lists = _step(attention, table, lora, runs)
         _ops.stack_run.default(self._number, x, cos, sin, *lists, *_lora(lora), _changes(changes))
 
     def logits(
         self, tokens: Tensor, positions: Tensor, angles: Tensor, logit_rows: Tensor | None, attention: AttentionBatch,
         table: AdapterTable | None, lora: LoraBatch | None, head_lora: LoraBatch | None,
-        changes: ChangedRows | None = None, head_changes: ChangedRows | None = None,
+        changes: ChangedRows | None = None, head_changes: ChangedRows | None = None, runs: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `ops.DecoderStack.logits`."""
-        lists = *_step(attention, table, lora or head_lora), *_lora(lora), _changes(changes)
+        lists = *_step(attention, table, lora or head_lora, runs), *_lora(lora), _changes(changes)
         return _ops.stack_logits.default(
             self._number, tokens, positions, angles, logit_rows, *lists, *_lora(head_lora), _changes(head_changes)
         )
@@ -349,10 +379,12 @@ def _changes(changes: ChangedRows | None) -> list[Tensor]:
 
 
 def _step(
-    attention: AttentionBatch, table: AdapterTable | None, lora: LoraBatch | None
+    attention: AttentionBatch, table: AdapterTable | None, lora: LoraBatch | None, runs: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     adapters = [] if lora is None or table is None else [table.ranks, table.scales, table.pages]
-    return [attention.block_tables, attention.query_starts, attention.kv_lens, attention.slot_mapping], adapters
+    states = [] if runs is None else [runs]
+    lists = [attention.block_tables, attention.query_starts, attention.kv_lens, attention.slot_mapping, *states]
+    return lists, adapters
 
 
 def _lora(lora: LoraBatch | None) -> tuple[list[Tensor], Tensor | None]:
@@ -442,9 +474,17 @@ def _register_fakes() -> None:
     def _(x: Tensor, *_: object) -> Tensor:
         return x.new_empty(x.shape)
 
+    @fake("lorafleet::gated_delta")
+    def _(qkv: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
+        return qkv.new_empty(*b.shape, rest[6].shape[3])
+
+    @fake("lorafleet::gated_scan")
+    def _(gate: Tensor, *_: object) -> Tensor:
+        return gate.new_empty(gate.shape)
+
     @fake("lorafleet::argmax")
     def _(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.bool)
 
-    for name in ("pack_linear_", "lora_add_", "kv_write_", "rotary_", "mask_logits_"):
+    for name in ("pack_linear_", "lora_add_", "kv_write_", "rotary_", "gate_heads_", "mask_logits_"):
         fake(f"lorafleet::{name}", lambda *_: None)

@@ -5,7 +5,17 @@ torch's own. With TRITON_INTERPRET=1 in the environment before the first import 
 which is how they are tested without a GPU.
 """
 
-from lora_kernels.reference import argmax, causal_conv, decoder_stack, delta_rule, mask_logits_, pack_linear
+from lora_kernels.reference import (
+    argmax,
+    causal_conv,
+    decoder_stack,
+    delta_rule,
+    gate_heads_,
+    gated_delta,
+    gated_scan,
+    mask_logits_,
+    pack_linear,
+)
 from lora_kernels.triton_ops.attention import paged_attention
 from lora_kernels.triton_ops.lora import lora_add_
 from lora_kernels.triton_ops.matmul import linear
@@ -17,7 +27,10 @@ __all__ = [
     "causal_conv",
     "decoder_stack",
     "delta_rule",
+    "gate_heads_",
     "gated_act",
+    "gated_delta",
+    "gated_scan",
     "kv_write_",
     "linear",
     "lora_add_",

@@ -113,6 +113,20 @@ void call(StableIValue* stack, Result (*as)(Parameters...)) {
   call<function>(stack, as, std::index_sequence_for<Parameters...>());
 }
 
+Tensor gated_delta_of(const Tensor& qkv, const Tensor& b, const Tensor& a, const Tensor& conv_weight,
+                      const OptionalTensor& conv_bias, const Tensor& conv_states, const Tensor& rates,
+                      const Tensor& dt_bias, const Tensor& states, const Tensor& runs) {
+  return gated_delta(qkv, b, a, {conv_weight, conv_bias, conv_states, rates, dt_bias, states}, runs);
+}
+
+Tensor gated_scan_of(const Tensor& gate, const Tensor& xbc, const Tensor& dt, const Tensor& conv_weight,
+                     const OptionalTensor& conv_bias, const Tensor& conv_states, const Tensor& rates,
+                     const Tensor& dt_bias, const Tensor& skip, const Tensor& states, const Tensor& norm_weight,
+                     double eps, int64_t group, const Tensor& runs) {
+  return gated_scan(
+      gate, xbc, dt, {conv_weight, conv_bias, conv_states, rates, dt_bias, skip, states, norm_weight, eps, group}, runs);
+}
+
 // An operation as torch calls it: it takes its arguments from the stack and leaves its results there.
 template <auto function>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
@@ -179,6 +193,14 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
       "delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) states, Tensor runs, "
       "bool normalize, bool additive) -> Tensor");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor(a!) states, Tensor runs, Tensor? bias, bool silu) -> Tensor");
+  m.def(
+      "gated_delta(Tensor qkv, Tensor b, Tensor a, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_states, "
+      "Tensor rates, Tensor dt_bias, Tensor(b!) states, Tensor runs) -> Tensor");
+  m.def(
+      "gated_scan(Tensor gate, Tensor xbc, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_states, "
+      "Tensor rates, Tensor dt_bias, Tensor skip, Tensor(b!) states, Tensor norm_weight, float eps, int group, "
+      "Tensor runs) -> Tensor");
+  m.def("gate_heads_(Tensor(a!) x, Tensor gate) -> ()");
   m.def("changes_new() -> int");
   m.def("changes_free(int changes) -> ()");
   m.def(
@@ -192,6 +214,9 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def(
       "stack_layer(int stack, int[] shape, float scale, float softcap, Tensor k_cache, Tensor v_cache, Tensor? sinks, "
       "str act) -> ()");
+  m.def(
+      "stack_delta(int stack, Tensor conv_weight, Tensor? conv_bias, Tensor conv_states, Tensor rates, Tensor dt_bias, "
+      "Tensor states, str act) -> ()");
   m.def(
       "stack_run(int stack, Tensor(a!) x, Tensor cos, Tensor sin, Tensor[] attention, Tensor[] table, Tensor[] lora, "
       "Tensor? row_scales, Tensor[] changes) -> ()");
@@ -232,10 +257,14 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("selective_scan", &boxed<selective_scan>);
   m.impl("delta_rule", &boxed<delta_rule>);
   m.impl("causal_conv", &boxed<causal_conv>);
+  m.impl("gated_delta", &boxed<gated_delta_of>);
+  m.impl("gated_scan", &boxed<gated_scan_of>);
+  m.impl("gate_heads_", &boxed<gate_heads_>);
   m.impl("changes_add", &boxed<changes_add>);
   m.impl("stack_norm", &boxed<stack_norm>);
   m.impl("stack_linears", &boxed<stack_linears>);
   m.impl("stack_layer", &boxed<stack_layer>);
+  m.impl("stack_delta", &boxed<stack_delta>);
   m.impl("stack_run", &boxed<stack_run>);
   m.impl("stack_logits", &boxed<stack_logits>);
 }

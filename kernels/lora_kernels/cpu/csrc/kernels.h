@@ -180,7 +180,7 @@ struct RotaryArgs {
   int64_t num_tokens, q_heads, k_heads, rotary_dim;
 };
 
-enum class Activation { kSilu, kGelu, kGeluTanh };
+enum class Activation { kSilu, kGelu, kGeluTanh, kSigmoid };
 
 struct GatedActArgs {
   Dtype dtype;
@@ -244,6 +244,40 @@ struct DeltaArgs {
   bool additive;     // whether values are added as they are, not what the state lacks of them
 };
 
+// What a delta rule's two smallest projections a and b mean: decay = rates * softplus(a + bias), beta = sigmoid(b) as b's
+// dtype has it.
+struct DeltaGatesArgs {
+  Dtype dtype;
+  Matrix a, b;                // [tokens, heads]
+  const float *rates, *bias;  // [heads]
+  float *decay, *beta;        // [tokens, heads]
+  int64_t tokens, heads;
+};
+
+// What Mamba2's scan reads, in fp32: its convolution's output, of which the columns from `scaled_from` on are times
+// `scale`; steps = softplus(dt + bias), decay = rates * steps.
+struct ScanInputsArgs {
+  Dtype dtype;
+  Matrix mixed, dt;           // [tokens, channels], [tokens, heads]
+  const float *rates, *bias;  // [heads]
+  float *wide, *decay, *steps;
+  int64_t tokens, channels, heads, scaled_from;
+  float scale;
+};
+
+// out = y * weight / rms(y) in groups of columns, for y = (y + skip * x) * silu(gate); y is overwritten.
+struct ScanNormArgs {
+  Dtype dtype;         // of gate, weight and out
+  Matrix gate, out;    // [tokens, heads * width]
+  float* y;            // [tokens, heads, width]
+  const float* x;      // [tokens, heads, width] at a stride
+  int64_t x_stride;
+  const float* skip;   // [heads]
+  const void* weight;  // [heads * width]
+  int64_t tokens, heads, width, group;  // a group has whole heads
+  float eps;
+};
+
 // out[t] = sum(weight[:, j] * x[t - taps + 1 + j]) + bias, of each run from its state: its last `taps` inputs.
 struct ConvArgs {
   Dtype dtype;
@@ -301,6 +335,9 @@ struct Kernels {
   void (*mask_logits)(const MaskArgs&);
   void (*argmax)(const ArgmaxArgs&);
   void (*scan)(const ScanArgs&);
+  void (*delta_gates)(const DeltaGatesArgs&);
+  void (*scan_inputs)(const ScanInputsArgs&);
+  void (*scan_norm)(const ScanNormArgs&);
   void (*delta_rule)(const DeltaArgs&);
   void (*causal_conv)(const ConvArgs&);
   int64_t attention_rows;  // of a task: enough to share keys that are packed

@@ -433,6 +433,24 @@ Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act, boo
 
 Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act) { return gated_act(gate, up, act, false); }
 
+void gate_heads_(const Tensor& x, const Tensor& gate) {
+  LORAFLEET_CHECK(x.dim() == 3 && gate.has_sizes(x.sizes()) && x.stride(2) == 1 && gate.stride(2) == 1,
+                  "x and gate must be [T, H, D] with contiguous heads");
+  check_same_dtype(gate, x, "gate");
+  for (int64_t head = 0; head < x.size(1); ++head) {
+    char* const own = x.data + head * x.stride(1) * x.element_size();
+    active->gated_act({
+        .dtype = dtype_of(x),
+        .gate = {gate.data + head * gate.stride(1) * gate.element_size(), gate.stride(0)},
+        .up = {own, x.stride(0)},
+        .out = {own, x.stride(0), kXChunk},
+        .rows = x.size(0),
+        .width = x.size(2),
+        .act = Activation::kSigmoid,
+    });
+  }
+}
+
 void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words) {
   LORAFLEET_CHECK(logits.dim() == 2 && words.dim() == 2 && words.size(0) == rows.numel() &&
                   words.size(1) == (logits.size(1) + 31) / 32,

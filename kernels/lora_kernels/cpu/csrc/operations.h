@@ -32,6 +32,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const Optiona
 void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin);
 Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act);
 Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act, bool in_chunks);
+// x *= sigmoid(gate), both [T, H, D].
+void gate_heads_(const Tensor& x, const Tensor& gate);
 void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words);
 std::tuple<Tensor, Tensor> argmax(const Tensor& x);
 
@@ -101,6 +103,31 @@ Tensor delta_rule(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 Tensor causal_conv(const Tensor& x, const Tensor& weight, const Tensor& states, const Tensor& runs,
                    const OptionalTensor& bias, bool silu);
 
+// A gated delta rule's layer between its projections, but for the norm of its output.
+struct DeltaLayer {
+  Tensor conv_weight;          // [channels, taps]
+  OptionalTensor conv_bias;    // [channels]
+  Tensor conv_states;          // [slots, taps, channels]
+  Tensor rates, dt_bias;       // fp32 [heads]
+  Tensor states;               // fp32 [slots, heads, key_dim, width]
+};
+// qkv: [T, channels], which the convolution reads; b, a: [T, heads]. Returns [T, heads, width].
+Tensor gated_delta(const Tensor& qkv, const Tensor& b, const Tensor& a, const DeltaLayer& layer, const Tensor& runs);
+
+// Mamba2's mixer between its projections.
+struct ScanLayer {
+  Tensor conv_weight;             // [channels, taps]
+  OptionalTensor conv_bias;       // [channels]
+  Tensor conv_states;             // [slots, taps, channels]
+  Tensor rates, dt_bias, skip;    // fp32 [heads]
+  Tensor states;                  // fp32 [slots, heads, key_dim, width]
+  Tensor norm_weight;             // [heads * width]
+  double eps;
+  int64_t group;  // columns that are normed together
+};
+// gate: [T, heads * width]; xbc: [T, channels], which the convolution reads; dt: [T, heads]. Returns the shape of gate.
+Tensor gated_scan(const Tensor& gate, const Tensor& xbc, const Tensor& dt, const ScanLayer& layer, const Tensor& runs);
+
 // stack.cpp: a stack is known by its number. What belongs to a layer is added part by part before the layer itself.
 int64_t stack_new();
 void stack_free(int64_t stack);
@@ -109,6 +136,9 @@ void stack_linears(int64_t stack, Tensors weights, Ints forms, bool int8_inputs,
                    Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices, Ints groups);
 void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const Tensor& k_cache, const Tensor& v_cache,
                  const OptionalTensor& sinks, std::string_view act);
+// The layer's third norm is that of the delta rule's output.
+void stack_delta(int64_t stack, const Tensor& conv_weight, const OptionalTensor& conv_bias, const Tensor& conv_states,
+                 const Tensor& rates, const Tensor& dt_bias, const Tensor& states, std::string_view act);
 void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
                Tensors lora, const OptionalTensor& row_scales, Tensors changes);
 void stack_ends(int64_t stack, const OptionalTensor& embedding);

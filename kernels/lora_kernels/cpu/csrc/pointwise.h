@@ -161,6 +161,8 @@ inline Vec activate(Vec x, Activation act) {
   switch (act) {
     case Activation::kSilu:
       return div(x, add(set1(1.0f), exp(sub(zero(), x))));
+    case Activation::kSigmoid:
+      return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x))));
     case Activation::kGelu:
       return mul(mul(set1(0.5f), x), add(set1(1.0f), erf(mul(x, set1(0.70710678f)))));
     case Activation::kGeluTanh: {

@@ -7,76 +7,10 @@
 #include <mutex>
 #include <utility>
 
-#include "operations.h"
+#include "stack.h"
 
 namespace lorafleet {
 namespace {
-
-// What reads one input: sibling linear layers as one product, and their places in the adapter pool.
-struct Sites {
-  std::vector<Tensor> weights;  // one, packed [panels, K / 2, 32, 2] or [N, K]; or panels of quantised ones
-  std::vector<int64_t> forms;   // of quantised ones; none: they are not
-  bool int8_inputs;             // of quantised ones
-  OptionalTensor bias;
-  std::vector<int64_t> sizes;  // output widths of the siblings
-  std::vector<Tensor> a_rows, b_rows;  // none: no adapter touches these layers
-  std::vector<Tensor> factors;         // of int8 rows
-  std::vector<int64_t> indices, groups;
-
-  bool is_plain() const { return forms.empty() && weights[0].dim() != 4; }
-  LoraSites lora() const { return {a_rows, b_rows, factors, indices, groups}; }
-};
-
-struct Norm {
-  Tensor weight;
-  double eps;
-  bool plus_one;
-
-  Tensor operator()(const Tensor& x, const OptionalTensor& residual = {}, bool in_chunks = false) const {
-    return rms_norm(x, weight, eps, residual, plus_one, in_chunks);
-  }
-};
-
-struct Attention {
-  int64_t heads, kv_heads, head_dim, value_dim, window;
-  double scale, softcap;
-  Tensor k_cache, v_cache;
-  OptionalTensor sinks;
-};
-
-struct Layer {
-  std::vector<Norm> norms;   // before attention and MLP; of queries and keys, if there are any
-  std::vector<Sites> sites;  // qkv, out, gate_up, down
-  Attention attention;
-  std::string act;
-
-  const Sites& qkv() const { return sites[0]; }
-  const Sites& out() const { return sites[1]; }
-  const Sites& gate_up() const { return sites[2]; }
-  const Sites& down() const { return sites[3]; }
-};
-
-// Rows of a step, all or a block of them, with what is known of these rows.
-struct Rows {
-  int64_t first;
-  Tensor x;                  // [n, width]
-  Tensor cos, sin, slots;    // [n, rotary_dim], and the places in the KV cache
-  std::vector<Tensor> lora;  // rows, small_tiles, large_tiles, counts; none: no row has an adapter
-  OptionalTensor row_scales;
-  std::vector<ChangedRows> changes;
-
-  int64_t count() const { return x.size(0); }
-  // The same rows of a matrix that has all of the step's.
-  Tensor of(const Tensor& matrix) const { return matrix.rows(first, count()); }
-};
-
-struct Step {
-  Tensors attention;  // block_tables, query_starts, kv_lens, slot_mapping
-  Tensors table;      // of adapters: ranks, scales, pages
-  std::vector<Rows> blocks;
-
-  bool is_whole() const { return blocks.size() == 1; }
-};
 
 int64_t width_of(const Sites& sites) {
   int64_t width = 0;
@@ -203,10 +137,13 @@ Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows
 // Normalises heads [n, H, D] in place; it knows rows that lie one after the other.
 void norm_heads(const Norm& norm, const Tensor& x) {
   const Tensor packed = empty(x.sizes(), x.type);
-  const int64_t bytes = x.size(1) * x.size(2) * x.element_size(), step = x.stride(0) * x.element_size();
-  for (int64_t t = 0; t < x.size(0); ++t) std::memcpy(packed.data + t * bytes, x.data + t * step, bytes);
-  const Tensor normed = norm(packed);
-  for (int64_t t = 0; t < x.size(0); ++t) std::memcpy(x.data + t * step, normed.data + t * bytes, bytes);
+  const int64_t bytes = x.size(2) * x.element_size(), heads = x.size(1);
+  const auto each_head = [&](const Tensor& other, const auto& copy) {
+    for (int64_t i = 0; i < x.size(0) * heads; ++i)
+      copy(x.data + (i / heads * x.stride(0) + i % heads * x.stride(1)) * x.element_size(), other.data + i * bytes);
+  };
+  each_head(packed, [&](char* own, char* other) { std::memcpy(other, own, bytes); });
+  each_head(norm(packed), [&](char* own, char* other) { std::memcpy(own, other, bytes); });
 }
 
 // Queries, keys and values as they lie side by side in [n, width].
@@ -215,11 +152,14 @@ struct Heads {
 
   Heads(const Attention& a, const Tensor& qkv)
       : q(qkv.heads(0, a.heads, a.head_dim)),
-        k(qkv.heads(a.heads * a.head_dim, a.kv_heads, a.head_dim)),
-        v(qkv.heads((a.heads + a.kv_heads) * a.head_dim, a.kv_heads, a.value_dim)) {}
+        k(qkv.heads(a.heads * a.query_width(), a.kv_heads, a.head_dim)),
+        v(qkv.heads(a.heads * a.query_width() + a.kv_heads * a.head_dim, a.kv_heads, a.value_dim)) {
+    q.steps[1] = a.query_width();
+  }
 };
 
-// What a layer computes of rows before its attention: queries, keys and values, the latter two also in the cache.
+// What a layer computes of rows before its attention: queries, keys and values, the latter two also in the cache; or what
+// a delta rule reads.
 // update: what the layer before has yet to add to x. out: as of `project`.
 Tensor before_attention(const Layer& layer, const OptionalTensor& update, const Step& step, const Rows& rows,
                         const OptionalTensor& out) {
@@ -228,6 +168,7 @@ Tensor before_attention(const Layer& layer, const OptionalTensor& update, const 
   const Tensor normed = update ? layer.norms[0](*update, rows.x, in_chunks) : layer.norms[0](rows.x, {}, in_chunks);
   const Tensor qkv = project(layer.qkv(), normed, step, rows, out);
   announce_weights(layer.out(), rows.x);
+  if (layer.delta) return qkv;
   const Heads heads(layer.attention, qkv);
   if (layer.norms.size() == 4) norm_heads(layer.norms[2], heads.q), norm_heads(layer.norms[3], heads.k);
   rotary_(heads.q, heads.k, rows.cos, rows.sin);
@@ -235,13 +176,32 @@ Tensor before_attention(const Layer& layer, const OptionalTensor& update, const 
   return qkv;
 }
 
+// Heads [T, H, D] that lie one after the other, as [T, H * D].
+Tensor as_rows(Tensor heads) {
+  const int64_t width = heads.size(1) * heads.size(2);
+  heads.dims = 2, heads.shape = {heads.size(0), width}, heads.steps = {width, 1};
+  return heads;
+}
+
 // Returns [T, heads * value_dim].
 Tensor attend(const Attention& a, const Tensor& qkv, const Step& step) {
   Tensor attended = paged_attention(Heads(a, qkv).q, a.k_cache, a.v_cache, step.attention[0], step.attention[1],
                                     step.attention[2], a.scale, a.window, a.softcap, a.sinks);
-  const int64_t width = a.heads * a.value_dim;
-  attended.dims = 2, attended.shape = {qkv.size(0), width}, attended.steps = {width, 1};
-  return attended;
+  if (a.is_gated) {
+    Tensor gate = qkv.heads(a.head_dim, a.heads, a.value_dim);
+    gate.steps[1] = a.query_width();
+    gate_heads_(attended, gate);
+  }
+  return as_rows(attended);
+}
+
+// Returns the outputs of a delta rule, normed and gated: [T, heads * width]. projected: what `before_attention` gives.
+Tensor mix(const Layer& layer, const Tensor& projected, const Step& step) {
+  const std::vector<int64_t>& sizes = layer.qkv().sizes;
+  const int64_t gate = sizes[0], b = gate + sizes[1], a = b + sizes[2];
+  const Tensor out = gated_delta(projected.columns(0, gate), projected.columns(b, sizes[2]),
+                                 projected.columns(a, sizes[3]), *layer.delta, step.attention[4]);
+  return gated_act(projected.columns(gate, sizes[1]), as_rows(layer.norms[2](out)), "silu");
 }
 
 // What a layer computes of rows behind its attention; returns what is yet to be added to x.
@@ -405,9 +365,21 @@ void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const 
                  const OptionalTensor& sinks, std::string_view act) {
   const std::shared_ptr<Stack> found = stack_at(stack);
   Layer layer = std::exchange(found->next, {});
-  LORAFLEET_CHECK((layer.norms.size() == 2 || layer.norms.size() == 4) && layer.sites.size() == 4 && shape.size() == 5,
-                  "a layer needs 2 or 4 norms, 4 linear layers and 5 sizes");
-  layer.attention = {shape[0], shape[1], shape[2], shape[3], shape[4], scale, softcap, k_cache, v_cache, sinks};
+  LORAFLEET_CHECK((layer.norms.size() == 2 || layer.norms.size() == 4) && layer.sites.size() == 4 && shape.size() == 6,
+                  "a layer needs 2 or 4 norms, 4 linear layers and 6 sizes");
+  layer.attention = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5] != 0, scale, softcap, k_cache, v_cache,
+                     sinks};
+  layer.act = act;
+  found->layers.push_back(std::move(layer));
+}
+
+void stack_delta(int64_t stack, const Tensor& conv_weight, const OptionalTensor& conv_bias, const Tensor& conv_states,
+                 const Tensor& rates, const Tensor& dt_bias, const Tensor& states, std::string_view act) {
+  const std::shared_ptr<Stack> found = stack_at(stack);
+  Layer layer = std::exchange(found->next, {});
+  LORAFLEET_CHECK(layer.norms.size() == 3 && layer.sites.size() == 4 && layer.sites[0].sizes.size() == 4,
+                  "a layer with a delta rule needs 3 norms and 4 linear layers, of which the first are 4 siblings");
+  layer.delta = {conv_weight, conv_bias, conv_states, rates, dt_bias, states};
   layer.act = act;
   found->layers.push_back(std::move(layer));
 }
@@ -432,15 +404,17 @@ Tensor run_to_last_attention(const std::vector<Layer>& layers, const Tensor& x, 
       const Tensor own = before_attention(layers[i], update, step, rows, qkv ? rows.of(*qkv) : OptionalTensor());
       if (!qkv) qkv = own;
     });
-    attended = attend(layers[i].attention, *qkv, step);
+    attended = layers[i].delta ? mix(layers[i], *qkv, step) : attend(layers[i].attention, *qkv, step);
   }
   return attended;
 }
 
 Step step_of(const std::vector<Layer>& layers, Rows whole, Tensors attention, Tensors table) {
   LORAFLEET_CHECK(!layers.empty(), "a stack needs layers");
-  LORAFLEET_CHECK(attention.size() == 4 && (whole.lora.empty() || (whole.lora.size() == 4 && table.size() == 3)),
-                  "a step has 4 tensors of attention, and 3 and 4, or none, of adapters");
+  const bool has_states = std::ranges::any_of(layers, [](const Layer& layer) { return layer.delta.has_value(); });
+  LORAFLEET_CHECK(attention.size() == 4u + has_states &&
+                  (whole.lora.empty() || (whole.lora.size() == 4 && table.size() == 3)),
+                  "a step has 4 tensors of attention, one more with states, and 3 and 4, or none, of adapters");
   whole.slots = attention[3];
   return {attention, table, is_plain(layers) ? std::vector<Rows>{whole} : cut(whole)};
 }

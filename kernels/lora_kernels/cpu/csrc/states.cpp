@@ -1,4 +1,6 @@
 // The operations of layers that keep a state: what they check.
+#include <cmath>
+
 #include "operations.h"
 
 namespace lorafleet {
@@ -116,6 +118,86 @@ Tensor causal_conv(const Tensor& x, const Tensor& weight, const Tensor& states, 
       .channels = channels,
       .taps = taps,
       .silu = silu,
+  });
+  return out;
+}
+
+Tensor gated_delta(const Tensor& qkv, const Tensor& b, const Tensor& a, const DeltaLayer& layer, const Tensor& runs) {
+  const Tensor& states = layer.states;
+  LORAFLEET_CHECK(states.dim() == 4 && qkv.dim() == 2, "states must be [slots, G, K, V], qkv [T, channels]");
+  const int64_t tokens = qkv.size(0), heads = states.size(1), key_dim = states.size(2), width = states.size(3);
+  const int64_t keys = (qkv.size(1) - heads * width) / 2, key_heads = keys / key_dim;
+  LORAFLEET_CHECK(key_heads > 0 && qkv.size(1) == 2 * key_heads * key_dim + heads * width, qkv.size(1),
+                  " channels are no keys of ", key_dim, " and values of ", width);
+  for (const Tensor* t : {&a, &b}) {
+    LORAFLEET_CHECK(t->has_sizes({tokens, heads}), "a and b must be [", tokens, ", ", heads, "]");
+    check_same_dtype(*t, qkv, "a or b");
+  }
+  const Tensor convolved = causal_conv(qkv, layer.conv_weight, layer.conv_states, runs, layer.conv_bias, true);
+  const Tensor decay = empty({tokens, heads}, Scalar::kFloat), beta = empty({tokens, heads}, Scalar::kFloat);
+  active->delta_gates({
+      .dtype = dtype_of(qkv),
+      .a = rows_of(a, "a"),
+      .b = rows_of(b, "b"),
+      .rates = floats(layer.rates, {heads}, "rates"),
+      .bias = floats(layer.dt_bias, {heads}, "dt_bias"),
+      .decay = entries_of<float>(decay, "decay"),
+      .beta = entries_of<float>(beta, "beta"),
+      .tokens = tokens,
+      .heads = heads,
+  });
+  return delta_rule(convolved.heads(0, key_heads, key_dim), convolved.heads(keys, key_heads, key_dim),
+                    convolved.heads(2 * keys, heads, width), decay, beta, states, runs, true, false);
+}
+
+Tensor gated_scan(const Tensor& gate, const Tensor& xbc, const Tensor& dt, const ScanLayer& layer, const Tensor& runs) {
+  const Tensor& states = layer.states;
+  LORAFLEET_CHECK(states.dim() == 4 && xbc.dim() == 2, "states must be [slots, H, N, P], xbc [T, channels]");
+  const int64_t tokens = xbc.size(0), channels = xbc.size(1), heads = states.size(1), key_dim = states.size(2);
+  const int64_t width = states.size(3), inner = heads * width, keys = (channels - inner) / 2, groups = keys / key_dim;
+  LORAFLEET_CHECK(groups > 0 && channels == inner + 2 * groups * key_dim, channels, " channels are no values of ", inner,
+                  " and keys of ", key_dim);
+  LORAFLEET_CHECK(layer.group > 0 && inner % layer.group == 0 && layer.group % width == 0, "groups of ", layer.group,
+                  " columns are no whole heads of ", width);
+  LORAFLEET_CHECK(gate.has_sizes({tokens, inner}) && dt.has_sizes({tokens, heads}), "gate must be [T, ", inner,
+                  "], dt [T, ", heads, "]");
+  LORAFLEET_CHECK(layer.norm_weight.is_contiguous() && layer.norm_weight.numel() == inner, "the norm needs ", inner,
+                  " entries");
+  for (const Tensor* t : {&gate, &dt, &layer.norm_weight}) check_same_dtype(*t, xbc, "gate, dt or the norm");
+  const Tensor mixed = causal_conv(xbc, layer.conv_weight, layer.conv_states, runs, layer.conv_bias, true);
+  const Tensor wide = empty({tokens, channels}, Scalar::kFloat), out = empty({tokens, inner}, xbc.type);
+  const Tensor decay = empty({tokens, heads}, Scalar::kFloat), steps = empty({tokens, heads}, Scalar::kFloat);
+  active->scan_inputs({
+      .dtype = dtype_of(xbc),
+      .mixed = rows_of(mixed, "mixed"),
+      .dt = rows_of(dt, "dt"),
+      .rates = floats(layer.rates, {heads}, "rates"),
+      .bias = floats(layer.dt_bias, {heads}, "dt_bias"),
+      .wide = entries_of<float>(wide, "wide"),
+      .decay = entries_of<float>(decay, "decay"),
+      .steps = entries_of<float>(steps, "steps"),
+      .tokens = tokens,
+      .channels = channels,
+      .heads = heads,
+      .scaled_from = inner + keys,
+      .scale = std::sqrt(static_cast<float>(key_dim)),  // by which the rule divides
+  });
+  const Tensor x = wide.heads(0, heads, width), into = wide.heads(inner, groups, key_dim);
+  const Tensor y = delta_rule(wide.heads(inner + keys, groups, key_dim), into, x, decay, steps, states, runs, false, true);
+  active->scan_norm({
+      .dtype = dtype_of(xbc),
+      .gate = rows_of(gate, "gate"),
+      .out = {out.data, inner},
+      .y = entries_of<float>(y, "y"),
+      .x = entries_of<float>(wide, "wide"),
+      .x_stride = channels,
+      .skip = floats(layer.skip, {heads}, "skip"),
+      .weight = layer.norm_weight.data,
+      .tokens = tokens,
+      .heads = heads,
+      .width = width,
+      .group = layer.group,
+      .eps = static_cast<float>(layer.eps),
   });
   return out;
 }

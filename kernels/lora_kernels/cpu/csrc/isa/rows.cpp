@@ -18,6 +18,9 @@ void put_rows(Kernels& kernels) {
   kernels.mask_logits = mask_logits;
   kernels.argmax = argmax;
   kernels.scan = scan;
+  kernels.delta_gates = delta_gates;
+  kernels.scan_inputs = scan_inputs;
+  kernels.scan_norm = scan_norm;
   kernels.delta_rule = delta_rule;
   kernels.causal_conv = causal_conv;
 }

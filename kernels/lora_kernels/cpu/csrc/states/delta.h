@@ -5,6 +5,7 @@
 constexpr int kDeltaVecs = 4;
 constexpr int64_t kDeltaColumns = kDeltaVecs * kLanes;  // of a task: what lies in registers
 constexpr int64_t kConvChannels = 128;                  // of a task
+constexpr int64_t kGateWork = 8;                        // a gate takes as long as so many entries of other rows
 constexpr int64_t kConvAhead = 8;                       // tokens between what is read and what is fetched
 
 template <typename T>
@@ -127,6 +128,79 @@ void delta_rule(const DeltaArgs& args) {
       with_dtype(args.dtype, [&]<typename T>() { delta_columns<Vecs, T>(args, i / blocks, first, n); });
     });
   });
+}
+
+template <typename T>
+inline void gates_of_token(const DeltaGatesArgs& args, int64_t token) {
+  const T* a = static_cast<const T*>(args.a.data) + token * args.a.stride;
+  const T* b = static_cast<const T*>(args.b.data) + token * args.b.stride;
+  float *decay = args.decay + token * args.heads, *beta = args.beta + token * args.heads;
+  each_vector(args.heads, [&](int64_t h, auto n) {
+    const Vec step = softplus(add(load_n(a + h, n), load_n(args.bias + h, n)));
+    store_n(decay + h, mul(load_n(args.rates + h, n), step), n);
+    T rounded[kLanes];
+    store(rounded, activate(load_n(b + h, n), Activation::kSigmoid));
+    store_n(beta + h, load(rounded), n);
+  });
+}
+
+void delta_gates(const DeltaGatesArgs& args) {
+  run_rows(args.tokens, kGateWork * args.heads,
+           [&](int64_t token) { with_dtype(args.dtype, [&]<typename T>() { gates_of_token<T>(args, token); }); });
+}
+
+template <typename T>
+inline void scan_inputs_of_token(const ScanInputsArgs& args, int64_t token) {
+  const T* mixed = static_cast<const T*>(args.mixed.data) + token * args.mixed.stride;
+  const T* dt = static_cast<const T*>(args.dt.data) + token * args.dt.stride;
+  float *wide = args.wide + token * args.channels, *decay = args.decay + token * args.heads;
+  float* steps = args.steps + token * args.heads;
+  each_vector(args.scaled_from, [&](int64_t c, auto n) { store_n(wide + c, load_n(mixed + c, n), n); });
+  wide += args.scaled_from, mixed += args.scaled_from;
+  each_vector(args.channels - args.scaled_from, [&](int64_t c, auto n) {
+    store_n(wide + c, mul(load_n(mixed + c, n), set1(args.scale)), n);
+  });
+  each_vector(args.heads, [&](int64_t h, auto n) {
+    const Vec step = softplus(add(load_n(dt + h, n), load_n(args.bias + h, n)));
+    store_n(steps + h, step, n);
+    store_n(decay + h, mul(load_n(args.rates + h, n), step), n);
+  });
+}
+
+void scan_inputs(const ScanInputsArgs& args) {
+  run_rows(args.tokens, args.channels + kGateWork * args.heads,
+           [&](int64_t token) { with_dtype(args.dtype, [&]<typename T>() { scan_inputs_of_token<T>(args, token); }); });
+}
+
+template <typename T>
+inline void scan_norm_of_token(const ScanNormArgs& args, int64_t token) {
+  const int64_t width = args.width, all = args.heads * width;
+  const T* gate = static_cast<const T*>(args.gate.data) + token * args.gate.stride;
+  T* out = static_cast<T*>(args.out.data) + token * args.out.stride;
+  float* y = args.y + token * all;
+  const float* x = args.x + token * args.x_stride;
+  for (int64_t first = 0; first < all; first += args.group) {
+    Vec squares = zero();
+    for (int64_t begin = first; begin < first + args.group; begin += width) {
+      const Vec skip = set1(args.skip[begin / width]);
+      each_vector(width, [&](int64_t j, auto n) {
+        const Vec sum = fma(skip, load_n(x + begin + j, n), load_n(y + begin + j, n));
+        const Vec v = mul(sum, activate(load_n(gate + begin + j, n), Activation::kSilu));
+        store_n(y + begin + j, v, n);
+        squares = fma(v, v, squares);
+      });
+    }
+    const Vec factor = set1(1.0f / __builtin_sqrtf(sum(squares) / args.group + args.eps));
+    const T* weight = static_cast<const T*>(args.weight) + first;
+    each_vector(args.group, [&](int64_t j, auto n) {
+      store_n(out + first + j, mul(load_n(weight + j, n), mul(load_n(y + first + j, n), factor)), n);
+    });
+  }
+}
+
+void scan_norm(const ScanNormArgs& args) {
+  run_rows(args.tokens, args.heads * args.width,
+           [&](int64_t token) { with_dtype(args.dtype, [&]<typename T>() { scan_norm_of_token<T>(args, token); }); });
 }
 
 template <typename T>
