@@ -26,7 +26,7 @@ from gpu_worker.cuda.claim import claim_gpu
 from gpu_worker.cuda.graphs import Unrecordable
 from gpu_worker.cuda.warm_up import run_steps, warm_up_steps
 from gpu_worker.cuda.workspace import CudaMeter, workspace_bytes
-from gpu_worker.drafting.load import KV_PARTS, LoadedDraft, load_draft_model
+from gpu_worker.drafting.load import KV_PARTS, LoadedDraft, LoadedHead, load_draft_model
 from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.engine.engine import Engine, EngineConfig
@@ -114,11 +114,11 @@ def load_engine(
             folder, device, dtype, impl, score_tokens=settings.score_tokens, compiled=settings.compile,
             keeps_answers=True, rounds_inputs=settings.quantize_activations,
         )  # fmt: skip
-        draft = load_draft_model(settings.draft_model, tokenizer, device, dtype, impl) if settings.draft_model else None
+        draft = load_draft_model(settings.draft_model, tokenizer, model, impl) if settings.draft_model else None
         engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files, draft)
         model.keep_answers()
         if draft is not None:
-            draft.model.keep_answers()
+            draft.keep_answers()
         gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
         room = f"KV cache for {engine.blocks.num_blocks * BLOCK_TOKENS} tokens in {name_of(model.cache_dtype)}, "
     elif settings.quantize_activations or settings.draft_tokens:
@@ -173,7 +173,7 @@ def build_engine(
     fetch: Fetch,
     tokenizer: str | None = None,
     fetch_files: FetchFiles | None = None,
-    draft: LoadedDraft | None = None,
+    draft: LoadedDraft | LoadedHead | None = None,
 ) -> tuple[Engine, m.ServedModel]:
     """Allocate the caches of a loaded model and put the engine together.
 

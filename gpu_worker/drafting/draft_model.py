@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Many
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from gpu_worker.drafting.eagle import EagleHead
 from gpu_worker.drafting.payoff import Acceptance, Draftable, Payoff
-from gpu_worker.engine.runner import Runner
 from gpu_worker.engine.step_model import MIN_STEPS
 from gpu_worker.memory import send
 from gpu_worker.model.model import BaseModel
@@ -39,6 +41,7 @@ class ReadText:
 
     seq: Sequence
     acceptance: Acceptance
+    start: int  # its first token that is read; an adapter's virtual ones mean nothing to a draft model
     blocks: list[int] = field(default_factory=list[int])
     num_read: int = 0  # tokens of its text whose keys and values are in the blocks
     guessed: list[int] = field(default_factory=list[int])  # draft tokens whose keys and values follow these
@@ -46,13 +49,13 @@ class ReadText:
 
     @property
     def text(self) -> np.ndarray:
-        """The tokens that the draft model reads: int32 [n]; an adapter's virtual ones mean nothing to it."""
-        return self.seq.tokens[self.seq.num_virtual :]
+        """The tokens that the draft model reads: int32 [n]."""
+        return self.seq.tokens[self.start :]
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the text."""
-        return self.seq.num_tokens - self.seq.num_virtual
+        return self.seq.num_tokens - self.start
 
     @property
     def num_unread(self) -> int:
@@ -80,12 +83,11 @@ class DraftModel:
     """Drafts for the sequences of a step together: greedily, as many tokens as pay for each of them."""
 
     def __init__(
-        self, model: BaseModel, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff
+        self, model: BaseModel | EagleHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff
     ) -> None:
-        """Allocate the blocks, compare the model with the untouched one, and measure its passes.
+        """Take a model whose cache has so many blocks, and another one, and measure its passes.
 
-        vocab_size: the base's. max_pass_tokens: those of a pass that reads. Raises BadRequest for a model that is
-        computed wrongly.
+        vocab_size: the base's. max_pass_tokens: those of a pass that reads.
         """
         self.model = model
         self.blocks = BlockPool(num_blocks)
@@ -97,7 +99,6 @@ class DraftModel:
         self._vocab_size = min(vocab_size, model.vocab_size)
         self._readings: dict[Sequence, ReadText] = {}  # those that were drafted for longest ago come first
         self._typical = Acceptance()  # of all sequences, with which new ones begin
-        Runner(model, num_blocks).check()
         self._measure()
 
     def propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> dict[Sequence, list[int]]:
@@ -110,17 +111,13 @@ class DraftModel:
         if self._num_idle:
             self._num_idle -= 1
             return {}
-        started_s = time.perf_counter()
-        try:
+        with self._guarded():
             return self._propose(limits, plan)
-        except BaseException as error:  # the draft model's edge, also for panics of libraries in Rust
-            logger.warning("the draft model failed; no drafts in the next %d steps", FAILURE_STEPS, exc_info=error)
-            for own in self._readings.values():
-                self._take_blocks(own)
-            self._num_idle = FAILURE_STEPS
-            return {}
-        finally:
-            self._spent_s += time.perf_counter() - started_s
+        return {}
+
+    def watching(self, plan: StepPlan) -> AbstractContextManager[None]:
+        """Return a context for the pass of a step, whose hidden states a head of the base keeps."""
+        return nullcontext()
 
     def take_seconds(self) -> float:
         """Return how long drafting took since the last call."""
@@ -156,7 +153,8 @@ class DraftModel:
         if self.model.max_positions:
             most = min(most, max(0, self.model.max_positions - max(own.num_tokens for own in readings)))
         choice = self._payoff.choose(candidates, most, plan.num_tokens)
-        if not choice.num_drafts or not self._make_room(readings, choice.num_drafts):
+        ends = [own.num_tokens + choice.num_drafts for own in readings]
+        if not choice.num_drafts or not self._make_room(readings, ends):
             for acceptance in (self._typical, *(own.acceptance for own in readings)):
                 acceptance.rest()
             self._probe()
@@ -168,21 +166,38 @@ class DraftModel:
         drafts = self._draft(readings, choice.num_drafts)
         return {own.seq: draft[: limits[own.seq]] for own, draft in zip(readings, drafts, strict=True)}
 
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Go on without drafts where the inside fails, and note how long it took."""
+        started_s = time.perf_counter()
+        try:
+            yield
+        except BaseException as error:  # the draft model's edge, also for panics of libraries in Rust
+            logger.warning("the draft model failed; no drafts in the next %d steps", FAILURE_STEPS, exc_info=error)
+            for own in self._readings.values():
+                self._take_blocks(own)
+            self._num_idle = FAILURE_STEPS
+        finally:
+            self._spent_s += time.perf_counter() - started_s
+
     # ------------------------------------------------------------ what is kept
 
     def _open(self, seq: Sequence) -> ReadText:
         """Return what is kept of a sequence, as the one that was drafted for last."""
-        own = self._readings.pop(seq, None) or ReadText(seq, Acceptance(self._typical.rate))
+        own = self._readings.pop(seq, None) or self._new_text(seq)
         self._readings[seq] = own
         own.settle()
         return own
 
-    def _make_room(self, readings: list[ReadText], num_drafts: int) -> bool:
-        """Give each text the blocks for itself and its draft, if need be those of texts drafted for longest ago.
+    def _new_text(self, seq: Sequence) -> ReadText:
+        return ReadText(seq, Acceptance(self._typical.rate), seq.num_virtual)
+
+    def _make_room(self, readings: Many[ReadText], ends: list[int]) -> bool:
+        """Give each text the blocks for so many tokens, if need be those of texts drafted for longest ago.
 
         Returns False, and gives none, where even all of them would not be enough.
         """
-        missing = [-(-(own.num_tokens + num_drafts) // ops.BLOCK_TOKENS) - len(own.blocks) for own in readings]
+        missing = [-(-end // ops.BLOCK_TOKENS) - len(own.blocks) for own, end in zip(readings, ends, strict=True)]
         num_missing = sum(max(0, num) for num in missing)
         if num_missing > self.blocks.num_blocks - sum(len(own.blocks) for own in readings):
             return False

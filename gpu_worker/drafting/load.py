@@ -1,17 +1,22 @@
-"""Loads a draft model, and refuses one that cannot draft for the base."""
+"""Loads a draft model, or a head of the base, and refuses one that cannot draft for it."""
 
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from safetensors import safe_open
 
+from gpu_worker.drafting.draft_head import DraftHead
 from gpu_worker.drafting.draft_model import DraftModel
+from gpu_worker.drafting.eagle import EAGLE3, EagleHead, load_head
 from gpu_worker.drafting.payoff import Payoff
 from gpu_worker.engine.engine import EngineConfig
+from gpu_worker.engine.runner import Runner
 from gpu_worker.loading.checkpoint import read_config, task_of
+from gpu_worker.loading.weights import weight_files
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import load_model
 from gpu_worker.tasks.headless import has_no_lm_head
@@ -23,6 +28,12 @@ from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.errors import AdapterRefused, BadRequest
 
 logger = logging.getLogger(__name__)
+
+HEADS = ("eagle", "medusa", "mtp", "nextn", "hydra", "speculator")
+"""Parts of the names of heads, of which those of `EAGLE3` are served."""
+
+OWN_HEAD = re.compile(r"(^|\.)mtp(_layers)?\.|\.(enorm|hnorm|eh_proj|shared_head)\.")
+"""Names of the tensors of a head in a base's own checkpoint: Qwen3.5's and MiMo's, DeepSeek-V3's and GLM-4.5's."""
 
 KV_PARTS = 8
 """One part in so many of the memory for keys and values is the draft model's: it drafts for few sequences at once."""
@@ -42,36 +53,80 @@ class LoadedDraft:
         wrongly.
         """
         block_bytes = sum(layer.block_bytes(self.model.cache_dtype) for layer in self.model.layers)
-        most = config.limits.max_draft_step_tokens // 2 * -(-config.max_model_len // BLOCK_TOKENS)
-        num_blocks = min(num_bytes // block_bytes, most)
-        if not num_blocks:
-            raise BadRequest(
-                f"kv_cache_bytes leaves the draft model {num_bytes} bytes, one part in {KV_PARTS}, and a block of its "
-                f"keys and values has {block_bytes}"
-            )
-        logger.info("KV cache for %d tokens of the draft model", num_blocks * BLOCK_TOKENS)
+        num_blocks = _num_blocks(num_bytes, block_bytes, config)
+        Runner(self.model, num_blocks).check()
         return DraftModel(self.model, num_blocks, vocab_size, config.limits.max_step_tokens, self.payoff)
+
+    def keep_answers(self) -> None:
+        """See `BaseModel`."""
+        self.model.keep_answers()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedHead:
+    """A head of the base without memory for what it reads."""
+
+    head: EagleHead
+    payoff: Payoff = field(default_factory=Payoff)
+
+    def allocate(self, num_bytes: int, config: EngineConfig, vocab_size: int) -> DraftHead:
+        """Return it with blocks, as `LoadedDraft` does."""
+        limits, num_blocks = config.limits, _num_blocks(num_bytes, self.head.block_bytes, config)
+        self.head.allocate(num_blocks)
+        most_seqs = limits.max_draft_step_tokens // 2
+        return DraftHead(self.head, num_blocks, vocab_size, limits.max_step_tokens, self.payoff, most_seqs)
+
+    def keep_answers(self) -> None:
+        """Do nothing: there is no model of transformers that has said anything."""
+
+
+def _num_blocks(num_bytes: int, block_bytes: int, config: EngineConfig) -> int:
+    most = config.limits.max_draft_step_tokens // 2 * -(-config.max_model_len // BLOCK_TOKENS)
+    num_blocks = min(num_bytes // block_bytes, most)
+    if not num_blocks:
+        raise BadRequest(
+            f"kv_cache_bytes leaves the draft model {num_bytes} bytes, one part in {KV_PARTS}, and a block of its "
+            f"keys and values has {block_bytes}"
+        )
+    logger.info("KV cache for %d tokens of the draft model", num_blocks * BLOCK_TOKENS)
+    return num_blocks
 
 
 def load_draft_model(
-    model: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype, impl: ops.Impl | None
-) -> LoadedDraft:
-    """Load a draft model, a folder or a Hub id. tokenizer: the base's tokenizer.json, None where it has none.
+    model: str, tokenizer: str | None, base: BaseModel, impl: ops.Impl | None
+) -> LoadedDraft | LoadedHead:
+    """Load a draft model or a head, a folder or a Hub id. tokenizer: the base's tokenizer.json, None where it has none.
 
-    device, dtype, impl: the base's. Raises BadRequest, which names the model and what is wrong with it.
+    impl: the base's. Raises BadRequest, which names the model and what is wrong with it.
     """
     try:
         folder = model_folder(model, WEIGHT_FILES)
         config = read_config(folder)
         name = next(iter(getattr(config, "architectures", None) or ()), config.model_type)
+        if name in EAGLE3:
+            return LoadedHead(load_head(folder, config, base, impl))
+        if any(kind in name.lower() for kind in HEADS):
+            raise BadRequest(f"it is a head of the kind {name}; served is {EAGLE3[0]}")
+        _refuse_own_heads(folder, base)
         if task_of(config) != "generate" or has_no_lm_head(name):
             raise BadRequest(f"it is no causal language model, but {name}")
         check_vocabulary(tokenizer, folder)
-        loaded = load_model(folder, device, dtype, impl, keeps_answers=True)
+        loaded = load_model(folder, base.device, base.dtype, impl, keeps_answers=True)
         check_layers(loaded)
     except (BadRequest, AdapterRefused) as error:
         raise BadRequest(f"draft_model is {model}: {error.message}") from error
     return LoadedDraft(loaded)
+
+
+def _refuse_own_heads(folder: Path, base: BaseModel) -> None:
+    """Raise BadRequest where a base is named as its own draft model, and has heads (MTP) that are not served."""
+    if folder.resolve() != Path(base.module.config.name_or_path or "").resolve():
+        return
+    for file in filter(Path.is_file, weight_files(folder)):
+        with safe_open(file, framework="pt") as opened:
+            names: list[str] = [*opened.keys()]
+        if found := next(filter(OWN_HEAD.search, names), ""):
+            raise BadRequest(f"it is the base, whose own heads for further tokens ({found}) are not served")
 
 
 def check_layers(model: BaseModel) -> None:

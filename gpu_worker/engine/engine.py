@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.engine.base import BaseEngine
@@ -19,7 +20,7 @@ from gpu_worker.engine.decoding import accept_tokens, check_choice, grammar_mask
 from gpu_worker.engine.flight import Flight, Launched
 from gpu_worker.engine.one_by_one import OneByOneRunner
 from gpu_worker.engine.pooled import outputs_of
-from gpu_worker.engine.runner import Runner
+from gpu_worker.engine.runner import Runner, StepInputs
 from gpu_worker.engine.step_model import StepWork
 from gpu_worker.memory import Arriving
 from gpu_worker.model.model import BaseModel
@@ -169,12 +170,22 @@ class Engine(BaseEngine):
         try:
             inputs = self.runner.prepare(plan, self._flight.ids if self._flight is not None else None)
             self.meter.lap("inputs")
-            logits = self.runner.run(inputs)
+            logits = self._run(inputs, plan)
             self.meter.lap("forward")
         except torch.OutOfMemoryError as error:
             _log_no_memory(plan, error)
             return None
         return Launched(plan, work, inputs, logits, self.meter.started_s)
+
+    def _run(self, inputs: StepInputs, plan: StepPlan) -> Tensor:
+        """Return the logits of a step, of which a head of the base keeps the hidden states."""
+        source = self.batcher.draft_model
+        if source is None:
+            return self.runner.run(inputs)
+        with source.watching(plan):
+            logits = self.runner.run(inputs)
+        self.meter.set_aside(source.take_seconds())
+        return logits
 
     def _land(self, behind: StepPlan | None) -> bool:
         """Wait for the tokens of the step in flight, if there is one, and settle them. Returns whether there was.

@@ -6,8 +6,9 @@ Each stands in a model for the modules that `shortcuts` recognises. Rows are a s
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -243,6 +244,9 @@ class LayerStack:
         self.one_call = True  # False: one call per layer, so that a profile shows their parts
         self.ends: Callable[[], ops.ModelEnds] | None = None  # builds a whole-model call from the layers, if possible
         self.head: SharedInput | None = None  # of the ends
+        self.is_tapped = False  # whether what the layers of `tap` take is to be kept in `taken`
+        self.taken: list[Tensor] = []  # [T, width] each
+        self._parts: list[LayerStack] = []
         self._stack: ops.DecoderStack | None = None
         self._changes: StackChanges | None = None
         self._built_for: tuple[object, ...] = ()  # the caches, the adapter table and the ends that `_stack` holds
@@ -282,8 +286,20 @@ class LayerStack:
             return ops.changed_rows([])
         return None if self._changes is None else self._changes.rows(groups, everywhere=everywhere)
 
+    def tap(self, layers: Sequence[int]) -> None:
+        """Choose the layers whose inputs are kept in steps that are tapped, in ascending order, none of them first."""
+        ends = [0, *layers, len(self.layers)]
+        self._parts = [LayerStack(self.layers[start:end], self.impl) for start, end in pairwise(ends)]
+
     def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Change rows [T, width] in place by all layers. cos, sin: [T, R]."""
+        if self.is_tapped:
+            self.taken = []
+            for i, part in enumerate(self._parts):
+                if i:
+                    self.taken.append(rows.clone())
+                part.run(rows, cos, sin)
+            return
         native, context = self.native(), self.context
         changes = None if native is None else self.changes(context.extras)
         if native is None or changes is None:
@@ -386,7 +402,7 @@ class PlainModel:
         """Return what `BaseModel.forward` does."""
         decoder = self.decoder
         stack, context = decoder.stack, decoder.stack.context
-        native = stack.native() if stack.ends is not None else None
+        native = stack.native() if stack.ends is not None and not stack.is_tapped else None
         changes = None if native is None else stack.changes(context.extras, everywhere=True)
         head_changes = None if changes is None else stack.changes(context.extras_logits, everywhere=True)
         if native is None or head_changes is None:

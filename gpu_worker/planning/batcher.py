@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import takewhile
 from typing import Protocol
 
@@ -55,6 +56,10 @@ class DraftSource(Protocol):
 
     def learn(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
         """Learn from a draft whose first `num_right` tokens were right."""
+        ...
+
+    def watching(self, plan: StepPlan) -> AbstractContextManager[None]:
+        """Return a context for the pass of a step."""
         ...
 
     def take_seconds(self) -> float:

@@ -25,7 +25,7 @@ from gpu_worker.adapters.packing.expert_rows import expert_sites
 from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.adapters.packing.rows import PackedRows, RowPacker
 from gpu_worker.build import build_engine
-from gpu_worker.drafting.load import LoadedDraft
+from gpu_worker.drafting.load import LoadedDraft, LoadedHead
 from gpu_worker.engine.engine import Engine
 from gpu_worker.loading.checkpoint import takes_positions
 from gpu_worker.model.model import BaseModel
@@ -162,7 +162,7 @@ def packed_engine(
     settings: Settings,
     fetch: Callable[[str], FetchedAdapter],
     tokenizer: str | None = None,
-    draft: LoadedDraft | None = None,
+    draft: LoadedDraft | LoadedHead | None = None,
 ) -> Engine:
     """Return an engine to which plain adapters come packed, as the loader's process packs them."""
     packers: list[RowPacker] = []

@@ -15,7 +15,7 @@ from helpers.factories import make_tokenizer
 from oracle import test_grammars
 from oracle.adapters.peft_kinds import LLAMA, Kind, asked_prompts, make_adapter, make_base, make_engine
 from oracle.adapters.virtual_cases import SOFT, SOME
-from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, random_llama, warm
+from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, random_llama, tiny_llama, warm
 from oracle.test_grammars import TOKENIZER, requests_of
 from oracle.tiny_models import tiny_model
 from tokenizers import Tokenizer
@@ -26,6 +26,7 @@ from gpu_worker.drafting.draft_model import DraftModel
 from gpu_worker.drafting.load import LoadedDraft, check_vocabulary, load_draft_model
 from gpu_worker.drafting.payoff import Draftable, DraftChoice, Payoff
 from gpu_worker.engine.engine import Engine
+from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.planning.request import EngineRequest
 from gpu_worker.planning.sequence import Sequence as RequestSequence
@@ -158,7 +159,8 @@ def test_a_draft_model_that_is_wrong_costs_no_answer(tiny: Oracle) -> None:
     assert counters.num_model_accepted_tokens < counters.num_model_drafted_tokens / 4
 
 
-def test_drawn_penalised_and_stopped_answers_are_those_without_drafts(tiny: Oracle) -> None:
+def compare_drawn(oracle: Oracle, plain: Engine, speculating: Engine) -> None:
+    """Compare what two engines answer to requests that draw, penalise, stop, or ask for logprobs."""
     ways: list[dict[str, Any]] = [
         {"temperature": 0.3},
         {"temperature": 0.5, "top_p": 0.8, "num_logprobs": 2},
@@ -169,15 +171,14 @@ def test_drawn_penalised_and_stopped_answers_are_those_without_drafts(tiny: Orac
     texts = prompts(5, TINY_VOCAB, (3, 8, 17, 24, 31))
     requests = [
         EngineRequest(
-            str(i), 1, tiny.names[i % len(tiny.names)], texts[i % 5],
+            str(i), 1, oracle.names[i % len(oracle.names)], texts[i % 5],
             Sampling(**{"seed": i, "ignore_eos": True} | ways[i % 5]), NUM_TOKENS,
             stop_token_ids=[int(t) for t in range(0, TINY_VOCAB, 9)] if i % 5 == 3 else [],
         )
         for i in range(15)
     ]  # fmt: skip
-    plain, speculating = tiny.engine(), tiny.engine(draft=drafting(near(tiny.untouched)), **SPECULATING)
     for engine in (plain, speculating):
-        warm(engine, tiny.names)
+        warm(engine, oracle.names)
     wanted, asked = ask(plain, requests), ask(speculating, requests)
     assert asked.ids == wanted.ids
     finishes = {rid: output.finish for rid, output in asked.finish.items()}
@@ -189,6 +190,10 @@ def test_drawn_penalised_and_stopped_answers_are_those_without_drafts(tiny: Orac
             assert len(own[rid]) == len(record)
             assert np.allclose(np.frombuffer(own[rid], "<f4"), np.frombuffer(record, "<f4"), atol=1e-4, equal_nan=True)
     assert 0 < speculating.counters.num_model_accepted_tokens < speculating.counters.num_model_drafted_tokens
+
+
+def test_drawn_penalised_and_stopped_answers_are_those_without_drafts(tiny: Oracle) -> None:
+    compare_drawn(tiny, tiny.engine(), tiny.engine(draft=drafting(near(tiny.untouched)), **SPECULATING))
 
 
 @pytest.mark.thorough
@@ -327,7 +332,9 @@ def saved(model: PreTrainedModel, tokenizer: Tokenizer | None, folder: Path) -> 
 def load_for(model: str, tokenizer: Tokenizer | None = TOKENIZER) -> LoadedDraft:
     """Load a draft model for a base with this tokenizer."""
     text = tokenizer.to_str() if tokenizer is not None else None
-    return load_draft_model(model, text, torch.device("cpu"), torch.float32, None)
+    draft = load_draft_model(model, text, prepare_model(tiny_llama(), frozenset(), None), None)
+    assert isinstance(draft, LoadedDraft)
+    return draft
 
 
 def test_a_folder_with_the_bases_vocabulary_is_loaded(tmp_path: Path) -> None:
@@ -354,6 +361,7 @@ def test_settings_load_it_and_the_fleet_is_told(tmp_path: Path, monkeypatch: pyt
     assert served.draft_model == "small"
     assert engine.config.limits.max_draft_tokens == DRAFT_TOKENS
     draft = draft_model_of(engine)
+    assert isinstance(draft.model, BaseModel)
     [layer, _] = draft.model.layers
     num_bytes = draft.blocks.num_blocks * 2 * layer.block_bytes(torch.float32)
     assert num_bytes <= settings.kv_cache_bytes // 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,9 @@ class Scripted:
 
     def learn(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
         self.learnt.append((seq.rid, num_drafted, num_right))
+
+    def watching(self, plan: StepPlan) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def take_seconds(self) -> float:
         return 0.0

@@ -1,0 +1,129 @@
+"""Drafts by an EAGLE-3 head, which reads the base's hidden states: those of each step are kept for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpu_worker.drafting.draft_model import DraftModel, ReadText
+from gpu_worker.drafting.eagle import EagleHead
+from gpu_worker.drafting.payoff import Acceptance, Payoff
+from gpu_worker.memory import send
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_plan import StepPlan
+from lora_kernels import ops
+
+
+@dataclass(slots=True, eq=False)
+class KeptText(ReadText):
+    """What a head has read of a sequence, and may read: the tokens behind the first hidden state that was kept."""
+
+    num_kept: int = 0  # tokens of its text with whose predecessors' hidden states the base is done, in the blocks
+
+    def settle(self) -> None:
+        """Forget what was guessed: what comes true is read again, with the base's hidden states."""
+        self.guessed = []
+        self.num_kept = min(self.num_kept, self.num_tokens)
+        self.num_read = max(0, min(self.num_read, self.num_tokens - 1, self.num_kept))
+
+    def slots(self, start: int, end: int) -> np.ndarray:
+        """Return the places of its tokens from `start` to `end` in the cache: int64 [end - start]."""
+        at = np.arange(start, end)
+        return np.array(self.blocks)[at // ops.BLOCK_TOKENS] * ops.BLOCK_TOKENS + at % ops.BLOCK_TOKENS
+
+
+class DraftHead(DraftModel):
+    """A draft model that is a head: its texts begin where hidden states of the base are kept without a gap.
+
+    What the base took from its prefix cache, or computed beside many others, is not in them.
+    """
+
+    def __init__(
+        self, head: EagleHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff, most_seqs: int
+    ) -> None:
+        """most_seqs: sequences of a step that may get draft tokens; of steps with more nothing is kept."""
+        self.head = head
+        self._most_seqs = most_seqs
+        super().__init__(head, num_blocks, vocab_size, max_pass_tokens, payoff)
+
+    @contextmanager
+    def watching(self, plan: StepPlan) -> Iterator[None]:
+        """Keep the hidden states of the step that is computed inside."""
+        stack = self.head.stack
+        stack.is_tapped = keeps = len(plan.num_new) <= self._most_seqs and not self._num_idle
+        try:
+            yield
+        finally:
+            stack.is_tapped = False
+        if keeps:
+            with self._guarded():
+                self._keep(plan)
+        stack.taken = []
+
+    def _keep(self, plan: StepPlan) -> None:
+        """Keep what the layers have taken of each sequence that generates text."""
+        texts: list[KeptText] = []
+        rows: list[np.ndarray] = []
+        starts: list[int] = []
+        first = 0
+        for seq, num in plan.num_new.items():
+            if num and seq.pool is None:
+                own = self._open(seq)
+                start = seq.num_computed + 1 - own.start
+                if not 0 <= start <= own.num_kept:
+                    self._take_blocks(own)
+                    own.start, start = seq.num_computed + 1, 0
+                texts.append(own)
+                rows.append(np.arange(first, first + num))
+                starts.append(start)
+            first += num
+        ends = [start + len(part) for start, part in zip(starts, rows, strict=True)]
+        if not texts:
+            return
+        if not self._make_room(texts, ends):
+            for own in texts:
+                self._take_blocks(own)
+            return
+        slots = np.concatenate([own.slots(*span) for own, *span in zip(texts, starts, ends, strict=True)])
+        with torch.inference_mode():
+            hidden = self.head.project(self.head.stack.taken)
+            if len(slots) < first:
+                hidden = hidden.index_select(0, send(np.concatenate(rows), hidden.device))
+            self.head.put(send(slots, hidden.device), hidden)
+        for own, end in zip(texts, ends, strict=True):
+            own.num_kept = end
+
+    def _propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> dict[Sequence, list[int]]:
+        texts = [self._open(seq) for seq in limits]
+        if not all(0 < own.num_tokens == own.num_kept for own in texts):
+            return {}
+        return super()._propose(limits, plan)
+
+    def _new_text(self, seq: Sequence) -> KeptText:
+        return KeptText(seq, Acceptance(self._typical.rate), seq.num_virtual)
+
+    def _open(self, seq: Sequence) -> KeptText:
+        own = super()._open(seq)
+        assert isinstance(own, KeptText)
+        return own
+
+    def _take_blocks(self, own: ReadText) -> None:
+        super()._take_blocks(own)
+        assert isinstance(own, KeptText)
+        own.num_kept = 0
+
+    def _pass(self, readings: list[ReadText], parts: list[np.ndarray], ends: list[int]) -> list[int]:
+        """Return the likeliest token after each part. Behind what the base has computed, the head goes on by itself."""
+        tokens = super()._pass(readings, parts, ends)
+        texts = [own for own in readings if isinstance(own, KeptText)]
+        if all(end >= own.num_kept for own, end in zip(texts, ends, strict=True)):
+            slots = np.concatenate([own.slots(end, end + 1) for own, end in zip(texts, ends, strict=True)])
+            self.head.put(send(slots, self.head.device), self.head.outputs)
+        return tokens
+
+    def _forward(self, ids: np.ndarray, lens: np.ndarray, ends: np.ndarray, tables: np.ndarray) -> list[int]:
+        return self.head.base_ids(super()._forward(ids, lens, ends, tables))

@@ -1,0 +1,262 @@
+"""An EAGLE-3 head: one decoder layer that goes on from the base's own hidden states (Li et al. 2025, arXiv 2503.01840).
+
+Of each token it reads the embedding, and what three layers of the base made of the token before. Read are the files of
+the published heads (https://github.com/SafeAILab/EAGLE, class LlamaForCausalLMEagle3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from gpu_worker.layers.attention import AttentionCall, PagedLayer, StepContext
+from gpu_worker.layers.blocks import Angles, GatedMlp, LayerStack, Norm, RotaryAttention, stacks_of
+from gpu_worker.layers.lora import SharedInput
+from gpu_worker.loading.checkpoint import head_dim_of, one_line
+from gpu_worker.loading.weights import weight_files
+from gpu_worker.memory import zeros
+from gpu_worker.model.model import BaseModel
+from lora_kernels import ops
+from protocol.wire.errors import BadRequest
+
+EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+"""What a head's config.json calls its architecture."""
+
+FEWEST_LAYERS = 7
+"""Layers that a base must have, so that the three which a head reads are three."""
+
+UNSERVED: dict[str, Any] = {
+    "num_hidden_layers": 1, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bias": False,
+    "tie_word_embeddings": False, "norm_before_residual": False, "norm_before_fc": False, "fc_norm": False,
+    "parallel_drafting": False, "ptd_token_id": None, "quantization_config": None,
+}  # fmt: skip
+"""Entries of a config with the one value of each that is served."""
+
+NAMED_LAYERS = "eagle_aux_hidden_state_layer_ids"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLayers:
+    """The modules of a head."""
+
+    embed: Callable[[Tensor], Tensor]  # from ids [T] to [T, D], without what adapters change
+    first: Norm
+    hidden: Norm
+    attention: RotaryAttention
+    second: Norm
+    mlp: GatedMlp
+    norm: Norm
+    lm_head: SharedInput
+    fc: SharedInput
+    angles: Angles
+
+
+class EagleHead:
+    """A head, with its cache: as `DraftModel` runs a draft model, but for the hidden states.
+
+    The cache has for each token its keys and values, and the hidden state that is read with it: the base's of the
+    token before, or for draft tokens the head's own.
+    """
+
+    def __init__(self, base: BaseModel, stack: LayerStack, layers: HeadLayers, d2t: Tensor, max_positions: int) -> None:
+        """stack: the base's layers. d2t: int64 [draft vocabulary], what is added to its ids to have the base's."""
+        self.stack = stack
+        self.device = base.device
+        self.dtype = base.dtype
+        self.vocab_size = base.vocab_size
+        self.max_positions = max_positions
+        self.context = layers.attention.layer.context
+        self.outputs = torch.empty(0)  # hidden states [S, D] of the last pass
+        self._layers = layers
+        self._width = len(layers.norm.weight)
+        self._ids = (torch.arange(len(d2t)) + d2t).tolist()
+        self._hidden = torch.empty(0)  # [slots, D]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of its cache."""
+        return self._layers.attention.layer.block_bytes(self.dtype) + (
+            ops.BLOCK_TOKENS * self._width * self.dtype.itemsize
+        )
+
+    def allocate(self, num_blocks: int) -> None:
+        """Allocate the cache, with a block more for passes of which nothing is kept."""
+        self._layers.attention.layer.allocate(num_blocks + 1, self.dtype, self.device)
+        self._hidden = zeros(((num_blocks + 1) * ops.BLOCK_TOKENS, self._width), self.dtype, self.device)
+
+    def project(self, states: list[Tensor]) -> Tensor:
+        """Return the hidden states [T, D] of tokens, of what three layers of the base read, [T, base's width] each."""
+        return self._layers.fc.project(torch.cat(states, -1))[0]
+
+    def put(self, slots: Tensor, hidden: Tensor) -> None:
+        """Keep hidden states [n, D], to be read with the tokens in slots, int64 [n]."""
+        self._hidden.index_copy_(0, slots, hidden)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor | None) -> Tensor:
+        """Run the pass that the context describes; return the logits [rows, draft vocabulary].
+
+        input_ids, position_ids: int64 [T]. logit_rows: int64 [rows], the tokens that are wanted; None: all T.
+        """
+        batch, own = self.context.attention, self._layers
+        assert batch is not None
+        hidden = self._hidden.index_select(0, batch.slot_mapping.long())
+        rows = torch.cat((own.first.forward(own.embed(input_ids)), own.hidden.forward(hidden)), -1)
+        cos, sin = own.angles.of(position_ids, batch.max_kv_len, hidden)
+        attended = own.attention.run(rows, cos, sin)
+        if logit_rows is not None:
+            attended, hidden = attended.index_select(0, logit_rows), hidden.index_select(0, logit_rows)
+        hidden += own.mlp.run(own.second.add_forward(attended, hidden))
+        self.outputs = hidden
+        return own.lm_head.project(own.norm.forward(hidden))[0]
+
+    def base_ids(self, ids: list[int]) -> list[int]:
+        """Return the base's ids of tokens of the draft vocabulary."""
+        return [self._ids[id_] for id_ in ids]
+
+
+def load_head(folder: Path, config: Any, base: BaseModel, impl: ops.Impl | None) -> EagleHead:
+    """Load a head for a base. Raises BadRequest, which says what is not served, or does not fit the base."""
+    stack = _check_base(base)
+    layers = len(stack.layers)
+    taps = (2, layers // 2, layers - 3)
+    check_config(config, base, taps)
+    tensors = _read(folder, config, base)
+    d2t, t2d = (tensors.pop(name, None) for name in ("d2t", "t2d"))
+    num = len(tensors["lm_head.weight"])
+    d2t = torch.zeros(num, dtype=torch.int64) if d2t is None else d2t.long()
+    ids = torch.arange(num) + d2t
+    if ids.min() < 0 or ids.max() >= base.vocab_size:
+        raise BadRequest(f"its d2t names tokens outside the base's 0 … {base.vocab_size - 1}")
+    if t2d is not None and not torch.equal(t2d.bool().nonzero().flatten(), ids.sort().values):
+        raise BadRequest("its d2t and t2d name different tokens")
+    stack.tap(taps)
+    tensors = {name: tensor.to(base.device, base.dtype) for name, tensor in tensors.items()}
+    own = _layers(tensors, config, base, impl)
+    return EagleHead(base, stack, own, d2t, getattr(config, "max_position_embeddings", 0) or 0)
+
+
+def _check_base(base: BaseModel) -> LayerStack:
+    """Return the layers of a base whose hidden states a head can read. Raises BadRequest where there are none."""
+    if base.device.type != "cpu":
+        raise BadRequest(f"it is an EAGLE-3 head, which is served on a CPU only; the device is {base.device.type}")
+    stacks, layers = stacks_of(base.module), base.config.num_hidden_layers
+    if len(stacks) != 1 or len(stacks[0].layers) != layers:
+        raise BadRequest(
+            f"it is an EAGLE-3 head, which is served for bases whose layers all are attention and a gated MLP, each "
+            f"behind its norm; those of {base.config.model_type} are not, or compile is on"
+        )
+    if layers < FEWEST_LAYERS:
+        raise BadRequest(f"it is an EAGLE-3 head, which reads three layers of {FEWEST_LAYERS}; the base has {layers}")
+    return stacks[0]
+
+
+def check_config(config: Any, base: BaseModel, taps: tuple[int, int, int]) -> None:
+    """Raise BadRequest for a head with what is not served, or of another base. taps: the layers that it may read."""
+    for name, value in UNSERVED.items():
+        given = getattr(config, name, value)
+        if given != value and (given or value):
+            raise BadRequest(f"{name} is {given} in its config; served is {value}")
+    if config.vocab_size != base.vocab_size:
+        raise BadRequest(f"it is for a vocabulary of {config.vocab_size} tokens, the base has {base.vocab_size}")
+    inner = getattr(config, "eagle_config", None) or {}
+    if not inner.get("use_aux_hidden_state", True):
+        raise BadRequest("it reads the base's last hidden states alone (use_aux_hidden_state is false)")
+    # Of one layer's output and the next one's input, which are the same, servers give either the number.
+    named = getattr(config, NAMED_LAYERS, None) or inner.get(NAMED_LAYERS)
+    if named and sorted(named) not in ([*taps], [tap - 1 for tap in taps]):
+        raise BadRequest(
+            f"it reads the layers {named} of its base; served are those before {', '.join(map(str, taps))}"
+        )
+
+
+def _read(folder: Path, config: Any, base: BaseModel) -> dict[str, Tensor]:
+    """Return a head's tensors by their published names. Raises BadRequest unless all are there, and of its shapes."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        for file in weight_files(folder):
+            tensors |= load_file(file)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BadRequest(f"its safetensors cannot be read: {one_line(error)}") from error
+    tensors = {name.removeprefix("model.").replace("layers.0.", "midlayer."): own for name, own in tensors.items()}
+    width, inner, head_dim = config.hidden_size, config.intermediate_size, head_dim_of(config)
+    num, num_kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    drafted = getattr(config, "draft_vocab_size", None) or config.vocab_size
+    wanted: dict[str, tuple[int, ...]] = {
+        "fc.weight": (width, 3 * base.width),
+        "midlayer.self_attn.q_proj.weight": (num, 2 * width),
+        "midlayer.self_attn.k_proj.weight": (num_kv, 2 * width),
+        "midlayer.self_attn.v_proj.weight": (num_kv, 2 * width),
+        "midlayer.self_attn.o_proj.weight": (width, num),
+        "midlayer.mlp.gate_proj.weight": (inner, width),
+        "midlayer.mlp.up_proj.weight": (inner, width),
+        "midlayer.mlp.down_proj.weight": (width, inner),
+        "lm_head.weight": (drafted, width),
+    }
+    norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm")
+    wanted |= {f"{name}.weight": (width,) for name in norms}
+    optional: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config.vocab_size, width), "d2t": (drafted,), "t2d": (config.vocab_size,)
+    }  # fmt: skip
+    if drafted != config.vocab_size:
+        wanted["d2t"] = optional.pop("d2t")
+    if width != base.width:
+        wanted["embed_tokens.weight"] = optional.pop("embed_tokens.weight")
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise BadRequest(f"its weights lack {', '.join(missing)}")
+    known = wanted | optional
+    if unknown := sorted(tensors.keys() - known.keys()):
+        raise BadRequest(f"its weights have {', '.join(unknown[:4])}, which no head has that is served")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != known[name]:
+            raise BadRequest(f"its {name} has the shape {[*tensor.shape]}, with this base it has {[*known[name]]}")
+    return tensors
+
+
+def _layers(tensors: dict[str, Tensor], config: Any, base: BaseModel, impl: ops.Impl | None) -> HeadLayers:
+    context, head_dim = StepContext(), head_dim_of(config)
+
+    def norm(name: str) -> Norm:
+        return Norm(tensors[f"{name}.weight"], config.rms_norm_eps, plus_one=False, impl=impl)
+
+    def linears(*names: str) -> SharedInput:
+        return SharedInput([_linear(tensors[f"{name}.weight"]) for name in names], context, is_head=False, impl=impl)
+
+    call = AttentionCall(
+        nn.Identity(), config.num_attention_heads, config.num_key_value_heads, head_dim, head_dim, window=0,
+        scale=head_dim**-0.5, softcap=0.0, sinks=None, is_causal=True, mask=None, kv=None,
+    )  # fmt: skip
+    qkv = linears(*(f"midlayer.self_attn.{name}_proj" for name in "qkv"))
+    attention = RotaryAttention(PagedLayer(call, context, impl), qkv, linears("midlayer.self_attn.o_proj"), None)
+    mlp = GatedMlp(
+        linears("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj"), linears("midlayer.mlp.down_proj"), "silu", impl
+    )
+    return HeadLayers(
+        _embedding(tensors, base), norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm"), attention,
+        norm("midlayer.post_attention_layernorm"), mlp, norm("norm"), linears("lm_head"), linears("fc"),
+        Angles(LlamaRotaryEmbedding(config), getattr(config, "max_position_embeddings", 0) or 0),
+    )  # fmt: skip
+
+
+def _embedding(tensors: dict[str, Tensor], base: BaseModel) -> Callable[[Tensor], Tensor]:
+    """Return the embedding of a head: its own, or else the base's, past what adapters do to that."""
+    own: Tensor | None = tensors.get("embed_tokens.weight")
+    if own is not None:
+        return lambda ids: F.embedding(ids, own)
+    module: Any = base.module.get_input_embeddings()
+    return lambda ids: type(module).forward(module, ids)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """Return a linear layer of a weight [N, K], whose memory it shares."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
