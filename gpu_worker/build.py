@@ -385,9 +385,9 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
     """
     on_cpu = model.device.type == "cpu"
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
-    if settings.draft_tokens and (model.mixers.calls or model.passes is not None):
-        what = "sequences run unbatched, whose caches" if model.passes is not None else "layers keep states, which"
-        raise BadRequest(f"{_speculates(settings)}, but this model's {what} cannot roll back a token: leave it out")
+    if settings.draft_tokens and model.passes is not None:
+        what = "sequences run unbatched, whose caches cannot roll back a token"
+        raise BadRequest(f"{_speculates(settings)}, but this model's {what}: leave it out")
     overlaps = _overlaps(model, settings)
     num_states = 0
     passes = model.passes

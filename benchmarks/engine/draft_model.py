@@ -1,13 +1,15 @@
 """Tokens a second of the engine with a draft model, with prompt lookup alone and without drafts, in turns.
 
     python -m benchmarks.engine.draft_model [--model FOLDER] [--added N] [--drafts bfloat16,int8,int4] [--short]
+    python -m benchmarks.engine.draft_model --head FOLDER
 
 The base says what SmolLM2-135M says, in the time of a larger model: behind its 30 layers it has `--added` more, whose
 output projections are zero, so that they change no number, and whose weights are read and multiplied all the same. The
-draft model is SmolLM2-135M, whole or quantised, which makes it faster and more often wrong. Asked are the questions of
-`examples/styles.json`, greedily, of the base and of its three trained adapters, 1, 4 and 8 at once. Only `Engine.step`
-runs, in this process; all ways use the same engine, batch by batch in turns. With one thread (`--threads 1`) its CPU
-time counts, which others on the machine change less than the wall clock.
+draft model is SmolLM2-135M, whole or quantised, which makes it faster and more often wrong. With `--head` the base is
+the model as it is, and a head of it drafts. Asked are the questions of `examples/styles.json`, greedily, of the base
+and of its three trained adapters, 1, 4 and 8 at once. Only `Engine.step` runs, in this process; all ways use the same
+engine, batch by batch in turns. With one thread (`--threads 1`) its CPU time counts, which others on the machine change
+less than the wall clock.
 """
 
 from __future__ import annotations
@@ -209,20 +211,22 @@ def main() -> None:
     parser.add_argument("--loads", default=",".join(LOADS), help="who is asked (%(default)s)")
     parser.add_argument("--streams", default="1,4,8", help="requests at once (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="threads; with 1 of them its CPU time is measured")
+    parser.add_argument("--head", type=Path, help="an EAGLE-3 head of the model, in place of draft models")
     args = parser.parse_args()
     streams = [int(num) for num in args.streams.split(",")]
     machine, model = report.machine(), args.model or quickstart_model()
     found: dict[str, Any] = {}
     with scratch_folder() as scratch:
-        add_layers(model, args.added, scratch / "base")
-        for kind in args.drafts.split(","):
-            draft = model if kind == "bfloat16" else quantised_folder(model, read_config(model), kind, 8)
-            print(f"a draft model in {kind}", flush=True)
-            plan = Plan(2 if args.short else 6, streams, args.ways.split(","), args.loads.split(","), args.threads)
+        plan = Plan(2 if args.short else 6, streams, args.ways.split(","), args.loads.split(","), args.threads)
+        add_layers(model, 0 if args.head else args.added, scratch / "base")
+        kinds: Any = ["head"] if args.head else args.drafts.split(",")
+        for kind in kinds:
+            draft = args.head or (model if kind == "bfloat16" else quantised_folder(model, read_config(model), kind, 8))
+            print("a head" if args.head else f"a draft model in {kind}", flush=True)
             found[kind] = measure(scratch / "base", draft, plan)
     args.out.mkdir(parents=True, exist_ok=True)
-    about = {"machine": machine, "added_layers": args.added, "drafts": found}
-    (args.out / "draft-model.json").write_bytes(
+    about = {"machine": machine, "added_layers": 0 if args.head else args.added, "drafts": found}
+    (args.out / ("draft-head.json" if args.head else "draft-model.json")).write_bytes(
         orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     )
 

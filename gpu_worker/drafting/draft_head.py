@@ -1,4 +1,4 @@
-"""Drafts by an EAGLE-3 head, which reads the base's hidden states: those of each step are kept for it."""
+"""Drafts by a head of the base, which reads its hidden states: those of each step are kept for it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gpu_worker.drafting.draft_model import DraftModel, ReadText
-from gpu_worker.drafting.eagle import EagleHead
+from gpu_worker.drafting.head import BaseHead
 from gpu_worker.drafting.payoff import Acceptance, Payoff
 from gpu_worker.memory import send
 from gpu_worker.planning.sequence import Sequence
@@ -19,7 +20,7 @@ from lora_kernels import ops
 
 
 @dataclass(slots=True, eq=False)
-class KeptText(ReadText):
+class FollowedText(ReadText):
     """What a head has read of a sequence, and may read: the tokens behind the first hidden state that was kept."""
 
     num_kept: int = 0  # tokens of its text with whose predecessors' hidden states the base is done, in the blocks
@@ -43,7 +44,7 @@ class DraftHead(DraftModel):
     """
 
     def __init__(
-        self, head: EagleHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff, most_seqs: int
+        self, head: BaseHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff, most_seqs: int
     ) -> None:
         """most_seqs: sequences of a step that may get draft tokens; of steps with more nothing is kept."""
         self.head = head
@@ -53,20 +54,18 @@ class DraftHead(DraftModel):
     @contextmanager
     def watching(self, plan: StepPlan) -> Iterator[None]:
         """Keep the hidden states of the step that is computed inside."""
-        stack = self.head.stack
-        stack.is_tapped = keeps = len(plan.num_new) <= self._most_seqs and not self._num_idle
-        try:
+        if len(plan.num_new) > self._most_seqs or self._num_idle:
             yield
-        finally:
-            stack.is_tapped = False
-        if keeps:
-            with self._guarded():
-                self._keep(plan)
-        stack.taken = []
+            return
+        with self.head.taking() as states:
+            yield
+        with self._guarded():
+            self._keep(plan, states)
+        states.clear()
 
-    def _keep(self, plan: StepPlan) -> None:
-        """Keep what the layers have taken of each sequence that generates text."""
-        texts: list[KeptText] = []
+    def _keep(self, plan: StepPlan, states: list[Tensor]) -> None:
+        """Keep the hidden states of each sequence that generates text."""
+        texts: list[FollowedText] = []
         rows: list[np.ndarray] = []
         starts: list[int] = []
         first = 0
@@ -90,7 +89,7 @@ class DraftHead(DraftModel):
             return
         slots = np.concatenate([own.slots(*span) for own, *span in zip(texts, starts, ends, strict=True)])
         with torch.inference_mode():
-            hidden = self.head.project(self.head.stack.taken)
+            hidden = self.head.project(states)
             if len(slots) < first:
                 hidden = hidden.index_select(0, send(np.concatenate(rows), hidden.device))
             self.head.put(send(slots, hidden.device), hidden)
@@ -103,23 +102,23 @@ class DraftHead(DraftModel):
             return {}
         return super()._propose(limits, plan)
 
-    def _new_text(self, seq: Sequence) -> KeptText:
-        return KeptText(seq, Acceptance(self._typical.rate), seq.num_virtual)
+    def _new_text(self, seq: Sequence) -> FollowedText:
+        return FollowedText(seq, Acceptance(self._typical.rate), seq.num_virtual)
 
-    def _open(self, seq: Sequence) -> KeptText:
+    def _open(self, seq: Sequence) -> FollowedText:
         own = super()._open(seq)
-        assert isinstance(own, KeptText)
+        assert isinstance(own, FollowedText)
         return own
 
     def _take_blocks(self, own: ReadText) -> None:
         super()._take_blocks(own)
-        assert isinstance(own, KeptText)
+        assert isinstance(own, FollowedText)
         own.num_kept = 0
 
     def _pass(self, readings: list[ReadText], parts: list[np.ndarray], ends: list[int]) -> list[int]:
         """Return the likeliest token after each part. Behind what the base has computed, the head goes on by itself."""
         tokens = super()._pass(readings, parts, ends)
-        texts = [own for own in readings if isinstance(own, KeptText)]
+        texts = [own for own in readings if isinstance(own, FollowedText)]
         if all(end >= own.num_kept for own, end in zip(texts, ends, strict=True)):
             slots = np.concatenate([own.slots(end, end + 1) for own, end in zip(texts, ends, strict=True)])
             self.head.put(send(slots, self.head.device), self.head.outputs)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from gpu_worker.drafting.eagle import EagleHead
+from gpu_worker.drafting.head import BaseHead
 from gpu_worker.drafting.payoff import Acceptance, Draftable, Payoff
 from gpu_worker.engine.step_model import MIN_STEPS
 from gpu_worker.memory import send
@@ -83,7 +83,7 @@ class DraftModel:
     """Drafts for the sequences of a step together: greedily, as many tokens as pay for each of them."""
 
     def __init__(
-        self, model: BaseModel | EagleHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff
+        self, model: BaseModel | BaseHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff
     ) -> None:
         """Take a model whose cache has so many blocks, and another one, and measure its passes.
 

@@ -6,24 +6,24 @@ the published heads (https://github.com/SafeAILab/EAGLE, class LlamaForCausalLME
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gpu_worker.layers.attention import AttentionCall, PagedLayer, StepContext
+from gpu_worker.drafting.head import BaseHead, attention_call, check_device, embedding
+from gpu_worker.layers.attention import PagedLayer, StepContext
 from gpu_worker.layers.blocks import Angles, GatedMlp, LayerStack, Norm, RotaryAttention, stacks_of
 from gpu_worker.layers.lora import SharedInput
 from gpu_worker.loading.checkpoint import head_dim_of, one_line
 from gpu_worker.loading.weights import weight_files
-from gpu_worker.memory import zeros
 from gpu_worker.model.model import BaseModel
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
@@ -35,10 +35,19 @@ FEWEST_LAYERS = 7
 """Layers that a base must have, so that the three which a head reads are three."""
 
 UNSERVED: dict[str, Any] = {
-    "num_hidden_layers": 1, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bias": False,
-    "tie_word_embeddings": False, "norm_before_residual": False, "norm_before_fc": False, "fc_norm": False,
-    "parallel_drafting": False, "ptd_token_id": None, "quantization_config": None,
-}  # fmt: skip
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bias": False,
+    "tie_word_embeddings": False,
+    "norm_before_residual": False,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "parallel_drafting": False,
+    "ptd_token_id": None,
+    "quantization_config": None,
+}
 """Entries of a config with the one value of each that is served."""
 
 NAMED_LAYERS = "eagle_aux_hidden_state_layer_ids"
@@ -60,63 +69,40 @@ class HeadLayers:
     angles: Angles
 
 
-class EagleHead:
-    """A head, with its cache: as `DraftModel` runs a draft model, but for the hidden states.
-
-    The cache has for each token its keys and values, and the hidden state that is read with it: the base's of the
-    token before, or for draft tokens the head's own.
-    """
+class EagleHead(BaseHead):
+    """An EAGLE-3 head."""
 
     def __init__(self, base: BaseModel, stack: LayerStack, layers: HeadLayers, d2t: Tensor, max_positions: int) -> None:
         """stack: the base's layers. d2t: int64 [draft vocabulary], what is added to its ids to have the base's."""
-        self.stack = stack
-        self.device = base.device
-        self.dtype = base.dtype
-        self.vocab_size = base.vocab_size
-        self.max_positions = max_positions
-        self.context = layers.attention.layer.context
-        self.outputs = torch.empty(0)  # hidden states [S, D] of the last pass
+        super().__init__(base, layers.attention.layer, len(layers.norm.weight), max_positions)
+        self._stack = stack
         self._layers = layers
-        self._width = len(layers.norm.weight)
         self._ids = (torch.arange(len(d2t)) + d2t).tolist()
-        self._hidden = torch.empty(0)  # [slots, D]
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block of its cache."""
-        return self._layers.attention.layer.block_bytes(self.dtype) + (
-            ops.BLOCK_TOKENS * self._width * self.dtype.itemsize
-        )
-
-    def allocate(self, num_blocks: int) -> None:
-        """Allocate the cache, with a block more for passes of which nothing is kept."""
-        self._layers.attention.layer.allocate(num_blocks + 1, self.dtype, self.device)
-        self._hidden = zeros(((num_blocks + 1) * ops.BLOCK_TOKENS, self._width), self.dtype, self.device)
+    @contextmanager
+    def taking(self) -> Iterator[list[Tensor]]:
+        """Gather what the three layers take."""
+        self._stack.is_tapped = True
+        try:
+            yield self._stack.taken
+        finally:
+            self._stack.is_tapped = False
 
     def project(self, states: list[Tensor]) -> Tensor:
-        """Return the hidden states [T, D] of tokens, of what three layers of the base read, [T, base's width] each."""
+        """Return the hidden states [T, D] of tokens, of what the layers have taken, [T, base's width] each."""
         return self._layers.fc.project(torch.cat(states, -1))[0]
 
-    def put(self, slots: Tensor, hidden: Tensor) -> None:
-        """Keep hidden states [n, D], to be read with the tokens in slots, int64 [n]."""
-        self._hidden.index_copy_(0, slots, hidden)
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor | None) -> Tensor:
-        """Run the pass that the context describes; return the logits [rows, draft vocabulary].
-
-        input_ids, position_ids: int64 [T]. logit_rows: int64 [rows], the tokens that are wanted; None: all T.
-        """
+    def run(self, ids: Tensor, positions: Tensor, hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `BaseHead`."""
         batch, own = self.context.attention, self._layers
         assert batch is not None
-        hidden = self._hidden.index_select(0, batch.slot_mapping.long())
-        rows = torch.cat((own.first.forward(own.embed(input_ids)), own.hidden.forward(hidden)), -1)
-        cos, sin = own.angles.of(position_ids, batch.max_kv_len, hidden)
-        attended = own.attention.run(rows, cos, sin)
-        if logit_rows is not None:
-            attended, hidden = attended.index_select(0, logit_rows), hidden.index_select(0, logit_rows)
+        x = torch.cat((own.first.forward(own.embed(ids)), own.hidden.forward(hidden)), -1)
+        cos, sin = own.angles.of(positions, batch.max_kv_len, hidden)
+        attended = own.attention.run(x, cos, sin)
+        if rows is not None:
+            attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
         hidden += own.mlp.run(own.second.add_forward(attended, hidden))
-        self.outputs = hidden
-        return own.lm_head.project(own.norm.forward(hidden))[0]
+        return hidden, own.lm_head.project(own.norm.forward(hidden))[0]
 
     def base_ids(self, ids: list[int]) -> list[int]:
         """Return the base's ids of tokens of the draft vocabulary."""
@@ -146,8 +132,7 @@ def load_head(folder: Path, config: Any, base: BaseModel, impl: ops.Impl | None)
 
 def _check_base(base: BaseModel) -> LayerStack:
     """Return the layers of a base whose hidden states a head can read. Raises BadRequest where there are none."""
-    if base.device.type != "cpu":
-        raise BadRequest(f"it is an EAGLE-3 head, which is served on a CPU only; the device is {base.device.type}")
+    check_device(base)
     stacks, layers = stacks_of(base.module), base.config.num_hidden_layers
     if len(stacks) != 1 or len(stacks[0].layers) != layers:
         raise BadRequest(
@@ -204,8 +189,10 @@ def _read(folder: Path, config: Any, base: BaseModel) -> dict[str, Tensor]:
     norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm")
     wanted |= {f"{name}.weight": (width,) for name in norms}
     optional: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (config.vocab_size, width), "d2t": (drafted,), "t2d": (config.vocab_size,)
-    }  # fmt: skip
+        "embed_tokens.weight": (config.vocab_size, width),
+        "d2t": (drafted,),
+        "t2d": (config.vocab_size,),
+    }
     if drafted != config.vocab_size:
         wanted["d2t"] = optional.pop("d2t")
     if width != base.width:
@@ -222,7 +209,7 @@ def _read(folder: Path, config: Any, base: BaseModel) -> dict[str, Tensor]:
 
 
 def _layers(tensors: dict[str, Tensor], config: Any, base: BaseModel, impl: ops.Impl | None) -> HeadLayers:
-    context, head_dim = StepContext(), head_dim_of(config)
+    context = StepContext()
 
     def norm(name: str) -> Norm:
         return Norm(tensors[f"{name}.weight"], config.rms_norm_eps, plus_one=False, impl=impl)
@@ -230,29 +217,24 @@ def _layers(tensors: dict[str, Tensor], config: Any, base: BaseModel, impl: ops.
     def linears(*names: str) -> SharedInput:
         return SharedInput([_linear(tensors[f"{name}.weight"]) for name in names], context, is_head=False, impl=impl)
 
-    call = AttentionCall(
-        nn.Identity(), config.num_attention_heads, config.num_key_value_heads, head_dim, head_dim, window=0,
-        scale=head_dim**-0.5, softcap=0.0, sinks=None, is_causal=True, mask=None, kv=None,
-    )  # fmt: skip
+    call = attention_call(nn.Identity(), config)
     qkv = linears(*(f"midlayer.self_attn.{name}_proj" for name in "qkv"))
     attention = RotaryAttention(PagedLayer(call, context, impl), qkv, linears("midlayer.self_attn.o_proj"), None)
     mlp = GatedMlp(
         linears("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj"), linears("midlayer.mlp.down_proj"), "silu", impl
     )
     return HeadLayers(
-        _embedding(tensors, base), norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm"), attention,
-        norm("midlayer.post_attention_layernorm"), mlp, norm("norm"), linears("lm_head"), linears("fc"),
+        embedding(base, tensors.get("embed_tokens.weight")),
+        norm("midlayer.input_layernorm"),
+        norm("midlayer.hidden_norm"),
+        attention,
+        norm("midlayer.post_attention_layernorm"),
+        mlp,
+        norm("norm"),
+        linears("lm_head"),
+        linears("fc"),
         Angles(LlamaRotaryEmbedding(config), getattr(config, "max_position_embeddings", 0) or 0),
-    )  # fmt: skip
-
-
-def _embedding(tensors: dict[str, Tensor], base: BaseModel) -> Callable[[Tensor], Tensor]:
-    """Return the embedding of a head: its own, or else the base's, past what adapters do to that."""
-    own: Tensor | None = tensors.get("embed_tokens.weight")
-    if own is not None:
-        return lambda ids: F.embedding(ids, own)
-    module: Any = base.module.get_input_embeddings()
-    return lambda ids: type(module).forward(module, ids)
+    )
 
 
 def _linear(weight: Tensor) -> nn.Linear:

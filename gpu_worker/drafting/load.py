@@ -11,7 +11,9 @@ from safetensors import safe_open
 
 from gpu_worker.drafting.draft_head import DraftHead
 from gpu_worker.drafting.draft_model import DraftModel
-from gpu_worker.drafting.eagle import EAGLE3, EagleHead, load_head
+from gpu_worker.drafting.eagle import EAGLE3, load_head
+from gpu_worker.drafting.head import BaseHead
+from gpu_worker.drafting.mtp import PREFIX, load_mtp
 from gpu_worker.drafting.payoff import Payoff
 from gpu_worker.engine.engine import EngineConfig
 from gpu_worker.engine.runner import Runner
@@ -55,6 +57,7 @@ class LoadedDraft:
         block_bytes = sum(layer.block_bytes(self.model.cache_dtype) for layer in self.model.layers)
         num_blocks = _num_blocks(num_bytes, block_bytes, config)
         Runner(self.model, num_blocks).check()
+        self.payoff.repeats = config.num_states > 0
         return DraftModel(self.model, num_blocks, vocab_size, config.limits.max_step_tokens, self.payoff)
 
     def keep_answers(self) -> None:
@@ -66,13 +69,14 @@ class LoadedDraft:
 class LoadedHead:
     """A head of the base without memory for what it reads."""
 
-    head: EagleHead
+    head: BaseHead
     payoff: Payoff = field(default_factory=Payoff)
 
     def allocate(self, num_bytes: int, config: EngineConfig, vocab_size: int) -> DraftHead:
         """Return it with blocks, as `LoadedDraft` does."""
         limits, num_blocks = config.limits, _num_blocks(num_bytes, self.head.block_bytes, config)
         self.head.allocate(num_blocks)
+        self.payoff.repeats = config.num_states > 0
         most_seqs = limits.max_draft_step_tokens // 2
         return DraftHead(self.head, num_blocks, vocab_size, limits.max_step_tokens, self.payoff, most_seqs)
 
@@ -107,7 +111,11 @@ def load_draft_model(
             return LoadedHead(load_head(folder, config, base, impl))
         if any(kind in name.lower() for kind in HEADS):
             raise BadRequest(f"it is a head of the kind {name}; served is {EAGLE3[0]}")
-        _refuse_own_heads(folder, base)
+        own_head = _own_head(folder, base)
+        if own_head.startswith(PREFIX):
+            return LoadedHead(load_mtp(folder, base, impl))
+        if own_head:
+            raise BadRequest(f"it is the base, whose own head for further tokens ({own_head}) is not served")
         if task_of(config) != "generate" or has_no_lm_head(name):
             raise BadRequest(f"it is no causal language model, but {name}")
         check_vocabulary(tokenizer, folder)
@@ -118,15 +126,16 @@ def load_draft_model(
     return LoadedDraft(loaded)
 
 
-def _refuse_own_heads(folder: Path, base: BaseModel) -> None:
-    """Raise BadRequest where a base is named as its own draft model, and has heads (MTP) that are not served."""
+def _own_head(folder: Path, base: BaseModel) -> str:
+    """Return the name of a tensor of a base's own head, if it is named as its own draft model; else ""."""
     if folder.resolve() != Path(base.module.config.name_or_path or "").resolve():
-        return
+        return ""
     for file in filter(Path.is_file, weight_files(folder)):
         with safe_open(file, framework="pt") as opened:
             names: list[str] = [*opened.keys()]
         if found := next(filter(OWN_HEAD.search, names), ""):
-            raise BadRequest(f"it is the base, whose own heads for further tokens ({found}) are not served")
+            return found
+    return ""
 
 
 def check_layers(model: BaseModel) -> None:

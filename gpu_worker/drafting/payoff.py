@@ -71,7 +71,7 @@ class Acceptance:
 
 
 def length_that_pays(
-    guesses: Sequence[tuple[float, int]], most: int, seconds: Callable[[int], float]
+    guesses: Sequence[tuple[float, int]], most: int, seconds: Callable[[int], float], *, repeats: bool = False
 ) -> tuple[int, float]:
     """Return how many draft tokens each sequence of a step should get, and how many times as fast that makes it.
 
@@ -79,6 +79,7 @@ def length_that_pays(
 
     guesses: of each sequence, the share of its draft tokens that prove right, and the most that it can use. most: draft
     tokens of a sequence. seconds: from a number of draft tokens of each to the time of drafting and of the step.
+    repeats: whether behind a wrong one comes a step more, as long as that, which brings one token.
     """
     best, alone_s = (0, 1.0), seconds(0)
     expected, powers = [1.0] * len(guesses), [1.0] * len(guesses)  # tokens of each, and what one more would bring
@@ -87,7 +88,9 @@ def length_that_pays(
             if num <= limit:
                 powers[i] *= rate
                 expected[i] += powers[i]
-        gain = min(expected) * alone_s / seconds(num)
+        misses = [1 - power if repeats else 0.0 for power in powers]
+        tokens = min((own + miss) / (1 + miss) for own, miss in zip(expected, misses, strict=True))
+        gain = tokens * alone_s / seconds(num)
         if gain >= MIN_GAIN and gain > best[1]:
             best = num, gain
     return best
@@ -118,6 +121,7 @@ class Payoff:
     """
 
     def __init__(self) -> None:
+        self.repeats = False  # see `length_that_pays`: so it is where the base's layers keep states
         self._passes, self._steps = StepMeter(), StepMeter()
         self._fewest = 0  # tokens of the shortest step
         self._num_longer = 0  # steps that had more
@@ -159,7 +163,9 @@ class Payoff:
         alone_s = seconds(0)
         if not alone_s:  # nothing has been measured
             return DraftChoice()
-        num_drafts, gain = length_that_pays([(one.rate, one.limit) for one in seqs], most, seconds)
+        num_drafts, gain = length_that_pays(
+            [(one.rate, one.limit) for one in seqs], most, seconds, repeats=self.repeats
+        )
         saved_s = (1 - 1 / gain) * alone_s  # in each step
         room = (alone_s - passes.a) / passes.b if passes.b else math.inf
         num_read = max(MIN_CHUNK, 2 * num, int(min(room, MAX_GROWTH * self._longest)))

@@ -294,7 +294,7 @@ class LayerStack:
     def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Change rows [T, width] in place by all layers. cos, sin: [T, R]."""
         if self.is_tapped:
-            self.taken = []
+            self.taken.clear()
             for i, part in enumerate(self._parts):
                 if i:
                     self.taken.append(rows.clone())

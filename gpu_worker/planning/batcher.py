@@ -18,7 +18,7 @@ from typing import Protocol
 from gpu_worker.planning.blocks import BlockPool
 from gpu_worker.planning.policy import MAX_SKIPS, BatchLimits, StepPolicy
 from gpu_worker.planning.sequence import Sequence
-from gpu_worker.planning.states import StatePool
+from gpu_worker.planning.states import OUTPUT_TOKENS, StatePool
 from gpu_worker.planning.step_limit import StepTime
 from gpu_worker.planning.step_plan import StepPlan
 from protocol.runtime.settings import BLOCK_TOKENS
@@ -191,14 +191,18 @@ class Batcher:
     def complete(self, plan: StepPlan) -> None:
         """Note that a plan's tokens are computed; their full blocks can be found in the prefix cache from now on.
 
-        Draft tokens are left out until they have proved right, see `advance`.
+        Draft tokens are left out until they have proved right, see `learn`. Where layers keep states, so is the token
+        before them: the states behind wrong ones are of no use.
         """
+        states = self.states
+        if states is not None:
+            states.end_step()
         for seq, num_new in plan.num_new.items():
-            self.advance(seq, num_new - len(plan.drafts.get(seq, ())))
-        if self.states is not None:
-            self.states.end_step()
-            for seq, num_new in plan.num_new.items():
-                self.states.complete(seq, num_new, plan.saves.get(seq, {}))
+            if states is None:
+                self.advance(seq, num_new - len(plan.drafts.get(seq, ())))
+            elif seq not in plan.drafts:
+                self.advance(seq, num_new)
+                states.complete(seq, num_new, plan.saves.get(seq, {}))
 
     def abandon(self, plan: StepPlan) -> None:
         """Take back a plan that could not be computed: its sequences wait, in their order, to be computed anew."""
@@ -235,6 +239,7 @@ class Batcher:
             and seq.drafter
             and (plan.limited is None or self.policy.is_first(seq))
             and (seq.matcher is None or seq.matcher.filling is None)
+            and (self.states is None or (seq not in plan.saves and seq.state_read in seq.state_slots))
         ]
         room = self._draft_room(plan)
         for i, seq in enumerate(decoding):
@@ -269,7 +274,10 @@ class Batcher:
         return min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
 
     def _draft_limit(self, seq: Sequence) -> int:
-        return min(self.limits.max_draft_tokens, seq.max_tokens - seq.num_tokens - 1)
+        limit = min(self.limits.max_draft_tokens, seq.max_tokens - seq.num_tokens - 1)
+        if self.states is not None:  # a step that saves a state has no drafts
+            limit = min(limit, -seq.num_tokens % OUTPUT_TOKENS - 1)
+        return limit
 
     def _add_draft(self, seq: Sequence, draft: list[int], plan: StepPlan) -> int:
         """Add draft tokens of a sequence if blocks are free, and return how many.
@@ -301,9 +309,15 @@ class Batcher:
     def learn(self, seq: Sequence, plan: StepPlan, num_right: int) -> None:
         """Keep the keys and values of a step's right draft tokens of a sequence, the first ones, and learn from them.
 
-        Those of the others are written over.
+        Those of the others are written over. Where layers keep states, all must be right, or what the step has computed
+        of the sequence is computed again, from the states before it, together with the tokens that it brought.
         """
-        self.advance(seq, num_right)
+        if self.states is None:
+            self.advance(seq, num_right)
+        else:
+            num_new = plan.num_new[seq] if num_right == len(plan.drafts[seq]) else 0
+            self.advance(seq, num_new)
+            self.states.complete(seq, num_new, {})
         if seq in plan.by_model and self.draft_model is not None:
             self.draft_model.learn(seq, plan.by_model[seq], num_right)
         elif seq.drafter is not None:

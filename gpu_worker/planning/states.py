@@ -91,13 +91,14 @@ class StatePool:
     def take(self, seq: Sequence, num_cached: int) -> bool:
         """Give a waiting sequence slots for its states. Returns False, and gives none, where there are not enough.
 
-        num_cached: blocks of its beginning, the last of which a saved state follows. A sequence with a grammar has two
-        slots, and each step reads one and writes the other, because a step whose mask is late is computed again.
+        num_cached: blocks of its beginning, the last of which a saved state follows. A sequence with a grammar or with
+        draft tokens has two slots, and each step reads one and writes the other, because a step whose mask is late, or
+        whose draft tokens were wrong, is computed again.
         """
         saved = self.longest(seq.hashes[:num_cached])[1]
         if num_cached:
             self.read(seq.hashes[num_cached - 1])
-        for _ in range(1 if seq.matcher is None else 2):
+        for _ in range(1 if seq.matcher is None and seq.drafter is None else 2):
             slot = self.allocate()
             if slot is None:
                 self.release(seq.state_slots)
@@ -120,7 +121,7 @@ class StatePool:
     def complete(self, seq: Sequence, num_new: int, saves: Mapping[int, int]) -> None:
         """Record that a sequence's next tokens are computed: it continues from them, and saved states can be found.
 
-        num_new: 0 if they were taken back, because the mask for the token after them is late.
+        num_new: 0 if they were taken back, because the mask for the token after them is late, or drafts were wrong.
         """
         if num_new > 0:
             seq.state_slots.reverse()

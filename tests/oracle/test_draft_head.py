@@ -35,11 +35,21 @@ TAPS = (2, 4, 5)  # of the published code: the inputs of layers 2, n // 2 and n 
 DRAFTED = 150  # tokens that the head knows
 EPS = 1e-5
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": WIDTH,
-    "intermediate_size": INNER, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "num_hidden_layers": 1,
-    "hidden_act": "silu", "rms_norm_eps": EPS, "rope_theta": 10000.0, "max_position_embeddings": 2048,
-    "vocab_size": TINY_VOCAB, "draft_vocab_size": DRAFTED, "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "rms_norm_eps": EPS,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "vocab_size": TINY_VOCAB,
+    "draft_vocab_size": DRAFTED,
+    "tie_word_embeddings": False,
+}
 
 FEW: dict[str, Any] = {"kv_cache_bytes": 9 * LAYERS * 4096 * 8 // 7, "max_model_len": 128, "max_num_seqs": 3}
 """Room for nine blocks of the base, and three of the head."""
@@ -50,9 +60,14 @@ Tensors = dict[str, Tensor]
 def deep_llama(vocab_size: int = TINY_VOCAB) -> PreTrainedModel:
     """Return a random Llama whose next token depends on the last one more than on those before."""
     model = random_llama(
-        std=0.2, vocab_size=vocab_size, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=2,
-    )  # fmt: skip
+        std=0.2,
+        vocab_size=vocab_size,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -379,9 +394,14 @@ def test_settings_load_it_within_its_share_of_the_cache(
     deep.untouched.save_pretrained(tmp_path / "base")
     head = saved(tmp_path / "head", good_tensors(deep.untouched), draft_vocab_size=TINY_VOCAB)
     settings = Settings(
-        model=str(tmp_path / "base"), draft_model=head, dtype="float32", device="cpu", kv_cache_bytes=1 << 20,
-        adapter_pool_bytes=1 << 20, threads=1,
-    )  # fmt: skip
+        model=str(tmp_path / "base"),
+        draft_model=head,
+        dtype="float32",
+        device="cpu",
+        kv_cache_bytes=1 << 20,
+        adapter_pool_bytes=1 << 20,
+        threads=1,
+    )
     thread, served = load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
     engine = thread.engine
     assert isinstance(engine, Engine)
@@ -436,18 +456,25 @@ def test_a_bases_own_heads_are_refused_by_name(deep: Oracle, tmp_path: Path) -> 
     deep.untouched.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    for name in ("mtp.fc.weight", "model.layers.8.eh_proj.weight"):
+    for name, wanted in (
+        ("mtp.fc.weight", "the base's own head is of the type llama; served are qwen3_5_text"),
+        (
+            "model.layers.8.eh_proj.weight",
+            r"own head for further tokens \(model.layers.8.eh_proj.weight\) is not served",
+        ),
+    ):
         save_file(tensors | {name: torch.ones(2)}, file, {"format": "pt"})
         base = prepare_model(type(deep.untouched).from_pretrained(tmp_path), frozenset(), None)
-        with pytest.raises(BadRequest, match=rf"it is the base, whose own heads for further tokens \({name}\) are not"):
+        with pytest.raises(BadRequest, match=wanted):
             load_draft_model(str(tmp_path), None, base, None)
 
 
 def test_layers_are_named_by_inputs_or_outputs(deep: Oracle, tmp_path: Path) -> None:
     base = prepare_model(copy.deepcopy(deep.untouched), frozenset(), None)
-    for named in ({"eagle_aux_hidden_state_layer_ids": [*TAPS]}, {"eagle_config": {
-        "use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in TAPS]
-    }}):  # fmt: skip
+    for named in (
+        {"eagle_aux_hidden_state_layer_ids": [*TAPS]},
+        {"eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in TAPS]}},
+    ):
         assert load_draft_model(saved(tmp_path, random_tensors(), **named), None, base, None)
 
 

@@ -384,10 +384,7 @@ def test_encoders_refuse_to_speculate_by_name(tmp_path: Path, given: dict[str, A
         load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
 
 
-def test_bases_that_cannot_take_back_a_token_are_refused(tiny: Oracle) -> None:
-    hybrid = Oracle(tiny_model("qwen3_5_text"), {}, scale=0.4)
-    with pytest.raises(BadRequest, match="draft_model is small, but this model's layers keep states, which cannot"):
-        hybrid.engine(draft_model="small")
+def test_steps_that_overlap_are_refused(tiny: Oracle) -> None:
     with pytest.raises(BadRequest, match="overlap is on, but draft_model is small: how many draft tokens are right"):
         tiny.engine(draft_model="small", overlap="on")
 
