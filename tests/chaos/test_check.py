@@ -132,7 +132,7 @@ def test_usage_lies_between_what_was_told_and_what_was_caused() -> None:
     assert len(books.wrong({"sql": told, "base": (1, 1, 1)}, may_lack=False, may_exceed=False)) == 1
 
 
-def test_calls_that_were_told_an_error_may_be_in_the_books_if_they_were_taken() -> None:
+def test_calls_that_were_taken_and_told_an_error_may_be_in_the_books() -> None:
     door, ended = (
         f"503: this gateway is shutting down; retry, so that another one can take {what}"
         for what in ("the request", "it")
