@@ -75,6 +75,7 @@ class PrometheusCharts:
         self._timeout_s = timeout_s
         self._now_s = now_s
         self._asked: dict[tuple[str, Group | None], _Asked] = {}
+        self._reading = asyncio.Lock()  # a reply is several times its size while it is read
 
     async def read(self, span: str, group: Group | None) -> dict[str, Any] | str:
         """Return a range as `TimeSeries.read` does, or a line that says why there is none. span: of `RANGES_S`."""
@@ -114,7 +115,8 @@ class PrometheusCharts:
         times = range(newest_s - range_s + 2 * step_s, newest_s + step_s + 1, step_s)
         query = charts.chart(group, names, step_s, self._matchers)
         raw = await self._post("query_range", query=query, start=times[0], end=times[-1], step=step_s)
-        made = await asyncio.to_thread(_charts, raw, group, names, times)
+        async with self._reading:
+            made = await asyncio.to_thread(_charts, raw, group, names, times)
         about = {"start_time": times[0] - step_s, "step_s": step_s, "num": len(times), "elapsed_s": elapsed_s}
         return {"object": "timeseries", **about, **made}
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorafleet.shared.api import Api, add_flags, in_path, suggested
-from lorafleet.shared.parser import Parser
+from lorafleet.shared.parser import Parser, suggestion
 from protocol.runtime.adapter_refs import FOLDER
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound
 
+COMMANDS = ("/reset", "/undo", "/model", "/quit", "/help")
 HELP = "/reset starts a new chat, /undo removes the last question, /model NAME switches models, /quit exits"
 
 
@@ -100,24 +101,31 @@ class Chat:
         word, _, rest = line.partition(" ")
         if not line.strip():
             return
-        if word == "/reset":
+        if word == "/help":
+            reply = HELP
+        elif word == "/reset":
             self.messages = list(self._first)
+            reply = "new chat"
         elif word == "/undo":
-            self.undo()
-        elif word == "/model" and rest.strip():
-            check_model(self._api, rest.strip())
-            self._model = rest.strip()
-            print(f"chatting with {self._model}", file=sys.stderr)
+            reply = "removed the last question" if self.undo() else "there is no question to remove"
+        elif word == "/model":
+            if rest.strip():
+                check_model(self._api, rest.strip())
+                self._model = rest.strip()
+            reply = f"chatting with {self._model}"
         elif word.startswith("/") and word[1:].isalpha():
-            print(f"{word}: {HELP}", file=sys.stderr)
+            reply = f"unknown command {word}{suggestion(word, COMMANDS)}: {HELP}"
         else:
             self.ask(line)
+            return
+        print(reply, file=sys.stderr)
 
-    def undo(self) -> None:
-        """Take the last question back, with its answer if it has one."""
+    def undo(self) -> bool:
+        """Take the last question back, with its answer if it has one; return whether there was one."""
         while len(self.messages) > len(self._first):
             if self.messages.pop()["role"] == "user":
-                return
+                return True
+        return False
 
     def ask(self, text: str) -> None:
         """Ask a question and print the answer; without one, the question is not part of the conversation.

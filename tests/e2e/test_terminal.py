@@ -100,9 +100,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Terminal, 
         for here in (first, second):
             here.type(f"cd {folder}")
         first.type(f"lorafleet up tiny --adapters adapters --data data --port 0 {' '.join(QUICK)}; echo rc=$?")
-        shown = first.wait_for("serves tiny and 2 adapters", "Ctrl-C")
-        for name in ("queue", "store", "scheduler", "gateway", "worker-0"):
-            assert f"✓ {name}" in shown
+        services = (f"✓ {name}" for name in ("queue", "store", "scheduler", "gateway", "worker-0"))
+        shown = first.wait_for("serves tiny and 2 adapters", "Ctrl-C", *services)
         assert "/console/" in shown
         yield first, second, marker
 
@@ -139,7 +138,16 @@ def test_a_chat_is_led_at_its_prompt(fleet: tuple[Terminal, Terminal, str]) -> N
     here.type("hello")
     here.wait_for("[length]")
     here.type("/nonsense")
-    here.wait_for("/nonsense: /reset")
+    here.wait_for("unknown command /nonsense: /reset")
+    for typed, says in (
+        ("/modle", "unknown command /modle; did you mean /model?"),
+        ("/model", "chatting with haiku"),
+        ("/undo", "removed the last question"),
+        ("/undo", "there is no question to remove"),
+        ("/reset", "new chat"),
+    ):
+        here.type(typed)
+        here.wait_for(says)
     here.type("/model pirat")
     here.wait_for("did you mean pirate?")
     here.type("/model pirate")

@@ -193,7 +193,7 @@ async def test_charts_have_units_and_what_was_before_a_reload(fleet: ScriptedFle
     await tab.page.get_by_role("img", name=re.compile(r"^Queue, .*queued \d+ requests")).wait_for()
 
 
-async def test_longer_ranges_come_with_a_prometheus_and_a_note_without_its_reply(
+async def test_longer_ranges_need_a_prometheus_and_a_note_says_it_is_down(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
     async with running_browser() as browser:
