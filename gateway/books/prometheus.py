@@ -39,6 +39,9 @@ TIMEOUT_S = 15.0
 MAX_BYTES, MAX_ROWS = 2 << 20, 100
 """Most bytes of a reply, and most results that are read of it; all charts of 360 periods are 70 in some 800 kB."""
 
+MAX_LABEL = 500
+"""Longest name that is asked for as part of a query; longer ones are among the others."""
+
 RETRY_S = 30.0
 """How long Prometheus is not asked again for a range that it has failed to give."""
 
@@ -139,7 +142,7 @@ class PrometheusCharts:
 def _names(raw: bytes, label: str) -> list[str]:
     """Return the names in the reply to `charts.busiest`, the busiest first."""
     rows = sorted(orjson.loads(raw)["data"]["result"][:MAX_ROWS], key=lambda row: -float(row["value"][1]))
-    return [str(row["metric"][label])[:MAX_NAME] for row in rows[:MAX_GROUPS]]
+    return [name for row in rows[:MAX_GROUPS] if len(name := row["metric"][label]) <= MAX_LABEL]
 
 
 def _charts(raw: bytes, group: Group | None, names: Sequence[str], times: range) -> dict[str, Any]:
@@ -173,7 +176,7 @@ def _charts(raw: bytes, group: Group | None, names: Sequence[str], times: range)
 
 def _shown(name: str | None, group: Group | None, columns: Mapping[str, Column]) -> dict[str, Any]:
     rounded = {field: _rounded(column, 1 if field in _TTFT else None) for field, column in columns.items()}
-    return {"name": name, "group": group, **rounded}
+    return {"name": name and name[:MAX_NAME], "group": group, **rounded}
 
 
 def _rounded(column: Column, digits: int | None) -> Column:

@@ -88,7 +88,7 @@ def charts(
 async def test_a_reply_becomes_columns_with_its_gaps() -> None:
     def reply(path: str, form: Form) -> Reply:
         if path == "/api/v1/query":
-            return names(small="1", **{'odd".*': "7"})
+            return names(small="1", **{'odd".*': "7", "long" * 1000: "3"})
         return result(
             row("fleet:workers", {0: "2", 1: "2", 70: "2", 71: "1"}),
             row("fleet:queued", {0: "NaN", 1: "3"}),
