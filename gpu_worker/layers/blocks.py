@@ -141,9 +141,16 @@ class DeltaMixer:
     """out(norm(delta(qkv(x), b(x), a(x))) * silu(z(x))): a gated delta rule's layer. See `ops.gated_delta`."""
 
     def __init__(
-        self, mixers: MixerStates, index: int, projections: SharedInput, out: SharedInput, norm: Norm, conv: nn.Conv1d,
-        rates: Tensor, dt_bias: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        mixers: MixerStates,
+        index: int,
+        projections: SharedInput,
+        out: SharedInput,
+        norm: Norm,
+        conv: nn.Conv1d,
+        rates: Tensor,
+        dt_bias: Tensor,
+    ) -> None:
         """index: of its convolution's call among the mixers', behind which is the delta rule's.
 
         projections: qkv, z, b and a. norm: of each head's output, gated. rates, dt_bias: fp32 [G].

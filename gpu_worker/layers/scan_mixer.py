@@ -15,9 +15,15 @@ class ScanMixer:
     """out(scan(in(x))): see `ops.gated_scan`. What `in` gives are gates, a convolution's inputs, and heads' steps."""
 
     def __init__(
-        self, mixers: MixerStates, index: int, module: nn.Module, projection: SharedInput, out: SharedInput,
-        conv: nn.Conv1d, norm: nn.Module,
-    ) -> None:  # fmt: skip
+        self,
+        mixers: MixerStates,
+        index: int,
+        module: nn.Module,
+        projection: SharedInput,
+        out: SharedInput,
+        conv: nn.Conv1d,
+        norm: nn.Module,
+    ) -> None:
         """index: of its convolution's call among the mixers', behind which is the scan's. module: has A_log and D.
 
         norm: has a weight, and a `group_size` unless all columns are one group.

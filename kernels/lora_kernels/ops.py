@@ -319,7 +319,7 @@ def causal_conv(
 
 def gated_delta(
     qkv: Tensor, b: Tensor, a: Tensor, layer: GatedDelta, runs: Tensor, *, impl: Impl | None = None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """delta_rule(*split(silu(causal_conv(qkv))), rates * softplus(a + dt_bias), sigmoid(b)): [T, G, V].
 
     qkv: [T, C], queries, keys and values side by side, which are normalised after the convolution. b, a: [T, G]. runs:

@@ -230,6 +230,10 @@ void print_states(Scalar type) {
                             filled({4}, Scalar::kFloat), states};
   print("gated_delta", gated_delta(filled({5, 144}, type), gates.columns(0, 4), gates.columns(4, 4), layer, runs));
   print("gated_delta_state", states), print("gated_delta_conv", convs);
+  const ScanLayer mixer = {layer.conv_weight, {}, convs, layer.rates, layer.dt_bias, filled({4}, Scalar::kFloat), states,
+                           filled({80}, type), 1e-5, 40};
+  print("gated_scan", gated_scan(filled({5, 80}, type), filled({5, 144}, type), gates.columns(0, 4), mixer, runs));
+  print("gated_scan_state", states);
   const Tensor heads = filled({5, 2, 16}, type);
   gate_heads_(heads, filled({5, 2, 16}, type));
   print("gate_heads", heads);

@@ -271,10 +271,9 @@ def gated_delta(qkv: Tensor, b: Tensor, a: Tensor, layer: GatedDelta, runs: Tens
 
 def gated_scan(gate: Tensor, xbc: Tensor, dt: Tensor, layer: GatedScan, runs: Tensor) -> Tensor:
     """See `ops.gated_scan`."""
-    return _ops.gated_scan.default(
-        gate, xbc, dt, layer.conv_weight, layer.conv_bias, layer.conv_states, layer.rates, layer.dt_bias, layer.skip,
-        layer.states, layer.norm_weight, layer.eps, layer.group, runs,
-    )  # fmt: skip
+    mixing = (layer.conv_weight, layer.conv_bias, layer.conv_states, layer.rates, layer.dt_bias, layer.skip)
+    norm = (layer.norm_weight, layer.eps, layer.group)
+    return _ops.gated_scan.default(gate, xbc, dt, *mixing, layer.states, *norm, runs)
 
 
 def gate_heads_(x: Tensor, gate: Tensor) -> None:
@@ -304,9 +303,15 @@ class NativeDecoderStack:
                 _ops.stack_linears(self._number, *_linears(linears))
             if isinstance(attention, GatedDelta):
                 _ops.stack_delta(
-                    self._number, attention.conv_weight, attention.conv_bias, attention.conv_states, attention.rates,
-                    attention.dt_bias, attention.states, layer.act,
-                )  # fmt: skip
+                    self._number,
+                    attention.conv_weight,
+                    attention.conv_bias,
+                    attention.conv_states,
+                    attention.rates,
+                    attention.dt_bias,
+                    attention.states,
+                    layer.act,
+                )
                 continue
             _ops.stack_layer(
                 self._number,
