@@ -12,11 +12,14 @@ from torch import Tensor
 
 from gpu_worker.drafting.draft_model import DraftModel, ReadText
 from gpu_worker.drafting.head import BaseHead
-from gpu_worker.drafting.payoff import Acceptance, Payoff
+from gpu_worker.drafting.payoff import Acceptance, Draftable, Payoff
 from gpu_worker.memory import send
 from gpu_worker.planning.sequence import Sequence
 from gpu_worker.planning.step_plan import StepPlan
 from lora_kernels import ops
+
+ALWAYS = 1 << 20
+"""Steps of a request that ends so late that reading its text always pays."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,17 +47,17 @@ class DraftHead(DraftModel):
     """
 
     def __init__(
-        self, head: BaseHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff, most_seqs: int
+        self, head: BaseHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff, most_tokens: int
     ) -> None:
-        """most_seqs: sequences of a step that may get draft tokens; of steps with more nothing is kept."""
+        """most_tokens: those of a step with draft tokens, theirs included."""
         self.head = head
-        self._most_seqs = most_seqs
+        self._most_tokens = most_tokens
         super().__init__(head, num_blocks, vocab_size, max_pass_tokens, payoff)
 
     @contextmanager
     def watching(self, plan: StepPlan) -> Iterator[None]:
         """Keep the hidden states of the step that is computed inside."""
-        if len(plan.num_new) > self._most_seqs or self._num_idle:
+        if self._num_idle or not self._may_pay(len(plan.num_new)):
             yield
             return
         with self.head.taking() as states:
@@ -62,6 +65,15 @@ class DraftHead(DraftModel):
         with self._guarded():
             self._keep(plan, states)
         states.clear()
+
+    def _may_pay(self, num_seqs: int) -> bool:
+        """Return whether drafts would pay in steps of so many sequences, if these are as others were.
+
+        Else nothing is kept: to gather hidden states takes time, too.
+        """
+        most = self._most_tokens // num_seqs - 1
+        typical = Draftable(self._typical.rate, most, num_unread=2, num_steps=ALWAYS)
+        return most > 0 and self._payoff.choose([typical] * num_seqs, most, num_seqs).num_drafts > 0
 
     def _keep(self, plan: StepPlan, states: list[Tensor]) -> None:
         """Keep the hidden states of each sequence that generates text."""
@@ -99,6 +111,7 @@ class DraftHead(DraftModel):
     def _propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> dict[Sequence, list[int]]:
         texts = [self._open(seq) for seq in limits]
         if not all(0 < own.num_tokens == own.num_kept for own in texts):
+            self._rest(texts)
             return {}
         return super()._propose(limits, plan)
 

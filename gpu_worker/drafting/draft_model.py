@@ -155,9 +155,7 @@ class DraftModel:
         choice = self._payoff.choose(candidates, most, plan.num_tokens)
         ends = [own.num_tokens + choice.num_drafts for own in readings]
         if not choice.num_drafts or not self._make_room(readings, ends):
-            for acceptance in (self._typical, *(own.acceptance for own in readings)):
-                acceptance.rest()
-            self._probe()
+            self._rest(readings)
             return {}
         num_read = min(choice.num_read, self._max_pass_tokens)
         if sum(own.num_unread for own in readings) > num_read:
@@ -165,6 +163,12 @@ class DraftModel:
             return {}
         drafts = self._draft(readings, choice.num_drafts)
         return {own.seq: draft[: limits[own.seq]] for own, draft in zip(readings, drafts, strict=True)}
+
+    def _rest(self, readings: Many[ReadText]) -> None:
+        """Note a step without drafts, and measure a pass if that is due."""
+        for acceptance in (self._typical, *(own.acceptance for own in readings)):
+            acceptance.rest()
+        self._probe()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -77,8 +77,8 @@ class LoadedHead:
         limits, num_blocks = config.limits, _num_blocks(num_bytes, self.head.block_bytes, config)
         self.head.allocate(num_blocks)
         self.payoff.repeats = config.num_states > 0
-        most_seqs = limits.max_draft_step_tokens // 2
-        return DraftHead(self.head, num_blocks, vocab_size, limits.max_step_tokens, self.payoff, most_seqs)
+        most = limits.max_draft_step_tokens
+        return DraftHead(self.head, num_blocks, vocab_size, limits.max_step_tokens, self.payoff, most)
 
     def keep_answers(self) -> None:
         """Do nothing: there is no model of transformers that has said anything."""

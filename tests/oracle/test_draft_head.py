@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from oracle import test_grammars
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, packed_engine, prompts, random_llama, warm
+from oracle.test_draft_failures import ByShares
 from oracle.test_draft_model import NUM_TOKENS, SPECULATING, Always, compare_drawn, watch_drafts
 from oracle.test_grammars import TOKENIZER
 from oracle.tiny_models import tiny_model
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from gpu_worker.build import load_engine
 from gpu_worker.drafting.draft_head import DraftHead
 from gpu_worker.drafting.load import LoadedHead, load_draft_model
+from gpu_worker.drafting.payoff import Payoff
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
@@ -129,14 +131,20 @@ def saved(folder: Path, tensors: Tensors, **config: Any) -> str:
 
 
 def engine_of(
-    oracle: Oracle, head: str, tokenizer: str | None = None, num_read: int = 1 << 20, **settings: Any
+    oracle: Oracle,
+    head: str,
+    tokenizer: str | None = None,
+    num_read: int = 1 << 20,
+    payoff: Payoff | None = None,
+    **settings: Any,
 ) -> Engine:
     """Return an engine over a copy of the base, with a head that drafts whenever it may."""
     model = prepare_model(copy.deepcopy(oracle.untouched), frozenset(), None)
     loaded = load_draft_model(head, tokenizer, model, None)
     assert isinstance(loaded, LoadedHead)
     values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | SPECULATING | settings
-    return packed_engine(model, Settings(**values), oracle.fetch, tokenizer, LoadedHead(loaded.head, Always(num_read)))
+    draft = LoadedHead(loaded.head, payoff or Always(num_read))
+    return packed_engine(model, Settings(**values), oracle.fetch, tokenizer, draft)
 
 
 def head_of(engine: Engine) -> DraftHead:
@@ -352,6 +360,22 @@ def test_beside_many_others_nothing_is_kept(deep: Oracle, tmp_path: Path) -> Non
     asked = ask(engine, [])
     assert engine.counters.num_model_accepted_tokens > 0, "with three left, it reads what comes from then on"
     assert {end.error for end in asked.finish.values()} == {None}
+
+
+def test_where_drafts_would_not_pay_no_hidden_states_are_gathered(deep: Oracle, tmp_path: Path) -> None:
+    engine = engine_of(deep, saved(tmp_path, random_tensors()), payoff=ByShares())
+    head, [text], num = head_of(engine).head, prompts(1, TINY_VOCAB, (24,)), 0
+    project = head.project
+
+    def spy(states: list[Tensor]) -> Tensor:
+        nonlocal num
+        num += 1
+        return project(states)
+
+    head.project = spy
+    assert ask(engine, [greedy_request("r", "", text, 60)]).ids["r"] == deep.greedy("", text, 60)
+    assert engine.counters.num_model_drafted_tokens > 0
+    assert 0 < num < 30
 
 
 @pytest.mark.parametrize("part", ["put", "forward", "project"])

@@ -64,6 +64,14 @@ def test_who_gains_least_decides() -> None:
     assert length_that_pays([good, (0.9, 1)], 4, seconds(2))[0] <= 1
 
 
+def test_where_wrong_tokens_take_another_step_less_is_drafted() -> None:
+    num, gain = length_that_pays([(0.9, 1)], 1, seconds(1), repeats=True)
+    assert (num, gain) == (1, pytest.approx(2 / 1.1 * (BASE_S + TOKEN_S) / (BASE_S + 2 * TOKEN_S + PASS_S)))
+    assert length_that_pays([(0.6, 8)], 8, seconds(1))[0] > 2
+    assert length_that_pays([(0.6, 8)], 8, seconds(1), repeats=True)[0] <= 1
+    assert length_that_pays([(1.0, 8)], 8, seconds(1), repeats=True) == length_that_pays([(1.0, 8)], 8, seconds(1))
+
+
 def test_nothing_is_drafted_before_steps_were_measured() -> None:
     payoff = Payoff()
     for i in range(2 * MIN_STEPS):
