@@ -261,11 +261,12 @@ class DraftModel:
         """Return the likeliest token after the last one of each of S texts, and note how long that took.
 
         ids: int64 [T], new tokens, text after text. lens, ends: int [S], new tokens, and tokens with them. tables:
-        int32 [S, max_blocks]. Tokens that an adapter has added are unknown here: token 0 is read in their place.
+        int32 [S, max_blocks]. Tokens that an adapter has added, and virtual ones, are unknown here: token 0 is
+        read in their place.
         """
         started_s = time.perf_counter()
         model, device = self.model, self.model.device
-        ids[ids >= model.vocab_size] = 0
+        ids[(ids < 0) | (ids >= model.vocab_size)] = 0
         model.context.attention = ops.build_attention_batch(lens, ends, tables, device)
         rows = None if len(ids) == len(lens) else send(np.cumsum(lens) - 1, device)
         with torch.inference_mode():

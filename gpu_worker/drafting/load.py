@@ -17,7 +17,7 @@ from gpu_worker.drafting.mtp import PREFIX, load_mtp
 from gpu_worker.drafting.payoff import Payoff
 from gpu_worker.engine.engine import EngineConfig
 from gpu_worker.engine.runner import Runner
-from gpu_worker.loading.checkpoint import read_config, task_of
+from gpu_worker.loading.checkpoint import UNREADABLE, one_line, read_config, task_of
 from gpu_worker.loading.weights import weight_files
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import load_model
@@ -123,6 +123,8 @@ def load_draft_model(
         check_layers(loaded)
     except (BadRequest, AdapterRefused) as error:
         raise BadRequest(f"draft_model is {model}: {error.message}") from error
+    except UNREADABLE as error:
+        raise BadRequest(f"draft_model is {model}: it cannot be read: {one_line(error)}") from error
     return LoadedDraft(loaded)
 
 

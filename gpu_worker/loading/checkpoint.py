@@ -58,7 +58,7 @@ QUANTISATIONS = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
 
 UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError,
-    SafetensorError, StrictDataclassError,
+    ArithmeticError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers and the quantisation libraries raise on files they cannot use."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import test_grammars
+from oracle.adapters.peft_kinds import read_files
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, packed_engine, prompts, random_llama, warm
 from oracle.test_draft_failures import ByShares
 from oracle.test_draft_model import NUM_TOKENS, SPECULATING, Always, compare_drawn, watch_drafts
 from oracle.test_grammars import TOKENIZER
-from oracle.tiny_models import tiny_model
-from safetensors.torch import load_file, save_file
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,7 +30,6 @@ from gpu_worker.drafting.payoff import Payoff
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import BadRequest
 
 WIDTH, HEADS, LAYERS, INNER = 64, 4, 8, 96
 TAPS = (2, 4, 5)  # of the published code: the inputs of layers 2, n // 2 and n - 3
@@ -396,6 +395,22 @@ def test_a_head_that_fails_costs_no_answer(deep: Oracle, tmp_path: Path, part: s
     assert source.blocks.num_free == source.blocks.num_blocks
 
 
+def test_virtual_tokens_stop_no_drafts(tmp_path: Path) -> None:
+    """An adapter's virtual tokens are read by the base's hidden states alone: they have no embedding of the base."""
+    oracle = Oracle(deep_llama(), {}, scale=0.1)
+    tuned = get_peft_model(deep_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    tuned.save_pretrained(str(tmp_path / "soft"))
+    oracle._files["soft"] = read_files(tmp_path / "soft")
+    head = saved(tmp_path / "head", good_tensors(oracle.untouched), draft_vocab_size=TINY_VOCAB)
+    engine, plain = engine_of(oracle, head, max_step_tokens=16), oracle.engine()
+    requests = [greedy_request(str(i), "soft", text, 30) for i, text in enumerate(prompts(3, TINY_VOCAB))]
+    for one in (plain, engine):
+        warm(one, ["soft"])
+    assert ask(engine, requests).ids == ask(plain, requests).ids
+    assert not head_of(engine)._num_idle, "no pass has failed"
+    assert engine.counters.num_model_accepted_tokens > 0
+
+
 def test_a_text_longer_than_all_blocks_is_read_from_behind(deep: Oracle, tmp_path: Path) -> None:
     head = saved(tmp_path, good_tensors(deep.untouched), draft_vocab_size=TINY_VOCAB)
     engine = engine_of(deep, head, **FEW, max_step_tokens=32)
@@ -437,76 +452,3 @@ def test_settings_load_it_within_its_share_of_the_cache(
     [text] = prompts(1, TINY_VOCAB, (24,))
     assert ask(engine, [greedy_request("r", "", text, 30)]).ids["r"] == deep.greedy("", text, 30)
     thread.engine.close()
-
-
-def without(*names: str) -> Callable[[Tensors], Tensors]:
-    return lambda made: {name: tensor for name, tensor in made.items() if name not in names}
-
-
-def but(**tensors: Tensor) -> Callable[[Tensors], Tensors]:
-    return lambda made: made | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize(
-    ("change", "config", "wanted"),
-    [
-        (without("fc.weight", "norm.weight"), {}, "its weights lack fc.weight, norm.weight"),
-        (without("d2t"), {}, "its weights lack d2t"),
-        (but(medusa__weight=torch.ones(2)), {}, "its weights have medusa.weight, which no head has that is served"),
-        (but(fc__weight=torch.ones(WIDTH, 3 * 48)), {}, r"fc.weight has the shape \[64, 144\], with .* \[64, 192\]"),
-        (but(d2t=torch.full((DRAFTED,), 99)), {}, "d2t names tokens outside the base's 0 … 198"),
-        (but(d2t=torch.zeros(DRAFTED, dtype=torch.int64)), {}, "d2t and t2d name different tokens"),
-        (None, {"vocab_size": 320}, "for a vocabulary of 320 tokens, the base has 199"),
-        (None, {"num_hidden_layers": 2}, "num_hidden_layers is 2 in its config; served is 1"),
-        (None, {"hidden_act": "gelu"}, "hidden_act is gelu in its config; served is silu"),
-        (None, {"norm_before_residual": True}, "norm_before_residual is True in its config; served is False"),
-        (None, {"eagle_config": {"use_aux_hidden_state": False}}, "the base's last hidden states alone"),
-        (None, {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, r"layers \[1, 2, 3\] .* those before 2, 4, 5"),
-        (None, {"architectures": ["LlamaForCausalLMEagle"]}, "it is a head of the kind LlamaForCausalLMEagle"),
-        (None, {"architectures": ["MedusaModel"]}, "it is a head of the kind MedusaModel"),
-    ],
-)
-def test_what_does_not_fit_is_refused_by_name(
-    deep: Oracle, tmp_path: Path, change: Callable[[Tensors], Tensors] | None, config: dict[str, Any], wanted: str
-) -> None:
-    made = random_tensors()
-    head = saved(tmp_path, made if change is None else change(made), **config)
-    base = prepare_model(copy.deepcopy(deep.untouched), frozenset(), None)
-    with pytest.raises(BadRequest, match=f"draft_model is {head}: .*{wanted}"):
-        load_draft_model(head, None, base, None)
-
-
-def test_a_bases_own_heads_are_refused_by_name(deep: Oracle, tmp_path: Path) -> None:
-    deep.untouched.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    for name, wanted in (
-        ("mtp.fc.weight", "the base's own head is of the type llama; served are qwen3_5_text"),
-        (
-            "model.layers.8.eh_proj.weight",
-            r"own head for further tokens \(model.layers.8.eh_proj.weight\) is not served",
-        ),
-    ):
-        save_file(tensors | {name: torch.ones(2)}, file, {"format": "pt"})
-        base = prepare_model(type(deep.untouched).from_pretrained(tmp_path), frozenset(), None)
-        with pytest.raises(BadRequest, match=wanted):
-            load_draft_model(str(tmp_path), None, base, None)
-
-
-def test_layers_are_named_by_inputs_or_outputs(deep: Oracle, tmp_path: Path) -> None:
-    base = prepare_model(copy.deepcopy(deep.untouched), frozenset(), None)
-    for named in (
-        {"eagle_aux_hidden_state_layer_ids": [*TAPS]},
-        {"eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in TAPS]}},
-    ):
-        assert load_draft_model(saved(tmp_path, random_tensors(), **named), None, base, None)
-
-
-def test_bases_whose_layers_cannot_be_read_are_refused(tiny: Oracle, tmp_path: Path) -> None:
-    head = saved(tmp_path, random_tensors())
-    small = prepare_model(copy.deepcopy(tiny.untouched), frozenset(), None)
-    with pytest.raises(BadRequest, match="which reads three layers of 7; the base has 2"):
-        load_draft_model(head, None, small, None)
-    other = prepare_model(tiny_model("gemma2"), frozenset(), None)
-    with pytest.raises(BadRequest, match="those of gemma2 are not"):
-        load_draft_model(head, None, other, None)

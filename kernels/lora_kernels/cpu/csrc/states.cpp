@@ -126,6 +126,7 @@ Tensor gated_delta(const Tensor& qkv, const Tensor& b, const Tensor& a, const De
   const Tensor& states = layer.states;
   LORAFLEET_CHECK(states.dim() == 4 && qkv.dim() == 2, "states must be [slots, G, K, V], qkv [T, channels]");
   const int64_t tokens = qkv.size(0), heads = states.size(1), key_dim = states.size(2), width = states.size(3);
+  LORAFLEET_CHECK(states.numel() > 0, "states have no entries");
   const int64_t keys = (qkv.size(1) - heads * width) / 2, key_heads = keys / key_dim;
   LORAFLEET_CHECK(key_heads > 0 && qkv.size(1) == 2 * key_heads * key_dim + heads * width, qkv.size(1),
                   " channels are no keys of ", key_dim, " and values of ", width);
@@ -154,6 +155,7 @@ Tensor gated_scan(const Tensor& gate, const Tensor& xbc, const Tensor& dt, const
   const Tensor& states = layer.states;
   LORAFLEET_CHECK(states.dim() == 4 && xbc.dim() == 2, "states must be [slots, H, N, P], xbc [T, channels]");
   const int64_t tokens = xbc.size(0), channels = xbc.size(1), heads = states.size(1), key_dim = states.size(2);
+  LORAFLEET_CHECK(states.numel() > 0, "states have no entries");
   const int64_t width = states.size(3), inner = heads * width, keys = (channels - inner) / 2, groups = keys / key_dim;
   LORAFLEET_CHECK(groups > 0 && channels == inner + 2 * groups * key_dim, channels, " channels are no values of ", inner,
                   " and keys of ", key_dim);
