@@ -51,6 +51,12 @@ def test_rms_norm_of_strided_rows(impl: Impl) -> None:
     )
 
 
+def test_rms_norm_of_transposed_rows(impl: Impl) -> None:
+    x, weight = randn(24, 5).T, randn(24, seed=1)
+    expected = ops.rms_norm(x.contiguous(), weight, 1e-6, impl=impl)
+    assert_close(ops.rms_norm(x, weight, 1e-6, impl=impl), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_heads_are_gated_where_they_lie(dtype: torch.dtype, impl: Impl) -> None:
     both = randn(7, 3, 40, dtype=dtype, seed=1) * 4  # a head's numbers, its gate behind them

@@ -199,7 +199,7 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, plus_one: bool = False
 ) -> Tensor:
     """See `ops.rms_norm`."""
-    return _ops.rms_norm.default(x, weight, eps, residual, plus_one)
+    return _ops.rms_norm.default(_rows(x), weight, eps, residual, plus_one)
 
 
 def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
