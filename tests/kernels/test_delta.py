@@ -221,11 +221,11 @@ def test_runs_of_what_is_not_there_are_refused(runs: list[list[int]], message: s
 def test_states_without_entries_are_refused(sizes: tuple[int, int, int], native: Impl) -> None:
     heads, key_dim, width = sizes
     inner, channels = heads * width, heads * width + 2 * 2 * key_dim
-    convs, states, per_head = states_of(4, channels), states_of(*sizes), randn(heads)
+    convs, states, one = states_of(4, channels), states_of(*sizes), randn(heads)
     runs = torch.tensor([[0, 3, 0, 0, -1]])
-    delta = GatedDelta(randn(channels, 4), None, convs, per_head, per_head, states)
+    delta = GatedDelta(randn(channels, 4), None, convs, one, one, states)
     with pytest.raises(RuntimeError, match="states have no entries"):
         ops.gated_delta(randn(3, channels), randn(3, heads), randn(3, heads), delta, runs, impl=native)
-    scan = GatedScan(randn(channels, 4), None, convs, *[per_head] * 3, states, randn(inner), 1e-5, max(inner, 8))
+    scan = GatedScan(randn(channels, 4), None, convs, one, one, one, states, randn(inner), 1e-5, max(inner, 8))
     with pytest.raises(RuntimeError, match="states have no entries"):
         ops.gated_scan(randn(3, inner), randn(3, channels), randn(3, heads), scan, runs, impl=native)
