@@ -324,8 +324,8 @@ class Settings(CommonSettings):
     )
     draft_model: str = Field(
         default="",
-        description="small model with the vocabulary of `model`, or EAGLE-3 head for it, that drafts its next tokens where"
-        " that is faster: a Hub id, a local folder or a GGUF file; empty: none",
+        description="small model with the vocabulary of `model`, or EAGLE-3 head for it, that drafts its next tokens"
+        " where that is faster: a Hub id, a local folder or a GGUF file; `model` itself: its own MTP head; empty: none",
     )
     max_draft_tokens: int = Field(
         default=0,

@@ -459,6 +459,7 @@ def but(**tensors: Tensor) -> Callable[[Tensors], Tensors]:
         (None, {"vocab_size": 320}, "for a vocabulary of 320 tokens, the base has 199"),
         (None, {"num_hidden_layers": 2}, "num_hidden_layers is 2 in its config; served is 1"),
         (None, {"hidden_act": "gelu"}, "hidden_act is gelu in its config; served is silu"),
+        (None, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "of the type dynamic; served are default"),
         (None, {"norm_before_residual": True}, "norm_before_residual is True in its config; served is False"),
         (None, {"eagle_config": {"use_aux_hidden_state": False}}, "the base's last hidden states alone"),
         (None, {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, r"layers \[1, 2, 3\] .* those before 2, 4, 5"),
@@ -490,7 +491,7 @@ def test_a_bases_own_heads_are_refused_by_name(deep: Oracle, tmp_path: Path) -> 
         save_file(tensors | {name: torch.ones(2)}, file, {"format": "pt"})
         base = prepare_model(type(deep.untouched).from_pretrained(tmp_path), frozenset(), None)
         with pytest.raises(BadRequest, match=wanted):
-            load_draft_model(str(tmp_path), None, base, None)
+            load_draft_model(str(tmp_path), None, base, None, tmp_path)
 
 
 def test_layers_are_named_by_inputs_or_outputs(deep: Oracle, tmp_path: Path) -> None:
