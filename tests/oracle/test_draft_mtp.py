@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle.eagle_definition import Tensors
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, packed_engine, prompts, warm
-from oracle.test_draft_head import Tensors
 from oracle.test_draft_model import NUM_TOKENS, SPECULATING, Always, watch_drafts
 from oracle.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
