@@ -111,6 +111,18 @@ async def test_requests_are_cancelled_once_the_queue_can_be_reached(bus: Bus, qu
     await away.close()
 
 
+async def test_a_submission_that_arrives_after_its_cancellation_is_cancelled(bus: Bus, queue: Queue) -> None:
+    """A client has hung up meanwhile, and a large submission has a connection of its own."""
+    replies = Replies(bus, "g", bus)
+    await replies.open()
+    await replies.cancel(["late"])
+    await bus.submit("interactive", [(make_submit("late"), make_body())], max_queued=9)
+    await replies.keep()
+    assert await bus.unfinished() == {}
+    await replies.keep()
+    assert not replies._abandoned
+
+
 async def test_requests_that_are_to_be_cancelled_are_bounded(bus: Bus) -> None:
     replies = Replies(bus, "g", bus)
     await replies.open()
