@@ -57,7 +57,8 @@ class UnreadReply(Exception):
 @dataclass(slots=True)
 class _Asked:
     task: asyncio.Task[dict[str, Any] | str]
-    until_s: float  # of the fleet's clock: when it is asked for again
+    from_s: float
+    until_s: float  # of the fleet's clock: when it is asked for again, also where that was set back
 
 
 class PrometheusCharts:
@@ -84,10 +85,10 @@ class PrometheusCharts:
         """Return a range as `TimeSeries.read` does, or a line that says why there is none. span: of `RANGES_S`."""
         now_s, step_s = self._now_s(), RANGES_S[span][1]
         asked = self._asked.get((span, group))
-        if asked is None or now_s >= asked.until_s:
+        if asked is None or not asked.from_s <= now_s < asked.until_s:
             newest_s = int(now_s) // step_s * step_s
             task = asyncio.create_task(self._asking(span, group, newest_s))
-            asked = self._asked[span, group] = _Asked(task, newest_s + step_s)
+            asked = self._asked[span, group] = _Asked(task, newest_s, newest_s + step_s)
         return await asyncio.shield(asked.task)
 
     async def _asking(self, span: str, group: Group | None, newest_s: int) -> dict[str, Any] | str:
