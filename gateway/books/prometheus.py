@@ -114,7 +114,8 @@ class PrometheusCharts:
         names: list[str] = []
         if group is not None:
             raw = await self._post("query", query=charts.busiest(group, MAX_GROUPS, range_s, self._matchers))
-            names = await asyncio.to_thread(_names, raw, charts.GROUPS[group][0])
+            async with self._reading:
+                names = await asyncio.to_thread(_names, raw, charts.GROUPS[group][0])
         # A value is of the time before it, so that of a period is asked for at its end.
         times = range(newest_s - range_s + 2 * step_s, newest_s + step_s + 1, step_s)
         query = charts.chart(group, names, step_s, self._matchers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from urllib.parse import parse_qs
 import pytest
 from helpers.scripted_fleet import ScriptedFleet, gateway_client
 from helpers.stub_http import serving
+from helpers.waiting import wait_until
 
 from gateway.books.prometheus import MAX_BYTES, RANGES_S, RETRY_S, PrometheusCharts
 from gateway.fleet.timeseries import TimeSeries
@@ -153,6 +155,19 @@ async def test_a_range_is_asked_for_once_a_period() -> None:
             found = await made.read(span, None)
             assert isinstance(found, dict)
             assert found["num"] <= 360
+
+
+async def test_replies_of_both_queries_are_read_one_at_a_time() -> None:
+    """Two megabytes may become fifty while they are read; there are ten such charts."""
+    with charts(lambda path, _: names(a="1") if path.endswith("query") else result()) as (made, asked):
+        async with made._reading:
+            first = asyncio.create_task(made.read("6h", "model"))
+            await wait_until(lambda: len(asked) == 1, "the names are asked for")
+            other = PrometheusCharts(made._url.removesuffix("/api/v1/"), "", StoreHttp())
+            assert isinstance(await other.read("7d", None), dict)
+            assert [path for path, _ in asked] == ["/api/v1/query", "/api/v1/query_range"]
+        assert isinstance(await first, dict)
+        assert len(asked) == 3
 
 
 async def test_whatever_is_replied_there_is_a_line_that_says_so(subtests: pytest.Subtests) -> None:
