@@ -225,7 +225,7 @@ def _layers(tensors: dict[str, Tensor], config: Any, base: BaseModel, impl: ops.
 
     call = attention_call(nn.Identity(), config)
     qkv = linears(*(f"midlayer.self_attn.{name}_proj" for name in "qkv"))
-    attention = RotaryAttention(PagedLayer(call, context, impl), qkv, linears("midlayer.self_attn.o_proj"), None)
+    attention = RotaryAttention(PagedLayer(call, context, impl), qkv, linears("midlayer.self_attn.o_proj"), ())
     mlp = GatedMlp(
         linears("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj"), linears("midlayer.mlp.down_proj"), "silu", impl
     )
