@@ -114,7 +114,7 @@ def load_engine(
             folder, device, dtype, impl, score_tokens=settings.score_tokens, compiled=settings.compile,
             keeps_answers=True, rounds_inputs=settings.quantize_activations,
         )  # fmt: skip
-        draft = load_draft_model(settings.draft_model, tokenizer, model, impl) if settings.draft_model else None
+        draft = load_draft_model(settings.draft_model, tokenizer, model, impl, given) if settings.draft_model else None
         engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files, draft)
         model.keep_answers()
         if draft is not None:

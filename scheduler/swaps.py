@@ -24,8 +24,11 @@ USED_MS = 120_000.0
 """Time constant of the mean use of machine time that is compared with shares."""
 
 HELP_STARTS = 2.0
-"""Work that waits at a base, in starts for each of its workers, from which one more helps; and the starts for which the
-last worker of another base has been idle then."""
+"""Work that waits at a base, in starts for each of its workers, from which one more helps."""
+
+IDLE_STARTS, IDLE_STARTS_BELOW = 2.0, 1.0
+"""Starts for which the last worker of a base has been idle before it helps another; fewer where that one is below its
+share, and so has a claim to one more worker."""
 
 LOSS, MAX_LOSS = 0.2, 0.1
 """Part of machine time that starts take where the bound is longer than asked: since it cannot be kept, since all have
@@ -275,10 +278,12 @@ class _Fleet:
     def _is_better_at(self, demand: BaseDemand, seat: Seat) -> bool:
         if demand.name == seat.base or demand.name not in seat.may_become:
             return False
+        is_below_share = self.num[demand.name] < self._ideal(demand.name)
         if not self.is_idle(seat):
-            return self.num[demand.name] < self._ideal(demand.name)
+            return is_below_share
+        starts = IDLE_STARTS_BELOW if is_below_share else IDLE_STARTS
         idle_ms = self._now_ms - self._policy.busy_ms[seat.wid]
-        return self.num[seat.base] > 1 or idle_ms >= HELP_STARTS * 1000 * demand.start_s
+        return self.num[seat.base] > 1 or idle_ms >= starts * 1000 * demand.start_s
 
     def _order(self, seat: Seat, why: str, name: str) -> None:
         self._swaps.append(Swap(seat.wid, name, why, self._now_ms, seat.name, seat.base, seat.may_become))

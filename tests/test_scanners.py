@@ -42,6 +42,7 @@ READERS = {
     "gateway/batches/results.py": "an answer of ours, of which all but `usage` is passed over",
     "gateway/anthropic/anthropic_write.py": "arguments in an answer, whose length `max_tokens` bounds",
     "gateway/adapters/memory.py": "answers of the fleet's own store",
+    "gateway/books/prometheus.py": "replies of the operator's own Prometheus, of at most 2 MiB, in a thread",
     "gateway/requests/database.py": "a row of ours: an entry of the history, which scripts have bounded",
 }
 """Files of the gateway that read JSON by other means than `json_values.loads`, and why they may."""

@@ -57,7 +57,8 @@ class UnreadReply(Exception):
 @dataclass(slots=True)
 class _Asked:
     task: asyncio.Task[dict[str, Any] | str]
-    until_s: float  # of the fleet's clock: when it is asked for again
+    from_s: float
+    until_s: float  # of the fleet's clock: when it is asked for again, also where that was set back
 
 
 class PrometheusCharts:
@@ -84,10 +85,10 @@ class PrometheusCharts:
         """Return a range as `TimeSeries.read` does, or a line that says why there is none. span: of `RANGES_S`."""
         now_s, step_s = self._now_s(), RANGES_S[span][1]
         asked = self._asked.get((span, group))
-        if asked is None or now_s >= asked.until_s:
+        if asked is None or not asked.from_s <= now_s < asked.until_s:
             newest_s = int(now_s) // step_s * step_s
             task = asyncio.create_task(self._asking(span, group, newest_s))
-            asked = self._asked[span, group] = _Asked(task, newest_s + step_s)
+            asked = self._asked[span, group] = _Asked(task, newest_s, newest_s + step_s)
         return await asyncio.shield(asked.task)
 
     async def _asking(self, span: str, group: Group | None, newest_s: int) -> dict[str, Any] | str:
@@ -98,7 +99,7 @@ class PrometheusCharts:
             problem = f"it takes longer than {self._timeout_s:g} s"
         except UnreadReply as error:
             problem = str(error)
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ExceptionGroup) as error:  # the last: of a wrong port
             problem = f"it can't be reached ({type(error).__name__})"
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
             problem = "its reply is not that of a Prometheus"
@@ -113,7 +114,8 @@ class PrometheusCharts:
         names: list[str] = []
         if group is not None:
             raw = await self._post("query", query=charts.busiest(group, MAX_GROUPS, range_s, self._matchers))
-            names = await asyncio.to_thread(_names, raw, charts.GROUPS[group][0])
+            async with self._reading:
+                names = await asyncio.to_thread(_names, raw, charts.GROUPS[group][0])
         # A value is of the time before it, so that of a period is asked for at its end.
         times = range(newest_s - range_s + 2 * step_s, newest_s + step_s + 1, step_s)
         query = charts.chart(group, names, step_s, self._matchers)

@@ -231,11 +231,13 @@ class Replies:
                 subscription.fail(error)
 
     async def cancel(self, rids: Sequence[str]) -> None:
-        """Take requests out of the queue and stop those that run; as soon as it can be reached, if it cannot be now."""
+        """Take requests out of the queue and stop those that run: later if it is away, or has none of them yet."""
         try:
-            await asyncio.gather(*(self.bus.cancel(rid) for rid in rids))
+            states = await asyncio.gather(*(self.bus.cancel(rid) for rid in rids))
         except CONNECTION_ERRORS:
             self.abandon(rids)
+        else:  # a submission may come after its cancellation, on another connection
+            self.abandon([rid for rid, state in zip(rids, states, strict=True) if not state])
 
     def abandon(self, rids: Sequence[str]) -> None:
         """Cancel, once the queue can be reached, requests that it may have, or may get, although it has not said so."""

@@ -93,12 +93,13 @@ class Submitter:
         record = record_of(made, new.job.jid if new is not None else "") if made.parsed.key else None
         try:
             earlier = await self.put(call, requests, record, new)
-        except BaseException as failure:
+        except asyncio.CancelledError:
             self._replies.unsubscribe(mail)
-            if not made.parsed.key and isinstance(failure, asyncio.CancelledError):
+            if not made.parsed.key:
                 await self._replies.cancel(made.rids)  # the queue may have it, and nobody would take it out any more
-            elif not made.parsed.key and isinstance(failure, LOST):
-                self._replies.abandon(made.rids)
+            raise
+        except BaseException:
+            self._replies.unsubscribe(mail)
             raise
         if earlier is not None:
             self._replies.unsubscribe(mail)
@@ -182,6 +183,10 @@ class Submitter:
             if outcome == "idem":
                 return decode(result, m.Idempotent)
             self._admission.settle(call, outcome, result)
+        except LOST:
+            if record is None:
+                self._replies.abandon([head.rid for head, _ in requests])  # its client will not ask for it again
+            raise
         finally:
             self._admission.reached_queue()
         observe.accepted(call.parsed.caller.owner, call.prompts)

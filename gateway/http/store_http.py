@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import anyio
 import httpx2
@@ -31,7 +32,8 @@ class StoreHttp:
         anyio.run(anyio.sleep, 0)  # imports anyio's backend, on a loop that ends here
         # Any number of connections: uploads may take minutes each, and nobody else's call is to wait for one to end.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
-        return httpx2.AsyncClient(headers=self._headers, trust_env=False, limits=limits)
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # one with an odd character fails all after it
+        return httpx2.AsyncClient(headers=self._headers, cookies=no_cookies, trust_env=False, limits=limits)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -47,7 +47,7 @@ NOTHING_FITS = "no text is of this form: it may refer to itself, or leave no cho
 
 IMPORTED_LATE = (
     "encodings.idna", "encodings.latin_1", "encodings.unicode_escape", "encodings.utf_16", "jinja2.constants",
-    "jinja2.debug", "llguidance", "pprint", "textwrap", "traceback", "unicodedata",
+    "jinja2.debug", "html", "llguidance", "pprint", "textwrap", "traceback", "unicodedata",
 )  # fmt: skip
 """Modules that a job may need and that Python would import then, when no file can be opened any more."""
 

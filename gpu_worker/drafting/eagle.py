@@ -50,6 +50,9 @@ UNSERVED: dict[str, Any] = {
 }
 """Entries of a config with the one value of each that is served."""
 
+ROPES = ("default", "linear", "llama3", "yarn")
+"""Types of rotary embeddings that are the same for every length of text."""
+
 NAMED_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -150,6 +153,9 @@ def check_config(config: Any, base: BaseModel, taps: tuple[int, int, int]) -> No
         given = getattr(config, name, value)
         if given != value and (given or value):
             raise BadRequest(f"{name} is {given} in its config; served is {value}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPES:
+        raise BadRequest(f"its rotary embeddings are of the type {rope}; served are {', '.join(ROPES)}")
     if config.vocab_size != base.vocab_size:
         raise BadRequest(f"it is for a vocabulary of {config.vocab_size} tokens, the base has {base.vocab_size}")
     inner = getattr(config, "eagle_config", None) or {}
@@ -219,7 +225,7 @@ def _layers(tensors: dict[str, Tensor], config: Any, base: BaseModel, impl: ops.
 
     call = attention_call(nn.Identity(), config)
     qkv = linears(*(f"midlayer.self_attn.{name}_proj" for name in "qkv"))
-    attention = RotaryAttention(PagedLayer(call, context, impl), qkv, linears("midlayer.self_attn.o_proj"), None)
+    attention = RotaryAttention(PagedLayer(call, context, impl), qkv, linears("midlayer.self_attn.o_proj"), ())
     mlp = GatedMlp(
         linears("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj"), linears("midlayer.mlp.down_proj"), "silu", impl
     )

@@ -97,11 +97,12 @@ def _num_blocks(num_bytes: int, block_bytes: int, config: EngineConfig) -> int:
 
 
 def load_draft_model(
-    model: str, tokenizer: str | None, base: BaseModel, impl: ops.Impl | None
+    model: str, tokenizer: str | None, base: BaseModel, impl: ops.Impl | None, base_folder: Path | None = None
 ) -> LoadedDraft | LoadedHead:
     """Load a draft model or a head, a folder or a Hub id. tokenizer: the base's tokenizer.json, None where it has none.
 
-    impl: the base's. Raises BadRequest, which names the model and what is wrong with it.
+    impl: the base's. base_folder: the base's own, whose head (MTP) drafts where it is named. Raises BadRequest, which
+    names the model and what is wrong with it.
     """
     try:
         folder = model_folder(model, WEIGHT_FILES)
@@ -111,7 +112,7 @@ def load_draft_model(
             return LoadedHead(load_head(folder, config, base, impl))
         if any(kind in name.lower() for kind in HEADS):
             raise BadRequest(f"it is a head of the kind {name}; served is {EAGLE3[0]}")
-        own_head = _own_head(folder, base)
+        own_head = _own_head(folder) if base_folder is not None and folder.resolve() == base_folder.resolve() else ""
         if own_head.startswith(PREFIX):
             return LoadedHead(load_mtp(folder, base, impl))
         if own_head:
@@ -128,10 +129,8 @@ def load_draft_model(
     return LoadedDraft(loaded)
 
 
-def _own_head(folder: Path, base: BaseModel) -> str:
-    """Return the name of a tensor of a base's own head, if it is named as its own draft model; else ""."""
-    if folder.resolve() != Path(base.module.config.name_or_path or "").resolve():
-        return ""
+def _own_head(folder: Path) -> str:
+    """Return the name of a tensor of the head for further tokens (MTP) in a base's folder, "" if it has none."""
     for file in filter(Path.is_file, weight_files(folder)):
         with safe_open(file, framework="pt") as opened:
             names: list[str] = [*opened.keys()]

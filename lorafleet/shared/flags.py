@@ -96,12 +96,12 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
         os.environ.setdefault(f"{PREFIX}REDIS_URL", url)
     _refuse_unknown_variables()
     flags = {name: value for name, value in vars(args).items() if name in Settings.model_fields} | given
-    if urlsplit(str(vars(args).get("redis_url", ""))).password:
+    if _has_password(args, "redis_url"):
         raise BadRequest(
             "--redis-url: other users of this machine could read the password; use --redis-password-file, or give the"
             " URL as REDIS_URL"
         )
-    if urlsplit(str(vars(args).get("prometheus_url", ""))).password:
+    if _has_password(args, "prometheus_url"):
         raise BadRequest(
             "--prometheus-url: other users of this machine could read the password; give the URL as"
             f" {PREFIX}PROMETHEUS_URL"
@@ -118,6 +118,15 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
             for problem in error.errors()
         ]
         raise BadRequest("; ".join(problems)) from error
+
+
+def _has_password(args: argparse.Namespace, name: str) -> bool:
+    """Return whether a flag's URL has a password. Raises BadRequest for what is no URL."""
+    url = str(vars(args).get(name, ""))
+    try:
+        return bool(urlsplit(url).password)
+    except ValueError as error:
+        raise BadRequest(f"--{name.replace('_', '-')}: {url!r:.100} is not a URL: {error}") from error
 
 
 def _wrong(problem: Any) -> str:

@@ -147,7 +147,7 @@ class Members:
         for wid in wids:
             pipe.getrange(self._keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
         found = {wid: raw for wid, raw in zip(wids, await pipe.execute(), strict=True) if raw}
-        old = [wid for wid, raw in found.items() if _BASE not in raw]
+        old = [wid for wid, raw in found.items() if not _begins_with_base(raw)]
         raws = await read_many(self._redis, [self._keys.worker_beat(wid) for wid in old])
         return found | {wid: raw or b"" for wid, raw in zip(old, raws, strict=True)}
 
@@ -363,14 +363,20 @@ def joining_of(
     return Joining(base, first_name in dropped, dropped)
 
 
+def _begins_with_base(raw: bytes) -> bool:
+    """Return whether a heartbeat's first field is its base; further on, a worker's name may read like that field's."""
+    return 0 < raw.find(_BASE) < len(_BASE)  # before it is the number of fields alone
+
+
 def _live(names: Iterable[str], first: str, beats: Sequence[bytes]) -> tuple[set[str], bool]:
     """Return which bases live workers serve, and whether some are of an earlier version, which names none.
 
-    Those are of the first one, and only their beats are decoded.
+    Those are of the first one. Only beats of earlier versions are decoded.
     """
-    live = {name for name in names if any(_BASE + m.encode(name) in raw for raw in beats)}
-    has_old = any(_BASE not in raw and _beat(raw) is not None for raw in beats)
-    return live | ({first} if has_old else set()), has_old
+    new = [raw for raw in beats if _begins_with_base(raw)]
+    old = [beat.base for raw in beats if not _begins_with_base(raw) and (beat := _beat(raw)) is not None]
+    live = {name for name in names if any(_BASE + m.encode(name) in raw for raw in new)}
+    return live.union(name or first for name in old), "" in old
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:

@@ -325,7 +325,7 @@ class Settings(CommonSettings):
     draft_model: str = Field(
         default="",
         description="small model with the vocabulary of `model`, or EAGLE-3 head for it, that drafts its next tokens"
-        " where that is faster: a Hub id, a local folder or a GGUF file; empty: none",
+        " where that is faster: a Hub id, a local folder or a GGUF file; `model` itself: its own MTP head; empty: none",
     )
     max_draft_tokens: int = Field(
         default=0,

@@ -105,7 +105,7 @@ def test_the_queue_of_a_running_fleet_is_found_by_its_data_folder(
 ) -> None:
     flags = ["--data", str(tmp_path)]
     assert main(["keys", "list", *flags]) == 2
-    assert "none" in capsys.readouterr().err
+    assert "no fleet runs in" in capsys.readouterr().err
     server = start_embedded(tmp_path / "queue" / "tiny-1", durable=False, guarded=guarded)
     try:
         (tmp_path / "queue" / "ended-2").mkdir()

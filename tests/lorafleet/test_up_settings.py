@@ -127,6 +127,8 @@ def test_settings_survive_the_way_to_a_child(monkeypatch: pytest.MonkeyPatch) ->
         (["up"], "MODEL is missing"),
         (["up", "x/y", "--port", "web"], "--port: must be a valid integer"),
         (["up", "x/y", "--prometheus-url", "h:9090"], "--prometheus-url: expected: http(s) URL of a Prometheus that"),
+        (["up", "x/y", "--prometheus-url", "http://[h"], "--prometheus-url: 'http://[h' is not a URL"),
+        (["up", "x/y", "--redis-url", "redis://[h"], "--redis-url: 'redis://[h' is not a URL"),
         (["up", "x/y", "--port", "70000"], "--port: must be less than or equal to 65535"),
         (["up", "x/y", "--device", "tpu"], "--device: must be 'auto', 'cpu' or 'cuda', not 'tpu'"),
         (["up", "x/y", "--workers", "-1"], "--workers: must be greater than or equal to 0"),

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from oracle import test_grammars
 from oracle.adapters.peft_kinds import read_files
+from oracle.eagle_definition import EPS, HEADS, TAPS, WIDTH, Tensors, by_definition
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, packed_engine, prompts, random_llama, warm
 from oracle.test_draft_failures import ByShares
 from oracle.test_draft_model import NUM_TOKENS, SPECULATING, Always, compare_drawn, watch_drafts
 from oracle.test_grammars import TOKENIZER
+from oracle.tiny_models import tiny_model
 from peft import PromptTuningConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,11 +31,10 @@ from gpu_worker.drafting.payoff import Payoff
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
 
-WIDTH, HEADS, LAYERS, INNER = 64, 4, 8, 96
-TAPS = (2, 4, 5)  # of the published code: the inputs of layers 2, n // 2 and n - 3
+LAYERS, INNER = 8, 96
 DRAFTED = 150  # tokens that the head knows
-EPS = 1e-5
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLMEagle3"],
     "model_type": "llama",
@@ -54,8 +54,6 @@ CONFIG: dict[str, Any] = {
 
 FEW: dict[str, Any] = {"kv_cache_bytes": 9 * LAYERS * 4096 * 8 // 7, "max_model_len": 128, "max_num_seqs": 3}
 """Room for nine blocks of the base, and three of the head."""
-
-Tensors = dict[str, Tensor]
 
 
 def deep_llama(vocab_size: int = TINY_VOCAB) -> PreTrainedModel:
@@ -150,67 +148,6 @@ def head_of(engine: Engine) -> DraftHead:
     source = engine.batcher.draft_model
     assert isinstance(source, DraftHead)
     return source
-
-
-# ---------------------------------------------------------------- the published definition, in fp32
-
-
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
-
-
-def rotated(x: Tensor) -> Tensor:
-    """Return heads [T, H, D], each turned by the angles of its position."""
-    half = x.shape[-1] // 2
-    angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(half) / half)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-def layer(own: Tensors, embeds: Tensor, hidden: Tensor) -> Tensor:
-    """Return the head's hidden states [T, D] after it has read the embeddings and hidden states of T tokens.
-
-    As in SafeAILab/EAGLE, eagle/model/cnets.py (LlamaDecoderLayeremb): attention reads both, normed, side by side.
-    """
-
-    def mid(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, own[f"midlayer.{name}.weight"])
-
-    x = torch.cat(
-        (norm(embeds, own["midlayer.input_layernorm.weight"]), norm(hidden, own["midlayer.hidden_norm.weight"])), -1
-    )
-    q, k, v = (mid(f"self_attn.{name}_proj", x).view(len(x), HEADS, -1) for name in "qkv")
-    scores = torch.einsum("ihd,jhd->hij", rotated(q), rotated(k)) * (WIDTH // HEADS) ** -0.5
-    scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
-    attended = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(len(x), -1)
-    hidden = hidden + mid("self_attn.o_proj", attended)
-    x = norm(hidden, own["midlayer.post_attention_layernorm.weight"])
-    return hidden + mid("mlp.down_proj", F.silu(mid("mlp.gate_proj", x)) * mid("mlp.up_proj", x))
-
-
-def by_definition(
-    own: Tensors, oracle: Oracle, name: str, text: np.ndarray, num: int, start: int = 0
-) -> tuple[list[int], list[Tensor]]:
-    """Return `num` draft tokens after a text under an adapter, and the logits of each. start: the head's first token.
-
-    The base's hidden states of each token go with the embedding of the next one; behind them go the head's own, which
-    are those before its last norm (`topK_genrate` in cnets.py, with a tree of one branch).
-    """
-    ids = torch.from_numpy(text.astype(np.int64))[start:]
-    with torch.inference_mode(), oracle._under(name) as model:
-        states = model(input_ids=torch.from_numpy(text.astype(np.int64))[None], output_hidden_states=True).hidden_states
-        embedding = oracle.untouched.get_input_embeddings()
-        hidden = F.linear(torch.cat([states[i][0, start:-1] for i in TAPS], -1), own["fc.weight"])
-        tokens, found, logits = ids[1:].tolist(), list[int](), list[Tensor]()
-        for _ in range(num):
-            out = layer(own, embedding(torch.tensor(tokens)), hidden)[-1]
-            logits.append(F.linear(norm(out, own["norm.weight"]), own["lm_head.weight"]))
-            token = int(logits[-1].argmax())
-            found.append(token + int(own["d2t"][token]))
-            tokens.append(found[-1])
-            hidden = torch.cat((hidden, out[None]))
-    return found, logits
 
 
 def watch_logits(engine: Engine) -> list[Tensor]:
@@ -452,3 +389,89 @@ def test_settings_load_it_within_its_share_of_the_cache(
     [text] = prompts(1, TINY_VOCAB, (24,))
     assert ask(engine, [greedy_request("r", "", text, 30)]).ids["r"] == deep.greedy("", text, 30)
     thread.engine.close()
+
+
+def without(*names: str) -> Callable[[Tensors], Tensors]:
+    return lambda made: {name: tensor for name, tensor in made.items() if name not in names}
+
+
+def but(**tensors: Tensor) -> Callable[[Tensors], Tensors]:
+    return lambda made: made | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "wanted"),
+    [
+        (without("fc.weight", "norm.weight"), {}, "its weights lack fc.weight, norm.weight"),
+        (without("d2t"), {}, "its weights lack d2t"),
+        (but(medusa__weight=torch.ones(2)), {}, "its weights have medusa.weight, which no head has that is served"),
+        (but(fc__weight=torch.ones(WIDTH, 3 * 48)), {}, r"fc.weight has the shape \[64, 144\], with .* \[64, 192\]"),
+        (but(d2t=torch.full((DRAFTED,), 99)), {}, "d2t names tokens outside the base's 0 … 198"),
+        (but(d2t=torch.zeros(DRAFTED, dtype=torch.int64)), {}, "d2t and t2d name different tokens"),
+        (None, {"vocab_size": 320}, "for a vocabulary of 320 tokens, the base has 199"),
+        (None, {"num_hidden_layers": 2}, "num_hidden_layers is 2 in its config; served is 1"),
+        (None, {"hidden_act": "gelu"}, "hidden_act is gelu in its config; served is silu"),
+        (None, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "of the type dynamic; served are default"),
+        (None, {"norm_before_residual": True}, "norm_before_residual is True in its config; served is False"),
+        (None, {"eagle_config": {"use_aux_hidden_state": False}}, "the base's last hidden states alone"),
+        (None, {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, r"layers \[1, 2, 3\] .* those before 2, 4, 5"),
+        (None, {"architectures": ["LlamaForCausalLMEagle"]}, "it is a head of the kind LlamaForCausalLMEagle"),
+        (None, {"architectures": ["MedusaModel"]}, "it is a head of the kind MedusaModel"),
+        (None, {"eagle_config": "x"}, "it cannot be read: 'str' object has no attribute 'get'"),
+        (None, {"eagle_aux_hidden_state_layer_ids": 3}, "it cannot be read: 'int' object is not iterable"),
+        (None, {"num_attention_heads": 0}, "is not a valid llama config: .*modulo by zero"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    deep: Oracle, tmp_path: Path, change: Callable[[Tensors], Tensors] | None, config: dict[str, Any], wanted: str
+) -> None:
+    made = random_tensors()
+    head = saved(tmp_path, made if change is None else change(made), **config)
+    base = prepare_model(copy.deepcopy(deep.untouched), frozenset(), None)
+    with pytest.raises(BadRequest, match=f"draft_model is {head}: .*{wanted}"):
+        load_draft_model(head, None, base, None)
+
+
+def test_an_index_that_is_none_is_refused(deep: Oracle, tmp_path: Path) -> None:
+    head = saved(tmp_path, random_tensors())
+    base = prepare_model(copy.deepcopy(deep.untouched), frozenset(), None)
+    for index in ("[]", '{"weight_map": [1]}', '{"weight_map": {"fc.weight": 3}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(BadRequest, match=f"draft_model is {head}: "):
+            load_draft_model(head, None, base, None)
+
+
+def test_a_bases_own_heads_are_refused_by_name(deep: Oracle, tmp_path: Path) -> None:
+    deep.untouched.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name, wanted in (
+        ("mtp.fc.weight", "the base's own head is of the type llama; served are qwen3_5_text"),
+        (
+            "model.layers.8.eh_proj.weight",
+            r"own head for further tokens \(model.layers.8.eh_proj.weight\) is not served",
+        ),
+    ):
+        save_file(tensors | {name: torch.ones(2)}, file, {"format": "pt"})
+        base = prepare_model(type(deep.untouched).from_pretrained(tmp_path), frozenset(), None)
+        with pytest.raises(BadRequest, match=wanted):
+            load_draft_model(str(tmp_path), None, base, None, tmp_path)
+
+
+def test_layers_are_named_by_inputs_or_outputs(deep: Oracle, tmp_path: Path) -> None:
+    base = prepare_model(copy.deepcopy(deep.untouched), frozenset(), None)
+    for named in (
+        {"eagle_aux_hidden_state_layer_ids": [*TAPS]},
+        {"eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in TAPS]}},
+    ):
+        assert load_draft_model(saved(tmp_path, random_tensors(), **named), None, base, None)
+
+
+def test_bases_whose_layers_cannot_be_read_are_refused(tiny: Oracle, tmp_path: Path) -> None:
+    head = saved(tmp_path, random_tensors())
+    small = prepare_model(copy.deepcopy(tiny.untouched), frozenset(), None)
+    with pytest.raises(BadRequest, match="which reads three layers of 7; the base has 2"):
+        load_draft_model(head, None, small, None)
+    other = prepare_model(tiny_model("gemma2"), frozenset(), None)
+    with pytest.raises(BadRequest, match="those of gemma2 are not"):
+        load_draft_model(head, None, other, None)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle.eagle_definition import Tensors
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, packed_engine, prompts, warm
-from oracle.test_draft_head import Tensors
 from oracle.test_draft_model import NUM_TOKENS, SPECULATING, Always, watch_drafts
 from oracle.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpu_worker.build import load_engine
 from gpu_worker.drafting.draft_head import DraftHead
 from gpu_worker.drafting.load import LoadedHead, load_draft_model
 from gpu_worker.engine.engine import Engine
@@ -65,14 +66,13 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Oracle, Tensors, s
     made = head_tensors(base.config)
     file = folder / "model.safetensors"
     save_file(load_file(file) | made, file, {"format": "pt"})
-    base.config.name_or_path = str(folder)
     return Oracle(base, LORAS, scale=0.4), made, str(folder)
 
 
 def engine_of(oracle: Oracle, folder: str, **settings: Any) -> Engine:
     """Return an engine over a copy of the base, whose own head drafts whenever it may."""
     model = prepare_model(copy.deepcopy(oracle.untouched), frozenset(), None)
-    loaded = load_draft_model(folder, None, model, None)
+    loaded = load_draft_model(folder, None, model, None, Path(folder))
     assert isinstance(loaded, LoadedHead)
     values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | SPECULATING | settings
     return packed_engine(model, Settings(**values), oracle.fetch, None, LoadedHead(loaded.head, Always()))
@@ -165,22 +165,47 @@ def test_drafts_are_those_of_its_definition_and_answers_pefts(
     assert source.blocks.num_free == source.blocks.num_blocks
 
 
+def test_a_base_named_as_its_own_draft_model_drafts_by_its_head(
+    hybrid: tuple[Oracle, Tensors, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
+    oracle, _, folder = hybrid
+    settings = Settings(
+        model=folder,
+        draft_model=folder,
+        dtype="float32",
+        device="cpu",
+        kv_cache_bytes=4 << 20,
+        adapter_pool_bytes=1 << 20,
+        threads=1,
+    )
+    thread, _ = load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
+    engine = thread.engine
+    assert isinstance(engine, Engine)
+    source = engine.batcher.draft_model
+    assert isinstance(source, DraftHead)
+    assert 0 < source.blocks.num_blocks * source.head.block_bytes <= settings.kv_cache_bytes // 8
+    assert source._payoff.repeats
+    [text] = prompts(1, 190, (24,))
+    assert ask(engine, [greedy_request("r", "", text, 30)]).ids["r"] == oracle.greedy("", text, 30)
+    thread.engine.close()
+
+
 def test_heads_of_other_shapes_and_types_are_refused_by_name(
     hybrid: tuple[Oracle, Tensors, str], tmp_path: Path
 ) -> None:
     oracle, made, folder = hybrid
     base = prepare_model(copy.deepcopy(oracle.untouched), frozenset(), None)
-    base.module.config.name_or_path = str(tmp_path)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((Path(folder) / name).read_bytes())
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file({name: own for name, own in tensors.items() if name != "mtp.norm.weight"}, file, {"format": "pt"})
     with pytest.raises(BadRequest, match=r"own head lacks, or has in another shape or besides: norm\.weight"):
-        load_draft_model(str(tmp_path), None, base, None)
+        load_draft_model(str(tmp_path), None, base, None, tmp_path)
     save_file(tensors | {"mtp.layers.1.mlp.up_proj.weight": made["mtp.fc.weight"]}, file, {"format": "pt"})
     with pytest.raises(BadRequest, match=r"or besides: layers\.1\.mlp\.up_proj\.weight"):
-        load_draft_model(str(tmp_path), None, base, None)
+        load_draft_model(str(tmp_path), None, base, None, tmp_path)
     base.config.model_type = "other"
     with pytest.raises(BadRequest, match="own head is of the type other; served are qwen3_5_text"):
-        load_draft_model(str(tmp_path), None, base, None)
+        load_draft_model(str(tmp_path), None, base, None, tmp_path)

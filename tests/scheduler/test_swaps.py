@@ -162,11 +162,14 @@ def test_one_more_worker_helps_where_work_piles_up() -> None:
     assert (swap.base, swap.why) == ("a", "load")
 
 
-def test_the_last_worker_of_a_base_helps_after_being_idle() -> None:
-    policy, demands, seats = make(), [base("a", 60.0), base("b")], [seat("a1", "a", 1), seat("b1", "b")]
+@pytest.mark.parametrize(("shares", "after_ms"), [(3.0, 3000), (1.0, 6000)])
+def test_the_last_worker_of_a_base_helps_sooner_below_a_share(shares: float, after_ms: int) -> None:
+    """After a start without work it helps a base that has less than its share, after two one that has its share."""
+    policy, demands = make(), [base("a", 60.0, shares=shares), base("b"), base("c", shares=4.0 - shares)]
+    seats = [seat("a1", "a", 1), seat("b1", "b"), seat("c1", "c", 1)]
     assert policy.decide(NOW_MS, demands, seats) == []
-    assert policy.decide(NOW_MS + 5900, demands, seats) == []
-    assert policy.decide(NOW_MS + 6000, demands, seats) == [Swap("b1", "a", "load")]
+    assert policy.decide(NOW_MS + after_ms - 100, demands, seats) == []
+    assert policy.decide(NOW_MS + after_ms, demands, seats) == [Swap("b1", "a", "load")]
 
 
 def test_workers_follow_shares_where_all_are_overloaded() -> None:

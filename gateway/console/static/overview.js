@@ -120,7 +120,7 @@ function Charts({ params, set, offer }) {
   const metric = METRICS[params.metric] ? params.metric : "requests";
   const { value, error } = usePoll(async (signal) => {
     const answer = await get(`v1/timeseries${query({ range, group_by: by })}`, signal);
-    offer(answer.ranges);
+    offer(answer.ranges ?? OWN); // a gateway of an earlier version says nothing of ranges
     return complete(answer);
   }, range === "15m" ? 5000 : 30_000, [range, by]);
   if (!value) return error ? html`<p class="note">${error.message}</p>` : html`<p>Loading …</p>`;
@@ -130,7 +130,7 @@ function Charts({ params, set, offer }) {
   const [title, unit, values] = METRICS[metric];
   return html`
     ${value.note ? html`<p class="note">${value.note}</p>` : null}
-    ${value.gateways > 1 && value.source === "gateway" ? html`<p class="note">There are ${value.gateways} gateways: calls, errors and times to first token are those of the one that serves this page. Queue, throughput and prefix cache are of the whole fleet.</p>` : null}
+    ${value.gateways > 1 && value.source !== "prometheus" ? html`<p class="note">There are ${value.gateways} gateways: calls, errors and times to first token are those of the one that serves this page. Queue, throughput and prefix cache are of the whole fleet.</p>` : null}
     <div class="grid charts">
       <section class="panel"><${Lines} title="Queue" unit="requests" times=${times} lines=${[{ label: "running", values: fleet.running }, { label: "queued", values: fleet.queued }]} /></section>
       <section class="panel"><${Lines} title="Throughput" unit="tokens/s" times=${times} lines=${[{ label: "all workers", values: per(fleet.output_tokens, 1, value) }]} /></section>

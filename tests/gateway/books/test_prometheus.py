@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
 from helpers.scripted_fleet import ScriptedFleet, gateway_client
 from helpers.stub_http import serving
+from helpers.waiting import wait_until
 
 from gateway.books.prometheus import MAX_BYTES, RANGES_S, RETRY_S, PrometheusCharts
 from gateway.fleet.timeseries import TimeSeries
@@ -43,7 +46,9 @@ def names(**values: str) -> Reply:
 
 
 @contextmanager
-def prometheus(reply: Callable[[str, Form], Reply | None]) -> Iterator[tuple[str, list[tuple[str, Form]]]]:
+def prometheus(
+    reply: Callable[[str, Form], Reply | None], headers: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[str, list[tuple[str, Form]]]]:
     """Serve replies; yields the URL and what was asked. None: the connection is closed instead."""
     asked: list[tuple[str, Form]] = []
 
@@ -51,10 +56,14 @@ def prometheus(reply: Callable[[str, Form], Reply | None]) -> Iterator[tuple[str
         def do_POST(self) -> None:
             raw = self.rfile.read(int(self.headers["content-length"]))
             form = {name: values[0] for name, values in parse_qs(raw.decode()).items()}
+            if "cookie" in self.headers:
+                form["cookie"] = self.headers["cookie"]
             asked.append((self.path, form))
             answer = reply(self.path, form)
             if answer is not None:
                 self.send_response(answer[0])
+                for name, text in headers.items():
+                    self.send_header(name, text)
                 self.send_header("content-length", str(len(answer[1])))
                 self.end_headers()
                 self.wfile.write(answer[1])
@@ -79,9 +88,12 @@ class Clock:
 
 @contextmanager
 def charts(
-    reply: Callable[[str, Form], Reply | None], timeout_s: float = 30, clock: Clock | None = None
+    reply: Callable[[str, Form], Reply | None],
+    timeout_s: float = 30,
+    clock: Clock | None = None,
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[PrometheusCharts, list[tuple[str, Form]]]]:
-    with prometheus(reply) as (url, asked):
+    with prometheus(reply, headers) as (url, asked):
         yield PrometheusCharts(url + "/", 'fleet="a"', StoreHttp(), timeout_s, now_s=clock or Clock()), asked
 
 
@@ -135,10 +147,27 @@ async def test_a_range_is_asked_for_once_a_period() -> None:
         for clock.now_s in (NOW_S, NOW_S + 1, NOW_S + 169, NOW_S + 170, NOW_S + 171):
             assert isinstance(await made.read("6h", None), dict)
         assert len(asked) == 2
+        clock.now_s -= 3600  # the fleet's clock was ahead, and has been set
+        found = await made.read("6h", None)
+        assert isinstance(found, dict)
+        assert found["start_time"] == FIRST_S - 3600 + 300
         for span in RANGES_S:
             found = await made.read(span, None)
             assert isinstance(found, dict)
             assert found["num"] <= 360
+
+
+async def test_replies_of_both_queries_are_read_one_at_a_time() -> None:
+    """Two megabytes may become fifty while they are read; there are ten such charts."""
+    with charts(lambda path, _: names(a="1") if path.endswith("query") else result()) as (made, asked):
+        async with made._reading:
+            first = asyncio.create_task(made.read("6h", "model"))
+            await wait_until(lambda: len(asked) == 1, "the names are asked for")
+            other = PrometheusCharts(made._url.removesuffix("/api/v1/"), "", StoreHttp())
+            assert isinstance(await other.read("7d", None), dict)
+            assert [path for path, _ in asked] == ["/api/v1/query", "/api/v1/query_range"]
+        assert isinstance(await first, dict)
+        assert len(asked) == 3
 
 
 async def test_whatever_is_replied_there_is_a_line_that_says_so(subtests: pytest.Subtests) -> None:
@@ -169,8 +198,17 @@ async def test_whatever_is_replied_there_is_a_line_that_says_so(subtests: pytest
                 assert await made.read("6h", None) == line
             held.set()
             assert len(asked) == 2
-    made = PrometheusCharts("http://127.0.0.1:port", "", StoreHttp())
-    assert await made.read("6h", None) == "it can't be reached (InvalidURL)"
+    for url, why in (("http://127.0.0.1:port", "InvalidURL"), ("http://127.0.0.1:99999", "ExceptionGroup")):
+        assert await PrometheusCharts(url, "", StoreHttp()).read("6h", None) == f"it can't be reached ({why})"
+
+
+async def test_a_cookie_is_neither_kept_nor_sent() -> None:
+    """One with a character that no header of httpx may hold failed each later request."""
+    clock = Clock()
+    with charts(empty, clock=clock, headers={"set-cookie": "\xff=\xfe"}) as (made, asked):
+        for clock.now_s in (NOW_S, NOW_S + 300):
+            assert isinstance(await made.read("6h", None), dict)
+        assert [form.get("cookie") for _, form in asked] == [None, None]
 
 
 async def test_operators_get_longer_ranges_and_tenants_their_own(

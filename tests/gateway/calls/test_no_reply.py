@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.script_queue import Queue, make_body, make_submit
@@ -56,25 +57,33 @@ async def cabled(bus: Bus) -> AsyncIterator[tuple[Cable, str]]:
         yield cable, f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
+FOLLOWED = {"model": "base", "prompt": "one", "max_tokens": 4}
+IN_BACKGROUND = {"model": "base", "input": "one", "max_output_tokens": 4, "background": True}
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", FOLLOWED), ("/v1/responses", IN_BACKGROUND)])
 async def test_a_call_that_was_refused_without_a_reply_is_not_run(
-    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, path: str, body: dict[str, Any]
 ) -> None:
-    body = {"model": "base", "prompt": "one", "max_tokens": 4}
     async with cabled(bus) as (cable, url), gateway_client(bus, model_folder, redis_url=url) as http:
-        assert (await http.post("/v1/completions", json=body)).status_code == 200
-        fleet.assigning.clear()
-        cable.is_armed = True
-        answer = await http.post("/v1/completions", json=body)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_unavailable")
-        assert list((await bus.unfinished()).values()) == ["queued"]
-        cable.is_cut = False
+
+        async def ask() -> None:
+            assert (await http.post(path, json=body)).status_code == 200
+            await wait_until(has_ended, "the call is answered")
 
         async def has_ended() -> bool:
             return not await bus.unfinished()
 
+        await ask()
+        fleet.assigning.clear()
+        cable.is_armed = True
+        answer = await http.post(path, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_unavailable")
+        assert list((await bus.unfinished()).values()) == ["queued"]
+        cable.is_cut = False
         await wait_until(has_ended, "the call is cancelled")
         fleet.assigning.set()
-        assert (await http.post("/v1/completions", json=body)).status_code == 200
+        await ask()
     (row,) = await bus.usage.rows(now_ms() // DAY_MS, "public")
     assert row.requests == 2
 
@@ -109,6 +118,18 @@ async def test_requests_are_cancelled_once_the_queue_can_be_reached(bus: Bus, qu
     await replies.keep()
     assert await bus.unfinished() == {}
     await away.close()
+
+
+async def test_a_submission_that_arrives_after_its_cancellation_is_cancelled(bus: Bus, queue: Queue) -> None:
+    """A client has hung up meanwhile, and a large submission has a connection of its own."""
+    replies = Replies(bus, "g", bus)
+    await replies.open()
+    await replies.cancel(["late"])
+    await bus.submit("interactive", [(make_submit("late"), make_body())], max_queued=9)
+    await replies.keep()
+    assert await bus.unfinished() == {}
+    await replies.keep()
+    assert not replies._abandoned
 
 
 async def test_requests_that_are_to_be_cancelled_are_bounded(bus: Bus) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -210,6 +211,21 @@ async def test_longer_ranges_need_a_prometheus_and_a_note_says_it_is_down(
             await tab.page.get_by_role("img", name=re.compile("^Queue, ")).wait_for()
             await tab.page.get_by_role("button", name="1 hour").click()
             await tab.page.get_by_text("Prometheus").wait_for(state="detached")
+
+
+async def test_charts_of_a_gateway_of_an_earlier_version_are_shown(fleet: ScriptedFleet, tab: Tab) -> None:
+    """Behind one address it may answer the page of a newer one, and says nothing of ranges."""
+
+    async def answer(route: Any) -> None:
+        response = await route.fetch()
+        told = await response.json()
+        earlier = {name: value for name, value in told.items() if name not in ("ranges", "source", "note")}
+        await route.fulfill(response=response, json=earlier)
+
+    await tab.page.route("**/v1/timeseries?*", answer)
+    await tab.enter()
+    await tab.page.get_by_role("img", name=re.compile("^Queue, ")).wait_for()
+    await tab.page.get_by_role("button", name="7 days").wait_for()
 
 
 async def test_the_theme_is_kept_and_refresh_is_paused(fleet: ScriptedFleet, tab: Tab) -> None:

@@ -21,6 +21,7 @@ from gateway.http.access import CALL, INFER, MATCH, Routes, RouteTable
 from gateway.http.errors import OPENAI_ERRORS, add_handlers, let_go
 from gateway.http.paths import COMPLETIONS
 from gateway.openai.openai_bodies import CompletionRequest
+from gateway.overload.large import Checks
 from protocol.queue.connection.redis_client import MemoryFull
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import NotFound
@@ -44,7 +45,7 @@ def known(app: FastAPI, way: ASGIApp, caller: Caller = EVERYBODY) -> ASGIApp:
 def gateway_for(caller: Caller = EVERYBODY) -> ASGIApp:
     """Return an application with a call and another route that take the same body."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
-    app.state.settings = Settings()
+    app.state.settings, app.state.checks = Settings(), Checks()
     add_handlers(app, lambda _: OPENAI_ERRORS)
     routes = Routes(app, JsonRoute)
 

@@ -257,12 +257,14 @@ async def test_templates_and_grammars_fail_alone(model_folder: Path) -> None:
 async def test_what_templates_may_use_is_there() -> None:
     """Modules that Python imports late, and the time zone, are read before files are closed to the process."""
     source = (
-        "{{ strftime_now('%z') }}|{{ 'a b'|wordwrap(1) }}|{{ [1]|pprint }}|{{ [1]|random }}|{{ lipsum(1)|length > 9 }}"
+        "{{ strftime_now('%z') }}|{{ '<b>x</b> &lt;'|striptags }}"
+        "|{{ 'a b'|wordwrap(1) }}|{{ [1]|pprint }}|{{ [1]|random }}|{{ lipsum(1)|length > 9 }}"
         "|{{ '\\N{BULLET}' }}|{{ {'a': 1}|tojson(indent=1) }}|{{ 'http://a.b c'|urlize }}"
     )
     async with running(SandboxPool()) as pool:
-        zone, *rest = (await pool.render(job(source), tenant="a")).split("|")
+        zone, plain, *rest = (await pool.render(job(source), tenant="a")).split("|")
         assert zone == ""  # a naive time has none
+        assert plain == "x <"
         assert rest[:3] == ["a\nb", "[1]", "1"]
         assert rest[4:6] == ["•", '{\n "a": 1\n}']
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -65,6 +66,9 @@ class FakeDrafts:
         assert 0 <= num_right <= num_drafted
         assert num_drafted > 0
         self.learnt += 1
+
+    def watching(self, plan: StepPlan) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def take_seconds(self) -> float:
         return 0.0

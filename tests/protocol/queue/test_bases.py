@@ -271,6 +271,22 @@ async def test_a_heartbeat_that_names_its_base_at_the_end_is_read_whole(bus: Bus
     assert await join(bus, "w4", base("c")) == "c"
 
 
+@pytest.mark.parametrize("names_its_base", [False, True])
+async def test_a_worker_of_an_earlier_version_may_be_called_base(bus: Bus, names_its_base: bool) -> None:
+    """The value of its name was taken for the name of the field that begins today's heartbeats."""
+    served = base("a/name-of-a-usual-length")
+    await bus.set(bus.keys.base, served)
+    beat = m.WorkerBeat(wid="w1", name="base", base=served.name if names_its_base else "", capacity=1)
+    field = m.encode("base") + m.encode(served.name) if names_its_base else b""
+    raw = m.encode(beat).replace(field, b"") + field
+    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", raw, TTL_MS)
+    with pytest.raises(Conflict, match="serves another base as a/name"):
+        await join(bus, "w2", base(served.name, fingerprint="another layout"))
+    with pytest.raises(Conflict, match="serves another base as a/name"):
+        await join(bus, "w3", base(served.name, weights="others"))
+    assert await join(bus, "w4", served) == served.name
+
+
 @pytest.mark.parametrize("length", [31, 32, 255, 256, 70_000])
 async def test_workers_of_a_name_of_any_length_are_found(bus: Bus, length: int) -> None:
     name = "é" + "n" * (length - 2)
