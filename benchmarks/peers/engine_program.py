@@ -118,8 +118,8 @@ class OpenVino:
 class MistralRs:
     """mistral.rs, which mixes adapters in a batch. Options: see `benchmarks.peers.in_process`."""
 
-    def __init__(self, model: str, adapters: list[str], max_seqs: int, dtype: str, quantisation: str) -> None:
-        """dtype: of weights and arithmetic, as `ModelDType` names it. quantisation: done as it loads; "": none."""
+    def __init__(self, model: str, adapters: list[str], max_seqs: int, dtype: str) -> None:
+        """dtype: of weights and arithmetic, as `ModelDType` names it."""
         self._library: Any = importlib.import_module("mistralrs")
         self.version = importlib.import_module("importlib.metadata").version("mistralrs")
         self._names = {"": None, **{folder: f"a{number}" for number, folder in enumerate(adapters)}}
@@ -132,7 +132,6 @@ class MistralRs:
             max_seqs=max_seqs,
             prefix_cache_n=0,
             no_paged_attn=True,
-            in_situ_quant=quantisation or None,
             jinja_explicit=f"{model}/plain.jinja",  # only chats are streamed: the prompt alone, as elsewhere
         )
 
