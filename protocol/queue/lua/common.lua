@@ -136,7 +136,7 @@ local usage_rows = 1000
 -- Count a request that ends at `now`, ms, for its tenant's usage of that day (UTC): a hash of rows, each '<requests>
 -- <prompt tokens> <of them cached> <output tokens>'. `usage`: what the request's field of that name has, made by
 -- `usage.py`; `made`: the tokens of its log; `cached`: its prompt's tokens that the prefix cache had. Kept for 0 days, it
--- is not counted, nor where it has neither completed nor made a token: nothing was computed for it.
+-- is not counted, nor where it has neither completed nor made a token: at most its prompt was computed.
 -- `is_dead`: it may be queued again, so its field becomes what is still to be counted then.
 local function count_usage(rid, usage, made, state, cached, now, is_dead)
   local calls, prompt, from, days, tenant, row = unpack(usage)
