@@ -46,8 +46,8 @@ from gateway.files.files import SWEEP_S, FileService
 from gateway.files.place import open_storage
 from gateway.fleet.sampler import SAMPLE_S, Sampler
 from gateway.fleet.view import REFRESH_S, FleetView
+from gateway.http.http_client import HttpClient
 from gateway.http.paths import RESPONSES
-from gateway.http.store_http import StoreHttp
 from gateway.lorax.lorax_routes import NativeEndpoints
 from gateway.ollama.ollama_routes import OllamaEndpoints
 from gateway.openai.openai_calls import OpenAICalls
@@ -155,14 +155,14 @@ async def _serve(
         GATEWAY_HELD_BYTES.set_function(lambda: memory.num_bytes)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         aliases.listeners.append(observe.adapter_event)
-        stores = StoreHttp(secret.bearer if secret else "")
+        stores = HttpClient(secret.bearer if secret else "")
         bases = await open_bases(settings, bus, stores, admission.leave_inbound, lambda: fleet.added)
         fleet.set_added(await bus.added_bases.get())
         await bases.read()
         resolver = Resolver(bus, aliases, bases, settings.adapters, shows_paths=not settings.api_keys)
         pipeline = Pipeline(settings, bus, fleet, resolver, replies, admission)
         answers = Answers(settings.keepalive_s)
-        http = StoreHttp()
+        http = HttpClient()
         prometheus = None
         if settings.prometheus_url:
             prometheus = PrometheusCharts(settings.prometheus_url, settings.prometheus_matchers, http)

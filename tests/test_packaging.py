@@ -286,7 +286,7 @@ def test_the_gateway_makes_http_clients_in_threads_alone() -> None:
         path.relative_to(ROOT).as_posix(): len(makes.findall(path.read_text()))
         for path in (ROOT / "gateway").rglob("*.py")
     }
-    allowed = {"gateway/http/store_http.py": 3, "gateway/webhooks/outside.py": 1}
+    allowed = {"gateway/http/http_client.py": 3, "gateway/webhooks/outside.py": 1}
     assert {path: num for path, num in found.items() if num} == allowed, "these make them in threads"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import httpx2
 import msgspec
 
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from peft_adapters.recipe import merge_of
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -46,7 +46,7 @@ class Freed:
 class AdapterMemory:
     """What workers and stores hold of adapters."""
 
-    def __init__(self, bus: Bus, stores: StoreHttp) -> None:
+    def __init__(self, bus: Bus, stores: HttpClient) -> None:
         self._bus = bus
         self._stores = stores
         self._open: dict[str, asyncio.Queue[m.AdapterEvent]] = {}  # id of an order -> the answers to it

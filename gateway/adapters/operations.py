@@ -26,7 +26,7 @@ from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import BASE
 from gateway.bodies.json_slices import dumps
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from gateway.overload.cost import held, hold
 from gateway.overload.loop_slice import each
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
@@ -96,7 +96,7 @@ class AdapterOperations:
     """
 
     def __init__(
-        self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: CatalogueCopy, stores: StoreHttp
+        self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: CatalogueCopy, stores: HttpClient
     ) -> None:
         self._bus = bus
         self._catalogue = catalogue

@@ -16,7 +16,7 @@ import httpx2
 import orjson
 
 from gateway.fleet.timeseries import FIELDS, MAX_GROUPS, MAX_NAME
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from protocol.metrics import charts
 from protocol.metrics.charts import Group
 from protocol.metrics.names import OTHER
@@ -68,7 +68,7 @@ class PrometheusCharts:
         self,
         url: str,
         matchers: str,
-        client: StoreHttp,
+        client: HttpClient,
         timeout_s: float = TIMEOUT_S,
         now_s: Callable[[], float] = fleet_now_s,
     ) -> None:

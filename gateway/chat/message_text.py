@@ -1,4 +1,4 @@
-"""The text of a chat's messages. Imports nothing, as the sandbox's processes are started with it.
+"""The text of a chat's messages. Imports no library: each process of the sandbox loads it as it starts.
 
 Pure.
 """

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from gateway.grammars.check import GrammarCheck
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import ModelFiles, load_model_files
@@ -146,7 +146,7 @@ def _why(name: str, error: Exception) -> str:
 
 
 async def open_bases(
-    settings: Settings, bus: Bus, stores: StoreHttp, on_wait: Callable[[], object], added: Callable[[], m.AddedBases]
+    settings: Settings, bus: Bus, stores: HttpClient, on_wait: Callable[[], object], added: Callable[[], m.AddedBases]
 ) -> GatewayBases:
     """Read the files of `model` and of `more_models`. A further base that cannot be read fails its own calls only.
 

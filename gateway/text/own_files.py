@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import httpx2
 
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.tokenizer import Encoder, ModelFiles
 from peft_adapters.texts.files import MAX_TEXTS_BYTES, TEXTS_FIELD, TEXTS_FILE, OwnTexts, parse_texts, special_tokens
@@ -58,7 +58,7 @@ class OwnFiles:
         bus: Bus,
         base: ModelFiles,
         sandbox: SandboxPool,
-        stores: StoreHttp,
+        stores: HttpClient,
         max_kept_bytes: int = MAX_KEPT_BYTES,
     ) -> None:
         self._max_kept_bytes = max_kept_bytes

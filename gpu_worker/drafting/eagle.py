@@ -161,7 +161,7 @@ def check_config(config: Any, base: BaseModel, taps: tuple[int, int, int]) -> No
     inner = getattr(config, "eagle_config", None) or {}
     if not inner.get("use_aux_hidden_state", True):
         raise BadRequest("it reads the base's last hidden states alone (use_aux_hidden_state is false)")
-    # Of one layer's output and the next one's input, which are the same, servers give either the number.
+    # Servers number a hidden state by the layer that takes it, or by the layer before, whose output it is.
     named = getattr(config, NAMED_LAYERS, None) or inner.get(NAMED_LAYERS)
     if named and sorted(named) not in ([*taps], [tap - 1 for tap in taps]):
         raise BadRequest(

@@ -33,8 +33,8 @@ class ScanMixer:
         self.projection = projection
         self.out = out
         self._forward = module.forward
-        self._conv = conv
         self._weight = conv.weight.detach().squeeze(1)
+        self._bias = None if conv.bias is None else conv.bias.detach()
         own = {name: parameter.detach().float() for name, parameter in module.named_parameters(recurse=False)}
         self._per_head = (-own["A_log"].exp(), own["dt_bias"], own["D"])
         self._norm_weight = norm.get_parameter("weight").detach()
@@ -59,7 +59,6 @@ class ScanMixer:
         taps, states = (call.states for call in self.mixers.calls[self.index : self.index + 2])
         assert taps is not None
         assert states is not None
-        bias = None if self._conv.bias is None else self._conv.bias.detach()
         return ops.GatedScan(
-            self._weight, bias, taps, *self._per_head, states, self._norm_weight, self._eps, self._group
+            self._weight, self._bias, taps, *self._per_head, states, self._norm_weight, self._eps, self._group
         )

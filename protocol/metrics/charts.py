@@ -43,7 +43,7 @@ MODEL = {
     "ttft_p50_ms": _quantile(0.5, "lorafleet_adapter_first_token_seconds"),
     "ttft_p95_ms": _quantile(0.95, "lorafleet_adapter_first_token_seconds"),
 }
-"""Of each model. `$w`: the length of a period, `$m`: matchers that select series, `$by`: the label to group by."""
+"""PromQL of each number of a model. `$w`: a period's length, `$m`: matchers of series, `$by`: the label to group by."""
 
 TENANT = {
     "requests": _sum("lorafleet_tenant_queue_seconds_count{$m}"),
@@ -51,7 +51,7 @@ TENANT = {
     "output_tokens": _sum('lorafleet_tenant_tokens_total{kind="output",$m}'),
     "refused": _sum("lorafleet_tenant_refused_total{$m}"),
 }
-"""Of each tenant; its requests are those that reached a worker."""
+"""PromQL of each number of a tenant. Its requests are those that reached a worker."""
 
 TOTAL = MODEL | {
     "requests": _sum("lorax_request_input_length_count{$m}"),
@@ -63,7 +63,7 @@ TOTAL = MODEL | {
     "ttft_p50_ms": _quantile(0.5, "lorafleet_time_to_first_token_seconds"),
     "ttft_p95_ms": _quantile(0.95, "lorafleet_time_to_first_token_seconds"),
 }
-"""Of all calls; the errors are those of every POST.
+"""PromQL of each number of all calls. The errors are those of every POST.
 
 Series with fixed labels begin at 0 with their gateway. One with a name begins with its first calls, which Prometheus
 therefore counts in no period, so sums are not taken of those where there is another series.

@@ -29,7 +29,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from chaos.fleet import ProcessFleet, Shape, free_port
 from gateway.books.prometheus import RANGES_S, PrometheusCharts
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from protocol.metrics.series import DECLARED
 
 ROOT = Path(__file__).parents[2]
@@ -197,7 +197,7 @@ async def test_prometheus_finds_data_for_every_panel_and_rule(tmp_path: Path) ->
 
 async def _charts_have_data(url: str) -> bool:
     """Return whether a gateway's charts of every range and group have numbers from Prometheus."""
-    http = StoreHttp()
+    http = HttpClient()
     charts = PrometheusCharts(url, 'job="gateway"', http)
     try:
         for span in RANGES_S:

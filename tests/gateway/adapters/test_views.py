@@ -13,7 +13,7 @@ from helpers.adapter_files import BASE
 from gateway.adapters.operations import AdapterOperations
 from gateway.adapters.views import AdapterObjects, adapter_object
 from gateway.auth.callers import EVERYBODY, Caller
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from protocol.queue.books.api_keys import Tenant
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -72,7 +72,7 @@ def test_paths_of_this_machine_are_told_to_who_may_know_them() -> None:
 
 def test_further_roots_are_for_operators(tmp_path: Path) -> None:
     settings = Settings(adapter_roots=str(tmp_path), api_keys=True)
-    operations = AdapterOperations(None, settings, SimpleNamespace(listeners=[]), None, StoreHttp())  # type: ignore[arg-type]
+    operations = AdapterOperations(None, settings, SimpleNamespace(listeners=[]), None, HttpClient())  # type: ignore[arg-type]
     reference = operations.reference_of(f"{tmp_path}/step_1")
     assert reference.source == f"local:{tmp_path}/step_1"
     tenant = Caller(Tenant("acme"), ("adapters", "infer"))

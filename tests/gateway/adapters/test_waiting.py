@@ -12,7 +12,7 @@ from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.memory import AT_ONCE, POLL_S, AdapterMemory
 from gateway.adapters.operations import AdapterOperations, Unloaded
 from gateway.auth.callers import Caller
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -25,7 +25,7 @@ DIGEST = "ab" * 32
 
 def operations_on(bus: Any, aliases: Any = None, catalogue: Any = None) -> AdapterOperations:
     aliases = aliases or SimpleNamespace(listeners=[])
-    return AdapterOperations(bus, Settings(api_keys=True), aliases, catalogue, StoreHttp())
+    return AdapterOperations(bus, Settings(api_keys=True), aliases, catalogue, HttpClient())
 
 
 async def test_all_who_wait_for_workers_share_a_look() -> None:
@@ -53,7 +53,7 @@ async def test_a_look_that_fails_fails_once_for_each_and_the_next_is_new() -> No
             raise failures.pop()
         return {"w1": m.WorkerBeat(wid="w1", name="w1", capacity=1)}
 
-    memory = AdapterMemory(SimpleNamespace(members=SimpleNamespace(worker_beats=worker_beats)), StoreHttp())  # type: ignore[arg-type]
+    memory = AdapterMemory(SimpleNamespace(members=SimpleNamespace(worker_beats=worker_beats)), HttpClient())  # type: ignore[arg-type]
     leaves = asyncio.create_task(memory.next_beats())
     told = await asyncio.gather(*(memory.next_beats() for _ in range(3)), leaves, return_exceptions=True)
     assert [type(one) for one in told] == [ConnectionError] * 4
@@ -75,7 +75,7 @@ async def test_a_long_queue_is_looked_through_in_pieces(bus: Bus) -> None:
         return found
 
     bus.request_lists.queued = counted  # type: ignore[method-assign]
-    assert await AdapterMemory(bus, StoreHttp()).requests(DIGEST) == [f"r{number}" for number in sorted(wanted)]
+    assert await AdapterMemory(bus, HttpClient()).requests(DIGEST) == [f"r{number}" for number in sorted(wanted)]
     assert max(pieces) == AT_ONCE
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.adapters.operations import AdapterOperations, Wanted
 from gateway.auth.callers import NOBODY, Caller
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from gateway.operators.keys import KeyAdministration, KeyRequest, TenantChange
 from gateway.operators.operator_routes import FleetEndpoints
 from gateway.operators.workers import WorkerViews
@@ -74,7 +74,7 @@ ACTS: dict[str, tuple[Act, set[str]]] = {  # with the scopes that are not enough
 
 def operations(tmp_path: Path) -> AdapterOperations:
     aliases: Any = SimpleNamespace(listeners=[])
-    return AdapterOperations(Untouched(), Settings(adapters=tmp_path), aliases, Untouched(), StoreHttp())  # type: ignore[arg-type]
+    return AdapterOperations(Untouched(), Settings(adapters=tmp_path), aliases, Untouched(), HttpClient())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ACTS)

@@ -20,7 +20,7 @@ from helpers.waiting import wait_until
 
 from gateway.books.prometheus import MAX_BYTES, RANGES_S, RETRY_S, PrometheusCharts
 from gateway.fleet.timeseries import TimeSeries
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 
@@ -94,7 +94,7 @@ def charts(
     headers: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[PrometheusCharts, list[tuple[str, Form]]]]:
     with prometheus(reply, headers) as (url, asked):
-        yield PrometheusCharts(url + "/", 'fleet="a"', StoreHttp(), timeout_s, now_s=clock or Clock()), asked
+        yield PrometheusCharts(url + "/", 'fleet="a"', HttpClient(), timeout_s, now_s=clock or Clock()), asked
 
 
 async def test_a_reply_becomes_columns_with_its_gaps() -> None:
@@ -163,7 +163,7 @@ async def test_replies_of_both_queries_are_read_one_at_a_time() -> None:
         async with made._reading:
             first = asyncio.create_task(made.read("6h", "model"))
             await wait_until(lambda: len(asked) == 1, "the names are asked for")
-            other = PrometheusCharts(made._url.removesuffix("/api/v1/"), "", StoreHttp())
+            other = PrometheusCharts(made._url.removesuffix("/api/v1/"), "", HttpClient())
             assert isinstance(await other.read("7d", None), dict)
             assert [path for path, _ in asked] == ["/api/v1/query", "/api/v1/query_range"]
         assert isinstance(await first, dict)
@@ -199,7 +199,7 @@ async def test_whatever_is_replied_there_is_a_line_that_says_so(subtests: pytest
             held.set()
             assert len(asked) == 2
     for url, why in (("http://127.0.0.1:port", "InvalidURL"), ("http://127.0.0.1:99999", "ExceptionGroup")):
-        assert await PrometheusCharts(url, "", StoreHttp()).read("6h", None) == f"it can't be reached ({why})"
+        assert await PrometheusCharts(url, "", HttpClient()).read("6h", None) == f"it can't be reached ({why})"
 
 
 async def test_a_cookie_is_neither_kept_nor_sent() -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import ModelFiles, load_model_files
@@ -54,7 +54,7 @@ class Files(OwnFiles):
 @pytest.fixture
 def files(bus: Bus, model_folder: Path) -> Files:
     base = load_model_files(Settings(redis_url=bus.url, model=str(model_folder)))
-    return Files(bus, base, cast("SandboxPool", cast("Any", None)), StoreHttp(), max_kept_bytes=MOST)
+    return Files(bus, base, cast("SandboxPool", cast("Any", None)), HttpClient(), max_kept_bytes=MOST)
 
 
 async def test_kept_tokens_never_pass_their_limit(files: Files) -> None:

@@ -210,7 +210,7 @@ async def test_who_left_is_not_held_against_records_that_came_later(bus: Bus) ->
 
 
 async def test_a_heartbeat_is_read_once_though_others_join_meanwhile(bus: Bus) -> None:
-    """Of a hundred workers that joined together, each read all heartbeats anew when one had come before it."""
+    """A join that is tried again, since another was quicker, reads only the heartbeats that are new."""
     await join(bus, "w1", base("a"))
     client = Meanwhile(bus, lambda: join(bus, "w2", base("a")))
     await join(bus, "w3", base("a"))

@@ -8,10 +8,10 @@ import threading
 import httpx2
 import pytest
 
-from gateway.http.store_http import StoreHttp
+from gateway.http.http_client import HttpClient
 
 
-class Watched(StoreHttp):
+class Watched(HttpClient):
     """Notes in which threads it makes clients."""
 
     def __init__(self, bearer: str) -> None:
@@ -37,12 +37,12 @@ async def test_many_calls_share_a_client_that_was_made_in_a_thread() -> None:
 
 
 async def test_a_client_that_nobody_asked_for_is_never_made() -> None:
-    stores = StoreHttp()
+    stores = HttpClient()
     await stores.close()
     assert stores._making is None
 
 
-class FailingOnce(StoreHttp):
+class FailingOnce(HttpClient):
     """Cannot make its first client, as where all file descriptors are taken."""
 
     num_made = 0
@@ -71,7 +71,7 @@ async def test_without_a_client_that_could_be_made_there_is_nothing_to_close() -
 
 
 async def test_uploads_that_take_long_hold_up_no_other_call() -> None:
-    stores, release, begun = StoreHttp(), asyncio.Event(), asyncio.Semaphore(0)
+    stores, release, begun = HttpClient(), asyncio.Event(), asyncio.Semaphore(0)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if (await reader.readuntil(b"\r\n\r\n")).startswith(b"POST"):

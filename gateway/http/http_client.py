@@ -10,7 +10,7 @@ import anyio
 import httpx2
 
 
-class StoreHttp:
+class HttpClient:
     """One client for all that a gateway asks of stores or of a Prometheus, made by the first call that needs it.
 
     It is made in a thread, since it reads all certificates and imports what connections need: together 100 ms, in which
