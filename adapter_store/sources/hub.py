@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -40,6 +41,9 @@ else:  # a fifth of what a store imports, and many have local adapters only
     hub, hub_constants = Late("huggingface_hub"), Late("huggingface_hub.constants")
     hub_errors = Late("huggingface_hub.errors")
 
+NO_COOKIES = DefaultCookiePolicy(allowed_domains=())
+"""Keeps none: a cookie could carry one caller's access to another tenant's request."""
+
 CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
 MAX_REDIRECTS = 5
@@ -69,6 +73,7 @@ class HubSource:
         self._given = endpoint, token, offline
         self._retries = retries or Retries()
         self._http = httpx2.AsyncClient(timeout=TIMEOUT, follow_redirects=True, headers={"Accept-Encoding": "identity"})
+        self._http.cookies.jar.set_policy(NO_COOKIES)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -86,8 +91,9 @@ class HubSource:
     def _offline(self) -> bool:
         return hub_constants.is_offline_mode() if self._given[2] is None else self._given[2]
 
-    @cached_property
+    @property
     def _api(self) -> hub.HfApi:
+        hub.get_session().cookies.jar.set_policy(NO_COOKIES)  # the library may have made another session meanwhile
         return hub.HfApi(endpoint=self._endpoint)
 
     def _token_of(self, access: SourceAccess) -> str:

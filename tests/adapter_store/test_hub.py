@@ -174,6 +174,17 @@ async def test_no_token_goes_to_another_host(closed: HubStub, source: HubSource,
     assert {seen.token for seen in closed.requests("/resolve/")} == {"hf_member"}
 
 
+async def test_no_cookie_is_kept(closed: HubStub, source: HubSource, tmp_path: Path) -> None:
+    """A cookie may stand for the caller whose token got it; the next caller is another tenant."""
+    member = SourceAccess("hf_member")
+    for _ in range(2):
+        version = await source.resolve("org/private", member)
+        await source.confirm(version, member)
+        await source.fetch(version, CONFIG_FILE, tmp_path / "c", 10, member)
+    assert {"/api/models/org/private"} < {seen.path for seen in closed.seen}
+    assert {seen.cookie for seen in closed.seen} == {""}
+
+
 async def test_what_the_fleet_may_read_is_not_everybodys(closed: HubStub, mirror: Mirror) -> None:
     source = HubSource(closed.url, token="hf_member", retries=QUICK)
     commit = f"org/private@{closed.repos['org/private'].refs['main']}"

@@ -44,6 +44,7 @@ class Seen:
     path: str
     range: str
     token: str
+    cookie: str
 
 
 class HubStub:
@@ -81,7 +82,8 @@ class HubStub:
     def _refuse(self, request: Request, *, content: bool) -> Response | None:
         """Note a request; return the response that refuses it, None if it is allowed."""
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        self.seen.append(Seen(request.url.path, request.headers.get("range", ""), token))
+        headers = request.headers
+        self.seen.append(Seen(request.url.path, headers.get("range", ""), token, headers.get("cookie", "")))
         if self.down:
             return Response(status_code=503)
         if self.failures:
@@ -185,7 +187,11 @@ def _sibling(name: str, content: bytes) -> dict[str, Any]:
 async def run_hub() -> AsyncIterator[HubStub]:
     """Serve a Hub on a free port for the length of the block."""
     hub = HubStub()
-    server = uvicorn.Server(uvicorn.Config(hub.app(), host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
+    cookie = [("Set-Cookie", "session=of-the-first-caller")]  # a proxy before a Hub may set one with every response
+    config = uvicorn.Config(
+        hub.app(), host="127.0.0.1", port=0, log_level="critical", lifespan="off", headers=cookie
+    )  # fmt: skip
+    server = uvicorn.Server(config)
     server.config.setup_event_loop = lambda: None  # type: ignore[method-assign]
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server._serve())  # not serve(), which takes the signals
