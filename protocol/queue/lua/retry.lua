@@ -3,9 +3,9 @@
 --
 -- ARGV  letter       str    stream id of the dead letter
 --       rid          str    rid
---       sub          bytes  `messages.Submit`, msgpack
+--       sub          bytes  `messages.RequestHead`, msgpack
 --       deadline_ms  int    deadline, unix ms
--- Reply: str. 'ok'. 'gone': there is no such letter; it was retried, or has expired. 'expired': its request has.
+-- Reply: str. 'ok'. 'gone': there is no such letter; it was retried, or has expired. 'expired': its request has expired.
 local letter, rid, sub, deadline_ms = unpack(ARGV)
 deadline_ms = tonumber(deadline_ms)
 if #redis.call('XRANGE', P .. ':dlq', letter, letter) == 0 then return 'gone' end
