@@ -16,11 +16,11 @@
 --       max_items          int    maximum number of its items
 --       max_bytes          int    maximum size of it in bytes
 --       max_kept           int    maximum bytes that the tenant may keep in the queue, 0: no limit
---       response           str    the response whose turn the items are, which is added once and regardless of limits; ''
+--       response           str    the response whose turn the items are, which is added once regardless of limits; ''
 --                                 if they are not a turn
 --       new_items...       list   per item: item_id (str), item (bytes). Existing items are not changed.
--- Reply: array. {'ok'}; {'gone'}: the tenant has no such conversation. If a limit refuses the change, the limit with its
---        current value: {'conversations' | 'items' | 'bytes', number (int)}, {'kept', bytes (int), added bytes (int)}
+-- Reply: array. {'ok'}; {'gone'}: the tenant has no such conversation. If a limit refuses the change, that limit with
+--        its current value: {'conversations' | 'items' | 'bytes', number (int)}, {'kept', bytes, added bytes (int)}
 local conversation, items, order, turns, conversations, all_turns = unpack(KEYS, 2)
 local id, tenant, record, is_new, ttl_ms, max_conversations, max_items, max_bytes, max_kept, response =
   unpack(ARGV, 1, 10)

@@ -61,6 +61,7 @@ local function body_key(call) return P .. ':body:' .. call end
 -- Return the key of a tenant's use: a hash of two buckets that drain evenly over a minute. With ':run' appended, it is
 -- the key of a sorted set of the tenant's running requests. A tenant's name has no colon, so two tenants never share a
 -- key.
+local function quota_key(tenant) return P .. ':q:' .. tenant end
 
 -- Refund the tokens that a request has reserved from its tenant's bucket and not used. Deleting the field `quota`
 -- ensures that this happens once. `output`: number of tokens in its log.

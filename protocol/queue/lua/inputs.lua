@@ -1,8 +1,8 @@
 #!lua flags=no-writes,allow-oom
 -- Read what a worker needs of the requests that it was assigned.
 --
--- ARGV  rows...  list  per request: rid (str), call (str, the call's id), part (int, name of its own field in the hash of
---                      the call's bodies, see `calls.py`)
+-- ARGV  rows...  list  per request: rid (str), call (str, the call's id), part (int, name of its own field in the hash
+--                      of the call's bodies, see `calls.py`)
 -- Reply: array, 4 values per request: the field 'common' and its own field (bytes; nil if missing), token log (bytes),
 --        logprobs (bytes); the last two are '' if missing.
 local first, found = 1, {}

@@ -16,8 +16,8 @@
 --       expires_ms  int     unix ms of expiry
 --       max_bytes   int     maximum bytes of the tenant's files, 0: no limit
 --       max_files   int     maximum number of the tenant's files, 0: no limit
--- Reply: array. {'ok'}, also if it is already recorded, since an earlier reply may have been lost; {'bytes', bytes of the
---        tenant's other files (int)}; {'files', number of its other files (int)}
+-- Reply: array. {'ok'}, also if it is already recorded, since an earlier reply may have been lost; {'bytes', bytes of
+--        the tenant's other files (int)}; {'files', number of its other files (int)}
 local file, files, sizes, expiry = unpack(KEYS, 2)
 local id, tenant, record, num_bytes, created_ms, expires_ms, max_bytes, max_files = unpack(ARGV)
 if redis.call('EXISTS', file) == 1 then return {'ok'} end

@@ -4,7 +4,7 @@
 -- KEYS  hooks   hash   the tenant's endpoints
 -- ARGV  id      str    id of the endpoint
 --       record  bytes  `messages.WebhookEndpoint`, msgpack
---       most    int    maximum number of endpoints, with a new one; 0: do not create one
+--       most    int    a new one is written if there are fewer than this; 0: it is not a new one
 -- Reply: int, 1 if it is written, also by an earlier call whose reply was lost; else 0.
 local hooks = unpack(KEYS, 2)
 local id, record, most = unpack(ARGV)

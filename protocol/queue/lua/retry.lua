@@ -5,7 +5,7 @@
 --       rid          str    rid
 --       sub          bytes  `messages.RequestHead`, msgpack
 --       deadline_ms  int    deadline, unix ms
--- Reply: str. 'ok'. 'gone': there is no such letter; it was retried, or has expired. 'expired': its request has expired.
+-- Reply: str. 'ok'. 'gone': there is no such letter; it was retried, or has expired. 'expired': its request has.
 local letter, rid, sub, deadline_ms = unpack(ARGV)
 deadline_ms = tonumber(deadline_ms)
 if #redis.call('XRANGE', P .. ':dlq', letter, letter) == 0 then return 'gone' end

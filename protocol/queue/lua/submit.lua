@@ -31,12 +31,13 @@
 --       tokenizer     str     hash of the base's tokenizer, if tokens are kept there
 --       num_fields    int     number of bodies' fields
 --       fields...     list    per field of the bodies' hash, see `calls.py`: name (str), value (bytes)
---       rows...       list    per request: rid (str), sub (bytes, `messages.RequestHead`, msgpack), tenant (str), digest
---                             (str), gateway (str), is_stored (int, 0 or 1), num_prompt (int, tokens), num_virtual
---                             (int, virtual tokens of its adapter), max_new (int, tokens), deadline_ms (int, unix ms),
---                             usage (bytes, what it adds to its tenant's usage, see `usage.py`; '' for nothing)
--- Reply: array. A standing is 5 ints: requests left in this minute, ms until all are available, tokens left, ms, running
---        requests.
+--       rows...       list    per request: rid (str), sub (bytes, `messages.RequestHead`, msgpack), tenant (str),
+--                             digest (str), gateway (str), is_stored (int, 0 or 1), num_prompt (int, tokens),
+--                             num_virtual (int, virtual tokens of its adapter), max_new (int, tokens), deadline_ms
+--                             (int, unix ms), usage (bytes, what it adds to its tenant's usage, see `usage.py`; ''
+--                             for nothing)
+-- Reply: array. A standing is 5 ints: requests left in this minute, ms until all are available, tokens left, ms,
+--        running requests.
 --        {'ok', standing...}; {'ok'} without a tenant, or if the requests were accepted before and the reply was lost.
 --        {'full', number of queued requests (int)}
 --        {'idem', value stored under `idem` (bytes)}
