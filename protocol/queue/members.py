@@ -109,10 +109,12 @@ class Members:
         """Register a worker with its first heartbeat; return the name of its base in this fleet.
 
         That is its own name or, in a fleet of one base, the name under which live workers serve the same weights.
-        fleet: names of the bases, if there are several. Raises Conflict:
-        - if live workers serve another base under its name, or the fleet serves only another base;
-        - with `fleet`, if they serve its weights under another name, or are of an earlier version;
-        - if an operator has removed the base, or there are too many bases.
+        fleet: names of the bases, if there are several.
+
+        Raises Conflict if:
+        - live workers serve another base under its name, or the fleet serves only another base.
+        - With `fleet`: live workers serve its weights under another name, or are of an earlier version.
+        - An operator has removed the base, or there are too many bases.
         """
         keys = self._keys
         beats: dict[str, bytes] = {}  # beginnings of heartbeats by wid, each read once even if the loop repeats
