@@ -16,7 +16,7 @@ INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
 
 RECENT_MS = 20_000.0
-"""Ms after a tenant's last request during which another tenant does not count as alone."""
+"""Milliseconds after a tenant's last request during which another tenant does not count as alone."""
 
 
 class VirtualTokenCounters:

@@ -107,7 +107,7 @@ class Homes:
         return self._grown
 
     def tick(self, demand: Mapping[str, int], worker_share: float) -> None:
-        """Update the numbers of homes. demand: queued and running requests by adapter. worker_share: those per home."""
+        """Update the numbers of homes. demand: open requests by adapter. worker_share: maximum requests per home."""
         self._grown = []
         for digest in [*demand, *(self._homes.keys() - demand.keys())]:
             needed = max(1, math.ceil(demand.get(digest, 0) / worker_share))

@@ -47,7 +47,7 @@ LOADS_S = 0.1
 """Seconds between checks of heartbeats alone, while requests wait for adapters that are loading."""
 
 SEARCH_AGAIN_S = 30.0
-"""Seconds by which every write has arrived that was in flight when the queue restarted."""
+"""Seconds after a restart of the queue by which every write that was in flight has arrived."""
 
 READ_BLOCK_MS = 1000
 COALESCE_S = 0.003

@@ -56,7 +56,7 @@ def _folder() -> Path:
 def registered(fleet: LocalFleet) -> Generator[None]:
     """Let other commands find a fleet while the block runs; only warn if its record cannot be written.
 
-    That depends on others: the folder's parent may be missing, full, or writable by everyone.
+    The folder's parent may be missing, full, or writable by everyone.
     """
     try:
         path, fd = _write(fleet)

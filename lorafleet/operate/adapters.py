@@ -110,7 +110,7 @@ def _add_offline(actions: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises the error with which the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     if "offline" in args:
         with importing():
             offline = importlib.import_module("adapter_store.command")  # takes longer to import than all other actions

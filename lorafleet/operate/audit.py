@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises the error with which the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     by = "tenants" if args.tenants else "operators"
     with Api(args) as api:
         found = list(islice(api.pages(PATH, limit=min(args.limit, PAGE), by=by), args.limit))

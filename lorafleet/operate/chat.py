@@ -130,7 +130,7 @@ class Chat:
     def ask(self, text: str) -> None:
         """Ask a question and print the answer; a question without an answer is not kept in the conversation.
 
-        Raises the error with which the fleet refuses, and Unavailable.
+        Raises the fleet's error response, and Unavailable.
         """
         self.messages.append({"role": "user", "content": text})
         body = {

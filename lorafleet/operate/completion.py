@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _complete_files(parser: Parser) -> None:
-    """Let every value without choices complete file names, which many are, in all commands of a parser."""
+    """Complete file names for every value without choices, since many are, in all commands of a parser."""
     for action in parser._actions:  # argparse has no public way to list them
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():

@@ -39,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command until interrupted; return the exit code. Raises the fleet's refusal, and Unavailable."""
+    """Run the command until interrupted; return the exit code. Raises the fleet's error response, and Unavailable."""
     with Api(args) as api:
         looks = islice(_looks(api, max(args.every, 0.1)), 1 if args.once else None)
         if args.json:

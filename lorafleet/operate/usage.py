@@ -49,7 +49,7 @@ def _days(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises the error with which the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     start_s = (int(time.time()) // DAY_S - args.days + 1) * DAY_S
     names = [name for name in args.by.split(",") if name]
     by = [API_NAMES.get(name, name) for name in names]

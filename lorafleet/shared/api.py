@@ -197,7 +197,7 @@ def run_action(args: argparse.Namespace, code_of: Callable[[Any], int] | None = 
 
     The error for an unknown adapter, `args.adapter`, gets a suggestion.
 
-    code_of: returns the exit code for the result; None: 0. Raises the fleet's refusal, and Unavailable.
+    code_of: returns the exit code for the result; None: 0. Raises the fleet's error response, and Unavailable.
     """
     with Api(args) as api:
         try:

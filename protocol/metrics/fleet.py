@@ -18,7 +18,7 @@ MAX_LISTED = 64
 
 
 class WorkerCollector(Collector):
-    """The workers' metrics, from their heartbeats. Gateways export all workers, a worker's own port only itself."""
+    """The workers' metrics, from their heartbeats: of all workers at a gateway, of one at a worker's own port."""
 
     def __init__(self) -> None:
         self._beats: list[WorkerBeat] = []

@@ -112,9 +112,9 @@ class Members:
         fleet: names of the bases, if there are several.
 
         Raises Conflict if:
-        - live workers serve another base under its name, or the fleet serves only another base.
-        - With `fleet`: live workers serve its weights under another name, or are of an earlier version.
-        - An operator has removed the base, or there are too many bases.
+        - live workers serve another base under its name, or the fleet serves only another base;
+        - `fleet` is given, and live workers serve its weights under another name or are of an earlier version;
+        - an operator has removed the base, or there are too many bases.
         """
         keys = self._keys
         beats: dict[str, bytes] = {}  # beginnings of heartbeats by wid, each read once even if the loop repeats

@@ -56,7 +56,7 @@ class FleetSecret:
         return hmac.digest(self._token_key, token.encode(), "sha256").hex()[:32]
 
     def seal(self, text: str, field: str) -> str:
-        """Encrypt `text` for this fleet, bound to `field`. Deterministic: equal texts with one field look equal."""
+        """Encrypt `text` for this fleet, bound to `field`. Deterministic: equal texts and fields look equal."""
         return base64.b64encode(self._siv.encrypt(text.encode(), [field.encode()])).decode() if text else ""
 
     def open(self, sealed: str, field: str) -> str:

@@ -33,7 +33,7 @@ class Seal:
 
     @classmethod
     def of(cls, settings: Settings, secret: FleetSecret | None) -> Seal | None:
-        """Return the seal of a gateway or worker, None if the settings ask for none. Raises BadRequest if no secret."""
+        """Return the seal of a service, None unless `seal_bodies` is set. Raises BadRequest without a secret."""
         if not settings.seal_bodies:
             return None
         if secret is None:
@@ -46,7 +46,7 @@ class Seal:
         return MARK + nonce + self._cipher(place).encrypt(nonce, text, place.encode())
 
     def open(self, sealed: bytes, place: str) -> bytes:
-        """Decrypt what `seal` returned. Raises ProtocolError if it is not sealed, or with another secret or place."""
+        """Decrypt what `seal` returned. Raises ProtocolError if it is unsealed or has another secret or place."""
         if not sealed.startswith(MARK):
             raise ProtocolError(f"{place} is not sealed: start every gateway and worker with --seal-bodies")
         nonce, text = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]

@@ -63,4 +63,4 @@ class Watchdog:
 
 
 WATCHDOG = Watchdog()
-"""This process's."""
+"""The watchdog of this process."""

@@ -60,7 +60,7 @@ class Keys:
         return f"{self.tag}:sub:{cls}"
 
     def work(self, wid: str) -> str:
-        """Stream: batches for one worker; each stays until all of it has ended. 1 h, renewed by heartbeats."""
+        """Stream: batches for one worker; an entry stays until its batch has ended. 1 h, renewed by heartbeats."""
         return f"{self.tag}:w:{wid}:in"
 
     def own(self, wid: str) -> str:

@@ -68,7 +68,7 @@ class RequestRecord:
     num_cached_tokens: int
     num_ahead: int  # waiting requests of its class at its arrival
     deadline_ms: int
-    assignments: list[Assignment]  # in order; without the middle ones if there are more than notes
+    assignments: list[Assignment]  # in order; of many, the middle ones are missing
     base: str = ""  # name of its base
 
 

@@ -114,7 +114,7 @@ class ApiKeys:
     async def create(
         self, tenant: str, scopes: Sequence[str], expires_ms: int = 0, note: str = ""
     ) -> tuple[str, ApiKey]:
-        """Create a key; return it, which is not possible later, and its record. Raises BadRequest."""
+        """Create a key; return it, which cannot be read again later, with its record. Raises BadRequest."""
         check_tenant(tenant)
         unknown = [scope for scope in scopes if scope not in SCOPES]
         if unknown or not scopes:

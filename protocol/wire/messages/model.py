@@ -66,7 +66,7 @@ class ServedModel(Wire, frozen=True):
 
     @property
     def identity(self) -> tuple[str, dict[str, str]]:
-        """Adapters must be checked again when this value changes."""
+        """What adapters are checked for: when it changes, they must be checked again."""
         return self.fingerprint, self.tokenizer
 
     def less(self, num_virtual: int) -> ServedModel:

@@ -36,13 +36,13 @@ class Sampling(Wire, frozen=True):
     shows_special: bool = False  # special tokens are part of the text, also where stop strings are searched
     penalties: Literal["openai", "lorax"] = "openai"  # how frequency and presence count tokens, see `sampling._adjust_`
     watermark: bool = False
-    prompt_logprobs: int | None = None  # most likely tokens per prompt token, in `Keys.plp`; None, `WHOLE`: as above
+    prompt_logprobs: int | None = None  # number of top tokens per prompt token, in `Keys.plp`; None, `WHOLE`: as above
     logprobs_of: Literal["model", "choice"] = "model"  # of the model's own distribution, or of the one sampled from
     vocabulary: int = 0  # vocabulary size, where a number of logprobs is `WHOLE`
     stop_regex: list[str] = []  # expressions, see `protocol.wire.stop_regex`: the text ends at the first match
 
     def of_choice(self, index: int) -> Sampling:
-        """Return the sampling of a prompt's choice, with its own seed. The first choice keeps the client's seed."""
+        """Return the sampling of a prompt's choice, with its own seed: the client's for the first choice."""
         if not index:
             return self
         return msgspec.structs.replace(self, seed=(self.seed + index * _GOLDEN) % (1 << SEED_BITS))
