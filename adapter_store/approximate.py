@@ -1,6 +1,6 @@
-"""Writes adapters of full-rank kinds as LoRA, in a process that has torch: one at a time, in turns by tenant.
+"""Converts adapters of full-rank kinds to LoRA in a process that has torch: one at a time, tenants in turn.
 
-Only a store with `convert_adapters` does it. What is written is an approximation, and says so
+Only a store with `convert_adapters` does this. The result is an approximation and says so in its files
 (`peft_adapters.kinds.converted`).
 """
 
@@ -40,35 +40,35 @@ logger = logging.getLogger(__name__)
 Taken = TypeVar("Taken")
 
 KEEP = 0.999
-"""Share of the Frobenius norm, at each layer, that the singular values hold which are kept."""
+"""Fraction of each layer's Frobenius norm that the kept singular values must have."""
 
 MAX_WAITING = 64
 MAX_TENANT_WAITING = 16
-"""Conversions that wait for their turn, of all and of one tenant."""
+"""Maximum number of waiting conversions: of all tenants together, and of one tenant."""
 
 MAX_TAKES = 4
-"""How often an adapter is taken again after a conversion, should another have used up or thrown away its files."""
+"""Maximum attempts to take an adapter after conversions, in case another caller uses up or deletes its files."""
 
 MEMORY_BYTES = 4 << 30
-"""What a conversion may have besides three times the base's weights in fp32: for torch, and a layer's decomposition."""
+"""Memory that a conversion may use besides three times the base's fp32 weights: for torch, and to decompose a layer."""
 
 SAID_BYTES = 1 << 16
-"""What is kept of what the process says, whose last line is the reason against an adapter."""
+"""Last bytes kept of the process's stderr, whose last line is the reason why an adapter is refused."""
 
 NEEDED = ("torch", "transformers", "peft", "gpu_worker")
 
 
 class ToConvert(Exception):
-    """An adapter that can be served once it is converted. Its files are staged."""
+    """Raised for an adapter that can be served once it is converted. Its files are staged."""
 
     def __init__(self, version: SourceVersion, base: ServedModel, tenant: str) -> None:
-        """version: as its source has it. tenant: whose turn it takes."""
+        """version: as in its source. tenant: whose share of conversions it uses."""
         super().__init__(version.source)
         self.version, self.base, self.tenant = version, base, tenant
 
 
 def as_lora(version: SourceVersion, base: ServedModel) -> SourceVersion:
-    """Return a version with the key that it has as LoRA, converted with the weights of a base."""
+    """Return the version whose key stands for the result of a conversion with the weights of a base."""
     return replace(version, key=f"{version.key}:as LoRA for {base.fingerprint}:{base.weights}")
 
 
@@ -80,12 +80,12 @@ def _too_many(_: int) -> Unavailable:
 
 
 class Approximation:
-    """What a store needs to convert the adapters of its bases."""
+    """Converts the adapters of a store's bases."""
 
     def __init__(
         self, blobs: Blobs, models: Mapping[str, str], *, timeout_s: float, max_bytes: int, bucket: SharedBucket | None
     ) -> None:
-        """models: folder or Hub id of each base by its name. timeout_s: of one conversion. max_bytes: of its result."""
+        """models: base name -> folder or Hub id. timeout_s: per conversion. max_bytes: maximum size of its result."""
         self._blobs = blobs
         self._bucket = bucket
         self._models = models
@@ -97,9 +97,9 @@ class Approximation:
     def of(
         cls, settings: Settings, blobs: Blobs, bucket: SharedBucket | None, needed: Sequence[str] = NEEDED
     ) -> Approximation | None:
-        """Return it as the settings say; None where they do not ask for it.
+        """Return the converter that the settings ask for; None if they ask for none.
 
-        needed: packages that the process imports. Raises BadRequest where it could not be done here.
+        needed: packages that the process imports. Raises BadRequest if conversions are impossible here.
         """
         if not settings.convert_adapters:
             return None
@@ -121,17 +121,17 @@ class Approximation:
 
     @staticmethod
     def takes(config: Mapping[str, Any]) -> bool:
-        """Return whether an adapter with this config is to be converted."""
+        """Return whether an adapter with this config must be converted."""
         return is_converted(config.get("peft_type"))
 
     def most_bytes(self, base: ServedModel) -> int:
-        """Return how large the weights file of an adapter of a base can become: LoRA of full rank, fp32."""
+        """Return the maximum bytes of the weights file of an adapter of a base: LoRA of full rank, fp32."""
         sites = [site for site in base.sites if site.kind in ("linear", "conv1d", "opaque")]
         full = sum(4 * (one.in_features + one.out_features) * min(one.in_features, one.out_features) for one in sites)
         return min(self._max_bytes, full + (1 << 20))
 
     async def converted(self, take: Callable[[], Awaitable[Taken]]) -> Taken:
-        """Return what `take` does, with what it needs of a conversion done before. Raises as it, and as `write`."""
+        """Return the result of `take`, doing the conversions that it asks for first. Raises as `take` and `write`."""
         for _ in range(MAX_TAKES):
             try:
                 return await take()
@@ -140,7 +140,7 @@ class Approximation:
         raise Unavailable("its conversion was deleted, or its source changed meanwhile")
 
     async def _convert(self, needed: ToConvert) -> None:
-        """Write a staged adapter as LoRA into the blobs; nothing where others have, or have used its files up.
+        """Convert a staged adapter and put the result into the blobs; do nothing if another caller has done so.
 
         Raises as `write`, and NoRoom.
         """
@@ -176,10 +176,10 @@ class Approximation:
         return digest
 
     async def write(self, source: Path, target: Path, base: ServedModel) -> None:
-        """Write the adapter in one folder as LoRA into another, which is made.
+        """Convert the adapter in folder `source` to LoRA in the new folder `target`.
 
-        Costs at most `timeout_s` seconds, and the memory and the file that the base's size says. Raises AdapterRefused
-        for what PEFT cannot convert within these, Unavailable where the base is not at hand.
+        Uses at most `timeout_s` seconds, and memory and disk space according to the base's size. Raises AdapterRefused
+        if PEFT cannot convert it within these limits, Unavailable if the base is missing here.
         """
         model = self._models.get(base.name)
         if model is None:
@@ -197,7 +197,7 @@ class Approximation:
             raise AdapterRefused([f"it cannot be converted to LoRA: {said}"])
 
     async def _run(self, *words: str) -> tuple[int, str]:
-        """Run the process; return its exit code and the last line of what it said, shortened."""
+        """Run the process; return its exit code and the last line of its stderr, shortened."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -226,7 +226,7 @@ class Approximation:
 
 
 async def _end_of(stream: asyncio.StreamReader) -> bytes:
-    """Read a stream to its end; return its last bytes."""
+    """Read a stream to its end; return its last SAID_BYTES bytes."""
     end = b""
     while piece := await stream.read(SAID_BYTES):
         end = (end + piece)[-SAID_BYTES:]

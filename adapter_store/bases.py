@@ -1,4 +1,4 @@
-"""Which base of its fleet an adapter belongs to: the one it is registered for, that it names, or that alone it fits."""
+"""The base to which an adapter belongs: the one it is registered for, the one it names, or the only one it fits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from protocol.wire.messages import AdapterRecord, ServedModel
 
 
 class Bases:
-    """The bases of a fleet that a store checks adapters for."""
+    """The bases of a fleet, for which a store checks adapters."""
 
     def __init__(self, names: Sequence[str] = ()) -> None:
-        """names: of all bases, the default one first. Of a fleet with one base it need not be right."""
+        """names: of all bases, the default one first. In a fleet with one base, its name need not be right."""
         self._in_settings = tuple(names)
         self._only = names[0] if names else ""
         self._known: dict[str, ServedModel] = {}
-        self._state: tuple[object, ...] = ()  # what adapters are checked for
+        self._state: tuple[object, ...] = ()  # everything that the checks of adapters depend on
         self.set(())
 
     def set(
@@ -30,10 +30,10 @@ class Bases:
         added: Iterable[str] = (),
         removed: Iterable[str] = (),
     ) -> bool:
-        """Take the bases that workers have reported, the first one first, and those of which none has started.
+        """Set the bases that workers have reported, the first one first, and those of which no worker has started.
 
-        added, removed: by operators. What names one that was taken away is of an unknown base, and not checked for
-        another. Returns whether any that adapters are checked for has changed, so that all have to be checked again.
+        added, removed: names, by operators. An adapter that names a removed base has an unknown base, and is not
+        checked for another. Returns whether the checks depend on a change, so that all adapters must be checked again.
         """
         self._removed = frozenset(removed) - set(self._in_settings)
         names = (*self._in_settings, *sorted({*added, *self._removed} - set(self._in_settings)))
@@ -56,21 +56,23 @@ class Bases:
         return list(self._known)
 
     def get(self, name: str) -> ServedModel | None:
-        """Return a base by the name that an alias has, None if it is unknown.
+        """Return a base by the name in an alias, None if it is unknown.
 
-        "" is the only one of its fleet. Where there are several, it is unknown: the fleet had one when it was written.
+        "" means the only base of the fleet. In a fleet of several it is unknown, since the alias is older than the
+        others.
         """
         return self._known.get(name) if name or self._names else next(iter(self._known.values()), None)
 
     async def take(
         self, mirror: Mirror, source: Source, target: str, asked: str, access: SourceAccess, tenant: str = ""
     ) -> tuple[Mirrored, str, AdapterRecord | None]:
-        """Bring an adapter into the blobs, and check it for its base. Returns it, its base's name and its record.
+        """Bring an adapter into the blobs and check it for its base. Returns it with the base's name and its record.
 
-        The name is "" in a fleet with one base. asked: the base that it is registered for, "" for none. The record is
-        None while the only base is not known. Raises as `Mirror.take` and `Mirror.describe`; BadRequest for a base that
-        this fleet does not have; AdapterRefused, with the candidates, for an adapter that fits none or several; and
-        Unavailable while no worker has reported one of several bases that the answer depends on.
+        The name is "" in a fleet with one base. asked: the base for which it is registered, "" for none. The record is
+        None while the only base is unknown. Raises as `Mirror.take` and `Mirror.describe`. Also raises:
+        - BadRequest for a base that this fleet does not have.
+        - AdapterRefused, with the candidates, for an adapter that fits no base or several.
+        - Unavailable while the result depends on a base that no worker has reported.
         """
         if not self._names:
             only = self.get("")
@@ -87,7 +89,7 @@ class Bases:
             mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant, candidates)
             name = asked or self._named_by(await mirror.named_base(source, target, mirrored.version, access, tenant))
         except NeedsBase as error:
-            if error.named is not None:  # it is not tried with each base, since a conversion costs minutes
+            if error.named is not None:  # not tried with each base, since a conversion takes minutes
                 if named := self._named_by(error.named):
                     return await self.take(mirror, source, target, named, access, tenant)
                 text = "it is converted for one base, and names none of this fleet"
@@ -110,9 +112,10 @@ class Bases:
             raise AdapterRefused([f"{how} the base {name}, which it does not fit: {error.message}"]) from error
 
     def _named_by(self, text: str) -> str:
-        """Return the base that a `base_model_name_or_path` means: by its name, its model or the end of either's path.
+        """Return the base that a `base_model_name_or_path` means: by name, by model, or by the last part of a path.
 
-        "" for one that this fleet does not have, such as the model that a base was trained from, or that several are.
+        Returns "" if it is no base of this fleet, such as the model from which a base was trained, or if it is
+        ambiguous.
         """
 
         def ending(path: str) -> str:
@@ -131,18 +134,19 @@ class Bases:
 
     @property
     def _missing(self) -> list[str]:
-        """The names of the bases that may still come up, and of which nothing is known until then.
+        """The names of bases that may still start, and are unknown until then.
 
-        One that is added takes no part before its first worker has come up, so that adding it makes none unavailable.
+        Added bases are left out until their first worker has started, so that adding a base makes no adapter
+        unavailable.
         """
         return [name for name in self._in_settings if name not in self._known.keys() | self._failed]
 
     async def _fitting(
         self, read: Callable[[ServedModel], Awaitable[tuple[Mirrored, AdapterRecord]]]
     ) -> tuple[Mirrored, str, AdapterRecord]:
-        """Return an adapter with the base that alone it fits, of all but those that have failed to start.
+        """Return an adapter with the only base that it fits, among those that have not failed to start.
 
-        read: the adapter for a base. Raises AdapterRefused; Unavailable while one is still starting.
+        read: checks the adapter for a base. Raises AdapterRefused; Unavailable while a base is still starting.
         """
         if missing := self._missing:
             text = (

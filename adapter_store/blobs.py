@@ -1,8 +1,8 @@
 """The adapters on a store's disk, by digest. A blob is either complete and checked, or absent.
 
-Layout under one root: `blobs/<digest>/` holds the config, the weights and, if the adapter has any, its texts;
-`staging/` holds fetches in progress; `versions/` maps a source's version to its digest; `trash/` holds folders that are
-being deleted. All methods block: call them in threads.
+Layout under one root: `blobs/<digest>/` has the config, the weights and, if the adapter has any, its texts. `staging/`
+has fetches in progress, `versions/` maps a source's version to its digest, and `trash/` has folders being deleted. All
+methods block and must be called in threads.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 logger = logging.getLogger(__name__)
 
 STALE_STAGING_S = 7 * 86_400.0
-"""Age at which an abandoned download is deleted."""
+"""Seconds after which an abandoned download is deleted."""
 
 MAX_BASE_NAME = 300
-"""Characters of a base's name or path in an adapter's config; longer ones are none."""
+"""Maximum characters of a base's name or path in an adapter's config; longer ones are ignored."""
 
 BASE_LINE = "base "
-"""Begins the line of a version's note that says which base the version names; other lines are readers."""
+"""Prefix of the line in a version's note with the base that the version names; other lines are readers."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """A folder that holds an adapter, with its config, the header of its weights and its texts parsed."""
+    """A folder with an adapter, and its parsed config, weights header and texts."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     num_bytes: int  # size of the weights file
-    texts: OwnTexts | None = None  # its template, special and added tokens; None: it brings none
+    texts: OwnTexts | None = None  # its template, special and added tokens; None: it has none
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFolder:
-        """Parse the files of a blob, and check the texts against the config. Raises AdapterRefused, OSError."""
+        """Parse the files of a blob, and check the texts against the config's hash. Raises AdapterRefused, OSError."""
         files = cls.read(folder)
         if TEXTS_FIELD not in files.config:
             return files
@@ -74,7 +74,7 @@ class AdapterFolder:
 
     @classmethod
     def read(cls, folder: Path) -> AdapterFolder:
-        """Parse the config and the header of the weights, in any folder. Raises AdapterRefused, OSError."""
+        """Parse the config and the header of the weights in any folder. Raises AdapterRefused, OSError."""
         with (folder / CONFIG_FILE).open("rb") as file:
             config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
         with (folder / WEIGHTS_FILE).open("rb") as file:
@@ -87,7 +87,7 @@ class AdapterFolder:
     def digest(self) -> str:
         """Return the digest of the content.
 
-        The weights are memory-mapped, so nothing may write them meanwhile. Raises AdapterRefused, OSError.
+        The weights are memory-mapped, so they must not be written meanwhile. Raises AdapterRefused, OSError.
         """
         with (
             (self.folder / WEIGHTS_FILE).open("rb") as file,
@@ -96,7 +96,7 @@ class AdapterFolder:
             return adapter_digest(self.config, self.tensors, view)
 
     def has_effect(self, spec: AdapterSpec) -> bool:
-        """Return whether the adapter, read as `spec`, may change an answer. Raises OSError."""
+        """Return whether the adapter, parsed as `spec`, can change any output. Raises OSError."""
         with self._weights() as weights:
             return has_effect(spec, self.tensors, weights)
 
@@ -117,13 +117,13 @@ class AdapterFolder:
 
     @classmethod
     def open_fetched(cls, folder: Path) -> AdapterFolder:
-        """Parse the files of a source. Raises AdapterRefused, OSError."""
+        """Parse the files of an adapter fetched from a source. Raises AdapterRefused, OSError."""
         files = cls.read(folder)
         files.config.pop(TEXTS_FIELD, None)
         return replace(files, texts=texts_in(folder))
 
     def keep_texts(self) -> None:
-        """Write what counts of the text files into the one that a blob has, and its hash into the config."""
+        """Merge the relevant parts of the text files into the blob's one text file; put its hash into the config."""
         if self.texts is not None:
             raw = msgspec.json.encode(self.texts)
             (self.folder / TEXTS_FILE).write_bytes(raw)
@@ -135,12 +135,12 @@ class AdapterFolder:
 
 
 def texts_in(folder: Path) -> OwnTexts | None:
-    """Return what counts of the text files of a source, None if there are none. Raises AdapterRefused, OSError."""
+    """Return the relevant parts of a source's text files, None without any. Raises AdapterRefused, OSError."""
     return read_texts({name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).exists()})
 
 
 def named_in(config: Mapping[str, object]) -> str:
-    """Return what a config calls its base, "" unless that is a text of modest length."""
+    """Return the base's name in a config; "" if it is not a printable string within the length limit."""
     name = config.get("base_model_name_or_path")
     return name if isinstance(name, str) and len(name) <= MAX_BASE_NAME and name.isprintable() else ""
 
@@ -151,15 +151,15 @@ class Blobs:
     def __init__(self, root: Path, quota_bytes: int = 0, reserve: Reserve | None = None) -> None:
         """Open or create the folder `root`, and delete what a crash left unfinished.
 
-        `quota_bytes` bounds the bytes of all blobs: the least recently used leave first. 0 means no limit. `reserve`:
-        what is kept free of the disk, None: nothing.
+        quota_bytes: maximum bytes of all blobs, beyond which the least recently used are evicted; 0: no limit. reserve:
+        free-space reserve of the disk; None: nothing is reserved.
         """
         self.reserve = reserve or Reserve(0)
         self._blobs, self._staging, self._versions = root / "blobs", root / "staging", root / "versions"
         self._trash = root / "trash"
         self._quota_bytes = quota_bytes
         self._lock = threading.Lock()
-        self._notes_lock = threading.RLock()  # threads read and write notes of one version at once
+        self._notes_lock = threading.RLock()  # threads read and write notes of the same version concurrently
         self._verified: set[str] = set()
         for folder in (self._blobs, self._staging, self._versions, self._trash):
             folder.mkdir(parents=True, exist_ok=True)
@@ -182,9 +182,9 @@ class Blobs:
     # ------------------------------------------------------------ versions
 
     def digest_of(self, version: str) -> str | None:
-        """Return the digest that a source's version had when it was fetched; None unless its blob is still on disk.
+        """Return the digest of a source's version as fetched; None unless its blob is still on disk.
 
-        It says nothing of who may read the version.
+        Does not check who may read the version.
         """
         digest, _ = self._note_of(version)
         return digest if digest in self._sizes else None
@@ -194,19 +194,19 @@ class Blobs:
         return {note for note in self._note_of(version)[1] if not note.startswith(BASE_LINE)}
 
     def note_reader(self, version: str, reader: str) -> None:
-        """Note that a version, which has a digest here, was read by the rights of `reader`."""
+        """Record that a version with a digest here was read with the rights of `reader`."""
         with self._notes_lock:
             digest, notes = self._note_of(version)
             if digest and reader not in notes:
                 self._write_note(version, digest, {*notes, reader})
 
     def named_base(self, version: str) -> str | None:
-        """Return the base that a version names, as `note_base` was told; None if it was not."""
+        """Return the base that a version names, as recorded by `note_base`; None if it was not recorded."""
         notes = self._note_of(version)[1]
         return next((note.removeprefix(BASE_LINE) for note in notes if note.startswith(BASE_LINE)), None)
 
     def note_base(self, version: str, name: str) -> None:
-        """Note which base a version, which has a digest here, names: one line of text."""
+        """Record the base that a version with a digest here names, one line of text."""
         with self._notes_lock:
             if digest := self._note_of(version)[0]:
                 self._write_note(version, digest, {*self.readers_of(version), f"{BASE_LINE}{name}"})
@@ -215,9 +215,9 @@ class Blobs:
         self._version_file(version).write_text("\n".join([digest, *sorted(notes)]))
 
     def _note_of(self, version: str) -> tuple[str, set[str]]:
-        """Return the digest of a version and what else was noted, "" and nothing if nothing was."""
+        """Return a version's digest and the other lines of its note; "" and an empty set without a note."""
         try:
-            with self._notes_lock:  # none is read while it is half written
+            with self._notes_lock:  # so that a half-written note is never read
                 digest, *notes = self._version_file(version).read_text(errors="replace").split("\n")
         except FileNotFoundError:
             return "", set()
@@ -229,19 +229,19 @@ class Blobs:
     # ------------------------------------------------------------ writing
 
     def staging(self, version: str) -> Path:
-        """Return the folder to fetch a version into; a fetch resumes from the files that an earlier one left there."""
+        """Return the folder for fetching a version; a fetch resumes from files that an earlier one has left there."""
         folder = self._staging / hashlib.sha256(version.encode()).hexdigest()
         folder.mkdir(exist_ok=True)
         return folder
 
     def discard(self, version: str) -> None:
-        """Delete what was fetched of a version."""
+        """Delete the staged files of a version."""
         self._remove(self._staging / hashlib.sha256(version.encode()).hexdigest())
 
     def put(self, version: str, files: AdapterFolder, *, sync: bool) -> str:
-        """Move a staged adapter into the blobs and return its digest; with `sync` it survives a power cut.
+        """Move a staged adapter into the blobs and return its digest. sync: make it survive a power loss.
 
-        Raises Unavailable when the adapter is larger than the quota.
+        Raises Unavailable if the adapter is larger than the quota.
         """
         digest = files.digest()
         config = json.dumps(canonical_config(files.config) | written_converted(files.config, files.tensors)).encode()
@@ -266,16 +266,16 @@ class Blobs:
         return digest
 
     def note_version(self, version: str, digest: str) -> None:
-        """Note which digest a source's version has. Losing the note in a crash only costs another fetch."""
+        """Record the digest of a source's version. If a crash loses the record, the version is only fetched again."""
         with self._notes_lock:
             known, notes = self._note_of(version)
             self._write_note(version, digest, notes if known == digest else ())
 
     def room(self, num_blob: int, num_staged: int, folder: Path) -> AbstractContextManager[None]:
-        """Promise room on the disk, meanwhile, for an adapter that is staged in a folder.
+        """Reserve disk space for an adapter that is staged in a folder, until the block ends.
 
-        num_blob: bytes of its files as a blob; num_staged: most bytes of all files in its folder at once, of which some
-        may be there. Raises Unavailable if the blob is beyond the quota, NoRoom without room for the folder.
+        num_blob: bytes of its files as a blob. num_staged: maximum bytes of all files in its folder at one time,
+        including existing ones. Raises Unavailable if the blob exceeds the quota, NoRoom if the disk lacks the space.
         """
         if self._quota_bytes and num_blob > self._quota_bytes:
             raise Unavailable(f"the adapter has {num_blob} bytes; the store may use {self._quota_bytes}")
@@ -305,12 +305,12 @@ class Blobs:
     # ------------------------------------------------------------ reading
 
     def open(self, digest: str) -> AdapterFolder | None:
-        """Return a blob's folder, parsed; None if it is missing or damaged. Raises OSError."""
+        """Return a blob's parsed folder; None if it is missing or damaged. Raises OSError."""
         if digest not in self._sizes:
             return None
         try:
             return AdapterFolder.open(self._blobs / digest)
-        except FileNotFoundError:  # evicted by another thread, or removed by hand
+        except FileNotFoundError:  # evicted by another thread, or deleted by hand
             self.drop(digest)
             return None
         except AdapterRefused as error:
@@ -318,9 +318,9 @@ class Blobs:
             return None
 
     def verified(self, digest: str) -> Path | None:
-        """Return a blob's folder and mark it used; None if it is missing or damaged.
+        """Return a blob's folder and mark it as used; None if it is missing or damaged.
 
-        The first call of a process for a digest hashes the content. A damaged blob is deleted, so that it is fetched
+        A process hashes the content at its first call for a digest. A damaged blob is deleted, so that it is fetched
         again.
         """
         if digest not in self._sizes:
@@ -332,7 +332,7 @@ class Blobs:
                     raise AdapterRefused(["its content has another digest"])
                 self._verified.add(digest)
             os.utime(folder)
-        except FileNotFoundError:  # evicted by another thread, or removed by hand
+        except FileNotFoundError:  # evicted by another thread, or deleted by hand
             self.drop(digest)
             return None
         except AdapterRefused as error:
@@ -356,7 +356,7 @@ class Blobs:
     # ------------------------------------------------------------ cleaning
 
     def _clean(self) -> None:
-        """List the blobs, and delete what a crash left half written or half deleted."""
+        """List the blobs, and delete half-written and half-deleted ones left by a crash."""
         for entry in os.scandir(self._trash):
             shutil.rmtree(entry.path)
         for entry in os.scandir(self._blobs):
@@ -372,7 +372,7 @@ class Blobs:
                 os.unlink(entry.path)
 
     def _remove(self, folder: Path) -> None:
-        """Delete a folder: for readers in one step, although those that have a file open can finish reading it."""
+        """Delete a folder, atomically for readers; those that have a file open can finish reading it."""
         trash = self._trash / f"{folder.name}-{time.monotonic_ns()}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, trash)
@@ -380,7 +380,7 @@ class Blobs:
 
 
 def _used_ns(folder: Path) -> int:
-    """Return when a blob was last used; 0 for one whose folder was removed by hand, which leaves first."""
+    """Return when a blob was last used, ns; 0 if its folder was deleted by hand, so that it is evicted first."""
     try:
         return folder.stat().st_mtime_ns
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The catalogue: the adapter names of the fleet and the contents they refer to.
+"""The catalogue: the fleet's adapter names and the contents to which they refer.
 
-This is the only writer of `Keys.adapters` (aliases by field) and `Keys.adapter` (records by digest).
+Only this module writes `Keys.adapters` (aliases by field) and `Keys.adapter` (records by digest).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def field_of(alias: m.Alias) -> str:
 
 
 def _is_same(known: m.AdapterRecord | None, record: m.AdapterRecord) -> bool:
-    """Return whether a record says what another one says, whenever it was made and for whichever source."""
+    """Return whether two records are equal apart from time and source."""
     if known is None:
         return False
     return msgspec.structs.replace(known, created_ms=record.created_ms, source=record.source) == record
 
 
 def _is_of_a_name(event: bytes) -> bool:
-    """Return whether an event may concern the catalogue; one that cannot be decoded may."""
+    """Return whether an event may concern the catalogue; an undecodable one may."""
     try:
         return decode(event, m.AdapterEvent).name != ""
     except ProtocolError:
@@ -40,28 +40,28 @@ def _is_of_a_name(event: bytes) -> bool:
 
 
 class Catalogue:
-    """What the names of the fleet refer to, as all stores have published it, and this store's share of it."""
+    """The aliases of the fleet as published by all stores, and those published by this store."""
 
     def __init__(self, bus: Bus, sid: str, record_kept_s: float = 60.0) -> None:
         """Start empty, for the store `sid`.
 
-        A content's record is deleted `record_kept_s` after its last name, since requests that were accepted before may
+        record_kept_s: seconds after its last name until a content's record is deleted; requests accepted before may
         still need it.
         """
         self._bus = bus
         self._sid = sid
         self._record_kept_s = record_kept_s
-        self._mine: dict[str, m.Alias] = {}  # published by this process, by field
+        self._mine: dict[str, m.Alias] = {}  # aliases published by this process, by field
         self._records: dict[str, m.AdapterRecord] = {}
         self._run_id: str = ""
         self._last_event = ""  # id of the last event seen; "": none
-        self._unnamed: dict[str, float] | None = None  # digest without a name -> when its record is deleted
-        self.aliases: dict[str, m.Alias] = {}  # by field, aliases of all stores as last loaded
+        self._unnamed: dict[str, float] | None = None  # digest without a name -> when its record is deleted, monotonic
+        self.aliases: dict[str, m.Alias] = {}  # by field; aliases of all stores as last loaded
 
     async def load(self) -> bool:
         """Load what all stores have published; return whether anything has changed since the last load.
 
-        If Redis has lost this store's share, that is published again.
+        If Redis has lost this store's aliases, they are published again.
         """
         news = await self._bus.adapters.news(self._last_event)
         lost = news.num_names == 0 or news.run_id != self._run_id
@@ -73,7 +73,7 @@ class Catalogue:
             self._last_event = news.events[-1][0]
         elif lost:
             self._last_event = ""
-        # Every change of the catalogue is followed by an event with a name; the events of workers have none.
+        # Every change of the catalogue is followed by an event with a name; events of workers have none.
         if not lost and not any(_is_of_a_name(raw) for _, raw in news.events):
             return False
         before = {alias.digest for alias in self.aliases.values()}
@@ -88,8 +88,8 @@ class Catalogue:
             self._unnamed.update({digest: at_s for digest in digests if digest and digest not in named})
 
     async def sweep(self) -> None:
-        """Delete the records of contents that no name refers to, unless a name appears meanwhile."""
-        if self._unnamed is None:  # records that earlier processes left
+        """Delete the records of contents to which no name refers, unless one is published in between."""
+        if self._unnamed is None:  # records left by earlier processes
             self._unnamed = {}
             self._note_unnamed(await self._bus.adapters.known_digests())
         due = [digest for digest, at_s in self._unnamed.items() if at_s <= time.monotonic()]
@@ -97,14 +97,14 @@ class Catalogue:
             return
         gone = await self._bus.adapters.delete_records(due)
         if gone is None:
-            return  # a name was written meanwhile: the next sweep tries again
+            return  # a name was published in between: the next sweep tries again
         for digest in due:
             del self._unnamed[digest]
         for digest in gone:
             self._records.pop(digest, None)
 
     async def publish(self, alias: m.Alias, record: m.AdapterRecord | None = None) -> None:
-        """Set what a name refers to, or why it refers to nothing, in one step: readers see the old state or the new."""
+        """Publish an alias with its record atomically: readers see either the old state or the new one."""
         old = self.aliases.get(field_of(alias))
         created = old.created_ms if old else now_ms()
         alias = msgspec.structs.replace(alias, created_ms=created, changed_ms=now_ms())
@@ -113,7 +113,7 @@ class Catalogue:
             self._records[record.digest] = record
         self._mine[field_of(alias)] = alias
         if old is not None and msgspec.structs.replace(old, changed_ms=alias.changed_ms) == alias:
-            if is_new:  # the same content is read otherwise, for another base model
+            if is_new:  # same content with another record, for another base model
                 await self._write([old])
             return
         await self._write([alias])
@@ -126,7 +126,7 @@ class Catalogue:
         )
 
     async def announce(self, aliases: Iterable[m.Alias]) -> None:
-        """Publish names that the catalogue does not have yet, so that requests for them wait instead of failing."""
+        """Publish names that are not in the catalogue yet, so that requests for them wait instead of failing."""
         now = now_ms()
         new = [
             msgspec.structs.replace(alias, created_ms=now, changed_ms=now)

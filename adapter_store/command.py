@@ -1,4 +1,4 @@
-"""`lorafleet adapters check` and `convert`: adapters in folders, without a fleet."""
+"""`lorafleet adapters check` and `convert`: for adapters in folders, without a fleet."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DESCRIBE_S = 600.0
 
 
 def run(args: argparse.Namespace, describe: Callable[[str], ServedModel] | None = None) -> int:
-    """Run the command; return the exit code. describe: how a base model is; None: as `describe_base`.
+    """Run the command; return the exit code. describe: returns the facts of a base model; None: `describe_base`.
 
     Raises BadRequest, NotFound; OSError.
     """
@@ -52,9 +52,9 @@ def run(args: argparse.Namespace, describe: Callable[[str], ServedModel] | None 
 
 
 def describe_base(model: str) -> ServedModel:
-    """Return what adapters must fit of a base model, by way of a process that has torch. Raises BadRequest."""
+    """Return the facts of a base model that adapters must fit, from a process that has torch. Raises BadRequest."""
     if Path(model).expanduser().exists():
-        model_folder(model, TOKENIZER_FILES)  # refuses anything but a model folder without starting that process
+        model_folder(model, TOKENIZER_FILES)  # rejects anything but a model folder before that process starts
     done = subprocess.run(
         [sys.executable, "-m", "gpu_worker.describe", model],
         capture_output=True,
@@ -127,7 +127,7 @@ def _check(args: argparse.Namespace, base: ServedModel | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Modules of all layers that are changed alike."""
+    """Modules of any number of layers that are changed in the same way."""
 
     modules: str
     what: str
@@ -179,7 +179,7 @@ def _convert(args: argparse.Namespace, base: ServedModel | None) -> int:
 
 
 def _approximate(args: argparse.Namespace, base: ServedModel | None) -> int:
-    """Write a PEFT adapter of another kind as LoRA, by way of a process that has torch. Raises BadRequest."""
+    """Approximate a PEFT adapter of another kind by LoRA, in a process that has torch. Raises BadRequest."""
     kind: Any = AdapterFolder.read(args.folder).config.get("peft_type")
     if not args.rank or kind in (LORA, ADALORA):
         hint = "" if kind in (LORA, ADALORA) else "; --rank auto approximates it by LoRA"

@@ -1,6 +1,6 @@
-"""Keeps the catalogue equal to the local adapter folder.
+"""Keeps the catalogue in agreement with the local adapter folder.
 
-An adapter that is complete and fits the base model is served; for any other the catalogue holds the reason.
+A complete adapter that fits the base model is served; for any other the catalogue has the reason.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ MAX_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class NextTry:
-    """When to try a name again that failed for a reason that may pass."""
+    """When to retry a name that failed for a temporary reason."""
 
-    at_s: float  # monotonic
+    at_s: float  # monotonic time
     pause_s: float
 
 
@@ -40,7 +40,7 @@ class Follower:
     """Follows the changes of one local source."""
 
     def __init__(self, source: LocalSource, mirror: Mirror, catalogue: Catalogue, settle_s: float) -> None:
-        """Start without a scan. A folder is complete once nothing in it has changed for `settle_s`."""
+        """Start without a scan. A folder is complete once nothing in it has changed for `settle_s` seconds."""
         self._source = source
         self._mirror = mirror
         self._catalogue = catalogue
@@ -53,7 +53,7 @@ class Follower:
         self._root_error = ""
 
     def set_bases(self, bases: Bases) -> None:
-        """Set the bases that adapters must fit, which are others than before: check every folder again."""
+        """Set the changed bases that adapters must fit: all folders are checked again."""
         self._bases = bases
         self._watch.recheck_all()
 
@@ -84,22 +84,22 @@ class Follower:
             if FOLDER.fullmatch(name) is None:
                 logger.warning("the folder %.200r is not served: its name is not a valid adapter name", name)
             elif name in self._busy:
-                self._watch.recheck(name)  # once the work in progress has ended
+                self._watch.recheck(name)  # after the work in progress
             else:
                 self._busy.add(name)
                 tasks.create_task(self._update(name))
 
     def _log_root_error(self, error: OSError) -> None:
-        """Log an error once. A root that cannot be read, such as a lost mount, removes no adapter."""
+        """Log an error once. An unreadable root, such as a lost mount, does not remove adapters."""
         if str(error) != self._root_error:
             logger.error("cannot read the adapter folder: %s", error)
         self._root_error = str(error)
 
     async def _update(self, name: str) -> None:
-        """Bring one folder into the blobs and publish the outcome; an error affects this name only."""
+        """Bring one folder into the blobs and publish the outcome; an error affects only this name."""
         try:
             try:
-                # A conversion takes minutes: whoever waits for one has none of the slots.
+                # A conversion takes minutes, so no slot is held while waiting for one.
                 await self._mirror.converted(lambda: self._mirror_and_publish(name))
             except (LorafleetError, OSError) as error:
                 await self._fail(name, error)
@@ -108,7 +108,7 @@ class Follower:
             self._watch.recheck(name)
         except asyncio.CancelledError:
             raise
-        except BaseException:  # also panics of libraries in Rust
+        except BaseException:  # including panics of Rust libraries
             logger.exception("adapter %s cannot be read", name)
             self._retry_later(name)
         finally:
@@ -118,7 +118,7 @@ class Follower:
         async with self._slots:
             mirrored, base, record = await self._bases.take(self._mirror, self._source, name, "", FLEET)
             if record is None:
-                return  # `set_bases` causes another check; until then the name stays "downloading"
+                return  # `set_bases` triggers another check; until then the name stays "downloading"
             self._retries.pop(name, None)
             if name not in self._watch:
                 return

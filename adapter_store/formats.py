@@ -1,4 +1,4 @@
-"""Adapters of MLX-LM and llama.cpp, converted into PEFT's files: in a store when they are fetched, or by hand."""
+"""Conversion of adapters of MLX-LM and llama.cpp to PEFT's files, by a store at the fetch, or by hand."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
 
 HEAD_BYTES = 8 + MAX_HEADER_BYTES
-"""Bytes of a weights file that hold its whole header."""
+"""Bytes at the beginning of a weights file that include its whole header."""
 
 
 def plan_conversion(folder: Path, weights: str, num_bytes: int, base: ServedModel | None) -> Conversion | None:
-    """Return how to convert an adapter whose files are in a folder; None for one that PEFT saved.
+    """Return the plan to convert the adapter in a folder; None if PEFT saved it.
 
-    weights: the name of its weights file, of which the first HEAD_BYTES are enough. num_bytes: of the whole file.
+    weights: name of its weights file, of which the first HEAD_BYTES are enough. num_bytes: size of the whole file.
     Raises AdapterRefused, also for GGUF without a base.
     """
     if weights == WEIGHTS_FILE:
@@ -40,9 +40,9 @@ def plan_conversion(folder: Path, weights: str, num_bytes: int, base: ServedMode
 
 
 def convert(folder: Path, weights: str, conversion: Conversion, target: Path, reserve: Reserve | None = None) -> None:
-    """Write a planned conversion of a folder's weights file into another folder, or the same. Raises OSError, NoRoom.
+    """Write a planned conversion of a folder's weights file into `target`, perhaps the same folder.
 
-    reserve: what is kept free of the target's disk, None: nothing.
+    reserve: free-space reserve of the target's disk; None: nothing is reserved. Raises OSError, NoRoom.
     """
     with (
         (folder / weights).open("rb") as file,
@@ -58,5 +58,5 @@ def convert(folder: Path, weights: str, conversion: Conversion, target: Path, re
 
 
 def depends_on_base(weights: str) -> bool:
-    """Return whether a base model decides how a weights file is converted."""
+    """Return whether the conversion of a weights file depends on the base model."""
     return weights.endswith(GGUF_END)

@@ -1,15 +1,15 @@
-"""The store's HTTP server for its fleet: the files of an adapter by digest, with ranges, sent by `sendfile`.
+"""The store's HTTP server for its fleet: files of adapters by digest, with ranges, sent by `sendfile`.
 
     GET|HEAD /adapters/{digest}/{adapter_config.json|adapter_model.safetensors|texts.json}
-                                    Range, If-None-Match; ETag = digest; with the config X-Lorafleet-Folder, quoted
-                                    as in URLs: where a process on the same machine finds these files
+                                    Range, If-None-Match; ETag = digest; the config has X-Lorafleet-Folder, URL-quoted:
+                                    the folder in which a process on the same machine finds these files
     DELETE   /adapters/{digest}     200 with the bytes freed, 409 while a name refers to it
-    POST     /uploads               200 with the source of the adapter in a zip, see `uploads`; Content-Length is needed
+    POST     /uploads               200 with the source of the zip's adapter, see `uploads`; needs Content-Length
     DELETE   /uploads/{name}        200, 404 if there is none
     GET      /health
 
-Every path but `/health` requires the fleet's bearer token. The server is hand-written on asyncio because ASGI servers
-copy every byte through Python.
+Every path except `/health` requires the fleet's bearer token. The server is written directly on asyncio because ASGI
+servers copy every byte through Python.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from protocol.wire.errors import Conflict, LorafleetError
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 16 << 10
-IDLE_S = 75.0  # how long a connection may wait for its next request
-SEND_S = 600.0  # how long sending one response may take
+IDLE_S = 75.0  # maximum wait for a connection's next request
+SEND_S = 600.0  # maximum duration of sending one response
 MAX_CONNECTIONS = 1024
 
 Locate = Callable[[str], Awaitable[Path | None]]
@@ -46,7 +46,7 @@ Drop = Callable[[str], Awaitable[int]]
 """Deletes a digest from the disk and returns the bytes freed. Raises Conflict while a name refers to it."""
 
 UPLOADS = "/uploads"
-READ_S = 60.0  # how long the next part of an upload may take
+READ_S = 60.0  # maximum wait for the next part of an upload
 READ_BYTES = 1 << 18
 
 _PATH = re.compile(r"/adapters/([0-9a-f]{64})(?:/([a-z_.]+))?")
@@ -63,18 +63,18 @@ class HttpRequest:
 
     method: str
     path: str
-    headers: dict[str, str]  # names in lower case
-    length: int = 0  # bytes of the body; only uploads have one
+    headers: dict[str, str]  # by lower-case name
+    length: int = 0  # size of the body in bytes; only uploads have one
 
     @property
     def keep_alive(self) -> bool:
-        """Whether the client keeps the connection for another request: not after a body."""
+        """Whether the connection stays open for another request; it does not after a body."""
         return not self.length and self.headers.get("connection", "").lower() != "close"
 
 
 @dataclass(slots=True)
 class HttpResponse:
-    """A response: a body, or a range of a file."""
+    """A response with a body or a range of a file."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict[str, str])
@@ -95,7 +95,7 @@ class BlobServer:
         bearer: str = "",
         uploads: Uploads | None = None,
     ) -> None:
-        """Prepare without listening. `bearer` is the token that clients must present; "" means none."""
+        """Prepare without listening. bearer: the token that clients must present; "": none is needed."""
         self._uploads = uploads
         self._locate = locate
         self._drop = drop
@@ -198,7 +198,7 @@ class BlobServer:
         return answer
 
     async def _upload(self, request: HttpRequest, reader: asyncio.StreamReader, uploads: Uploads) -> HttpResponse:
-        """Keep or delete an uploaded adapter."""
+        """Store or delete an uploaded adapter."""
         name = request.path.removeprefix(f"{UPLOADS}/")
         if request.method == "DELETE":
             dropped = await asyncio.to_thread(uploads.drop, name)
@@ -211,14 +211,14 @@ class BlobServer:
         try:
             return _json(200, {"source": await uploads.take(body, request.length)})
         except LorafleetError as error:
-            async for _ in body:  # a client that is still sending would not read the answer
+            async for _ in body:  # a client that is still sending would not read the response
                 pass
             answer = _json(error.status, {"error": {"message": error.message, "code": error.code}})
             return answer if error.status in _REASONS else _error(409, error.message)
 
 
 async def _body(reader: asyncio.StreamReader, length: int) -> AsyncIterator[bytes]:
-    """Yield a body. Raises IncompleteReadError if its client leaves, TimeoutError if it pauses."""
+    """Yield a body's chunks. Raises IncompleteReadError if the client disconnects, TimeoutError if it stalls."""
     while length:
         async with asyncio.timeout(READ_S):
             chunk = await reader.read(min(length, READ_BYTES))
@@ -229,7 +229,7 @@ async def _body(reader: asyncio.StreamReader, length: int) -> AsyncIterator[byte
 
 
 def _file_answer(request: HttpRequest, path: Path, size: int, digest: str) -> HttpResponse:
-    """Return the whole file, a range of it, or 304, as `If-None-Match`, `Range` and `If-Range` say."""
+    """Return the whole file, a range of it, or 304, according to `If-None-Match`, `Range` and `If-Range`."""
     etag = f'"{digest}"'
     headers = {
         "Content-Type": "application/json" if path.suffix == ".json" else "application/octet-stream",
@@ -269,7 +269,7 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 
 
 def _parse(head: bytes) -> HttpRequest | None:
-    """Parse a request's head; None unless it is HTTP/1.1 without a body, which an upload alone has."""
+    """Parse a request's head; None unless it is HTTP/1.1 without a body, which only an upload may have."""
     first, *lines = head.decode("latin-1").split("\r\n")[:-2]
     parts = first.split(" ")
     if len(parts) != 3 or parts[2] != "HTTP/1.1":

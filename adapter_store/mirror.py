@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_REASON = 200
-"""Characters of why an adapter does not fit one of several bases."""
+"""Maximum characters of the reason why an adapter does not fit one of several bases."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -56,9 +56,9 @@ class Mirrored:
 
 
 class NeedsBase(Exception):
-    """The weights are read for one base, and which of several that is was not said.
+    """Raised if the weights can only be read for one base, and it is not known which of several that is.
 
-    named: the base that its config names; None where the weights say which bases they fit.
+    named: the base that its config names; None if the weights themselves show which bases they fit.
     """
 
     def __init__(self, named: str | None = None) -> None:
@@ -81,10 +81,9 @@ class Mirror:
     ) -> None:
         """Set the limits.
 
-        `max_bytes` is the largest file that is fetched. `max_parallel` is the number of fetches at once from one
-        source: counted per source, so that a slow source delays no other. One tenant has at most three in four of them.
-        `effect_test` says which adapters are looked through for having no effect. `approximation` converts kinds
-        of full rank, which are refused without.
+        max_bytes: maximum size of a fetched file. max_parallel: maximum concurrent fetches per source, so that a slow
+        source does not delay others; one tenant gets at most three quarters of them. effect_test: which adapters are
+        checked for having no effect. approximation: converts full-rank kinds, which are otherwise refused.
         """
         self._approximation = approximation
         self._effect_test = effect_test
@@ -94,7 +93,7 @@ class Mirror:
         self._max_bytes = max_bytes
         self._bucket = shared_bucket
         self._slots: defaultdict[Source, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max_parallel))
-        # Apart from fetches, so that slow ones do not delay what is only looked at or confirmed.
+        # Separate from fetches, so that slow ones do not delay lookups and confirmations.
         self._looks: defaultdict[Source, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max_parallel))
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -107,15 +106,19 @@ class Mirror:
         tenant: str = "",
         any_of: Sequence[ServedModel] = (),
     ) -> Mirrored:
-        """Make sure that the blobs hold the content that `target` stands for now; return its digest and version.
+        """Ensure that the blobs have the current content of `target`; return its digest and version.
 
-        A version that is already there costs no fetch, but the source decides whether `access` may read it, unless
-        anyone may, or the same rights have read it before and are not those of a token. `base` is the model that the
-        adapter must fit, None while it is unknown; then it must fit one of `any_of`, if there are any. `tenant`: whose
-        name it is for, "" for everybody's. Raises AdapterRefused, before a file is fetched whose size is the reason,
-        and before the weights are if their header shows it; NeedsBase for weights that are read for one of several
-        bases; ToConvert for an adapter that `convert` must write first; the errors of the source; Changed; NoRoom when
-        the disk is full.
+        A version that is here already is not fetched. But its source must confirm that `access` may read it, unless
+        anyone may, or the same rights, other than a token's, have read it before.
+
+        base: the model that the adapter must fit, None while unknown; then it must fit one of `any_of`, if not empty.
+        tenant: owner of the name; "": shared by all tenants.
+
+        Raises:
+        - AdapterRefused, if possible before the fetch of a file that is too large, or of weights with a wrong header.
+        - NeedsBase for weights that are read for one of several bases.
+        - ToConvert for an adapter that `converted` must convert first.
+        - the errors of the source; Changed; NoRoom if the disk is full.
         """
         fixed = source.fixed(target)
         for version in [] if fixed is None else self._forms(fixed, base):
@@ -136,7 +139,7 @@ class Mirror:
         return mirrored
 
     def _forms(self, version: SourceVersion, base: ServedModel | None) -> list[SourceVersion]:
-        """Return a version as its source has it, and as it is converted for a base where that is done."""
+        """Return a version as in its source, and also as converted for a base if conversions are on."""
         if self._approximation is None or base is None:
             return [version]
         return [version, as_lora(version, base)]
@@ -144,7 +147,7 @@ class Mirror:
     async def _known(
         self, source: Source, version: SourceVersion, base: ServedModel | None, access: SourceAccess
     ) -> Mirrored | None:
-        """Return a version that is here, once it is known that `access` may read it; None otherwise."""
+        """Return a version that is here and that `access` may read, asking the source if necessary; None otherwise."""
         for form in self._forms(version, base):
             digest = await asyncio.to_thread(self._open_to, form.key, access)
             if digest is None:
@@ -162,18 +165,18 @@ class Mirror:
 
     @asynccontextmanager
     async def _slot(self, source: Source, tenant: str) -> AsyncGenerator[None]:
-        """Wait for one of the fetches at once from a source, and of those a tenant may have."""
+        """Wait for a fetch slot of the source, and for one of the tenant's."""
         own = self._tenant_slots.setdefault((source, tenant), asyncio.Semaphore(self._tenant_parallel))
         async with own if tenant else nullcontext(), self._slots[source]:
             yield
 
     def _open_to(self, version: str, access: SourceAccess) -> str | None:
-        """Return the digest of a version that `access` is known to be allowed to read; None if it is not known."""
+        """Return the digest of a version that `access` is known to be allowed to read; None if that is not known."""
         proofs = {"anyone"} if access.reader == "token" else {"anyone", access.reader}
         return self.blobs.digest_of(version) if proofs & self.blobs.readers_of(version) else None
 
     def _check_sizes(self, version: SourceVersion) -> None:
-        """Raise AdapterRefused for files that are too large, going by what the source says of them."""
+        """Raise AdapterRefused for files that are too large according to the source."""
         limits = {CONFIG_FILE: MAX_CONFIG_BYTES, **{name: max_bytes(name) for name in MORE_FILES}}
         reasons = [
             f"{name} has {file.num_bytes} bytes; the limit is {limit}"
@@ -202,7 +205,7 @@ class Mirror:
             STORE_FETCHES.labels(scheme, outcome).inc()
 
     async def restore(self, digest: str) -> bool:
-        """Copy a blob from the shared bucket; return whether the bucket has it and its content matches the digest."""
+        """Copy a blob from the shared bucket; return whether the bucket has it with content that matches the digest."""
         if self._bucket is None:
             return False
         key = f"bucket:{digest}"
@@ -263,7 +266,7 @@ class Mirror:
         to_convert: ToConvert | None = None
         has_config = config is None or await asyncio.to_thread(_drop_unless, folder / CONFIG_FILE, config.num_bytes)
         if has_config and await asyncio.to_thread(_size, folder / weights) >= head_bytes:
-            await source.confirm(version, access)  # others' rights may have read what lies here
+            await source.confirm(version, access)  # these files may have been read with others' rights
         if config is not None:
             await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
             to_convert = await asyncio.to_thread(self._to_convert, version, folder, bases, tenant)
@@ -273,7 +276,8 @@ class Mirror:
             conversion = await asyncio.to_thread(_check_head, folder, weights, num_bytes, bases)
         made = conversion.num_bytes if conversion else 0
         text_bytes = sum(file.num_bytes for name, file in version.files.items() if name in MORE_FILES)
-        # What is converted lies beside its source until it is done, and texts beside the file that they are joined in.
+        # A conversion's result is beside its source until it is done, and texts beside the file into which they are
+        # merged.
         most = sum(file.num_bytes for file in version.files.values()) + made + text_bytes
         with self.blobs.room((made or num_bytes) + text_bytes, most, folder):
             await source.fetch(version, weights, folder / weights, num_bytes, access)
@@ -287,7 +291,7 @@ class Mirror:
     def _finish(self, version: SourceVersion, folder: Path, conversion: Conversion | None) -> str:
         _check_sums(version, folder)
         named = ""
-        if CONFIG_FILE in version.files:  # which a conversion overwrites
+        if CONFIG_FILE in version.files:  # a conversion overwrites it
             named = named_in(parse_config((folder / CONFIG_FILE).read_bytes()))
         if conversion is not None:
             convert(folder, version.weights, conversion, folder, self.blobs.reserve)
@@ -302,10 +306,10 @@ class Mirror:
     def _to_convert(
         self, version: SourceVersion, folder: Path, bases: Sequence[ServedModel], tenant: str
     ) -> ToConvert | None:
-        """Return what `convert` is to do with an adapter whose config is staged; None for one that is served as it is.
+        """Return the conversion that an adapter with a staged config needs; None if it needs none.
 
-        Raises AdapterRefused; NeedsBase where one of several bases decides, Unavailable where none is known or too many
-        wait for a conversion.
+        Raises AdapterRefused; NeedsBase if it depends on one of several bases; Unavailable if no base is known or too
+        many conversions wait.
         """
         if self._approximation is None or version.weights != WEIGHTS_FILE:
             return None
@@ -320,18 +324,19 @@ class Mirror:
         return ToConvert(version, bases[0], tenant)
 
     async def converted(self, take: Callable[[], Awaitable[Taken]]) -> Taken:
-        """Return what `take` does, with what it needs of a conversion done before. Raises as both."""
+        """Return the result of `take`, doing the conversions that it asks for first. Raises as both."""
         return await (take() if self._approximation is None else self._approximation.converted(take))
 
-    # ------------------------------------------------------------ what is here
+    # ------------------------------------------------------------ blobs
 
     async def named_base(
         self, source: Source, target: str, version: SourceVersion, access: SourceAccess, tenant: str = ""
     ) -> str:
-        """Return the `base_model_name_or_path` in the config of a version of `target` that is here, "" without one.
+        """Return the `base_model_name_or_path` in the config of a stored version of `target`, "" without one.
 
-        A blob does not hold it: contents that differ in nothing else are one. It is noted at the fetch, and fetched for
-        versions without that note: those of earlier releases and of the shared bucket. Raises the errors of the source.
+        Blobs do not contain it, so that contents which differ in nothing else are the same. It is recorded at the
+        fetch. Versions without that record, from earlier releases or the shared bucket, have their config fetched
+        again. Raises the errors of the source.
         """
         key, own = version.key, f"config:{version.key}"
         known = await asyncio.to_thread(self.blobs.named_base, key)
@@ -341,7 +346,7 @@ class Mirror:
             known = await asyncio.to_thread(self.blobs.named_base, key)
             if known is not None:
                 return known
-            if not version.files:  # as `Source.fixed` says it
+            if not version.files:  # as returned by `Source.fixed`
                 version = await source.resolve(target, access)
             self._check_sizes(version)
             config, known = version.files.get(CONFIG_FILE), ""
@@ -358,7 +363,7 @@ class Mirror:
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record.
 
-        Raises AdapterRefused when it does not fit the base, Changed when the blob was evicted.
+        Raises AdapterRefused if it does not fit the base, Changed if the blob was evicted.
         """
         return await asyncio.to_thread(self._describe, digest, source, base)
 
@@ -392,9 +397,9 @@ class Mirror:
 
 
 def _drop_unless(config: Path, num_bytes: int) -> bool:
-    """Delete a config of another length: a store that died at this point may have rewritten it in canonical form.
+    """Delete a config of another length, which a store that died may have rewritten in canonical form.
 
-    Returns whether there is one of the right length.
+    Returns whether a config of the right length exists.
     """
     if not config.exists():
         return False
@@ -409,9 +414,9 @@ def _size(path: Path) -> int:
 
 
 def _for_base(version: SourceVersion, base: ServedModel | None, any_of: Sequence[ServedModel]) -> SourceVersion:
-    """Return a version whose key names what its conversion needs to know of the base.
+    """Return a version with the facts about the base on which its conversion depends in its key.
 
-    Raises NeedsBase where it may be any of some, and Unavailable where none is known.
+    Raises NeedsBase if it may be any of several, Unavailable if none is known.
     """
     if not depends_on_base(version.weights):
         return version
@@ -423,16 +428,16 @@ def _for_base(version: SourceVersion, base: ServedModel | None, any_of: Sequence
 
 
 def _check_sums(version: SourceVersion, folder: Path) -> None:
-    """Raise Changed for a file that is not the one whose checksum its source states."""
+    """Raise Changed for a file whose checksum differs from the source's."""
     for name, file in version.files.items():
         if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
             raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} of its source")
 
 
 def _check_head(folder: Path, weights: str, num_bytes: int, bases: Sequence[ServedModel]) -> Conversion | None:
-    """Check the config and the header of the weights for one of some bases, none while they are unknown.
+    """Check the config and the weights header against the bases; they must fit one of them, if any are known.
 
-    Returns how to convert them. Raises AdapterRefused.
+    Returns the plan of the conversion, None without one. Raises AdapterRefused.
     """
     conversion = plan_conversion(folder, weights, num_bytes, bases[0] if len(bases) == 1 else None)
     if conversion is not None:
@@ -457,7 +462,7 @@ def _check_head(folder: Path, weights: str, num_bytes: int, bases: Sequence[Serv
 
 
 def fits_none(refused: Mapping[str, AdapterRefused]) -> AdapterRefused:
-    """Return the error for an adapter that each of several bases, given by their names, has refused."""
+    """Return the error for an adapter that every base has refused. refused: by base name."""
     reasons = "; ".join(f"{name}: {error.message[:MAX_REASON]}" for name, error in refused.items())
     return AdapterRefused([f"it fits no base of this fleet; {reasons}"])
 

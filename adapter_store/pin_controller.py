@@ -1,8 +1,8 @@
 """Makes workers hold the adapters of their base that are pinned or preloaded.
 
 Each tick compares the workers' heartbeats with what they should hold, and sends control messages for the differences.
-So the next tick corrects a worker that has just joined, a name that was moved to other content, and a lost message.
-The messages are idempotent, so every store of a fleet may send them.
+So the next tick corrects a worker that has just joined, a name with new content, or a lost message. The messages are
+idempotent, so every store of a fleet may send them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from protocol.wire import messages as m
 logger = logging.getLogger(__name__)
 
 REPEAT_S = 5.0
-"""Pause before a pin is sent again to a worker that could not keep it or does not report it yet."""
+"""Seconds before a pin is sent again to a worker that could not keep it or does not report it yet."""
 
 SETTINGS = "settings"
-"""Marks a pin that comes from the settings and not from the API."""
+"""Origin of a pin that comes from the settings instead of the API."""
 
 Content = tuple[str, str]
-"""A digest, and the name of the base that it is served with, "" in a fleet with one."""
+"""(digest, name of the base with which it is served); the name is "" in a fleet with one base."""
 
 
 class PinController:
@@ -38,11 +38,11 @@ class PinController:
         self._pins = names_of(settings.pin)
         self._preload = names_of(settings.preload)
         self._is_set_up = False
-        self._pinned_s: dict[tuple[str, str], float] = {}  # (wid, digest) -> when its pin was last sent, monotonic
+        self._pinned_s: dict[tuple[str, str], float] = {}  # (wid, digest) -> monotonic time when its pin was last sent
         self._fetched: set[tuple[str, str]] = set()  # (wid, digest) whose prefetch was sent
 
     async def tick(self) -> None:
-        """Compare once, and send what is missing."""
+        """Compare once, and send the missing messages."""
         if not self._is_set_up:
             await self._set_up()
             self._is_set_up = True
@@ -56,7 +56,7 @@ class PinController:
             await self._bus.streams.tell(messages)
 
     async def _set_up(self) -> None:
-        """Pin and register what the settings name; remove the pins of earlier settings."""
+        """Pin and register the names in the settings; remove the pins of earlier settings."""
         for name, by in (await self._bus.adapters.pins()).items():
             if by == SETTINGS and name not in self._pins:
                 await self._bus.adapters.unpin(name)
@@ -71,17 +71,17 @@ class PinController:
                 await self._bus.adapters.register(m.Registration(name=name, source=reference.source, asked_ms=now_ms()))
 
     def _digests(self, names: Iterable[str]) -> set[Content]:
-        """Return the contents of the names that the stores have on disk."""
+        """Return the contents of those names that are on a store's disk."""
         found = (self._catalogue.aliases.get(name) for name in names)
         return {(alias.digest, alias.base) for alias in found if alias is not None and alias.state == "on_disk"}
 
     def messages(
         self, beats: Mapping[str, m.WorkerBeat], all_pinned: set[Content], all_preloaded: set[Content], now_s: float
     ) -> list[tuple[str, m.Control]]:
-        """Return the control messages to send, each with its worker's id, and remember them as sent.
+        """Return (wid, control message) pairs to send now, and remember them as sent.
 
-        `beats` are the workers' latest heartbeats by id, `all_pinned` and `all_preloaded` what every worker of its base
-        should hold, `now_s` is monotonic.
+        beats: the workers' latest heartbeats by wid. all_pinned, all_preloaded: what every worker of the content's base
+        should hold. now_s: monotonic time.
         """
         messages: list[tuple[str, m.Control]] = []
         for wid, beat in beats.items():
@@ -106,5 +106,5 @@ class PinController:
 
 
 def _of_base(beat: m.WorkerBeat, contents: set[Content]) -> set[str]:
-    """Return the digests among contents that are for a worker's base."""
+    """Return the digests of the contents for a worker's base."""
     return {digest for digest, base in contents if beat.is_of(base)}

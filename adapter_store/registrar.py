@@ -1,7 +1,7 @@
-"""Fetches what is registered from the Hub or S3, keeps it up to date, and retries what failed.
+"""Fetches registered adapters from the Hub or S3, keeps them up to date, and retries after failures.
 
-Registrations are in Redis, so any store can continue what another was fetching when it died. A lease for each name
-keeps two stores from fetching it at the same time.
+Registrations are in Redis, so any store can continue what another was fetching when it died. A lease per name prevents
+two stores from fetching it at the same time.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from protocol.wire.messages import Alias, Registration
 logger = logging.getLogger(__name__)
 
 LEASE_MS = 15_000
-"""Lifetime of a name's lease unless it is renewed; a store renews its leases at every tick."""
+"""Milliseconds until a name's lease expires; a store renews its leases at every tick."""
 
 
 @dataclass(frozen=True, slots=True)
 class FetchOutcome:
-    """How the last fetch of a name by this process ended."""
+    """The outcome of this process's last fetch of a name."""
 
     registration: Registration
-    ended_s: float  # monotonic
+    ended_s: float  # monotonic time
     pause_s: float  # before the next fetch
     num_failures: int = 0
     refused: bool = False
@@ -53,8 +53,8 @@ class Registrar:
     ) -> None:  # fmt: skip
         """Start with nothing fetched.
 
-        `sources` are by scheme, `policy` says which places are allowed, `secret` opens the tokens of registrations.
-        `access_check_s`: how long it holds that a source lets a tenant's token read.
+        sources: by scheme. policy: which places are allowed. secret: decrypts the tokens of registrations.
+        access_check_s: seconds for which a source's permission for a tenant's token is valid.
         """
         self._bus = bus
         self._sources = sources
@@ -68,17 +68,17 @@ class Registrar:
         self._busy: set[str] = set()
         self._outcomes: dict[str, FetchOutcome] = {}
         self._registrations: dict[str, Registration] = {}
-        self._reload_at_s = 0.0  # monotonic
+        self._reload_at_s = 0.0  # monotonic time
 
     def set_bases(self, bases: Bases) -> None:
-        """Set the bases that adapters must fit, which are others than before: fetch every name again."""
+        """Set the changed bases that adapters must fit: every name is fetched again."""
         self._bases = bases
         self._outcomes.clear()
 
     async def tick(self, tasks: asyncio.TaskGroup, refresh_s: float, *, reload: bool) -> None:
-        """Start in `tasks` the fetches that are due, without waiting for them. A name is due again every `refresh_s`.
+        """Start the due fetches in `tasks` without waiting for them. A name is due again every `refresh_s` seconds.
 
-        `reload` says that registrations may have changed; they are also read again at intervals without it.
+        reload: whether registrations may have changed; without it they are also read at intervals.
         """
         await self._renew_leases()
         if reload or time.monotonic() >= self._reload_at_s:
@@ -89,7 +89,7 @@ class Registrar:
                 tasks.create_task(self._update_leased(field, registration, refresh_s))
 
     async def _reload(self) -> None:
-        """Read the registrations; remove names without one, and names that requests made and that expired."""
+        """Read the registrations; remove names without one, and expired names that requests had registered."""
         self._reload_at_s = time.monotonic() + self._timings.reload_s
         self._registrations = await self._bus.adapters.registrations()
         for field in self._stale_requests():
@@ -100,12 +100,12 @@ class Registrar:
         for field, alias in list(self._catalogue.aliases.items()):
             if field in self._registrations or alias.is_folder:
                 continue
-            if not await self._bus.adapters.is_newer(field):  # else the stores of a newer release look after it
+            if not await self._bus.adapters.is_newer(field):  # otherwise stores of a newer release handle it
                 self._outcomes.pop(field, None)
                 await self._catalogue.remove(field)
 
     def _stale_requests(self) -> list[str]:
-        """Return the fields of names from requests that have expired or are too many."""
+        """Return the fields of names registered by requests that have expired or exceed the limit."""
         timings, now = self._timings, now_ms()
         stale: list[str] = []
         kept: list[tuple[int, str]] = []
@@ -134,7 +134,7 @@ class Registrar:
             return True
         rested = time.monotonic() >= outcome.ended_s + outcome.pause_s
         if registration.asked_ms > outcome.registration.asked_ms:
-            # A repeated registration is acted on at once; repeated requests for a name that fails wait for the pause.
+            # A repeated registration is processed immediately; repeated requests for a failing name wait for the pause.
             return rested or not (registration.on_request and outcome.num_failures)
         return rested and not registration.on_request and not outcome.refused
 
@@ -142,9 +142,9 @@ class Registrar:
         await self._bus.adapters.renew_leases(self._busy, LEASE_MS)
 
     def accesses_to(self, digest: str) -> list[SourceAccess]:
-        """Return the distinct readers whose rights fetched the names of this content, those without a token first.
+        """Return the distinct rights with which the names of this content were fetched, those without a token first.
 
-        A token that cannot be read here is left out.
+        Tokens that cannot be decrypted are left out.
         """
         found: set[SourceAccess] = set()
         for field, alias in self._catalogue.aliases.items():
@@ -155,7 +155,7 @@ class Registrar:
         return sorted(found, key=lambda access: (access.token != "", not access.as_fleet, access.token))
 
     def _access(self, field: str, registration: Registration) -> SourceAccess:
-        """Return the reader with whose rights a registration is read. Raises PermissionDenied for an invalid token."""
+        """Return the rights with which a registration is read. Raises PermissionDenied for an invalid token."""
         as_fleet = registration.as_fleet or registration.is_operators
         if not registration.token:
             return SourceAccess(as_fleet=as_fleet)
@@ -166,7 +166,7 @@ class Registrar:
     # ------------------------------------------------------------ one name
 
     async def _update_leased(self, field: str, registration: Registration, refresh_s: float) -> None:
-        """Update one name unless another store holds its lease; an error affects this name only."""
+        """Update one name unless another store holds its lease; an error affects only this name."""
         try:
             if not await self._bus.adapters.take_lease(field, LEASE_MS):
                 return
@@ -178,7 +178,7 @@ class Registrar:
             logger.warning("adapter %s will be fetched again later: %s", registration.name, error)
         except asyncio.CancelledError:
             raise
-        except BaseException:  # also panics of libraries in Rust
+        except BaseException:  # including panics of Rust libraries
             logger.exception("adapter %s cannot be fetched", registration.name)
             self._note_failure(field, registration, refused=False)
         finally:
@@ -205,11 +205,11 @@ class Registrar:
                 lambda: self._bases.take(self._mirror, source, target, registration.base, access, tenant)
             )
             if record is None:
-                return  # it stays due until the base is known
+                return  # stays due until the base is known
         except (LorafleetError, OSError, Changed) as error:
             await self._fail(alias, registration, error)
             return
-        # The content of a commit never changes, but the permission of a token may.
+        # The content of a commit never changes, but a token's permission may.
         pause_s = math.inf if reference.is_fixed and not registration.token else refresh_s
         self._outcomes[field] = FetchOutcome(registration, time.monotonic(), pause_s)
         if field in self._registrations:
@@ -222,7 +222,7 @@ class Registrar:
             logger.info("adapter %s is served: %.12s of %s", registration.name, digest, place)
 
     def _place(self, registration: Registration) -> tuple[Reference, Source]:
-        """Return the place to fetch from and its source. Raises BadRequest, PermissionDenied."""
+        """Return the reference to fetch and its source. Raises BadRequest, PermissionDenied."""
         reference = parse_source(registration.source)
         source = self._sources.get(reference.scheme) if reference else None
         if reference is None or source is None:
@@ -253,10 +253,10 @@ class Registrar:
     async def _keep_serving(
         self, field: str, registration: Registration, reason: str, status: int, *, refused: bool
     ) -> bool:
-        """Keep serving the name's old content, with the reason why it is not newer; return False if that is impossible.
+        """Keep serving the name's old content, with the reason why it is not updated; return False if impossible.
 
-        Old content is dropped when its own source now refuses it. It is kept when the name was to be moved to another
-        source, or base, and that one refuses. What a tenant's token opened is kept for as long as that was confirmed.
+        Old content is dropped if its own source now refuses it. It is kept if another source or base was requested and
+        refuses. Content that a tenant's token unlocked is kept as long as the last confirmation is valid.
         """
         known = self._catalogue.aliases.get(field)
         base = self._bases.get(known.base) if known is not None else None
@@ -276,7 +276,7 @@ class Registrar:
         return True
 
     def _note_failure(self, field: str, registration: Registration, *, refused: bool) -> float:
-        """Count a failure; return the pause before the next fetch, s."""
+        """Count a failure; return the seconds until the next fetch."""
         last = self._outcomes.get(field)
         failures = 1 + (last.num_failures if last is not None and last.refused == refused else 0)
         backoff = self._timings.refusal if refused else self._timings.trouble
@@ -286,5 +286,5 @@ class Registrar:
 
 
 def _is_other(one: Registration, other: Registration) -> bool:
-    """Return whether two registrations of a name may stand for different adapters."""
+    """Return whether two registrations of a name may refer to different adapters."""
     return (one.source, one.token, one.base) != (other.source, other.token, other.base)

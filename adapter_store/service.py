@@ -1,4 +1,4 @@
-"""The store as a process: its HTTP server, its heartbeats, and the loop that keeps the catalogue up to date."""
+"""The store as a process: its HTTP server, its heartbeat, and the loop that keeps the catalogue up to date."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-AWAY = Backoff(0.5, 5.0)  # before what has failed is done again
-SWEEP_S = 60.0  # pause between looks for uploads that no name stands for
+AWAY = Backoff(0.5, 5.0)  # before a failed step is repeated
+SWEEP_S = 60.0  # pause between sweeps for uploads without a name
 BEAT_TTL_MS = 5000
 FORGET_MS = 60_000
-"""Silence after which a store is removed from the register."""
+"""Milliseconds without a heartbeat after which a store is unregistered."""
 
 
 async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings | None = None) -> int:
@@ -98,7 +98,7 @@ class Store:
         secret: FleetSecret | None = None,
         timings: StoreTimings | None = None,
     ) -> None:
-        """Build the parts; nothing is read or fetched yet. `secret` is what the services of the fleet share."""
+        """Create the parts; nothing is read or fetched yet. secret: shared by the fleet's services."""
         timings = timings or StoreTimings()
         self.bus = bus
         self.settings = settings
@@ -109,7 +109,7 @@ class Store:
         self.sources: dict[str, Source] = {"hub": self.hub}
         self.shared_bucket: SharedBucket | None = None
         if settings.s3_buckets or settings.store_bucket:
-            # Imported here, because boto3 is a seventh of what a store imports, and most read no bucket.
+            # Imported here, because boto3 is a seventh of a store's imports, and most stores read no bucket.
             from adapter_store.shared_bucket import SharedBucket
             from adapter_store.sources.s3 import S3Source, make_client
 
@@ -128,17 +128,17 @@ class Store:
         self.catalogue = Catalogue(bus, self.sid, record_kept_s=timings.record_kept_s)
         self.uploads = Uploads(settings.adapters, settings.upload_bytes, settings.max_adapter_bytes, reserve)
         self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "", self.uploads)
-        self._sweep_at_s = 0.0  # monotonic
+        self._sweep_at_s = 0.0  # monotonic time
         self._wake = asyncio.Event()  # set when a name is registered
-        self._last_ids = {bus.keys.adapter_events: b"$"}  # how far the events are read
-        self._changed = False  # the catalogue has, and the registrations are to be read again
+        self._last_ids = {bus.keys.adapter_events: b"$"}  # position in the stream of events
+        self._changed = False  # whether the catalogue has changed, so that registrations must be read again
         self._steps = Items("catalogue", max_tries=0, backoff=AWAY)
         names = [one.served_name for one in base_settings(settings)] if settings.model else []
         self.bases = Bases(names)
         if settings.adapters is not None or settings.adapter_roots:
             more = [Path(path) for path in names_of(settings.adapter_roots)]
             self.sources["local"] = LocalSource(settings.adapters, more, reserve=reserve)
-        self.follower: Follower | None = None  # set once the catalogue was read
+        self.follower: Follower | None = None  # created after the first read of the catalogue
         self.pin_controller = PinController(bus, self.catalogue, settings)
         policy = SourcePolicy.of(settings)
         self.registrar = Registrar(
@@ -146,7 +146,7 @@ class Store:
         )
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop`. Fetches that are then in progress resume at the next start."""
+        """Serve until `stop`. Interrupted fetches resume at the next start."""
         port = await self.server.start(self.settings.store_host, self.settings.store_port)
         url = self.settings.store_url or f"http://{reachable(self.settings.store_host, self.settings.redis_url)}:{port}"
         try:
@@ -160,7 +160,7 @@ class Store:
             await self._leave()
 
     def loops(self, url: str, tasks: asyncio.TaskGroup) -> list[Loop]:
-        """Return what runs until the end. url: of this store; tasks: where fetches run."""
+        """Return the store's loops. url: of this store. tasks: group in which fetches run."""
         return [
             Loop("beats", partial(self._beat, url), BEAT_S, backoff=AWAY),
             Loop("adapter events", self._listen, 0.0, backoff=AWAY),
@@ -174,7 +174,7 @@ class Store:
             logger.info("adapter store ready at %s: %d adapters on disk", url, len(self.blobs))
 
     def health(self) -> dict[str, object]:
-        """Return the fields that `/health` shows."""
+        """Return the fields of `/health`."""
         return {
             "status": "ok",
             "version": RELEASE,
@@ -193,9 +193,9 @@ class Store:
         await self.bus.members.forget_stores(FORGET_MS)
 
     async def _keep(self, tasks: asyncio.TaskGroup) -> None:
-        """Make the catalogue equal to the base model, the adapter folder and the registrations.
+        """Update the catalogue from the base models, the adapter folder and the registrations.
 
-        What fails of that keeps none of the rest from being done.
+        A failed step does not prevent the others.
         """
         self._changed = await self.catalogue.load() or self._changed
         self.follower = self.follower or self._follower()
@@ -214,11 +214,11 @@ class Store:
         self._changed = False
 
     async def _sweep_uploads(self) -> None:
-        """Delete uploads that no registration has named for long."""
+        """Delete uploads that no registration has named for `uploads.KEPT_S`."""
         if time.monotonic() >= self._sweep_at_s:
             self._sweep_at_s = time.monotonic() + SWEEP_S
             sources = {one.source for one in (await self.bus.adapters.registrations()).values()}
-            # Records that only newer releases can read: at least their names stay for as long as they are registered.
+            # Includes names whose registrations only newer releases can read.
             sources |= {alias.registered for alias in self.catalogue.aliases.values()}
             await asyncio.to_thread(self.uploads.sweep, sources)
 
@@ -317,14 +317,14 @@ def _is_loopback(host: str) -> bool:
 
 
 def reachable(host: str, queue_url: str) -> str:
-    """Return an address, as it stands in a URL, at which the fleet reaches a listener on `host`.
+    """Return the address, in URL form, at which the fleet can reach a listener on `host`.
 
-    For a listener on every address it is the one from which this machine reaches the queue: a machine or container on
-    several networks shares that one with the rest of the fleet.
+    For a listener on all addresses, it is the one with which this machine reaches the queue: on a machine or container
+    in several networks, that network is shared with the fleet.
     """
     found = host
     if host in ("", "0.0.0.0", "::"):
-        # Behind Sentinels several addresses stand there, with commas.
+        # With Sentinels, the URL has several addresses separated by commas.
         queue = urlsplit(f"//{urlsplit(queue_url).netloc.rpartition('@')[2].split(',')[0]}")
         found = _address_towards(queue.hostname, queue.port or 6379) if queue.hostname else ""
         if not found or ipaddress.ip_address(found).is_loopback:
@@ -333,7 +333,7 @@ def reachable(host: str, queue_url: str) -> str:
 
 
 def _address_towards(host: str, port: int) -> str:
-    """Return the address that this machine has on its way to another, "" if there is no way. Nothing is sent."""
+    """Return this machine's address on the route to a host, "" without a route. No packet is sent."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

@@ -33,11 +33,11 @@ Room = Callable[[int], AbstractContextManager[None]]
 class SharedBucket:
     """Blobs and versions in S3, in the layout of `Blobs`.
 
-    All methods block. Failures are logged and never raised: without the bucket, a store works as it would alone.
+    All methods block. Failures are logged and never raised: a store also works without the bucket.
     """
 
     def __init__(self, client: Any, url: str) -> None:
-        """Parse `url`, which is s3://bucket/prefix; `client` is a boto3 S3 client. Raises BadRequest."""
+        """url: s3://bucket/prefix. client: a boto3 S3 client. Raises BadRequest for an invalid URL."""
         reference = parse_reference(url)
         if reference is None or reference.scheme != "s3":
             raise BadRequest(f"store_bucket {url!r} is not of the form s3://bucket/prefix")
@@ -45,7 +45,7 @@ class SharedBucket:
         self._bucket, self._prefix = reference.owner, reference.path
 
     def push(self, version: str, digest: str, folder: Path) -> None:
-        """Upload a blob's files, large ones in parts, and note which version has this digest."""
+        """Upload a blob's files, large ones in parts, and record its digest for the version."""
         try:
             for name in (*FILES, *([TEXTS_FILE] if (folder / TEXTS_FILE).exists() else [])):
                 if not self._has(f"blobs/{digest}/{name}"):
@@ -55,7 +55,7 @@ class SharedBucket:
             logger.warning("adapter %.12s cannot be copied to the shared bucket: %s", digest, error)
 
     def digest_of(self, version: str) -> str | None:
-        """Return the digest that a store has noted for a source's version; None if no store has."""
+        """Return the digest that a store has recorded for a source's version; None if none has."""
         try:
             reply = self._s3.get_object(Bucket=self._bucket, Key=self._version_key(version))
             return reply["Body"].read().decode()
@@ -64,15 +64,15 @@ class SharedBucket:
             return None
 
     def push_blob(self, version: str, digest: str, blobs: Blobs) -> None:
-        """Copy a blob into the bucket, unless it has left the disk. Raises as `push`."""
+        """Copy a blob to the bucket, unless it is no longer on disk."""
         folder = blobs.verified(digest)
         if folder is not None:
             self.push(version, digest, folder)
 
     def pull(self, digest: str, folder: Path, room: Room) -> bool:
-        """Download a blob's files into a folder; return whether all were there. The caller checks their content.
+        """Download a blob's files into a folder; return whether all existed. The caller checks their content.
 
-        room: promises room for so many bytes meanwhile. Raises what it raises.
+        room: reserves this number of bytes while its block runs; its errors are raised.
         """
 
         def fetch(name: str) -> None:
@@ -92,7 +92,7 @@ class SharedBucket:
         return True
 
     def drop(self, digest: str) -> None:
-        """Delete a blob's files; versions that name its digest then count as unknown."""
+        """Delete a blob's files; versions with its digest then count as unknown."""
         try:
             for name in (*FILES, TEXTS_FILE):
                 self._s3.delete_object(Bucket=self._bucket, Key=f"{self._prefix}/blobs/{digest}/{name}")

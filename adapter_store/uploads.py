@@ -1,7 +1,8 @@
-"""Adapters that operators upload: zips, unpacked into folders under the adapter root, which registrations then name.
+"""Adapters that operators upload: zips, unpacked into folders under the adapter root, to which registrations refer.
 
-A folder has only the files that a store reads of any adapter, under their own names: no name in a zip becomes a path.
-A registration keeps it; one that none names is deleted after KEPT_S, so that a replaced one can be named again.
+A folder has only the files that a store reads of any adapter, under their own names: no name in a zip becomes a path. A
+registration keeps its upload; one without a registration is deleted after KEPT_S, so that a replaced one can be
+registered again.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ from protocol.wire.errors import BadRequest, Conflict, LorafleetError, NoRoom, O
 logger = logging.getLogger(__name__)
 
 FOLDER = "uploads/kept"
-"""Below the adapter root: one level deeper than folders that are served by themselves."""
+"""Below the adapter root, one level deeper than folders that are served without a registration."""
 
 MAX_ENTRIES = 1000
-"""Entries of a zip."""
+"""Maximum number of entries in a zip."""
 
 MAX_READ_BYTES = 1 << 20
-"""Most bytes that are read of a zip at once: so large is its directory at most."""
+"""Maximum bytes per read of a zip, and so of its directory."""
 
 MAX_TEXT_BYTES = 64 << 20
-"""Most bytes of a file that is not the weights."""
+"""Maximum bytes of a file other than the weights."""
 
 CHUNK_BYTES = 1 << 20
 AT_ONCE = 2
 KEPT_S = 7 * 86_400
-PART_S = 3600  # a part of an upload that is so old was left by a process that died
+PART_S = 3600  # age at which a partial upload counts as left by a dead process
 
 MALFORMED = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError, RuntimeError,
     OverflowError,
 )  # fmt: skip
-"""What Python's reader raises for a zip that is none, is cut, or was made to confuse it."""
+"""Raised by Python's reader for a file that is not a zip, is truncated, or is crafted to confuse the reader."""
 
 _ID = re.compile(r"u[0-9a-f]{24}")
 
@@ -60,22 +61,22 @@ class Uploads:
     """The uploaded adapters of an adapter root."""
 
     def __init__(self, root: Path | None, max_bytes: int, max_file_bytes: int, reserve: Reserve | None = None) -> None:
-        """root: None without an adapter root. max_bytes: of all uploads; 0: none are taken.
+        """root: None without an adapter root. max_bytes: maximum of all uploads together; 0: uploads are off.
 
-        reserve: what is kept free of the root's disk, None: nothing.
+        reserve: free-space reserve of the root's disk; None: nothing is reserved.
         """
         self._root = root / FOLDER if root is not None else None
         self._max_bytes = max_bytes
         self._max_file_bytes = max_file_bytes
         self._reserve = reserve or Reserve(0)
         self._busy = 0
-        self._promised = 0  # bytes, to uploads that are being taken
-        self._unpacking = asyncio.Lock()  # one at a time: nobody knows before what another one comes to
+        self._promised = 0  # bytes promised to uploads in progress
+        self._unpacking = asyncio.Lock()  # one at a time: the size of an unpacked upload is not known before
 
     async def take(self, chunks: AsyncIterator[bytes], length: int) -> str:
-        """Keep a zip's adapter; return the source that names it. length: of the zip, in bytes.
+        """Store the adapter in a zip; return the source that names it. length: size of the zip in bytes.
 
-        Raises BadRequest for a bad zip, Conflict where none are taken, TooLarge, NoRoom, Overloaded.
+        Raises BadRequest for a bad zip, Conflict if uploads are off, TooLarge, NoRoom, Overloaded.
         """
         if self._root is None or not self._max_bytes:
             what = "no adapter root: set --adapters" if self._root is None else "upload_bytes at 0"
@@ -85,7 +86,7 @@ class Uploads:
         self._busy += 1
         try:
             await asyncio.to_thread(self._root.mkdir, parents=True, exist_ok=True)
-            # Counted each time, since other stores may share the root; off the loop, since there may be thousands.
+            # Counted each time, since other stores may share the root; in a thread, since there may be thousands.
             kept = await asyncio.to_thread(_kept_bytes, self._root)
             with self._promise(kept, length):
                 return await self._take(self._root, chunks, length)
@@ -98,7 +99,10 @@ class Uploads:
 
     @contextmanager
     def _promise(self, kept: int, length: int) -> Generator[None]:
-        """Count an upload against the limit meanwhile. Raises TooLarge. The zip and what is in it lie there at once."""
+        """Count an upload against the limit until the block ends: its zip and, at the same time, its content.
+
+        Raises TooLarge.
+        """
         used, most = kept + self._promised, 2 * length
         if used + most > self._max_bytes:
             text = f"uploads use {used} bytes, and this one needs twice its {length} while it is unpacked"
@@ -120,7 +124,7 @@ class Uploads:
                         await asyncio.to_thread(self._write, out, chunk)
                 async with self._unpacking:
                     kept = await asyncio.to_thread(_kept_bytes, folder)
-                    # What it unpacks to may be more than its own length again, if there is room.
+                    # Its content may be larger than the zip, if there is space.
                     room = min(self._max_bytes - kept - self._promised + length, self._max_file_bytes)
                     await asyncio.to_thread(unpack, archive, part, room, check=partial(self._reserve.check, folder))
                     part.rename(folder / name)
@@ -134,14 +138,14 @@ class Uploads:
         out.write(chunk)
 
     def drop(self, name: str) -> bool:
-        """Delete an uploaded adapter's folder; return whether there was one of this name."""
+        """Delete an uploaded adapter's folder; return whether one of this name existed."""
         if self._root is None or not _ID.fullmatch(name) or not (self._root / name).is_dir():
             return False
         _remove(self._root / name)
         return True
 
     def sweep(self, sources: Collection[str]) -> None:
-        """Delete what no registration has named for KEPT_S; sources: those of all registrations."""
+        """Delete uploads that no registration has named for KEPT_S. sources: of all registrations."""
         if self._root is None or not self._root.is_dir():
             return
         now_s = time.time()
@@ -156,7 +160,7 @@ class Uploads:
 
 
 class _Bounded:
-    """A zip of which nothing large is read at once, and whose places are checked: its reader believes what it says."""
+    """A zip file with bounded reads and checked seeks, since Python's reader trusts the numbers in a zip."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -184,10 +188,10 @@ def unpack(
     max_text_bytes: int = MAX_TEXT_BYTES,
     check: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Write an adapter's files in a zip to a new folder, at most `max_bytes` together. Raises BadRequest, TooLarge.
+    """Write an adapter's files from a zip to a new folder, at most `max_bytes` together. Raises BadRequest, TooLarge.
 
-    max_text_bytes: most of each file that is not the weights. check: is called before so many bytes are written, and
-    raises what ends it, NoRoom perhaps. Raises OSError of the disk, never of the zip.
+    max_text_bytes: maximum size of each file other than the weights. check: called with the number of bytes before each
+    write; its errors, such as NoRoom, are raised. Raises OSError only for the disk, never for the zip.
     """
     try:
         with archive.open("rb") as raw, zipfile.ZipFile(cast("IO[bytes]", _Bounded(raw))) as found:
@@ -206,7 +210,7 @@ def unpack(
 
 
 def _chosen(found: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return the entries that are an adapter's files, by name: those beside its weights. Raises BadRequest."""
+    """Return the entries of an adapter's files, those in the folder of its weights, by name. Raises BadRequest."""
     entries = [entry for entry in found.infolist() if not entry.filename.endswith("/")]
     if len(entries) > MAX_ENTRIES:
         raise BadRequest(f"the zip has {len(entries)} entries; an adapter's may have {MAX_ENTRIES}", code="bad_zip")
@@ -233,7 +237,7 @@ def _chosen(found: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 def _write(
     found: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, max_bytes: int, check: Callable[[int], None]
 ) -> int:
-    """Write one entry, whatever it says of its size at most `max_bytes`; return its bytes."""
+    """Write at most `max_bytes` of one entry, whatever size it claims; return its bytes."""
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise BadRequest(
             f"{path.name} in the zip is encrypted, or uses a compression other than deflate", code="bad_zip"
@@ -250,7 +254,7 @@ def _write(
 
 
 def _kept_bytes(root: Path) -> int:
-    """Return the bytes of all uploads that are whole."""
+    """Return the bytes of all complete uploads."""
     return size_of(*(Path(entry.path) for entry in os.scandir(root) if not entry.name.startswith(".")))
 
 

@@ -1,4 +1,4 @@
-"""Decides from successive scans which adapter folders are complete, which changed and which are gone. Pure: no I/O."""
+"""Decides from successive scans which adapter folders are complete, changed or removed. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adapter_store.sources.local import FolderState
 
 @dataclass(slots=True)
 class Changes:
-    """The differences that one scan found, as adapter names."""
+    """The differences that one scan has found, as adapter names."""
 
     appeared: list[str] = field(default_factory=list[str])  # first seen
     settled: list[str] = field(default_factory=list[str])  # complete, and new or changed since it last settled
@@ -18,21 +18,21 @@ class Changes:
 
 
 class Watch:
-    """Compares each scan of the adapter folders with the ones before.
+    """Compares each scan of the adapter folders with the earlier ones.
 
-    A folder has settled when nothing in it changed between two scans, or for `settle_ns` before the first. A folder is
-    removed when two scans in a row miss it, so that replacing a folder by another of the same name removes nothing.
+    A folder is settled if nothing in it has changed between two scans, or for `settle_ns` before the first. A folder is
+    removed if two consecutive scans miss it, so that replacing a folder by another of the same name removes nothing.
     """
 
     def __init__(self, settle_ns: int, known: Iterable[str] = ()) -> None:
-        """Start with the names that were `known` before: they are reported as removed if no scan finds them."""
+        """Start with the earlier `known` names: they are reported as removed if no scan finds them."""
         self._settle_ns = settle_ns
         self._last = {name: FolderState() for name in known}
         self._settled: dict[str, FolderState] = {}
         self._missing: set[str] = set()
 
     def observe(self, seen: Mapping[str, FolderState], now_ns: int) -> Changes:
-        """Compare a scan made at unix time `now_ns` with the last one; return what changed."""
+        """Compare a scan at unix time `now_ns` with the last one; return what changed."""
         changes = Changes()
         for name, state in seen.items():
             last = self._last.get(name)
@@ -53,7 +53,7 @@ class Watch:
         return changes
 
     def __contains__(self, name: str) -> bool:
-        """Return whether the folder was there at the last scans."""
+        """Return whether the folder existed in the last scans."""
         return name in self._last
 
     def recheck_all(self) -> None:

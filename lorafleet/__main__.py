@@ -1,4 +1,4 @@
-"""The `lorafleet` command. A subcommand is a module with `add_arguments(parser)` and `run(args)`, an exit code."""
+"""The `lorafleet` command. A subcommand is a module with `add_arguments(parser)` and `run(args)`, its exit code."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 def parser_of(names: Collection[str]) -> Parser:
-    """Return the parser of the command line, with the arguments of the commands `names`: only these are imported."""
+    """Return the parser of the command line. Only modules of the commands `names` are imported, for their arguments."""
     parser = Parser(prog="lorafleet", description="Serve thousands of LoRA adapters from one base model.")
     parser.add_argument("--version", action="version", version=RELEASE)
     commands = parser.add_subparsers(metavar="COMMAND", required=bool(names))
@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ClientError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # who read the output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at the end fails
+    except BrokenPipeError:  # the reader of the output has exited, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python's own final flush fails
         return 141
 
 

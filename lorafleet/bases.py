@@ -1,4 +1,4 @@
-"""`lorafleet bases` lists the base models of a running fleet, adds some and takes them away."""
+"""`lorafleet bases` lists, adds and removes base models of a running fleet."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def add_arguments(parser: Parser) -> None:
     remove = actions.add_parser("remove", help="refuse a base's calls, fail its queued requests, and drain its workers")
     remove.add_argument("name", metavar="NAME")
     remove.set_defaults(do=_remove)
-    for action in dict.fromkeys(actions.choices.values()):  # one that has two names comes twice
+    for action in dict.fromkeys(actions.choices.values()):  # an action with an alias is listed twice
         add_json_flag(action)
         add_flags(action)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     return run_action(args)
 
 

@@ -1,6 +1,6 @@
 """`python -m lorafleet.convert_gguf MODEL.gguf FOLDER` converts a GGUF model to a bf16 safetensors folder.
 
-It runs in its own process, so that a launcher that needs it once does not keep torch in memory. It prints a line per
+It runs in its own process, so that a launcher that needs it once does not keep torch in memory. It prints one line per
 step.
 """
 
@@ -20,10 +20,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     print(STEPS[1], flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     print(STEPS[2], flush=True)
-    # Any: the three attributes below are not part of the model's declared interface.
+    # Any: three attributes below are not part of the model's declared interface.
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     print(STEPS[3], flush=True)
-    # transformers still regards the expanded model as quantised, and refuses to save such a model.
+    # transformers still regards the expanded model as quantized, and refuses to save such a model.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

@@ -97,9 +97,9 @@ async def model_names(settings: Settings) -> list[str]:
 
 
 async def show_answers(settings: Settings, screen: Screen, names: list[str], question: str, max_tokens: int) -> None:
-    """Ask all models at once, show the answers as they grow, and say how many engine steps they shared.
+    """Ask all models at once, show the answers as they stream in, and print how many engine steps they shared.
 
-    max_tokens: of each answer.
+    max_tokens: maximum tokens of each answer.
     """
     answers = [StreamedAnswer(name) for name in names]
     screen.say(f"\n[bold]{escape(question)}[/]")
@@ -109,7 +109,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
         live.update(_panels(answers), refresh=screen.console.is_terminal)
 
     async with httpx2.AsyncClient(base_url=local_url(settings), timeout=300, trust_env=False) as client:
-        # One token each loads the adapters first, so that the measured answers show the batch and not the loading.
+        # One token each loads the adapters first, so that the measured answers show the batch without the loading.
         await _ask_all(client, [StreamedAnswer(name) for name in names], question, 1, lambda: None)
         started = time.monotonic()
         with live:
@@ -126,7 +126,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
 async def _ask_all(
     client: httpx2.AsyncClient, answers: list[StreamedAnswer], question: str, max_tokens: int, show: Callable[[], None]
 ) -> None:
-    """Stream all answers at once. Raises the error of the first that fails."""
+    """Stream all answers at once. Raises the first failure."""
     try:
         async with asyncio.TaskGroup() as group:
             for answer in answers:
@@ -138,7 +138,7 @@ async def _ask_all(
 async def _ask(
     client: httpx2.AsyncClient, answer: StreamedAnswer, question: str, max_tokens: int, show: Callable[[], None]
 ) -> None:
-    """Stream one answer into `answer`. Raises Internal when the fleet refuses the request."""
+    """Stream one answer into `answer`. Raises Internal if the fleet refuses the request."""
     body = {
         "model": answer.model,
         "messages": [{"role": "user", "content": question}],
@@ -164,7 +164,7 @@ async def _ask(
 async def shared_steps(settings: Settings, num_models: int) -> tuple[int, int]:
     """Return how many of the latest engine steps had tokens of `num_models` requests, and the number of all steps.
 
-    They are counted in the gateways' reply streams, which keep one entry per step for a minute.
+    Steps are counted in the gateways' output streams, which keep one entry per step for a minute.
     """
     bus = Bus(settings.queue_url())
     try:

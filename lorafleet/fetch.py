@@ -1,4 +1,4 @@
-"""`lorafleet fetch`: bring the base models to this machine, so that services find them when they start."""
+"""`lorafleet fetch` downloads or prepares the base models on this machine, so that services find them at start."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch the models; return the exit code. Raises what `fetch_model` raises."""
+    """Fetch the models; return the exit code. Raises as `fetch_model`."""
     settings = load_settings(args)
     print(fetch_model(settings))
     drafting = [settings.draft_model] if settings.draft_model else []
@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def fetch_model(settings: Settings) -> Path:
-    """Return the folder of the base model, fetched if it isn't here; the quickstart model where none is named.
+    """Return the folder of the base model, fetched if missing; the quickstart model if the settings name none.
 
-    Raises BadRequest when `settings.model` is neither a model folder nor a Hub id that can be fetched or the data
-    folder can't be written, QuickstartError when no source has the quickstart model.
+    Raises BadRequest if `settings.model` is neither a model folder nor a Hub id that can be fetched, or if the data
+    folder cannot be written. Raises QuickstartError if no source has the quickstart model.
     """
     if not settings.model:
         folder = settings.data / "models"
@@ -59,15 +59,15 @@ def fetch_model(settings: Settings) -> Path:
         _make_gguf_folder(file, settings.kept_models)
     try:
         return model_folder(settings.model, WEIGHT_FILES)
-    except (httpx2.HTTPError, OSError) as error:  # the Hub's own errors are OSErrors: not found, gated, not reachable
+    except (httpx2.HTTPError, OSError) as error:  # the Hub client's errors are OSErrors: not found, gated, unreachable
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadRequest(f"cannot fetch {settings.model} from the Hub: {reason}") from error
 
 
 def _make_gguf_folder(file: Path, num_kept: int) -> None:
-    """Make the folder of a GGUF file unless it is there, in a process of its own, which needs torch once.
+    """Make the folder of a GGUF file unless it exists, in its own process, so that this one does not import torch.
 
-    num_kept: such folders that are left. Raises BadRequest for a file that is not served.
+    num_kept: maximum number of such folders to keep. Raises BadRequest for an unsupported file.
     """
     folder = gguf_folder(file)
     if (folder / "config.json").is_file():

@@ -127,7 +127,7 @@ async def _revoke(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, 
 
 
 def expiry_ms(text: str) -> int:
-    """Return the unix time in ms at which a lifetime that starts now ends; 0 for "never". Raises BadRequest."""
+    """Return the unix time in ms at which a lifetime from now ends; 0 for "never". Raises BadRequest."""
     if text == "never":
         return 0
     found = re.fullmatch(r"(\d{1,6})([mhdy])", text)

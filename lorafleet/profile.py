@@ -1,4 +1,4 @@
-"""`lorafleet profile` measures what a worker's steps spend their time on, on this machine."""
+"""`lorafleet profile` measures the phases and operations of a worker's steps on this machine."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, settings: Settings) -> Any:
-    """Measure as the arguments say; return a `gpu_worker.profiling.profile.StepProfile`."""
+    """Measure the cases in the arguments; return a `gpu_worker.profiling.profile.StepProfile`."""
     try:
         worker = importlib.import_module("gpu_worker.profiling.profile")
     except ModuleNotFoundError as error:
@@ -88,7 +88,7 @@ def _measure(args: argparse.Namespace, settings: Settings) -> Any:
         if total:
             progress.start()
             progress.update(task, description=what, completed=done, total=total)
-        else:  # loading the weights shows its own bar
+        else:  # loading weights shows its own progress bar
             console.print(what)
 
     try:

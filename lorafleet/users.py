@@ -1,4 +1,4 @@
-"""`lorafleet users` makes the users of a queue that others run: a password file for each, and the server's ACL file."""
+"""`lorafleet users` creates the users of an external queue: a password file for each, and the server's ACL file."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the users; return the exit code. Raises BadRequest when the folder cannot be written."""
+    """Create the users; return the exit code. Raises BadRequest if the folder cannot be written."""
     try:
-        # The server may run as another user, and learns nothing from the file.
+        # The server may run as another user; the file reveals no password.
         acl = make_users(args.folder, acl_mode=0o644, replicated=args.replicated, console_keys=args.console_keys)
         print(acl)
     except OSError as error:

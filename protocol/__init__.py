@@ -1,1 +1,1 @@
-"""What every service must understand the same way: `wire`, `queue` and `runtime`. No torch, no HTTP framework."""
+"""What every service must interpret identically: `wire`, `queue` and `runtime`. No torch, no HTTP framework."""

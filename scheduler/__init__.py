@@ -1,5 +1,5 @@
-"""The scheduler service: which worker runs which request, fairness between tenants, liveness of workers.
+"""The scheduler service: assigns requests to workers, keeps tenants fair, and detects dead workers.
 
 `core.Scheduler` makes all decisions and is pure: it is given the time and messages. `service` and `session` connect it
-to the queue. The service never sees weights or text.
+to the queue. The service never reads weights or text.
 """

@@ -1,10 +1,10 @@
-"""What is queued, in the order in which it should be dispatched. Pure.
+"""The queued requests, in the order in which they should be dispatched. Pure.
 
-Tenants come by their virtual token counters, a tenant's requests by deadline in one queue per adapter, so that a
-request whose adapter is on no worker never blocks others. Requests of a class lie in one of two fair queues: `warm`,
-whose adapter is resident on some worker (or who need none), and `cold`. Each base has its own fair queues, so that
-requests for a base without room never stand before those for another. Requests that a worker has had before come first
-of all.
+Tenants are ordered by their virtual token counters. A tenant's requests are ordered by deadline in one queue per
+adapter, so that a request whose adapter is on no worker never blocks others. Each class has two fair queues: `warm`,
+for requests whose adapter is resident on some worker (or that need none), and `cold`. Each base has its own fair
+queues, so that requests for a base without free slots never block those for another base. Requests that a worker has
+had before come first.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from scheduler.fairness import VirtualTokenCounters
 from scheduler.request import BASE, QueuedRequest, decrement
 
 MAX_QUEUES_PER_VISIT = 8
-"""Adapter queues of one tenant whose first request is offered before the next tenant's turn."""
+"""Maximum number of a tenant's adapter queues whose first request is offered per turn."""
 
 
 class OfferResult(Enum):
-    """What became of a request that was offered for dispatch."""
+    """The outcome of offering a request for dispatch."""
 
     PLACED = 0
-    HELD = 1  # it should wait for a better worker; others may pass it within the slack
-    BLOCKED = 2  # no worker may take it now, but some worker may take others
+    HELD = 1  # the request should wait for a better worker; others may overtake it within the slack
+    BLOCKED = 2  # no worker may take this request now, but some worker may take others
     FULL = 3  # no worker takes any request of this fair queue
     FULL_FOR_YIELDING = 4  # no worker takes any request that yields
 
 
 Offer = Callable[[QueuedRequest, bool], OfferResult]
-"""Try to dispatch a request. If the second argument is True, it may not be held."""
+"""Tries to dispatch a request. If the second argument is True, the request may not be held."""
 
 Yields = Callable[[str], bool]
-"""Return whether a tenant's requests yield to those of others."""
+"""Returns whether a tenant's requests yield to those of others."""
 
 
 @dataclass(slots=True)
 class _AdapterQueue:
-    """One tenant's requests for one adapter: a heap. Dropped requests stay until they come up or are too many."""
+    """One tenant's requests for one adapter, as a heap. Dropped requests stay until they reach the top or are many."""
 
     heap: list[tuple[int, int, QueuedRequest]] = field(default_factory=list[tuple[int, int, QueuedRequest]])
     num_live: int = 0
@@ -61,7 +61,7 @@ class _AdapterQueue:
         return self.heap[0][2] if self.heap else None
 
     def forget_one(self) -> None:
-        """Account for a request that was marked as dropped."""
+        """Update the counts for a request that was marked as dropped."""
         self.num_live -= 1
         if len(self.heap) > 2 * self.num_live + 16:
             self.heap = [item for item in self.heap if not item[2].dropped]
@@ -70,9 +70,9 @@ class _AdapterQueue:
 
 @dataclass(slots=True)
 class _Tenant:
-    """One tenant's adapter queues in a fair queue. `order` holds (deadline, arrival, digest) of heads, maybe stale."""
+    """One tenant's adapter queues in a fair queue. `order`: heap of (deadline, arrival, digest) of heads, or stale."""
 
-    serial: int  # serial number of the tenant's valid entry in the fair queue's heap
+    serial: int  # serial of the tenant's valid entry in the fair queue's heap
     queues: dict[str, _AdapterQueue] = field(default_factory=dict[str, _AdapterQueue])
     order: list[tuple[int, int, str]] = field(default_factory=list[tuple[int, int, str]])
 
@@ -82,7 +82,7 @@ class _Tenant:
         return queue.head() if queue else None
 
     def note_head(self, digest: str) -> None:
-        """Enter the first request for an adapter into `order`."""
+        """Add the first request for an adapter to `order`."""
         head = self.head(digest)
         if head is not None:
             heappush(self.order, (*head.sort_key, digest))
@@ -92,7 +92,7 @@ class _Tenant:
             heapify(self.order)
 
     def pop_head(self) -> QueuedRequest | None:
-        """Take the entry of the first queue out of `order` and return that queue's first request."""
+        """Remove the first entry from `order` and return the request that it stands for."""
         while self.order:
             deadline, arrival, digest = heappop(self.order)
             head = self.head(digest)
@@ -101,14 +101,14 @@ class _Tenant:
         return None
 
     def put_back(self, requests: Sequence[QueuedRequest]) -> None:
-        """Undo `pop_head` for those of the requests that are still queued."""
+        """Undo `pop_head` for those of these requests that are still queued."""
         for request in requests:
             if not request.dropped:
                 heappush(self.order, (*request.sort_key, request.submit.digest))
 
 
 class _Turn(NamedTuple):
-    """A tenant's entry in the heap of a fair queue. Stale when the counter has risen or the serial is not current."""
+    """A tenant's entry in the heap of a fair queue. It is stale if the counter has risen or the serial has changed."""
 
     counter: float
     serial: int
@@ -116,12 +116,12 @@ class _Turn(NamedTuple):
 
 
 class FairQueue:
-    """Queued requests of one class, warm or cold, served by their tenants' virtual token counters."""
+    """Queued requests of one class and base, warm or cold, served in order of their tenants' virtual token counters."""
 
     def __init__(self, counters: VirtualTokenCounters) -> None:
         self.counters = counters
         self.tenants: dict[str, _Tenant] = {}
-        self.turns: list[_Turn] = []  # a heap; counters only rise, so no entry's counter is too high
+        self.turns: list[_Turn] = []  # a heap; counters only rise, so a stale entry's counter is too low
         self._waiting: dict[str, set[str]] = {}  # digest -> tenants with a queue for it
         self._num_serials = 0
 
@@ -145,7 +145,7 @@ class FairQueue:
             tenant.note_head(digest)
 
     def forget(self, request: QueuedRequest) -> None:
-        """Account for a request that was just marked as dropped."""
+        """Update the queues for a request that was just marked as dropped."""
         name, digest = request.submit.tenant, request.submit.digest
         tenant = self.tenants[name]
         queue = tenant.queues[digest]
@@ -175,22 +175,21 @@ class FairQueue:
             del self._waiting[digest]
 
     def scan(self, offer: Offer, *, slack: float, max_refused: int, yields: Yields) -> float | None:
-        """Offer requests by their tenants' counters until no worker takes more or `max_refused` were refused.
+        """Offer requests in order of tenants' counters until no worker takes more or `max_refused` were refused.
 
-        A tenant whose counter is more than `slack` tokens above that of one whose request is held is not served before
-        it: the held request is then offered again, and may not be held any more. When there is no more room for
-        requests that yield, their tenants are passed over.
+        slack: weighted tokens. A tenant whose counter exceeds that of a held request's tenant by more is not served
+        before it: the held request is offered again first, and may then no longer be held. Tenants whose requests yield
+        are skipped once no worker has free slots for these.
 
-        Returns None if every request was refused or no worker takes more. If requests are left that were not offered,
-        returns the counter up to which `scan_adapters` may serve them.
+        Returns None if every request was refused or no worker takes more. If some requests were not offered, returns
+        the counter up to which `scan_adapters` may serve them.
         """
         return _Scan(self, offer, slack, max_refused, yields).run()
 
     def scan_adapters(self, digests: Collection[str], offer: Offer, max_counter: float, yields: Yields) -> int:
-        """Offer requests for these adapters only, by counter up to `max_counter`, until one is refused.
+        """Offer only requests for these adapters, by counter up to `max_counter`, until one is refused.
 
-        Finds work for a worker whose resident adapters are wanted only by requests far back. Returns how many were
-        placed.
+        This finds work for a worker whose resident adapters only requests far back need. Returns how many were placed.
         """
         heads = self._heads(digests, max_counter)
         num_placed, skips_yielding = 0, False
@@ -204,7 +203,7 @@ class FairQueue:
             if heads[0] != current:
                 heapreplace(heads, current)
                 continue
-            # Tenants with smaller counters were not looked at here, so `least_held` keeps the level where it is.
+            # Tenants with smaller counters were not scanned, so `least_held` keeps the level unchanged.
             result = self.offer(request, offer, final=False, least_held=0.0)
             if result is OfferResult.PLACED:
                 num_placed += 1
@@ -215,7 +214,7 @@ class FairQueue:
         return num_placed
 
     def _heads(self, digests: Collection[str], max_counter: float) -> list[tuple[float, int, int, str, str]]:
-        """Return a heap of (counter, deadline, arrival, digest, tenant) of the first requests for some adapters."""
+        """Return a heap of (counter, deadline, arrival, digest, tenant) of the first requests for these adapters."""
         fewer, more = sorted((digests, self._waiting), key=len)
         heads: list[tuple[float, int, int, str, str]] = []
         for digest in fewer:
@@ -227,7 +226,7 @@ class FairQueue:
         return heads
 
     def offer(self, request: QueuedRequest, offer: Offer, *, final: bool, least_held: float | None) -> OfferResult:
-        """Offer a request, and note in the counters that its tenant was served if it is placed."""
+        """Offer a request; if it is placed, record in the counters that its tenant was served."""
         if request.dropped:
             return OfferResult.BLOCKED
         tenant = request.submit.tenant
@@ -238,7 +237,7 @@ class FairQueue:
         return result
 
     def first_turn(self) -> _Turn | None:
-        """Return the entry of the tenant with the least counter, after replacing stale entries before it."""
+        """Return the entry of the tenant with the lowest counter, after replacing stale entries before it."""
         while self.turns:
             turn = self.turns[0]
             if not self._is_current(turn):
@@ -250,7 +249,7 @@ class FairQueue:
         return None
 
     def put_back(self, turns: Sequence[_Turn]) -> None:
-        """Enter again the tenants that a scan has set aside."""
+        """Restore the tenants that a scan has set aside."""
         for turn in turns:
             heappush(self.turns, turn)
         if len(self.turns) > 2 * len(self.tenants) + 16:
@@ -271,12 +270,12 @@ class _Scan:
         self._slack = slack
         self._refusals_left = max_refused
         self._yields = yields
-        self._aside: list[_Turn] = []  # turns of finished tenants
-        self._held: deque[tuple[float, QueuedRequest]] = deque()  # counter and held request of a tenant, by counter
+        self._aside: list[_Turn] = []  # entries of tenants that this scan is done with
+        self._held: deque[tuple[float, QueuedRequest]] = deque()  # (counter, held request) of tenants, by counter
         self._offered_all = True  # False once a tenant had more adapter queues than one visit offers
 
     def run(self) -> float | None:
-        """Offer requests, then restore the queue's heap. Returns what `FairQueue.scan` says."""
+        """Offer requests, then restore the queue's heap. Returns the result of `FairQueue.scan`."""
         is_complete = self._offer_requests()
         self._queue.put_back(self._aside)
         if is_complete:
@@ -284,7 +283,7 @@ class _Scan:
         return self._held[0][0] + self._slack if self._held else math.inf
 
     def _offer_requests(self) -> bool:
-        """Serve tenants by counter. Returns False if requests are left that some worker might take."""
+        """Serve tenants by counter. Returns False if requests that some worker might take were not offered."""
         while (turn := self._queue.first_turn()) is not None:
             if self._refusals_left <= 0:
                 return False
@@ -301,7 +300,7 @@ class _Scan:
         return self._offered_all and self._refusals_left > 0
 
     def _offer_held(self) -> OfferResult:
-        """Offer the held request with the least counter for the last time."""
+        """Offer the held request with the lowest counter for the last time."""
         counter, request = self._held.popleft()
         return self._queue.offer(request, self._offer, final=True, least_held=counter)
 
@@ -342,16 +341,16 @@ class _Scan:
 
 @dataclass(slots=True)
 class BaseQueues:
-    """What is queued for one base."""
+    """The queued requests of one base."""
 
-    fair: dict[tuple[str, bool], FairQueue]  # by class, warm or cold
+    fair: dict[tuple[str, bool], FairQueue]  # (class, whether warm) -> queue
     resumed: dict[str, QueuedRequest] = field(default_factory=dict[str, QueuedRequest])
-    """Requests that a worker has had before, by id, the one queued longest ago first."""
+    """Requests that a worker has had before, by id, the longest queued first."""
     num: int = 0
 
     @classmethod
     def new(cls, counters: VirtualTokenCounters) -> BaseQueues:
-        """Return empty ones."""
+        """Return empty queues."""
         return cls({(name, warm): FairQueue(counters) for name in CLASSES for warm in (True, False)})
 
 
@@ -362,16 +361,16 @@ class Backlog:
         self._counters = counters
         self._last_tenant = ""
         self.by_base: dict[str, BaseQueues] = {}
-        """The queues of each base that has requests, and maybe of some that had."""
+        """The queues of each base that has requests; bases without requests may remain until `drop_empty`."""
         self._warm = {BASE}
         self.num_queued = 0
         self.num_tokens = 0
-        """Prompts and longest possible outputs of what is queued."""
+        """Prompt tokens plus maximum output tokens of all queued requests."""
         self.by_class: Counter[str] = Counter()
         self.by_digest: Counter[str] = Counter()
 
     def of(self, base: str) -> BaseQueues:
-        """Return what is queued for a base."""
+        """Return the queues of a base."""
         queues = self.by_base.get(base)
         if queues is None:
             queues = self.by_base[base] = BaseQueues.new(self._counters)
@@ -379,11 +378,11 @@ class Backlog:
 
     @property
     def has_cold(self) -> bool:
-        """Whether requests are queued whose adapter is on no worker."""
+        """Whether requests are queued whose adapter is not resident on any worker."""
         return any(queues.fair[cls, False] for queues in self.by_base.values() for cls in CLASSES)
 
     def push(self, request: QueuedRequest) -> None:
-        """Queue a request. One that was removed comes back as a copy: containers may still hold the old object."""
+        """Queue a request. A removed one must return as a copy, since heaps may still contain the old object."""
         assert not request.dropped
         if self.num_queued == 0:
             self._counters.rise_to(self._last_tenant)
@@ -399,7 +398,7 @@ class Backlog:
             queues.fair[request.submit.cls, request.submit.digest in self._warm].push(request)
 
     def remove(self, request: QueuedRequest) -> None:
-        """Take a queued request out, because it was dispatched or has ended."""
+        """Remove a queued request that was dispatched or has ended."""
         request.dropped = True
         self._last_tenant = request.submit.tenant
         self.num_queued -= 1
@@ -412,12 +411,12 @@ class Backlog:
             queues.fair[request.submit.cls, request.submit.digest in self._warm].forget(request)
 
     def drop_empty(self) -> None:
-        """Forget the queues of bases without requests. Not during a scan, which holds them."""
+        """Drop the queues of bases without requests. Must not be called during a scan."""
         for base in [base for base, queues in self.by_base.items() if not queues.num]:
             del self.by_base[base]
 
     def set_warm(self, digest: str, warm: bool) -> None:
-        """Note that an adapter is resident on some worker now, or on none any more."""
+        """Record that an adapter has become resident on some worker, or is no longer resident on any."""
         if digest == BASE or self.is_warm(digest) == warm:
             return
         if warm:

@@ -1,4 +1,4 @@
-"""The scheduler without a queue or a clock: messages in, assignments out. Pure."""
+"""The scheduler without a queue or a clock: it receives messages and returns assignments. Pure."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from scheduler.swaps import SwapPolicy
 from scheduler.workers import Worker, Workers
 
 MAX_REFUSED = 32
-"""Refused requests after which a scan of a fair queue stops. Requests further back are found by their adapters."""
+"""Refused requests after which a scan of a fair queue stops; `scan_adapters` finds requests further back."""
 
 MAX_PLACED = 512
-"""Requests that one plan assigns; the next plan assigns the rest, so that other tasks of the event loop get a turn."""
+"""Maximum number of requests that one plan assigns, so that other tasks can run before the next plan."""
 
 MAX_OPTIONS = 4
-"""Workers that a request's record names with their estimated waits."""
+"""Maximum number of workers that a request's record lists with their estimated waits."""
 
 TIERS = ("resident", "loading", "host", "store")
-"""Names of `workers.Tier`, in its order."""
+"""Names of the values of `workers.Tier`, in order."""
 
 PREFETCH_AGAIN_MS = 10_000
-"""Minimum time between two prefetch orders for one adapter."""
+"""Minimum ms between two prefetch orders for one adapter."""
 
 MAX_QUEUED_DIGESTS = 1024
-"""Adapters with queued requests that one message to a worker names."""
+"""Maximum number of adapters with queued requests in one message to a worker."""
 
 
 @dataclass(slots=True)
 class DispatchPlan:
-    """What to do now. The requests of `batches` count as assigned from here on; `Scheduler.undo` takes that back."""
+    """What to do now. The requests of `batches` count as assigned from here on; `Scheduler.undo` reverts that."""
 
     batches: dict[str, list[QueuedRequest]] = field(default_factory=dict[str, list[QueuedRequest]])
     """Worker -> requests to assign to it, of any adapters."""
     prefetches: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    """(worker, adapter) that it should fetch ahead."""
+    """(worker, adapter) pairs: the worker should fetch the adapter ahead of requests."""
     queued: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
-    """(worker, adapters resident there that queued requests want)."""
+    """(worker, those of its resident adapters that queued requests need)."""
     num_placed: int = 0
     again_ms: float | None = None
-    """When the next plan may find more although nothing else happens; None: never."""
+    """Unix ms when another plan may place more even without new events; None: no such time."""
 
 
 class Scheduler:
-    """All decisions: which request runs where, which workers are dead, which requests have expired.
+    """All decisions: which request runs on which worker, which workers are dead, which requests have expired.
 
-    Times are in ms; `now_ms` is wall-clock time, as deadlines are. No method waits or fails.
+    Times are in ms; `now_ms` is unix time, like deadlines. No method waits or fails.
     """
 
     def __init__(self, config: SchedulerConfig, counters: VirtualTokenCounters | None = None) -> None:
@@ -70,24 +70,25 @@ class Scheduler:
         self.backlog = Backlog(self.counters)
         self.popularity = Popularity()
         self.swaps = SwapOrders(self.workers, SwapPolicy(config.max_swap_wait_s, config.min_residency_s))
-        self._shares: dict[str, FairShares] = {}  # by base: a share is of the places of its workers
+        self._shares: dict[str, FairShares] = {}  # by base: shares of the slots of its workers
         self.takes_batch = True
-        """Whether requests of class batch are dispatched. Their answers stay in the queue, and may find no room."""
+        """Whether requests of class batch are dispatched. Their answers stay in the queue, whose memory may be short.
+        """
         self.requests: dict[str, QueuedRequest] = {}
         self._deadlines: list[tuple[int, str]] = []
-        self._alone_since_ms: dict[str, float] = {}  # bases with requests and no worker -> since when
+        self._alone_since_ms: dict[str, float] = {}  # base with requests but no worker -> unix ms since when
         self._num_seen = 0
         self._now_ms = 0.0  # time of the last plan
-        self._unplaced: dict[str, str] = {}  # digests of requests submitted since the last plan -> their bases
+        self._unplaced: dict[str, str] = {}  # digest of requests submitted since the last plan -> base
         self._wanted: list[tuple[str, str]] = []  # (worker, adapter) of new homes
-        self._prefetched: dict[str, float] = {}  # adapter -> time of the last prefetch order, ms
-        self._queued: dict[str, frozenset[str]] = {}  # worker -> adapters of queued requests, as last sent to it
-        self._queued_changes: list[tuple[str, list[str]]] = []  # changes of the same to send
+        self._prefetched: dict[str, float] = {}  # adapter -> unix ms of the last prefetch order
+        self._queued: dict[str, frozenset[str]] = {}  # worker -> adapters last sent to it as needed by queued requests
+        self._queued_changes: list[tuple[str, list[str]]] = []  # changes of `_queued` to send
 
-    # ------------------------------------------------------------ what happened
+    # ------------------------------------------------------------ events
 
     def submit(self, sub: m.RequestHead, epoch: int, attempts: int = 0) -> None:
-        """Queue a request, new or handed back. An older or equal epoch of a known one is a repetition."""
+        """Queue a request, new or handed back. For a known request, an epoch that is not newer is a repetition."""
         known = self.requests.get(sub.rid)
         base = self.workers.base_of(sub.base)
         request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0, base=base)
@@ -103,7 +104,7 @@ class Scheduler:
             self._unplaced[sub.digest] = base
 
     def adopt(self, wid: str, sub: m.RequestHead, epoch: int, attempts: int, *, yields: bool = False) -> None:
-        """Take over a request that an earlier leader assigned; `epoch` and `yields` are those of the assignment."""
+        """Take over a request that an earlier leader assigned. epoch, yields: those of the assignment."""
         worker = self.workers.by_id.get(wid)
         if worker is None or sub.rid in self.requests:
             return
@@ -122,7 +123,7 @@ class Scheduler:
         self.ledger.assign(request, worker)
 
     def ended(self, message: m.Ended) -> None:
-        """Settle a request that left its worker, or the queue. Messages of earlier owners change nothing."""
+        """Record that a request has left its worker, or the queue. Messages of earlier owners are ignored."""
         request = self.requests.get(message.rid)
         if request is not None and not message.wid and not request.wid:
             self.forget(message.rid)
@@ -140,7 +141,7 @@ class Scheduler:
             self._take_out(request)
 
     def beats(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
-        """Take the workers' latest heartbeats, `elapsed_s` after the last. Returns the dead, see `Workers.observe`."""
+        """Process workers' heartbeats, `elapsed_s` after the last call. Returns dead workers, see `Workers.observe`."""
         dead = self.workers.observe(beats, elapsed_s)
         for worker in self.workers.by_id.values():
             if worker.silent_s == 0.0:
@@ -148,9 +149,9 @@ class Scheduler:
         return dead
 
     def set_bases(self, names: Sequence[str], failed: Collection[str] = ()) -> None:
-        """Take the names of the fleet's bases, the first one first, and of those that failed to start.
+        """Set the names of the fleet's bases, the first base first, and of those that failed to start.
 
-        Costs all requests where one base becomes several.
+        Visits all requests if the fleet changes between one base and several.
         """
         self.swaps.noted = set(failed)
         if not self.workers.set_bases(names):
@@ -168,11 +169,11 @@ class Scheduler:
 
     @property
     def waits_for_loads(self) -> bool:
-        """Whether requests are queued whose adapter is nowhere, and workers load as many as they may."""
+        """Whether cold requests are queued while some worker is loading adapters."""
         return self.backlog.has_cold and any(worker.cold for worker in self.workers.available())
 
     def tick(self) -> None:
-        """Adapt to the load of each adapter. To be called once a second."""
+        """Adapt to the load of each adapter. Must be called once a second."""
         self.placement.refresh()
         self._wanted = self.placement.tick(self.backlog.by_digest)
         queued = {wid: self._queued_at(worker) for wid, worker in self.workers.by_id.items()}
@@ -182,14 +183,14 @@ class Scheduler:
         self._queued = queued
 
     def _queued_at(self, worker: Worker) -> frozenset[str]:
-        """Return the adapters in a worker's pool that queued requests want, so that it keeps them."""
+        """Return a worker's resident adapters that queued requests need, which it should keep."""
         wanted = (digest for digest in worker.resident if self.backlog.by_digest.get(digest))
         return frozenset(islice(wanted, MAX_QUEUED_DIGESTS))
 
-    # ------------------------------------------------------------ what to do
+    # ------------------------------------------------------------ decisions
 
     def plan(self, now_ms: float) -> DispatchPlan:
-        """Choose what to dispatch now."""
+        """Decide which requests to dispatch now, and which adapters to prefetch."""
         plan = DispatchPlan()
         self._now_ms = now_ms
         for digest, warm in self.workers.take_moved().items():
@@ -207,11 +208,11 @@ class Scheduler:
         return plan
 
     def undo(self, requests: Iterable[QueuedRequest], ended: Iterable[str] = ()) -> None:
-        """Put requests of a batch that was not assigned back on the backlog; forget those that have `ended`."""
+        """Return requests of an unassigned batch to the backlog. ended: ids of requests to forget instead."""
         gone = set(ended)
         for request in requests:
             if self.requests.get(request.rid) is not request or not request.wid:
-                continue  # a newer epoch of it is known by now
+                continue  # a newer epoch is known by now
             self.ledger.remove(request)
             if request.rid in gone:
                 self._close(request)
@@ -219,7 +220,7 @@ class Scheduler:
                 self._enqueue(replace(request, dropped=False))
 
     def expired(self, now_ms: float) -> list[str]:
-        """Return the requests whose deadline has passed, each once."""
+        """Return the ids of requests whose deadline has passed, each once."""
         rids: list[str] = []
         while self._deadlines and self._deadlines[0][0] <= now_ms:
             _, rid = heappop(self._deadlines)
@@ -230,10 +231,10 @@ class Scheduler:
         return rids
 
     def unserved(self, now_ms: float) -> list[str]:
-        """Return the requests for which no worker of their base has come in time, while somebody waits for them.
+        """Return the ids of requests with a waiting gateway for which no worker of their base has come in time.
 
-        Jobs, which nobody waits for, are not among them. Time counts from the last worker's end or the request's
-        submission, whichever is later.
+        Jobs, for which no gateway waits, are not included. Time counts from the end of the last worker or from the
+        request's submission, whichever is later.
         """
         served = {worker.base for worker in self.workers.by_id.values()}
         served |= self.swaps.hopeful()
@@ -253,16 +254,16 @@ class Scheduler:
         ]
 
     def failed(self) -> list[str]:
-        """Return the requests, for which somebody waits, of bases that workers might become but that do not start."""
+        """Return the ids of unassigned requests with a waiting gateway whose base workers might become, but cannot."""
         failed = self.swaps.failed() & self.swaps.reachable().keys()
         if not failed:
             return []
         return [rid for rid, r in self.requests.items() if r.base in failed and r.submit.gateway and not r.wid]
 
     def bases(self) -> dict[str, m.BaseLoad]:
-        """Return how many workers and requests each base has, by its name, and how many workers may become it.
+        """Return the load of each base by name: its workers and requests, and how many workers may become it.
 
-        A base that has nothing of this is left out.
+        A base without any of these is left out.
         """
         counts = {base: [0, queues.num, 0, 0] for base, queues in self.backlog.by_base.items() if queues.num}
         for worker in self.workers.by_id.values():
@@ -274,7 +275,7 @@ class Scheduler:
         return {base: m.BaseLoad(*count) for base, count in counts.items() if base}
 
     def queued_of(self, bases: Collection[str]) -> list[tuple[str, str]]:
-        """Return the requests of these bases that wait, each with its base."""
+        """Return (id, base) of the unassigned requests of these bases."""
         if not any(queues.num for base, queues in self.backlog.by_base.items() if base in bases):
             return []
         return [(rid, one.base) for rid, one in self.requests.items() if one.base in bases and not one.wid]
@@ -285,11 +286,11 @@ class Scheduler:
         return served | {request.submit.base for request in self.requests.values()}
 
     def of_gateway(self, gid: str) -> list[str]:
-        """Return the requests that end when a gateway dies."""
+        """Return the ids of the requests that end when a gateway dies."""
         return [rid for rid, r in self.requests.items() if r.submit.gateway == gid and not r.submit.stored]
 
     def oldest_ms(self) -> dict[str, int]:
-        """Return for each class when its oldest request that waits was submitted, unix time; no class without one."""
+        """Return class -> unix ms when its oldest unassigned request was submitted; classes without one are missing."""
         oldest: dict[str, int] = {}
         for request in self.requests.values():
             sub = request.submit
@@ -298,7 +299,7 @@ class Scheduler:
         return oldest
 
     def placed(self, request: QueuedRequest, wid: str, now_ms: int) -> m.Placed:
-        """Return why a request goes to a worker, as recorded."""
+        """Return the record of why a request is assigned to a worker."""
         choice = request.choice
         options = [choice.chosen] if choice is not None else []
         if choice is not None:
@@ -322,9 +323,9 @@ class Scheduler:
         )
 
     def drain_next(self, now_ms: float) -> str:
-        """Return the name of the worker whose end costs the others least, "" without any.
+        """Return the name of the worker whose removal costs the others least, "" if there is none.
 
-        The last worker of a base stays for as long as another base has two.
+        The last worker of a base is kept as long as another base has two.
         """
         placement, workers = self.placement, list(self.workers.available())
         num = Counter(worker.base for worker in workers)
@@ -336,17 +337,17 @@ class Scheduler:
         )
 
     def assigned_to(self, wid: str) -> list[str]:
-        """Return the requests that a worker has."""
+        """Return the ids of the requests assigned to a worker."""
         worker = self.workers.by_id.get(wid)
         return list(worker.requests) if worker else []
 
     def is_assigned_to(self, rid: str, wid: str) -> bool:
-        """Return whether a worker has a request."""
+        """Return whether a request is assigned to a worker."""
         request = self.requests.get(rid)
         return request is not None and request.wid == wid
 
     def unlisted(self) -> dict[str, int]:
-        """Return assigned requests, and their epochs there, that their living worker's heartbeat does not list."""
+        """Return id -> epoch of assigned requests that their live worker's heartbeat does not list."""
         found: dict[str, int] = {}
         for worker in self.workers.by_id.values():
             if worker.silent_s:
@@ -364,7 +365,7 @@ class Scheduler:
     # ------------------------------------------------------------ helpers
 
     def shares(self, base: str) -> FairShares:
-        """Return how the places of a base's workers are shared. A tenant has one counter for all bases."""
+        """Return how the slots of a base's workers are shared. A tenant has one counter for all bases."""
         shares = self._shares.get(base)
         if shares is None:
             self._shares = {name: one for name, one in self._shares.items() if one.num_open}
@@ -404,7 +405,7 @@ class Scheduler:
         def offer(request: QueuedRequest, final: bool) -> OfferResult:
             return self._offer(request, final, shares, plan, now_ms)
 
-        is_full = {True: False, False: False}  # for warm and for cold requests that a worker has had before
+        is_full = {True: False, False: False}  # by warm or cold, for requests that a worker has had before
         for request in list(queues.resumed.values())[:MAX_PLACED]:
             warm = self.backlog.is_warm(request.submit.digest)
             if not is_full[warm]:
@@ -424,7 +425,7 @@ class Scheduler:
     def _offer(
         self, request: QueuedRequest, final: bool, shares: FairShares, plan: DispatchPlan, now_ms: float
     ) -> OfferResult:
-        """Assign a request if a worker may take it. With `final` it is not held for a better worker."""
+        """Assign a request if a worker may take it. final: do not hold it for a better worker."""
         if plan.num_placed >= MAX_PLACED:
             plan.again_ms = now_ms
             return OfferResult.FULL
@@ -455,7 +456,7 @@ class Scheduler:
         plan.num_placed += 1
 
     def _prefetch(self, plan: DispatchPlan, now_ms: float) -> None:
-        """Have workers fetch the adapters of requests that have just come and could not be dispatched."""
+        """Order workers to fetch the adapters of requests that are new and could not be dispatched."""
         for digest, base in self._unplaced.items():
             if not self.backlog.by_digest[digest] or digest in self.workers.holders:
                 continue

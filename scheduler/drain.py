@@ -1,27 +1,27 @@
-"""How many requests per second the workers complete when they are fully used. Pure."""
+"""The measured rate at which fully used workers complete requests. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
 
 WINDOW_S = 30.0
-"""Busy time over which the rate is measured; long enough for requests that end in waves."""
+"""Busy seconds over which the rate is measured; long enough for requests that end in waves."""
 
 MIN_WINDOW_S = 3.0
-"""Busy time before a rate is known."""
+"""Busy seconds before a rate is known."""
 
 
 class DrainRate:
-    """Requests that end per second while others are queued; idle workers do not show how many they could complete."""
+    """Requests ended per second while others wait; idle workers do not show how many they could complete."""
 
     def __init__(self) -> None:
         self.rate = 0.0
         """Requests per second; 0 while unknown."""
         self._spans: deque[tuple[float, int]] = deque()  # (seconds, requests ended in them) of busy time
-        self._last: tuple[float, int] | None = None  # time and ended requests at the last call, if requests were queued
+        self._last: tuple[float, int] | None = None  # (time, ended requests) at the last call, if requests were queued
 
     def observe(self, now_s: float, num_ended: int, busy: bool) -> None:
-        """Take the number of requests ended so far. To be called about once a second.
+        """Record the number of requests ended so far. Must be called about once a second.
 
         busy: whether requests are queued now.
         """

@@ -1,4 +1,4 @@
-"""Fairness: which tenant is next and which requests yield, by virtual token counters and max-min fair shares. Pure.
+"""Fairness: the next tenant and the requests that yield, by virtual token counters and max-min fair shares. Pure.
 
 Virtual token counters: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024. Max-min fair shares:
 Bertsekas and Gallager, "Data Networks", 1992, section 6.5.
@@ -16,15 +16,15 @@ INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
 
 RECENT_MS = 20_000.0
-"""Time after a tenant's last request in which another tenant does not count as alone."""
+"""Milliseconds after a tenant's last request during which another tenant does not count as alone."""
 
 
 class VirtualTokenCounters:
-    """Service per tenant, in weighted tokens over the tenant's weight. The tenant with the least is served first.
+    """Service per tenant, in weighted tokens divided by the tenant's weight. The tenant with the least is next.
 
-    `level` is the least counter among the tenants being served. A tenant that had nothing queued gained no claim by
-    that: `lift` raises its counter to `level`. The counter of a tenant whose requests could not run, because their
-    adapters were not resident, may be below `level` by at most `max_lag` tokens. Counters never fall.
+    `level` is the lowest counter among the tenants being served. A tenant does not gain a claim while nothing of it is
+    queued: `lift` raises its counter to `level`. If a tenant's requests cannot run because their adapters are not
+    resident, its counter may lag behind `level` by at most `max_lag` tokens. Counters never fall.
     """
 
     def __init__(self, max_lag: float) -> None:
@@ -34,7 +34,7 @@ class VirtualTokenCounters:
         self.level = 0.0
 
     def __getitem__(self, tenant: str) -> float:
-        """Return a tenant's counter; an unknown tenant's is `level`."""
+        """Return a tenant's counter; `level` for an unknown tenant."""
         return self._counters.get(tenant, self.level)
 
     def __len__(self) -> int:
@@ -46,10 +46,10 @@ class VirtualTokenCounters:
         return counter
 
     def serve(self, tenant: str, counter: float, least_held: float | None) -> None:
-        """Note that a tenant was served when its counter was `counter`.
+        """Record that a tenant was served when its counter was `counter`.
 
-        least_held: the least counter of the tenants whose request is held and was passed by, None without any; `level`
-        does not rise above it.
+        least_held: lowest counter among tenants whose held request was overtaken, None without any; `level` does not
+        rise above it.
         """
         missed = self.level - self._max_lag - counter
         if missed > 0:
@@ -58,15 +58,15 @@ class VirtualTokenCounters:
         self.level = max(self.level, counter if least_held is None else min(counter, least_held))
 
     def rise_to(self, tenant: str) -> None:
-        """Raise `level` to the counter of the last tenant served, because nothing was queued after it for a while."""
+        """Raise `level` to the counter of the last tenant served, because the queue was empty after it."""
         self.level = max(self.level, self[tenant])
 
     def charge(self, tenant: str, num_input_tokens: int, num_output_tokens: int, weight: float) -> None:
-        """Add tokens that a tenant was served to its counter."""
+        """Add the tokens that a tenant has received to its counter."""
         cost = (INPUT_WEIGHT * num_input_tokens + OUTPUT_WEIGHT * num_output_tokens) / weight
         self._counters[tenant] = self[tenant] + cost
         if len(self._counters) > self._prune_at:
-            # A counter at or below `level` would be lifted to it anyway when its tenant returns.
+            # A counter at or below `level` would be raised to it anyway when its tenant returns.
             self._counters = {name: value for name, value in self._counters.items() if value > self.level}
             self._prune_at = max(1024, 2 * len(self._counters))
 
@@ -74,45 +74,44 @@ class VirtualTokenCounters:
 class FairShares:
     """Decides which requests yield to others: those of tenants with more than their max-min fair share.
 
-    What is shared are the places of all workers, and what counts are a tenant's open requests: interactive ones, queued
-    or running. When the open requests of all tenants exceed the places that are not reserved, a tenant that asks for
-    less than its share gets what it asks for, and the rest is divided by weight. When all fit, a share is as many
-    requests as places are reserved, so that a flood is noticed before it has filled the workers.
+    The slots of all workers are shared, and a tenant's use is its number of open requests: interactive ones, queued or
+    running. If the open requests of all tenants exceed the unreserved slots, a tenant that asks for less than its share
+    gets all that it asks for, and the rest is divided by weight. If all fit, a share is the number of reserved slots,
+    so that a flood is noticed before it has filled the workers.
 
-    Two more kinds of tenants yield. One that is alone, while no other has open requests or has asked recently, so that
-    a newcomer need not wait for it; beside requests that yield for another reason, workers let those of the one
-    that was alone go first. And one whose counter is more than `slack_tokens` above that of a tenant
-    over its share: otherwise a tenant with few requests at a time, but no pause between them, would always be served
-    first.
+    Two more kinds of tenants yield. The first is a tenant that is alone, while no other has open requests or has asked
+    recently, so that a newcomer need not wait for it. Among yielding requests, workers prefer those of a tenant that
+    was alone. The second is a tenant whose counter is more than `slack_tokens` above that of a tenant over its share.
+    Otherwise, a tenant with few requests at a time but no pause between them would always be served first.
 
-    Counters alone would protect nobody who asks now and then, because they decide only about free places, and a flood
-    can fill all workers at one moment.
+    Counters alone would not protect tenants that ask only sometimes: they decide about free slots only, and a flood can
+    fill all workers at once.
     """
 
     def __init__(self, counters: VirtualTokenCounters, slack_tokens: float) -> None:
         self._counters = counters
         self._slack_tokens = slack_tokens
         self.num_open: Counter[str] = Counter()
-        """Open requests per tenant; tenants without any are not in it."""
-        self._weights: dict[str, float] = {}  # weights of the same tenants
-        self._demands: Counter[tuple[int, float]] = Counter()  # (open requests, weight) -> tenants that have both
-        self._asked_ms: dict[str, float] = {}  # tenant -> time of its last request, the longest ago first
-        self._is_alone = True  # whether there is only one tenant with open requests or a recent one
-        self._share = math.inf  # open requests that a tenant of weight 1 may have
-        self._least_over: float | None = None  # least counter of the tenants over their share, once it was needed
+        """Number of open requests per tenant; tenants without any are missing."""
+        self._weights: dict[str, float] = {}  # weight by tenant, for the tenants in `num_open`
+        self._demands: Counter[tuple[int, float]] = Counter()  # (open requests, weight) -> number of such tenants
+        self._asked_ms: dict[str, float] = {}  # tenant -> ms of its last request, the oldest first
+        self._is_alone = True  # whether at most one tenant has open or recent requests
+        self._share = math.inf  # maximum open requests of a tenant of weight 1 within its share
+        self._least_over: float | None = None  # lowest counter of tenants over their share, computed on demand
 
     def opened(self, tenant: str, weight: float, now_ms: float) -> None:
-        """Count a request that was submitted."""
+        """Count a submitted request."""
         self._asked_ms.pop(tenant, None)
         self._asked_ms[tenant] = now_ms
         self._set(tenant, self.num_open[tenant] + 1, weight)
 
     def closed(self, tenant: str) -> None:
-        """Count a request that has ended."""
+        """Count the end of a request."""
         self._set(tenant, self.num_open[tenant] - 1, self._weights[tenant])
 
     def update(self, num_places: int, num_reserved: int, now_ms: float) -> None:
-        """Compute the fair share of `num_places` on all workers, of which `num_reserved` are reserved."""
+        """Compute the fair share of the workers' `num_places` slots, of which `num_reserved` are reserved."""
         while self._asked_ms and now_ms - self._asked_ms[tenant := next(iter(self._asked_ms))] > RECENT_MS:
             del self._asked_ms[tenant]
         is_one = len(self.num_open) <= 1 and len(self._asked_ms) <= 1
@@ -121,7 +120,7 @@ class FairShares:
         self._least_over = None
 
     def yields(self, request: QueuedRequest) -> bool:
-        """Return whether a request yields to others: batch work does, another that a worker has had before does not."""
+        """Return whether a request yields: batch work does, and other resumed requests do not."""
         if request.submit.cls == BATCH:
             return True
         return not request.resumed and self.tenant_yields(request.submit.tenant)
@@ -136,16 +135,17 @@ class FairShares:
         return self._counters[tenant] > self._least_over + self._slack_tokens
 
     def is_alone(self, tenant: str) -> bool:
-        """Return whether a tenant yields for no other reason than that it is alone."""
+        """Return whether a tenant yields only because it is alone."""
         return self._is_alone and not self._is_over(tenant)
 
     def _is_over(self, tenant: str) -> bool:
         return tenant in self._weights and self.num_open[tenant] > self._share * self._weights[tenant]
 
     def _fair_share(self, num_places: int, if_all_fit: int) -> float:
-        """Return the open requests per weight up to which all tenants together fill `num_places`.
+        """Return the open requests per weight up to which all tenants together fill `num_places` slots.
 
-        Infinite if not even one request of each tenant fits: then counters alone decide.
+        Infinite if not even one request of each tenant fits; counters alone decide then. if_all_fit: the share if all
+        open requests fit.
         """
         asking = sorted((num / weight, weight * num_tenants) for (num, weight), num_tenants in self._demands.items())
         left, total_weight = float(num_places), sum(weight for _, weight in asking)

@@ -1,7 +1,7 @@
-"""What is assigned where, and what each tenant has been charged for it. Pure.
+"""The assigned requests of each worker, and what each tenant has been charged for them. Pure.
 
-An entry comes with an assignment and goes with the worker's `Ended`, with a newer epoch of the same request, or with
-the worker. Heartbeats say in between how far each request is.
+An entry begins with an assignment. It ends with the worker's `Ended` message, with a newer epoch of the request, or
+with the worker's removal. In between, heartbeats report the progress of each request.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from scheduler.request import BASE, QueuedRequest, decrement
 from scheduler.workers import Tier, Worker, Workers
 
 OUTPUT_SMOOTHING = 0.02
-"""Weight of the latest request in the mean output length."""
+"""Weight of the latest request in the moving average of output lengths."""
 
 
 class Ledger:
-    """Requests on workers. Keeps the counts of each `Worker` right and charges tenants as tokens come."""
+    """Assigned requests. Updates the counts of each `Worker` and charges tenants as tokens are computed."""
 
     def __init__(self, workers: Workers, counters: VirtualTokenCounters, rank_of: Callable[[str], int]) -> None:
         self._workers = workers
@@ -28,12 +28,12 @@ class Ledger:
         self.num_ended = 0
 
     def expected_tokens(self, request: QueuedRequest) -> int:
-        """Return the tokens of a request's prefill and expected output."""
+        """Return the tokens of a request's prefill plus its expected output."""
         sub = request.submit
         return sub.num_prefill_tokens + min(sub.max_new_tokens, round(self.mean_output_tokens))
 
     def assign(self, request: QueuedRequest, worker: Worker) -> None:
-        """Enter a request as given to a worker, and charge its prefill, once."""
+        """Enter a request as assigned to a worker, and charge its prefill if that was not charged yet."""
         sub = request.submit
         request.wid, request.started, request.held_since_ms = worker.wid, False, -1.0
         request.start_tokens = -1 if request.resumed or request.output_charged else 0
@@ -60,7 +60,7 @@ class Ledger:
             self._counters.charge(sub.tenant, sub.num_prefill_tokens, 0, sub.weight)
 
     def remove(self, request: QueuedRequest) -> None:
-        """Take a request off its worker."""
+        """Remove a request from its worker."""
         worker = self._workers.by_id.get(request.wid)
         request.wid = ""
         if worker is None or worker.requests.get(request.rid) is not request:
@@ -83,7 +83,7 @@ class Ledger:
             decrement(worker.suspects, request.attempts)
 
     def end(self, request: QueuedRequest, num_output_tokens: int) -> None:
-        """Settle a request that has ended on its worker."""
+        """Charge and remove a request that has ended on its worker."""
         worker = self._workers.by_id.get(request.wid)
         if worker is not None and not request.ready and num_output_tokens > max(request.start_tokens, 0):
             self._workers.note_resident(worker, request.submit.digest)
@@ -92,12 +92,12 @@ class Ledger:
         self.num_ended += 1
 
     def hand_back(self, request: QueuedRequest, num_output_tokens: int) -> None:
-        """Settle a request that its worker gave back."""
+        """Charge and remove a request that its worker handed back."""
         self._charge(request, num_output_tokens)
         self.remove(request)
 
     def observe(self, worker: Worker) -> None:
-        """Take a new heartbeat of a worker: how far its requests are, and whose adapter has come."""
+        """Process a worker's new heartbeat: the progress of its requests, and adapters that have become resident."""
         for rid, num_output_tokens in worker.beat.progress:
             request = worker.requests.get(rid)
             if request is not None:

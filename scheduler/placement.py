@@ -1,9 +1,9 @@
-"""Which worker of its base a request should go to: the one with the least estimated wait, in ms. Pure.
+"""Chooses the worker of a request's base with the shortest estimated wait, in ms. Pure.
 
-The wait is the time of the prompts in front of it, of loading its adapter, and of its decoding in that worker's batch,
-which depends on the ranks in it. An adapter that is on no worker goes to its home, the first worker by rendezvous
-hashing (Thaler and Ravishankar, 1998); an adapter with much load has more homes. No worker that is nearly full gets
-more than 1.25 times the mean load while others are free (consistent hashing with bounded loads, Mirrokni et al., 2018).
+The wait is the time for queued prompts, for loading the adapter, and for decoding in that worker's batch, which depends
+on the ranks in it. An adapter that is on no worker is sent to its home, the first worker by rendezvous hashing (Thaler
+and Ravishankar, 1998); an adapter with a high load has several homes. A nearly full worker gets at most 1.25 times the
+mean load while others are free (consistent hashing with bounded loads, Mirrokni et al., 2018).
 """
 
 from __future__ import annotations
@@ -19,54 +19,56 @@ from scheduler.request import BASE, Candidate, QueuedRequest, WorkerChoice
 from scheduler.workers import Tier, Worker, Workers, num_reserved
 
 LOAD_BOUND = 1.25
-"""Largest load of a worker in units of the mean."""
+"""Maximum load of a worker, as a multiple of the mean."""
 
 FREE_SHARE = 0.75
-"""Share of a worker's capacity up to which the estimates alone decide. In simulation they place better than the bound
-(8 workers, 200 adapters, half loaded: 172 adapter loads; 282 with 0.125); the bound matters when they are wrong."""
+"""Fraction of a worker's capacity below which `LOAD_BOUND` does not apply. In simulation, estimates alone place better
+(8 workers, 200 adapters, half loaded: 172 adapter loads; 282 with 0.125); the bound helps when they are wrong.
+"""
 
 HOME_SHARE = 0.125
-"""Requests for one adapter, as a share of a worker's capacity, for which it gets another home."""
+"""Requests for one adapter, as a fraction of a worker's capacity, for which it gets another home."""
 
 MAX_CANDIDATES = 8
-"""Workers whose wait is estimated for one request; where there are more, a choice of them."""
+"""Maximum number of workers whose wait is estimated for one request; in a larger fleet, a selection is."""
 
 SHRINK_TICKS = 3
-"""Ticks in a row with less load after which an adapter loses a home."""
+"""Consecutive ticks with less load after which an adapter loses a home."""
 
 MAX_PREFIXES = 16_384
-"""Beginnings of prompts remembered with the worker that computed them."""
+"""Maximum number of prompt prefixes remembered with the worker that computed them."""
 
 MAX_KNOWN_ADAPTERS = 100_000
-"""Adapters whose rank and size are remembered."""
+"""Maximum number of adapters whose rank and size are remembered."""
 
 MAX_GROUPS = 256
-"""Bases whose workers are kept as a group: more than a fleet may have."""
+"""Maximum number of bases whose workers are cached as a group; more than a fleet may have."""
 
 SUSPECTS_PER_WORKER = 8
-"""Requests whose worker has died that may start together on another. One on its final attempt waits until no other
-request on its final attempt is starting there."""
+"""Maximum number of suspects that may start together on a worker. A suspect on its final attempt waits until no other
+one on its final attempt is starting there.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """What placement knows of an adapter."""
+    """The properties of an adapter that placement needs."""
 
     rank: int = 16
     num_bytes: int = 20_000_000
-    base: str = ""  # name of the base that it was first asked with
+    base: str = ""  # name of the base with which it was first requested
 
 
 DEFAULT_FACTS = AdapterFacts()
-"""Assumed of an adapter without a readable record."""
+"""Assumed for an adapter without a readable record."""
 
 
 @dataclass(slots=True)
 class Bandwidths:
-    """How fast adapters come to a worker's pool."""
+    """Estimated bandwidths and latencies of loading adapters."""
 
-    host: float = 2e6  # bytes per ms from the host cache to the pool
-    remote: float = 2e5  # bytes per ms from the store to the host cache
+    host: float = 2e6  # bytes per ms from host memory into the pool
+    remote: float = 2e5  # bytes per ms from the store to host memory
     host_ms: float = 1.0  # latency
     remote_ms: float = 10.0  # latency
 
@@ -77,26 +79,26 @@ class Bandwidths:
         if tier is Tier.HOST:
             return self.host_ms + num_bytes / self.host
         whole_ms = self.remote_ms + num_bytes / self.remote
-        return whole_ms / 2 if tier is Tier.LOADING else whole_ms  # half of it is done, on average
+        return whole_ms / 2 if tier is Tier.LOADING else whole_ms  # on average, half of it is done
 
 
 @dataclass(slots=True)
 class _NumHomes:
-    """How many workers are homes of an adapter."""
+    """The number of homes of an adapter."""
 
     num: int = 1
     ticks_below: int = 0
 
 
 class Homes:
-    """How many homes each adapter has: as many as its load needs, fewer only after a while with less."""
+    """The number of homes of each adapter: as many as its load needs, fewer only after several ticks below that."""
 
     def __init__(self) -> None:
         self._homes: dict[str, _NumHomes] = {}
         self._grown: list[str] = []
 
     def __getitem__(self, digest: str) -> int:
-        """Return how many homes an adapter has."""
+        """Return an adapter's number of homes."""
         home = self._homes.get(digest)
         return home.num if home else 1
 
@@ -105,7 +107,7 @@ class Homes:
         return self._grown
 
     def tick(self, demand: Mapping[str, int], worker_share: float) -> None:
-        """Take the requests queued or running per adapter, and how many for one adapter a single worker should have."""
+        """Update the numbers of homes. demand: open requests by adapter. worker_share: maximum requests per home."""
         self._grown = []
         for digest in [*demand, *(self._homes.keys() - demand.keys())]:
             needed = max(1, math.ceil(demand.get(digest, 0) / worker_share))
@@ -127,20 +129,20 @@ class Homes:
 
 
 class Rendezvous:
-    """Orders workers per adapter by highest random weight: a worker that comes or goes moves only its own adapters."""
+    """Orders workers per adapter by highest random weight, so that a worker's change moves only its own adapters."""
 
     def __init__(self) -> None:
         self._members: dict[str, tuple[str, int]] = {}
         self._orders: dict[str, tuple[str, ...]] = {}
 
     def set_members(self, members: Mapping[str, tuple[str, int]]) -> None:
-        """Take the current workers: wid -> (name, capacity)."""
+        """Set the current workers: wid -> (name, capacity)."""
         if members != self._members:
             self._members = dict(members)
             self._orders.clear()
 
     def order(self, digest: str) -> tuple[str, ...]:
-        """Return the workers' ids in an adapter's order. It depends on their names, so that a restart moves nothing."""
+        """Return the ids of workers in an adapter's order. It depends on their names, so a restart changes nothing."""
         order = self._orders.get(digest)
         if order is None:
             if len(self._orders) > 10_000:
@@ -160,12 +162,12 @@ class BaseWorkers:
     """The available workers of a base."""
 
     workers: list[Worker] = field(default_factory=list[Worker])
-    capacity: int = 0  # slots of all
-    num_reserved: int = 0  # reserved slots among them, see `workers.num_reserved`
+    capacity: int = 0  # slots of all workers
+    num_reserved: int = 0  # reserved ones of these slots, see `workers.num_reserved`
     rendezvous: Rendezvous = field(default_factory=Rendezvous)
 
     def set_workers(self, workers: list[Worker]) -> None:
-        """Take the workers that are available now."""
+        """Set the workers that are available now."""
         self.workers = workers
         self.capacity = sum(worker.beat.capacity for worker in workers)
         self.num_reserved = sum(num_reserved(worker.beat.capacity) for worker in workers)
@@ -174,15 +176,15 @@ class BaseWorkers:
 
 @dataclass(slots=True)
 class _Best:
-    """The worker with the least wait so far."""
+    """The worker with the shortest wait so far."""
 
     wait_ms: float = math.inf
     worker: Worker | None = None
-    index: int = 0  # among the candidates
+    index: int = 0  # index of the worker in the candidates
 
 
 class Placement:
-    """Chooses workers. What it remembers between decisions only improves estimates."""
+    """Chooses workers. State kept between decisions only improves estimates."""
 
     def __init__(self, workers: Workers, max_attempts: int, max_known_adapters: int = MAX_KNOWN_ADAPTERS) -> None:
         self._workers = workers
@@ -190,16 +192,16 @@ class Placement:
         self._max_attempts = max_attempts
         self.bandwidths = Bandwidths()
         self.homes = Homes()
-        self._facts: dict[str, AdapterFacts] = {}  # the one learnt longest ago first
-        self._groups: dict[str, BaseWorkers] = {}  # by base; of a base that was asked for, until there are too many
+        self._facts: dict[str, AdapterFacts] = {}  # the oldest entry first
+        self._groups: dict[str, BaseWorkers] = {}  # by base, for requested bases; cleared when there are too many
         self._prefixes: dict[str, str] = {}  # hash of a prompt's first blocks -> worker that computed them last
         self._available: list[Worker] = []
-        self._is_mixed = False  # whether they are of several bases
+        self._is_mixed = False  # whether `_available` has several bases
         self._version = -1
         self._turn = 0
 
     def refresh(self) -> None:
-        """Take over which workers are available. Until the next call none comes or goes."""
+        """Update the available workers. They stay the same until the next call."""
         if self._version == self._workers.version:
             return
         self._version = self._workers.version
@@ -219,7 +221,7 @@ class Placement:
         return group
 
     def note_assigned(self, request: QueuedRequest, worker: Worker, now_ms: float) -> None:
-        """Note that a request was assigned to a worker."""
+        """Record that a request was assigned to a worker."""
         worker.prefill_until_ms = max(worker.prefill_until_ms, now_ms) + self._prefill_ms(worker, request)
         if prefix := request.submit.prefix:
             self._prefixes.pop(prefix, None)
@@ -228,33 +230,33 @@ class Placement:
                 del self._prefixes[next(iter(self._prefixes))]
 
     def learn(self, digest: str, facts: AdapterFacts) -> None:
-        """Remember an adapter's rank and size, and forget the one learnt longest ago when there are too many."""
+        """Remember an adapter's rank and size; drops the oldest entry if there are too many."""
         self._facts.pop(digest, None)
         self._facts[digest] = facts
         if len(self._facts) > self._max_known_adapters:
             del self._facts[next(iter(self._facts))]
 
     def unknown(self, digests: Iterable[str]) -> list[str]:
-        """Return those of the adapters, each once, of which nothing has been learnt, or it was forgotten."""
+        """Return the distinct adapters among these whose facts are not known, or no longer."""
         return [digest for digest in dict.fromkeys(digests) if digest != BASE and digest not in self._facts]
 
     def facts_of(self, digest: str) -> AdapterFacts:
-        """Return what is known of an adapter, or is assumed."""
+        """Return the known facts of an adapter, or the default ones."""
         return self._facts.get(digest, DEFAULT_FACTS)
 
     def rank_of(self, digest: str) -> int:
-        """Return an adapter's rank, as far as it is known."""
+        """Return an adapter's rank, or the default rank."""
         return self.facts_of(digest).rank
 
     def home(self, base: str, digest: str) -> str | None:
-        """Return an adapter's first home among the workers of a base, None without any."""
+        """Return the id of an adapter's first home among the workers of a base, None without workers."""
         order = self.group(base).rendezvous.order(digest)
         return order[0] if order else None
 
     def has_room(self, request: QueuedRequest, *, yields: bool | None = None) -> bool:
-        """Return whether any worker takes requests like this one: of its base and class, warm or cold, yielding or not.
+        """Return whether any worker takes such a request: of its base and class, warm or cold, yielding or not.
 
-        yields: to be assumed in place of the request's own.
+        yields: overrides the request's own value; None: does not.
         """
         cls, digest = request.submit.cls, request.submit.digest
         yields = request.yields if yields is None else yields
@@ -264,13 +266,13 @@ class Placement:
         return any(worker.takes_cold("?", cls, yields=yields) for worker in workers)
 
     def with_room(self, base: str, cls: str) -> list[Worker]:
-        """Return the workers of a base that take requests of a class whose adapter is resident there."""
+        """Return the workers of a base that take requests of a class if the adapter is resident there."""
         return [worker for worker in self.group(base).workers if worker.ready_credit(cls) > 0]
 
     def tick(self, queued: Mapping[str, int]) -> list[tuple[str, str]]:
-        """Adapt the number of homes to the requests per adapter: `queued`, and those on workers.
+        """Adapt the numbers of homes to the requests per adapter: `queued`, plus those on workers.
 
-        Returns (worker, adapter) of the homes that have yet to get their adapter.
+        Returns (worker, adapter) of the homes that do not have their adapter yet.
         """
         if not self._available:
             return []
@@ -295,17 +297,17 @@ class Placement:
     def choose(
         self, request: QueuedRequest, output_tokens: float, now_ms: float, *, final: bool
     ) -> Worker | OfferResult:
-        """Return the worker with the least wait, HELD if one with the adapter is worth waiting for, or BLOCKED.
+        """Return the worker with the shortest wait, HELD if waiting for one with the adapter pays off, or BLOCKED.
 
-        A request is held no longer than its adapter would take to come to the worker that is free, so it never waits
-        more than twice as long as with the better of both choices. With `final` it is not held at all.
+        A request is held no longer than its adapter would take to load on the free worker. So it never waits more than
+        twice as long as with the better of both choices. final: do not hold it.
         """
         digest = request.submit.digest
         facts = self.facts_of(digest)
         group, holders = self.group(request.base), self._workers.holders.get(digest, ())
         homes = group.rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         load = self._workers.num_assigned
-        if self._is_mixed:  # what is said of all workers is said of this base's only
+        if self._is_mixed:  # count only the workers of this base
             holders = [wid for wid in holders if self._workers.by_id[wid].base == request.base]
             load = sum(worker.load for worker in group.workers)
         best, crowded = _Best(), _Best()
@@ -319,7 +321,7 @@ class Placement:
             preferred_open = preferred_open or is_preferred
             wait_ms = self.bandwidths.cost_ms(tier, facts.num_bytes)
             if not is_preferred:
-                wait_ms *= 2  # another copy of the adapter has to save more than it costs
+                wait_ms *= 2  # a further copy of the adapter must save more than it costs
             wait_ms += max(0.0, worker.prefill_until_ms - now_ms)
             wait_ms += self._prefill_ms(worker, request) + self._batch_ms(worker, request, output_tokens, facts.rank)
             is_crowded = _is_crowded(worker, load, group.capacity)
@@ -357,23 +359,23 @@ class Placement:
                 return False
         if tier is Tier.RESIDENT:
             return _has_credit(worker, request)
-        # Loading an adapter on one more worker only helps where there is room to run the request.
+        # Loading an adapter on one more worker only helps if that worker has a free slot for the request.
         if not worker.takes_cold(digest, cls, yields=request.yields):
             return False
         return not warm_elsewhere or _has_credit(worker, request)
 
     def _batch_ms(self, worker: Worker, request: QueuedRequest, output_tokens: float, rank: int) -> float:
-        """Estimate the ms that a request queues and decodes in a worker's batch."""
+        """Estimate the ms for which a request is queued and decoded in a worker's batch."""
         sub = request.submit
         step_ms = 1000 * worker.step_s(request, sub.num_prefill_tokens + round(output_tokens), rank)
         decode_ms = output_tokens * step_ms
         num_ahead = worker.num_in_front(sub.cls, yields=request.yields) + 1 - worker.beat.capacity
         if num_ahead > 0:
-            decode_ms *= 1 + num_ahead / worker.beat.capacity  # slots become free at even intervals
+            decode_ms *= 1 + num_ahead / worker.beat.capacity  # slots are assumed to become free at even intervals
         return decode_ms
 
     def _prefill_ms(self, worker: Worker, request: QueuedRequest) -> float:
-        """Estimate the ms of a request's prefill: none on the worker that computed the same beginning last."""
+        """Estimate the ms of a request's prefill: 0 on the worker that last computed the same prompt prefix."""
         sub = request.submit
         known = sub.prefix and self._prefixes.get(sub.prefix) == worker.wid
         return 0.0 if known else 1000 * worker.model.b * sub.num_prefill_tokens
@@ -381,7 +383,7 @@ class Placement:
     def _candidates(
         self, request: QueuedRequest, available: list[Worker], holders: Collection[str], homes: Collection[str]
     ) -> Iterable[Worker]:
-        """Return the workers to consider: all if they are few, else some with the adapter or its homes, and others."""
+        """Return the workers to consider: all if they are few, else some of the adapter's holders or homes and more."""
         if request.submit.needs:
             available = [worker for worker in available if worker.understands(request)]
         if len(available) <= MAX_CANDIDATES:
@@ -396,7 +398,7 @@ class Placement:
         return {worker.wid: worker for worker in chosen}.values()
 
     def _some(self, workers: list[Worker], num: int, request: QueuedRequest | None) -> list[Worker]:
-        """Return `num` of the workers, different ones at each turn; with a request, only workers with room for it."""
+        """Return `num` of the workers, different ones at each call; with a request, only workers with a slot for it."""
         found: list[Worker] = []
         start = self._turn * num
         for i in range(start, start + len(workers)):
@@ -409,7 +411,7 @@ class Placement:
 
 
 def _reason(request: QueuedRequest, candidates: list[Candidate], all_crowded: bool) -> str:
-    """Return why the worker with the least wait gets a request, one of `messages.REASONS`."""
+    """Return why the worker with the shortest wait gets a request, one of `messages.REASONS`."""
     if request.resumed:
         return "resumed"
     if request.held_since_ms >= 0:
@@ -420,7 +422,7 @@ def _reason(request: QueuedRequest, candidates: list[Candidate], all_crowded: bo
 
 
 def _is_crowded(worker: Worker, load: int, total_capacity: int) -> bool:
-    """Return whether a worker has more than its share of the `load` of requests on workers with `total_capacity`."""
+    """Return whether one more request exceeds a worker's share of `load` requests on `total_capacity` slots."""
     capacity = worker.beat.capacity
     fair_load = LOAD_BOUND * (load + 1) * capacity / total_capacity
     return len(worker.requests) + 1 > max(fair_load, capacity * FREE_SHARE, 1)

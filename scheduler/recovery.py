@@ -1,4 +1,4 @@
-"""What the scheduler does when something has died or gone astray. Every step may be repeated by the next leader."""
+"""The scheduler's recovery after deaths and lost messages. Every step can be repeated by the next leader."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from scheduler.trace import tell_death
 logger = logging.getLogger(__name__)
 
 CHUNK = 128
-"""Requests in one script, so that none blocks the queue for long."""
+"""Maximum number of requests per script, so that no script blocks the queue for long."""
 
 
 class Recovery:
-    """Brings queue and scheduler back in line."""
+    """Restores the agreement of queue and scheduler."""
 
     def __init__(self, bus: Bus, scheduler: Scheduler, max_attempts: int) -> None:
         self._bus = bus
         self._scheduler = scheduler
         self._max_attempts = max_attempts
-        self._missing: dict[str, int] = {}  # rid -> epoch, of requests their worker did not list at the last look
+        self._missing: dict[str, int] = {}  # rid -> epoch of requests that their worker did not list at the last check
 
     async def rebuild(self) -> dict[str, bytes]:
-        """Take over what earlier leaders assigned. Returns the stream positions from which to read on."""
+        """Take over what earlier leaders assigned. Returns stream -> last id, from where to continue reading."""
         bus, scheduler = self._bus, self._scheduler
-        # In this order: what ends after this is read, so nothing adopted below is counted for ever.
+        # The order matters: all later ends are read, so no request adopted below is counted forever.
         last_ids = {bus.keys.ended: await bus.streams.last_id(bus.keys.ended)}
         beats = await bus.members.worker_beats()
-        scheduler.set_bases(*await bus.members.base_names())  # after the heartbeats, so that none of theirs is missing
+        scheduler.set_bases(*await bus.members.base_names())  # after the heartbeats, to know all their bases
         scheduler.beats(beats, 0.0)
         num_adopted = 0
         for wid in beats:
@@ -50,11 +50,11 @@ class Recovery:
                         scheduler.adopt(wid, owned.submit, owned.epoch, owned.attempts, yields=yields)
                         num_adopted += 1
         logger.info("%d workers registered, %d requests running", len(beats), num_adopted)
-        # All that lies on the submit streams is not assigned: the first read brings it.
+        # Requests on the submit streams are unassigned; the first read returns them.
         return last_ids | {bus.keys.sub(cls): b"0" for cls in CLASSES}
 
     async def bury(self, wid: str) -> None:
-        """Queue a dead worker's requests again, end those that cannot be, then delete what it leaves."""
+        """Requeue a dead worker's requests, end those that cannot be requeued, and delete the worker's keys."""
         assigned = {item.rid for item in await self._bus.work_of(wid)}
         rids = list(assigned | set(self._scheduler.assigned_to(wid)))
         worker = self._scheduler.workers.by_id.get(wid)
@@ -71,7 +71,7 @@ class Recovery:
         await self._bus.members.leave(wid)
 
     async def _requeue(self, wid: str, rids: list[str], *, counts: bool, name: str = "") -> int:
-        """Take requests from a worker and queue them again; return how many of them were its own."""
+        """Take requests from a worker and queue them again; return how many of them it owned."""
         num_taken = 0
         for start in range(0, len(rids), CHUNK):
             outcomes = await self._bus.requeue(
@@ -84,7 +84,7 @@ class Recovery:
                     await self._give_up(rid)
                 elif outcome == "cancelled":
                     await self._bus.finish(rid, "cancelled", "cancelled")
-                # Asked now: by the time the others are finished, it may be back from the submit stream.
+                # Checked now: while others are being finished, the request may return from the submit stream.
                 if outcome != "requeued" and self._scheduler.is_assigned_to(rid, wid):
                     self._scheduler.forget(rid)
         return num_taken
@@ -111,7 +111,7 @@ class Recovery:
         self._scheduler.forget(rid)
 
     async def reject(self, stream: str, entry: Entry, reason: str) -> None:
-        """Put an unreadable submission aside, and end its request if its id at least can be read."""
+        """Set an unreadable submission aside, and end its request if at least its id can be read."""
         await self._bus.streams.reject(stream, entry, reason)
         try:
             loose: Any = msgspec.msgpack.decode(entry[1].get(b"b", b""))
@@ -122,7 +122,7 @@ class Recovery:
             await self._bus.finish(rid, "failed", "error", Internal(f"the request could not be read: {reason}"))
 
     async def cancel_gateway(self, gid: str) -> None:
-        """End what only a dead gateway waited for."""
+        """End the requests for which only a dead gateway waited."""
         rids = self._scheduler.of_gateway(gid)
         logger.warning("gateway %s is dead; %d requests are cancelled", gid, len(rids))
         for rid in rids:
@@ -130,9 +130,10 @@ class Recovery:
         await self._bus.members.forget_gateway(gid)
 
     async def reconcile(self) -> None:
-        """Look up requests that their workers' heartbeats have not listed twice in a row.
+        """Check requests that their workers' heartbeats have not listed twice in a row.
 
-        They have ended and the message was lost, or their entry on the work stream was; then they are queued again.
+        Either they have ended and the message was lost, or their entry on the work stream was lost; the latter are
+        requeued.
         """
         missing = self._scheduler.unlisted()
         suspects = [rid for rid, epoch in missing.items() if self._missing.get(rid) == epoch]
@@ -147,12 +148,12 @@ class Recovery:
                     await self._requeue(owned.owner, [rid], counts=False)
 
     async def find_orphans(self) -> int:
-        """Queue again what is assigned to a worker that is unknown, or has no work entry for it; return how many.
+        """Requeue requests whose assigned worker is unknown or has no work entry for them; return how many.
 
-        There are none unless a queue has lost its last second. Workers register before they get work and leave after
-        they have handed it back, and an entry goes with the last end of its requests: what is lost may be the
-        registration, or an end whose worker then deletes the entry for the ends of others. This scans all keys: it is
-        for a leader's beginning, which a restart of the queue brings about too.
+        There are none unless a queue has lost its last second. Workers register before they get work, and leave after
+        they have handed it back; a work entry is deleted with the last end of its requests. So either the registration
+        was lost, or an end, whose worker has then deleted the entry. Scans all keys; it runs when a leadership begins,
+        which also happens after a restart of the queue.
         """
         assigned: dict[str, list[str]] = {}  # by owner
         async for found in self._bus.scan_assigned(CHUNK):

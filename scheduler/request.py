@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it, from its submission to its end."""
+"""A request in the scheduler, from its submission to its end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Candidate(NamedTuple):
     name: str
     wait_ms: float  # estimated
     tier: int  # see `workers.Tier`
-    crowded: bool  # it has more than its share of the requests
+    crowded: bool  # whether it has more than its share of the requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,33 +29,33 @@ class WorkerChoice:
 
     because: str  # one of `messages.REASONS`
     chosen: Candidate
-    candidates: list[Candidate]  # candidates in scan order, including the chosen one
+    candidates: list[Candidate]  # in the order of the scan, including the chosen one
 
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """One request that has not ended. `wid`, the worker it is assigned to, is "" while it is queued."""
+    """One request that has not ended. `wid` is the worker that it is assigned to, "" while it is queued."""
 
     submit: m.RequestHead
-    epoch: int  # epoch read from the queue; its assignment carries epoch + 1
-    attempts: int = 0  # workers that died while they had it and before it made progress
+    epoch: int  # as read from the queue; its assignment has epoch + 1
+    attempts: int = 0  # workers that died under it before it made progress
     order: int = 0  # order of arrival
     wid: str = ""
-    dropped: bool = False  # left the backlog; its containers discard it when they come to it
+    dropped: bool = False  # it has left the backlog; heaps discard it when they reach it
     input_charged: bool = False
-    output_charged: int = 0  # output tokens charged so far; -1: charge none of those that the log already holds
-    start_tokens: int = 0  # length of the log when its worker got it; -1: not seen yet
-    started: bool = False  # True: progress since then
-    ready: bool = False  # its adapter is resident on its worker, so it takes a slot there
-    reserved_tokens: int = 0  # prefill and expected output, as counted on its worker
-    held_since_ms: float = -1.0  # when it was first held for a worker with its adapter; -1: never
+    output_charged: int = 0  # output tokens charged so far; -1: those that are already in the log are not charged
+    start_tokens: int = 0  # length of the log at its assignment; -1: not known yet
+    started: bool = False  # whether it has made progress since its assignment
+    ready: bool = False  # whether its adapter is resident on its worker, so that it takes a slot there
+    reserved_tokens: int = 0  # prefill and expected output, as counted for its worker
+    held_since_ms: float = -1.0  # ms since which it is held for a worker with its adapter; -1: it is not
     held_until_ms: float = 0.0
-    yields: bool = False  # to requests of other tenants, see `FairShares`
-    alone: bool = False  # it yields only because its tenant was alone
-    since_ms: int = 0  # when it came to the backlog, unix time; 0: as it was submitted
-    assigned_ms: int = 0  # unix time, 0 while that is not known
-    choice: WorkerChoice | None = None  # worker that it was last offered to
-    base: str = ""  # only workers of this base take it, see `Workers.base_of`
+    yields: bool = False  # whether it yields to requests of other tenants, see `FairShares`
+    alone: bool = False  # whether it yields only because its tenant is alone
+    since_ms: int = 0  # unix ms when it was queued again; 0: only at its submission
+    assigned_ms: int = 0  # unix ms; 0: not known
+    choice: WorkerChoice | None = None  # the last choice of a worker for it
+    base: str = ""  # base whose workers may take it, see `Workers.base_of`
 
     @property
     def rid(self) -> str:
@@ -74,7 +74,7 @@ class QueuedRequest:
 
 
 def decrement(counter: Counter[Key], key: Key) -> None:
-    """Count one less, and remove the key when its count reaches zero."""
+    """Decrement a count, and remove the key when its count reaches zero."""
     counter[key] -= 1
     if not counter[key]:
         del counter[key]

@@ -1,7 +1,7 @@
-"""Which worker should go when there are to be fewer: the one that costs the others least. Pure.
+"""Chooses the worker to remove when scaling in: the one whose removal costs the others least. Pure.
 
-The cost has two parts, in ms of work: refetching adapters that no other worker has in as near a tier, and recomputing
-the prompts and tokens of the worker's requests.
+The cost has two parts, in ms of work: reloading adapters that no other worker holds in an equally near tier, and
+recomputing the prompts and tokens of the worker's requests.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.workers import Tier, Worker
 
 HALF_LIFE_MS = 600_000
-"""Time after which a request says half as much of whether its adapter will be wanted again."""
+"""Milliseconds after which a past request counts half in an adapter's popularity."""
 
 MAX_ADAPTERS = 100_000
-"""Adapters whose use is remembered."""
+"""Maximum number of adapters whose popularity is remembered."""
 
 FactsOf = Callable[[str], AdapterFacts]
 WantedOf = Callable[[str], float]
 
 
 class Popularity:
-    """How many requests each adapter has had lately, older ones counting less."""
+    """The number of recent requests per adapter, with exponential decay."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[float, float]] = {}  # digest -> (requests, as of unix ms), longest unused first
+        self._found: dict[str, tuple[float, float]] = {}  # digest -> (decayed count, at unix ms), longest unused first
 
     def note(self, digest: str, now_ms: float) -> None:
         """Count a request for an adapter."""
@@ -36,15 +36,15 @@ class Popularity:
             del self._found[next(iter(self._found))]
 
     def of(self, digest: str, now_ms: float) -> float:
-        """Return how many requests an adapter has had lately."""
+        """Return an adapter's decayed number of requests."""
         num, at_ms = self._found.get(digest, (0.0, now_ms))
         return num * 0.5 ** (max(0.0, now_ms - at_ms) / HALF_LIFE_MS)
 
 
 def costs_ms(workers: Collection[Worker], wanted: WantedOf, facts: FactsOf, bandwidths: Bandwidths) -> dict[str, float]:
-    """Return by its id what each worker's leaving costs the others, in ms of work.
+    """Return wid -> the cost of removing that worker for the others, in ms of work.
 
-    wanted: requests that an adapter has had lately.
+    wanted: returns an adapter's decayed number of recent requests.
     """
     nearest = _nearest(workers)
     costs: dict[str, float] = {}
@@ -61,7 +61,7 @@ def costs_ms(workers: Collection[Worker], wanted: WantedOf, facts: FactsOf, band
 
 
 def least_valuable(workers: Collection[Worker], wanted: WantedOf, facts: FactsOf, bandwidths: Bandwidths) -> str:
-    """Return the name of the worker that should go first, "" without workers. Of equals the last by name goes."""
+    """Return the name of the worker to remove first, "" without workers; among equals, the last by name."""
     if not workers:
         return ""
     costs = costs_ms(workers, wanted, facts, bandwidths)
@@ -74,7 +74,7 @@ _NONE: _Copy = (Tier.REMOTE, "")
 
 
 def _nearest(workers: Collection[Worker]) -> dict[str, tuple[_Copy, _Copy]]:
-    """Return the two nearest copies of each adapter that any worker holds, on different workers."""
+    """Return the two nearest copies, on different workers, of each adapter that any worker holds."""
     found: dict[str, tuple[_Copy, _Copy]] = {}
     for worker in workers:
         for digest in worker.resident | worker.host:

@@ -1,7 +1,7 @@
-"""The scheduler on the queue: one process leads, the others stand by and take over when its lease runs out.
+"""The scheduler on the queue: one process leads; standbys take over when its lease expires.
 
-A leadership is one `Session`. It begins by reading the queue's state, so that nothing has to survive it, and ends when
-the lease or the connection is lost; then a new one begins, here or in a standby.
+A leadership is one `Session`. It begins by reading the queue's state, so no state of the scheduler has to survive, and
+ends with the loss of the lease or the connection. Then a new one begins, here or in a standby.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ logger = logging.getLogger(__name__)
 
 LEASE_MS = 2500
 AGAIN = Backoff(LEASE_MS / 1000, 30.0)
-"""Pauses after leaderships that something unforeseen has ended."""
+"""Backoff after leaderships that an unexpected error has ended."""
 
 TRY_S = 0.25
-"""Pause between a standby's attempts: it leads at most LEASE_MS + TRY_S, less than 3 s, after the last renewal."""
+"""Seconds between a standby's attempts: it leads at most LEASE_MS + TRY_S, less than 3 s, after the last renewal."""
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
-    """Lead or stand by until `stop`. Returns the exit code. Raises Internal when the queue may lose requests."""
+    """Lead or stand by until `stop`. Returns the exit code. Raises Internal if the queue may lose requests."""
     bus = Bus(settings.queue_url())
     candidate = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    counters = VirtualTokenCounters(SchedulerConfig.of(settings).max_lag)  # token counters survive a lost connection
+    counters = VirtualTokenCounters(SchedulerConfig.of(settings).max_lag)  # survive a lost connection
     try:
         with tracing(settings, "scheduler", candidate), serve_metrics(settings.metrics_port):
             num_failures = 0
@@ -68,7 +68,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 async def _lead(
     bus: Bus, settings: Settings, candidate: str, counters: VirtualTokenCounters, stop: asyncio.Event
 ) -> None:
-    """Try to get the lease; if that works, lead until `stop` and give it back."""
+    """Try to get the lease; if successful, lead until `stop` and release it."""
     token = await bus.lead("", candidate, LEASE_MS)
     if not token:
         return
@@ -80,6 +80,6 @@ async def _lead(
     metrics.SCHEDULER_LEADS.set(1)
     try:
         await Session(bus, settings, Lease(token, candidate, LEASE_MS), counters).run(stop)
-        await bus.lead(token, candidate, 0)  # a duration of 0 ms gives the lease back
+        await bus.lead(token, candidate, 0)  # a duration of 0 ms releases the lease
     finally:
         metrics.SCHEDULER_LEADS.set(0)

@@ -1,9 +1,9 @@
-"""One leadership: messages from the queue to the pure scheduler, its assignments back to the queue.
+"""One leadership: passes messages from the queue to the pure scheduler, and its assignments back to the queue.
 
-Five loops: `_read` feeds the `Scheduler` with what was submitted and what has ended, `_dispatch` assigns what it
-plans, `_watch` looks after heartbeats, deaths and deadlines, `_renew` renews the lease, `_search` finds requests whose
-worker is unknown. Requests that arrive while an assignment is written go into the next one together: batches grow
-under load, and an idle queue adds no delay.
+Five loops: `_read` feeds the `Scheduler` with submitted and ended requests, `_dispatch` assigns what it plans, `_watch`
+checks heartbeats, deaths and deadlines, `_renew` renews the lease, and `_search` finds requests whose worker is
+unknown. Requests that arrive while an assignment is written are assigned together next: batches grow under load, and an
+idle queue adds no delay.
 """
 
 from __future__ import annotations
@@ -41,59 +41,59 @@ from scheduler.trace import tell_placed
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
-"""Pause between looks at heartbeats and deadlines."""
+"""Seconds between checks of heartbeats and deadlines."""
 
 LOADS_S = 0.1
-"""Pause between looks at heartbeats alone while requests wait because enough adapters are on their way."""
+"""Seconds between checks of heartbeats alone, while requests wait for adapters that are loading."""
 
 SEARCH_AGAIN_S = 30.0
-"""By then every write has arrived that was on its way when the queue restarted."""
+"""Seconds after a restart of the queue by which every write that was in flight has arrived."""
 
 READ_BLOCK_MS = 1000
 COALESCE_S = 0.003
-"""Pause between plans while requests are queued, so that busy workers do not cost one plan per ended request."""
+"""Seconds between plans while requests are queued, so that busy workers do not cost one plan per ended request."""
 
 GATEWAY_GRACE_S = 2.0
-"""Silence after which a gateway whose heartbeat has expired counts as dead."""
+"""Seconds after which a gateway whose heartbeat has expired counts as dead."""
 
 WORK_STREAM_TTL_S = 3600
-"""Life time of a worker's streams after their last use."""
+"""TTL in seconds of a worker's streams after their last use."""
 
 STATUS_TTL_MS = 5000
-"""Life time of the published status."""
+"""TTL in ms of the published status."""
 
 MEMORY_ALARM = 0.8
-"""Share of its memory that the queue holds when operators are warned; from 0.9 on gateways let no call in."""
+"""Fraction of its memory limit above which operators are warned; from 0.9 on gateways refuse calls."""
 
 
 MAX_TOLD = 64
-"""Adapters of running and of waiting requests that the status names."""
+"""Maximum number of adapters, of running and of waiting requests each, that the status lists."""
 
 DRAIN_ROUNDS = 10
-"""Worker scans between two choices of the one to drain next, which compare thousands of adapters."""
+"""Rounds of `_watch` between two selections of the worker to drain next, which compare thousands of adapters."""
 
 SUMMED_AT_ONCE = 500
-"""Requests that are summed up for the policy of swaps in one turn of the event loop."""
+"""Requests summed up for the swap policy per iteration of the event loop."""
 
 MEMORY_FOR_BATCH = 0.95
-"""Share of its memory up to which the queue's jobs are dispatched: their answers stay there for a day."""
+"""Fraction of the queue's memory limit up to which batch requests are dispatched: their answers stay for a day."""
 
 
 class Deposed(Exception):
-    """The lease has run out, and another scheduler may lead."""
+    """The lease has expired, and another scheduler may lead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The leadership as this process holds it. It ends `duration_ms` after it was last renewed."""
+    """The leadership of this process. It ends `duration_ms` after its last renewal."""
 
-    token: str  # names this leadership; every assignment carries it (fencing)
-    candidate: str  # names this process
+    token: str  # identifies this leadership; every assignment carries it (fencing)
+    candidate: str  # identifies this process
     duration_ms: int
 
 
 class Session:
-    """A leadership, from getting the lease to losing it."""
+    """A leadership, from taking the lease to losing it."""
 
     def __init__(self, bus: Bus, settings: Settings, lease: Lease, counters: VirtualTokenCounters) -> None:
         self._bus = bus
@@ -105,18 +105,18 @@ class Session:
         self._assigning = asyncio.Lock()
         self._silent_gateways: dict[str, float] = {}
         self._drain = DrainRate()
-        self._drain_next = ""  # name of the worker that should go first
+        self._drain_next = ""  # name of the worker to remove first
         self._memory_is_short = False
-        self._again_ms: float | None = None  # when to plan again though nothing has changed
-        self._rounds = 0  # rounds of `_watch`
-        self._watched_s = time.monotonic()  # when the last one began
+        self._again_ms: float | None = None  # unix ms of the next plan without any event; None: no such time
+        self._rounds = 0  # number of rounds of `_watch` so far
+        self._watched_s = time.monotonic()  # when the last round began
         self._watched = Items("watch", max_tries=0, backoff=BRISK)
 
     def loops(self) -> list[Loop]:
-        """Return what runs while it leads.
+        """Return the loops that run while this process leads.
 
-        A lost connection ends the session, and so does what fails unforeseen with the scheduler's memory in its hands:
-        the next session, here or in a standby, begins with what the queue holds.
+        A lost connection ends the session, and so does any unexpected error of a loop that changes the scheduler's
+        state. The next session, here or in a standby, starts from the state in the queue.
         """
         ends = (Deposed, *CONNECTION_ERRORS)
         return [
@@ -127,14 +127,14 @@ class Session:
         ]
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Lead until `stop`. Raises Deposed, a connection error, or a group with what else ended it."""
+        """Lead until `stop`. Raises Deposed, a connection error, or a group with the other errors that ended it."""
         self._last_ids = await self._recovery.rebuild()
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(guarded(loop)) for loop in self.loops()]
                 tasks.append(group.create_task(self._search()))
                 await stop.wait()
-                async with self._assigning:  # let a started assignment be written
+                async with self._assigning:  # let a started assignment finish its write
                     for task in tasks:
                         task.cancel()
         except ExceptionGroup as group:
@@ -145,10 +145,10 @@ class Session:
                 raise
             raise ConnectionError(str(lost.exceptions[0])) from group
 
-    # ------------------------------------------------------------ in
+    # ------------------------------------------------------------ from the queue
 
     async def _read(self) -> None:
-        """Wait for submitted and ended requests, and feed the scheduler with them."""
+        """Wait for submitted and ended requests, and pass them to the scheduler."""
         keys = self._bus.keys
         found = await self._bus.streams.read(self._last_ids, block_ms=READ_BLOCK_MS)
         for entry in found.get(keys.ended, ()):
@@ -175,7 +175,7 @@ class Session:
             except (ProtocolError, KeyError, ValueError) as error:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
         if any(sub.base and sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
-            await self._look_at_bases()  # one that came since the last look, or that is gone
+            await self._look_at_bases()  # added since the last check, or removed
         removed = self.scheduler.swaps.removed
         for sub in [sub for sub, _, _ in submits if sub.base in removed]:
             await self._end_removed(sub.rid, sub.base)
@@ -187,7 +187,7 @@ class Session:
                 request.since_ms = now_ms()
 
     async def _learn(self, bases: Mapping[str, str]) -> None:
-        """Look up the rank and size of adapters, given with their bases, that are not known yet."""
+        """Read rank and size of those adapters that are not known yet. bases: digest -> base."""
         new = self.scheduler.placement.unknown(bases)
         if not new:
             return
@@ -198,10 +198,10 @@ class Session:
                 record.digest, AdapterFacts(record.rank, record.num_bytes, bases[record.digest])
             )
 
-    # ------------------------------------------------------------ out
+    # ------------------------------------------------------------ to the queue
 
     async def _dispatch(self) -> None:
-        """Wait until something has changed, plan and assign."""
+        """Wait for an event, then plan and assign."""
         if self._again_ms is None:
             await self._wake.wait()
         else:
@@ -226,7 +226,7 @@ class Session:
             await self._bus.streams.tell(controls)
 
     async def _assign(self, wid: str, batch: list[QueuedRequest]) -> None:
-        """Write one assignment; what cannot be assigned goes back to the backlog."""
+        """Write one assignment; requests that cannot be assigned return to the backlog."""
         now = now_ms()
         pairs = [(_assigned(request, now), request.epoch) for request in batch]
         placed = {request.rid: self.scheduler.placed(request, wid, now) for request in batch}
@@ -250,23 +250,23 @@ class Session:
     # ------------------------------------------------------------ watch
 
     async def _renew(self) -> None:
-        """Renew the lease. Raises Deposed when it is lost, ConnectionError when the queue was restarted."""
+        """Renew the lease. Raises Deposed if it is lost, ConnectionError if the queue was restarted."""
         lease = self._lease
         if await self._bus.lead(lease.token, lease.candidate, lease.duration_ms) != lease.token:
             raise Deposed
-        if await self._bus.restarted():  # a reconnection may have hidden it; a new session reads the queue's state
+        if await self._bus.restarted():  # redis-py may have reconnected silently; a new session reads the queue's state
             raise ConnectionError("the queue was restarted")
 
     async def _search(self) -> None:
-        """Look for requests that belong to nobody. Only a restart of the queue makes them, and begins a new session."""
+        """Find orphaned requests. Only a restart of the queue causes them, and it begins a new session."""
         await self._recovery.find_orphans()
         await asyncio.sleep(SEARCH_AGAIN_S)
         await self._recovery.find_orphans()
 
     async def _watch(self) -> None:
-        """Look after heartbeats, deaths, deadlines and lost messages; publish the status; wait for the next round.
+        """Check heartbeats, deaths, deadlines and lost messages; publish the status; wait for the next round.
 
-        What fails of that keeps none of the rest from being done, and is done again with a later round.
+        A failed part does not prevent the others, and is repeated in a later round.
         """
         now, rounds = time.monotonic(), self._rounds
         elapsed_s, self._watched_s = min(now - self._watched_s, 2 * WATCH_S), now
@@ -295,19 +295,19 @@ class Session:
         await self._pause()
 
     async def _pause(self) -> None:
-        """Wait for the next round; read heartbeats meanwhile if a loaded adapter may unblock a request."""
+        """Wait for the next round; meanwhile read heartbeats if a loaded adapter may unblock a request."""
         end_s = time.monotonic() + WATCH_S
         while (left_s := end_s - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, LOADS_S) if self.scheduler.requests else left_s)
             if left_s > LOADS_S and self.scheduler.waits_for_loads:
-                await self._watch_workers(0.0)  # the round counts the time
+                await self._watch_workers(0.0)  # the round itself counts the elapsed time
                 self._wake.set()
 
     async def _watch_workers(self, elapsed_s: float) -> None:
         beats = await self._bus.members.worker_beats()
         known = self.scheduler.workers.bases
         if any(beat is not None and beat.base not in known for beat in beats.values()):
-            await self._look_at_bases()  # now, so that none is missing of which a worker has come
+            await self._look_at_bases()  # now, so that no base of a joined worker is missing
         for wid in self.scheduler.beats(beats, elapsed_s):
             # Not while an assignment is written: one to this worker would be deleted unread.
             async with self._assigning:
@@ -321,7 +321,7 @@ class Session:
         self.scheduler.set_bases(bases, failed)
 
     async def _watch_swaps(self) -> None:
-        """See what has become of orders to workers to become another base, and give new ones."""
+        """Process the outcomes of swap orders to workers, and give new orders."""
         members = self._bus.members
         for order, outcome in self.scheduler.swaps.settle(now_ms()):
             metrics.SWAPS.labels(order.base, outcome).inc()
@@ -335,19 +335,19 @@ class Session:
             asked.add(requests[start : start + SUMMED_AT_ONCE])
             await asyncio.sleep(0)
         if orders := self.scheduler.swaps.decide(now_ms(), asked):
-            await self._renew()  # a leader that was deposed gives none
+            await self._renew()  # a deposed leader gives no orders
             await self._bus.streams.tell([(one.wid, m.Control(kind="serve", base=one.base)) for one in orders])
             for order in orders:
                 await self._bus.audit.note(_audited(order, "done"))
 
     async def _end_removed(self, rid: str, base: str) -> None:
-        """Fail a request of a base that was taken away."""
+        """Fail a request of a base that was removed."""
         await self._recovery.end(rid, NotFound(f"the base `{base}` was removed", code="base_not_served"))
 
     async def _empty_removed(self) -> None:
-        """Drain the workers of bases that were taken away, and forget a base once it has none and no requests.
+        """Drain the workers of removed bases, and delete a base's records once it has no workers and requests.
 
-        One that may become another base is free for that instead: it may be the only worker of its fleet.
+        A worker that may become another base is not drained: it may be its fleet's only worker.
         """
         workers, swaps = self.scheduler.workers, self.scheduler.swaps
         leaving = [
@@ -406,7 +406,7 @@ class Session:
         await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)
 
     def _warn_of_memory(self, used: int, most: int) -> None:
-        """Log once when the queue's memory becomes short, and once when it is not any more."""
+        """Log once when the queue's memory becomes short, and once when it no longer is."""
         is_short = most > 0 and used >= MEMORY_ALARM * most
         if is_short and not self._memory_is_short:
             logger.warning("the queue holds %d of %d bytes; calls are refused above 90 %%", used, most)
@@ -427,13 +427,13 @@ def _count(batch: list[QueuedRequest]) -> None:
 
 
 def _audited(order: Swap, outcome: str) -> AuditEntry:
-    """Return the entry of an order to a worker to become another base."""
+    """Return the audit entry of an order to switch a worker to another base."""
     detail = f"from={order.left} to={order.base} why={order.why}"
     return AuditEntry(now_ms(), SCHEDULER, "", "", "worker.swap", order.name, detail, outcome, True)
 
 
 def _most(digests: Mapping[str, int]) -> list[str]:
-    """Return the adapters with most requests."""
+    """Return the adapters with the most requests, at most MAX_TOLD."""
     return nlargest(MAX_TOLD, (digest for digest in digests if digest), key=digests.__getitem__)
 
 

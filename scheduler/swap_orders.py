@@ -1,7 +1,7 @@
-"""What the policy of swaps is asked, and what becomes of the orders that it gives. Pure.
+"""The inputs of the swap policy, and the outcomes of its orders. Pure.
 
-Nothing here outlives a leader: the next one learns from heartbeats which bases its workers serve, may become and have
-been ordered to become, and decides anew.
+This state does not outlive a leader. The next one learns from heartbeats which bases its workers serve, may become and
+have been ordered to become, and decides again.
 """
 
 from __future__ import annotations
@@ -17,55 +17,55 @@ from scheduler.swaps import BaseDemand, Seat, Swap, SwapPolicy
 from scheduler.workers import UNFITTED_STEP, Worker, Workers
 
 USUAL_START_S = 5.0
-"""Assumed seconds of a start, where none has been measured."""
+"""Seconds assumed for a start before one has been measured."""
 
 USUAL_CAPACITY = 8
-"""Assumed requests that a worker of a base computes together, where none has been seen."""
+"""Capacity assumed for a worker of a base before one has been seen."""
 
 VISIT_S = 0.1
-"""Seconds of work that stand for a base whose facts no worker has reported yet."""
+"""Seconds of work assumed for a base that no worker has reported yet, so that it is tried once."""
 
 TOGETHER_MS = 60_000.0
-"""Time in which workers that were started together are waited for, before others serve their bases for once."""
+"""Maximum ms to wait for workers that were started together, before others serve their bases."""
 
 FIRST_PAUSE_MS, MAX_PAUSE_MS = 30_000.0, 600_000.0
-"""Time after which a base that has failed to start is tried again; it doubles with each failure in a row."""
+"""First and maximum ms before a base that has failed to start is tried again; doubles with each consecutive failure."""
 
 MAX_LOST = 3
-"""Orders for a base in a row whose worker ended without saying why, after which the base has failed to start."""
+"""Consecutive orders for a base whose worker ended without a reason, after which the base counts as failed to start."""
 
 OBEY_MS, START_MS = 10_000.0, 600_000.0
-"""An order is lost if its worker has not left after so long, or is not back, with whatever base, after so long."""
+"""An order is lost if its worker has not left within the first, or is not back with any base within the second."""
 
 DONE, FAILED, LOST = "done", "failed", "lost"
-"""What becomes of an order: its worker serves the base; the base cannot be served; the worker ended, or did nothing."""
+"""Outcomes of an order: the worker serves the base; the base cannot be served; the worker ended, or did not obey."""
 
 
 @dataclass(slots=True)
 class _Facts:
-    """What workers of a base have said."""
+    """What workers of a base have reported."""
 
     start_s: float = USUAL_START_S
     model: m.StepModel = UNFITTED_STEP
     capacity: int = USUAL_CAPACITY
 
     def seconds(self, request: QueuedRequest, mean_output_tokens: float) -> float:
-        """Estimate the seconds of one worker, whose steps are full, that a request takes."""
+        """Estimate the seconds of one worker with full steps that a request takes."""
         num_steps = min(request.submit.max_new_tokens, mean_output_tokens)
         in_tokens = self.model.b * (request.submit.num_prefill_tokens + num_steps)
         return in_tokens + self.model.a * max(1.0, num_steps) / self.capacity
 
 
 class Asked:
-    """What is asked of each base that a worker serves or may become, summed up piece by piece."""
+    """The demand for each base that a worker serves or may become, summed up in pieces."""
 
     def __init__(self, facts: Mapping[str, _Facts], mean_tokens: float) -> None:
-        """facts: of the bases that count. mean_tokens: of an output."""
+        """facts: of the bases to count. mean_tokens: mean length of an output."""
         self._facts, self._mean_tokens = facts, mean_tokens
         self._interactive, self._batch = (
             {name: (BaseDemand(name, one.start_s), dict[str, float]()) for name, one in facts.items()} for _ in range(2)
-        )  # with the seconds that wait of each tenant, over its weight
-        self._used: dict[str, set[str]] = {}  # tenant -> bases that it waits for or runs on
+        )  # each with tenant -> seconds of its waiting work, divided by its weight
+        self._used: dict[str, set[str]] = {}  # tenant -> bases for which it waits or on which it runs
         self._weights: dict[str, float] = {}
 
     def add(self, requests: Iterable[QueuedRequest]) -> None:
@@ -83,7 +83,7 @@ class Asked:
                 by_tenant[sub.tenant] = by_tenant.get(sub.tenant, 0.0) + seconds / sub.weight
 
     def demands(self) -> dict[str, BaseDemand]:
-        """Return the sums by base. Batch work counts where nothing else waits."""
+        """Return the demand by base. Batch work counts only if no interactive request waits."""
         nothing_waits = all(demand.oldest_ms is None for demand, _ in self._interactive.values())
         found = self._batch if nothing_waits else self._interactive
         for tenant, bases in self._used.items():
@@ -98,11 +98,11 @@ class Asked:
 
 @dataclass(slots=True)
 class _Failure:
-    """Starts of a base that have failed in a row."""
+    """Consecutive failed starts of a base."""
 
     num: int = 0
-    until_ms: float = 0.0  # not tried again before
-    due_ms: float = 0.0  # before that, only a worker that has nothing else to do tries it
+    until_ms: float = 0.0  # the base is not tried again before this time
+    due_ms: float = 0.0  # before this time, only an otherwise idle worker tries it
 
     def add(self, now_ms: float) -> None:
         pause_ms = min(FIRST_PAUSE_MS * 2**self.num, MAX_PAUSE_MS)
@@ -112,30 +112,30 @@ class _Failure:
 
 @dataclass(slots=True)
 class SwapOrders:
-    """The orders of one leader. Costs nothing where no worker may become another base. Times are unix time."""
+    """The orders of one leader. Costs nothing if no worker may become another base. Times are unix ms."""
 
     workers: Workers
     policy: SwapPolicy
     by_worker: dict[str, Swap] = field(default_factory=dict[str, Swap])
-    """Name of a worker -> the order on its way."""
+    """Name of a worker -> its pending order."""
     _facts: dict[str, _Facts] = field(default_factory=dict[str, _Facts])
     _failures: dict[str, _Failure] = field(default_factory=dict[str, _Failure])
-    _num_lost: Counter[str] = field(default_factory=Counter[str])  # by base, orders in a row
-    _known_ms: dict[str, float] = field(default_factory=dict[str, float])  # base not reported yet -> since when known
+    _num_lost: Counter[str] = field(default_factory=Counter[str])  # base -> consecutive lost orders
+    _known_ms: dict[str, float] = field(default_factory=dict[str, float])  # unreported base -> known since, unix ms
     noted: set[str] = field(default_factory=set[str])
-    """Bases of which the queue says why they failed."""
+    """Bases for which the queue has a reason why they failed."""
     removed: frozenset[str] = frozenset()
-    """Bases that operators have taken away: no worker becomes one, whatever its settings say."""
+    """Bases that operators have removed: no worker becomes one, whatever its settings say."""
 
     def settle(self, now_ms: float) -> list[tuple[Swap, str]]:
-        """Learn from the latest heartbeats. Returns the orders that came to an end, each with DONE, FAILED or LOST."""
+        """Process the latest heartbeats. Returns the orders that ended, each with DONE, FAILED or LOST."""
         by_name = {worker.beat.name: worker for worker in self.workers.by_id.values()}
         for worker in by_name.values():
             facts = self._facts.setdefault(worker.base, _Facts())
             facts.model, facts.capacity = worker.model, worker.beat.capacity or facts.capacity
             facts.start_s = worker.beat.start_s or facts.start_s
             name, becoming, order = worker.beat.name, worker.beat.becoming, self.by_worker.get(worker.beat.name)
-            # A worker obeys the first order that it reads, which may be an earlier leader's.
+            # A worker obeys the first order that it reads, perhaps an earlier leader's.
             if becoming and (order is None or (order.wid == worker.wid and order.base != becoming)):
                 may_become = frozenset(worker.beat.may_become)
                 self.by_worker[name] = Swap(worker.wid, becoming, "", now_ms, name, worker.base, may_become)
@@ -155,14 +155,14 @@ class SwapOrders:
         served = {worker.beat.base for worker in by_name.values()}
         for base in self._failures.keys() - (self.noted - served):
             del self._failures[base]
-        for base in self.noted - served - self._failures.keys():  # at a first start, or under an earlier leader
+        for base in self.noted - served - self._failures.keys():  # failed at a first start, or under an earlier leader
             self._failures.setdefault(base, _Failure()).add(now_ms)
         for base in served:
             self._num_lost.pop(base, None)
         return found
 
     def _failed(self, order: Swap, now_ms: float) -> str:
-        """Return FAILED if an order's base, whose worker is back with another one, cannot be served; else LOST."""
+        """Return FAILED if an order's base counts as failed to start, else LOST. Its worker has another base now."""
         self._num_lost[order.base] += 1
         if order.base not in self.noted and self._num_lost[order.base] < MAX_LOST:
             return LOST
@@ -171,14 +171,14 @@ class SwapOrders:
         return FAILED
 
     def asked(self, mean_output_tokens: float) -> Asked | None:
-        """Return what all requests that have not ended are to be added to; None: no worker may become another base."""
+        """Return an empty `Asked`, to which all open requests must be added; None: no worker may switch."""
         if not any(worker.beat.may_become for worker in self.workers.by_id.values()):
             return None
         names = self.reachable().keys() | {worker.base for worker in self.workers.by_id.values()}
         return Asked({name: self._facts.get(name) or _Facts() for name in names}, mean_output_tokens)
 
     def decide(self, now_ms: float, asked: Asked) -> list[Swap]:
-        """Return the orders to give now. To be called once a second."""
+        """Return the orders to give now. Must be called once a second."""
         seats = [
             Seat(one.wid, one.base, float(one.beat.joined_ms), one.load, self._may_become(one), one.beat.name)
             for one in self.workers.available()
@@ -194,7 +194,7 @@ class SwapOrders:
         return frozenset(worker.beat.may_become) - self.removed
 
     def _demands(self, now_ms: float, asked: Asked) -> list[BaseDemand]:
-        """Return what the policy is told of the bases: what is asked of them, and that some are to be tried."""
+        """Return the demands for the policy: those of requests, and a short visit to bases that are to be tried."""
         beats = [worker.beat for worker in self.workers.by_id.values()]
         are_coming = len({beat.name for beat in beats} | self.by_worker.keys()) < max(
             (beat.started_with for beat in beats), default=0
@@ -216,7 +216,7 @@ class SwapOrders:
         return list(demands.values())
 
     def reachable(self) -> Counter[str]:
-        """Return for each base how many workers may become it, or are on their way and may have been it."""
+        """Return for each base the number of workers that may become it, or that are switching and could have."""
         found: Counter[str] = Counter()
         for worker in self.workers.available():
             if worker.beat.name not in self.by_worker:
@@ -226,9 +226,9 @@ class SwapOrders:
         return found
 
     def failed(self) -> set[str]:
-        """Return the bases that failed to start, and that no worker is becoming now."""
+        """Return the bases that failed to start and that no worker is becoming now."""
         return self._failures.keys() - {order.base for order in self.by_worker.values()}
 
     def hopeful(self) -> set[str]:
-        """Return the bases that a worker may become, and that have not failed to start."""
+        """Return the bases that a worker may become and that have not failed to start."""
         return self.reachable().keys() - self._failures.keys()

@@ -1,7 +1,7 @@
-"""Which worker becomes which base, where a fleet has fewer workers than bases with work. Pure.
+"""Decides which worker switches to which base if a fleet has fewer workers than bases with work. Pure.
 
-A swap costs the seconds of a start, in which the worker does nothing, so bases take turns as long as the bound on
-waiting allows. Waiting here is waiting *for a base*: the time in which requests for it wait and it has no worker. The
+During a swap the worker is idle for the seconds of a start, so bases take turns that are as long as the wait bound
+allows. Waiting here means waiting *for a base*: the time during which requests for it wait and it has no worker. The
 turns are those of a polling system with time limits (Takagi, "Queueing analysis of polling models", ACM Computing
 Surveys 20, 1988); the bound is kept by earliest deadline first (Liu and Layland, 1973).
 """
@@ -15,105 +15,110 @@ from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 
 TURN_STARTS = 4.0
-"""Shortest turn of a base that is beyond its share, in starts, so that starts cost the other bases little."""
+"""Minimum turn of a base that is beyond its share, in starts, so that starts cost the other bases little."""
 
 LONG_QUEUE = 0.8
-"""Part of the bound that a base's queue takes at least, where its worker leaves at its turn's end: a flood."""
+"""A base is flooded if its queue takes more than this fraction of the bound; its worker then leaves after its turn."""
 
 USED_MS = 120_000.0
-"""Time constant of the mean use of machine time that is compared with shares."""
+"""Time constant in ms of the mean use of machine time, which is compared with shares."""
 
 HELP_STARTS = 2.0
-"""Work that waits at a base, in starts for each of its workers, from which one more helps."""
+"""Waiting work of a base, in starts for each of its workers, from which one more worker helps."""
 
 IDLE_STARTS, IDLE_STARTS_BELOW = 2.0, 1.0
-"""Starts for which the last worker of a base has been idle before it helps another; fewer where that one is below its
-share, and so has a claim to one more worker."""
+"""Idle time, in starts, after which the last worker of a base helps another base; the second applies if that base is
+below its share and so has a claim to one more worker.
+"""
 
 LOSS, MAX_LOSS = 0.2, 0.1
-"""Part of machine time that starts take where the bound is longer than asked: since it cannot be kept, since all have
-much work."""
+"""Fraction of machine time that starts take where the bound is longer than configured: the first if the bound cannot be
+kept, the second, at least, if most tenants have much work.
+"""
 
 TICK_MS = 1000.0
-"""Time between two decisions at most, which the bound takes into account."""
+"""Maximum ms between two decisions, which the bound takes into account."""
 
 LOST_STARTS, LOST_MS = 3.0, 10_000.0
-"""A base is given another worker if nothing has come of an order in so many starts and ms more."""
+"""An order without result counts as lost after this many starts plus this many ms; the base then gets another worker.
+"""
 
 
 @dataclass(slots=True)
 class BaseDemand:
-    """What is asked of one base. Times in ms are unix time."""
+    """The demand for one base. Times in ms are unix time."""
 
     name: str
     start_s: float
-    """What a swap to it takes."""
+    """Seconds that a swap to it takes."""
     shares: float = 0.0
-    """Sum of the shares of tenants that use it; a tenant's is divided among the bases that it uses now."""
+    """Sum of the shares of its tenants; a tenant's share is divided among the bases that it uses now."""
     waiting_s: float = 0.0
-    """Work that waits, in seconds of one worker."""
+    """Waiting work, in seconds of one worker."""
     oldest_ms: float | None = None
-    """Since when the request waits that has waited longest, counted anew when it is handed back; None: none waits."""
+    """Unix ms since which the longest waiting request has waited, counted again when it is handed back; None: none
+    waits.
+    """
     typical_s: float = 0.0
-    """Lower median over its tenants of the seconds of work that wait, each divided by the tenant's weight."""
+    """Lower median over its tenants of the seconds of waiting work divided by the tenant's weight."""
     blocked_until_ms: float = 0.0
-    """It failed to start, and is not tried again before."""
+    """Unix ms before which it is not tried again, after a failed start."""
 
     def add(self, seconds: float, since_ms: float) -> None:
-        """Add work that waits since a unix time in ms."""
+        """Add work that has waited since a unix time in ms."""
         self.waiting_s += seconds
         self.oldest_ms = since_ms if self.oldest_ms is None else min(self.oldest_ms, since_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One worker that lives and may get requests."""
+    """One live worker that may get requests."""
 
     wid: str
     base: str
     since_ms: float
-    """When it joined, unix time."""
+    """Unix ms when it joined."""
     running: int
-    """Requests that it has."""
+    """Number of its requests."""
     may_become: frozenset[str]
     name: str = ""
-    """Its name, which it keeps after a swap, unlike its `wid`."""
+    """Its name, which a swap does not change, unlike its `wid`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """An order: a worker becomes another base."""
+    """An order that a worker switch to another base."""
 
     wid: str
     base: str
     why: str
-    """idle: its base had nothing to do; turn: its turn was over; bound: others would wait too long; load: it helps."""
+    """idle: its base has no work; turn: its turn is over; bound: another base would wait too long; load: it helps."""
     at_ms: float = field(default=0.0, compare=False)
     name: str = field(default="", compare=False)
     """The worker's name."""
     left: str = field(default="", compare=False)
-    """The base that it had."""
+    """The base that it leaves."""
     may_become: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 class SwapPolicy:
-    """Decides about swaps. It remembers what each base has had of the workers."""
+    """Decides about swaps. Remembers how much of the workers each base has used."""
 
     def __init__(self, max_wait_s: float, min_residency_s: float) -> None:
-        """Take the bound on waiting for a base, and the time for which a worker keeps a base that has work."""
+        """max_wait_s: bound on waiting for a base. min_residency_s: how long a worker keeps a base that has work."""
         self.max_wait_ms = 1000 * max_wait_s
         self.residency_ms = 1000 * min_residency_s
-        self.served_ms: dict[str, float] = {}  # base -> when it last had a worker
-        self.used: dict[str, float] = {}  # base -> mean part of machine time that it had
-        self.busy_ms: dict[str, float] = {}  # worker -> when it or its base last had work
+        self.served_ms: dict[str, float] = {}  # base -> unix ms when it last had a worker
+        self.used: dict[str, float] = {}  # base -> mean fraction of machine time that it has used
+        self.busy_ms: dict[str, float] = {}  # worker -> unix ms when it or its base last had work
         self._last_ms = 0.0
 
     def decide(
         self, now_ms: float, demands: Sequence[BaseDemand], seats: Sequence[Seat], orders: Iterable[Swap] = ()
     ) -> list[Swap]:
-        """Return the swaps to order now. To be called about once a second, with all bases and all workers.
+        """Return the swaps to order now. Must be called about once a second, with all bases and all workers.
 
-        orders: those on their way, of which nothing has come yet.
+        orders: pending orders, without a result yet.
         """
         fleet = _Fleet(self, now_ms, {demand.name: demand for demand in demands}, seats, orders)
         self._observe_use(now_ms, fleet)
@@ -134,7 +139,7 @@ class SwapPolicy:
 
 
 class _Fleet:
-    """The fleet at one moment, and what is decided about it."""
+    """The fleet at one moment, and the decisions for it."""
 
     def __init__(
         self,
@@ -149,7 +154,7 @@ class _Fleet:
         """Workers that may get an order."""
         orders = [order for order in orders if self._may_come(order)]
         self.num = Counter([*(seat.base for seat in self.free), *(order.base for order in orders)])
-        """Workers that each base has, or will have."""
+        """Number of workers that each base has or will have."""
         self._num_workers = max(1, self.num.total())
         self._joins_ms = [order.at_ms + 1000 * demands[order.base].start_s for order in orders]
         self._since_ms = {demand.name: demand.oldest_ms for demand in demands.values() if demand.oldest_ms is not None}
@@ -164,18 +169,18 @@ class _Fleet:
         self._swaps: list[Swap] = []
 
     def _may_come(self, order: Swap) -> bool:
-        """Return whether the worker of an order may still come to its base."""
+        """Return whether the worker of an order may still arrive at its base."""
         demand = self.demands.get(order.base)
         if demand is None or not self._is_open(demand):
             return False
         return self._now_ms < order.at_ms + LOST_STARTS * 1000 * demand.start_s + LOST_MS
 
     def is_idle(self, seat: Seat) -> bool:
-        """Return whether a worker and its base have nothing to do."""
+        """Return whether neither a worker nor its base has work."""
         return not seat.running and seat.base not in self._since_ms
 
     def decide(self) -> list[Swap]:
-        """Give a worker to bases that wait for one, the most urgent first; else move workers to where work piles up."""
+        """Assign workers to bases that wait for one, the most urgent first; then move some to busy bases."""
         due_ms = {
             name: max(since_ms, self._policy.served_ms.get(name, since_ms)) + self._limit_ms(self.demands[name])
             for name, since_ms in self._since_ms.items()
@@ -201,10 +206,10 @@ class _Fleet:
         return demand.blocked_until_ms <= self._now_ms
 
     def _limit_ms(self, demand: BaseDemand) -> float:
-        """Return how long a base waits for a worker at most.
+        """Return the maximum ms for which a base waits for a worker.
 
-        This is the bound. It is longer where so many bases could not take turns within it, and where most tenants of
-        the base have more work than a turn within the bound takes: longer turns then get it done sooner.
+        This is the bound, or longer in two cases: if so many bases cannot take turns within it, or if most tenants of
+        the base have more work than a turn within the bound takes, which longer turns finish sooner.
         """
         num, starts_ms, least_ms = self._num_workers, self._starts_ms, self._policy.max_wait_ms
         if num * least_ms < starts_ms + len(self._active) * self._policy.residency_ms:
@@ -214,7 +219,7 @@ class _Fleet:
         return max(least_ms, min(most_ms, least_ms * 1000 * demand.typical_s / max(part_ms, 1.0)))
 
     def _is_late(self, unserved: Iterable[str], due_ms: Mapping[str, float]) -> bool:
-        """Return whether some base would wait too long if no worker left one before the next decision."""
+        """Return whether some base would wait too long if no worker left its base before the next decision."""
         soon_ms, residency_ms = self._now_ms + TICK_MS, self._policy.residency_ms
         joined_ms = [*(seat.since_ms for seat in self.free), *self._joins_ms]
         leaves_ms = [max(soon_ms, since_ms + residency_ms) for since_ms in joined_ms]
@@ -226,7 +231,7 @@ class _Fleet:
         return False
 
     def _why(self, seat: Seat) -> str:
-        """Return why a worker may leave its base for one without a worker, "" if it stays."""
+        """Return why a worker may leave for a base without a worker, "" if it stays."""
         if self.is_idle(seat):
             return "idle"
         if self._has_had_turn(seat) and self._is_flooded(seat.base):
@@ -234,7 +239,7 @@ class _Fleet:
         return "bound" if self._now_ms - seat.since_ms >= self._policy.residency_ms else ""
 
     def _has_had_turn(self, seat: Seat) -> bool:
-        """Return whether a worker's base is beyond its share, and it has stayed for a turn."""
+        """Return whether a worker's base is beyond its share and the worker has served it for a turn."""
         demand = self.demands.get(seat.base)
         if demand is None:
             return self._now_ms - seat.since_ms >= self._policy.residency_ms
@@ -242,7 +247,7 @@ class _Fleet:
         return self._now_ms - seat.since_ms >= turn_ms and self._policy.used[seat.base] > self._share(demand)
 
     def _is_flooded(self, name: str) -> bool:
-        """Return whether the workers of a base will not be through with what waits for most of the bound."""
+        """Return whether the workers of a base need most of the bound for its waiting work."""
         demand = self.demands.get(name)
         return demand is None or 1000 * demand.waiting_s > self.num[name] * LONG_QUEUE * self._policy.max_wait_ms
 
@@ -253,12 +258,12 @@ class _Fleet:
         return self._num_workers * self._share(self.demands[name]) if name in self.demands else 0.0
 
     def _excess(self, seat: Seat) -> tuple[bool, float, float]:
-        """Order workers by what their base has beyond its share, then by how little it had of the workers lately."""
+        """Return a sort key of workers: idle ones, then the excess of the base over its share, then its lack of use."""
         used = self._policy.used.get(seat.base, 0.0)
         return self.is_idle(seat), self.num[seat.base] - self._ideal(seat.base), -used
 
     def _help(self) -> None:
-        """Move workers to bases whose own need longer than a few starts for what waits."""
+        """Move workers to bases whose own workers need more than a few starts for the waiting work."""
         helpers = [seat for seat in self.free if self._may_help(seat)]
         for demand in sorted(self._active, key=lambda one: -one.waiting_s) if helpers else ():
             enough_s = HELP_STARTS * demand.start_s
@@ -271,7 +276,7 @@ class _Fleet:
                 self._order(helper, "load", demand.name)
 
     def _may_help(self, seat: Seat) -> bool:
-        """Return whether a worker is idle, or its base has one too many for its share."""
+        """Return whether a worker is idle, or its base has one more than its share."""
         num = self.num[seat.base]
         return self.is_idle(seat) or (num > 1 and num - 1 >= self._ideal(seat.base) and self._has_had_turn(seat))
 

@@ -1,4 +1,4 @@
-"""The scheduler's spans of requests that are traced: how long they waited, and the assignments that died unheard."""
+"""The scheduler's spans of traced requests: waits in the queue, and assignments to workers that died."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from protocol.wire import messages as m
 from scheduler.request import QueuedRequest
 
 MS = 1_000_000
-"""Nanoseconds of a ms."""
+"""Nanoseconds per ms."""
 
 
 def tell_placed(request: QueuedRequest, placed: m.Placed) -> None:
-    """Tell a request's wait in the queue, which an assignment has ended; a later one links to the one before."""
+    """Export the span of a request's wait in the queue, at its assignment; it links to the assignment before."""
     request.assigned_ms = placed.ms
     sub, tracer = request.submit, TRACING.tracer
     above = place_of(sub.trace) if tracer is not None and sub.trace else None
@@ -37,7 +37,7 @@ def tell_placed(request: QueuedRequest, placed: m.Placed) -> None:
 
 
 def tell_death(request: QueuedRequest, worker: str) -> None:
-    """Tell a request's assignment to a worker that is dead, and cannot tell it itself."""
+    """Export the span of an assignment to a worker that died and cannot export it itself."""
     sub, tracer = request.submit, TRACING.tracer
     place = run_place(sub.trace, sub.rid, request.epoch + 1) if tracer is not None else None
     if tracer is None or place is None:

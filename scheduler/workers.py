@@ -1,4 +1,4 @@
-"""The workers: which are alive, what each holds, how much each may still get. Fed with heartbeats; knows no queue."""
+"""The workers: which are alive, what each holds, and how many requests each may get, by their heartbeats. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from protocol.wire.keys import BATCH
 from scheduler.request import BASE, QueuedRequest
 
 QUEUED_AHEAD = 2
-"""Requests a worker may have above its capacity, so that it never waits for the next one."""
+"""Requests that a worker may have above its capacity, so that it never waits for the next one."""
 
 RESERVED_ONE_IN = 8
 """One slot in this many of a worker is reserved: requests that yield leave it free."""
@@ -21,17 +21,17 @@ RESERVED_FROM_BATCH_ONE_IN = 4
 """The same for batch work."""
 
 MAX_LOADS = 8
-"""Adapters that may be on their way to a worker for requests already assigned to it."""
+"""Maximum number of adapters loading on a worker for requests already assigned to it."""
 
 MISSED_BEATS_S = 1.5
-"""Silence after which a worker whose name has come back under a new id counts as dead."""
+"""Seconds without a heartbeat after which a worker whose name has returned under a new id counts as dead."""
 
 UNFITTED_STEP = m.StepModel(a=0.02, b=0.0005, d=1e-6)
-"""Assumed step times, in seconds, while no worker has fitted its own."""
+"""Step times assumed, in seconds, until a worker has fitted its own."""
 
 
 class Tier(IntEnum):
-    """Where an adapter is, seen from a worker; the nearest first."""
+    """Location of an adapter relative to a worker, nearest first."""
 
     RESIDENT = 0
     LOADING = 1
@@ -40,36 +40,36 @@ class Tier(IntEnum):
 
 
 def num_reserved(capacity: int, one_in: int = RESERVED_ONE_IN) -> int:
-    """Return how many of a worker's places are reserved: at least one, but never all."""
+    """Return how many of a worker's slots are reserved: at least one, but never all."""
     return min(max(1, capacity // one_in), capacity - 1)
 
 
 @dataclass(slots=True)
 class Worker:
-    """One worker process. What it holds is counted here from assignment to end."""
+    """One worker process. Its requests are counted here from assignment to end."""
 
     beat: m.WorkerBeat
     base: str = ""  # see `Workers.base_of`
     silent_s: float = 0.0
-    unreachable: bool = False  # its work stream was gone at the last assignment
+    unreachable: bool = False  # whether its work stream was missing at the last assignment
     resident: frozenset[str] = frozenset()
     loading: frozenset[str] = frozenset()
     host: frozenset[str] = frozenset()
-    knows: frozenset[str] = frozenset()  # fields of requests that older workers would ignore
-    indexed: frozenset[str] = frozenset()  # adapters for which `Workers.holders` names it
+    knows: frozenset[str] = frozenset()  # fields of requests that it supports; older workers would ignore new ones
+    indexed: frozenset[str] = frozenset()  # adapters for which `Workers.holders` lists it
     model: m.StepModel = UNFITTED_STEP
     requests: dict[str, QueuedRequest] = field(default_factory=dict[str, QueuedRequest])
-    num_ready: int = 0  # requests whose adapter is resident; each takes a place
+    num_ready: int = 0  # requests whose adapter is resident; each takes a slot
     num_yielding: int = 0  # requests that yield
-    num_ready_yielding: int = 0  # requests that yield and take a place, which others may take from them
-    num_ready_batch: int = 0  # batch requests among them, whose slots others that yield may also take
+    num_ready_yielding: int = 0  # those of `num_ready` that yield, whose slots others may take
+    num_ready_batch: int = 0  # those of `num_ready_yielding` in class batch, whose slots other yielding ones may take
     by_digest: Counter[str] = field(default_factory=Counter[str])
-    cold: Counter[str] = field(default_factory=Counter[str])  # digest -> requests that wait for it
-    suspects: Counter[int] = field(default_factory=Counter[int])  # attempts -> requests, until they make progress here
-    ranks: dict[str, int] = field(default_factory=dict[str, int])  # ranks of the distinct adapters of its requests
+    cold: Counter[str] = field(default_factory=Counter[str])  # digest -> requests that wait for that adapter
+    suspects: Counter[int] = field(default_factory=Counter[int])  # attempts -> suspects without progress here
+    ranks: dict[str, int] = field(default_factory=dict[str, int])  # rank of each distinct adapter of its requests
     rank_sum: int = 0
-    num_tokens: int = 0  # prompt and expected output of its requests
-    prefill_until_ms: float = 0.0  # when it should be through with the prompts it was given
+    num_tokens: int = 0  # prompt and expected output tokens of its requests
+    prefill_until_ms: float = 0.0  # estimated unix ms when its assigned prompts are computed
 
     @property
     def wid(self) -> str:
@@ -78,12 +78,12 @@ class Worker:
 
     @property
     def load(self) -> int:
-        """Requests it has."""
+        """Number of its requests."""
         return len(self.requests)
 
     @property
     def num_cold(self) -> int:
-        """Requests that wait for their adapter and take no place."""
+        """Number of requests that wait for their adapter and take no slot."""
         return len(self.requests) - self.num_ready
 
     @property
@@ -92,11 +92,11 @@ class Worker:
         return not self.beat.draining and not self.unreachable and self.beat.capacity > 0
 
     def understands(self, request: QueuedRequest) -> bool:
-        """Return whether it knows all that a request uses."""
+        """Return whether it supports every field that a request uses."""
         return self.knows.issuperset(request.submit.needs)
 
     def tier(self, digest: str) -> Tier:
-        """Return where an adapter is."""
+        """Return the location of an adapter."""
         if digest == BASE or digest in self.resident:
             return Tier.RESIDENT
         if digest in self.loading or digest in self.cold:
@@ -104,33 +104,33 @@ class Worker:
         return Tier.HOST if digest in self.host else Tier.REMOTE
 
     def ready_credit(self, cls: str, *, yields: bool = False) -> int:
-        """Return how many more requests whose adapter is resident it may get; 0 or less: none."""
+        """Return how many more requests with a resident adapter it may get; 0 or less: none."""
         beat = self.beat
         may_take_places = self.num_in_front(cls, yields=yields) < self.num_ready
         has_few_blocks = beat.kv_blocks_free * 16 < beat.kv_blocks_total
         if has_few_blocks and beat.waiting > beat.waiting_adapter and not may_take_places:
-            return 0  # memory, not the number of requests, is the limit now
+            return 0  # the limit is memory, not the number of requests
         if self._leaves_room(cls, yields):
             return self._unreserved_places(cls) - self.num_ready
         return beat.capacity + QUEUED_AHEAD - self.num_in_front(cls, yields=yields)
 
     def num_in_front(self, cls: str, *, yields: bool) -> int:
-        """Return how many requests one more would have to wait for if all places were taken."""
+        """Return how many requests another one would wait for if all slots were taken."""
         if cls == BATCH:
             return self.num_ready
         return self.num_ready - (self.num_ready_batch if yields else self.num_ready_yielding)
 
     def takes_cold(self, digest: str, cls: str, *, yields: bool = False) -> bool:
-        """Return whether it may get a request that has to wait for adapter `digest` there."""
+        """Return whether it may get a request that has to wait there for the adapter `digest`."""
         max_loads = MAX_LOADS
         if self._leaves_room(cls, yields):
             if self.load >= self._unreserved_places(cls):
-                return False  # requests that wait for one adapter get their places together
+                return False  # requests that wait for one adapter get their slots together
             max_loads = MAX_LOADS // 2
         return (digest in self.cold or len(self.cold) < max_loads) and self.num_cold < self.beat.capacity
 
     def _leaves_room(self, cls: str, yields: bool) -> bool:
-        """Return whether such a request leaves places and loads free: batch work, and what yields beside others."""
+        """Return whether a request must leave slots and loads free: batch work, and one that yields beside others."""
         return cls == BATCH or (yields and self.num_yielding < len(self.requests))
 
     def _unreserved_places(self, cls: str) -> int:
@@ -138,39 +138,39 @@ class Worker:
         return self.beat.capacity - num_reserved(self.beat.capacity, one_in)
 
     def step_s(self, request: QueuedRequest, num_tokens: int, rank: int) -> float:
-        """Predict the seconds of its steps once `request`, of `num_tokens` and with an adapter of `rank`, is added."""
+        """Predict the seconds of its steps with `request` added, which has `num_tokens` and an adapter of `rank`."""
         more = 0 if request.submit.digest in self.by_digest else rank
         num = len(self.requests) + 1
         return self.model.seconds(num, self.num_tokens + num_tokens, self.rank_sum + more, num)
 
 
 class Workers:
-    """All known workers, dead ones until they are removed."""
+    """All known workers, including dead ones until they are removed."""
 
     def __init__(self, beat_timeout_s: float) -> None:
         self._beat_timeout_s = beat_timeout_s
         self.by_id: dict[str, Worker] = {}
-        self._silent_s: dict[str, float] = {}  # wid -> silence of a registered worker that was never heard
-        self._moved: set[str] = set()  # adapters that came to their first worker or left their last one
+        self._silent_s: dict[str, float] = {}  # wid -> seconds of silence of a registered worker that was never heard
+        self._moved: set[str] = set()  # adapters that have become resident on a first worker or left the last one
         self.version = 0
-        """Changes when the available workers or their capacities do."""
+        """Changes when the available workers or their capacities change."""
         self.num_assigned = 0
-        """Requests on all workers."""
+        """Number of requests on all workers."""
         self.bases: tuple[str, ...] = ()
         """The names of the fleet's bases, the first one first."""
         self.holders: dict[str, set[str]] = {}
         """Adapter -> available workers on which it is resident."""
 
     def base_of(self, name: str) -> str:
-        """Return the base that a request or a worker means by a name; "" while none is known.
+        """Return the base that a name in a request or heartbeat refers to; "" while no base is known.
 
-        In a fleet of one base it is that one, so that its requests run on workers that have come back with another
-        name. In a fleet of several, what an earlier version wrote, which names none, is of the first.
+        In a fleet of one base it is always that base, so that its requests also run on workers that have returned with
+        another name. In a fleet of several, an empty name, from an earlier version, means the first base.
         """
         return name if name and len(self.bases) > 1 else next(iter(self.bases), "")
 
     def set_bases(self, names: Sequence[str]) -> bool:
-        """Take the names of the fleet's bases; return whether `base_of` answers anew."""
+        """Set the names of the fleet's bases; return whether `base_of` changes its results."""
         before, self.bases = self.bases, tuple(names)
         if before[:1] == self.bases[:1] and (len(before) > 1) == (len(self.bases) > 1):
             return False
@@ -184,10 +184,11 @@ class Workers:
         return (worker for worker in self.by_id.values() if worker.available)
 
     def observe(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
-        """Take the registered workers' latest heartbeats, None where expired, `elapsed_s` after the last call.
+        """Process the latest heartbeats of registered workers, None for expired ones. Returns the dead workers' ids.
 
-        Silence counts only while the scheduler listened: a pause of the scheduler or the queue kills no worker.
-        Returns the workers that are dead: silent too long, gone from the registry, or replaced by a new process.
+        elapsed_s: seconds since the last call. Silence counts only while the scheduler listens: a pause of the
+        scheduler or the queue does not kill workers. A worker is dead if it is silent too long, no longer registered,
+        or replaced by a new process.
         """
         for wid, beat in beats.items():
             worker = self.by_id.get(wid)
@@ -228,18 +229,18 @@ class Workers:
         return worker
 
     def _usual_model(self, base: str) -> m.StepModel:
-        """Return the step model of a worker of a base that has fitted one: a new worker of it is likely no slower."""
+        """Return the fitted step model of another worker of a base: a new worker of it is likely no slower."""
         models = (worker.beat.step_model for worker in self.by_id.values() if worker.base == base)
         return next((model for model in models if model != m.StepModel()), UNFITTED_STEP)
 
     def note_resident(self, worker: Worker, digest: str) -> None:
-        """Note that an adapter has become resident, before the worker's next heartbeat says so."""
+        """Record that an adapter has become resident, before the worker's next heartbeat reports it."""
         if digest not in worker.resident:
             worker.resident |= {digest}
             self._index(worker)
 
     def set_unreachable(self, wid: str) -> None:
-        """Give a worker nothing until its next beat."""
+        """Assign nothing to a worker until its next heartbeat."""
         if worker := self.by_id.get(wid):
             worker.unreachable = True
             self.version += 1
@@ -255,13 +256,13 @@ class Workers:
             self._index(worker)
 
     def take_moved(self) -> dict[str, bool]:
-        """Return the adapters that came to their first worker (True) or left their last (False) since the last call."""
+        """Return the adapters that became resident anywhere (True) or nowhere (False) since the last call."""
         moved = {digest: digest in self.holders for digest in self._moved}
         self._moved.clear()
         return moved
 
     def _index(self, worker: Worker) -> None:
-        """Bring `holders` up to date with what is resident on a worker."""
+        """Update `holders` with the resident adapters of a worker."""
         held = worker.resident if worker.available else frozenset[str]()
         for digest in worker.indexed - held:
             holders = self.holders[digest]

@@ -1,7 +1,7 @@
 """Adapters on the Hugging Face Hub: a revision is resolved to its commit, and the files are fetched by commit.
 
-The client library's own download is not used: it does not resume across calls, does not retry 429 and 5xx, and returns
-a cached snapshot as if it were current when the Hub does not answer.
+The client library's own download is not used. It does not resume across calls or retry 429 and 5xx, and it returns a
+cached snapshot as if it were current when the Hub does not respond.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import huggingface_hub as hub
     from huggingface_hub import constants as hub_constants
     from huggingface_hub import errors as hub_errors
-else:  # a fifth of what a store imports, and many have local adapters only
+else:  # a fifth of a store's imports, and many stores have only local adapters
     hub, hub_constants = Late("huggingface_hub"), Late("huggingface_hub.constants")
     hub_errors = Late("huggingface_hub.errors")
 
@@ -47,13 +47,13 @@ NO_COOKIES = DefaultCookiePolicy(allowed_domains=())
 CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
 MAX_REDIRECTS = 5
-RETRIED = (429, 500, 502, 503, 504)  # statuses that may pass
+RETRIED = (429, 500, 502, 503, 504)  # temporary statuses
 PICKLE = re.compile(r"adapter_model\.(bin|pt|pth)")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class HubSource:
-    """One Hub: huggingface.co, or the server that HF_ENDPOINT names."""
+    """One Hub: huggingface.co, or the server in HF_ENDPOINT."""
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class HubSource:
     ) -> None:
         """Prepare a client of `endpoint`, the configured Hub by default.
 
-        `token` is the fleet's own; by default it is HF_TOKEN or that of the Hub's login. `retries` sets how calls are
-        repeated. An `offline` source asks nothing, by default if HF_HUB_OFFLINE is set. `reserve`: see `Source`.
+        token: the fleet's own; default: HF_TOKEN or that of the Hub's login. retries: how calls are repeated. offline:
+        make no requests; default: as HF_HUB_OFFLINE says. reserve: see `Source`.
         """
         self._reserve = reserve or Reserve(0)
         self._given = endpoint, token, offline
@@ -139,7 +139,7 @@ class HubSource:
         return self._version(f"{repo}@{info.sha}", found)
 
     async def _retrying(self, call: Callable[[], Any], repo: str, revision: str) -> Any:
-        """Return what `call()` returns, repeating it after errors that may pass. Raises LorafleetError."""
+        """Return the result of `call()`, repeated after temporary errors. Raises LorafleetError."""
         attempts = Attempts(self._retries)
         while True:
             try:
@@ -163,7 +163,7 @@ class HubSource:
                 await attempts.pause(f"the Hub cannot be reached: {type(error).__name__}")
 
     async def confirm(self, version: SourceVersion, access: SourceAccess) -> None:
-        """Ask for the head of a file: the Hub shows gated repositories to all; see `Source.confirm`."""
+        """Request the head of a file, as the Hub shows gated repositories to everyone; see `Source.confirm`."""
         repo, _, commit = version.target.partition("@")
         name = version.weights if version.files and CONFIG_FILE not in version.files else CONFIG_FILE
         url = hub.hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)
@@ -176,13 +176,13 @@ class HubSource:
                 await attempts.pause(f"the Hub cannot be reached: {type(error).__name__}")
                 continue
             if answer.next_request is not None and answer.next_request.url.host == answer.url.host:
-                url = str(answer.next_request.url)  # a repository that has moved: its new place decides
+                url = str(answer.next_request.url)  # the repository has moved: its new location decides
                 num_redirects += 1
                 if num_redirects > MAX_REDIRECTS:
                     raise Unavailable(f"the Hub redirects {repo} more than {MAX_REDIRECTS} times")
                 continue
             if answer.status_code < 400:
-                return  # also when it redirects to another host, where the bytes lie: then the Hub has decided
+                return  # also for a redirect to the host of the file contents: the Hub has then granted access
             refusal = _refusal(answer, repo)
             if refusal is not None:
                 raise refusal
@@ -212,7 +212,7 @@ class HubSource:
                     await attempts.pause(f"the download of {repo} was interrupted: {type(error).__name__}")
 
     async def _read(self, url: str, file: BinaryIO, end: int, num_bytes: int, token: str) -> None:
-        """Append bytes `[file.tell(), end)` of a remote file of `num_bytes`."""
+        """Append bytes `[file.tell(), end)` of a remote file of size `num_bytes`."""
         at = file.tell()
         headers = {"Range": f"bytes={at}-{end - 1}"} | _bearer(token)
         # The client drops the Authorization header when the Hub redirects to another host.
@@ -237,13 +237,14 @@ def _bearer(token: str) -> dict[str, str]:
 
 
 async def _append(response: httpx2.Response, file: BinaryIO, num_bytes: int, check: Callable[[int], None]) -> None:
-    """Append `num_bytes` of a body to a file. Raises _Cut when the body ends early; what came before is kept.
+    """Append `num_bytes` of a body to a file. Raises _Cut if the body ends early; what was received is kept.
 
-    check: raises NoRoom unless the disk has room for so many bytes.
+    check: raises NoRoom unless the disk has space for this number of bytes.
     """
     pending = bytearray()
     try:
-        # Pieces as they arrive: of larger ones, the client would drop an incomplete piece when the body breaks off.
+        # Pieces as they arrive: with a fixed size, the client would drop the last incomplete piece of an interrupted
+        # body.
         async for piece in response.aiter_raw():
             pending += piece[:num_bytes]
             num_bytes -= min(len(piece), num_bytes)
@@ -272,7 +273,7 @@ class _Cut(Exception):
 
 
 def _refusal(response: httpx2.Response, repo: str) -> LorafleetError | None:
-    """Return the error for a status that will not pass; None for a status that is worth another try."""
+    """Return the error for a permanent status; None for a status that should be retried."""
     status, code = response.status_code, response.headers.get("x-error-code", "")
     if status in RETRIED:
         return None

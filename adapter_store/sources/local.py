@@ -1,7 +1,7 @@
-"""Adapters in folders under one root: `NAME` or `ORG/NAME` with an adapter_config.json or GGUF; deeper, if registered.
+"""Adapters in folders under one root: `NAME` or `ORG/NAME`, with adapter_config.json or GGUF; deeper if registered.
 
-Folders under further roots are served if they are registered, by their whole path. Nothing outside the root that a
-folder is in is read, not even through a symbolic link.
+Folders under further roots are served if they are registered, by absolute path. Nothing outside a folder's root is
+read, not even through a symbolic link.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """A file's size, times and inode. Any write changes the stamp, since no program can set the change time."""
+    """A file's size, times and inode. Any write changes it, since programs cannot set the change time."""
 
     num_bytes: int
     mtime_ns: int
@@ -49,13 +49,13 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class FolderState:
-    """The stamps of one adapter folder's files, or the problem with it, at one scan."""
+    """The stamps of one adapter folder's files, or its problem, at one scan."""
 
     config: Stamp | None = None
     weights: Stamp | None = None
     weights_name: str = WEIGHTS_FILE
-    more: tuple[tuple[str, Stamp], ...] = ()  # by name, stamps of existing files in MORE_FILES
-    problem: str = ""  # why it cannot be an adapter, whatever its files contain
+    more: tuple[tuple[str, Stamp], ...] = ()  # by name: existing files in MORE_FILES
+    problem: str = ""  # why it cannot be an adapter, regardless of its files' content
 
     @property
     def changed_ns(self) -> int:
@@ -65,18 +65,18 @@ class FolderState:
 
 
 class LocalSource:
-    """The adapters in the folder that the setting `adapters` names, and in those that `adapter_roots` names."""
+    """The adapters in the folder of the setting `adapters`, and in the folders of `adapter_roots`."""
 
     def __init__(self, root: Path | None, more: Sequence[Path] = (), *, reserve: Reserve | None = None) -> None:
-        """Set the root, None for none, and further ones; they need not exist yet. reserve: see `Source`."""
+        """root: None for none. more: further roots. They need not exist yet. reserve: see `Source`."""
         self._reserve = reserve or Reserve(0)
         self.root = _real(root) if root is not None else None
         self._more = [_real(path) for path in more]
 
     def scan(self) -> dict[str, FolderState]:
-        """Return the state of every adapter folder of the first root by name, also of those whose name is not valid.
+        """Return the state of every adapter folder of the first root by name, including invalid names.
 
-        Raises OSError when the root cannot be read.
+        Raises OSError if the root cannot be read.
         """
         states: dict[str, FolderState] = {}
         root = self.root
@@ -94,7 +94,7 @@ class LocalSource:
         return states
 
     def _state(self, root: Path, folder: str, maybe_outside: bool) -> FolderState | None:
-        """Return the state of a folder; None if it holds neither adapter_config.json nor GGUF."""
+        """Return the state of a folder; None if it has neither adapter_config.json nor GGUF."""
         try:
             if maybe_outside and not _inside(root, folder):
                 return FolderState(problem="the folder is a symbolic link that leaves the adapter root")
@@ -119,11 +119,11 @@ class LocalSource:
         return None
 
     async def resolve(self, target: str, access: SourceAccess = FLEET) -> SourceVersion:
-        """Return the version of a folder as it is now; see `Source.resolve`."""
+        """Return the current version of a folder; see `Source.resolve`."""
         return await asyncio.to_thread(self._resolve, target)
 
     def _place(self, target: str) -> tuple[Path, Path] | None:
-        """Return the root that a target's folder is in, and the folder; None if it is in none that is served."""
+        """Return the root of a target's folder and the folder; None if it is in no served root."""
         if not target.startswith("/"):
             return (self.root, self.root / target) if self.root is not None and in_root(target) else None
         for root in self._more:
@@ -176,7 +176,7 @@ class LocalSource:
                     self._reserve.check(path, len(chunk))
                     out.write(chunk)
                     at += len(chunk)
-            # Compared last: if the stamp is still that of the version, so is everything copied before.
+            # Compared last: if the stamp is unchanged, all bytes copied before belong to the version.
             if str(Stamp.of(os.fstat(source))) != version.files[name].etag:
                 raise Changed
         finally:
@@ -222,7 +222,7 @@ def _names(folder: str) -> list[str]:
 
 
 def _folders(path: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
-    """Yield the sub-folders of `path` that are not hidden."""
+    """Yield the subfolders of `path` that are not hidden."""
     with os.scandir(path) as entries:
         for entry in entries:
             if not entry.name.startswith(".") and entry.is_dir():

@@ -1,4 +1,4 @@
-"""Retries of calls to a source: exponential pauses, at least the server's Retry-After, and a limit."""
+"""Retries of calls to a source: exponential backoff, at least the server's Retry-After, and a maximum."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_PAUSE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How often a call to a source is made at most, and the pause after its first failure; later pauses double."""
+    """Maximum number of tries of a call, and the pause after its first failure; later pauses double."""
 
     max_tries: int = 5
     first_pause_s: float = 0.5
@@ -29,7 +29,7 @@ class Attempts:
     """The attempts of one call."""
 
     def __init__(self, retries: Retries) -> None:
-        """Start with none."""
+        """Start a call, without a failed attempt."""
         self._max_tries = retries.max_tries
         self._pause_s = retries.first_pause_s
         self._num_failed = 0
@@ -37,7 +37,7 @@ class Attempts:
     async def pause(self, reason: str, headers: Mapping[str, str] | None = None) -> None:
         """Wait before the next attempt, at least as long as `headers` ask for.
 
-        Raises Unavailable, with `reason`, after the last attempt or when the server asks for more than MAX_PAUSE_S.
+        Raises Unavailable, with `reason`, after the last attempt or if the server asks for more than MAX_PAUSE_S.
         """
         self._num_failed += 1
         asked_s = _retry_after_s(headers or {})
@@ -50,7 +50,7 @@ class Attempts:
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Return the pause that a response asks for, in seconds or by a date; 0 if it asks for none."""
+    """Return the pause in seconds that a response asks for, by seconds or a date; 0 without one."""
     value = headers.get("retry-after", "")
     try:
         return max(0.0, float(value))

@@ -1,9 +1,9 @@
 """Adapters in S3 or a compatible server: `s3://bucket/prefix`, with the files directly under the prefix.
 
-One in GGUF has any name, so the prefix is listed, where PEFT's and MLX-LM's files are not there.
+A GGUF file may have any name, so the prefix is listed if PEFT's and MLX-LM's files are missing.
 
-The ETags of the objects make up the version. Every read sends If-Match, so an object that was replaced is noticed.
-S3 is read with the fleet's own credentials only, and callers' tokens mean nothing to it.
+The ETags of the objects identify the version. Every read sends If-Match, so a replaced object is noticed. S3 is read
+only with the fleet's own credentials, never with callers' tokens.
 """
 
 # boto3 has no types, so this file is checked less strictly.
@@ -40,9 +40,9 @@ from protocol.runtime.free_space import Reserve
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
 CHUNK_BYTES = 64 << 10
-"""Bytes written at once; at most so many are lost when a body breaks off."""
+"""Bytes per write; an interrupted body loses at most this many."""
 MAX_LISTED = 1_000
-"""Objects under a prefix among which a GGUF file is looked for: what S3 lists in one answer."""
+"""Maximum objects under a prefix among which a GGUF file is searched: S3 lists this many per response."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -53,10 +53,10 @@ def make_client(endpoint: str = "") -> Any:
 
 
 class S3Source:
-    """The adapters that one S3 endpoint holds."""
+    """The adapters at one S3 endpoint."""
 
     def __init__(self, client: Any, *, retries: Retries | None = None, reserve: Reserve | None = None) -> None:
-        """Use the boto3 `client`; `retries` sets how reads are repeated; `reserve`: see `Source`."""
+        """client: a boto3 S3 client. retries: how reads are repeated. reserve: see `Source`."""
         self._reserve = reserve or Reserve(0)
         self._s3 = client
         self._endpoint: str = client.meta.endpoint_url
@@ -67,7 +67,7 @@ class S3Source:
         return None
 
     async def resolve(self, target: str, access: SourceAccess = FLEET) -> SourceVersion:
-        """Return the version of the objects as they are now; see `Source.resolve`."""
+        """Return the current version of the objects; see `Source.resolve`."""
         if not access.as_fleet:
             raise PermissionDenied(f"s3:{target:.300} may not be read by tenants with the fleet's credentials")
         return await asyncio.to_thread(self._resolve, target)
@@ -91,10 +91,10 @@ class S3Source:
         )
 
     def _needed(self, reference: Reference) -> dict[str, RemoteFile]:
-        """Return the config and weights of an adapter, or its one file in GGUF. Raises as `resolve`."""
+        """Return an adapter's config and weights, or its single GGUF file, by name. Raises as `resolve`."""
         config = self._head(reference, CONFIG_FILE, absent=(404,))
         if config is not None:
-            # Without the permission to list, S3 answers 403 for an object that does not exist.
+            # Without the permission to list, S3 answers 403 for a missing object.
             for name, absent in ((WEIGHTS_FILE, (404,)), (MLX_WEIGHTS, (403, 404))):
                 weights = self._head(reference, name, absent=absent)
                 if weights is not None:
@@ -109,7 +109,7 @@ class S3Source:
         return {name: weights}
 
     def _head(self, reference: Reference, name: str, *, absent: tuple[int, ...]) -> RemoteFile | None:
-        """Return size and ETag of an object; None for an answer in `absent`. Raises as `resolve`."""
+        """Return size and ETag of an object; None for a status in `absent`. Raises as `resolve`."""
         try:
             head = self._s3.head_object(Bucket=reference.owner, Key=f"{reference.path}/{name}")
         except ClientError as error:
@@ -121,7 +121,7 @@ class S3Source:
         return RemoteFile(head["ContentLength"], head["ETag"], _checksum(head))
 
     def _names(self, reference: Reference) -> list[str]:
-        """Return the names of the objects directly under a prefix, none where listing is not allowed."""
+        """Return the names of the objects directly under a prefix, none if listing is not permitted."""
         prefix = f"{reference.path}/"
         try:
             page = self._s3.list_objects_v2(Bucket=reference.owner, Prefix=prefix, Delimiter="/", MaxKeys=MAX_LISTED)
@@ -138,7 +138,7 @@ class S3Source:
         return [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
 
     async def confirm(self, version: SourceVersion, access: SourceAccess) -> None:
-        """Do nothing: S3 has decided when it gave the heads of the objects."""
+        """Do nothing: S3 has granted access with the heads of the objects."""
 
     async def fetch(
         self, version: SourceVersion, name: str, path: Path, end: int, access: SourceAccess = FLEET
@@ -174,7 +174,7 @@ class S3Source:
                 self._reserve.check(Path(file.name), len(chunk))
                 file.write(chunk[: end - file.tell()])
                 if file.tell() >= end:
-                    break  # whatever the server goes on to send
+                    break  # ignore anything further that the server sends
         file.flush()
         if file.tell() < end:
             raise _Cut
@@ -185,7 +185,7 @@ class _Cut(Exception):
 
 
 def _checksum(head: dict[str, Any]) -> Any:
-    """Return the MD5 of an object, which is its ETag if it was uploaded in one part and is not encrypted with a key."""
+    """Return the MD5 of an object: its ETag, if it was uploaded in one part and is not encrypted with a key."""
     etag = head["ETag"].strip('"')
     plain = head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head
     return ("md5", etag) if plain and _MD5.fullmatch(etag) else None

@@ -73,7 +73,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit status: 0, 1 if a request failed, 2 if the run could not start."""
+    """Run the command; return the exit code: 0, 1 if a request failed, 2 if the run could not start."""
     console = Console()
     try:
         config = config_of(args)
@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _choose_fleet(args: argparse.Namespace) -> None:
-    """Set URL, and file of the key, to those of the fleet on this machine, unless LORAFLEET_URL names one.
+    """Set URL and key file to those of the fleet on this machine, unless LORAFLEET_URL names another.
 
-    Raises BadRequest.
+    Raises BadRequest if several fleets run.
     """
     args.url = os.environ.get(URL_VARIABLE)
     if not args.url and (fleet := the_only()) is not None:
@@ -112,7 +112,7 @@ def _choose_fleet(args: argparse.Namespace) -> None:
 
 
 def config_of(args: argparse.Namespace) -> BenchConfig:
-    """Return the BenchConfig of parsed arguments. Raises ValueError for values that make no load."""
+    """Return the BenchConfig of parsed arguments. Raises ValueError for values that describe no load."""
     if not args.url:
         _choose_fleet(args)
     concurrency = args.concurrency or (_OPEN_LOOP_CONCURRENCY if args.rate else 8)
@@ -135,7 +135,7 @@ def config_of(args: argparse.Namespace) -> BenchConfig:
 
 
 def _api_key(args: argparse.Namespace) -> str | None:
-    """Return the key of a file or a variable; a flag could be read in the process list. Raises OSError."""
+    """Return the key from a file or variable; a flag would be visible in the process list. Raises OSError."""
     file: Path | None = args.api_key_file
     return file.read_text().strip() if file is not None else os.environ.get("OPENAI_API_KEY")
 

@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client that reads server-sent events and records when each arrived.
+"""A small HTTP/1.1 client that reads server-sent events and records the arrival time of each.
 
-It may share the machine with the server that it measures, so it must be cheap: one callback per socket read, and no
-task switch per event. It knows nothing of load patterns.
+It may share the machine with the measured server, so it must be cheap: one callback per socket read, and no task switch
+per event. It does not depend on load patterns.
 """
 
 import asyncio
@@ -23,23 +23,23 @@ class StaleConnectionError(ConnectionError):
 
 
 class BenchConnection(asyncio.Protocol):
-    """A keep-alive connection that carries one exchange at a time."""
+    """A keep-alive connection for one request at a time."""
 
     def __init__(self) -> None:
-        """Wait for `connection_made`."""
+        """Prepare; the connection is usable after `connection_made`."""
         self.transport: asyncio.Transport | None = None
         self.closed = False
-        self._kept = False  # it has carried an exchange before
+        self._kept = False  # whether it has carried a request before
         self._parser = httptools.HttpResponseParser(self)
         self._record: BenchRequest | None = None
         self._done: asyncio.Future[None] | None = None
         self._buffer = b""
         self._sent_s = 0.0
-        self._now = 0.0  # when the latest bytes came
+        self._now = 0.0  # time of the latest bytes
         self._status = 0
 
     async def exchange(self, request: bytes, record: BenchRequest) -> None:
-        """Send `request` and fill `record` until the answer ends. Raises ConnectionError when the connection breaks."""
+        """Send `request` and fill `record` until the response ends. Raises ConnectionError if the connection fails."""
         assert self.transport is not None
         self._record, self._buffer, self._status = record, b"", 0
         self._done = asyncio.get_running_loop().create_future()
@@ -48,7 +48,7 @@ class BenchConnection(asyncio.Protocol):
         try:
             await self._done
         except BaseException:
-            self.close()  # the rest of this answer may still arrive
+            self.close()  # the rest of this response may still arrive
             raise
         finally:
             self._record = self._done = None
@@ -63,11 +63,11 @@ class BenchConnection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Store the transport."""
         self.transport = cast(asyncio.Transport, transport)  # other loops' transports need not inherit from it
 
     def data_received(self, data: bytes) -> None:
-        """Note the time and parse the bytes."""
+        """Record the time and parse the bytes."""
         self._now = time.perf_counter()
         try:
             self._parser.feed_data(data)
@@ -76,7 +76,7 @@ class BenchConnection(asyncio.Protocol):
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the exchange in progress with an error."""
+        """End the request in progress with an error."""
         self.closed = True
         stale = self._kept and self._now < self._sent_s
         kind = StaleConnectionError if stale else ConnectionError
@@ -85,7 +85,7 @@ class BenchConnection(asyncio.Protocol):
     # httptools callbacks
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Record a header of an answer other than 200."""
+        """Record a header of a response other than 200."""
         if self._record is not None and self._parser.get_status_code() != 200:
             self._record.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
@@ -96,7 +96,7 @@ class BenchConnection(asyncio.Protocol):
             self._record.status = self._status
 
     def on_body(self, body: bytes) -> None:
-        """Record the events that are complete, and keep the rest."""
+        """Record the complete events, and keep the rest."""
         if self._record is None:
             return
         self._buffer += body
@@ -110,7 +110,7 @@ class BenchConnection(asyncio.Protocol):
                 _note_event(self._record, event[5:].strip(), self._now)
 
     def on_message_complete(self) -> None:
-        """End the exchange; keep an error's text."""
+        """End the request; record the text of an error."""
         if self._record is not None:
             self._record.end_s = self._now
             if self._status != 200:
@@ -143,7 +143,8 @@ def _note_event(record: BenchRequest, payload: bytes, now_s: float) -> None:
     if not choices:
         return
     choice = choices[0]
-    # A chunk has no text where the server holds text back, such as half a character or the start of a stop string.
+    # A chunk has no text while the server holds text back, such as an incomplete character or the start of a stop
+    # string.
     if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
         record.arrivals_s.append(now_s)
         record.text += text
@@ -159,7 +160,7 @@ def api_base(url: str) -> str:
 
 
 class Client:
-    """A client of one server, with a connection for every request in flight."""
+    """A client of one server, with one connection per request in flight."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         """Prepare a client of `url`, which may end in /v1. Raises ValueError unless it is http(s)."""
@@ -173,7 +174,7 @@ class Client:
         self._idle: list[BenchConnection] = []
 
     async def post(self, path: str, body: dict[str, Any], record: BenchRequest) -> None:
-        """Stream the answer to one POST into `record`. Raises OSError when the server is unreachable or breaks off."""
+        """Stream the response to a POST into `record`. Raises OSError if the server is unreachable or disconnects."""
         content = orjson.dumps(body)
         head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(content)}\r\n\r\n"
         while True:

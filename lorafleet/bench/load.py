@@ -15,14 +15,14 @@ OnRecord = Callable[[BenchRequest], None]
 
 
 class WarmupError(RuntimeError):
-    """The server did not answer a warm-up request."""
+    """A warm-up request has failed."""
 
 
 def run_bench(config: BenchConfig, on_record: OnRecord | None = None) -> BenchResult:
     """Run the load of `config` to its end, on its own event loop.
 
-    `on_record` is called with each measured request as it ends. A measured request that fails is a record with `error`
-    set. Raises WarmupError when a warm-up request fails, since the measurement would then mean something else.
+    on_record: called with each measured request as it ends. A failed measured request is a record with `error` set.
+    Raises WarmupError if a warm-up request fails, since the measurement would then mean something else.
     """
     return asyncio.run(run_load(config, on_record))
 
@@ -61,10 +61,10 @@ def _public(config: BenchConfig) -> dict[str, Any]:
 
 
 async def _run(config: BenchConfig, client: Client, requests: Iterator[PlannedRequest], note: OnRecord) -> None:
-    """Send `requests` when they are due, at most `concurrency` at once, and `note` each as it ends.
+    """Send `requests` when they are due, at most `concurrency` at once, and call `note` with each as it ends.
 
-    So many loops take turns at one iterator. The order of sending is therefore the planned order, and a late request of
-    an open loop is sent as soon as a loop is free.
+    `concurrency` tasks take requests from one iterator. So requests are sent in the planned order, and a late request
+    of an open loop is sent as soon as a task is free.
     """
     origin_s = time.perf_counter()
 
@@ -98,5 +98,5 @@ async def _ask(config: BenchConfig, client: Client, request: PlannedRequest) -> 
     if record.error is not None:
         record.end_s = time.perf_counter()
     elif record.output_tokens == 0:
-        record.output_tokens = len(record.arrivals_s)  # the server sends no usage: count one token per chunk
+        record.output_tokens = len(record.arrivals_s)  # without usage from the server, count one token per chunk
     return record

@@ -79,7 +79,7 @@ def save_json(result: BenchResult, path: Path) -> None:
 def save_plot(result: BenchResult, path: Path) -> None:
     """Draw throughput over time, two latency distributions and the requests per target to a PNG file.
 
-    Raises ImportError when matplotlib (the extra `bench`) is not installed.
+    Raises ImportError if matplotlib (the extra `bench`) is not installed.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure

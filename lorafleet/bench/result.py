@@ -5,8 +5,8 @@ Definitions, all from the client's point of view:
 - TTFT, time to first token: from sending the request to the first chunk with text.
 - Inter-token latency: the gap between two chunks with text.
 - TPOT, time per output token: (last chunk - first chunk) / (output tokens - 1) of a request. This is the fair figure
-  where a server puts several tokens into a chunk (`tokens_per_chunk` above 1).
-- Output tokens: those that the server reports as `usage`.
+  if a server puts several tokens into a chunk (`tokens_per_chunk` above 1).
+- Output tokens: the number that the server reports as `usage`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 
 @dataclass(slots=True)
 class BenchRequest:
-    """A request, filled while its answer streams in. Times are seconds of one monotonic clock."""
+    """A request, filled while its response streams in. Times are seconds of one monotonic clock."""
 
     target: str
     start_s: float = 0.0
@@ -28,13 +28,13 @@ class BenchRequest:
     output_tokens: int = 0
     text: str = ""
     finish_reason: str | None = None
-    complete: bool = False  # the final [DONE] has arrived
+    complete: bool = False  # whether the final [DONE] has arrived
     error: str | None = None
-    status: int = 0  # HTTP status; 0: no answer
-    headers: dict[str, str] = field(default_factory=dict[str, str])  # lower-case, of an answer other than 200
+    status: int = 0  # HTTP status; 0: no response
+    headers: dict[str, str] = field(default_factory=dict[str, str])  # by lower-case name, of a response other than 200
 
     def as_row(self, origin_s: float) -> dict[str, Any]:
-        """Return the request as JSON, without text and single chunks. `start_s` counts from `origin_s`."""
+        """Return the request as JSON, without text and single chunks. `start_s` is relative to `origin_s`."""
         return {
             "target": self.target,
             "start_s": round(self.start_s - origin_s, 6),
@@ -69,7 +69,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The figures of a group of requests; latencies and tokens are those of the successful ones."""
+    """The figures of a group of requests; latencies and token counts are those of successful requests."""
 
     num_requests: int
     num_errors: int
@@ -85,7 +85,7 @@ class Summary:
 
     @classmethod
     def of(cls, records: Sequence[BenchRequest], wall_s: float) -> "Summary":
-        """Return the figures of `records`, whose run took `wall_s` seconds."""
+        """Return the figures of `records`, from a run of `wall_s` seconds."""
         good = [record for record in records if record.error is None]
         output_tokens = sum(record.output_tokens for record in good)
         num_chunks = sum(len(record.arrivals_s) for record in good)
@@ -122,11 +122,11 @@ def _tpots_s(records: Iterable[BenchRequest]) -> list[float]:
 class BenchResult:
     """A finished load run."""
 
-    config: dict[str, Any]  # the BenchConfig without its key
+    config: dict[str, Any]  # the BenchConfig without its API key
     started_at: str  # ISO 8601, UTC
-    wall_s: float  # time from sending the first request to the end of the last answer
+    wall_s: float  # from sending the first request to the end of the last response
     generator_cpu_s: float  # CPU time of the load generator itself
-    records: list[BenchRequest]  # records in order of completion
+    records: list[BenchRequest]  # in order of completion
 
     @property
     def summary(self) -> Summary:
@@ -153,7 +153,7 @@ class BenchResult:
 
     @property
     def generator_cpu_ms_per_chunk(self) -> float:
-        """CPU time of the load generator per chunk received, ms."""
+        """CPU time of the load generator in ms per received chunk."""
         num_chunks = sum(len(record.arrivals_s) for record in self.records)
         return self.generator_cpu_s * 1e3 / num_chunks if num_chunks else 0.0
 

@@ -1,4 +1,4 @@
-"""The colours and the style of all plots: those of `lorafleet bench` and of the benchmark scripts."""
+"""The colors and the style of all plots: those of `lorafleet bench` and of the benchmark scripts."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# Common words that are one token each for most tokenizers, so that words and tokens of a prompt are about as many.
+# Common words that are one token each for most tokenizers, so that a prompt has about as many tokens as words.
 _TEXT = (
     "time year people way day man thing woman life child world school state family student group country problem "
     "hand part place case week company system program question work government number night point home water room "
@@ -20,7 +20,7 @@ WORDS = tuple(_TEXT.split())
 
 @dataclass(frozen=True, slots=True)
 class BenchTarget:
-    """A model or adapter to ask, with the request fields that select it."""
+    """A model or adapter to request, with the request fields that select it."""
 
     name: str  # name in reports
     body: Mapping[str, Any]  # merged into each request, usually {"model": name}
@@ -37,7 +37,7 @@ class BenchConfig:
 
     url: str  # URL of the server, with or without a trailing /v1
     targets: tuple[BenchTarget, ...]
-    zipf_s: float | None = None  # the i-th target is asked in proportion to 1 / i**s; None: round robin
+    zipf_s: float | None = None  # weight of the i-th target: 1 / i**s; None: round robin
     num_requests: int = 64
     concurrency: int = 8  # requests in flight; in an open loop, their maximum
     rate_per_s: float | None = None  # mean of Poisson arrivals (open loop); None: closed loop
@@ -63,22 +63,22 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request that is to be sent."""
+    """A request with its due time."""
 
     target: BenchTarget
     body: dict[str, Any]
-    due_s: float  # after the start of the run; 0 in a closed loop
+    due_s: float  # seconds after the start of the run; 0 in a closed loop
 
 
 def plan_warmup(config: BenchConfig) -> Iterator[PlannedRequest]:
-    """Yield the warm-up requests, which fill caches and adapter pools, each target in turn."""
+    """Yield the warm-up requests, which fill caches and adapter pools, round robin over the targets."""
     rng = np.random.default_rng((config.seed, 1))
     for index in range(config.num_warmup):
         yield _request(config, config.targets[index % len(config.targets)], rng, 0.0)
 
 
 def plan_requests(config: BenchConfig) -> Iterator[PlannedRequest]:
-    """Yield the measured requests by due time. No two share a prompt, so a prefix cache has no effect."""
+    """Yield the measured requests by due time. All prompts differ, so a prefix cache has no effect."""
     rng = np.random.default_rng((config.seed, 0))
     order = choose_targets(config, rng)
     due_s = np.zeros(config.num_requests)

@@ -1,1 +1,1 @@
-"""The launcher behind `lorafleet up`: services and queue as child processes of one machine."""
+"""The launcher behind `lorafleet up`: services and queue as child processes on one machine."""

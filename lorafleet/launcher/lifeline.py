@@ -1,8 +1,8 @@
 """Ends the processes of a fleet together with their launcher, however the launcher ends.
 
-The queue server is a foreign binary, so it gets Linux's parent-death signal. A service gets the reading end of a pipe
-as its standard input. Only the launcher has the writing end, so the pipe ends when the launcher does, and the service
-then kills its own process group. Unlike the signal, this also ends compilers and other children of a service.
+The queue server is a foreign binary, so it gets Linux's parent-death signal. A service gets the read end of a pipe as
+its standard input. Only the launcher has the write end, so the pipe closes when the launcher ends, and the service then
+kills its own process group. Unlike the signal, this also ends compilers and other children of a service.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ VARIABLE = "LORAFLEET_LIFELINE"
 """Set for a service whose standard input is a lifeline."""
 
 _PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)  # loaded here because a forked child must not load libraries
+_libc = ctypes.CDLL(None)  # loaded here, because a forked child must not load libraries
 
 
 def die_with_parent() -> Callable[[], None]:
     """Return a `preexec_fn` that makes Linux send SIGTERM to the new process when the forking thread ends.
 
-    The signal is bound to the thread and not to its process, so call Popen from the main thread.
+    The signal depends on the thread and not on its process, so Popen must be called in the main thread.
     """
     parent = os.getpid()
 

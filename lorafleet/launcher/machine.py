@@ -29,7 +29,7 @@ def num_cores(cgroup_cpu: Path = CGROUP_CPU) -> int:
 
 
 def memory_bytes(cgroup_memory: Path = CGROUP_MEMORY) -> int:
-    """Return the bytes of memory that this process may use: this machine's, or the container's limit if it is less."""
+    """Return the bytes of memory that this process may use: the machine's, or the container's limit if lower."""
     all_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = cgroup_memory.read_text().strip()

@@ -1,4 +1,4 @@
-"""Passwords for the users of a queue, in files of their own, and the ACL file for its server."""
+"""Passwords for the users of a queue, in one file each, and the ACL file for its server."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from protocol.queue.users import SERVERS, acl, table
 from protocol.runtime.fleet_secret import read_or_make
 
 ACL_FILE = Path("queue") / "users.acl"
-"""Where `make_users` writes the ACL file. It holds hashes of random passwords: nobody gets a password from it."""
+"""Path of the ACL file that `make_users` writes. It has hashes of random passwords, which reveal no password."""
 
 
 def password_file(folder: Path, user: str) -> Path:
-    """Return the file that holds a user's password. Each lies in a folder of its own, to be given to one service."""
+    """Return the file with a user's password. Each is in its own folder, to be given to one service."""
     return folder / user / "password"
 
 
 def make_users(folder: Path, acl_mode: int = 0o600, *, replicated: bool = False, console_keys: bool = False) -> Path:
-    """Make the passwords that are missing in `folder`, write the ACL file and return its path. Raises OSError.
+    """Create the missing passwords in `folder`, write the ACL file and return its path. Raises OSError.
 
-    replicated: with users for replicas and Sentinels. console_keys: gateways may write API keys, see `users.table`.
+    replicated: include users for replicas and Sentinels. console_keys: gateways may write API keys, see `users.table`.
     """
     users = [*table(), *(SERVERS if replicated else ())]
     passwords = {user: read_or_make(password_file(folder, user)) for user in users}

@@ -1,7 +1,7 @@
-"""The fleets that `lorafleet up` runs on this machine, as other commands of the same user find them.
+"""The records by which a user's commands find the fleets that `lorafleet up` runs on this machine.
 
-Each leaves a record in a folder that only its user may enter, and holds a lock on the record while it runs: a record
-without the lock is of a fleet that was killed.
+Each fleet writes a record to a folder that only its user may enter, and locks the record while it runs. A record
+without a lock belongs to a fleet that was killed.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ class LocalFleet(msgspec.Struct, frozen=True):
     """A running fleet."""
 
     pid: int  # process id of `lorafleet up`
-    url: str  # its gateway
+    url: str  # URL of its gateway
     model: str  # name of the base model in the API
     data: str  # data folder
     logs: str  # folder of the services' logs
     started_s: float  # unix time
-    key_file: str = ""  # file with an API key for this user, "" without keys
+    key_file: str = ""  # file with an API key for this user; "": the fleet requires none
 
 
 def _folder() -> Path:
-    """Return where the records are. Raises OSError if there is no temporary folder, where one is needed."""
+    """Return the folder of the records. Raises OSError if it needs a temporary folder and there is none."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "lorafleet" if runtime else Path(tempfile.gettempdir()) / f"lorafleet-{os.getuid()}"
 
 
 @contextmanager
 def registered(fleet: LocalFleet) -> Generator[None]:
-    """Let other commands find a fleet during the block; without a record, and with a warning, where none can be kept.
+    """Let other commands find a fleet while the block runs; only warn if its record cannot be written.
 
-    That depends on others: the folder's parent may be gone or full, or everybody may write there.
+    The folder's parent may be missing, full, or writable by everyone.
     """
     try:
         path, fd = _write(fleet)
@@ -67,13 +67,13 @@ def registered(fleet: LocalFleet) -> Generator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # without the lock it is nobody's record
+        with suppress(OSError):  # without the lock it is a stale record
             path.unlink()
         os.close(fd)
 
 
 def _write(fleet: LocalFleet) -> tuple[Path, int]:
-    """Write a fleet's record; return it with the file descriptor that holds its lock. Raises OSError, Internal."""
+    """Write a fleet's record; return its path and the file descriptor that holds its lock. Raises OSError, Internal."""
     path = claimed_folder(_folder()) / f"{fleet.pid}.json"
     draft = path.with_suffix(".part")
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -89,9 +89,9 @@ def _write(fleet: LocalFleet) -> tuple[Path, int]:
 
 
 def running() -> list[LocalFleet]:
-    """Return the fleets of this user that run, the oldest first; delete the records of those that were killed.
+    """Return this user's running fleets, the oldest first; delete the records of killed ones.
 
-    There is none where the folder of the records is absent, cannot be read, or can be written by another user.
+    Returns none if the folder of the records is missing, unreadable, or writable by another user.
     """
     paths: list[Path] = []
     with suppress(OSError):
@@ -99,7 +99,7 @@ def running() -> list[LocalFleet]:
             paths = list(_folder().glob("*.json"))
     found: list[LocalFleet] = []
     for path in paths:
-        with suppress(OSError, msgspec.MsgspecError):  # it has ended meanwhile, or is of another user or release
+        with suppress(OSError, msgspec.MsgspecError):  # it has just ended, or belongs to another user or release
             fleet = _read(path)
             if fleet is not None:
                 found.append(fleet)
@@ -107,7 +107,7 @@ def running() -> list[LocalFleet]:
 
 
 def _read(path: Path) -> LocalFleet | None:
-    """Return the fleet of a record; None, and the record is deleted, if it does not run any more."""
+    """Return the fleet of a record; if it no longer runs, delete the record and return None."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         try:
@@ -128,7 +128,7 @@ def is_running(fleet: LocalFleet) -> bool:
 def the_only(flag: str = "--url") -> LocalFleet | None:
     """Return the fleet that runs on this machine, None without one. Raises BadRequest if there are several.
 
-    flag: the one by which the command chooses a fleet, for the error.
+    flag: the command's flag to choose a fleet, for the error message.
     """
     fleets = running()
     if len(fleets) > 1:
@@ -138,17 +138,17 @@ def the_only(flag: str = "--url") -> LocalFleet | None:
 
 
 def at(url: str) -> LocalFleet | None:
-    """Return the local fleet with this URL, however the URL names this machine. Raises BadRequest."""
+    """Return the local fleet with this URL, by any name of this machine. Raises BadRequest."""
     return next((fleet for fleet in running() if _address(fleet.url) == _address(url)), None)
 
 
 def is_here(url: str) -> bool:
-    """Return whether a URL names this machine by a name that every machine has for itself. Raises BadRequest."""
+    """Return whether the host of a URL is one of the names in LOOPBACK, for this machine. Raises BadRequest."""
     return _address(url)[0] == "localhost"
 
 
 def _address(url: str) -> tuple[str, int | None]:
-    """Return host and port of a URL; this machine has one name. Raises BadRequest for what is no URL."""
+    """Return host and port of a URL, "localhost" for this machine. Raises BadRequest for an invalid URL."""
     try:
         parts = urlsplit(url)
         host = (parts.hostname or "").lower()
@@ -158,7 +158,7 @@ def _address(url: str) -> tuple[str, int | None]:
 
 
 def chosen(url: str) -> LocalFleet:
-    """Return the local fleet with this URL; "": the one that LORAFLEET_URL names, else the only one.
+    """Return the local fleet with this URL; "": the one in LORAFLEET_URL, else the only one.
 
     Raises BadRequest.
     """
@@ -172,7 +172,7 @@ def chosen(url: str) -> LocalFleet:
 
 
 def age_text(fleet: LocalFleet) -> str:
-    """Return how long a fleet has run, as people read it."""
+    """Return how long a fleet has run, with a unit."""
     seconds = int(time.time() - fleet.started_s)
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= size:

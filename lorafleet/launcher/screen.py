@@ -1,4 +1,4 @@
-"""The output of `lorafleet up`: until a service is ready a spinner, or lines where there is no terminal; then lines."""
+"""The output of `lorafleet up`: a spinner per starting service, or lines without a terminal; then one line each."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 MAX_ACTIVITY, MAX_LINE = 60, 200
-"""Longest activity shown beside a spinner and in a line, in characters."""
+"""Maximum characters of an activity beside a spinner, and in a line."""
 
 REPEAT_S = 15.0
-"""Pause after which a line without a terminal says again what a service is doing."""
+"""Seconds after which, without a terminal, a service's activity is printed again."""
 
 
 class Screen:
-    """Lines and spinners on standard output; without a terminal only lines."""
+    """Lines and spinners on standard output; only lines without a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """Show nothing yet. `console` is standard output by default."""
+        """console: default: standard output. Nothing is shown yet."""
         self.console = console or Console(highlight=False, soft_wrap=True)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
@@ -29,7 +29,7 @@ class Screen:
         self._since: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        """Print a line of rich markup, if the terminal is still open: a fleet also drains after it was closed."""
+        """Print a line of rich markup; do nothing if the terminal was closed, since the fleet still drains then."""
         with suppress(OSError):
             self.console.print(text)
 
@@ -47,7 +47,7 @@ class Screen:
             self._rows[name] = self._progress.add_task(text, total=None)
 
     def _say_progress(self, name: str, activity: str, since_s: float) -> None:
-        """Print a line where there is no terminal: what a service does now, at once and then every REPEAT_S."""
+        """Print a service's activity as a line, when it changes and then every REPEAT_S."""
         now_s = time.monotonic()
         shown, at_s = self._shown.get(name, ("", since_s))
         if activity != shown or now_s - at_s >= REPEAT_S:

@@ -1,1 +1,1 @@
-"""The fleets on this machine, as the commands of the same user see them."""
+"""The commands for fleets of the same user on this machine."""

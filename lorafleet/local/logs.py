@@ -1,4 +1,4 @@
-"""`lorafleet logs` shows what the services of a fleet on this machine have logged."""
+"""`lorafleet logs` shows the logs of a fleet's services on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from protocol.wire.errors import BadRequest
 
 POLL_S = 0.2
 TAIL_BYTES = 1 << 20
-"""Bytes at the end of a log in which the last lines are looked for."""
+"""Bytes at the end of a log that are searched for the last lines."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the lines; return the exit code. Raises BadRequest for a service that there is not."""
+    """Print the lines; return the exit code. Raises BadRequest for an unknown service."""
     fleet = records.chosen(args.url)
     logs = {path.stem: path for path in sorted(Path(fleet.logs).glob("*.log"))}
     for name in args.services:
@@ -57,7 +57,7 @@ def _last(file: BinaryIO, num: int) -> Sequence[str]:
 
 
 def _new(file: BinaryIO) -> Sequence[str]:
-    """Return whole lines that were added; from the beginning, if the log began again."""
+    """Return the complete new lines; from the beginning, if the log was truncated."""
     at = file.tell()
     if file.seek(0, 2) < at:
         at = 0

@@ -1,4 +1,4 @@
-"""`lorafleet status` shows the fleets of this machine, or the one at a URL: whether each answers, and what it does."""
+"""`lorafleet status` shows the fleets of this machine, or the one at a URL: whether each responds, and its load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code: 0 if all of the fleets are ready, else 1. Raises BadRequest."""
+    """Run the command; return the exit code: 0 if all fleets are ready, else 1. Raises BadRequest."""
     is_named = args.url or os.environ.get(records.URL_VARIABLE) or args.profile
     fleets = [None] if is_named else records.running()
     found = [_of(args, fleet) for fleet in fleets]
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of(args: argparse.Namespace, fleet: records.LocalFleet | None) -> dict[str, Any]:
-    """Return what is known of a fleet. None: of the one that the flags name."""
+    """Return the known facts about a fleet. None: the fleet that the flags name."""
     found: dict[str, Any] = dict.fromkeys(
         ("state", "model", "bases", "workers", "queued", "running", "up", "pid", "data", "logs", "error")
     )

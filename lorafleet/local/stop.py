@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     fleet = records.chosen(args.url)
     _send(fleet, signal.SIGTERM)
     if args.now:
-        _send(fleet, signal.SIGINT)  # not SIGTERM again: of two of a kind that wait, a process gets one
+        _send(fleet, signal.SIGINT)  # not SIGTERM again: of two pending signals of a kind, a process gets one
     else:
         print(f"stopping {fleet.url}: finishing accepted requests; `lorafleet stop --now` does not wait", flush=True)
     while records.is_running(fleet):
@@ -35,5 +35,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _send(fleet: records.LocalFleet, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # it has ended by itself meanwhile
+    with suppress(ProcessLookupError):  # it has just ended by itself
         os.kill(fleet.pid, number)

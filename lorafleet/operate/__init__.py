@@ -1,1 +1,1 @@
-"""The commands that ask a running fleet over HTTP."""
+"""The commands that call a running fleet over HTTP."""

@@ -1,4 +1,4 @@
-"""`lorafleet adapters` lists the adapters of a running fleet, and says where they are to be."""
+"""`lorafleet adapters` lists the adapters of a running fleet, and adds, moves and removes them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _add_offline(actions: Any) -> None:
-    """Declare the actions on folders, which need no fleet."""
+    """Declare the actions on local folders, which need no fleet."""
     check = actions.add_parser("check", help="show what an adapter changes, or why it is refused; needs no fleet")
     check.description = (
         "Print what an adapter changes, and how its module names are mapped. Exit code: 0 if it can be served and has"
@@ -110,10 +110,10 @@ def _add_offline(actions: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     if "offline" in args:
         with importing():
-            offline = importlib.import_module("adapter_store.command")  # takes longer than all other actions
+            offline = importlib.import_module("adapter_store.command")  # takes longer to import than all other actions
         return offline.run(args)
     return run_action(args)
 

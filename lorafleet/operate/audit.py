@@ -1,4 +1,4 @@
-"""`lorafleet audit` lists what operators have done, the newest first."""
+"""`lorafleet audit` lists the actions of operators, newest first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     by = "tenants" if args.tenants else "operators"
     with Api(args) as api:
         found = list(islice(api.pages(PATH, limit=min(args.limit, PAGE), by=by), args.limit))

@@ -1,4 +1,4 @@
-"""`lorafleet batch` runs a file of calls as a batch: uploads it, shows how far it is, downloads the answers."""
+"""`lorafleet batch` runs a file of calls as a batch: uploads it, shows its progress, downloads the answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from protocol.wire.errors import BadRequest
 ENDED = ("completed", "failed", "expired", "cancelled")
 POLL_S = 1.0
 MAX_SHOWN = 10
-"""Problems of an input file that are printed."""
+"""Maximum number of problems of an input file that are printed."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -58,7 +58,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     return run_action(args, _code if args.do is _run else None)
 
 
@@ -86,12 +86,12 @@ def _run(api: Api, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _code(batch: dict[str, Any]) -> int:
-    """Return the exit code of a batch that has ended."""
+    """Return the exit code for a batch that has ended."""
     return 0 if batch["status"] == "completed" and not batch["request_counts"]["failed"] else 1
 
 
 def _follow(api: Api, batch: dict[str, Any]) -> dict[str, Any]:
-    """Show how far a batch is until it has ended; return it."""
+    """Show the progress of a batch until it has ended; return it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("validating", total=None)
@@ -105,7 +105,7 @@ def _follow(api: Api, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _download(api: Api, batch: dict[str, Any], out: Path | None, errors: Path | None) -> list[Path]:
-    """Write what a batch has to files; return those that were written."""
+    """Write a batch's results to files; return the files that were written."""
     written: list[Path] = []
     for key, target in (("output_file_id", out), ("error_file_id", errors)):
         if batch[key] and target is not None:
@@ -115,7 +115,7 @@ def _download(api: Api, batch: dict[str, Any], out: Path | None, errors: Path | 
 
 
 def _tell(batch: dict[str, Any]) -> None:
-    """Print how a batch has ended."""
+    """Print the outcome of a batch."""
     counts, usage = batch["request_counts"], batch["usage"]
     for problem in ((batch["errors"] or {}).get("data") or [])[:MAX_SHOWN]:
         where = f"line {problem['line']}: " if problem["line"] else ""
@@ -159,7 +159,7 @@ def _cancel(api: Api, args: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def _lines(path: Path, model: str | None) -> Iterator[tuple[IO[bytes], str]]:
-    """Open a file of calls, with a model in all of them; yield it with the first line's url. Raises BadRequest."""
+    """Open a file of calls, with `model` set where missing; yield it and the first line's url. Raises BadRequest."""
     try:
         file = path.open("rb")
     except OSError as error:

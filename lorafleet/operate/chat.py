@@ -1,4 +1,4 @@
-"""`lorafleet chat` talks with a model in the terminal: each line is a message, each answer is streamed."""
+"""`lorafleet chat` chats with a model in the terminal: each line is a message, each answer is streamed."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code: 1 if a question failed without a person at a prompt.
+    """Run the command; return the exit code: 1 if a question failed and input is not a terminal.
 
-    Raises BadRequest, also where there is no message, NotFound for an unknown model, and Unavailable.
+    Raises BadRequest, also if the input has no message, NotFound for an unknown model, and Unavailable.
     """
     is_prompt = sys.stdin.isatty() and not args.message
     if is_prompt:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives `input` a history and keys to edit with
+            import readline  # noqa: F401  gives `input` a history and line editing
     failed, is_empty = False, True
     with Api(args) as api:
         check_model(api, args.model)
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_model(api: Api, model: str) -> None:
-    """Raise NotFound for a model that is not served, with the name that is most like it; Unavailable without a fleet.
+    """Raise NotFound for a model that is not served, with the most similar name; Unavailable without a fleet.
 
-    What a request may name beside names, such as a repository of the Hub, is for the first question to tell.
+    Names that requests may use without registration, such as a Hub repository, are left to the first question.
     """
     try:
         api.ask("GET", f"/v1/models/{in_path(model)}")
@@ -84,7 +84,7 @@ def check_model(api: Api, model: str) -> None:
 
 
 class Chat:
-    """A conversation and where it is printed."""
+    """A conversation and its printed output."""
 
     def __init__(self, api: Api, args: argparse.Namespace) -> None:
         """Begin with the system message, if one is given."""
@@ -97,7 +97,7 @@ class Chat:
         self._options = {name: value for name, value in given.items() if value is not None}
 
     def take(self, line: str) -> None:
-        """Do what a line says. Raises what the fleet refuses, and Unavailable."""
+        """Run the command in a line, or ask it as a question. Raises as `ask`."""
         word, _, rest = line.partition(" ")
         if not line.strip():
             return
@@ -121,16 +121,16 @@ class Chat:
         print(reply, file=sys.stderr)
 
     def undo(self) -> bool:
-        """Take the last question back, with its answer if it has one; return whether there was one."""
+        """Remove the last question, with its answer if it has one; return whether there was one."""
         while len(self.messages) > len(self._first):
             if self.messages.pop()["role"] == "user":
                 return True
         return False
 
     def ask(self, text: str) -> None:
-        """Ask a question and print the answer; without one, the question is not part of the conversation.
+        """Ask a question and print the answer; a question without an answer is not kept in the conversation.
 
-        Raises what the fleet refuses, and Unavailable.
+        Raises the fleet's error response, and Unavailable.
         """
         self.messages.append({"role": "user", "content": text})
         body = {
@@ -160,7 +160,7 @@ class Chat:
         sys.stdout.flush()
 
     def _shown(self, delta: dict[str, Any]) -> str:
-        """Print what an answer has gained; return what of it is the answer, and not reasoning."""
+        """Print the new text of an answer; return it without reasoning."""
         text, thought = delta.get("content") or "", delta.get("reasoning_content") or ""
         if not self._json:
             sys.stdout.write(f"\033[2m{thought}\033[0m" if thought and sys.stdout.isatty() else thought)

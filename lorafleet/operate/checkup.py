@@ -1,4 +1,4 @@
-"""What `lorafleet doctor` makes of the facts: findings, each with what to do. Pure."""
+"""The findings of `lorafleet doctor`: each judges a fact and suggests a fix. Pure."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from protocol.wire import messages as m
 Level = Literal["ok", "skipped", "warning", "problem"]
 
 MAX_SKEW_MS = 1000
-"""ms; with a larger clock difference, deadlines and estimated waits are wrong."""
+"""Maximum clock difference in ms; beyond it, deadlines and estimated waits are wrong."""
 
 MAX_ANSWER_MS = 20.0
-"""ms; a slower queue delays every step and every call."""
+"""Maximum round-trip time of the queue in ms; beyond it, every step and call is delayed noticeably."""
 
 MAKE_ROOM = "free space on its disk (files can still be deleted), then check the server's log"
 
 LEAST_FREE, LEAST_FREE_BYTES = 0.05, 2 << 30
-"""Free fraction, and bytes, below which a disk or the queue's memory counts as nearly full."""
+"""Free fraction and free bytes below which a disk counts as nearly full."""
 
 WEIGHTS_PART = 0.7
-"""Fraction of a memory that weights may take: the rest is for caches, adapters and the workspace of a step."""
+"""Fraction of a memory that weights may take; the rest is for caches, adapters and the workspace of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _memory(facts: ServerFacts) -> Finding:
 
 
 def of_history(state: str | None) -> list[Finding]:
-    """Judge the database of the history, as a gateway's health tells it; None: nothing is wrong."""
+    """Judge the database of the history by its state in a gateway's health; None: no problem."""
     if state is None:
         return []
     text = f"the database of --history is {state}: calls are served, and their history stays in the queue"
@@ -88,7 +88,7 @@ def of_history(state: str | None) -> list[Finding]:
 
 
 def of_clock(name: str, ahead_ms: float) -> Finding:
-    """Judge a clock against this machine's."""
+    """Judge a clock by its difference from this machine's. ahead_ms: that clock minus this one."""
     if abs(ahead_ms) <= MAX_SKEW_MS:
         return Finding(name, "ok", f"differs by {abs(ahead_ms):.0f} ms from this machine's")
     word = "ahead of" if ahead_ms > 0 else "behind"
@@ -99,7 +99,7 @@ def of_clock(name: str, ahead_ms: float) -> Finding:
 def of_members(
     beats: Mapping[str, m.WorkerBeat | None], status: m.SchedulerStatus | None, versions: Mapping[str, str], own: str
 ) -> list[Finding]:
-    """Judge the fleet's members. versions: of gateways and stores, "" if unknown; own: this program's."""
+    """Judge the fleet's members. versions: of gateways and stores, "" if unknown. own: version of this program."""
     alive = {beat.name: beat for beat in beats.values() if beat is not None}
     found: list[Finding] = []
     if status is None:
@@ -134,7 +134,7 @@ def of_members(
 def of_bases(
     bases: Sequence[m.ServedModel], failures: Mapping[str, str], beats: Mapping[str, m.WorkerBeat | None]
 ) -> list[Finding]:
-    """Judge each base that workers have reported, and those whose workers could not start. failures: why, by name."""
+    """Judge every base that workers have reported, and those whose workers could not start. failures: name -> why."""
     found = [_of_base(base) for base in bases]
     advice = "see the log of its worker, correct that, and start it again"
     found += [Finding("base", "problem", f"{name} did not start: {why}", advice) for name, why in failures.items()]
@@ -149,7 +149,7 @@ def of_bases(
 
 
 def _of_base(base: m.ServedModel) -> Finding:
-    """Judge the dtype and kernels that a base's workers compute with."""
+    """Judge the dtype and kernels of a base's workers."""
     text = f"{base.name} in {base.dtype} on {base.device}" + (f": {base.dtype_reason}" if base.dtype_reason else "")
     if base.device == "cpu" and base.dtype_reason and not base.kernels:
         advice = (
@@ -179,7 +179,7 @@ def _versions(reported: Mapping[str, str], own: str) -> list[Finding]:
 
 
 def of_disk(name: str, path: str, free: int, total: int, keep_free: int) -> Finding:
-    """Judge a disk, in bytes. keep_free: that files and adapters leave."""
+    """Judge a disk; sizes in bytes. keep_free: the free-space reserve for uploads and adapters."""
     text = f"{size_text(free)} of {size_text(total)} free at {path}"
     if free < keep_free:
         text += f", less than the {size_text(keep_free)} to keep free: uploads and downloads are refused"
@@ -191,7 +191,7 @@ def of_disk(name: str, path: str, free: int, total: int, keep_free: int) -> Find
 
 
 def of_model(num_bytes: int, free: Mapping[str, int], *, workers: int) -> list[Finding]:
-    """Judge whether a model's weights fit. free: bytes by device ("memory", or a GPU); workers: of this machine."""
+    """Judge whether a model's weights fit. free: bytes by device ("memory", or a GPU). workers: on this machine."""
     found: list[Finding] = []
     for name, room in free.items():
         num = workers if name == "memory" else 1
@@ -209,9 +209,10 @@ def of_model(num_bytes: int, free: Mapping[str, int], *, workers: int) -> list[F
 
 
 def of_compiler(machine: str, compiler: str | None, *, is_shipped: bool, is_built: bool) -> Finding:
-    """Judge whether native kernels can be had.
+    """Judge whether native kernels are available or can be compiled.
 
-    machine: the processor's family. compiler: its path, if there is one. is_shipped: whether the wheel brought them.
+    machine: the processor's family. compiler: its path, None without one. is_shipped: whether the wheel includes
+    kernels. is_built: whether they were compiled before.
     """
     name = "compiler"
     if is_shipped:
@@ -230,6 +231,6 @@ def of_compiler(machine: str, compiler: str | None, *, is_shipped: bool, is_buil
 
 
 def worst(findings: Sequence[Finding]) -> Level:
-    """Return the worst level."""
+    """Return the worst level; "skipped" counts as "ok"."""
     levels = {finding.level for finding in findings}
     return "problem" if "problem" in levels else "warning" if "warning" in levels else "ok"

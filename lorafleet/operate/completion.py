@@ -1,6 +1,6 @@
-"""`lorafleet completion` prints what makes a shell complete the words of this command line.
+"""`lorafleet completion` prints a shell script that completes this command line.
 
-The scripts are made of the parsers themselves, so they know every command and flag, and ask nobody while one types.
+The scripts are generated from the parsers, so they know every command and flag, and call no program while one types.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _complete_files(parser: Parser) -> None:
-    """Let every value without choices complete names of files, which many are, in all commands of a parser."""
-    for action in parser._actions:  # argparse has no other way to ask
+    """Complete file names for every value without choices, since many are, in all commands of a parser."""
+    for action in parser._actions:  # argparse has no public way to list them
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 _complete_files(below)

@@ -1,4 +1,4 @@
-"""`lorafleet doctor` looks at a fleet and at this machine, and says of each thing whether it is well, or what to do."""
+"""`lorafleet doctor` checks a fleet and this machine, and suggests a fix for each problem."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from protocol.wire.errors import LorafleetError, PermissionDenied, Unauthorized
 
 FLAGS = ("redis_url", "redis_password_file", "data", "keep_free", "model", "workers", "device")
 ASK_S = 3.0
-"""Timeout for reading the version of a gateway or a store."""
+"""Timeout in seconds for reading the version of a gateway or a store."""
 
 MARKS = {"ok": "[green]✓[/]", "skipped": "–", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 
@@ -50,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code: 1 if anything is a problem. Raises BadRequest for wrong settings."""
+    """Run the command; return the exit code: 1 if there is a problem. Raises BadRequest for wrong settings."""
     url = given_url(args)
     settings = load_local_settings(args, url)
     gateway = _of_gateway(args)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_gateway(args: argparse.Namespace) -> list[Finding]:
-    """Ask the gateway, as clients do. Raises BadRequest for a wrong profile."""
+    """Check the gateway, over HTTP like a client. Raises BadRequest for a wrong profile."""
     with Api(args) as api:
         try:
             health = api.health()
@@ -88,16 +88,16 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
         return [Finding("gateway", "problem", f"{api.url} is not ready: {state}", advice)]
     date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
     found = [Finding("gateway", "ok", f"{api.url} is {state}"), *checkup.of_history(health.get("history"))]
-    if date is not None:  # it has whole seconds
+    if date is not None:  # the header has whole seconds
         ahead_ms = 1000 * (date + 0.5 - time.time())
         found.append(checkup.of_clock("gateway's clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))
     return found
 
 
 async def _of_queue(settings: Settings, url: str, *, is_needed: bool) -> list[Finding]:
-    """Look at the queue of the gateway at `url`.
+    """Check the queue of the gateway at `url`.
 
-    is_needed: whether it is a problem that none is named or found on this machine.
+    is_needed: whether it is a problem if no queue is named or found on this machine.
     """
     try:
         check_is_here(settings, url)
@@ -136,7 +136,7 @@ async def _of_queue(settings: Settings, url: str, *, is_needed: bool) -> list[Fi
 
 
 async def _version(http: httpx2.AsyncClient, url: str) -> str:
-    """Return what a service says of its version, "" if it does not answer."""
+    """Return the version that a service reports, "" if it does not respond."""
     try:
         return str((await http.get(url)).json().get("version", ""))
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, AttributeError):
@@ -147,21 +147,21 @@ async def _version(http: httpx2.AsyncClient, url: str) -> str:
 
 
 def of_machine(settings: Settings) -> list[Finding]:
-    """Look at this machine's disks, memory and compiler."""
+    """Check this machine's disks, memory and compiler."""
     data = next(path for path in (settings.data, *settings.data.absolute().parents) if path.exists())
     disk = shutil.disk_usage(data)
     found = [checkup.of_disk("disk", str(settings.data), disk.free, disk.total, settings.keep_free)]
     if settings.model:
         found += _of_model(settings)
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    is_built = any(cache_folder().glob("lora_kernels-*-*.so"))  # an instruction set's
+    is_built = any(cache_folder().glob("lora_kernels-*-*.so"))  # one instruction set's kernels
     shipped = _kernels_folder() / "cpu/lora_kernels.so"
     of_compiler = checkup.of_compiler(platform.machine(), compiler, is_shipped=shipped.exists(), is_built=is_built)
     return [*found, of_compiler]
 
 
 def _kernels_folder() -> Path:
-    """Return where lora_kernels is, without importing it and torch."""
+    """Return the folder of lora_kernels, without importing it and torch."""
     found = find_spec("lora_kernels")
     assert found is not None
     assert found.origin is not None
@@ -178,7 +178,7 @@ def _of_model(settings: Settings) -> list[Finding]:
 
 
 def weight_bytes(model: Path) -> int | None:
-    """Return the bytes of a model's weights as they lie on disk, None where there are none."""
+    """Return the bytes of a model's weights on disk, None without any."""
     if is_gguf(model):
         return model.stat().st_size
     files = list(model.glob("*.safetensors")) if model.is_dir() else []
@@ -186,7 +186,7 @@ def weight_bytes(model: Path) -> int | None:
 
 
 def free_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Return the bytes of memory that a new process may take: the free memory of this machine or the container."""
+    """Return the bytes of memory available to a new process: free memory of this machine or the container."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         return min(int(lines["MemAvailable"].split()[0]) * 1024, memory_bytes())

@@ -19,7 +19,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code: 1 if a replay differs. Raises what the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code: 1 if a replay differs. Raises the fleet's error, and Unavailable."""
     with Api(args) as api:
         request = api.ask("GET", f"/v1/requests/{args.request}")
         compared = api.ask("POST", f"/v1/requests/{args.request}/replay") if args.replay else None

@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     return run_action(args)
 
 
@@ -73,7 +73,7 @@ def _cancel(api: Api, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _text_of(choice: dict[str, Any]) -> str:
-    """Return the text that an event adds to a choice: of a completion, or of a chat with its reasoning and calls."""
+    """Return the new text of a choice in an event: of a completion, or of a chat with its reasoning and tool calls."""
     if "text" in choice:
         return choice["text"]
     delta = choice["delta"]

@@ -24,10 +24,10 @@ from lorafleet.shared.tables import MAX_WIDTH, part_text, size_text
 FLEET = "/v1/fleet"
 
 LEAST = ("host", "preempted/s", "slots", "resident", "pool", "waiting")
-"""Columns that a narrow terminal leaves out, the first of them first."""
+"""Columns that a narrow terminal leaves out, in this order."""
 
 Sample = dict[str, Any]
-"""A sample: its time `s` (monotonic), and the API's answers `fleet` and `workers`."""
+"""A sample: its monotonic time `s`, and the API's responses `fleet` and `workers`."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command until it is interrupted; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    """Run the command until interrupted; return the exit code. Raises the fleet's error response, and Unavailable."""
     with Api(args) as api:
         looks = islice(_looks(api, max(args.every, 0.1)), 1 if args.once else None)
         if args.json:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _looks(api: Api, every_s: float) -> Iterator[dict[str, Any]]:
-    """Yield the `figures` of a fleet without end. Raises as `Api.ask`."""
+    """Yield the `figures` of a fleet at intervals, without end. Raises as `Api.ask`."""
     before = sample(api)
     while True:
         time.sleep(every_s)
@@ -66,13 +66,13 @@ def _looks(api: Api, every_s: float) -> Iterator[dict[str, Any]]:
 
 
 def sample(api: Api) -> Sample:
-    """Ask a fleet. Raises as `Api.ask`."""
+    """Return a sample of a fleet. Raises as `Api.ask`."""
     fleet = api.ask("GET", FLEET)
     return {"s": time.monotonic(), "fleet": fleet, "workers": list(api.pages(WORKERS))}
 
 
 def figures(before: Sample, now: Sample) -> dict[str, Any]:
-    """Return what happened between two looks, and how things are at the second. Pure."""
+    """Return the rates between two samples, and the state at the second. Pure."""
     passed_s = max(now["s"] - before["s"], 1e-9)
     earlier = {worker["id"]: worker["counters"] for worker in before["workers"] if "counters" in worker}
     workers: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ def figures(before: Sample, now: Sample) -> dict[str, Any]:
 
 
 def frame(url: str, now: dict[str, Any], width: int) -> RenderableType:
-    """Return one picture of a fleet, of at most `width` characters a line where that can be."""
+    """Return one screen about a fleet, with lines of at most `width` characters if possible."""
     fleet, queue = now["fleet"], now["fleet"].get("queue") or {}
     head = Table.grid(padding=(0, 3))
     oldest = [f"{cls} {_age(ms)}" for cls, ms in sorted((queue.get("oldest_ms") or {}).items()) if ms]
@@ -116,7 +116,7 @@ def frame(url: str, now: dict[str, Any], width: int) -> RenderableType:
 
 
 def _bases(fleet: dict[str, Any], workers: Sequence[dict[str, Any]]) -> Table:
-    """Return the bases of a fleet with several, each with its state, workers, requests and tokens."""
+    """Return a table of the bases, each with its state, workers, requests and tokens per second."""
     table = Table("base", "state", "workers", "queued", "running", "tokens/s", box=None, header_style="bold")
     for base in fleet["bases"]:
         name, rate = base["name"], sum(one["tokens_per_s"] for one in workers if one.get("base") == base["name"])
@@ -140,7 +140,7 @@ def _workers(workers: Sequence[dict[str, Any]], width: int) -> RenderableType:
 
 
 def _table(workers: Sequence[dict[str, Any]], columns: Sequence[str]) -> Table:
-    """Return workers as a table of the columns that are named, without the base where all are of one."""
+    """Return a table of workers with these columns; the base is left out if all have the same."""
     columns, _ = shown(columns, (), workers)
     table = Table(*columns, box=None, header_style="bold")
     for worker in workers:

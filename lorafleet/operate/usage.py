@@ -14,10 +14,10 @@ PATH = "/v1/usage"
 DAY_S = 86_400
 GROUPS = ("tenant", "model", "batch", "adapter", "base_model")
 API_NAMES = {"tenant": "project_id"}
-"""Column -> its name in OpenAI's usage API, where that is another."""
+"""Column -> its name in OpenAI's usage API, if that differs."""
 
 MAX_DAYS = 31
-"""Days in one answer of the API."""
+"""Maximum number of days in one response of the API."""
 
 COUNTS = ("num_model_requests", "input_tokens", "input_cached_tokens", "output_tokens")
 
@@ -49,7 +49,7 @@ def _days(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     start_s = (int(time.time()) // DAY_S - args.days + 1) * DAY_S
     names = [name for name in args.by.split(",") if name]
     by = [API_NAMES.get(name, name) for name in names]

@@ -38,13 +38,13 @@ def add_arguments(parser: Parser) -> None:
             help="seconds to wait for its confirmation (%(default)g)",
         )
         order.set_defaults(do=_order, order=name)
-    for action in dict.fromkeys(actions.choices.values()):  # one that has two names comes twice
+    for action in dict.fromkeys(actions.choices.values()):  # an action with an alias is listed twice
         add_json_flag(action)
         add_flags(action)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     return run_action(args)
 
 
@@ -58,14 +58,14 @@ def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
 def shown(
     columns: Sequence[str], rows: Sequence[Sequence[str]], workers: Sequence[dict[str, Any]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of workers, without the base where all are of one."""
+    """Return columns and rows of workers; the base is left out if all have the same."""
     several = len({worker["base"] for worker in workers if worker.get("base")}) > 1
     kept = [i for i, name in enumerate(columns) if several or name != "base"]
     return [columns[i] for i in kept], [[cells[i] for i in kept] for cells in rows]
 
 
 def row(worker: dict[str, Any]) -> list[str]:
-    """Return a worker as the cells of `COLUMNS`."""
+    """Return a worker's cells for `COLUMNS`."""
     if worker["state"] == "lost":
         return ["-", "lost", *["-"] * 8, worker["id"]]
     kv, pool, adapters = worker["kv"], worker["pool"], worker["adapters"]

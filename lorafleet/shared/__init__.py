@@ -1,1 +1,1 @@
-"""What commands share: their parser and flags, a fleet's API and queue, tables."""
+"""Shared by commands: parser, flags, access to a fleet's API and queue, tables."""

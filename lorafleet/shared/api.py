@@ -1,4 +1,4 @@
-"""A fleet's HTTP API, as the commands of this package use it."""
+"""A client of a fleet's HTTP API, for the commands of this package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS: dict[int, type[LorafleetError]] = {401: Unauthorized, 403: PermissionDen
 
 
 def add_flags(parser: Parser) -> None:
-    """Declare how the fleet is reached: a flag wins over a variable, and a variable over the profile."""
+    """Declare the flags to choose a fleet: a flag overrides a variable, and a variable overrides the profile."""
     parser.add_argument(
         "--url",
         help=f"the gateway (default: ${URL_VARIABLE}, the profile's, the fleet on this machine, or {DEFAULT_URL})",
@@ -60,17 +60,17 @@ def print_json(value: Any) -> None:
 
 
 def in_path(text: str) -> str:
-    """Return a text as a part of a path. A name keeps its slashes."""
+    """Quote a text as part of a URL path. A name keeps its slashes."""
     return quote(text, safe="/:@")
 
 
 def given_url(args: argparse.Namespace) -> str:
-    """Return the gateway's address as flag, variable or profile give it, "" if none does. Raises BadRequest."""
+    """Return the gateway's URL from flag, variable or profile, "" if none has one. Raises BadRequest."""
     return args.url or os.environ.get(URL_VARIABLE) or load_profile(args.profile).url
 
 
 def reason_of(error: Exception) -> str:
-    """Return why a server cannot be reached, without the number of the system's error."""
+    """Return why a server cannot be reached, without the system's error number."""
     return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
 
 
@@ -78,10 +78,10 @@ class Api:
     """A client of one gateway."""
 
     def __init__(self, args: argparse.Namespace, fleet: LocalFleet | None = None) -> None:
-        """Take the flags of `add_flags`. fleet: the local fleet to ask; None: as the flags say.
+        """args: flags of `add_flags`. fleet: the local fleet to call; None: as the flags say.
 
-        A given fleet gets no key but that of a flag or its own: variable and profile may be for another fleet.
-        Raises BadRequest when key or profile cannot be read, and where several local fleets could be meant.
+        A given fleet only gets the key of a flag or its own, since variable and profile may be for another fleet.
+        Raises BadRequest if the key or profile cannot be read, or if several local fleets could be meant.
         """
         is_given = fleet is not None
         profile = load_profile(args.profile)
@@ -110,11 +110,11 @@ class Api:
         self._client.close()
 
     def ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        """Return the answer of a route. Raises the error that it is answered with, and Unavailable."""
+        """Return a route's JSON response. Raises the error in the response, and Unavailable."""
         return self.request(method, path, **options).json()
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
-        """Return what a route answers, whatever it is. Raises as `ask`."""
+        """Return a route's response, of any type. Raises as `ask`."""
         try:
             answer = self._client.request(method, path, **options)
         except httpx2.HTTPError as error:
@@ -127,7 +127,7 @@ class Api:
         return Unavailable(f"cannot reach the gateway at {self.url}: {reason_of(error)}{hint}")
 
     def health(self) -> dict[str, Any]:
-        """Return the gateway's health, also where it is not ready. Raises Unavailable if cannot reach the gateway."""
+        """Return the gateway's health, also if it is not ready. Raises Unavailable if it cannot be reached."""
         try:
             answer = self._client.get("/health")
         except httpx2.HTTPError as error:
@@ -146,7 +146,7 @@ class Api:
             params["after"] = page["last_id"]
 
     def download(self, path: str, target: Path) -> None:
-        """Write what a route answers to a file. Raises as `ask`."""
+        """Write a route's response to a file. Raises as `ask`."""
         try:
             with self._client.stream("GET", path) as answer, target.open("wb") as file:
                 if answer.status_code >= 400:
@@ -158,7 +158,7 @@ class Api:
             raise self._unreachable(error) from error
 
     def events(self, path: str, method: str = "GET", **options: Any) -> Iterator[dict[str, Any]]:
-        """Yield the events of a stream, until its end. Raises as `ask`."""
+        """Yield the events of a stream until it ends. Raises as `ask`."""
         try:
             with self._client.stream(method, path, **options) as answer:
                 if answer.status_code >= 400:
@@ -172,7 +172,7 @@ class Api:
 
 
 def _check(answer: httpx2.Response) -> None:
-    """Raise the error that a route has answered with."""
+    """Raise the error in a route's response."""
     if answer.status_code < 400:
         return
     try:
@@ -184,7 +184,7 @@ def _check(answer: httpx2.Response) -> None:
 
 
 def suggested(api: Api, error: NotFound, name: str) -> NotFound:
-    """Return the error about an unknown model or adapter with the name that is most like it, if there is any."""
+    """Return the error for an unknown model or adapter, with the most similar name if there is one."""
     try:
         names = [model["id"] for model in api.ask("GET", "/v1/models")["data"]]
     except LorafleetError:
@@ -193,11 +193,11 @@ def suggested(api: Api, error: NotFound, name: str) -> NotFound:
 
 
 def run_action(args: argparse.Namespace, code_of: Callable[[Any], int] | None = None) -> int:
-    """Run `args.do` with the fleet's API; return the exit code. With `--json` its answer is printed, else it prints.
+    """Run `args.do` with the fleet's API; return the exit code. With `--json` its result is printed here.
 
-    An unknown adapter, `args.adapter`, gets a suggestion.
+    The error for an unknown adapter, `args.adapter`, gets a suggestion.
 
-    code_of: makes the code of the answer; None: 0. Raises what the fleet refuses, and Unavailable.
+    code_of: returns the exit code for the result; None: 0. Raises the fleet's error response, and Unavailable.
     """
     with Api(args) as api:
         try:

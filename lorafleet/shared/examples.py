@@ -96,4 +96,4 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "lorafleet profile": ("lorafleet profile org/model --adapters ./adapters",),
     "lorafleet completion": ('eval "$(lorafleet completion bash)"   # in ~/.bashrc',),
 }
-"""Words of a command -> lines that a shell takes."""
+"""Words of a command -> shell command lines."""

@@ -1,4 +1,4 @@
-"""Settings as command-line flags: one flag per field. `Settings` checks the values; an error is one line."""
+"""Settings as command-line flags, one per field. `Settings` checks the values; an error is one line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PRECEDENCE = f"""\
 Each setting is also an environment variable {PREFIX}NAME, and a line NAME = VALUE in the --config file.
 Flags override variables, and variables override the file."""
 NO_FLAG = ("secret",)
-"""Settings that every user of this machine could read in the process list, were they flags."""
+"""Settings without a flag, because every user of this machine could read a flag in the process list."""
 SECTIONS = {
     "redis_url": "every service",
     "host": "the gateway",
@@ -46,13 +46,13 @@ SECTIONS = {
     "workers": "the workers",
     "adapters": "the adapter store",
 }
-"""The first field of each section of `Settings`, in their order, with whom the section is for."""
+"""First field of each section of `Settings`, in order -> the services that read the section."""
 
 _UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_tokens": "TOKENS"}
 
 
 def sections() -> dict[str, list[str]]:
-    """Return the names of all settings, in the order of their declaration, by whom they are for."""
+    """Return the names of all settings in the order of their declaration, by section."""
     found: dict[str, list[str]] = {}
     section = ""
     for name in Settings.model_fields:
@@ -64,7 +64,7 @@ def sections() -> dict[str, list[str]]:
 def add_settings(parser: Parser, first: Sequence[str] = (), skip: Sequence[str] = ()) -> None:
     """Declare `--config` and a flag for every field of `Settings` that is not in `skip`.
 
-    The flags in `first` are in the help; the others, grouped by the service that reads them, in that of `--help-all`.
+    `--help` shows the flags in `first`; `--help-all` shows the others too, grouped by the service that reads them.
     """
     parser.epilog = PRECEDENCE
     parser.add_argument("--config", metavar="FILE.toml", help=f"TOML file of settings, also ${CONFIG_VARIABLE}")
@@ -82,10 +82,10 @@ def add_settings(parser: Parser, first: Sequence[str] = (), skip: Sequence[str] 
 
 
 def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
-    """Return the settings that flags, variables and the TOML file give; `given` values count as flags.
+    """Return the settings from flags, variables and the TOML file; `given` values count as flags.
 
-    `REDIS_URL` is read if `LORAFLEET_REDIS_URL` is not set. Raises BadRequest, which names each wrong value and
-    where it was given.
+    `REDIS_URL` is used if `LORAFLEET_REDIS_URL` is not set. Raises BadRequest, which names each wrong value and its
+    origin.
     """
     if args.config:
         os.environ[CONFIG_VARIABLE] = args.config
@@ -121,7 +121,7 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
 
 
 def _has_password(args: argparse.Namespace, name: str) -> bool:
-    """Return whether a flag's URL has a password. Raises BadRequest for what is no URL."""
+    """Return whether the URL in a flag has a password. Raises BadRequest for an invalid URL."""
     url = str(vars(args).get(name, ""))
     try:
         return bool(urlsplit(url).password)
@@ -130,19 +130,19 @@ def _has_password(args: argparse.Namespace, name: str) -> bool:
 
 
 def _wrong(problem: Any) -> str:
-    """Return what is wrong with a value: pydantic's words, but for a pattern the setting's description."""
+    """Return what is wrong with a value: pydantic's message, or the setting's description if a pattern fails."""
     if problem["type"] == "string_pattern_mismatch":
         return f"expected: {str(Settings.model_fields[problem['loc'][0]].description).partition(';')[0]}"
     return problem["msg"].partition(", unable to parse")[0].replace("Input should be", "must be")
 
 
 def _given(problem: Any) -> str:
-    """Return the end of a sentence about a wrong value: the value itself, unless it is a secret."""
+    """Return the end of a message about a wrong value: the value itself, unless it is a secret."""
     return "" if problem["loc"][0] in NO_FLAG else f", not {redact(repr(problem['input']))}"
 
 
 def _refuse_unknown_variables() -> None:
-    """Raise BadRequest for a misspelt variable, which would otherwise be ignored without a word."""
+    """Raise BadRequest for a misspelled variable, which would otherwise be ignored silently."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
     for name in sorted(os.environ.keys() - known):
         if name.startswith(PREFIX):

@@ -1,4 +1,4 @@
-"""Commands that work on the queue itself: those of `lorafleet keys`. No gateway needs to run."""
+"""Commands that access the queue directly, such as `lorafleet keys`. They need no running gateway."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ FLAGS = ("redis_url", "redis_password_file", "data")
 
 
 def load_local_settings(args: argparse.Namespace, url: str | None = None) -> Settings:
-    """Return the settings; without a queue and a data folder in them, with the folder of the fleet on this machine.
+    """Return the settings; if they name no queue or data folder, with the folder of the fleet on this machine.
 
-    url: of its gateway, as a command was given it, "" if it was not; None for a command that takes none, for which
-        LORAFLEET_URL may name a fleet of this machine.
-    Raises BadRequest, also where several fleets could be meant.
+    url: its gateway's, as given to the command, "" if it was not given; None for a command without that flag, for which
+    LORAFLEET_URL may name a fleet of this machine. Raises BadRequest, also if several fleets could be meant.
     """
     settings = load_settings(args)
     if {"redis_url", "data"} & settings.model_fields_set:
@@ -46,22 +45,22 @@ def load_local_settings(args: argparse.Namespace, url: str | None = None) -> Set
 
 
 def check_is_here(settings: Settings, url: str) -> None:
-    """Raise BadRequest where nothing names a queue, and the gateway at `url`, "" for this machine's, is elsewhere."""
+    """Raise BadRequest if no queue is named and the gateway at `url` ("": this machine's) is on another machine."""
     is_named = bool({"redis_url", "data"} & settings.model_fields_set)
     if url and not is_named and not is_here(url):
         raise BadRequest(f"{brief(url)} is another machine's, and no queue of it is on this machine")
 
 
 def add_flags(parser: Parser, *more: str) -> None:
-    """Declare how the queue is reached, other settings by name, and `--json`."""
+    """Declare the flags to reach the queue, the settings `more`, and `--json`."""
     add_json_flag(parser)
     add_settings(parser, first=(*FLAGS, *more), skip=tuple(Settings.model_fields))
 
 
 def run_action(args: argparse.Namespace) -> int:
-    """Run `args.do` with the queue; return the exit code. With `--json` its answer is printed, else it prints.
+    """Run `args.do` with the queue; return the exit code. With `--json` its result is printed here.
 
-    Raises what it raises, and Unavailable, PermissionDenied.
+    Raises as `args.do`, and Unavailable, PermissionDenied.
     """
     answer = asyncio.run(_done(with_queue(load_local_settings(args)), args))
     if args.json:

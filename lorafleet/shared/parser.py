@@ -1,4 +1,4 @@
-"""The parser of the command line: suggestions for unknown words, examples in the help, and a short and a long help."""
+"""The command-line parser: suggestions for unknown words, examples in the help, and a short and a long help."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorafleet.shared.examples import EXAMPLES
 class Parser(argparse.ArgumentParser):
     """A parser of the command line, or of one of its commands.
 
-    `set_defaults` of each command's parser names it as `parser`, so that unknown flags are reported by the right one.
+    Each command's parser stores itself in the default `parser`, so that it reports its own unknown flags.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(parser=self)
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong and where help is, and exit with 2."""
+        """Print the error and how to get help, and exit with 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def format_help(self) -> str:
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         return self.format_whole_help(shows_all=not self.long_groups)
 
     def format_whole_help(self, *, shows_all: bool = True) -> str:
-        """Return the help; shows_all: with every group."""
+        """Return the help. shows_all: include every group."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
@@ -72,11 +72,11 @@ class _HelpAll(argparse.Action):
 
 
 ALIASES = ("ls",)
-"""Second names of `list`."""
+"""Aliases of `list`."""
 
 
 def number(text: str) -> int:
-    """Return the value of a flag that counts something. Raises ArgumentTypeError unless it is from 1 to 2⁶³ − 1."""
+    """Return the value of a flag that is a count. Raises ArgumentTypeError unless it is from 1 to 2⁶³ − 1."""
     try:
         value = int(text)
     except ValueError:
@@ -87,13 +87,13 @@ def number(text: str) -> int:
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """Return the end of an error about an unknown word: the known one that is most like it, if there is any."""
+    """Return the end of an error about an unknown word: the most similar known word, "" without one."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; exit with 2, and a suggestion, where a flag or word is unknown."""
+    """Return the arguments; for an unknown flag or word, exit with 2 and a suggestion."""
     args, unknown = parser.parse_known_args(words)
     if unknown:
         used: Parser = args.parser

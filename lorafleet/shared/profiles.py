@@ -1,10 +1,10 @@
-"""Fleets by name, so that commands need no address: `config.toml` in the user's folder of configuration.
+"""Named fleets, so that commands need no URL: `config.toml` in the user's configuration folder.
 
-profile = "prod"            # the one that is meant without --profile
+profile = "prod"            # used without --profile
 
 [prod]
 url = "https://fleet.example"
-key_file = "~/.keys/prod"   # or key = "...", if nobody else may read the file
+key_file = "~/.keys/prod"   # or key = "...", if no other user may read this file
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ FIELDS = ("url", "key", "key_file")
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """How a fleet is reached."""
+    """URL and API key of a fleet."""
 
     url: str = ""
     key: str = ""
 
 
 def config_file() -> Path:
-    """Return where the profiles are."""
+    """Return the path of the file with the profiles."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "lorafleet" / "config.toml"
 
 
 def load_profile(name: str) -> Profile:
-    """Return a profile; "" for the one that the file says, or none without a file.
+    """Return a profile; "": the file's default one, or an empty profile if there is none.
 
-    Raises BadRequest, which names the file and what is wrong in it.
+    Raises BadRequest, which names the file and its error.
     """
     file = config_file()
     try:
@@ -73,7 +73,7 @@ def _profile(values: dict[str, Any], place: str, file: Path) -> Profile:
 
 
 def read_key(path: Path, place: str) -> str:
-    """Return the key in a file. Raises BadRequest, which says where the file was named."""
+    """Return the key in a file. place: where the file was named, for the error. Raises BadRequest."""
     try:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

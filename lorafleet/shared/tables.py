@@ -1,4 +1,4 @@
-"""Lists as commands print them."""
+"""Printed lists of commands."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from rich.markup import escape
 from rich.table import Table
 
 MAX_WIDTH = 10_000
-"""Characters of the longest line of a list."""
+"""Maximum characters of a line in a list."""
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def printable(text: str) -> str:
-    """Return a text that strangers or a model wrote, with control characters shown as escapes: they move cursors."""
+    """Return an untrusted text with control characters, which could move the cursor, shown as escapes."""
     return text.translate(_CONTROL)
 
 
 def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
-    """Print rows of text below the names of their columns, or `nothing` if there is none.
+    """Print rows of text below the names of their columns, or `nothing` if there are none.
 
-    No value is folded or cut. Where a terminal is too narrow for that, each row is a block of lines, one per value.
+    No value is wrapped or cut. If a terminal is too narrow for that, each row is a block with one line per value.
     """
     terminal, wide = Console(), Console(width=MAX_WIDTH, emoji=False)
     if not rows:
@@ -44,7 +44,7 @@ def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: s
 
 
 def size_text(num_bytes: int | None) -> str:
-    """Return bytes as people read them, "-" where they are not known."""
+    """Return bytes with a readable unit, "-" if unknown."""
     if num_bytes is None:
         return "-"
     size = float(num_bytes)
@@ -56,5 +56,5 @@ def size_text(num_bytes: int | None) -> str:
 
 
 def part_text(used: float, total: float) -> str:
-    """Return a part of a whole in percent, "-" where there is no whole."""
+    """Return used / total in percent, "-" if the total is 0."""
     return f"{100 * used / total:.0f} %" if total else "-"

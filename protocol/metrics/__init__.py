@@ -1,1 +1,1 @@
-"""What the services count and show to Prometheus: every series, the names in their labels, and the pages."""
+"""The metrics of all services for Prometheus: every series, the names in their labels, and the pages."""

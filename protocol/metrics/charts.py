@@ -1,7 +1,8 @@
-"""The numbers of the console's charts as PromQL over the declared series: one query for all charts of a range.
+"""PromQL for the console's charts: one query over the declared series for all charts of a range.
 
-A gateway that has the address of a Prometheus asks it for them (`gateway/books/prometheus.py`). What is said of the
-fleet is in the /metrics of every gateway, so it takes the `max`; calls are counted where they are served, and added.
+A gateway with the address of a Prometheus sends these queries (`gateway/books/prometheus.py`). Every gateway exports
+the fleet's series in its /metrics, so queries take their `max`. Calls are counted by the gateway that serves them, so
+their counts are added.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 from protocol.metrics.names import OTHER
 
 FIELD = "field"
-"""Label of a query's results: the name of the number, one of `FLEET` after `OF_FLEET`."""
+"""Label of a query's results: the name of a number; names in `FLEET` have the prefix `OF_FLEET`."""
 
 OF_FLEET = "fleet:"
 
@@ -43,7 +44,7 @@ MODEL = {
     "ttft_p50_ms": _quantile(0.5, "lorafleet_adapter_first_token_seconds"),
     "ttft_p95_ms": _quantile(0.95, "lorafleet_adapter_first_token_seconds"),
 }
-"""PromQL of each number of a model. `$w`: a period's length, `$m`: matchers of series, `$by`: the label to group by."""
+"""PromQL of each number of a model. `$w`: length of a period; `$m`: label matchers; `$by`: label to group by."""
 
 TENANT = {
     "requests": _sum("lorafleet_tenant_queue_seconds_count{$m}"),
@@ -51,7 +52,7 @@ TENANT = {
     "output_tokens": _sum('lorafleet_tenant_tokens_total{kind="output",$m}'),
     "refused": _sum("lorafleet_tenant_refused_total{$m}"),
 }
-"""PromQL of each number of a tenant. Its requests are those that reached a worker."""
+"""PromQL of each number of a tenant. Only requests that have reached a worker count."""
 
 TOTAL = MODEL | {
     "requests": _sum("lorax_request_input_length_count{$m}"),
@@ -65,8 +66,8 @@ TOTAL = MODEL | {
 }
 """PromQL of each number of all calls. The errors are those of every POST.
 
-Series with fixed labels begin at 0 with their gateway. One with a name begins with its first calls, which Prometheus
-therefore counts in no period, so sums are not taken of those where there is another series.
+Series with fixed labels start at 0 with their gateway. A series with a name starts with its first calls, which
+Prometheus then counts in no period. So totals are not sums of named series where another series exists.
 """
 
 FLEET = {
@@ -80,21 +81,21 @@ FLEET = {
 }
 
 GROUPS: Mapping[Group, tuple[str, Mapping[str, str]]] = {"model": ("adapter", MODEL), "tenant": ("tenant", TENANT)}
-"""The label that has the names of a group, and what is known of each name."""
+"""By group: the label with its names, and the numbers of each name."""
 
 
 def busiest(group: Group, num: int, range_s: int, matchers: str) -> str:
-    """Return the query for the names of a group that had the most requests in the last `range_s` seconds."""
+    """Return the query for the names of a group with the most requests in the last `range_s` seconds, at most `num`."""
     label, numbers = GROUPS[group]
     named = f'{label}!="other",{matchers}'
     return f"topk({num}, {_filled(numbers['requests'], range_s, named, label)} > 0)"
 
 
 def chart(group: Group | None, names: Sequence[str], step_s: int, matchers: str) -> str:
-    """Return the query for all charts. Its results have the label `FIELD`; those of a group the group's label too.
+    """Return the query for all charts. Its results have the label `FIELD`; those of a group also have its label.
 
-    names: the tenants or models that are shown apart; the counts of all others are those of `OTHER`. matchers: select
-    the fleet's series, "" for all of the server.
+    names: tenants or models with charts of their own; all others are counted as `OTHER`. matchers: label matchers that
+    select the fleet's series, "" for all series of the server.
     """
     found = [_labelled(name, _filled(text, step_s, matchers)) for name, text in TOTAL.items()]
     found += [_labelled(OF_FLEET + name, _filled(text, step_s, matchers)) for name, text in FLEET.items()]
@@ -103,7 +104,7 @@ def chart(group: Group | None, names: Sequence[str], step_s: int, matchers: str)
         chosen = json.dumps("|".join(map(re.escape, names)), ensure_ascii=False)
         for name, text in numbers.items():
             found.append(_labelled(name, _filled(text, step_s, f"{label}=~{chosen},{matchers}", label)))
-            if not name.startswith("ttft"):  # times to first token of a thousand names take long
+            if not name.startswith("ttft"):  # times to first token of a thousand names are slow to compute
                 others = _filled(text, step_s, f"{label}!~{chosen},{matchers}")
                 found.append(_labelled(name, f'label_replace({others}, "{label}", "{OTHER}", "", "")'))
     return " or ".join(found)

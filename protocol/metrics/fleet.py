@@ -1,4 +1,4 @@
-"""Metrics from the workers' heartbeats, and of the adapters they hold, under names that other tools read."""
+"""Metrics from workers' heartbeats, and of the adapters on them, under names that other tools read."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from protocol.metrics import series
 from protocol.wire.messages import LOAD_BUCKETS_S, WorkerBeat
 
 MAX_LISTED = 64
-"""Adapters that one label lists: the most recently used."""
+"""Maximum number of adapters listed in one label."""
 
 
 class WorkerCollector(Collector):
-    """The workers' metrics, by their heartbeats. Gateways show all workers, a worker's own port shows that one."""
+    """The workers' metrics, from their heartbeats: of all workers at a gateway, of one at a worker's own port."""
 
     def __init__(self) -> None:
         self._beats: list[WorkerBeat] = []
 
     def show(self, beats: Iterable[WorkerBeat]) -> None:
-        """Show these workers from now on; of two with the same name the one with the later heartbeat."""
+        """Replace the exported workers; of two with the same name, the one with the later heartbeat is exported."""
         self._beats = list({beat.name: beat for beat in sorted(beats, key=lambda beat: beat.sent_ms)}.values())
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics for Prometheus; none while no worker is shown."""
+        """Yield the metrics for Prometheus; none if there are no workers."""
         if not self._beats:
             return
         steps, seconds, tokens = (
@@ -80,7 +80,7 @@ class WorkerCollector(Collector):
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """An adapter that a worker has."""
+    """An adapter on a worker."""
 
     worker: str
     adapter: str  # name
@@ -91,30 +91,30 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a gateway sees of its fleet's adapters and requests."""
+    """A gateway's view of the fleet's adapters and requests."""
 
     model: str
     running: int = 0
     waiting: int = 0  # requests waiting for a worker
-    deferred: int = 0  # requests waiting on their worker for their adapter
+    deferred: int = 0  # requests on a worker that wait for their adapter
     kv_usage: float = 0.0
-    num_steps: int = 0  # steps of all workers since their starts, and the tokens in them
-    num_step_tokens: int = 0
+    num_steps: int = 0  # steps of all workers since their starts
+    num_step_tokens: int = 0  # tokens in these steps
     holdings: Sequence[Holding] = ()
     running_adapters: Sequence[str] = ()
     waiting_adapters: Sequence[str] = ()
-    max_adapters: int = 0  # number of adapters that fit the pools, as far as known
+    max_adapters: int = 0  # number of adapters that fit into the pools, as far as known
     at_s: float = field(default_factory=time.time)
 
 
 class ResidencyMetrics(Collector):
-    """Where adapters are, and vLLM's names for a fleet as a whole. Shown where `vllm_metrics` is on."""
+    """Locations of adapters, and vLLM's names for the whole fleet. Exported if `vllm_metrics` is on."""
 
     def __init__(self) -> None:
         self.seen: Seen | None = None
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics; none while nothing is shown."""
+        """Yield the metrics; none before `seen` is set."""
         seen = self.seen
         if seen is None:
             return

@@ -1,4 +1,7 @@
-"""Labels whose values strangers choose, such as names of adapters: the most used have series, all others one. Pure."""
+"""Labels with untrusted values, such as names of adapters: the most used have their own series, all others share one.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,25 @@ from heapq import nlargest
 from prometheus_client.metrics import MetricWrapperBase
 
 OTHER = "other"
-"""The value that stands for all names without series of their own."""
+"""The label's value for all names without series of their own."""
 
 CANDIDATES = 4
-"""Names that are counted, in multiples of those with series, so that a name in heavier use can replace one of these."""
+"""How many names are counted, as a multiple of those with series, so that a name in heavier use can get a series."""
 
 RANK_S = 60.0
-"""Seconds between choices of the most used. Earlier counts are halved each time."""
+"""Seconds between selections of the most used names. Each selection halves the earlier counts."""
 
 
 class TopNames:
     """The values of one label, of which at most `limit` have series.
 
-    A free place is taken at once. Once a minute the most used names get the places; a name without series needs twice
-    the uses of one with, so that two of the same use do not take turns. A series that goes is gone, and begins at 0
-    when its name comes back, as after a restart: rates stay right, and `other` never jumps.
+    A free place is taken immediately. Once a minute the most used names get the places. A name without series needs
+    twice the uses of one with series, so that two equally used names do not alternate. A dropped series is deleted and
+    starts at 0 when its name returns, as after a restart: rates stay correct, and `other` never jumps.
     """
 
     def __init__(self, label: str, *metrics: MetricWrapperBase, now_s: Callable[[], float] = time.monotonic) -> None:
-        """label: the label of `metrics` that the names go into."""
+        """label: the label of `metrics` that has the names as values."""
         self._label = label
         self._metrics = metrics
         self._now_s = now_s
@@ -39,12 +42,12 @@ class TopNames:
         """Called with each name that loses its series."""
 
     def set_limit(self, limit: int) -> None:
-        """Set how many names have series, at least 0; those that are too many go at once."""
+        """Set how many names may have series, at least 0; excess ones are dropped immediately."""
         self._limit = limit
         self._choose()
 
     def of(self, name: str) -> str:
-        """Count a use of a name, and return the label's value: the name, or `OTHER`."""
+        """Count a use of a name, and return the label's value: the name or `OTHER`."""
         if self._now_s() >= self._due_s:
             self._choose()
         uses = self._uses
@@ -64,7 +67,7 @@ class TopNames:
         return name if name in self._named else OTHER
 
     def _choose(self) -> None:
-        """Give the series to the most used names, and forget the least used candidates."""
+        """Give the series to the most used names, and drop the least used candidates."""
         uses, named = self._uses, self._named
         wanted = {name: uses.get(name, 0.0) * (2 if name in named else 1) for name in named | uses.keys()}
         kept = set(nlargest(self._limit, wanted, key=wanted.__getitem__)) - {OTHER}

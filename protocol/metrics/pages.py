@@ -1,4 +1,4 @@
-"""A service's `/metrics`: Prometheus's text, or OpenMetrics with exemplars on request."""
+"""A service's `/metrics`: Prometheus's text format, or OpenMetrics with exemplars on request."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from prometheus_client.samples import Sample
 
 
 class _Renamed(Collector):
-    """All series, with LoRAX's counters under its own names, which do not end in _total.
+    """All series, with LoRAX's counters under their original names, which do not end in _total.
 
-    OpenMetrics has no counters of such a name, so there their type is unknown; rates of them are right all the same.
+    OpenMetrics does not allow such names for counters, so their type there is unknown; rates of them are correct
+    anyway.
     """
 
     def collect(self) -> Iterator[Metric]:
@@ -32,21 +33,21 @@ class _Renamed(Collector):
 
 
 _RENAMED = _Renamed()
-_AS_THEY_ARE = openmetrics.ALLOWUTF8  # else colons, as in vllm:num_requests_running, become underscores
+_AS_THEY_ARE = openmetrics.ALLOWUTF8  # otherwise colons, as in vllm:num_requests_running, become underscores
 _SUFFIXED = re.compile(rb"\b(lorax_[a-z_]+)_total\b")
 
 
 def page(accept: str) -> tuple[bytes, str]:
-    """Return the page of this process and its content type, in the format that an `Accept` header asks for."""
+    """Return this process's page and its content type, in the format that the `Accept` header requests."""
     if any(part.split(";")[0].strip() == "application/openmetrics-text" for part in accept.split(",")):
-        write: Callable[[Collector, str], bytes] = cast("Any", openmetrics).generate_latest  # it has no types
+        write: Callable[[Collector, str], bytes] = cast("Any", openmetrics).generate_latest  # it is untyped
         return write(_RENAMED, _AS_THEY_ARE), openmetrics.CONTENT_TYPE_LATEST
     return _SUFFIXED.sub(rb"\1", generate_latest(REGISTRY, _AS_THEY_ARE)), CONTENT_TYPE_PLAIN_0_0_4
 
 
 @contextmanager
 def serve_metrics(port: int) -> Generator[None]:
-    """Answer `GET /metrics` on `port` in a thread until the block is left; do nothing if `port` is 0."""
+    """Serve `GET /metrics` on `port` from a thread until the block ends; do nothing if `port` is 0."""
     if not port:
         yield
         return

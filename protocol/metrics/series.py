@@ -1,8 +1,7 @@
-"""Every series that the fleet shows to Prometheus, declared once, with its help text and the service that exports it.
+"""Every series that the fleet exports to Prometheus, with its help text and the service that exports it.
 
-`DECLARED` is the list: docs/metrics.md is made from it, and a test holds dashboards and rules to it. Units are in the
-names. A label whose values strangers choose, as names of adapters and tenants, goes through `names.TopNames`, which
-bounds them.
+docs/metrics.md is generated from `DECLARED`, and a test checks dashboards and rules against it. Names include the unit.
+A label with untrusted values, such as names of adapters and tenants, goes through `names.TopNames`, which bounds them.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from prometheus_client import Counter, Gauge, Histogram, Summary, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-disable_created_metrics()  # a series more for each counter and histogram, which nobody reads
+disable_created_metrics()  # one more series for each counter and histogram, which no one reads
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _NAMED_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
-"""Buckets of histograms that each named adapter and tenant has: fewer, since there may be a thousand of them."""
+"""Buckets of histograms per named adapter or tenant: fewer than `_LATENCY_S`, since there may be a thousand names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +27,15 @@ class Series:
     kind: str  # counter, gauge, histogram or summary
     text: str
     labels: tuple[str, ...]
-    shown_by: str  # service whose /metrics has it
+    shown_by: str  # kind of service that exports it
 
 
 DECLARED: dict[str, Series] = {}
-"""Every series by its name, in the order of this module."""
+"""Every series by name, in the order of this module."""
 
 
 class _Shown:
-    """Declares series that one kind of service shows."""
+    """Declares the series of one kind of service."""
 
     def __init__(self, by: str) -> None:
         self._by = by
@@ -63,14 +62,14 @@ class _Shown:
         return Histogram(name, text, labels, buckets=buckets)
 
     def family(self, name: str, kind: str, text: str, labels: Sequence[str] = ()) -> Family:
-        """Declare a series that a collector computes for each scrape."""
+        """Declare a series that a collector computes at each scrape."""
         self._declare(name, kind, text, labels)
         return Family(DECLARED[name])
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A declared series without values of its own; each call makes an empty one to be filled and shown."""
+    """A declared series without values; each method creates an empty one, to be filled and exported."""
 
     series: Series
 

@@ -1,4 +1,4 @@
-"""The page of all series: `python -m protocol.metrics.table` rewrites docs/metrics.md."""
+"""Generates the page of all series: `python -m protocol.metrics.table` rewrites docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MARK = "<!-- from here on made by python -m protocol.metrics.table -->\n"
 
 
 def table() -> str:
-    """Return the tables of all declared series, one for each kind of service that shows them."""
+    """Return a table of the declared series for each kind of service that exports them."""
     parts: list[str] = []
     for shown_by in dict.fromkeys(series.shown_by for series in DECLARED.values()):
         parts.append(f"\n## Shown by: {shown_by}\n\n{HEAD}")
@@ -24,7 +24,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Write the page, with what stands before the mark as it is."""
+    """Rewrite the page after `MARK`; the text before it is kept."""
     text = PAGE.read_text()
     PAGE.write_text(text[: text.index(MARK) + len(MARK)] + table())
 

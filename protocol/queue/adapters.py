@@ -1,4 +1,4 @@
-"""Adapters on the queue: names and registrations, pins, use, events, and what the stores publish."""
+"""Adapters in the queue: names, registrations, pins, use, events, and what the stores publish."""
 
 from __future__ import annotations
 
@@ -64,26 +64,26 @@ return ''
 """
 
 ALIASES_AT_ONCE = 256
-"""Names, about, that are read from the catalogue at a time: a millisecond's work."""
+"""Approximate number of names read from the catalogue at once: about 1 ms of work."""
 
 MAX_REGISTERED = 10_000
-"""Most registrations of a fleet."""
+"""Maximum number of registrations in a fleet."""
 
 MAX_ON_REQUEST = 7_500
-"""Registrations of a fleet beyond which requests register no new ones, so that there is room for those of tenants."""
+"""Number of registrations from which on requests cannot add new ones, which leaves room for tenants' registrations."""
 
 
 @dataclass(frozen=True, slots=True)
 class NameLimits:
-    """What a tenant with API keys may register."""
+    """The registration limits of a tenant with API keys."""
 
     tenant: str
-    max_own: int  # names of its own at once
-    max_per_minute: int  # registrations, of known names too, and new names that its requests name by their source
+    max_own: int  # its registered names at one time
+    max_per_minute: int  # registrations of new and known names, and new names that its requests give by their source
 
 
 def _readable(raw: bytes | None, kind: type[R]) -> R | None:
-    """Return a record, None for one that is not there or cannot be read: it must not hide the others."""
+    """Return a record, or None if it is missing or unreadable, so that one bad record does not hide the others."""
     return next(iter(readable([raw], kind)), None)
 
 
@@ -93,11 +93,11 @@ class CatalogueNews:
 
     run_id: str  # run id of the server
     num_names: int
-    events: list[tuple[str, bytes]]  # (stream id, `messages.AdapterEvent` as it is on the wire), oldest first
+    events: list[tuple[str, bytes]]  # (stream id, encoded `messages.AdapterEvent`), oldest first
 
 
 class Adapters:
-    """The adapters of a fleet. Names are everybody's (tenant "") or a tenant's private ones."""
+    """The adapters of a fleet. A name is shared by all tenants (tenant "") or private to one tenant."""
 
     def __init__(self, client: Client, keys: Keys) -> None:
         self._redis = client
@@ -115,33 +115,34 @@ class Adapters:
     # ------------------------------------------------------------ catalogue
 
     async def records(self, digests: Iterable[str]) -> dict[str, m.AdapterRecord]:
-        """Return what the catalogue knows of adapter contents, by digest."""
+        """Return the catalogue's records by digest, without missing and unreadable ones."""
         digests = list(digests)
         raws = await read_many(self._redis, [self._keys.adapter(digest) for digest in digests])
         found = {digest: _readable(raw, m.AdapterRecord) for digest, raw in zip(digests, raws, strict=True)}
         return {digest: record for digest, record in found.items() if record is not None}
 
     async def alias(self, name: str, tenant: str = "") -> m.Alias | None:
-        """Return what an adapter name stands for now: everybody's, or a tenant's private one."""
+        """Return the alias of a shared name, or of a tenant's private one; None if there is none."""
         raw = await self._redis.hget(self._keys.adapters, private_name(name, tenant))
         found = _readable(raw, m.Alias)
-        # A name from outside may hold a NUL and so look like the field of another tenant's name.
+        # A client's name may contain a NUL and so equal the field of another tenant's name.
         return found if found is not None and found.tenant == tenant else None
 
     async def aliases(self, tenant: str | None = "") -> list[m.Alias]:
-        """Return everybody's names and those of `tenant`; None: those of all tenants."""
+        """Return the shared names and those of `tenant`; None: the names of all tenants."""
         raws = (await self._redis.hgetall(self._keys.adapters)).values()
         found = [alias for raw in raws if (alias := _readable(raw, m.Alias)) is not None]
         return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
 
     async def stamp(self) -> bytes:
-        """Return the catalogue's stamp, which each change replaces; b"" if no store has written one yet."""
+        """Return the catalogue's stamp, which changes with every change of the catalogue; b"" if there is none yet."""
         return await self._redis.get(self._keys.adapters_stamp) or b""
 
     async def some(self) -> AsyncIterator[list[m.Alias]]:
-        """Make all names of all tenants, some hundreds at a time, so that thousands hold nobody up.
+        """Yield all names of all tenants in lists of some hundreds, so that thousands do not block the event loop.
 
-        One that changes meanwhile is there as it was or as it is; one that comes or goes may be there or not.
+        A name that changes during the scan is yielded in its old or new state. One that is added or removed during the
+        scan may be missing.
         """
         seen: set[bytes] = set()
         cursor = -1
@@ -157,14 +158,14 @@ class Adapters:
     async def register(
         self, registration: m.Registration, max_registered: int = MAX_REGISTERED, limits: NameLimits | None = None
     ) -> bool:
-        """Have the stores serve a name from a source, or look at it again. Returns False if too many are registered.
+        """Have the stores serve a name from a source, or check the source again. Returns False at `max_registered`.
 
-        `limits` are those of the tenant that asks. Raises Conflict, Overloaded when it exceeds them.
+        limits: those of the tenant that registers. Raises Conflict or Overloaded if it exceeds them.
         """
         if registration.on_request:
             max_registered = min(max_registered, MAX_ON_REQUEST)
         tenant, registered = limits.tenant if limits is not None else "", self._keys.registrations
-        count = self._keys.registered(tenant, now_ms() // 60_000) if tenant else registered  # then it counts nothing
+        count = self._keys.registered(tenant, now_ms() // 60_000) if tenant else registered  # unused without a tenant
         reply = await self._redis.eval(
             _REGISTER, 2, registered, count,
             private_name(registration.name, registration.tenant), m.encode(registration), max_registered,
@@ -181,7 +182,7 @@ class Adapters:
         return not reply
 
     async def ask_again(self, name: str, tenant: str, asked_ms: int) -> bool:
-        """Have the stores look at a registered name's source again, as asked at `asked_ms`. False if there is none."""
+        """Have the stores check a registered name's source again, as requested at `asked_ms`. False if unregistered."""
         field, registered = private_name(name, tenant), self._keys.registrations
         while True:
             raw = await self._redis.hget(registered, field)
@@ -191,20 +192,20 @@ class Adapters:
             if found.asked_ms < asked_ms:
                 asked = m.encode(msgspec.structs.replace(found, asked_ms=asked_ms))
                 if not await self._redis.eval(_REPLACE_IF_SAME, 1, registered, field, raw, asked):
-                    continue  # it was written meanwhile
+                    continue  # it was changed in between
             await self.announce(m.AdapterEvent(kind="wanted", name=name))
             return True
 
     async def registration(self, name: str, tenant: str = "") -> m.Registration | None:
-        """Return what a name is registered for."""
+        """Return the registration of a name; None if there is none."""
         raw = await self._redis.hget(self._keys.registrations, private_name(name, tenant))
         found = _readable(raw, m.Registration)
         return found if found is not None and found.tenant == tenant else None
 
     async def unregister(self, name: str, tenant: str = "", *, unless_asked_after: int | None = None) -> bool:
-        """Take a registration back; the stores then remove the name.
+        """Withdraw a registration; the stores then remove the name.
 
-        Returns False if there was none, or one asked for after `unless_asked_after` (unix ms).
+        Returns False if there was none, or if it was requested after `unless_asked_after` (unix ms).
         """
         field, registered = private_name(name, tenant), self._keys.registrations
         raw = await self._redis.hget(registered, field)
@@ -219,13 +220,13 @@ class Adapters:
         return True
 
     async def registrations(self) -> dict[str, m.Registration]:
-        """Return all registrations by the name that the catalogue has for them."""
+        """Return all registrations by field, as `private_name` spells it."""
         raws = await self._redis.hgetall(self._keys.registrations)
         found = {name.decode(): _readable(raw, m.Registration) for name, raw in raws.items()}
         return {name: registration for name, registration in found.items() if registration is not None}
 
     async def is_newer(self, field: str) -> bool:
-        """Return whether a name's registration is there, in a form that newer releases alone can read."""
+        """Return whether a name has a registration in a form that only newer releases can read."""
         raw = await self._redis.hget(self._keys.registrations, field)
         try:
             readable([raw], m.Registration, leave_newer=True)
@@ -240,18 +241,18 @@ class Adapters:
         return {name.decode(): by.decode() for name, by in (await self._redis.hgetall(self._keys.pins)).items()}
 
     async def pin(self, name: str, by: str) -> None:
-        """Have workers keep what a name stands for in their pools. A pin by the settings stays one by the settings."""
+        """Pin a name, so that workers keep its adapter resident. A pin from the settings keeps that origin."""
         await self._redis.hsetnx(self._keys.pins, name, by)
         await self.announce(m.AdapterEvent(kind="wanted", name=name))
 
     async def unpin(self, name: str) -> bool:
-        """Take a pin back. Returns False if there was none."""
+        """Remove a pin. Returns False if there was none."""
         known = bool(await self._redis.hdel(self._keys.pins, name))
         await self.announce(m.AdapterEvent(kind="wanted", name=name))
         return known
 
     async def note_use(self, uses: Mapping[str, AdapterUse]) -> None:
-        """Add to the fleet's counts of use, by digest. Repeated after a lost reply, it counts twice."""
+        """Add to the fleet's usage counts by digest. A repetition after a lost reply counts twice."""
         pipe = self._redis.pipeline(transaction=False)
         for digest, use in uses.items():
             key = self._keys.adapter_use(digest)
@@ -264,7 +265,7 @@ class Adapters:
         await pipe.execute()
 
     async def uses(self, digests: Iterable[str]) -> dict[str, AdapterUse]:
-        """Return the use of adapters by digest; those not used for a week are missing."""
+        """Return the usage counts by digest; adapters not used for a week are missing."""
         digests = list(digests)
         pipe = self._redis.pipeline(transaction=False)
         for digest in digests:
@@ -300,14 +301,14 @@ class Adapters:
         await pipe.execute()
 
     async def withdraw(self, field: str) -> None:
-        """Delete a name, as `private_name` spells it."""
+        """Delete a name. field: as `private_name` spells it."""
         pipe = self._redis.pipeline(transaction=True)
         pipe.hdel(self._keys.adapters, field)
         self._stamp(pipe)
         await pipe.execute()
 
     def _stamp(self, pipe: Pipeline) -> None:
-        """Invalidate copies of the catalogue by a random stamp: a counter could repeat after a loss."""
+        """Invalidate copies of the catalogue with a random stamp: a counter could repeat after a loss of data."""
         pipe.set(self._keys.adapters_stamp, uuid.uuid4().bytes)
 
     async def known_digests(self) -> list[str]:
@@ -319,10 +320,10 @@ class Adapters:
         ]
 
     async def delete_records(self, digests: Iterable[str]) -> list[str] | None:
-        """Delete the records of those digests that no name stands for, and return these.
+        """Delete the records of those digests to which no name refers, and return these digests.
 
-        Returns None, with nothing deleted, when names were published meanwhile. Raises NewerRecord while newer releases
-        alone know what some name stands for.
+        Returns None, with nothing deleted, if names were published in between. Raises NewerRecord if some name can be
+        read only by newer releases.
         """
         async with self._redis.pipeline(transaction=True) as pipe:
             await pipe.watch(self._keys.adapters)
@@ -340,16 +341,16 @@ class Adapters:
         return gone
 
     async def take_lease(self, field: str, ttl_ms: int) -> bool:
-        """Become the store that fetches a name, for `ttl_ms`. Returns False when another one is."""
+        """Take the lease to fetch a name, for `ttl_ms`. Returns False if another store holds it."""
         return bool(await self._redis.set(self._keys.fetching(field), "1", nx=True, px=ttl_ms))
 
     async def renew_leases(self, fields: Iterable[str], ttl_ms: int) -> None:
-        """Continue to fetch these names for `ttl_ms` from now."""
+        """Extend the leases on these names to `ttl_ms` from now."""
         pipe = self._redis.pipeline(transaction=False)
         for field in fields:
             pipe.pexpire(self._keys.fetching(field), ttl_ms)
         await pipe.execute()
 
     async def release_lease(self, field: str) -> None:
-        """Let another store fetch a name."""
+        """Release the lease on a name, so that another store may fetch it."""
         await self._redis.delete(self._keys.fetching(field))

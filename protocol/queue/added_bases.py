@@ -1,4 +1,4 @@
-"""The bases that operators add and take away while the fleet runs, in one record that all services read."""
+"""The bases that operators add and remove while the fleet runs, in one record that all services read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from protocol.wire.errors import Conflict, NotFound
 from protocol.wire.keys import Keys
 
 MAX_REMOVED = 64
-"""Names of removed bases that are remembered, the last ones. What is queued for one that is forgotten has ended long
-before, unless as many are removed within seconds."""
+"""How many names of removed bases are remembered, the latest ones. By the time a name is forgotten, requests queued for
+it have ended, unless that many bases are removed within seconds.
+"""
 
 
 def decoded(raw: bytes | None) -> m.AddedBases:
-    """Return the record as it was read. Raises UnreadableRecord, and NewerRecord."""
+    """Return the decoded record, an empty one for None. Raises UnreadableRecord, or NewerRecord for a newer form."""
     return decode_record(raw, m.AddedBases) if raw else m.AddedBases()
 
 
 def added(known: m.AddedBases, name: str, model: str, now: int, most: int) -> m.AddedBases:
-    """Return the record with one base more, the same one if it is there. now: unix ms. Pure.
+    """Return the record with one more base, unchanged if it has this base already. now: unix ms. Pure.
 
-    Raises Conflict for a name or a model that another one has, and above `most` bases.
+    Raises Conflict if another base has the name or the model, or if there are `most` bases already.
     """
     there = known.bases.get(name)
     if there is not None and there.model == model:
@@ -52,14 +53,14 @@ def removed(known: m.AddedBases, name: str) -> m.AddedBases:
 
 
 class AddedBaseRecord:
-    """The record in the queue. Who changes it at the same time as others does so after them."""
+    """The record in the queue. Concurrent changes are applied one after another."""
 
     def __init__(self, client: Client, keys: Keys) -> None:
         self._redis = client
         self._key = keys.added_bases
 
     async def get(self) -> m.AddedBases:
-        """Return the bases that are added, with their models, and the names of those that were removed."""
+        """Return the added bases with their models, and the names of removed ones."""
         return decoded(await self._redis.get(self._key))
 
     async def add(self, name: str, model: str, most: int) -> bool:
@@ -67,7 +68,7 @@ class AddedBaseRecord:
         return await self._change(lambda known: added(known, name, model, now_ms(), most))
 
     async def remove(self, name: str) -> None:
-        """Take a base away. Raises as `removed`."""
+        """Remove a base. Raises as `removed`."""
         await self._change(lambda known: removed(known, name))
 
     async def _change(self, change: Callable[[m.AddedBases], m.AddedBases]) -> bool:
@@ -82,5 +83,5 @@ class AddedBaseRecord:
                 try:
                     await pipe.execute()
                     return True
-                except WatchError:  # another gateway was faster
+                except WatchError:  # another gateway wrote in between
                     continue

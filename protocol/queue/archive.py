@@ -1,8 +1,8 @@
-"""What copying the history of requests from the queue into a database needs of the queue.
+"""The queue's side of copying the history of requests into a database.
 
-One gateway copies at a time. Each tenant's streams of ends are the source (`protocol.queue.history`), and remember how
-far they have been copied: a database that is away for a while costs nothing but time. Prompts and outputs are read from
-the records of requests, which live on for two minutes.
+One gateway copies at a time. The sources are the two history streams of each tenant (`protocol.queue.history`), and the
+queue stores how far they have been copied. So an unreachable database only delays the copy. Prompts and outputs are
+read from the records of requests, which live two minutes longer than the request.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ from protocol.wire.errors import ProtocolError
 from protocol.wire.keys import Keys
 
 LEASE_MS = 10_000
-"""How long a gateway that has died keeps others from copying. Whatever is read is written in half of this time."""
+"""How long a dead gateway keeps others from copying. What has been read is written within half of this time."""
 
 _PROBLEM_MS = 60_000
 
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """An entry of a tenant's history."""
+    """An entry of a tenant's history, with its place."""
 
     tenant: str
     place: Place
-    entry: m.HistoryEntry | None  # None: another release wrote it, and this one cannot read it
+    entry: m.HistoryEntry | None  # None: written by another release, unreadable for this one
 
 
 @dataclass(frozen=True, slots=True)
 class NewPast:
-    """What a tenant's history has that was not copied yet: the oldest of it."""
+    """The oldest entries of a tenant's history that were not copied yet."""
 
     tenant: str
     found: list[Past]
-    at: bytes  # how far that is, as `Keys.copied` has it
+    at: bytes  # ids of the last entries in `found`, in the form of `Keys.copied`
     has_more: bool
-    has_gap: bool  # whether entries left the stream before they were copied
+    has_gap: bool  # whether entries were trimmed before they were copied
 
 
 @dataclass(frozen=True, slots=True)
 class TextFound:
-    """What became of the prompt and output of a request that has ended."""
+    """The prompt and output of a request that has ended, if they were kept."""
 
     text: m.KeptText | None = None
-    is_lost: bool = False  # they should have been kept, and have expired or cannot be read
+    is_lost: bool = False  # they should have been kept, but have expired or are unreadable
 
 
 class Archive:
-    """The histories as a source, who copies them, and what is to be deleted from the copy."""
+    """The histories as a source, the lease to copy them, and pending deletions from the copy."""
 
     def __init__(self, client: Client, keys: Keys, seal: Seal | None) -> None:
-        """seal: seals texts, None: they lie open in the database."""
+        """seal: encrypts texts; None: the database stores them as plain text."""
         self._redis = client
         self._keys = keys
         self._seal = seal
@@ -68,7 +68,7 @@ class Archive:
     # ------------------------------------------------------------ who copies
 
     async def lead(self, gid: str) -> bool:
-        """Take or keep the copying for LEASE_MS. Returns whether this gateway has it."""
+        """Take or renew the lease to copy, for LEASE_MS. Returns whether this gateway holds it."""
         key = self._keys.history_writer
         if await self._redis.set(key, gid, nx=True, px=LEASE_MS):
             return True
@@ -77,26 +77,26 @@ class Archive:
         return bool(await self._redis.pexpire(key, LEASE_MS))
 
     async def leave(self, gid: str) -> None:
-        """Let another gateway copy."""
+        """Release the lease to copy."""
         if await self._redis.get(self._keys.history_writer) == gid.encode():
             await self._redis.delete(self._keys.history_writer)
 
     async def tell(self, problem: str) -> None:
-        """Say why nothing can be copied, "" for no problem."""
+        """Publish why nothing can be copied; "": no problem."""
         await self._redis.set(self._keys.history_problem, problem, px=_PROBLEM_MS)
 
     async def problem(self) -> str:
-        """Return what the gateway that copies has told, "" for no problem."""
+        """Return the reason that the copying gateway has published, "" for none."""
         return (await self._redis.get(self._keys.history_problem) or b"").decode()
 
     # ------------------------------------------------------------ what is new
 
     async def tenants(self, since_ms: int) -> list[str]:
-        """Return the tenants whose last end was noted since a time."""
+        """Return the tenants whose last request ended, as far as noted, at or after a unix time in ms."""
         return [name.decode() for name in await self._redis.zrangebyscore(self._keys.histories, since_ms, "+inf")]
 
     async def new(self, tenants: Sequence[str], num: int, since_ms: int) -> list[NewPast]:
-        """Return what tenants' histories have that was not copied: `num` of each stream's oldest since a time."""
+        """Return tenants' uncopied entries: the `num` oldest of each stream since a unix time in ms."""
         copied = await self._redis.mget([self._keys.copied(tenant) for tenant in tenants])
         ids: list[list[str]] = []
         pipe = self._redis.pipeline(transaction=False)
@@ -120,7 +120,7 @@ class Archive:
             for raw, fields in entries:
                 past.append(Past(tenant, Place(*_numbers(raw.decode()), mark_of(key)), entry_of(fields)))
             ends.append(entries[-1][0].decode() if entries else at)
-            # An entry that was copied leaves early only when so many are new that newer ones may have left as well.
+            # A copied entry is trimmed early only if so many are new that uncopied ones may have been trimmed, too.
             if len(entries) == num and _numbers(at)[0] > since_ms:
                 has_gap = has_gap or not await self._redis.xrange(key, at, at)
         return NewPast(tenant, past, " ".join(ends).encode(), any(len(one) == num for one in streams), has_gap)
@@ -129,7 +129,7 @@ class Archive:
         return self._keys.history(tenant), self._keys.refusals(tenant)
 
     async def copied(self, found: Sequence[NewPast], keep_ms: int) -> None:
-        """Note that this has been copied, for as long as it could be found again."""
+        """Record that these entries have been copied. The record lives twice as long as the entries, `keep_ms`."""
         pipe = self._redis.pipeline(transaction=False)
         for one in found:
             pipe.set(self._keys.copied(one.tenant), one.at, px=2 * keep_ms)
@@ -138,10 +138,9 @@ class Archive:
     # ------------------------------------------------------------ prompts and outputs
 
     async def texts(self, wanted: Sequence[tuple[str, str]]) -> list[TextFound]:
-        """Return the prompts and outputs of requests that have ended, of each by its tenant and id.
+        """Return the prompts and outputs of ended requests, each given by its tenant and id.
 
-        There is none of a request whose gateway keeps no texts, of one that its owner has deleted, and of another
-        tenant's.
+        A text is missing if the gateway keeps no texts, the owner has deleted it, or it belongs to another tenant.
         """
         pipe = self._redis.pipeline(transaction=False)
         for tenant, rid in wanted:
@@ -164,11 +163,11 @@ class Archive:
             tokenizer = (record[4] or b"").decode()
             read_input = Input(common, part, b"", b"", key, head.part, self._seal)
             found.append(_text(head, num, tokenizer, read_input, output))
-            await asyncio.sleep(0)  # a long prompt that is sealed takes some tenths of a millisecond
+            await asyncio.sleep(0)  # opening a long sealed prompt takes some tenths of a ms
         return found
 
     def _head(self, record: list[Any], tenant: str) -> tuple[m.RequestHead, int, str] | None:
-        """Return a request, how many tokens of it are kept, and the key of its bodies; None where none are kept."""
+        """Return a request, its number of kept tokens and the key of its bodies; None if no text is kept."""
         sub, num, usage, call, _ = record
         if sub is None or num is None or owner_of(usage or b"") != tenant:
             return None
@@ -178,12 +177,12 @@ class Archive:
             return None
 
     def sealed(self, tenant: str, rid: str, text: m.KeptText) -> bytes:
-        """Return a text as a database has it."""
+        """Return a text as it is stored in the database: encoded, and sealed if there is a seal."""
         raw = m.encode(text)
         return raw if self._seal is None else self._seal.seal(raw, self._place(tenant, rid))
 
     def opened(self, tenant: str, rid: str, raw: bytes) -> m.KeptText:
-        """Undo `sealed`. Raises ProtocolError."""
+        """Decode what `sealed` returned. Raises ProtocolError."""
         return decode(raw if self._seal is None else self._seal.open(raw, self._place(tenant, rid)), m.KeptText)
 
     def _place(self, tenant: str, rid: str) -> str:
@@ -192,16 +191,16 @@ class Archive:
     # ------------------------------------------------------------ deletions
 
     async def deletions(self, num: int) -> list[tuple[str, str]]:
-        """Return tenant and id of the requests whose texts are to be deleted from the database, the oldest first."""
+        """Return (tenant, id) of `num` requests whose texts must be deleted from the database, oldest first."""
         members = await self._redis.zrange(self._keys.history_deleted, 0, num - 1)
         return [(tenant, rid) for tenant, _, rid in (one.decode().partition(":") for one in members)]
 
     async def deleted(self, done: Sequence[tuple[str, str]]) -> None:
-        """Note that these texts have been deleted."""
+        """Record that these texts have been deleted."""
         await self._redis.zrem(self._keys.history_deleted, *(_deletion(*one) for one in done))
 
     async def is_deleted(self, tenant: str, rid: str) -> bool:
-        """Return whether a text is to be deleted, so that nobody may see it."""
+        """Return whether a text is pending deletion and must not be shown."""
         return await self._redis.zscore(self._keys.history_deleted, _deletion(tenant, rid)) is not None
 
 

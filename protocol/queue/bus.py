@@ -1,6 +1,6 @@
 """The typed client of the queue: a request from submission to end, and the queue's other parts.
 
-Every method may be called twice safely.
+Every method can safely be repeated.
 """
 
 from __future__ import annotations
@@ -66,20 +66,20 @@ T = TypeVar("T")
 R = TypeVar("R", bound=m.Record)
 
 TIMEOUT_S = 5
-"""Most time until the queue's server has answered."""
+"""Maximum seconds to wait for a reply of the queue's server."""
 
 _READ_BYTES = 1 << 17
-"""Bytes of a large value that are read at once."""
+"""Bytes per read of a large value."""
 
 FROM_OUTSIDE = 1 << 53
-"""Epoch of a delta about an end that was not written by the owner: it is above every owner's."""
+"""Epoch of a delta for an end that the owner did not write: greater than the epoch of any owner."""
 
 
 class Bus:
     """A service's connection to the queue."""
 
     def __init__(self, url: str, keys: Keys | None = None, *, lua: Path = FOLDER, seal: Seal | None = None) -> None:
-        """`lua` is the folder of the scripts; `seal` encrypts what requests ask, None: it lies open in the queue."""
+        """lua: folder of the scripts. seal: encrypts prompts and other inputs; None: the queue stores plain text."""
         self.url = url
         self.keys = keys or Keys()
         self._redis = connect(url, timeout_s=TIMEOUT_S, timed=True)
@@ -115,7 +115,7 @@ class Bus:
         await self._blocking.aclose()
 
     async def restarted(self) -> bool:
-        """Return whether the server was restarted since the last call: then it may have lost its last second."""
+        """Return whether the server has restarted since the last call. It may then have lost its last second."""
         asked_at_ns = time.monotonic_ns()
         facts = await self._redis.info("server")
         CLOCK.learn(1000 * facts["server_time_usec"], asked_at_ns, time.monotonic_ns())
@@ -123,26 +123,26 @@ class Bus:
         return before not in ("", self._run_id)
 
     async def memory(self) -> tuple[int, int]:
-        """Return the bytes that the server's memory holds and may hold (`maxmemory`; 0: no limit)."""
+        """Return the used bytes of the server's memory and their limit (`maxmemory`; 0: no limit)."""
         found = await self._redis.info("memory")
         return found["used_memory"] - found.get("mem_not_counted_for_evict", 0), found["maxmemory"]
 
     # ------------------------------------------------------------ values
 
     async def get(self, key: str, type_: type[T]) -> T | None:
-        """Return a message stored under a key."""
+        """Return the message stored under a key; None if there is none."""
         try:
             raw = await self._line.ask(("GET", key))
-        except (*LOST, NotTakenError):  # redis-py connects again
+        except (*LOST, NotTakenError):  # redis-py reconnects
             raw = await self._redis.get(key)
         return None if raw is None else decode(raw, type_)
 
     async def get_many(self, keys: Sequence[str], type_: type[R]) -> list[R | None]:
-        """Return the records stored under keys, None for one that is not there or cannot be read."""
+        """Return the records stored under keys, None for each that is missing or unreadable."""
         return [next(iter(readable([raw], type_)), None) for raw in await read_many(self._redis, keys)]
 
     async def set(self, key: str, value: msgspec.Struct, ttl_ms: int | None = None) -> None:
-        """Store a message that the fleet lives by under a key."""
+        """Store a message under a key even while the server's memory is full. ttl_ms: None: no TTL."""
         life = () if ttl_ms is None else ("PX", ttl_ms)
         await self._scripts.write_vital(("SET", key, m.encode(value), *life))
 
@@ -165,15 +165,15 @@ class Bus:
         text: int = 0,
         tokenizer: str = "",
     ) -> tuple[Literal["ok", "full", "idem", "limit", "conversation"], Any]:
-        """Accept the requests of a call all together, as a background `job` if given, and reserve their use.
+        """Accept the requests of a call all together, as a background `job` if given, and charge the tenant's quotas.
 
-        Requests with the same body, the very object, share it in the queue. `forced`: whatever the tenant's limits say.
-        `keep_bodies`: they live on with the records of requests that have ended. `usages`: what each request's end adds
-        to its tenant's usage, see `usage.usage_of`; () for nothing. `history`: how their ends are kept, see
-        `kept_for`; "": not at all. `text`: most tokens of each prompt and output that the history keeps,
-        whose ids are those of the base's `tokenizer`, a hash.
-        Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value),
-        ("limit", `Standing`) or ("conversation", turns that are to be added, or -1 where its tenant has none such).
+        Requests that have the same body object share it in the queue. forced: ignore the tenant's limits. keep_bodies:
+        keep bodies with the records of ended requests. usages: what each request's end adds to its tenant's usage, see
+        `usage.usage_of`; (): nothing. history: retention of their ends, see `kept_for`; "": none. text: maximum tokens
+        of each prompt and output that the history keeps. tokenizer: hash of the base's tokenizer, for these tokens.
+        Returns ("ok", the tenant's `Standing` or None). If the call is not accepted: ("full", number queued), ("idem",
+        earlier value), ("limit", `Standing`), or ("conversation", pending turns; -1: the tenant has no such
+        conversation).
         """
         keys, call = self.keys, requests[0][0].rid
         parts, fields = packed_bodies([body for _, body in requests])
@@ -213,10 +213,10 @@ class Bus:
         leader: str = "",
         placed: Mapping[str, m.Placed] | None = None,
     ) -> tuple[Literal["ok", "deposed", "gone", "stale"], list[str]]:
-        """Hand requests to a worker; `batch` pairs each message (epoch + 1) with the epoch it had when read.
+        """Assign requests to a worker. `batch` pairs each message, with epoch + 1, and the epoch that was read.
 
-        placed: why, by request id: kept in their records.
-        Returns ("stale", rids) when some are no longer queued as believed; nothing is assigned then.
+        placed: reasons by request id, stored in the requests' records. Returns ("stale", rids) if some requests have
+        changed in between; nothing is assigned then.
         """
         rows: list[lua.AssignRow] = []
         for message, epoch in batch:
@@ -235,7 +235,7 @@ class Bus:
         return reply[0].decode(), [rid.decode() for rid in reply[1:]]
 
     async def step(self, wid: str, step: StepResult) -> list[Refused]:
-        """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
+        """Write a step. Returns the refused rows; if there are any, nothing was written."""
         if self._seal is None:
             call = step_call(step, wid, self.keys)
         else:
@@ -251,7 +251,7 @@ class Bus:
         *,
         dead_letter: m.DeadLetter | None = None,
     ) -> bool:
-        """End a request from outside its worker. Returns False when it had already ended."""
+        """End a request from outside its worker. Returns False if it had already ended."""
         info = error_json(error)
         delta = m.Delta(rid, FROM_OUTSIDE, -1, finish=reason, error=info)
         order = m.Control(kind="cancel", rid=rid)
@@ -263,18 +263,18 @@ class Bus:
         return bool(await self._scripts.run(call))
 
     async def cancel(self, rid: str) -> str:
-        """Ask for a request's end. Returns its state after the call, "" when it is unknown."""
+        """Cancel a request. Returns its state after the call, "" if the request is unknown."""
         delta = m.Delta(rid, FROM_OUTSIDE, -1, finish="cancelled")
         order = m.Control(kind="cancel", rid=rid)
         call = lua.Cancel(rid=rid, deltas=m.encode([delta]), order=m.encode(order), ended=_ended(rid))
         return (await self._scripts.run(call)).decode()
 
     async def forget_call(self, idem_key: str, rids: Sequence[str]) -> None:
-        """Delete all that the requests of a call have left, which have ended, and its Idempotency-Key."""
+        """Delete everything stored about the requests of an ended call, and its Idempotency-Key."""
         await self._scripts.run(lua.Forget(job="", jobs="", idem=idem_key, jid="", tenant="", text_ms=0, rids=rids))
 
     async def free_idem(self, idem_key: str, record: m.Idempotent) -> None:
-        """Delete an Idempotency-Key if it still has what was first read under it."""
+        """Delete an Idempotency-Key if it still belongs to the call of `record`."""
         async with self._redis.pipeline(transaction=True) as pipe:
             await pipe.watch(idem_key)
             raw = await pipe.get(idem_key)
@@ -282,19 +282,19 @@ class Bus:
                 return
             pipe.multi()
             pipe.delete(idem_key)
-            with suppress(WatchError):  # somebody else was faster
+            with suppress(WatchError):  # another writer changed it
                 await pipe.execute()
 
     async def requeue(
         self, wid: str, rids: Sequence[str], *, counts: bool, max_attempts: int, name: str = ""
     ) -> dict[str, str]:
-        """Queue the requests of a worker, called `name`, again. Returns each one's outcome, see `requeue.lua`."""
+        """Queue requests of a worker again. name: the worker's. Returns each request's outcome, see `requeue.lua`."""
         call = lua.Requeue(wid=wid, has_died=int(counts), name=name, max_attempts=max_attempts, rids=rids)
         reply = await self._scripts.run(call)
         return {reply[i].decode(): reply[i + 1].decode() for i in range(0, len(reply), 2)}
 
     async def lead(self, token: str, candidate: str, ttl_ms: int) -> str:
-        """Take or keep the scheduler leadership. Returns the token while leading, else ""."""
+        """Take or keep the scheduler leadership. Returns the leader's token, "" if another scheduler leads."""
         keys = self.keys
         call = lua.Lead(
             leader=keys.leader, leader_epoch=keys.leader_epoch, token=token, candidate=candidate, ttl_ms=ttl_ms
@@ -306,19 +306,19 @@ class Bus:
         return bool(await self._redis.exists(self.keys.leader))
 
     async def repair(self, rid: str, seq0: int, ids: bytes, logprobs: bytes, record_bytes: int) -> int:
-        """Append to a log what a client has seen and Redis has lost. Returns the log's length in tokens."""
+        """Append to a log the tokens that a client has seen and Redis has lost. Returns the log's length in tokens."""
         call = lua.Repair(rid=rid, seq0=seq0, ids=ids, logprobs=logprobs, record_bytes=record_bytes)
         return int(await self._scripts.run(call))
 
     async def position(self, rid: str, *, limit: int = 1000) -> int | None:
-        """Return how many requests were submitted before a queued one, at most `limit`; None when it is not queued."""
+        """Return how many requests were submitted before a queued one, at most `limit`; None if it is not queued."""
         ahead = int(await self._scripts.run(lua.Position(rid=rid, limit=limit)))
         return None if ahead < 0 else ahead
 
-    # ------------------------------------------------------------ asking about requests
+    # ------------------------------------------------------------ reading requests
 
     async def requests(self, rids: Sequence[str]) -> list[RequestFacts | None]:
-        """Return the facts of requests, None for one that has expired or never was."""
+        """Return the facts of requests, None for each that has expired or never existed."""
         pipe = self._redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), FACTS)
@@ -328,7 +328,7 @@ class Bus:
         return [facts_of(row, length) if row[0] is not None else None for row, length in pairs]
 
     async def record(self, rid: str) -> RequestRecord | None:
-        """Return all that is kept of a request but its prompt and tokens, None for one that has expired or never was.
+        """Return everything stored about a request except prompt and tokens; None if it has expired or never existed.
 
         Raises ProtocolError.
         """
@@ -341,12 +341,12 @@ class Bus:
     async def read_log(self, rid: str, seq0: int, record_bytes: int = 0, limit: int = 0) -> m.Delta | None:
         """Return a request's tokens from index `seq0` on, and its end if it has ended, as if delivered just now.
 
-        `record_bytes` is the size of its logprob records, 0 without them. `limit`: most tokens, 0 for all; where there
-        are so many, its end is not told. None when the request is unknown.
+        record_bytes: size of its logprob records, 0 without them. limit: maximum tokens, 0: all; if that many are
+        returned, the end is not reported. Returns None if the request is unknown.
         """
-        end = seq0 + limit if limit else 0  # GETRANGE takes -1 for the last
+        end = seq0 + limit if limit else 0  # GETRANGE takes -1 for the last byte
         pipe = self._redis.pipeline(transaction=False)
-        # The state first: if it is terminal, the tokens read after it are complete.
+        # Read the state first: if it is terminal, the tokens read after it are complete.
         pipe.hmget(self.keys.req(rid), "state", "epoch", "finish", "error", "n_prompt", "cached")
         pipe.getrange(self.keys.tok(rid), seq0 * 4, end * 4 - 1)
         if record_bytes:
@@ -369,7 +369,7 @@ class Bus:
         )
 
     async def prompt_logprobs(self, rid: str, record_bytes: int) -> tuple[bytes, bytes] | None:
-        """Return a request's prompt (int32) and the logprob record of each token; None if they are not there."""
+        """Return a request's prompt (int32) and the logprob record of each of its tokens; None if not stored."""
         key = self.keys.plp(rid)
         num_bytes = int(await self._redis.strlen(key))
         if self._seal is not None:
@@ -379,10 +379,10 @@ class Bus:
             return (raw[:size], raw[size:]) if raw else None
         size = num_bytes // (4 + record_bytes) * 4
         found = await self._range(key, 0, size), await self._range(key, size, num_bytes)
-        return found if num_bytes and sum(map(len, found)) == num_bytes else None  # it may have expired meanwhile
+        return found if num_bytes and sum(map(len, found)) == num_bytes else None  # it may have expired in between
 
     async def _range(self, key: str, begin: int, end: int) -> bytes:
-        """Return a part of a value. It is read in slices and joined in a thread: megabytes take milliseconds."""
+        """Return bytes [begin, end) of a value, read in slices and joined in a thread: megabytes take milliseconds."""
         slices = range(begin, end, _READ_BYTES)
         parts = [await self._redis.getrange(key, at, min(at + _READ_BYTES, end) - 1) for at in slices]
         return await asyncio.to_thread(b"".join, parts) if len(parts) > 1 else b"".join(parts)
@@ -392,7 +392,7 @@ class Bus:
         return self._seal.seal(row.prompt_logprobs, self.keys.plp(row.rid))
 
     async def owned(self, rids: Sequence[str]) -> list[Owned | None]:
-        """Return requests with their submissions, None for one that has expired."""
+        """Return requests with their submissions and owners, None for each that has expired."""
         pipe = self._redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), "sub", "state", "owner", "epoch", "attempts", "lost")
@@ -409,7 +409,7 @@ class Bus:
         return found
 
     async def work_of(self, wid: str) -> list[m.Assigned]:
-        """Return everything on a worker's stream: at least its unfinished requests. Unreadable entries are rejected."""
+        """Return everything on a worker's stream, at least its unfinished requests. Unreadable entries are rejected."""
         stream = self.keys.work(wid)
         items: list[m.Assigned] = []
         for entry in await self.streams.entries(stream):
@@ -420,16 +420,16 @@ class Bus:
         return items
 
     async def holder(self, rid: str) -> Holder:
-        """Return a request's current owner and its adapter; all empty when it is unknown."""
+        """Return a request's current owner and its adapter; all fields are empty if the request is unknown."""
         found = await self._redis.hmget(self.keys.req(rid), "state", "owner", "digest")
         return Holder(*((value or b"").decode() for value in found))
 
     async def tokens(self, rid: str) -> bytes | None:
-        """Return a request's log (int32 little endian), None when there is none."""
+        """Return a request's log (int32 little endian), None if there is none."""
         return await self._redis.get(self.keys.tok(rid))
 
     async def inputs(self, items: Sequence[m.Assigned | m.RequestHead]) -> list[Input]:
-        """Return each request's body, log and logprob records."""
+        """Return the input of each request: body, log and logprob records."""
         asked = [lua.InputRow(rid=item.rid, call=item.call or item.rid, part=item.part) for item in items]
         found = await self._scripts.run(lua.Inputs(rows=asked))
         rows = zip(items, found[::4], found[1::4], found[2::4], found[3::4], strict=True)
@@ -439,7 +439,7 @@ class Bus:
         ]
 
     async def scan_assigned(self, chunk: int) -> AsyncIterator[list[tuple[str, str]]]:
-        """Yield (rid, owner) of all assigned requests, in lists. Scans all keys, about `chunk` in one command."""
+        """Yield lists of (rid, owner) of all assigned requests. Scans all keys, about `chunk` per command."""
         prefix, cursor = self.keys.req(""), -1
         while cursor:
             cursor, found = await self._redis.scan(max(cursor, 0), match=f"{prefix}*", count=chunk)
@@ -454,7 +454,7 @@ class Bus:
             ]
 
     async def untimed_keys(self) -> list[str]:
-        """Return the keys that have no TTL and are not permanent: there must be none. Scans all keys."""
+        """Return the keys that have no TTL and are not permanent; a correct queue has none. Scans all keys."""
         keys = [key.decode() async for key in self._redis.scan_iter(count=1000)]
         return [key for key in keys if not self.keys.is_permanent(key) and await self._redis.pttl(key) == -1]
 
@@ -470,5 +470,5 @@ class Bus:
 
 
 def _ended(rid: str) -> bytes:
-    """Return the scheduler's message about an end that its worker did not write."""
+    """Return the message that tells the scheduler of an end which the worker did not write."""
     return m.encode([m.Ended(rid, "", 0, 0)])

@@ -1,8 +1,8 @@
-"""What the requests of one call share in the queue: their bodies, kept once.
+"""What the requests of one call share in the queue: their bodies, each stored once.
 
-`Keys.body` is a hash. Its fields of digits hold the bodies, one for each prompt of each of those who answer; what all
-have in common is in `common`. How many requests have not ended, so that the last one takes the bodies along, is in
-`Keys.call`, which `common.lua` counts.
+`Keys.body` is a hash. Its numbered fields hold the bodies, one for each prompt of each answering model; the field
+`common` holds what all bodies have in common. `Keys.call` counts the requests that have not ended (`common.lua`), and
+the last of them deletes the bodies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VECTOR_BYTES = 16_384  # bytes of an embedding with 4,096 entries
 
 
 def packed_bodies(bodies: Sequence[m.Body]) -> tuple[list[int], dict[str, bytes]]:
-    """Return the part that each request of a call reads, and the fields of the hash. The same object is one part."""
+    """Return the number of each request's body, and the fields of the hash. The same object is stored once."""
     if len(bodies) == 1:
         return [0], {"0": m.encode(bodies[0])}
     parts: dict[int, m.Body] = {id(body): body for body in bodies}
@@ -42,14 +42,14 @@ def packed_bodies(bodies: Sequence[m.Body]) -> tuple[list[int], dict[str, bytes]
 
 
 def sealed_bodies(fields: dict[str, bytes], key: str, seal: Seal) -> dict[str, bytes]:
-    """Return the fields of the hash `key`, each bound to its place in it."""
+    """Return the fields of the hash `key`, each encrypted and bound to its place in the hash."""
     return {name: seal.seal(text, f"{key}/{name}") for name, text in fields.items()}
 
 
 def submit_rows(heads: Sequence[m.RequestHead], parts: Sequence[int], usages: Sequence[bytes]) -> list[lua.SubmitRow]:
-    """Return the rows of a call's requests, which is named after the first of them.
+    """Return the script rows of a call's requests; the call has the id of the first.
 
-    parts: that each reads of the bodies. usages: what each one's end adds to its tenant's, () for nothing.
+    parts: number of each request's body. usages: what each request's end adds to its tenant's usage; (): nothing.
     """
     call = heads[0].rid
     rows: list[lua.SubmitRow] = []
@@ -64,14 +64,14 @@ def submit_rows(heads: Sequence[m.RequestHead], parts: Sequence[int], usages: Se
 
 
 class Input(NamedTuple):
-    """What a worker reads of a request."""
+    """What a worker reads about a request, as stored."""
 
-    common: bytes | None  # this and the next are fields of the bodies' hash
+    common: bytes | None  # `common` and `part` are fields of the bodies' hash
     part: bytes | None  # None: it has expired
     log: bytes  # int32 ids
-    logprobs: bytes  # their records
+    logprobs: bytes  # logprob records of the log
     key: str = ""
-    number: int = 0  # the name of `part` in the hash
+    number: int = 0  # name of the field `part` in the hash
     seal: Seal | None = None
 
     def body(self) -> m.Body | None:
@@ -92,7 +92,7 @@ class Input(NamedTuple):
 
 
 def most_log_bytes(body: m.Body) -> int:
-    """Return how much the logs of one request can come to: its tokens and their logprobs, or an encoder's numbers."""
+    """Return the maximum bytes of a request's logs: tokens and logprobs, or the numbers that an encoder returns."""
     num_prompt, sampling = len(body.prompt) // 4, body.sampling
     if body.task == "embed":
         return _VECTOR_BYTES

@@ -1,4 +1,4 @@
-"""The dead-letter stream: requests that were given up and messages that could not be read. Requests can be retried."""
+"""The dead-letter stream: requests that were given up, and messages that could not be decoded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ KEPT_S = 604_800
 """Retention of a letter."""
 
 MAX_LETTERS = 1024
-"""Maximum number of letters; the oldest are dropped. A request's has one to two kB."""
+"""Maximum number of letters; the oldest are dropped. A request's letter has one to two kB."""
 
 MAX_RAW_BYTES = 32 << 10
-"""Maximum stored bytes of an unreadable message, so that all letters have at most 32 MiB."""
+"""Maximum stored bytes of an unreadable message; all letters together then have at most 32 MiB."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 
@@ -34,9 +34,9 @@ _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 async def set_aside(
     scripts: Scripts, keys: Keys, place: str, raw: bytes, reason: str, *taken: Sequence[str | bytes | int]
 ) -> None:
-    """Move what cannot be used to the dead letters, of which only so many are kept, and so much of it.
+    """Store an unusable message as a dead letter, within `MAX_LETTERS` and `MAX_RAW_BYTES`.
 
-    place: where it lay. taken: commands that take it away from there, with the same script.
+    place: key where it was found. taken: commands that remove it from there, run in the same script.
     """
     logger.error("%s becomes a dead letter: %s", place, reason)
     letter = m.DeadLetter(reason=reason, stream=place, raw=raw[:MAX_RAW_BYTES], ms=now_ms())
@@ -50,7 +50,7 @@ async def set_aside(
 
 
 class DeadLetters:
-    """The dead letters of a fleet, by the id of their stream entry."""
+    """The dead letters of a fleet; a letter's id is that of its stream entry."""
 
     def __init__(self, client: Client, keys: Keys, scripts: Scripts) -> None:
         self._redis = client
@@ -58,18 +58,18 @@ class DeadLetters:
         self._scripts = scripts
 
     async def count(self) -> int:
-        """Return how many letters there are."""
+        """Return the number of letters."""
         return await self._redis.xlen(self._keys.dlq)
 
     async def newest(self, limit: int, before: str = "") -> list[tuple[str, m.DeadLetter]]:
-        """Return at most `limit` letters, the newest first, or those before one. Raises BadRequest for a wrong id."""
+        """Return at most `limit` letters, newest first. before: only letters older than this id. Raises BadRequest."""
         if before:
             _check_id(before)
         entries = await self._redis.xrevrange(self._keys.dlq, f"({before}" if before else "+", "-", count=limit)
         return [(entry.decode(), _read(fields)) for entry, fields in entries]
 
     async def get(self, letter_id: str) -> m.DeadLetter:
-        """Return one letter. Raises NotFound, and BadRequest for an id of the wrong form."""
+        """Return one letter. Raises NotFound, or BadRequest for an id of the wrong form."""
         _check_id(letter_id)
         entries = await self._redis.xrange(self._keys.dlq, letter_id, letter_id)
         if not entries:
@@ -78,10 +78,10 @@ class DeadLetters:
         return _read(entries[0][1])
 
     async def retry(self, letter_id: str, timeout_s: float) -> str:
-        """Queue a letter's request again, with no attempts counted and a deadline in `timeout_s`. Returns its id.
+        """Queue a letter's request again, with its attempts reset and a deadline in `timeout_s`. Returns its id.
 
-        It goes on after the tokens it had; its result is stored. Raises NotFound, and Conflict when the letter holds no
-        request or the request has expired.
+        It continues after its existing tokens, and its result is stored. Raises NotFound, or Conflict if the letter has
+        no request or the request has expired.
         """
         letter = await self.get(letter_id)
         if letter.submit is None:

@@ -1,8 +1,7 @@
-"""The history of requests: what has ended, and what was refused, by tenant, the latest first.
+"""The history of requests: ended requests and refused calls by tenant, the latest first.
 
-Each tenant has two streams, bounded in time and number, so that refused calls do not shorten that of served ones. A
-tenant shortens another's only where there are so many that each has less than its number:
-then all have equal shares.
+Each tenant has two streams, bounded in time and number, so that refused calls do not displace ended requests. A tenant
+shortens another's stream only if the limits of all tenants exceed the total: then all have equal shares.
 """
 
 from __future__ import annotations
@@ -20,51 +19,53 @@ from protocol.wire.errors import ProtocolError
 from protocol.wire.keys import Keys
 
 MAX_TENANTS = 200
-"""Tenants whose histories are read together: those with the latest ends."""
+"""Maximum number of tenants whose histories are read together, those with the latest ends."""
 
 MAX_REFUSALS = 1000
-"""Refused calls that are kept of a tenant."""
+"""Maximum number of refused calls kept per tenant."""
 
 MAX_ALL_REFUSALS = 50_000
-"""Refused calls that are kept of all tenants, in equal shares."""
+"""Maximum number of refused calls kept for all tenants, in equal shares."""
 
 MAINTAIN_MS = 10_000
-"""Pause between prolongations of a history's life by the scripts, see `note_history` in `lua/common.lua`."""
+"""Milliseconds after which scripts renew a history's TTL again, see `note_history` in `lua/common.lua`."""
 
 _FIRST, _MOST = 200, 100
-"""Entries that are read at once: at first of all streams together, then of one at most. Each read of a stream has twice
-as many as the one before, so that no more is read than a small multiple of what is looked at."""
+"""Entries per read: the first number for all streams together at first, the second as the maximum for one stream. Each
+further read of a stream doubles its number, so that at most a small multiple of the used entries is read.
+"""
 
 
 def kept_for(seconds: float, num: int) -> str:
-    """Return how long, and how many, ends stay in a tenant's history, as `Bus.submit` takes it."""
+    """Return the retention of a tenant's history, in seconds and entries, in the form that `Bus.submit` takes."""
     return f"{int(1000 * seconds)} {num}"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """The place of an entry in the order of a history: by time, of one millisecond by stream."""
+    """The place of an entry in the order of a history: by time, within one millisecond by sequence and stream."""
 
     ms: int
     seq: int
-    mark: str  # of the stream, without the tenant's name
+    mark: str  # hash of the stream's key, without the tenant's name
 
 
 @dataclass(slots=True)
 class _Reader:
-    """A stream of a tenant, read backwards."""
+    """A stream of a tenant, read from its newest entry to older ones."""
 
     tenant: str
     key: str
     mark: str
-    after: str  # where the next read begins, exclusive
+    after: str  # bound of the next read, exclusive
     num: int  # entries of the next read
     entries: list[tuple[bytes, dict[bytes, bytes]]] = field(default_factory=list[tuple[bytes, dict[bytes, bytes]]])
     is_done: bool = False
 
 
 _REFUSALS_AT_ONCE = 8
-"""Refused calls that are written before others have their turn: 0.3 ms in the client, and as much for the replies."""
+"""Refused calls written per pipeline, so that other tasks can run: 0.3 ms for the client, and as much for the replies.
+"""
 
 
 class History:
@@ -75,10 +76,10 @@ class History:
         self._keys = keys
 
     async def add_refusals(self, found: Sequence[tuple[str, m.HistoryEntry]], keep_ms: int) -> None:
-        """Add refused calls, each with its tenant. keep_ms: how long they are kept."""
+        """Add refused calls, each with its tenant. keep_ms: their retention."""
         num = max(await self._redis.zcard(self._keys.histories), 1)
         share = max(1, min(MAX_REFUSALS, MAX_ALL_REFUSALS // num))
-        place = random.randrange(num)  # a tenant that may have had a larger share before it fell silent
+        place = random.randrange(num)  # a random tenant, trimmed to its share although it adds nothing
         others = await self._redis.zrange(self._keys.histories, place, place)
         pipe = self._redis.pipeline(transaction=False)
         for other in others:
@@ -92,26 +93,26 @@ class History:
                 key = self._keys.refusals(tenant)
                 pipe.xtrim(key, minid=ended_ms - keep_ms)
                 pipe.pexpire(key, keep_ms)
-            ends = {tenant: ended_ms - 2 * MAINTAIN_MS for tenant, ended_ms in latest.items()}  # the next end looks
+            ends = {tenant: ended_ms - 2 * MAINTAIN_MS for tenant, ended_ms in latest.items()}  # the next end trims it
             pipe.zadd(self._keys.histories, ends, gt=True)
             pipe.pexpire(self._keys.histories, keep_ms)
             await pipe.execute()
 
     async def tenants(self) -> list[str]:
-        """Return the tenants with a history, the one with the latest end first, MAX_TENANTS at most."""
+        """Return the tenants with a history, the one with the latest end first, at most MAX_TENANTS."""
         return [name.decode() for name in await self._redis.zrevrange(self._keys.histories, 0, MAX_TENANTS - 1)]
 
     async def walk(
         self, tenants: Sequence[str], since_ms: int, until_ms: int, after: Place | None
     ) -> AsyncIterator[tuple[Place, str, m.HistoryEntry | None]]:
-        """Yield the place, tenant and entry of all ends of tenants in a time, the latest first.
+        """Yield (place, tenant, entry) of all entries of tenants in a period, the latest first.
 
-        after: where the last page ended, None to begin. until_ms: exclusive; 0: now. None stands for an entry that
-        another release wrote and this one cannot read.
+        since_ms, until_ms: unix ms, the end exclusive; 0: now. after: the place at which the last page ended; None:
+        begin. An entry is None if another release wrote it and this one cannot read it.
         """
         top = f"({until_ms}" if until_ms else "+"
         if after is not None:
-            top = f"({after.ms}-{after.seq + 1}"  # others of the same place come after it
+            top = f"({after.ms}-{after.seq + 1}"  # others with the same id may follow
         num = max(2, _FIRST // max(2 * len(tenants), 1))
         readers = [
             _Reader(tenant, key, mark_of(key), top, num)
@@ -153,12 +154,12 @@ class History:
 
 
 def mark_of(key: str) -> str:
-    """Return what stands for a stream in a `Place`."""
+    """Return the short hash that stands for a stream in a `Place`."""
     return hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
 
 
 def entry_of(fields: dict[bytes, bytes]) -> m.HistoryEntry | None:
-    """Return what an entry of a stream says, None where another release wrote it and this one cannot read it."""
+    """Return a decoded stream entry; None if another release wrote it and this one cannot read it."""
     try:
         return decode(fields.get(b"b", b""), m.HistoryEntry)
     except ProtocolError:

@@ -1,4 +1,4 @@
-"""The members of the fleet: the heartbeats and registers of workers, gateways and stores."""
+"""The members of the fleet: heartbeats and registers of workers, gateways and stores."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ STREAM_TTL_S = 3600
 MAX_STORE_SILENCE_MS = 10_000
 
 MAX_BASES = 32
-"""Bases of a fleet. A gateway reads the records of all once a second."""
+"""Maximum number of bases in a fleet. A gateway reads the records of all of them every second."""
 
 MAX_REASON = 500
-"""Characters of the reason why a base's worker has not started."""
+"""Maximum characters of the reason why a base's worker has not started."""
 
 _BASE = m.encode("base")
-"""Names the field of a heartbeat that comes first, the worker's base."""
+"""The encoded name of a heartbeat's first field, the worker's base."""
 
 _BEFORE_BASE = 16
-"""Most bytes of a heartbeat before that base's name."""
+"""Maximum bytes of a heartbeat before the name of that base."""
 
 _FAILED = "\0"
-"""Begins the fields of `Keys.bases` that are reasons of failures, by the base's name."""
+"""First character of the fields of `Keys.bases` that hold reasons of failures; the base's name follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSummary:
-    """What admission asks about the fleet."""
+    """The facts about the fleet that admission needs."""
 
     num_workers: int  # registered, with a recent heartbeat
-    bases: list[m.ServedModel]  # the first one first
-    failures: dict[str, str]  # base -> why no worker of it has started since one was last up
+    bases: list[m.ServedModel]  # the first base first
+    failures: dict[str, str]  # base -> why none of its workers has started since the last one was up
     status: m.SchedulerStatus | None
     added: m.AddedBases
 
 
 class Members:
-    """The members of a fleet. Each has a heartbeat, a key with a TTL, and an entry in the register of its kind."""
+    """The members of a fleet. Each has a heartbeat, which is a key with a TTL, and an entry in a register."""
 
     def __init__(self, client: Client, keys: Keys, scripts: Scripts) -> None:
         self._redis = client
@@ -67,7 +67,7 @@ class Members:
     async def beat(
         self, key: str, registry: str, member: str, raw: bytes, ttl_ms: int, renew: Iterable[str] = ()
     ) -> bool:
-        """Say that `member` lives, and renew the TTL of the streams it reads to 1 h. Returns False if one is gone."""
+        """Send the heartbeat of `member`, and renew the TTL of `renew`, its streams, to 1 h. False if one is gone."""
         replies = await self._scripts.write_vital(
             ("SET", key, raw, "PX", ttl_ms),
             ("ZADD", registry, now_ms(), member),
@@ -76,7 +76,7 @@ class Members:
         return all(replies[2:])
 
     async def leave(self, wid: str) -> None:
-        """Take a worker, whose work is handed back, off the register and delete its keys."""
+        """Unregister a worker whose work is handed back, and delete its keys."""
         keys = self._keys
         pipe = self._redis.pipeline(transaction=True)
         pipe.delete(*(key(wid) for key in (keys.work, keys.own, keys.ctl, keys.worker_beat)))
@@ -84,37 +84,40 @@ class Members:
         await pipe.execute()
 
     async def silence(self, wid: str) -> None:
-        """Delete a worker's heartbeat; registered without one, it is found dead by the scheduler."""
+        """Delete a worker's heartbeat. As it stays registered, the scheduler declares it dead."""
         await self._redis.delete(self._keys.worker_beat(wid))
 
     async def leave_gateway(self, gid: str) -> None:
-        """Take a gateway off the register and delete its heartbeat and its stream."""
+        """Unregister a gateway, and delete its heartbeat and its stream."""
         await self._redis.delete(self._keys.gateway_beat(gid), self._keys.out(gid))
         await self._redis.zrem(self._keys.gateways, gid)
 
     async def forget_gateway(self, gid: str) -> None:
-        """Take a dead gateway off the register. Its stream runs out by itself, should it only have slept."""
+        """Unregister a dead gateway. Its stream expires by itself, in case the gateway only slept."""
         await self._redis.zrem(self._keys.gateways, gid)
 
     async def leave_store(self, sid: str) -> None:
-        """Take a store off the register and delete its heartbeat."""
+        """Unregister a store, and delete its heartbeat."""
         await self._redis.delete(self._keys.store_beat(sid))
         await self._redis.zrem(self._keys.stores, sid)
 
     async def forget_stores(self, silent_ms: int) -> None:
-        """Take stores that have not been heard of for `silent_ms` off the register."""
+        """Unregister the stores without a heartbeat for `silent_ms`."""
         await self._redis.zremrangebyscore(self._keys.stores, "-inf", now_ms() - silent_ms)
 
     async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, *, fleet: Sequence[str] = ()) -> str:
         """Register a worker with its first heartbeat; return the name of its base in this fleet.
 
-        That is its own or, in a fleet of one base, that under which live workers serve the same weights. fleet: the
-        names of its fleet's bases, if it has several. Raises Conflict when live workers serve another base by its
-        name, or the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an
-        earlier version; and when there are too many bases.
+        That is its own name or, in a fleet of one base, the name under which live workers serve the same weights.
+        fleet: names of the bases, if there are several.
+
+        Raises Conflict if:
+        - live workers serve another base under its name, or the fleet serves only another base;
+        - `fleet` is given, and live workers serve its weights under another name or are of an earlier version;
+        - an operator has removed the base, or there are too many bases.
         """
         keys = self._keys
-        beats: dict[str, bytes] = {}  # their beginnings, each read once, however many workers join meanwhile
+        beats: dict[str, bytes] = {}  # beginnings of heartbeats by wid, each read once even if the loop repeats
         while True:
             first, further, wids = await self._raw_bases()
             others = [wid for wid in wids if wid != beat.wid]
@@ -138,10 +141,10 @@ class Members:
                 return name
 
     async def _beginnings(self, wids: Sequence[str], longest: int) -> dict[str, bytes]:
-        """Return of workers' heartbeats, which come to megabytes, as much as says which bases they serve.
+        """Return the part of workers' heartbeats that names their base: whole heartbeats would be megabytes.
 
-        longest: bytes of the longest name of a base. Of earlier versions, which name it elsewhere or not at all, it is
-        the whole heartbeat.
+        longest: bytes of the longest name of a base. Heartbeats of earlier versions, which have the name elsewhere or
+        not at all, are returned whole.
         """
         pipe = self._redis.pipeline(transaction=False)
         for wid in wids:
@@ -152,9 +155,9 @@ class Members:
         return found | {wid: raw or b"" for wid, raw in zip(old, raws, strict=True)}
 
     async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes], list[str]]:
-        """Return the records of the first base, b"" without one, and of the further ones by name, as written.
+        """Return the first base's record, b"" if none, the further records by name, and the ids of registered workers.
 
-        With them the ids of the registered workers, at one moment: who left before it has no say on later records.
+        All are read at one moment, so that a worker that left earlier does not influence later records.
         """
         pipe = self._redis.pipeline(transaction=True)
         pipe.get(self._keys.base)
@@ -164,10 +167,10 @@ class Members:
         return first or b"", further, [wid.decode() for wid in wids]
 
     async def note_failure(self, name: str, reason: str, *, keep: bool = False) -> None:
-        """Note why no worker of a base has started, until one joins. There is room for as many as for bases.
+        """Record why no worker of a base has started, until one joins. There may be as many reasons as bases.
 
-        keep: a reason that is noted already stays. Nothing is noted of a base that was taken away, whose worker may not
-        join: it would count as failed when it is added again.
+        keep: do not replace an existing reason. Nothing is recorded for a removed base, whose worker may not join: the
+        base would count as failed when it is added again.
         """
         note = self._redis.hsetnx if keep else self._redis.hset
         by_operators = decoded(await self._redis.get(self._keys.added_bases))
@@ -175,11 +178,11 @@ class Members:
             await note(self._keys.bases, f"{_FAILED}{name}", reason[:MAX_REASON])
 
     async def forget_failures(self, names: Iterable[str]) -> None:
-        """Forget why bases have not started: workers of them are about to."""
+        """Delete the reasons why bases have not started, as their workers are about to start."""
         await self._redis.hdel(self._keys.bases, *(f"{_FAILED}{name}" for name in names))
 
     async def bases(self) -> tuple[list[m.ServedModel], dict[str, str]]:
-        """Return the bases that workers have reported, the first one first, and of others why none has started.
+        """Return the bases that workers have reported, the first one first, and base -> why no worker has started.
 
         Raises ProtocolError.
         """
@@ -187,7 +190,7 @@ class Members:
         return _decoded(first, further), _failures(further)
 
     async def base_names(self) -> tuple[list[str], list[str]]:
-        """Return the names of the bases that `bases` returns, and of those that failed to start."""
+        """Return the names of the reported bases, and of those that have failed to start."""
         pipe = self._redis.pipeline(transaction=True)
         pipe.get(self._keys.base)
         pipe.hkeys(self._keys.bases)
@@ -198,9 +201,9 @@ class Members:
         return served, [name.removeprefix(_FAILED) for name in names if name.startswith(_FAILED)]
 
     async def drop_base(self, name: str) -> None:
-        """Delete what workers of a base have reported, unless one is registered.
+        """Delete what workers of a base have reported, unless one of them is registered.
 
-        A worker that joins meanwhile writes its base again (`join.lua`), and then nothing is deleted.
+        A worker that joins in between writes its base again (`join.lua`), and then nothing is deleted.
         """
         keys = self._keys
         async with self._redis.pipeline(transaction=True) as pipe:
@@ -219,27 +222,28 @@ class Members:
             with suppress(WatchError):
                 await pipe.execute()
 
-    # ------------------------------------------------------------ asking
+    # ------------------------------------------------------------ reading
 
     async def ids(self, registry: str, max_age_ms: int | None = None) -> list[str]:
-        """Return who is on a register, by last heartbeat; None: however long ago that was."""
+        """Return the members of a register by last heartbeat. max_age_ms: maximum age of that; None: any age."""
         low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms
         return [member.decode() for member in await self._redis.zrangebyscore(registry, low, "+inf")]
 
     async def has_beaten(self, registry: str, since_ms: int) -> bool:
-        """Return whether any member on a register has sent a heartbeat since a unix time in ms."""
+        """Return whether any member of a register has sent a heartbeat since a unix time in ms."""
         return bool(await self._redis.zrangebyscore(registry, since_ms, "+inf", start=0, num=1))
 
     async def worker_beats(self) -> dict[str, m.WorkerBeat | None]:
-        """Return each registered worker's last heartbeat, None for one whose heartbeat has expired."""
+        """Return the last heartbeat of each registered worker, None if it has expired or is unreadable."""
         wids = await self.ids(self._keys.workers)
         raws = await read_many(self._redis, [self._keys.worker_beat(wid) for wid in wids])
         return {wid: _beat(raw) for wid, raw in zip(wids, raws, strict=True)}
 
     async def load(self, wids: Iterable[str]) -> tuple[int, int]:
-        """Return how many requests wait for a worker, and how many are assigned to workers, as of now.
+        """Return how many requests wait for a worker, and how many are assigned to workers, at this moment.
 
-        What a client has the end of is in neither: the script that tells of the end also takes it off its worker.
+        A request is in neither number once its client has received the end, which is written by the script that takes
+        the request from its worker.
         """
         pipe = self._redis.pipeline(transaction=True)
         for cls in CLASSES:
@@ -250,25 +254,25 @@ class Members:
         return sum(nums[: len(CLASSES)]), sum(nums[len(CLASSES) :])
 
     async def gateways_alive(self) -> dict[str, bool]:
-        """Return each registered gateway and whether its heartbeat is there."""
+        """Return whether each registered gateway has a heartbeat."""
         gids = await self.ids(self._keys.gateways)
         raws = await read_many(self._redis, [self._keys.gateway_beat(gid) for gid in gids])
         return {gid: raw is not None for gid, raw in zip(gids, raws, strict=True)}
 
     async def gateway_urls(self) -> tuple[str, ...]:
-        """Return the addresses of the gateways that are alive."""
+        """Return the addresses of the live gateways."""
         gids = await self.ids(self._keys.gateways)
         raws = await read_many(self._redis, [self._keys.gateway_beat(gid) for gid in gids])
         return tuple(sorted(raw.decode() for raw in raws if raw))
 
     async def store_urls(self) -> tuple[str, ...]:
-        """Return the addresses of the adapter stores that are alive."""
+        """Return the addresses of the live adapter stores."""
         sids = await self.ids(self._keys.stores, MAX_STORE_SILENCE_MS)
         raws = await read_many(self._redis, [self._keys.store_beat(sid) for sid in sids])
         return tuple(sorted(raw.decode() for raw in raws if raw))
 
     async def summary(self, max_silence_ms: int) -> FleetSummary:
-        """Return what admission asks about the fleet, in one round trip. Raises ProtocolError."""
+        """Return the facts that admission needs, in one round trip. Raises ProtocolError."""
         pipe = self._redis.pipeline(transaction=False)
         pipe.zcount(self._keys.workers, now_ms() - max_silence_ms, "+inf")
         pipe.get(self._keys.base)
@@ -286,22 +290,22 @@ class Members:
 
 
 def _decoded(first: bytes | None, further: Mapping[bytes, bytes]) -> list[m.ServedModel]:
-    """Return the bases of their records, without the reasons of `note_failure`. Raises ProtocolError."""
+    """Return the bases of these records, without the reasons of `note_failure`. Raises ProtocolError."""
     raws = [raw for name, raw in further.items() if not name.startswith(_FAILED.encode())]
     return [_base(raw) for raw in (first, *raws) if raw]
 
 
 @lru_cache(maxsize=2 * MAX_BASES)
 def _base(raw: bytes) -> m.ServedModel:
-    """Decode a base's record, which many read once a second and which seldom changes."""
+    """Decode a base's record. Cached, since many callers read it every second and it seldom changes."""
     return decode(raw, m.ServedModel)
 
 
 def _fleet_of(name: str, fleet: Sequence[str], added: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return the names of a fleet's bases as the worker of one is to know them, none where it has one base.
+    """Return the names of a fleet's bases as the worker of `name` should know them, [] for a fleet of one base.
 
-    fleet: as the worker's settings say. added: by operators, of whom a worker is not told. The worker of an added base
-    without such settings does not know those of others, so that all which are `known` stay.
+    fleet: from the worker's settings. added: by operators, which a worker's settings do not list. A worker of an added
+    base without such settings does not know the other bases, so all `known` ones are kept.
     """
     added = list(added)
     if not added:
@@ -314,11 +318,11 @@ def _failures(further: Mapping[bytes, bytes]) -> dict[str, str]:
 
 
 class Joining(NamedTuple):
-    """How a worker joins."""
+    """The result of `joining_of`: how a worker joins."""
 
     base: m.ServedModel  # the record to write, with the name under which it joins
     is_first: bool
-    dropped: Sequence[str]  # further bases whose records go
+    dropped: Sequence[str]  # names of further bases whose records are deleted
 
 
 def joining_of(
@@ -327,10 +331,10 @@ def joining_of(
     fleet: Sequence[str],
     beats: Sequence[bytes],
 ) -> Joining:
-    """Return how the worker of a base joins, by the records that are known and the beats of live workers. Pure.
+    """Return how a worker joins, given the known records and the heartbeats of live workers. Pure.
 
-    fleet: the names of its fleet's bases, if it has several. When a worker of a base without record joins a fleet
-    without workers, the records go of bases that are none of these. Raises as `Members.join`.
+    fleet: names of the bases, if there are several. If a worker of an unrecorded base joins a fleet without live
+    workers, the records of bases not in `fleet` are deleted. Raises as `Members.join`.
     """
     first_name = next(iter(known), served.name)
     live, has_old = _live([*known, served.name], first_name, beats)
@@ -339,7 +343,7 @@ def joining_of(
         taken = min(live.intersection(twins))
         text = f"this fleet serves the weights of {served.name} as {taken}; name each base model once"
         raise Conflict(text, code="base_named_twice")
-    if not fleet and served.name not in known:  # earlier versions reported no weights, and knew one base by many names
+    if not fleet and served.name not in known:  # earlier versions reported no weights and gave one base several names
         twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
     name = next((name for name in twins if name in live), served.name)
     base = msgspec.structs.replace(served, name=name)
@@ -364,14 +368,14 @@ def joining_of(
 
 
 def _begins_with_base(raw: bytes) -> bool:
-    """Return whether a heartbeat's first field is its base; further on, a worker's name may read like that field's."""
-    return 0 < raw.find(_BASE) < len(_BASE)  # before it is the number of fields alone
+    """Return whether a heartbeat's first field is its base; elsewhere, a worker's name may contain the same bytes."""
+    return 0 < raw.find(_BASE) < len(_BASE)  # only the number of fields precedes it
 
 
 def _live(names: Iterable[str], first: str, beats: Sequence[bytes]) -> tuple[set[str], bool]:
-    """Return which bases live workers serve, and whether some are of an earlier version, which names none.
+    """Return the bases that live workers serve, and whether some workers are of an earlier version, without a name.
 
-    Those are of the first one. Only beats of earlier versions are decoded.
+    Those serve the first base. Only heartbeats of earlier versions are decoded.
     """
     new = [raw for raw in beats if _begins_with_base(raw)]
     old = [beat.base for raw in beats if not _begins_with_base(raw) and (beat := _beat(raw)) is not None]
@@ -380,7 +384,7 @@ def _live(names: Iterable[str], first: str, beats: Sequence[bytes]) -> tuple[set
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:
-    """Return why a worker cannot serve its base by a name that live workers have given to another base."""
+    """Return why a worker cannot serve its base under a name that live workers use for another base."""
     what = "config or layout" if mine.fingerprint != other.fingerprint else "weights"
     theirs, own = (base.fingerprint if what != "weights" else base.weights for base in (other, mine))
     return (
@@ -390,7 +394,7 @@ def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:
 
 
 def _beat(raw: bytes | None) -> m.WorkerBeat | None:
-    """Decode a heartbeat; one that cannot be read counts as missing, and must not hide the others."""
+    """Decode a heartbeat. An unreadable one counts as missing, so that it does not hide the others."""
     try:
         return decode(raw, m.WorkerBeat) if raw else None
     except ProtocolError:

@@ -1,4 +1,4 @@
-"""The requests of a fleet that wait, and what a line of a list says of a request."""
+"""The waiting requests of a fleet, and the summary of a request for lists."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _FIELDS = (
 
 
 class RequestLists:
-    """Reads the streams that requests come by."""
+    """Reads the queues of waiting requests, and requests' records for lists."""
 
     def __init__(self, client: Client, keys: Keys) -> None:
         self._redis = client
         self._keys = keys
 
     async def queued(self, cls: str, after: str, limit: int) -> list[tuple[str, m.RequestHead | None]]:
-        """Return the entries of a class's requests that wait, oldest first, from after an entry on; "": from all.
+        """Return the waiting requests of a class with their entry ids, oldest first, after entry `after`; "": all.
 
-        None: of an entry that cannot be read, which the scheduler puts aside.
+        A request is None if its entry cannot be decoded; the scheduler sets such an entry aside.
         """
         low = f"({after}" if after else "-"
         entries = await self._redis.xrange(self._keys.sub(cls), low, "+", count=limit)
@@ -42,7 +42,7 @@ class RequestLists:
         return found
 
     async def summaries(self, rids: Sequence[str]) -> list[RequestSummary | None]:
-        """Return what a list says of requests, None for one that has expired or never was."""
+        """Return the summaries of requests, None for each that has expired or never existed."""
         pipe = self._redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self._keys.req(rid), _FIELDS)

@@ -1,4 +1,4 @@
-"""What the queue keeps of a request: read from its hash, which the scripts write."""
+"""Records of requests, decoded from the hashes that the scripts write."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from protocol.wire.records import FIRST_NOTES, LAST_NOTES, Assignment, RequestFa
 FACTS = (
     "state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts", "t_submit", "t_first", "t_end", "t_assign",
 )  # fmt: skip
-"""Fields of a request's hash that `facts_of` takes, in this order."""
+"""The fields of a request's hash that `facts_of` takes, in this order."""
 
 
 def facts_of(values: Sequence[bytes | None], log_bytes: int) -> RequestFacts:
-    """Return the facts of a request. values: of `FACTS`; log_bytes: of its log."""
+    """Return the facts of a request. values: its `FACTS`. log_bytes: size of its log."""
     state, epoch, finish, error, gateway, *rest = ((value or b"").decode() for value in values)
     num_prompt, attempts, *times = (int(float(text or 0)) for text in rest)
     return RequestFacts(state, int(epoch or 0), finish, error, gateway, num_prompt, log_bytes // 4, attempts, *times)
 
 
 def record_of(fields: Mapping[bytes, bytes], log_bytes: int) -> RequestRecord:
-    """Return a request's record. fields: of its hash; log_bytes: of its log. Raises ProtocolError."""
+    """Return a request's record. fields: its hash. log_bytes: size of its log. Raises ProtocolError."""
 
     def text(name: str) -> str:
         return fields.get(name.encode(), b"").decode()

@@ -1,4 +1,4 @@
-"""How a Lua script is called: the base of its signature, and how its keys and arguments are laid out."""
+"""How a Lua script is called: the base class of signatures, and the order of keys and arguments."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from msgspec.structs import astuple
 Key: TypeAlias = Annotated[str, "a key of the queue"]
 Word: TypeAlias = str | bytes | int
 
-_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])")  # where a word ends within a name
+_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])")  # matches between the words of a class name
 
 
-class Group(msgspec.Struct):  # a struct, as its call: a dataclass takes three times as long to make
-    """Words that follow each other among a script's arguments, in the order of the fields."""
+class Group(msgspec.Struct):  # a struct, like `Call`: a dataclass takes three times as long to create
+    """Consecutive arguments of a script, in the order of the fields."""
 
 
 class Call(msgspec.Struct):
-    """A call of a script. The first key of all, the prefix of the shard's keys, is left to `Scripts`."""
+    """A call of a script. `Scripts` adds the first key, the prefix of the shard's keys."""
 
     @classmethod
     def script(cls) -> str:
@@ -29,7 +29,7 @@ class Call(msgspec.Struct):
         return _WORDS.sub("_", cls.__name__).lower()
 
     def laid_out(self) -> list[Any]:
-        """Return the keys, then the arguments, as the script takes them."""
+        """Return the keys, then the arguments, in the order in which the script reads them."""
         _, num_single, have_groups = shape_of(type(self))
         values = astuple(self)
         found = [*values[:num_single]]
@@ -44,7 +44,7 @@ class Call(msgspec.Struct):
 
 @cache
 def shape_of(kind: type[Call]) -> tuple[int, int, tuple[bool, ...]]:
-    """Return how many fields are keys, how many come before the lists, and of each list whether it holds groups."""
+    """Return the number of keys, the number of fields before the lists, and for each list whether it holds groups."""
     hints = list(get_type_hints(kind, include_extras=True).values())
     lists = [hint for hint in hints if get_origin(hint) is Sequence]
     items = [get_args(hint)[0] for hint in lists]

@@ -1,7 +1,7 @@
-"""The Lua scripts, loaded once. What each does, and its keys, arguments and reply, is at the head of its file.
+"""The Lua scripts, loaded once. The head of each file describes its effect, keys, arguments and reply.
 
-The first line of a file says whether its script runs while the server's memory is full (`allow-oom`). Those that accept
-new work do not; those that carry accepted work on, and end it, do: so a full queue empties.
+The first line of a file says whether its script may run while the server's memory is full (`allow-oom`). Scripts that
+accept new work may not. Scripts that advance or end accepted work may, so that a full queue empties.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ def _texts(folder: Path) -> dict[type[Call], str]:
 
 
 class Scripts:
-    """The scripts of one client. Each may be run twice.
+    """The scripts of one client. Each can safely be run twice.
 
-    So what goes wrong on the line is left to redis-py, which connects again, and sends the script again when the server
-    has forgotten it.
+    So after a failure of the line, redis-py reconnects and runs the script again; it also loads the script if the
+    server no longer has it.
     """
 
     def __init__(self, client: Client, line: Line, tag: str, folder: Path = FOLDER) -> None:
-        """Read the scripts in `folder`; each has `common.lua` after its first line. tag: `Keys.tag`."""
+        """Register the scripts in `folder`. tag: `Keys.tag`."""
         self._client = client
         self._line = line
         self._tag = tag
-        self._registered: dict[type[Call], tuple[Any, int]] = {}  # with the number of its keys
+        self._registered: dict[type[Call], tuple[Any, int]] = {}  # with the number of keys
         for kind, text in _texts(folder).items():
             self._registered[kind] = client.register_script(text), 1 + shape_of(kind)[0]
 
     async def run(self, call: Call) -> Any:
-        """Run a script. Replies are bytes, ints, and lists of them."""
+        """Run a script. The reply consists of bytes, ints and lists of them."""
         script, num_keys = self._registered[type(call)]
         words = call.laid_out()
         try:
             return await self._line.ask(("EVALSHA", script.sha, num_keys, self._tag, *words))
         except RedisTimeoutError:
-            # Connections that were opened to the same silent server would each take as long.
+            # Idle connections to the same silent server would each take as long to time out.
             await self._client.connection_pool.disconnect(inuse_connections=False)
         except (*LOST, NotTakenError, NoScriptError):
             pass
@@ -64,5 +64,5 @@ class Scripts:
         return await script(keys=[self._tag, *words[:num_own]], args=words[num_own:])
 
     async def write_vital(self, *commands: Sequence[Word]) -> list[Any]:
-        """Run writes that the fleet lives by, all at once, and return their replies. See `vital.lua`."""
+        """Run essential writes atomically, also while the server's memory is full; return replies. See `vital.lua`."""
         return await self.run(Vital(words=[word for command in commands for word in (len(command), *command)]))

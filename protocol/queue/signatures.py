@@ -1,7 +1,7 @@
-"""What each Lua script is called with: `TakeOver` is the signature of `take_over.lua`.
+"""The arguments of each Lua script: `TakeOver` is the signature of `take_over.lua`.
 
 Its fields are the script's keys, then its arguments, in the order in which the script reads them. Lists come last: of
-single words, or of groups of words. What each means is at the head of the script, under the same name.
+single words or of groups of words. The head of the script describes each under the same name.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Assign(Call, kw_only=True):
 
 
 class LogprobRow(Group, kw_only=True):
-    """Logprob records of a request's tokens, or of its prompt."""
+    """Logprob records of a request's output tokens or of its prompt."""
 
     rid: str
     seq0: int | str
@@ -110,7 +110,7 @@ class EndRow(Group, kw_only=True):
 
 
 class NoteRow(Group, kw_only=True):
-    """How a request has run."""
+    """The timing of a request's assignment."""
 
     rid: str
     field: str
@@ -118,7 +118,7 @@ class NoteRow(Group, kw_only=True):
 
 
 class OutRow(Group, kw_only=True):
-    """What a gateway gets."""
+    """The deltas for one gateway."""
 
     gateway: str
     deltas: bytes
@@ -217,7 +217,7 @@ class Inputs(Call, kw_only=True):
 
 
 class Forget(Call, kw_only=True):
-    """Delete a job, or a call, with all that its requests have left, and give its tenant the bytes back."""
+    """Delete a job, or a call, with everything stored about its requests, and give its tenant the bytes back."""
 
     job: Key
     jobs: Key
@@ -242,7 +242,7 @@ class Lead(Call, kw_only=True):
 
 
 class Join(Call, kw_only=True):
-    """Register a worker under its base's name with its first beat, if nothing has changed since it was decided."""
+    """Register a worker under its base's name with its first heartbeat, unless something has changed."""
 
     base: Key
     bases: Key
@@ -262,7 +262,7 @@ class Join(Call, kw_only=True):
 
 
 class Vital(Call, kw_only=True):
-    """Run writes that the fleet lives by, all at once, also when the server's memory is full."""
+    """Run essential writes atomically, even while the server's memory is full."""
 
     words: Sequence[Word]
 
@@ -271,14 +271,14 @@ class Vital(Call, kw_only=True):
 
 
 class ResidencyRow(Group, kw_only=True):
-    """The time of an adapter in a pool."""
+    """How long an adapter was resident."""
 
     digest: str
     ms: int
 
 
 class NoteResidency(Call, kw_only=True):
-    """Add to the time for which adapters were in pools on a day."""
+    """Add to the time for which adapters were resident on a day."""
 
     residency: Key
     max_digests: int

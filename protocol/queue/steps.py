@@ -1,4 +1,4 @@
-"""What a worker writes after an engine step, and how the step script takes and refuses it."""
+"""What a worker writes after an engine step: the call of the step script and its reply."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from protocol.wire.keys import Keys
 from protocol.wire.records import run_field
 
 
-class StepRow(msgspec.Struct):  # a dataclass takes three times as long to make, and each row of each step has one
-    """One request's share of a step: tokens `[seq0, seq0 + len(ids) / 4)`, and its end if it ended."""
+class StepRow(msgspec.Struct):  # a dataclass takes three times as long to create, and every step creates many
+    """One request's share of a step: tokens `[seq0, seq0 + len(ids) / 4)`, and its end if it has ended."""
 
     rid: str
     epoch: int
     seq0: int
     ids: bytes = b""  # int32 little endian
     logprobs: bytes = b""  # `messages.logprob_record_bytes` per id
-    state: str = ""  # "", or a value of `messages.TERMINAL`
+    state: str = ""  # "": it has not ended, else one of `messages.TERMINAL`
     finish: str = ""
     error: str = ""  # JSON of `messages.ErrorInfo`
-    prompt_logprobs: bytes = b""  # with the first token: the prompt (int32), then its records
-    num_cached: int = 0  # for an ended request: prompt tokens found in the prefix cache
+    prompt_logprobs: bytes = b""  # with the first token: the prompt (int32), then its logprob records
+    num_cached: int = 0  # of an ended request: prompt tokens found in the prefix cache
     note: bytes = b""  # `messages.Timing`, with the first token of an assignment and with its end
 
 
@@ -38,12 +38,12 @@ class StepResult:
     rows: list[StepRow] = field(default_factory=list[StepRow])
     outs: dict[str, list[m.Delta]] = field(default_factory=dict[str, list[m.Delta]])  # gateway -> its deltas
     ended: list[m.Ended] = field(default_factory=list[m.Ended])
-    done_entries: list[bytes] = field(default_factory=list[bytes])  # assignments whose last request this step ends
+    done_entries: list[bytes] = field(default_factory=list[bytes])  # entries of batches whose last request ends here
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A row that the step script would not write, and why."""
+    """A row that the step script refused, and why."""
 
     rid: str
     code: Literal["missing", "terminal", "stale", "cancelled", "length"]
@@ -54,7 +54,7 @@ class Refused:
 def step_call(
     step: StepResult, wid: str, keys: Keys, sealed: Callable[[StepRow], bytes] = attrgetter("prompt_logprobs")
 ) -> lua.Step:
-    """Return the call that writes a worker's step. sealed: returns a row's prompt logprobs as they lie in the queue."""
+    """Return the script call that writes a worker's step. sealed: returns a row's prompt logprobs as stored."""
     rows: list[Any] = []
     logprobs: list[lua.LogprobRow] = []
     ends: list[lua.EndRow] = []
@@ -82,7 +82,7 @@ def step_call(
 
 
 def refused_rows(reply: Sequence[Any]) -> list[Refused]:
-    """Read the reply of `step.lua`."""
+    """Decode the reply of `step.lua`."""
     return [
         Refused(reply[i].decode(), reply[i + 1].decode(), reply[i + 2], reply[i + 3]) for i in range(0, len(reply), 4)
     ]

@@ -1,7 +1,7 @@
-"""The users of the queue's server: what each service may do there, and nothing more.
+"""The users of the queue's server: the exact rights of each service.
 
-This table is the only place that says so. A server that is started with its ACL file refuses everything else with
-NOPERM, also inside scripts. A new key or command of a service is added here with the code that uses it.
+This table is the only place that defines them. A server that is started with its ACL file refuses everything else with
+NOPERM, also inside scripts. Code that uses a new key or command adds it here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from protocol.wire.keys import Keys
 
 PROBE = "probe"
-"""May only ask whether the server answers, and needs no password: a container's health check."""
+"""May only ping the server and needs no password: for a container's health check."""
 
 _CONNECTION = ("client|setinfo", "client|setname", "ping", "select")
 _SCRIPTS = ("discard", "eval", "evalsha", "exec", "multi", "script|load", "time", "unwatch", "watch")
@@ -25,42 +25,43 @@ _DATA = (
     "zrank", "zrem", "zremrangebyscore", "zrevrange", "zrevrank", "zscore",
 )  # fmt: skip
 COMMANDS = (*_CONNECTION, *_SCRIPTS, *_DATA, "info")
-"""What every service runs. Which keys a command may touch is what tells the services apart. `info` counts as dangerous,
-but only describes the server: its run id, its memory and its policy of eviction are asked for."""
+"""The commands of every service; services differ in the keys that they may access. `info` is in the category of
+dangerous commands, but only describes the server: its run id, memory and eviction policy are read.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What one user may do. Patterns are in the order in which the server tries them: the hottest first."""
+    """The rights of one user. Patterns are in the order in which the server tries them: the most used first."""
 
-    writes: tuple[str, ...]  # patterns of keys that it reads and writes
-    reads: tuple[str, ...] = ()
-    adds: tuple[str, ...] = ()  # patterns of keys that it writes without being able to read them
+    writes: tuple[str, ...]  # patterns of keys that it may read and write
+    reads: tuple[str, ...] = ()  # patterns of keys that it may only read
+    adds: tuple[str, ...] = ()  # patterns of keys that it may only write
     scans: bool = False  # whether it may list the names of all keys
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """The commands that it may run."""
+        """The commands that the user may run."""
         return (*COMMANDS, "scan") if self.scans else COMMANDS
 
 
 def table(*, console_keys: bool = False) -> dict[str, Rights]:
-    """Return the rights of each user by its name: the four services, and the operator of the command line.
+    """Return the rights by name of user: the four services, and the operator of the command line.
 
-    console_keys: gateways write API keys and tenants too, for operators who change them over HTTP.
+    console_keys: gateways may also write API keys and tenants, for operators who change them over HTTP.
     """
     k = Keys()
     administered = (k.api_keys, k.tenants)
     answers = (k.tok("*"), k.lp("*"), k.plp("*"))
     request = (k.req("*"), *answers)
-    use = k.quota("*")  # with all that is counted of a tenant; every script that ends a request settles it
-    # Scripts that end a job note it for webhooks; `old_ends` is for services of the version before, which still run.
+    use = k.quota("*")  # with all quotas of a tenant, which every script that ends a request updates
+    # Scripts that end a job note it for webhooks; `old_ends` is for services of the previous version that still run.
     ends = (k.ends, k.ends_of("*"), k.old_ends)
-    usage = k.usage_tenants("*")  # with each tenant's: every script that ends a request adds to it
-    history = k.history("*")  # with refusals; every script that ends a request adds to it, and looks when one last did
+    usage = k.usage_tenants("*")  # with the hashes of tenants; every script that ends a request adds to them
+    history = k.history("*")  # with refusals; every script that ends a request adds to it and reads when one last did
     return {
         "gateway": Rights(
-            # An empty name stands for a call without an Idempotency-Key among the keys of `submit.lua`.
+            # The empty name stands for a missing Idempotency-Key among the keys of `submit.lua`.
             writes=(
                 *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, usage, k.histories, history,
                 k.history_writer, k.history_problem, k.history_deleted,
@@ -85,7 +86,7 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
                 k.base, k.bases,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*"), k.added_bases),
-            # It sets the expiry of what it ends.
+            # The scheduler sets the expiry of what it ends.
             adds=(*answers, k.body("*"), k.out("*"), *ends, history, k.audit),
             scans=True,
         ),
@@ -122,15 +123,16 @@ SERVERS = {
     "sentinel": "allchannels +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish +info"
     " +client|setname +client|kill +script|kill",
 }
-"""Users of a queue of several servers, and what each may do: replicas read the primary, and Sentinels watch and change
-who is it (as redis.io/docs/latest/operate/oss_and_stack/management/sentinel lists it)."""
+"""Users of a queue of several servers, and their rights: replicas read the primary; Sentinels watch it and change which
+server it is (as redis.io/docs/latest/operate/oss_and_stack/management/sentinel lists it).
+"""
 
 
 def acl(passwords: Mapping[str, str], *, console_keys: bool = False) -> str:
-    """Return the lines of an ACL file. It holds hashes of the passwords, which must be random and long.
+    """Return the lines of an ACL file. It contains hashes of the passwords, which must be random and long.
 
-    `passwords` has one for each user of `table`, whose `console_keys` it takes, and for those of `SERVERS` where there
-    are several servers. Nobody enters without a password but `PROBE`.
+    passwords: one for each user of `table`, and for the users of `SERVERS` if there are several servers. console_keys:
+    as for `table`. Only `PROBE` needs no password.
     """
     lines = ["user default reset", f"user {PROBE} reset on nopass +ping"]
     for name, rights in table(console_keys=console_keys).items():

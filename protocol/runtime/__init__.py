@@ -1,1 +1,1 @@
-"""What every service process needs: settings, logging and signals, metrics, secrets."""
+"""What every service process needs: settings, logging, signals, tracing and secrets."""

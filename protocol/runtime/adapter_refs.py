@@ -1,6 +1,6 @@
-"""References to adapters, `org/name[@revision]` or `hub:…` for the Hub and `s3://bucket/prefix`, and which are allowed.
+"""References to adapters, `org/name[@revision]` or `hub:…` for the Hub and `s3://bucket/prefix`, and their policy.
 
-The gateway decides with it what a request may name, the store what it fetches.
+The gateway checks with it what a request may name, and the store checks what it fetches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB = re.compile(rf"(?:hub:)?({_NAME})/({_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
 FOLDER = re.compile(rf"{_NAME}(?:/{_NAME})?")
 NESTED_FOLDER = re.compile(rf"{_NAME}(?:/{_NAME}){{0,7}}")
-"""A folder that a registration may name. Only those of FOLDER's form are served by themselves."""
+"""A folder that a registration may name. Only folders that match FOLDER are served without a registration."""
 
 _S3 = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([A-Za-z0-9!_.*'()/-]{1,900}?)/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -27,7 +27,7 @@ MAX_PATH_CHARACTERS = 1000
 
 
 def in_root(folder: str) -> bool:
-    """Return whether a registration may name a folder by its path within a root of adapters."""
+    """Return whether a registration may name this path of a folder within an adapter root."""
     return NESTED_FOLDER.fullmatch(folder) is not None
 
 
@@ -36,13 +36,13 @@ class Reference:
     """A place from which an adapter can be fetched."""
 
     scheme: Literal["hub", "s3", "local"]
-    owner: str  # organisation or bucket; "" for a folder
-    path: str  # repository name, key prefix, folder name, or the whole path of one in a further root
+    owner: str  # organization or bucket; "" for a folder
+    path: str  # repository name, key prefix, or folder: its name, or the absolute path of one in a further root
     revision: str = ""  # Hub only; "": the default branch
 
     @property
     def source(self) -> str:
-        """Its canonical spelling: "hub:ORG/NAME@REVISION", "s3://BUCKET/PREFIX" or "local:FOLDER"."""
+        """The canonical form: "hub:ORG/NAME@REVISION", "s3://BUCKET/PREFIX" or "local:FOLDER"."""
         if self.scheme == "s3":
             return f"s3://{self.owner}/{self.path}"
         if self.scheme == "local":
@@ -51,14 +51,14 @@ class Reference:
 
     @property
     def place(self) -> str:
-        """The place as patterns of visible adapters see it, whatever the revision: ORG/NAME, s3://… or FOLDER."""
+        """The name that patterns of visible adapters match, without the revision: ORG/NAME, s3://… or FOLDER."""
         if self.scheme == "local":
             return self.path
         return f"{self.owner}/{self.path}" if self.scheme == "hub" else self.source
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it always stands for the same content: true of a Hub commit only."""
+        """Whether it always refers to the same content, which only a Hub commit does."""
         return _COMMIT.fullmatch(self.revision) is not None
 
 
@@ -76,7 +76,7 @@ def parse_reference(name: str) -> Reference | None:
 def parse_source(source: str) -> Reference | None:
     """Parse the source of a registration: a reference, or "local:FOLDER", which no request can name.
 
-    A FOLDER in a further root is its whole path; the owner of the settings checks whether it is in one.
+    A FOLDER in a further root is an absolute path; the caller checks whether the settings contain that root.
     """
     if source.startswith("local:"):
         path = source.removeprefix("local:")
@@ -85,19 +85,19 @@ def parse_source(source: str) -> Reference | None:
 
 
 def _is_whole(path: str) -> bool:
-    """Return whether a path begins at `/`, and is written in the one way that needs no look at the disk."""
+    """Return whether a path is absolute and already normalized, judged without access to the disk."""
     is_plain = len(path) <= MAX_PATH_CHARACTERS and path.isprintable() and posixpath.normpath(path) == path
     return path.startswith("/") and not path.startswith("//") and is_plain
 
 
 @dataclass(frozen=True, slots=True)
 class SourcePolicy:
-    """Which sources are allowed."""
+    """Which sources of adapters are allowed."""
 
     request_sources: frozenset[str]  # schemes that a request may name without registration
-    hub_orgs: frozenset[str]  # empty: any
-    s3_buckets: frozenset[str]  # empty: none
-    tenant_places: frozenset[str]  # organisations, s3://BUCKET and s3://BUCKET/PREFIX
+    hub_orgs: frozenset[str]  # allowed Hub organizations; empty: all
+    s3_buckets: frozenset[str]  # allowed buckets; empty: none
+    tenant_places: frozenset[str]  # organizations, s3://BUCKET and s3://BUCKET/PREFIX, see `lends`
     has_tenants: bool  # whether API keys are on
 
     @classmethod
@@ -107,7 +107,7 @@ class SourcePolicy:
         return cls(*(frozenset(names_of(names)) for names in lists), has_tenants=settings.api_keys)
 
     def lends(self, reference: Reference) -> bool:
-        """Return whether tenants may have a place read with the fleet's own credentials. Operators always may."""
+        """Return whether the fleet's own credentials may read a place for tenants. For operators they always may."""
         if not self.has_tenants:
             return True
         if reference.scheme != "s3":
@@ -118,7 +118,7 @@ class SourcePolicy:
     def check(self, reference: Reference, *, on_request: bool, as_fleet: bool) -> None:
         """Raise PermissionDenied unless a place is allowed.
 
-        `on_request`: a request names it unregistered. `as_fleet`: with the fleet's own credentials.
+        on_request: a request names it without a registration. as_fleet: it is read with the fleet's own credentials.
         """
         if on_request and reference.scheme not in self.request_sources:
             raise PermissionDenied(f"requests may not name {reference.scheme} adapters here: register it first")

@@ -1,6 +1,6 @@
-"""A process that starts itself again in its place: the same id and command line, and the environment it was given.
+"""Restarts a process in place: the same process id and command line, and its original environment.
 
-Nothing of the old process is left in the new one but its id, its standard streams and its children.
+Only the process id, the standard streams and the children of the old process remain.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from contextlib import suppress
 from typing import NoReturn
 
 SWAP_VARIABLE = "LORAFLEET_SWAP"
-"""Tells a worker that has started itself again which base to serve; see `gpu_worker/service/program.py`."""
+"""Tells a restarted worker which base to serve; see `gpu_worker/service/program.py`."""
 
 _given: dict[str, str] | None = None
 _began_ms = time.time_ns() // 1_000_000
 
 
 def note_start() -> None:
-    """Keep the environment for `start_again`. To be called before anything of it is changed or forgotten."""
+    """Save the environment for `start_again`. Must be called before any variable is changed or deleted."""
     global _given
     _given = dict(os.environ)
 
 
 def began_ms() -> int:
-    """Return the unix time, in ms, at which this program began."""
+    """Return the unix time in ms when this program started."""
     return _began_ms
 
 
 def start_again(more: Mapping[str, str]) -> NoReturn:
-    """Replace this process by a new start of its program, with `more` variables.
+    """Replace this process with a new start of its program. more: additional environment variables.
 
-    No file descriptor but the standard streams outlives it, also none that a library has left open to children. Other
-    threads end. Raises OSError when the program cannot be executed.
+    No file descriptor except the standard streams survives, not even one that a library has made inheritable. Other
+    threads end. Raises OSError if the program cannot be executed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     for fd in [int(name) for name in os.listdir("/dev/fd")]:
         if fd > 2:
-            with suppress(OSError):  # that of the list itself is closed by now
+            with suppress(OSError):  # the descriptor of the listing itself is closed by now
                 os.set_inheritable(fd, False)
     environment = dict(os.environ) if _given is None else _given
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, **more})

@@ -1,4 +1,4 @@
-"""Where settings come from, and those that every service reads."""
+"""The sources of settings, and the settings that every service reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from protocol.runtime.queue_url import full_url
 
 CONFIG_VARIABLE = "LORAFLEET_CONFIG"
-"""Names the TOML file."""
+"""Environment variable with the path of the TOML file."""
 
 
 class CommonSettings(BaseSettings):
@@ -113,14 +113,14 @@ class CommonSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read values given to the constructor first, then variables, then the TOML file."""
+        """Return the sources by precedence: constructor arguments, environment variables, the TOML file."""
         toml = TomlConfigSettingsSource(settings_cls, os.environ.get(CONFIG_VARIABLE))
         return init_settings, env_settings, toml
 
     def queue_url(self) -> str:
-        """Return the queue's URL with password and certificates: for the client that connects, not for people.
+        """Return the queue's URL with password and certificates: for the connecting client, not for display.
 
-        Raises BadRequest when the files do not fit the URL or cannot be read.
+        Raises BadRequest if the files do not fit the URL or cannot be read.
         """
         return full_url(
             self.redis_url, password_file=self.redis_password_file,
@@ -129,6 +129,6 @@ class CommonSettings(BaseSettings):
         )  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        """Return the `LORAFLEET_*` variables with which another process reads exactly these settings."""
+        """Return the `LORAFLEET_*` variables from which another process reads exactly these settings."""
         values: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         return {f"LORAFLEET_{name.upper()}": str(value) for name, value in values.items()}

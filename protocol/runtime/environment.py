@@ -1,7 +1,6 @@
-"""Which of this process's variables its children get: what they need to run, and no secret that is not theirs.
+"""The environment variables that child processes inherit: what they need to run, and no secret of other services.
 
-Whatever is not named here stays behind: a child is started with `env=child_environment(...)`, never with a copy of
-`os.environ`.
+All others are withheld: a child is started with `env=child_environment(...)`, never with a copy of `os.environ`.
 """
 
 from __future__ import annotations
@@ -14,29 +13,29 @@ PROGRAM = (
     "TMPDIR", "TEMP", "TMP", "XDG_*", "LD_*", "DYLD_*", "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "COVERAGE_*",
     "OMP_*", "MKL_*", "OPENBLAS_*", "KMP_*", "GOMP_*", "RAYON_*", "MALLOC_*",
 )  # fmt: skip
-"""Needed by every program, or by the libraries of ours that use threads."""
+"""Needed by every program, or by its multithreaded libraries."""
 
 COMPUTE = (
     "CUDA_*", "NVIDIA_*", "NCCL_*", "HIP_*", "TORCH*", "PYTORCH_*", "TRITON_*", "KINETO_*", "TOKENIZERS_*", "CC", "CXX",
     "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LORAFLEET_CACHE_DIR",
 )  # fmt: skip
-"""Set how torch, its kernels and their compilers work."""
+"""Configure torch, its kernels and their compilers."""
 
 HUB_CACHE = ("HF_HOME", "HF_HUB_*", "TRANSFORMERS_*")
-"""Say where the Hub's client keeps what it has fetched."""
+"""Locate the cache of the Hub's client."""
 
 NETWORK = (
     "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
 )  # fmt: skip
-"""Needed to reach the outside; a proxy's URL may hold a password."""
+"""Needed to reach the network; a proxy's URL may contain a password."""
 
 HUB = ("HF_ENDPOINT", "HF_TOKEN*", "HF_XET_*", "HUGGING_FACE_HUB_TOKEN")
 S3 = ("AWS_*", "BOTO_*")
-"""The sources of adapters, with this fleet's credentials for them."""
+"""Configure the sources of adapters, with this fleet's credentials for them."""
 
 DATABASE = ("PG*",)
-"""How PostgreSQL's clients reach the database of the history: PGPASSFILE, PGSSLMODE."""
+"""Configure PostgreSQL's clients for the database of the history: PGPASSFILE, PGSSLMODE."""
 
 FLEET_SECRETS = ("LORAFLEET_SECRET", "LORAFLEET_REDIS_URL", "REDIS_URL")
 """Read once, into `Settings`."""
@@ -47,19 +46,19 @@ SERVICES = {
     "worker": (*PROGRAM, *COMPUTE, *HUB_CACHE),
     "store": (*PROGRAM, *HUB_CACHE, *NETWORK, *HUB, *S3),
 }
-"""What the launcher's services get besides their settings."""
+"""The variables that each service of the launcher inherits, besides its settings."""
 
 
 def child_environment(*patterns: str) -> dict[str, str]:
-    """Return those variables of this process that every program needs, and those that match any of `patterns`."""
+    """Return this process's variables that every program needs, and those that match one of `patterns`."""
     wanted = (*PROGRAM, *patterns)
     return {name: value for name, value in os.environ.items() if _is_named(name, wanted)}
 
 
 def forget_secrets(service: str) -> None:
-    """Drop the secrets that a service has read or never needs from `os.environ`, so that no child inherits them.
+    """Delete the secrets that a service has read or never needs from `os.environ`, so that no child inherits them.
 
-    A gateway or worker keeps the Hub's token: it may have to fetch the base model.
+    A gateway or worker keeps the Hub's token, since it may have to fetch the base model.
     """
     forgotten = {"store": DATABASE, "gateway": S3, "worker": (*S3, *DATABASE)}.get(service, (*HUB, *S3, *DATABASE))
     for name in list(os.environ):
@@ -68,5 +67,5 @@ def forget_secrets(service: str) -> None:
 
 
 def _is_named(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a name is one of `patterns`, or begins as one that ends with a star does."""
+    """Return whether a name equals one of `patterns`, or begins with one that ends with a star."""
     return any(name.startswith(pattern[:-1]) if pattern[-1] == "*" else name == pattern for pattern in patterns)

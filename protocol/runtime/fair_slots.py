@@ -1,4 +1,4 @@
-"""Slots that tenants share evenly, for large bodies and whatever else takes long."""
+"""Slots that tenants share evenly, for large bodies and other long work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from protocol.wire.errors import LorafleetError, Overloaded
 
 RETRY_S = 5.0
-"""Retry-After of a body without a slot: the time until one is free is unknown."""
+"""Retry-After in seconds for a body without a slot: when a slot will be free is unknown."""
 
 
 def _bodies_wait(num: int) -> LorafleetError:
@@ -18,7 +18,7 @@ def _bodies_wait(num: int) -> LorafleetError:
 
 
 class FairSlots:
-    """A number of slots. A freed slot goes to the tenant that holds the fewest, in order of arrival."""
+    """A number of slots. A free slot goes to the waiting tenant that holds the fewest, then by order of arrival."""
 
     def __init__(
         self,
@@ -28,10 +28,10 @@ class FairSlots:
         num_waiting_of_tenant: int = 0,
         full: Callable[[int], LorafleetError] = _bodies_wait,
     ) -> None:
-        """num_of_tenant: maximum slots of one tenant; num_waiting: how many may wait; 0: no limit.
+        """num_of_tenant: maximum slots per tenant. num_waiting: maximum number that wait. 0: no limit.
 
-        num_waiting_of_tenant: how many of one tenant may wait, 0: half of them, so that there is always room for
-        another. full: makes the error of the number that wait.
+        num_waiting_of_tenant: maximum number of one tenant that wait; 0: half of `num_waiting`, which leaves room for
+        others. full: creates the error from the number that wait.
         """
         self._num = num
         self._num_of_tenant = num_of_tenant or num
@@ -43,20 +43,20 @@ class FairSlots:
 
     @property
     def num_kept_waiting(self) -> int:
-        """How many wait for a slot because of others: with more slots they would have one, within their own maximum."""
+        """How many wait for a slot that others hold: they are within their tenant's maximum, but no slot is free."""
         if self._held.total() < self._num:
             return 0
         return sum(min(len(line), self._num_of_tenant - self._held[name]) for name, line in self._waiting.items())
 
     def check(self, tenant: str) -> None:
-        """Raise the error of `full` where no more of a tenant may wait."""
+        """Raise the error of `full` if no more callers of a tenant may wait."""
         waiting, own = sum(map(len, self._waiting.values())), len(self._waiting.get(tenant, ()))
         if self._num_waiting and (waiting >= self._num_waiting or own >= self._num_waiting_of_tenant):
             raise self._full(waiting)
 
     @asynccontextmanager
     async def held(self, tenant: str) -> AsyncGenerator[None]:
-        """Wait for a slot, and have it until the block ends. Raises as `check`."""
+        """Wait for a slot, and hold it until the block ends. Raises as `check`."""
         await self.take(tenant)
         try:
             yield
@@ -76,15 +76,15 @@ class FairSlots:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():
-                self.give(tenant)  # it came too late
+                self.give(tenant)  # the slot was assigned at the moment of the cancellation
             else:
                 self._leave(tenant, turn)
             raise
 
     def _leave(self, tenant: str, turn: asyncio.Future[None]) -> None:
-        """Take somebody out of the line who waits no more, and so is not counted any more."""
+        """Remove a cancelled caller from the line, so that it no longer counts as waiting."""
         line = self._waiting.get(tenant, {})
-        line.pop(turn, None)  # it may have been passed over meanwhile
+        line.pop(turn, None)  # it may have been skipped already
         if not line:
             self._waiting.pop(tenant, None)
 
@@ -99,7 +99,7 @@ class FairSlots:
         return self._held.total() < self._num and self._held[tenant] < self._num_of_tenant
 
     def _hand_out(self) -> None:
-        """Let those in who have a turn."""
+        """Assign free slots to waiting callers."""
         while True:
             able = [tenant for tenant in self._waiting if self._is_free(tenant)]
             if not able:

@@ -1,6 +1,6 @@
-"""The secret that a fleet's services share: it lets workers into the stores and encrypts the tokens kept in Redis.
+"""The secret that a fleet's services share: it authenticates workers to stores and encrypts access tokens in Redis.
 
-A key for each purpose is derived from it, so neither the network nor Redis ever holds the secret itself.
+A separate key is derived from it for each purpose, so the secret itself is never sent or stored in Redis.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FleetSecret:
     """The shared secret and the keys derived from it."""
 
     def __init__(self, secret: str) -> None:
-        """Take the secret. Raises BadRequest for one that is short enough to be guessed."""
+        """Derive the keys. Raises BadRequest if the secret is short enough to be guessed."""
         if len(secret) < MIN_CHARACTERS:
             raise BadRequest(f"the fleet's secret has {len(secret)} characters; it needs at least {MIN_CHARACTERS}")
         self._secret = secret.encode()
@@ -36,11 +36,11 @@ class FleetSecret:
         self.bearer = self._key("store http").hex()[:64]
         """The token that a client of a store sends as `Authorization: Bearer`."""
         self.bodies_key = self._key("bodies")
-        """The key that `sealing.Seal` derives the keys of bodies from."""
+        """The key from which `sealing.Seal` derives the keys of bodies."""
 
     @classmethod
     def of(cls, settings: Settings) -> FleetSecret | None:
-        """Return the settings' secret, None if they name none; its file is made if it is missing.
+        """Return the settings' secret, None if they have none; a missing secret file is created.
 
         Raises BadRequest, OSError.
         """
@@ -52,15 +52,15 @@ class FleetSecret:
         return hmac.digest(self._secret, b"lorafleet " + purpose.encode(), "sha512")
 
     def digest(self, token: str) -> str:
-        """Return a hash of a token (hex) that only this fleet can compute."""
+        """Return a hash of a token (32 hex digits) that only this fleet can compute."""
         return hmac.digest(self._token_key, token.encode(), "sha256").hex()[:32]
 
     def seal(self, text: str, field: str) -> str:
-        """Encrypt `text` for this fleet, bound to `field`. Deterministic: equal texts beside one field look equal."""
+        """Encrypt `text` for this fleet, bound to `field`. Deterministic: equal texts and fields look equal."""
         return base64.b64encode(self._siv.encrypt(text.encode(), [field.encode()])).decode() if text else ""
 
     def open(self, sealed: str, field: str) -> str:
-        """Undo `seal`. Raises PermissionDenied when another secret, or another field, sealed it."""
+        """Decrypt what `seal` returned. Raises PermissionDenied if it was sealed with another secret or field."""
         if not sealed:
             return ""
         try:
@@ -70,9 +70,10 @@ class FleetSecret:
 
 
 def owner_of(token: str, secret: FleetSecret | None) -> str:
-    """Return the tenant that stands for the holder of a token: nobody else sees the adapters that the token opens.
+    """Return the tenant that stands for a token's holder; no other tenant sees the adapters that the token unlocks.
 
-    It is a keyed hash, so that who reads it cannot try tokens. A fleet without a secret keeps nothing of a token.
+    It is a keyed hash, so that its readers cannot test guesses of the token. Without a fleet secret, nothing of the
+    token is kept.
     """
     if not token:
         return ""
@@ -80,7 +81,7 @@ def owner_of(token: str, secret: FleetSecret | None) -> str:
 
 
 def read_or_make(path: Path) -> str:
-    """Return a file's text, made with a random secret of 256 bits if it is missing. Racing processes read the same."""
+    """Return a file's text, created with a random secret of 256 bits if missing. Racing processes read the same."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -94,5 +95,5 @@ def read_or_make(path: Path) -> str:
                 os.link(draft, path)
         finally:
             draft.unlink()
-    close_to_others(path)  # a mounted secret that belongs to another user stays as it is
+    close_to_others(path)  # a mounted secret that belongs to another user is not changed
     return path.read_text().strip()

@@ -1,8 +1,8 @@
-"""The part of every disk that nothing brought from outside may take.
+"""The free-space reserve of every disk, which data from clients may not use.
 
-The queue's log is often on the same disk as files, adapters and answers of batches. A disk that these filled would stop
-the queue, and with it the whole fleet, deletions among it. So code that writes clients' data asks here first, and
-again with every piece.
+The queue's log is often on the same disk as files, adapters and batch results. If they filled the disk, the queue would
+stop and with it the whole fleet, including deletions. So code that writes clients' data checks the reserve before it
+begins and again with every piece.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from threading import Lock
 from protocol.wire.errors import NoRoom
 
 Free = Callable[[Path], int]
-"""Returns the free bytes of the disk on which a folder or file is. Raises OSError."""
+"""Returns the free bytes of the disk that holds a folder or file. Raises OSError."""
 
 
 def free_bytes(place: Path) -> int:
-    """Return the bytes that this user may still write to the disk of a path, which is there. Raises OSError."""
+    """Return the bytes that this user can still write to the disk of an existing path. Raises OSError."""
     disk = os.statvfs(place)
     return disk.f_bavail * disk.f_frsize
 
 
 class Reserve:
-    """The free space kept on each disk, and the space reserved for writers of this process."""
+    """The free-space reserve of each disk, and the space promised to writers of this process."""
 
     def __init__(self, keep_free: int, free: Free = free_bytes) -> None:
-        """keep_free: bytes of each disk."""
+        """keep_free: bytes to keep free on each disk."""
         self._keep_free = keep_free
         self._free = free
         self._promises: dict[int, tuple[int, Callable[[], int]]] = {}  # id -> disk, bytes still to come
         self._lock = Lock()
 
     def check(self, place: Path, num_bytes: int = 0) -> None:
-        """Raise NoRoom unless `num_bytes` more leave the reserve of a path's disk free. It costs some µs.
+        """Raise NoRoom unless the reserve stays free after `num_bytes` more on a path's disk. Costs some µs.
 
-        Promises are not looked at: who has one asks with each piece. place: where the bytes are to be; it, or a folder
-        above it, is there. Raises OSError.
+        Promises are ignored: a writer that has one checks again with each piece. place: the destination, of which at
+        least some parent folder exists. Raises OSError.
         """
         self._check(_existing(place), num_bytes, 0)
 
@@ -53,9 +53,9 @@ class Reserve:
 
     @contextmanager
     def room(self, place: Path, to_come: Callable[[], int]) -> Generator[None]:
-        """Promise room until the block ends; others who ask for a promise meanwhile find it taken. Raises as `check`.
+        """Promise space to this block until it ends; later promises take it into account. Raises as `check`.
 
-        to_come: returns how many bytes are still to be written.
+        to_come: returns the number of bytes still to be written.
         """
         found = _existing(place)
         disk = found.stat().st_dev
@@ -72,7 +72,7 @@ class Reserve:
 
 
 def size_of(*places: Path) -> int:
-    """Return the bytes of files, and of all files below folders; what is not there, or leaves meanwhile, has none."""
+    """Return the total bytes of files, and of all files below folders; missing or vanishing ones count as 0."""
     num = 0
     for place in places:
         for folder, _, names in os.walk(place):
@@ -90,5 +90,5 @@ def _size(path: str | Path) -> int:
 
 
 def _existing(place: Path) -> Path:
-    """Return a path, or the nearest folder above it that is there."""
+    """Return a path, or its nearest existing parent folder."""
     return next(path for path in (place, *place.absolute().parents) if path.exists())

@@ -1,7 +1,7 @@
-"""Loops and units of work that fail without taking others along: logged once per cause, counted, tried ever later.
+"""Loops and units of work with isolated failures: logged once per cause, counted, retried with backoff.
 
-A loop is restarted while its process lives, unless it names the errors that end it. A unit of work with a key (a
-batch, a file, a conversation) is given up after so many tries, with an end that is written for its owner.
+A loop is restarted as long as its process lives, except after errors that it declares as final. A unit of work with a
+key (a batch, a file, a conversation) is given up after a maximum number of tries, and its end is written for its owner.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 
 CALM_S = 60.0
-"""A loop that has run for so long before it fails has failed once, whatever was before."""
+"""If a loop has run for this many seconds before a failure, earlier failures no longer count."""
 
 LOG_AGAIN_S = 600.0
-"""Pause before the same cause is logged again."""
+"""Seconds before the same cause is logged again."""
 
 MAX_CAUSES = 256
-"""Causes that are remembered; the oldest leave."""
+"""Maximum number of remembered causes; the oldest are dropped."""
 
 QUEUE_AWAY: set[type[BaseException]] = set()
-"""Errors that say that the queue cannot be reached or has no room: the queue's client adds those that it raises."""
+"""Errors which mean that the queue is unreachable or full; the queue's client adds the errors that it raises."""
 
 MAX_UNPAUSED = 32
-"""Turns without a pause after which other tasks have one, though the work of such a loop waits by itself."""
+"""Maximum consecutive iterations without a pause, so that other tasks run even if the loop's work never waits."""
 
 BRISK = Backoff(0.05, 2.0)
 """For loops that calls wait for."""
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether something has failed; False for what ends a task or the process. Panics in Rust are failures."""
+    """Return whether an error is a failure: panics in Rust are; the end of a task or of the process is not."""
     return not isinstance(error, (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit))
 
 
 def is_queue_away(error: BaseException) -> bool:
-    """Return whether the queue cannot be reached or has no room: nobody's fault, and every unit of work meets it."""
-    if isinstance(error, OSError):  # others are of disks
+    """Return whether an error means that the queue is unreachable or full, which affects every unit of work."""
+    if isinstance(error, OSError):  # other OSErrors come from disks
         return isinstance(error, (ConnectionError, TimeoutError))
     return isinstance(error, tuple(QUEUE_AWAY))
 
 
 class Failures:
-    """Counts failures, and logs each cause once in LOG_AGAIN_S: a kind of error, from one line of code."""
+    """Counts failures, and logs each cause, a type of error from one line of code, once in LOG_AGAIN_S."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._told: OrderedDict[tuple[object, ...], tuple[float, int]] = OrderedDict()  # cause: when, how many since
+        self._told: OrderedDict[tuple[object, ...], tuple[float, int]] = OrderedDict()  # by cause: logged at, count
 
     def note(self, name: str, error: BaseException, what: str = "") -> None:
-        """Count a failure of a loop; what: the unit of work that has failed, for the log."""
+        """Count a failure of a loop. what: the failed unit of work, for the log."""
         FAILURES.labels(name).inc()
         cause = (name, type(error), _raised_at(error))
         told_s, num = self._told.pop(cause, (-LOG_AGAIN_S, 0))
@@ -80,7 +80,7 @@ class Failures:
 
 
 def _raised_at(error: BaseException) -> tuple[object, int] | None:
-    """Return the innermost line of code that failed, outside of the queue's client, which has several ways to ask."""
+    """Return the innermost line of code that failed outside of the queue's client, which has several code paths."""
     frames: list[TracebackType] = []
     frame = error.__traceback__
     while frame is not None:
@@ -94,7 +94,7 @@ def _raised_at(error: BaseException) -> tuple[object, int] | None:
 
 
 FAILED = Failures()
-"""Those of this process."""
+"""The failures of this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +103,12 @@ class Loop:
 
     name: str  # name in the log and the metric
     work: Callable[[], Awaitable[object]]
-    # s between two turns, each a call of `work`; 0: `work` waits for what it does; None: it does not return by itself
+    # seconds between two calls of `work`; 0: `work` itself waits; None: `work` never returns
     pause_s: float | None = None
-    wake: asyncio.Event | None = None  # ends such a pause
-    backoff: Backoff = TROUBLE  # before the next turn, and before `work` is begun again, after a failure
-    ends: tuple[type[BaseException], ...] = ()  # errors that are its owner's to see: they are raised
-    max_failures: int = 0  # failures in a row, queue outages excluded, after which the last is raised; 0: no limit
+    wake: asyncio.Event | None = None  # ends a pause early
+    backoff: Backoff = TROUBLE  # pause after a failure
+    ends: tuple[type[BaseException], ...] = ()  # errors that are raised to the loop's owner
+    max_failures: int = 0  # maximum consecutive failures, without queue outages; then the last is raised; 0: no limit
 
 
 async def guarded(
@@ -117,8 +117,8 @@ async def guarded(
     clock: Clock = time.monotonic,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> None:
-    """Run a loop until its task is cancelled. Raises what `loop.ends` names, and the last of `loop.max_failures`."""
-    FAILURES.labels(loop.name)  # shown from the start, as rates of what begins with its first failure miss that
+    """Run a loop until its task is cancelled. Raises errors in `loop.ends`, and the last of `loop.max_failures`."""
+    FAILURES.labels(loop.name)  # show the series from the start: a rate misses the failure with which a series begins
     num = num_own = num_unpaused = 0
     while True:
         begun_s, pause_s = clock(), loop.pause_s or 0.0
@@ -130,7 +130,7 @@ async def guarded(
         except BaseException as error:
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and not (task is not None and task.cancelling()):
-                # A library has cancelled it from within: a task group would take it for one that is done.
+                # A library has cancelled the task from within; a task group would treat the task as finished.
                 failure: BaseException = RuntimeError(f"a loop was cancelled from within: {loop.name}")
             elif not is_failure(error) or _is_any(error, loop.ends):
                 raise
@@ -149,34 +149,34 @@ async def guarded(
         elif pause_s or num_unpaused >= MAX_UNPAUSED:
             num_unpaused = 0
             await sleep(pause_s)
-        else:  # a pause of 0 costs a round of the event loop, as much as a short turn
+        else:  # even a pause of 0 costs an iteration of the event loop, as much as a short turn
             num_unpaused += 1
 
 
 def _is_any(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
-    """Return whether an error is of these kinds, or a group in which one is."""
+    """Return whether an error is of these types, or a group that contains one."""
     if isinstance(error, BaseExceptionGroup):
         return any(_is_any(one, kinds) for one in cast("BaseExceptionGroup[BaseException]", error).exceptions)
     return isinstance(error, kinds)
 
 
 class Items:
-    """Units of work of one loop, by key: each that fails is tried again ever later, and given up at last."""
+    """Units of work of one loop, by key: a failed one is retried with backoff, and finally given up."""
 
     def __init__(
         self, name: str, *, max_tries: int = 8, backoff: Backoff = TROUBLE, max_keys: int = 10_000,
         clock: Clock = time.monotonic,
     ) -> None:  # fmt: skip
-        """max_tries: 0: no limit. max_keys: remembered keys; beyond that, the oldest start over."""
+        """max_tries: 0: no limit. max_keys: maximum number of remembered keys; beyond it, the oldest start over."""
         self._name = name
         self._max_tries = max_tries
         self._backoff = backoff
         self._max_keys = max_keys
         self._clock = clock
-        self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by key: tries, due time of the next
+        self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # key -> (tries, time when the next is due)
 
     def is_due(self, key: str) -> bool:
-        """Return whether a unit may be worked on now."""
+        """Return whether a unit may be processed now."""
         return key not in self._tries or self._clock() >= self._tries[key][1]
 
     async def run(
@@ -185,10 +185,10 @@ class Items:
         work: Callable[[], Awaitable[object]],
         give_up: Callable[[BaseException], Awaitable[object]] | None = None,
     ) -> float:
-        """Work on a unit that is due. Returns after how many seconds it is due again, 0 when it is over.
+        """Process a unit that is due. Returns the seconds until it is due again, 0 if it is done.
 
-        give_up: writes the end of a unit that has failed `max_tries` times; if that fails too, it is tried again later.
-        Raises what says that the queue is away: that is the loop's trouble, and counts against no unit.
+        give_up: writes the end of a unit that has failed `max_tries` times; if this fails too, it is retried later.
+        Raises errors which mean that the queue is away: they concern the loop, and do not count against a unit.
         """
         if not self.is_due(key):
             return self._tries[key][1] - self._clock()
@@ -204,7 +204,7 @@ class Items:
     async def _note(
         self, key: str, error: BaseException, give_up: Callable[[BaseException], Awaitable[object]] | None
     ) -> float:
-        """Take note of a failure; see `run`."""
+        """Record a failure; see `run`."""
         num = self._tries.pop(key, (0, 0.0))[0] + 1
         FAILED.note(self._name, error, key)
         pause_s = self._backoff.pause_s(num)

@@ -1,4 +1,4 @@
-"""How services import what they are made of."""
+"""Helpers for imports in services."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 @contextmanager
 def importing() -> Generator[None]:
-    """Do not look for garbage within the block, which imports modules, nor among what it imported ever after.
+    """Disable garbage collection while the block imports modules, and exclude their objects from later collections.
 
-    Imported modules stay for ever, and looking through their objects once takes a fifth of the time that torch and
-    transformers need.
+    Imported modules stay forever, and scanning their objects once takes a fifth of the import time of torch and
+    transformers.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -30,17 +30,17 @@ def importing() -> Generator[None]:
 
 
 class Late:
-    """A module that is imported when something is first asked of it: what few processes use must not delay them all.
+    """A module that is imported at its first use: what few processes need must not delay all of them.
 
-    It stands for the module where the code runs; type checkers are shown an import.
+    At run time it stands for the module; type checkers see an import.
     """
 
     def __init__(self, name: str) -> None:
-        """name: the module's whole name."""
+        """name: the module's full name."""
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        """Return what the module has under this name."""
+        """Return the module's attribute of this name."""
         value = getattr(importlib.import_module(self._name), attribute)
         setattr(self, attribute, value)
         return value
@@ -48,11 +48,11 @@ class Late:
 
 @contextmanager
 def without(package: str) -> Generator[None]:
-    """Let modules that are imported within the block find a package missing, unless it is imported already."""
+    """Let modules imported in the block find a package missing, unless it is already imported."""
     if package in sys.modules:
         yield
         return
-    missing: dict[str, Any] = {package: None}  # Python's sign for a module that is not to be found
+    missing: dict[str, Any] = {package: None}  # Python's marker for a module that cannot be found
     sys.modules.update(missing)
     try:
         yield
@@ -61,7 +61,7 @@ def without(package: str) -> Generator[None]:
 
 
 def import_within(package: str, name: str) -> ModuleType:
-    """Import the module PACKAGE.NAME, but not what the package itself imports. Raises ImportError."""
+    """Import the module PACKAGE.NAME without running the package's own __init__. Raises ImportError."""
     spec = None if package in sys.modules else importlib.util.find_spec(package)
     if spec is None:
         return importlib.import_module(f"{package}.{name}")

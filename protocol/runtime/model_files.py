@@ -1,4 +1,4 @@
-"""The base model's files: a local folder, or a download from the Hub of those files that a service reads."""
+"""The base model's files: a local folder, or a download from the Hub of the files that a service reads."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import BadRequest
 
 TOKENIZER_FILES = ("*.json", "*.jinja")
-"""Patterns of what the gateway needs: tokenizer, chat template, configs."""
+"""Patterns of the files that a gateway needs: tokenizer, chat template, configs."""
 
 READ_BY_GATEWAYS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja",
 )  # fmt: skip
 MAX_TEXT_FILE_BYTES = 64 << 20
-"""Largest of these of a base that is added while the fleet runs. The largest known has 34 MB."""
+"""Maximum size of each of these files of a base that is added while the fleet runs. The largest known has 34 MB."""
 
 MAX_FETCHED_BYTES = 4 * MAX_TEXT_FILE_BYTES
-"""Most that is fetched of such a base."""
+"""Maximum bytes fetched from the Hub for such a base."""
 
 WEIGHT_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.model")
 
 
 QUANTISED_INDEX = "quantised.json"
-"""Says where the weights of a folder that is served quantised lie; see `gpu_worker/quantised`."""
+"""File in the folder of a quantized model that says where its weights are; see `gpu_worker/quantised`."""
 
 GGUF_LINK = "model.gguf"
-"""Name of the link to the file in the folder that is made of a GGUF model."""
+"""Name of the link to the GGUF file in the folder that is made from it."""
 
 GGUF_MAGIC = b"GGUF"
 
@@ -40,16 +40,16 @@ RESERVED = {
     "base": "means the default base",
     **dict.fromkeys(("hub", "s3", "local"), "begins the names of adapters at a source"),
 }
-"""Names that `base:adapter` would make ambiguous, and why."""
+"""Names that would make `base:adapter` ambiguous, and why."""
 
 GGUF_FOLDERS = 1
-"""Version of what is made of a GGUF file. A new one makes new folders."""
+"""Version of the folders that are made from GGUF files. A new version makes new folders."""
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether a path is a GGUF file, whatever its name: Ollama's have none that says so."""
+    """Return whether a path is a GGUF file, whatever its name: Ollama's files have no suffix."""
     try:
-        if not path.is_file():  # opening a named pipe would wait for its writer
+        if not path.is_file():  # opening a named pipe would wait for a writer
             return False
         with path.open("rb") as file:
             return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
@@ -58,9 +58,9 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_folder(file: Path) -> Path:
-    """Return where the config and tokenizer of a GGUF file are kept, which `lorafleet fetch` makes.
+    """Return the folder for the config and tokenizer of a GGUF file, which `lorafleet fetch` creates.
 
-    A file that has changed has another folder.
+    A changed file has another folder.
     """
     status = file.resolve().stat()
     key = repr((GGUF_FOLDERS, str(file.resolve()), status.st_size, status.st_mtime_ns))
@@ -68,9 +68,9 @@ def gguf_folder(file: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what is made of models once: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache.
+    """Return the cache folder for files made from models: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache.
 
-    One that others may write is not used: see `own_folder`.
+    A folder that others may write is not used: see `own_folder`.
     """
     chosen = os.environ.get("LORAFLEET_CACHE_DIR")
     home = os.environ.get("XDG_CACHE_HOME")
@@ -78,16 +78,16 @@ def cache_folder() -> Path:
 
 
 def hold_folder(folder: Path) -> int:
-    """Keep `prune_folders` from deleting a folder, until this process ends or closes the descriptor returned."""
+    """Protect a folder from `prune_folders` until this process ends or closes the returned descriptor."""
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     fcntl.flock(held, fcntl.LOCK_SH)
     return held
 
 
 def prune_folders(root: Path, num_kept: int) -> None:
-    """Delete model folders in `root`, the least recently touched first, until `num_kept` are left; no held one.
+    """Delete the least recently touched model folders in `root` until `num_kept` are left, except held ones.
 
-    What is still being made there has no config, and stays.
+    A folder that is still being made has no config and is kept.
     """
     folders = [path for path in root.iterdir() if (path / "config.json").is_file()]
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True)[num_kept:]:
@@ -105,9 +105,9 @@ def prune_folders(root: Path, num_kept: int) -> None:
 
 
 def model_folder(model: str, patterns: tuple[str, ...]) -> Path:
-    """Return the folder of `model`, a path or a Hub id (fetched if needed). Raises BadRequest when it is neither.
+    """Return the folder of `model`, a path or a Hub id (fetched if needed). Raises BadRequest if it is neither.
 
-    That of a GGUF file is the one which `lorafleet fetch` and `lorafleet up` make.
+    For a GGUF file it is the folder that `lorafleet fetch` or `lorafleet up` has made.
     """
     path = Path(model).expanduser()
     if is_gguf(path):
@@ -122,15 +122,15 @@ def model_folder(model: str, patterns: tuple[str, ...]) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise BadRequest(f"{model!r} is neither a folder nor a Hub id of the form org/name")
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-    # Imported here, because it takes a tenth of a second of every service's start, and most models are on the machine.
+    # Imported here since it takes 0.1 s of every service's start, and most models are local.
 
     return Path(snapshot_download(model, allow_patterns=list(patterns)))
 
 
 def is_here(model: str) -> bool:
-    """Return whether a worker can load a model, an absolute path or a Hub id, without fetching it first. Blocks.
+    """Return whether a worker can load a model, an absolute path or a Hub id, without a download. Blocks.
 
-    What cannot be looked at, such as a folder of another user, is not here.
+    An unreadable path, such as a folder of another user, counts as missing.
     """
     path = Path(model)
     try:
@@ -139,15 +139,15 @@ def is_here(model: str) -> bool:
         from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
         folder = Path(snapshot_download(model, local_files_only=True))
-        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))  # gateways fetch the others
-    except (OSError, ValueError):  # nothing of it is here; it is no Hub id
+        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))  # gateways fetch text files
+    except (OSError, ValueError):  # not downloaded, or not a valid Hub id
         return False
 
 
 def check_text_files(model: str) -> None:
-    """Raise BadRequest unless what a gateway reads of `model` is regular files within the limits. Blocks.
+    """Raise BadRequest unless the files of `model` that a gateway reads are regular files within the limits. Blocks.
 
-    Of the Hub it asks the sizes before anything is fetched. Raises OSError where the Hub does not answer.
+    For a Hub id, sizes are checked before the download. Raises OSError if the Hub cannot be reached.
     """
     path = Path(model)
     if not path.is_absolute() and not path.is_dir():
@@ -170,24 +170,24 @@ def check_text_files(model: str) -> None:
 def served_name(model: str, name: str) -> str:
     """Return the base model's name in the API: `name` if given, else the Hub id, or the folder's or file's name.
 
-    So it has, too, where its files are not: at a store.
+    The result is the same where the files are missing, as at a store.
     """
     if name:
         return name
     path = Path(model).expanduser()
-    is_folder = os.path.isdir(path)  # `Path.is_dir` raises for a name too long, and in another user's folder
+    is_folder = os.path.isdir(path)  # `Path.is_dir` raises for an overlong name and in another user's folder
     if is_gguf(path) or (path.is_absolute() and not is_folder):
         return path.name.removesuffix(".gguf")
     return path.resolve().name if is_folder else model
 
 
 def settings_of_further(settings: Settings, model: str, name: str) -> Settings:
-    """Return the settings with which a base is served that is not that of `model`: the draft model is not its own."""
+    """Return the settings for serving a further base instead of `model`, without `model`'s draft model."""
     return settings.model_copy(update={"model": model, "served_name": name, "draft_model": ""})
 
 
 def worker_bases(settings: Settings) -> dict[str, Settings]:
-    """Return for each base that a worker may serve the settings with which it does, by name: that of `model` first.
+    """Return name -> settings for each base that a worker may serve, beginning with that of `model`.
 
     Unlike a gateway's, a worker's `more_models` may repeat its own `model`.
     """
@@ -200,9 +200,9 @@ def worker_bases(settings: Settings) -> dict[str, Settings]:
 
 
 def base_settings(settings: Settings) -> list[Settings]:
-    """Return for each base of a fleet the settings of its own services, with its name: the default one first.
+    """Return the settings of each of a fleet's bases, with its name, beginning with the default base.
 
-    Raises BadRequest for two bases of one name.
+    Raises BadRequest if two bases have one name, or a name is reserved.
     """
     names = [served_name(settings.model, settings.served_name)]
     found = [settings.model_copy(update={"served_name": names[0]})]

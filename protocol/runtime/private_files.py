@@ -1,4 +1,4 @@
-"""What a fleet writes is its user's alone: adapters, prompts in the queue's file, logs, secrets."""
+"""Access to the fleet's files, which only its user may read: adapters, prompts in the queue's file, logs, secrets."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ UMASK = 0o077
 
 
 def use_private_umask() -> None:
-    """Let nobody else read what this process and its children write. Every program calls it before it writes."""
+    """Make new files of this process and its children private. Every program calls it before it writes."""
     os.umask(UMASK)
 
 
 def private_folder(folder: Path) -> Path:
-    """Make a folder that only this user may enter, or close one that others may; return it.
+    """Create a folder that only this user may enter, or remove others' access to an existing one; return it.
 
-    Closing the folder also closes what an earlier version left in it. Another user's folder stays as it is, with a
-    warning. Raises OSError when the folder cannot be made.
+    This also protects files that an earlier version has left in it. Another user's folder is not changed, with a
+    warning. Raises OSError if the folder cannot be created.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not close_to_others(folder):
@@ -35,10 +35,10 @@ def private_folder(folder: Path) -> Path:
 
 
 def claimed_folder(folder: Path) -> Path:
-    """Make or close a folder of this user in one where everybody may write, such as the temporary folder; return it.
+    """Create or close a folder of this user in a world-writable folder such as the temporary folder; return it.
 
-    Nothing changes where another user was here first: with a folder, or with a link to a folder of this user, which
-    then would be closed. Raises Internal in that case, and OSError when the folder cannot be made.
+    Nothing is changed if another user was first, with a folder, or with a link to a folder of this user, whose access
+    would then change. Raises Internal in that case, and OSError if the folder cannot be created.
     """
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700, parents=True)
@@ -50,7 +50,7 @@ def claimed_folder(folder: Path) -> Path:
 
 
 def close_to_others(path: Path) -> bool:
-    """Take the rights to a file or folder from everybody else; return whether nobody else has any now."""
+    """Remove others' access to a file or folder; return whether they have none now."""
     found = path.stat()
     mode = stat.S_IMODE(found.st_mode)
     if mode & UMASK and found.st_uid == os.geteuid():
@@ -64,7 +64,7 @@ WRITTEN_BY_OTHERS = 0o022
 
 
 def is_own(path: Path) -> bool:
-    """Return whether a file or folder is there that this user or root owns, and nobody else may write. No link is."""
+    """Return whether a file or folder exists that this user or root owns and no one else may write; False for links."""
     try:
         found = path.lstat()
     except OSError:
@@ -77,11 +77,11 @@ def _is_closed(found: os.stat_result) -> bool:
 
 
 def own_folder(folder: Path) -> Path:
-    """Return a folder for what programs run or believe unseen: one where nobody else can have put a file from now on.
+    """Return a folder for files that programs trust without a check, into which no one else can put files from now on.
 
-    That is the folder itself, made if it is not there, where it is this user's or root's; if it is the user's it is
-    closed to others' writing. In one of somebody else's, or of everybody, it is a folder of this user's own, and if
-    that is somebody else's as well, one that is new at each start. What lies there from before is for `is_own` to see.
+    That is `folder` itself, created if missing, if this user or root owns it; the user's own is closed to others'
+    writing. If it belongs to someone else or is writable by all, a subfolder of this user is returned instead. If that
+    belongs to someone else too, the folder is a new one at each start. Existing files must be checked with `is_own`.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def own_folder(folder: Path) -> Path:
             folder.chmod(stat.S_IMODE(found.st_mode) & ~WRITTEN_BY_OTHERS)
             logger.warning("%s was writable by other users: removed their access", folder)
             return folder
-    except OSError:  # it cannot be created, so it is empty; a later write to it fails with the reason
+    except OSError:  # it cannot be created, so it is empty; a later write fails with the reason
         return folder
     if _is_closed(found):
         return folder

@@ -1,4 +1,4 @@
-"""The queue's URL with what only files hold: passwords and certificates."""
+"""The queue's URL, completed with passwords and certificates from files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def full_url(
     cert_file: Path | None = None,
     key_file: Path | None = None,
 ) -> str:
-    """Return the queue's URL as its client takes it; the files are those of the settings `redis_*`.
+    """Return the queue's URL for its client; the files are those of the settings `redis_*`.
 
-    Raises BadRequest when the files do not fit the URL or cannot be read.
+    Raises BadRequest if the files do not fit the URL or cannot be read.
     """
     url = urlsplit(redis_url)
     if password_file is not None:

@@ -1,8 +1,8 @@
 """Encryption of requests' contents in the queue, so that its files and backups contain no readable prompts.
 
-Gateways and workers seal and open with a key that is derived from the fleet's secret; the queue never has it. Each text
-is bound to its place in the queue, so that no two can be exchanged. Not sealed are tokens, the logs of answers, names
-and times; nor does a seal stop somebody who has the fleet's secret, or who runs code in a gateway or worker.
+Gateways and workers seal and open with a key derived from the fleet's secret, which the queue never has. Each text is
+bound to its place in the queue, so that texts cannot be exchanged. Output tokens, names and times are not sealed. A
+seal does not stop anyone who has the fleet's secret, or who runs code in a gateway or worker.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, ProtocolError
 
 MARK = b"\xc1"
-"""Begins a sealed text: no msgpack message begins so, nor does JSON."""
+"""First byte of a sealed text; neither a msgpack message nor JSON begins with it."""
 
 _NONCE_BYTES = 12
 
 
 class Seal:
-    """Seals and opens texts (AES-256-GCM)."""
+    """Encrypts and decrypts texts (AES-256-GCM)."""
 
     def __init__(self, key: bytes) -> None:
-        """`key`: of at least 32 bytes."""
+        """key: at least 32 bytes."""
         self._key = key
 
     @classmethod
     def of(cls, settings: Settings, secret: FleetSecret | None) -> Seal | None:
-        """Return the seal of a gateway or worker, None if the settings want none. Raises BadRequest without secret."""
+        """Return the seal of a service, None unless `seal_bodies` is set. Raises BadRequest without a secret."""
         if not settings.seal_bodies:
             return None
         if secret is None:
@@ -46,7 +46,7 @@ class Seal:
         return MARK + nonce + self._cipher(place).encrypt(nonce, text, place.encode())
 
     def open(self, sealed: bytes, place: str) -> bytes:
-        """Undo `seal`. Raises ProtocolError for what is not sealed, or by another secret, or for another place."""
+        """Decrypt what `seal` returned. Raises ProtocolError if it is unsealed or has another secret or place."""
         if not sealed.startswith(MARK):
             raise ProtocolError(f"{place} is not sealed: start every gateway and worker with --seal-bodies")
         nonce, text = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
@@ -56,5 +56,5 @@ class Seal:
             raise ProtocolError(f"{place} was sealed with another secret, or modified") from None
 
     def _cipher(self, place: str) -> AESGCM:
-        # A key for each place: under one key, random nonces would be safe for 2^32 texts only.
+        # A key per place: under a single key, random nonces would be safe for only 2^32 texts.
         return AESGCM(HKDFExpand(SHA256(), 32, place.encode()).derive(self._key))

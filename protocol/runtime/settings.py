@@ -1,6 +1,6 @@
-"""Every setting of the fleet, declared once: those of every service in `common_settings.py`, the others here.
+"""Every setting of the fleet, declared once: `common_settings.py` has those of every service, this module the others.
 
-A flag wins over a `LORAFLEET_*` variable, and a variable over the TOML file.
+A flag overrides a `LORAFLEET_*` variable, and a variable overrides the TOML file.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pydantic import Field, field_validator
 from protocol.runtime.common_settings import CommonSettings
 
 BLOCK_TOKENS = 16
-"""Tokens of a KV block."""
+"""Tokens per KV cache block."""
 
 DRAFT_TOKENS = 8
-"""Most draft tokens per sequence and step where there is a draft model and no setting says how many."""
+"""Maximum draft tokens per sequence and step, if there is a draft model and `max_draft_tokens` is 0."""
 
 
 class Settings(CommonSettings):
-    """The settings of all services; each reads those it needs. Units are in the names.
+    """The settings of all services; each reads those that it needs. Names include the unit.
 
-    The order matters: `--help` groups the fields by `SECTIONS` of `lorafleet/shared/flags.py`.
+    Order matters: `--help` groups the fields by `SECTIONS` of `lorafleet/shared/flags.py`.
     """
 
     # Gateway
@@ -420,15 +420,15 @@ class Settings(CommonSettings):
 
     @property
     def draft_tokens(self) -> int:
-        """Most draft tokens per sequence and step; 0: none."""
+        """Maximum draft tokens per sequence and step; 0: none."""
         return self.max_draft_tokens or (DRAFT_TOKENS if self.draft_model else 0)
 
     @property
     def metrics_named(self) -> int:
-        """How many names /metrics may have: none where strangers read it."""
+        """Maximum number of names on /metrics; 0 if it is readable without a key although there are API keys."""
         return 0 if self.api_keys and self.open_pages else self.metrics_names
 
 
 def names_of(text: str) -> tuple[str, ...]:
-    """Return the names in a setting that separates them by commas, each once."""
+    """Return the distinct names in a comma-separated setting, in order."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -1,11 +1,11 @@
 """Spans of requests, exported to an OpenTelemetry collector over OTLP. Off unless `otlp_endpoint` is set.
 
-A span is exported once, when it has ended: nothing is kept open, and nothing is asked of a context that
-tasks would have to carry. What belongs to the same request has the same trace id, which travels in the queue's messages
-as a W3C `traceparent`. The span of an assignment has an id that follows from the request and its epoch, so that the
-next owner can link to it and the scheduler can export it for a worker that died before.
+A span is exported once, after its end: no span is kept open, and tasks carry no OpenTelemetry context. All spans of a
+request have the same trace id, which the queue's messages carry as a W3C `traceparent`. The span id of an assignment is
+derived from the request and its epoch. So the next owner can link to it, and the scheduler can export it for a worker
+that died.
 
-Off, this module imports nothing of OpenTelemetry, `TRACING.tracer` is None, and messages carry no trace.
+If tracing is off, this module does not import OpenTelemetry, `TRACING.tracer` is None, and messages carry no trace.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
     from protocol.runtime.settings import Settings
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
-"""The version of the semantic conventions, those for generative AI among them, that names of attributes are from."""
+"""The version of the semantic conventions, including those for generative AI, from which attribute names are taken."""
 
 EXPORT_MS = 1000
-"""Maximum delay (s) of a span's export: exported spans survive their worker."""
+"""Maximum delay in ms before an ended span is exported, so that it survives its worker."""
 
 MAX_WAITING = 8192
-"""Maximum queued spans while a collector does not answer; further ones are dropped."""
+"""Maximum number of queued spans while a collector does not respond; further ones are dropped."""
 
 FLUSH_S = 2.0
-"""Maximum time (s) that a stopping service waits for the export of its last spans."""
+"""Maximum seconds that a stopping service waits for the export of its last spans."""
 
 TRACE_ID: ContextVar[str] = ContextVar("trace_id", default="")
-"""The trace of the request that the current task works for, for log lines and errors; "" for none."""
+"""The trace id of the request that the current task works for, for log lines and errors; "" for none."""
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A span's context: the ids of its trace, itself, and its parent, 0 for none."""
+    """A span's context: the ids of its trace, of itself and of its parent, 0 for none."""
 
     trace_id: int
     span_id: int
@@ -54,21 +54,21 @@ class Trace:
 
     @property
     def hex(self) -> str:
-        """The trace's id as it is shown."""
+        """The trace id in hexadecimal."""
         return f"{self.trace_id:032x}"
 
     @property
     def traceparent(self) -> str:
-        """What others need to make a span of theirs a child of this one."""
+        """The W3C header with which others make their spans children of this one."""
         return f"00-{self.trace_id:032x}-{self.span_id:016x}-01"
 
     def child(self, span_id: int = 0) -> Trace:
-        """Return the context of a child, with a new id."""
+        """Return the context of a child. span_id: its id; 0: a random one."""
         return Trace(self.trace_id, span_id or secrets.randbits(64) or 1, self.span_id)
 
 
 def place_of(traceparent: str) -> Trace | None:
-    """Return the span that a `traceparent` names, None for one that is wrong or is not sampled."""
+    """Return the span that a `traceparent` names, None if it is invalid or not sampled."""
     found = _TRACEPARENT.fullmatch(traceparent)
     if found is None or not int(found[3], 16) & 1 or not int(found[1], 16) or not int(found[2], 16):
         return None
@@ -76,7 +76,7 @@ def place_of(traceparent: str) -> Trace | None:
 
 
 def run_place(traceparent: str, rid: str, epoch: int) -> Trace | None:
-    """Return the context of a request's assignment, the same in every process; None where it has no trace."""
+    """Return the context of a request's assignment, the same in every process; None if it is not traced."""
     parent = place_of(traceparent) if traceparent else None
     if parent is None:
         return None
@@ -85,12 +85,12 @@ def run_place(traceparent: str, rid: str, epoch: int) -> Trace | None:
 
 
 class Tracer:
-    """Exports spans to a collector, from its own thread."""
+    """Exports spans to a collector, from a thread of its own."""
 
     def __init__(self, endpoint: str, service: str, instance: str, share: float) -> None:
-        """endpoint: URL of OTLP over HTTP. share: of requests without a `traceparent` that are traced, 0 to 1.
+        """endpoint: URL of OTLP over HTTP. share: fraction of requests without a `traceparent` to trace, 0 to 1.
 
-        Raises BadRequest where OpenTelemetry is not installed.
+        Raises BadRequest if OpenTelemetry is not installed.
         """
         try:
             from opentelemetry import trace
@@ -118,8 +118,8 @@ class Tracer:
         )
 
     def begin(self, traceparent: str) -> Trace | None:
-        """Return the context of a new request, a child of its client's; None if it is not traced."""
-        if _TRACEPARENT.fullmatch(traceparent):  # the client has decided
+        """Return the context of a new request, a child of the client's span; None if it is not traced."""
+        if _TRACEPARENT.fullmatch(traceparent):  # the client has decided whether to sample
             above = place_of(traceparent)
             return above.child() if above is not None else None
         if secrets.randbelow(1 << 32) >= self._share * (1 << 32):
@@ -130,13 +130,14 @@ class Tracer:
         self, name: str, place: Trace, begin_ns: int, end_ns: int, attributes: Mapping[str, Any], *,
         kind: str = "INTERNAL", error: str = "", links: Sequence[Trace] = (), events: Sequence[tuple[str, int]] = (),
     ) -> None:  # fmt: skip
-        """Export a span that has ended. Times are unix ns; kind: of `SpanKind`; error: why it failed, "" if it did not.
+        """Export an ended span. Times are unix ns. kind: a `SpanKind`. error: why it failed, "" for success.
 
-        events: (name, unix ns) of moments in it.
+        events: (name, unix ns) of moments in the span.
         """
         api, sdk = self._api, self._sdk
         status = api.Status(api.StatusCode.ERROR, error[:200]) if error else api.Status(api.StatusCode.UNSET)
-        # Made as it has ended. The library's way, by a tracer that begins a span and ends it, takes four times as long.
+        # Created as already ended. The library's way, beginning and ending a span with a tracer, takes four times as
+        # long.
         span = sdk.ReadableSpan(
             name, self._context(place.trace_id, place.span_id),
             self._context(place.trace_id, place.parent_id) if place.parent_id else None,
@@ -150,13 +151,13 @@ class Tracer:
         return self._api.SpanContext(trace_id, span_id, is_remote=False, trace_flags=self._sampled)
 
     def close(self) -> None:
-        """Export queued spans, for at most `FLUSH_S`, and end the thread."""
-        # The library's own end waits for half a minute for a collector that does not answer.
+        """Export queued spans, for at most `FLUSH_S`, and stop the thread."""
+        # The library's own shutdown waits for half a minute for a collector that does not respond.
         ending = threading.Thread(target=self._processor.shutdown, daemon=True)
         ending.start()
         ending.join(self.flush_s)
         if ending.is_alive():
-            self._exporter.shutdown()  # it would go on trying in its thread
+            self._exporter.shutdown()  # otherwise its thread would keep trying
 
 
 @dataclass(slots=True)
@@ -171,9 +172,9 @@ TRACING = Tracing()
 
 @contextmanager
 def tracing(settings: Settings, service: str, instance: str) -> Generator[None]:
-    """Have tracing on meanwhile, if the settings say so and no other service of this process has turned it on.
+    """Enable tracing for the block, if the settings ask for it and this process has not enabled it already.
 
-    Raises BadRequest where OpenTelemetry is not installed.
+    Raises BadRequest if OpenTelemetry is not installed.
     """
     if not settings.otlp_endpoint or TRACING.tracer is not None:
         yield

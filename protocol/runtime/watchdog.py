@@ -1,7 +1,7 @@
-"""Ends a process that lives but does not work any more, so that it is restarted, with all its stacks in the log.
+"""Ends a process that lives but no longer works, with all its stacks in the log, so that it is restarted.
 
-A heartbeat that stops takes a process's work away from it, and nothing restarts it. The timer is `faulthandler`'s: a
-thread that needs no interpreter, so it fires too while a call into a library never returns and holds the interpreter.
+Without heartbeats, a process only loses its work, and nothing restarts it. The timer is `faulthandler`'s, a thread that
+does not need the interpreter. So it fires even if a library call never returns and holds the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 STUCK_S = 60.0
-"""Seconds without a turn of its event loop after which a service is ended."""
+"""Seconds without an iteration of its event loop after which a service is ended."""
 
 LOADING_S = 600.0
-"""The same while a model is loaded and compiled: libraries hold the interpreter for long then."""
+"""The same while a model is loaded and compiled, when libraries hold the interpreter's lock for long."""
 
 
 class Watchdog:
-    """Ends this process, exit code 1, unless its event loop turns, and what else is required of it makes progress.
+    """Ends this process, exit code 1, unless its event loop runs and its required progress is made.
 
-    `protocol.runtime.service.run` runs it. There is one in a process, since the system timer is the process's.
+    `protocol.runtime.service.run` runs it. A process has one, since it has one `faulthandler` timer.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class Watchdog:
         self._is_wound = False
 
     def require(self, progress: Callable[[], object] | None, limit_s: float) -> None:
-        """Require that what `progress` returns changes at least every `limit_s`; None: only that the loop turns."""
+        """Require that the result of `progress` changes at least every `limit_s`; None: only that the loop runs."""
         self._progress, self.limit_s = progress, limit_s
-        if self._is_wound:  # with another limit
+        if self._is_wound:  # restart the timer with the new limit
             self.wind()
 
     async def watch(self) -> None:
-        """Wind the timer as long as there is progress, until cancelled. What follows has once more `limit_s`."""
+        """Restart the timer while there is progress, until cancelled; then leave `limit_s` for what follows."""
         try:
             seen, seen_s, warned = object(), time.monotonic(), False
             while True:
@@ -57,10 +57,10 @@ class Watchdog:
             self.wind()
 
     def wind(self) -> None:
-        """Let the timer run from now."""
+        """Restart the timer."""
         self._is_wound = True
         faulthandler.dump_traceback_later(self.limit_s, exit=True)
 
 
 WATCHDOG = Watchdog()
-"""This process's."""
+"""The watchdog of this process."""

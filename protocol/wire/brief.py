@@ -1,4 +1,7 @@
-"""Values of strangers in messages: as Python writes them, but cut before they are written, not after."""
+"""Short representations of untrusted values for messages.
+
+A value is cut before it is formatted, so that a large one costs no more than a small one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 
 class _Short(Repr):
-    """Writes a few entries of anything, so that a value of any size costs the same."""
+    """Formats only the first entries of a container, so that the cost does not depend on the value's size."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -17,16 +20,16 @@ class _Short(Repr):
         self.maxstring = self.maxother = self.maxlong = most
 
     def repr_str(self, x: str, level: int) -> str:
-        """Return the beginning of a text."""
+        """Return the representation of the beginning of a string."""
         return repr(x[: self.maxstring])
 
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        """Return the first entries of an object, in their order: the library would sort all of them."""
+        """Return the first entries of a dict in insertion order; `Repr` itself would sort all of them."""
         first = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
         more = [self.fillvalue] if len(x) > self.maxdict else []
         return "{" + ", ".join([*first, *more] if level > 0 else [self.fillvalue]) + "}" if x else "{}"
 
 
 def brief(value: Any, most: int = 100) -> str:
-    """Return a value for a message, in at most `most` characters."""
+    """Return a Python-like representation of `value`, at most `most` characters long."""
     return _Short(most).repr(value)[:most]

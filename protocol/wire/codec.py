@@ -1,4 +1,4 @@
-"""Decoding of messages, and the clock of their times."""
+"""Decoding of messages and of stored records."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are no message: also for text that is not UTF-8, and for values nested too deep.
+"""Raised by msgspec for bytes that are not a valid message, for text that is not UTF-8, and for values nested too deep.
 """
 
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
 
 
 def decode(raw: bytes, type_: type[T]) -> T:
-    """Decode one message. Raises ProtocolError with the path of what is wrong."""
+    """Decode one message. Raises ProtocolError, which names the type and the invalid field's path."""
     decoder = _decoders.get(type_)
     if decoder is None:
         decoder = _decoders[type_] = msgspec.msgpack.Decoder(type_)
@@ -33,15 +33,15 @@ def decode(raw: bytes, type_: type[T]) -> T:
 
 
 class _Form(Wire, frozen=True):
-    """What all records have in common."""
+    """The field that all records share."""
 
     form: int = 1
 
 
 def decode_record(raw: bytes, type_: type[R]) -> R:
-    """Decode what was kept, perhaps by another release.
+    """Decode a stored record, which another release may have written.
 
-    Raises UnreadableRecord; and NewerRecord for one in a form that only newer releases know.
+    Raises NewerRecord if only newer releases know its form, UnreadableRecord if it cannot be decoded otherwise.
     """
     try:
         found = decode(raw, type_)
@@ -62,9 +62,10 @@ def decode_record(raw: bytes, type_: type[R]) -> R:
 
 @contextmanager
 def as_kept(what: str) -> Generator[None]:
-    """Read what was kept as JSON. Raises UnreadableRecord in the place of what says that it is not as expected.
+    """Raise UnreadableRecord for the errors of a block that parses stored JSON.
 
-    An older release may have written it, with other fields, or values that are refused today.
+    Such JSON may have been written by an older release, with other fields or with values that are refused today. what:
+    the subject of the error message.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Errors on the wire: one comes off it as the class it went on with."""
+"""Errors on the wire: an error is decoded as the class with which it was encoded."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def _tree(cls: type[LorafleetError]) -> Iterator[type[LorafleetError]]:
 
 
 CLASSES = {cls.__name__: cls for cls in _tree(LorafleetError)}
-"""The classes of `protocol.wire.errors` by name. An error of another class goes on the wire as its nearest base."""
+"""The classes of `protocol.wire.errors` by name. An error of any other class is encoded as its nearest base in here."""
 
 
 def error_json(error: LorafleetError | None) -> str:
-    """Put an error on the wire: the JSON of an `ErrorInfo`, "" for None."""
+    """Return the JSON of the error's `ErrorInfo`, "" for None."""
     if error is None:
         return ""
     info = m.ErrorInfo(
@@ -39,7 +39,7 @@ def error_json(error: LorafleetError | None) -> str:
 
 
 def error_from(raw: str | bytes) -> LorafleetError:
-    """Take an error off the wire; `raw` is the JSON of an `ErrorInfo`. What cannot be read is an `Internal` error."""
+    """Return the error that `raw`, the JSON of an `ErrorInfo`, describes; an `Internal` error if it cannot be read."""
     try:
         info = msgspec.json.decode(raw, type=m.ErrorInfo)
     except MALFORMED:
@@ -48,7 +48,7 @@ def error_from(raw: str | bytes) -> LorafleetError:
     if cls is None:
         return Internal(f"the request failed with an error of an unknown kind, {info.kind}: {info.message}")
     error = cls.__new__(cls)
-    # Not the class's own constructor: it may make the message from other values.
+    # Not the class's own constructor: it may build the message from other arguments.
     LorafleetError.__init__(error, info.message, param=info.param, code=info.code)
     if info.retry_after_s is not None:
         error.retry_after_s = info.retry_after_s

@@ -1,7 +1,7 @@
-"""The one error tree. What a client, an adapter or a message can cause is raised as one of these.
+"""The one error hierarchy. What a client, an adapter or a message can cause is raised as one of these.
 
 LorafleetError
-├── ClientError                     4xx: the request is wrong, repeating it will not help
+├── ClientError                     4xx: the request is wrong, and repeating it will not help
 │   ├── BadRequest (400)
 │   ├── Unauthorized (401)
 │   ├── PermissionDenied (403)
@@ -11,23 +11,23 @@ LorafleetError
 │   ├── TooLarge (413)
 │   ├── AdapterRefused (422)        the adapter cannot be served exactly; with the list of reasons
 │   ├── IdempotencyKeyReused (422)
-│   ├── HttpError                   gateway/http/errors.py: wrong as HTTP, with the status for that
-│   └── GenerationFailed (424)      gateway/lorax/lorax_errors.py: another error, in the form of LoRAX's clients
-├── ServerError                     5xx and 429: the request was fine, it may be retried
+│   ├── HttpError                   gateway/http/errors.py: invalid HTTP, with the matching status
+│   └── GenerationFailed (424)      gateway/lorax/lorax_errors.py: another error in the form of LoRAX's clients
+├── ServerError                     5xx and 429: the request was valid and may be retried
 │   ├── Overloaded (429)
 │   ├── Unavailable (503)
 │   │   ├── QueueFull
-│   │   └── NoRoom (507)            a disk has no room beyond what is kept free
+│   │   └── NoRoom (507)            a disk has no space beyond its free-space reserve
 │   ├── DeadlineExceeded (504)
 │   ├── WorkerLost (500)
 │   └── Internal (500)              a fault of the fleet; not retried
 ├── ProtocolError (500)             a message that cannot be decoded
 │   └── UnreadableRecord            a record that another release has written, or that is damaged
-│       └── NewerRecord             one that a newer release can read
+│       └── NewerRecord             a record of a newer form, which only a newer release can read
 ├── QuickstartError                 lorafleet/quickstart.py: the quickstart model cannot be fetched
 └── ServiceFailed                   lorafleet/launcher/child.py: a service ended while the fleet started
 
-Those named with a file are defined there and never cross the queue.
+Classes listed with a file are defined there and never cross the queue.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from contextlib import contextmanager
 
 
 class LorafleetError(Exception):
-    """An error with the HTTP status, OpenAI `type` and `code` a client sees."""
+    """An error with the HTTP status and OpenAI's `type` and `code`, as the client sees them."""
 
     status = 500
     type = "server_error"
@@ -46,7 +46,7 @@ class LorafleetError(Exception):
     retry_after_s: float | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        """`param` names the request's field that is wrong; `code` replaces the class's."""
+        """param: the invalid field of the request. code: replaces the class's code."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -86,24 +86,24 @@ class NotFound(ClientError):
 
 
 class ModelNotFound(NotFound):
-    """Neither the base model nor an adapter the caller may use has this name."""
+    """No base model or adapter that the caller may use has this name."""
 
     code = "model_not_found"
 
     def __init__(self, name: str, more: str = "") -> None:
-        """`more` is a sentence that is added to the message."""
+        """more: a sentence appended to the message."""
         text = f"The model `{name}` does not exist or you do not have access to it."
         super().__init__(f"{text} {more}".strip(), param="model")
 
 
 class Conflict(ClientError):
-    """The request contradicts what is there, such as an earlier request."""
+    """The request conflicts with the current state, for example with an earlier request."""
 
     status = 409
 
 
 class TooLarge(ClientError):
-    """The request has more bytes than a request may have."""
+    """The request has more bytes than allowed."""
 
     status = 413
 
@@ -121,14 +121,14 @@ class AdapterRefused(ClientError):
 
 
 class IdempotencyKeyReused(ClientError):
-    """An Idempotency-Key came back with another body."""
+    """An Idempotency-Key was used again with a different body."""
 
     status = 422
     code = "idempotency_key_reused"
 
 
 class ServerError(LorafleetError):
-    """The request was fine and may be retried."""
+    """The request was valid and may be retried."""
 
     retryable = True
 
@@ -142,7 +142,7 @@ class Overloaded(ServerError):
     reason = "gateway"
 
     def __init__(self, message: str, retry_after_s: float, reason: str = "gateway") -> None:
-        """`retry_after_s` is when a retry may succeed; `reason` what there is too much of, in one word, for metrics."""
+        """retry_after_s: when a retry may succeed. reason: the exhausted resource, one word for metrics."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.reason = reason
@@ -158,14 +158,14 @@ class Unavailable(ServerError):
 
 
 class QueueFull(Unavailable):
-    """The queue has no memory for it. Memory frees as requests end and results expire."""
+    """The queue's memory is full. Memory is freed as requests end and results expire."""
 
     code = "queue_full"
     retry_after_s = 5.0
 
 
 class NoRoom(Unavailable):
-    """A disk has no room for it beyond the free space to keep. Deleting, which is always possible, frees space."""
+    """A disk has no space beyond its free-space reserve. Deleting always works and frees space."""
 
     status = 507
     code = "no_room"
@@ -204,12 +204,12 @@ class UnreadableRecord(ProtocolError):
 
 
 class NewerRecord(UnreadableRecord):
-    """A newer release has written it, and can read it."""
+    """A newer release has written the record in a form that this release does not know."""
 
 
 @contextmanager
 def panics_as(error: Callable[[str], LorafleetError]) -> Generator[None]:
-    """Raise `error`, with the panic's text, in the place of a panic of a library in Rust, a BaseException in Python."""
+    """Raise `error`, with the panic's text, in place of the BaseException of a panic in a Rust library."""
     try:
         yield
     except BaseException as panic:

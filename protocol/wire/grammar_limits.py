@@ -1,7 +1,7 @@
-"""What a grammar may cost, as llguidance's `LLParserLimits` takes it: the same where it is checked and where it runs.
+"""The cost limits of a grammar, as llguidance's `LLParserLimits` takes them: the same for checking and for running it.
 
-Schemas of three hundred properties and choices of a thousand texts stay below. A mask takes 20 ms at most then, and a
-token 5 ms (AMD EPYC, 2026-11-26).
+Schemas of three hundred properties and choices among a thousand texts stay below the limits. Within them, a mask takes
+at most 20 ms and a token at most 5 ms (AMD EPYC, 2026-11-26).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import TypedDict
 
 
 class GrammarLimits(TypedDict):
-    """The limits that are set; others are llguidance's."""
+    """The limits that the project sets; all others keep llguidance's defaults."""
 
     max_items_in_row: int  # parser items after one token
     step_max_items: int  # parser items of one mask
     step_lexer_fuel: int  # work of the lexer for one mask
-    max_lexer_states: int  # per request: tens of MB
+    max_lexer_states: int  # lexer states of one request: tens of MB
 
 
 GRAMMAR_LIMITS: GrammarLimits = {

@@ -1,4 +1,4 @@
-"""Every Redis key, built in one place. Life times are beside each key; `is_permanent` lists the keys without one."""
+"""Every Redis key, built in one place. Each key's docstring has its TTL; `is_permanent` lists the keys without one."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ CLASSES = (INTERACTIVE, BATCH)
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Keys of one fleet. All keys of a request share the hash tag `{shard}`, so that one script may touch them."""
+    """Keys of one fleet. All keys of a request share the hash tag `{shard}`, so that one script can access them."""
 
     namespace: str = "lf"
     shard: str = "0"
 
     @property
     def tag(self) -> str:
-        """Prefix of every sharded key; scripts build request keys from it."""
+        """Prefix of every sharded key, from which scripts build the keys of requests."""
         return f"{self.namespace}:{{{self.shard}}}"
 
-    # One request. All expire: deadline + 1 h, after the end 2 min (stored: 24 h, dead-lettered: 7 days).
+    # Keys of one request. All expire: at deadline + 1 h; 2 min after the end (stored: 24 h, dead-lettered: 7 days).
     def req(self, rid: str) -> str:
         """Hash: state, epoch, owner and the other facts of a request. Written by scripts only."""
         return f"{self.tag}:req:{rid}"
 
     def call(self, rid: str) -> str:
-        """Hash: how many requests of a call have not ended, by the id of its first, and what it costs its tenant.
+        """Hash: number of a call's requests that have not ended, and what the call costs its tenant.
 
-        Until the last of them has ended; of stored ones what they cost their tenant lives on with their logs.
+        rid: the call's first request. Lives until the call's last request has ended. What a stored call costs its
+        tenant lives on with its logs.
         """
         return f"{self.tag}:call:{rid}"
 
     def body(self, rid: str) -> str:
-        """Hash: the `messages.Body` of a call, by the id of its first request; see `protocol.queue.calls`.
+        """Hash: the `messages.Body` of a call; see `protocol.queue.calls`.
 
-        Until the last request of the call has ended.
+        rid: the call's first request. Lives until the call's last request has ended.
         """
         return f"{self.tag}:body:{rid}"
 
@@ -49,26 +50,26 @@ class Keys:
         return f"{self.tag}:lp:{rid}"
 
     def plp(self, rid: str) -> str:
-        """String: the prompt's tokens (int32), then their logprob records, the first NaN; with the first token."""
+        """String: prompt tokens (int32), then their logprob records, the first NaN. Written with the first output."""
         return f"{self.tag}:plp:{rid}"
 
-    # Work. One reader each, which remembers the last id it saw; an entry is deleted when its work is done and never
-    # trimmed, so the stream is the list of what is not done yet. Bounded at admission.
+    # Work. Each stream has one reader, which remembers the last id that it read. An entry is deleted when its work is
+    # done, and the stream is never trimmed, so it lists the work not yet done. Its length is bounded at admission.
     def sub(self, cls: str) -> str:
         """Stream: submitted requests of a class until they are assigned, gateway -> scheduler. Permanent."""
         return f"{self.tag}:sub:{cls}"
 
     def work(self, wid: str) -> str:
-        """Stream: batches for one worker until all of a batch have ended. 1 h, renewed by the worker's beat."""
+        """Stream: batches for one worker; an entry stays until its batch has ended. 1 h, renewed by heartbeats."""
         return f"{self.tag}:w:{wid}:in"
 
     def own(self, wid: str) -> str:
-        """Hash rid -> epoch: what a worker may write. 1 h after the last assignment; written by scripts only."""
+        """Hash rid -> epoch: the requests that a worker owns. 1 h after the last assignment; only scripts write it."""
         return f"{self.tag}:w:{wid}:own"
 
     # Control and events. Bounded streams.
     def ctl(self, wid: str) -> str:
-        """Stream: `messages.Control` for one worker. Trimmed to 5 min; 1 h, renewed by the worker's beat."""
+        """Stream: `messages.Control` for one worker. Trimmed to 5 min; 1 h, renewed by the worker's heartbeat."""
         return f"{self.tag}:w:{wid}:ctl"
 
     def out(self, gid: str) -> str:
@@ -77,7 +78,7 @@ class Keys:
 
     @property
     def ended(self) -> str:
-        """Stream: `messages.Ended`, one entry a step at most, workers -> scheduler. MAXLEN, permanent."""
+        """Stream: `messages.Ended`, at most one entry per step, workers -> scheduler. MAXLEN, permanent."""
         return f"{self.tag}:ended"
 
     @property
@@ -87,7 +88,7 @@ class Keys:
 
     # Jobs: 24 h.
     def job(self, jid: str) -> str:
-        """Hash: `b`, a `messages.Job`, and `request`, what of its HTTP body writing its answer needs, as JSON."""
+        """Hash: `b`, a `messages.Job`; `request`, JSON of the HTTP body's fields that its answer needs."""
         return f"{self.tag}:job:{jid}"
 
     def jobs(self, tenant: str) -> str:
@@ -95,12 +96,12 @@ class Keys:
         return f"{self.tag}:jobs:{tenant}"
 
     def idem(self, tenant: str, key: str) -> str:
-        """String NX, 24 h: `messages.Idempotent`, the call that an Idempotency-Key was first used for."""
+        """String NX, 24 h: `messages.Idempotent`, the call for which an Idempotency-Key was first used."""
         return f"{self.tag}:idem:{tenant}:{key}"
 
-    # Conversations. The first four live for the settings' time after the last change.
+    # Conversations. The first four keys expire after the time of the settings, counted from the last change.
     def conversation(self, conversation_id: str) -> str:
-        """Hash: `b`, a `messages.Conversation`; `tenant`; `bytes` of it all; `next`, the number of its next item."""
+        """Hash: `b`, a `messages.Conversation`; `tenant`; `bytes`, its whole size; `next`, the next item's number."""
         return f"{self.tag}:conv:{conversation_id}"
 
     def conversation_items(self, conversation_id: str) -> str:
@@ -112,16 +113,16 @@ class Keys:
         return f"{self.tag}:conv:{conversation_id}:order"
 
     def conversation_turns(self, conversation_id: str) -> str:
-        """Sorted set: id of a response that is to be added to the conversation -> unix ms when it was submitted."""
+        """Sorted set: id of a response to be added to the conversation -> unix ms when the response was submitted."""
         return f"{self.tag}:conv:{conversation_id}:turns"
 
     def conversations(self, tenant: str) -> str:
-        """Sorted set: conversation id -> unix ms when it expires. Until the last of them does."""
+        """Sorted set: conversation id -> unix ms when it expires. Lives until the last of them expires."""
         return f"{self.tag}:convs:{tenant}"
 
     @property
     def turns(self) -> str:
-        """Sorted set: `<tenant>:<conversation>:<response>` of all that are to be added -> unix ms of the next look.
+        """Sorted set: `<tenant>:<conversation>:<response>` of every response to be added -> unix ms of the next check.
 
         Permanent, cleaned by gateways.
         """
@@ -129,15 +130,15 @@ class Keys:
 
     # Files and batches.
     def file(self, file_id: str) -> str:
-        """String: `messages.File`. Until the file expires."""
+        """String: `messages.File`. Lives until the file expires."""
         return f"{self.tag}:file:{file_id}"
 
     def files(self, tenant: str) -> str:
-        """Sorted set: file id -> unix ms when it was made. Until the last of them expires."""
+        """Sorted set: file id -> unix ms of creation. Lives until the last of them expires."""
         return f"{self.tag}:files:{tenant}"
 
     def file_sizes(self, tenant: str) -> str:
-        """Hash: file id -> bytes, and `sum` of all. Until the last of them expires."""
+        """Hash: file id -> bytes, and `sum` of all. Lives until the last of them expires."""
         return f"{self.tag}:files:{tenant}:sizes"
 
     @property
@@ -146,26 +147,26 @@ class Keys:
         return f"{self.tag}:file-expiry"
 
     def batch(self, batch_id: str) -> str:
-        """Hash: `b` is `messages.Batch`; `owner` the gateway that runs it, `epoch` how many have; `cancel` unix ms.
+        """Hash: `b`, a `messages.Batch`; `owner`, the gateway that runs it; `epoch`, owners so far; `cancel`, unix ms.
 
-        As long as the longest-lived files of the settings.
+        Lives as long as files may live by the settings.
         """
         return f"{self.tag}:batch:{batch_id}"
 
     def batches(self, tenant: str) -> str:
-        """Sorted set: batch id -> unix ms when it was made. Until the last of them expires."""
+        """Sorted set: batch id -> unix ms of creation. Lives until the last of them expires."""
         return f"{self.tag}:batches:{tenant}"
 
     def open_batches_of(self, tenant: str) -> str:
-        """Set: ids of a tenant's batches that have not ended. Until the last of them expires."""
+        """Set: ids of a tenant's batches that have not ended. Lives until the last of them expires."""
         return f"{self.tag}:batches:{tenant}:open"
 
     @property
     def open_batches(self) -> str:
-        """Sorted set: `<tenant>:<batch id>` -> unix ms until which a gateway runs it, 0 before one does. Permanent."""
+        """Sorted set: `<tenant>:<batch id>` -> unix ms until which a gateway runs it, 0 before any does. Permanent."""
         return f"{self.tag}:open-batches"
 
-    # Webhooks: whatever waits is kept by tenant, and tenants take turns.
+    # Webhooks: pending events are stored per tenant, and tenants are served in turn.
     def hooks(self, tenant: str) -> str:
         """Hash: endpoint id -> `messages.WebhookEndpoint` of a tenant. Permanent."""
         return f"{self.tag}:hooks:{tenant}"
@@ -176,7 +177,7 @@ class Keys:
         return f"{self.tag}:ends"
 
     def ends_of(self, tenant: str) -> str:
-        """Stream: ends of a tenant's jobs and batches that no deliveries were made of: `id`, `type`. Permanent."""
+        """Stream: ends of a tenant's jobs and batches without deliveries yet: `id`, `type`. Permanent."""
         return f"{self.tag}:ends:{tenant}"
 
     @property
@@ -185,14 +186,14 @@ class Keys:
         return f"{self.tag}:outboxes"
 
     def outbox(self, tenant: str) -> str:
-        """Hash: delivery id -> `messages.Delivery`, until it has arrived or is given up. Permanent."""
+        """Hash: delivery id -> `messages.Delivery`, until it is delivered or given up. Permanent."""
         return f"{self.tag}:outbox:{tenant}"
 
     def outbox_times(self, tenant: str) -> str:
         """Sorted set: delivery id -> unix ms of its next attempt. Permanent."""
         return f"{self.tag}:outbox-due:{tenant}"
 
-    # What the version before kept of all tenants together; `take_over.lua` empties it.
+    # Keys of the previous version, shared by all tenants; `take_over.lua` empties them.
     @property
     def old_hooks(self) -> str:
         """Hash: `<tenant>:<endpoint id>` -> `messages.WebhookEndpoint`. Permanent."""
@@ -205,7 +206,7 @@ class Keys:
 
     @property
     def old_cursor(self) -> str:
-        """String: the last entry of `old_ends` that deliveries were made of. Permanent."""
+        """String: the last entry of `old_ends` for which deliveries were made. Permanent."""
         return f"{self.tag}:events:cursor"
 
     @property
@@ -227,51 +228,52 @@ class Keys:
         """String PX 10 s: the gateway that sends webhooks."""
         return f"{self.tag}:webhook-sender"
 
-    # A tenant's use. Written by the scripts that accept and end requests.
+    # A tenant's quotas. Written by the scripts that accept and end requests.
     def quota(self, tenant: str) -> str:
-        """Hash: how much of a minute's requests and tokens is used, and when. Until all of it is available again."""
+        """Hash: used requests and tokens of the minute, and when they were used. Lives until all is available again."""
         return f"{self.tag}:q:{tenant}"
 
     def running(self, tenant: str) -> str:
-        """Sorted set: rid -> unix ms after which it does not count any more. Until the last deadline."""
+        """Sorted set: rid -> unix ms after which the request no longer counts. Lives until the last deadline."""
         return f"{self.tag}:q:{tenant}:run"
 
     def kept(self, tenant: str) -> str:
-        """Sorted set: what the tenant keeps in the queue, `<call>:<bytes>` -> unix ms when it has expired; and `sum`.
+        """Sorted set: the tenant's data in the queue, `<call>:<bytes>` -> unix ms of expiry; and the member `sum`.
 
-        The score of `sum` is minus the bytes of all others. Until the last of them has expired.
+        The score of `sum` is minus the bytes of all others. Lives until the last of them has expired.
         """
         return f"{self.tag}:q:{tenant}:kept"
 
-    # Usage, for the books. Days are those since 1970, UTC; kept as many days as the settings say.
+    # Usage, for accounting. A day is the number of days since 1970-01-01 UTC; the settings say how many days are kept.
     def usage_tenants(self, day: int | str) -> str:
-        """Set: the tenants of which there is a `usage` of a day."""
+        """Set: the tenants that have a `usage` hash for a day."""
         return f"{self.tag}:usage:{day}"
 
     def usage(self, day: int | str, tenant: str) -> str:
-        """Hash: what a tenant has used on a day, see `protocol.queue.books.usage`. Scripts write it at ends."""
+        """Hash: a tenant's consumption on a day, see `protocol.queue.books.usage`. Written when requests end."""
         return f"{self.tag}:usage:{day}:{tenant}"
 
     def residency(self, day: int | str) -> str:
-        """Hash: digest -> ms for which workers had it in their pools on a day, all workers together."""
+        """Hash: digest -> ms of a day during which the adapter was resident, summed over all workers."""
         return f"{self.tag}:resident:{day}"
 
-    # The history of requests. All live as long as the settings say after the last one; MAXLEN bounds each stream.
+    # The history of requests. Each key expires after the time of the settings since its last entry; MAXLEN bounds
+    # streams.
     @property
     def histories(self) -> str:
-        """Sorted set: tenant with a `history` -> unix ms of the last end."""
+        """Sorted set: tenant with a `history` -> unix ms when its last request ended."""
         return f"{self.tag}:hist"
 
     def history(self, tenant: str) -> str:
-        """Stream: `messages.HistoryEntry`, a tenant's requests that have ended. Scripts write it at ends."""
+        """Stream: `messages.HistoryEntry` of a tenant's ended requests. Written by the scripts that end them."""
         return f"{self.tag}:hist:{tenant}"
 
     def refusals(self, tenant: str) -> str:
-        """Stream: `messages.HistoryEntry`, a tenant's calls that a gateway refused."""
+        """Stream: `messages.HistoryEntry` of a tenant's calls that a gateway refused."""
         return f"{self.tag}:hist:{tenant}:refused"
 
     def copied(self, tenant: str) -> str:
-        """String: the last entries of `history` and `refusals`, a space between, that the history's database has."""
+        """String: the ids of the last entries of `history` and `refusals` in the database, separated by a space."""
         return f"{self.tag}:hist:{tenant}:copied"
 
     @property
@@ -281,23 +283,23 @@ class Keys:
 
     @property
     def history_problem(self) -> str:
-        """String PX 60 s: why that gateway cannot write it."""
+        """String PX 60 s: why the history writer cannot write the database."""
         return f"{self.tag}:hist-problem"
 
     @property
     def history_deleted(self) -> str:
-        """Sorted set: `<tenant>:<rid>` whose text is to be deleted from that database -> unix ms when it was asked."""
+        """Sorted set: `<tenant>:<rid>` whose text must be deleted from the database -> unix ms of that order."""
         return f"{self.tag}:hist-deleted"
 
     # The audit log: who did what. Its keys never expire; MAXLEN bounds each stream.
     @property
     def audit(self) -> str:
-        """Stream: `audit.AuditEntry`, what operators have done."""
+        """Stream: `audit.AuditEntry`, the actions of operators."""
         return f"{self.namespace}:audit"
 
     @property
     def tenants_audit(self) -> str:
-        """Stream: `audit.AuditEntry`, what tenants have done with their adapters."""
+        """Stream: `audit.AuditEntry`, the actions of tenants on their adapters."""
         return f"{self.namespace}:audit:tenants"
 
     # API keys. Permanent.
@@ -311,7 +313,7 @@ class Keys:
         """Hash: tenant -> `api_keys.Tenant`, its limits. Written by operators."""
         return f"{self.namespace}:tenants"
 
-    # Members of the fleet. Heartbeats expire by themselves; the sorted sets are cleaned by score.
+    # Members of the fleet. Heartbeats expire; the sorted sets are cleaned by score.
     def worker_beat(self, wid: str) -> str:
         """String PX 4 s: `messages.WorkerBeat`."""
         return f"{self.namespace}:w:{wid}:hb"
@@ -346,7 +348,7 @@ class Keys:
 
     @property
     def leader_epoch(self) -> str:
-        """Counter of leaderships. Permanent."""
+        """Counter: how often a scheduler became the leader. Permanent."""
         return f"{self.namespace}:leader:epoch"
 
     @property
@@ -362,7 +364,7 @@ class Keys:
 
     @property
     def bases(self) -> str:
-        """Hash: name -> `messages.ServedModel` of a further base; NUL name -> why no worker of a base has started."""
+        """Hash: name -> `messages.ServedModel` of a further base; NUL name -> why no worker of it has started."""
         return f"{self.namespace}:bases"
 
     @property
@@ -377,7 +379,7 @@ class Keys:
 
     @property
     def adapters_stamp(self) -> str:
-        """String: another one after each change of `adapters`. Written by adapter_store."""
+        """String: a token that changes with every change of `adapters`. Written by adapter_store."""
         return f"{self.namespace}:adapters:stamp"
 
     def adapter(self, digest: str) -> str:
@@ -386,24 +388,24 @@ class Keys:
 
     @property
     def registrations(self) -> str:
-        """Hash: names as in `adapters` -> `messages.Registration`, with tokens encrypted. Permanent."""
+        """Hash: field as in `adapters` -> `messages.Registration`, with tokens encrypted. Permanent."""
         return f"{self.namespace}:adapters:registered"
 
     def registered(self, tenant: str, minute: int | str) -> str:
-        """Counter, 2 min: what a tenant has registered in a minute (unix time)."""
+        """Counter, 2 min: number of a tenant's registrations in a minute (of unix time)."""
         return f"{self.namespace}:adapters:new:{tenant}:{minute}"
 
     def fetching(self, name: str) -> str:
-        """String PX 15 s: the store that fetches a registered name."""
+        """String PX 15 s: the store that is fetching the adapter of a registered name."""
         return f"{self.namespace}:adapters:fetching:{name}"
 
     @property
     def pins(self) -> str:
-        """Hash: name of an adapter that workers keep in their pools -> asked for by "settings" or "api". Permanent."""
+        """Hash: name of an adapter that workers keep resident -> who asked for that, "settings" or "api". Permanent."""
         return f"{self.namespace}:adapters:pins"
 
     def adapter_use(self, digest: str) -> str:
-        """Hash: `records.AdapterUse`, added to by workers. 7 days after the last use."""
+        """Hash: `records.AdapterUse`, incremented by workers. 7 days after the last use."""
         return f"{self.namespace}:use:{digest}"
 
     @property
@@ -426,5 +428,5 @@ class Keys:
 
 
 def private_name(name: str, tenant: str) -> str:
-    """Return the catalogue's field for a name. Names hold no NUL, so nobody's name can look like another's."""
+    """Return the catalogue's field for a name. Names contain no NUL, so no tenant's name can collide with another's."""
     return f"{tenant}\0{name}" if tenant else name

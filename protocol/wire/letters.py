@@ -1,4 +1,4 @@
-"""Dead letters as JSON, for `/v1/dead_letters` and `lorafleet dlq --json`. Pure."""
+"""Dead letters as JSON, for `/v1/dead_letters` and `lorafleet dlq --json`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from protocol.wire import messages as m
 
 SHOWN_BYTES = 400
-"""Bytes of a message that could not be read which are shown."""
+"""How many bytes of an unreadable message are shown."""
 
 
 def view(letter_id: str, letter: m.DeadLetter) -> dict[str, Any]:
-    """Return the object of a dead letter, without its prompt, which is not in it."""
+    """Return the JSON object of a dead letter. Dead letters contain no prompt."""
     sub = letter.submit
     return {
         "id": letter_id,

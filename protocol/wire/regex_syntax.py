@@ -1,4 +1,4 @@
-"""The syntax of `stop_regex`: Python's, without look-around and references."""
+"""The syntax of `stop_regex`: Python's, without look-around and backreferences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from protocol.wire.errors import BadRequest
 PARAM = "stop_regex"
 
 MAX_DEPTH = 32
-"""Most groups inside each other."""
+"""Maximum nesting depth of groups."""
 
 KINDS: Mapping[str, Callable[[str], bool]] = {
     "d": str.isdecimal,
@@ -21,7 +21,7 @@ KINDS: Mapping[str, Callable[[str], bool]] = {
     "S": lambda character: not character.isspace(),
     "W": lambda character: character != "_" and not character.isalnum(),
 }
-"""The letter after a backslash -> which characters it stands for."""
+"""The letter after a backslash -> whether a character belongs to its class."""
 
 _GAPS = frozenset({"^", "$", r"\A", r"\Z", r"\b", r"\B"})
 _CONTROLS = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
@@ -34,7 +34,7 @@ _NAME = re.compile(r"P<[^\W\d]\w*+>")
 
 @dataclass(frozen=True, slots=True)
 class Letters:
-    """The characters of which one stands at a place of an expression."""
+    """A character class: the characters that may stand at one place of an expression."""
 
     characters: frozenset[str] = frozenset()
     ranges: tuple[tuple[str, str], ...] = ()
@@ -44,20 +44,22 @@ class Letters:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """The first and last numbers of characters in it, before it is negated; at least one, which may be empty."""
+        """The ranges of code points, both ends included, before negation. Never empty: [(1, 0)] matches nothing."""
         found = [(ord(one), ord(one)) for one in self.characters]
         return [*found, *((ord(low), ord(high)) for low, high in self.ranges)] or [(1, 0)]
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A place between two characters, or before or after all of them."""
+    """A zero-width assertion between two characters, or at either end of the text."""
 
     kind: str
-    """`A` begins the text, `Z` ends what there is of it, `^` begins a line, `$` ends one, `b` does either to a word."""
+    """`A` start of the text, `Z` end of the text read so far, `^` and `$` start and end of a line, `b` and `B` word
+    boundary and its opposite.
+    """
 
     def fits(self, before: str, after: str) -> bool:
-        """Return whether it may be between two characters, "" where there is none."""
+        """Return whether the assertion holds between two characters, "" at an end of the text."""
         match self.kind:
             case "A":
                 return not before
@@ -74,43 +76,43 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Parts one after another."""
+    """A concatenation of parts."""
 
     parts: Sequence[Part]
 
 
 @dataclass(frozen=True, slots=True)
 class Either:
-    """Parts of which there is one."""
+    """An alternation: exactly one of the parts."""
 
     parts: Sequence[Part]
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """A part again and again."""
+    """A repetition of a part."""
 
     part: Part
     least: int
-    most: int | None  # None: any number
+    most: int | None  # None: no upper bound
 
 
 Part = Letters | Gap | Row | Either | Times
 
 
 def forms_of(character: str) -> frozenset[str]:
-    """Return a character in both cases, and characters that are the same in another case."""
+    """Return a character in both cases, and the characters that equal it in another case."""
     once = {character, character.lower(), character.upper()}
     return frozenset(form for one in once for form in (one, one.lower(), one.upper()) if len(form) == 1)
 
 
 def parts_of(expression: str) -> Part:
-    """Return what an expression says. Raises BadRequest for what is none, or has what is not supported."""
+    """Return the syntax tree of an expression. Raises BadRequest if it is invalid or uses an unsupported construct."""
     return _Reader(expression).read()
 
 
 class _Reader:
-    """Reads one expression. Every character is read once, but for those of a `{` that counts nothing."""
+    """Parses one expression. Each character is read once, except after a `{` that begins no repetition."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -119,7 +121,7 @@ class _Reader:
         self._names: set[str] = set()
 
     def read(self) -> Part:
-        """Return what the expression says. Raises BadRequest."""
+        """Return the syntax tree. Raises BadRequest."""
         flags = frozenset[str]()
         while (found := _FLAGS_OF_ALL.match(self._text, self._at)) is not None:
             flags |= frozenset(found[1])
@@ -143,7 +145,7 @@ class _Reader:
         return True
 
     def _next(self, what: str) -> str:
-        """Take a character. what: what is missing where there is none."""
+        """Consume a character. what: the missing element, for the error at the end of the text."""
         if self._at >= len(self._text):
             raise self._wrong(what)
         self._at += 1
@@ -169,7 +171,7 @@ class _Reader:
                     raise self._wrong("nothing to repeat")
                 if self._take("+"):
                     raise self._unsupported("a possessive repetition")
-                self._take("?")  # which of its texts is tried first does not matter
+                self._take("?")  # a lazy repetition has the same matches; only the order of tries differs
                 if self._times() is not None:
                     raise self._wrong("a repetition of a repetition")
                 part = Times(part, *times)
@@ -177,7 +179,7 @@ class _Reader:
         return parts[0] if len(parts) == 1 else Row(parts)
 
     def _times(self) -> tuple[int, int | None] | None:
-        """Take how often something is repeated; None where it is not."""
+        """Consume a repetition and return its bounds; None if there is none."""
         found = _TIMES.match(self._text, self._at)
         if found is None or found[0] == "{}":
             return None
@@ -211,7 +213,7 @@ class _Reader:
         return Letters(forms_of(character) if ignores_case else frozenset(character), ignores_case=ignores_case)
 
     def _edge_of_line(self, character: str, flags: frozenset[str]) -> Part:
-        """Return what `^` or `$` stands for: an edge of a line, or without the flag m of the whole text."""
+        """Return the meaning of `^` or `$`: an edge of a line with the flag m, else of the whole text."""
         if "m" in flags:
             return Gap(character)
         if character == "^":
@@ -242,7 +244,7 @@ class _Reader:
         return part
 
     def _escape(self, *, in_letters: bool = False) -> tuple[str, str]:
-        """Return the character that stands after a backslash, or "" and the kind of characters, or of a gap."""
+        """Return (character, "") of an escape for a character, or ("", kind) for a character class or an assertion."""
         character = self._next("a \\ and nothing after it")
         if character in KINDS:
             return "", character
@@ -266,7 +268,7 @@ class _Reader:
         return character, ""
 
     def _letters(self, ignores_case: bool) -> Letters:
-        """Read what stands in brackets, the first of which is read."""
+        """Parse a bracketed character class after its `[`."""
         negated = self._take("^")
         characters, ranges, kinds, is_first = set[str](), list[tuple[str, str]](), list[str](), True
         while is_first or not self._take("]"):
@@ -295,7 +297,7 @@ def shown(expression: str) -> str:
 
 
 def num_places(part: Part) -> int:
-    """Return how many characters, gaps and alternatives there are when repetitions are written out, at least 1."""
+    """Return the number of characters, assertions and alternatives with repetitions expanded, at least 1."""
     match part:
         case Letters() | Gap():
             return 1
@@ -308,7 +310,7 @@ def num_places(part: Part) -> int:
 
 
 def may_be_empty(part: Part) -> bool:
-    """Return whether a match may have no characters."""
+    """Return whether the part can match the empty text."""
     match part:
         case Letters():
             return False

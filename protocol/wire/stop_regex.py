@@ -1,13 +1,12 @@
-r"""Regular expressions that end a text: read, held to limits, and looked for while the text grows.
+r"""Regular expressions that end a text: parsed, limited in size, and searched while the text grows.
 
-The syntax (`regex_syntax.py`) and its meaning are Python's, as with SGLang. Several expressions become one automaton
-without counters, Glushkov's: each of its places is one character of a match, and knows which places may come next.
-`Search` keeps for each place where the earliest match began that has come there, so that a character costs the same few
-operations on arrays of bounded size, whatever expression and text are, and where a match begins is known once it ends.
+The syntax (`regex_syntax.py`) and its meaning are Python's, as with SGLang. Several expressions become one Glushkov
+automaton without counters: each of its places is one character of a match and has a set of successors. `Search` stores
+for each place the beginning of the earliest match that has reached it. So every character costs the same few operations
+on arrays of bounded size, for any expression and text. The beginning of a match is known as soon as the match ends.
 
-A gap (`^`, `$`, `\b`) is a place too, which a match passes between two characters. What comes after a text is not
-known while it grows: `add` looks for matches as if each text that it is given were the last, as SGLang does after each
-token.
+An assertion (`^`, `$`, `\b`) is a place too, which a match passes between two characters. The text that follows is not
+known while it grows. So `add` searches as if each text that it receives were the last, as SGLang does after each token.
 """
 
 from __future__ import annotations
@@ -39,29 +38,29 @@ from protocol.wire.regex_syntax import (
 MAX_EXPRESSIONS = 16
 
 MAX_CHARACTERS = 1024
-"""Most characters of a request's expressions together: they are read and made an automaton in 5 ms."""
+"""Maximum number of characters of a request's expressions together; they are parsed and built in 5 ms."""
 
 MAX_PLACES = 512
-"""Most characters and alternatives of a request's expressions, once counted repetitions are written out."""
+"""Maximum number of characters and alternatives of a request's expressions, with counted repetitions expanded."""
 
 MAX_LINKS = 4096
-"""Most pairs of places that follow each other: (a?){64} has two thousand."""
+"""Maximum number of pairs of successive places: (a?){64} has two thousand."""
 
 MAX_KNOWN = 256
-"""Characters of texts for which an automaton remembers which places they fit."""
+"""Number of characters for which an automaton caches the places that they fit."""
 
 MAX_KEPT = 32
-"""Automata that are kept, the most recently used."""
+"""Number of cached automata, the most recently used ones."""
 
 NEVER = 1 << 62
-"""A position behind every text."""
+"""A position after the end of any text."""
 
 
 # ---------------------------------------------------------------- the automaton
 
 
 class _Piece(NamedTuple):
-    """Places as bits of numbers: those that a part of an expression begins with, and ends with."""
+    """Places of a part as bit masks: those that may begin its match, and those that may end it."""
 
     first: int
     last: int
@@ -69,15 +68,15 @@ class _Piece(NamedTuple):
 
 
 _EMPTY = _Piece(0, 0, True)
-_BEGINNING = 1  # the place before all others, as bits
+_BEGINNING = 1  # bit of the start place, number 0
 
 
 class _Builder:
-    """Writes parts out as places."""
+    """Expands parts of a syntax tree into places."""
 
     def __init__(self) -> None:
-        self.letters: list[Letters] = []  # of each place but the one before all others, which is 0; of a gap none
-        self.next: list[int] = [0]  # of each place, those that may follow
+        self.letters: list[Letters] = []  # by place without the start place 0; an empty class for an assertion
+        self.next: list[int] = [0]  # by place, bit mask of its successors
         self.gaps: dict[int, Gap] = {}
         self._gap_bits = 0
         self._num_links = 0
@@ -108,7 +107,7 @@ class _Builder:
                 return self._repeated(part)
 
     def _repeated(self, times: Times) -> _Piece:
-        """Write a part out as often as it must be there, then as (x(x)?)? or x*, so that links stay few."""
+        """Write the required repetitions out, then the optional ones as (x(x)?)? or x*, which keeps the links few."""
         piece = last = _EMPTY
         for _ in range(times.least):
             last = self.build(times.part)
@@ -133,7 +132,7 @@ class _Builder:
         )
 
     def link(self, lasts: int, firsts: int) -> None:
-        """Let places follow others. Raises BadRequest when there are too many such pairs."""
+        """Add successors to places. Raises BadRequest if there are too many pairs, or for two assertions in a row."""
         for place in _bits(lasts):
             if place in self.gaps and firsts & self._gap_bits:
                 text = f"{PARAM} has one of ^ $ \\A \\Z \\b \\B right after another, which is not supported"
@@ -153,7 +152,7 @@ def _bits(number: int) -> Iterator[int]:
 
 
 class _Alphabet:
-    """Which places a character fits, found out for all at once, since a text may have ever new characters."""
+    """Finds the places that a character fits, for all places at once, since a text may bring new characters forever."""
 
     def __init__(self, of_places: Sequence[Letters]) -> None:
         distinct = list(dict.fromkeys(of_places))
@@ -161,13 +160,13 @@ class _Alphabet:
         spans = [letters.spans for letters in distinct]
         self._which = np.array([which[letters] for letters in of_places], np.intp)
         self._lows, self._highs = np.array([span for some in spans for span in some], np.int64).T.copy()
-        self._begins = np.cumsum([0, *map(len, spans)])[:-1].astype(np.intp)  # of each entry's spans
+        self._begins = np.cumsum([0, *map(len, spans)])[:-1].astype(np.intp)  # first span of each distinct class
         self._kinds = np.array([[kind in letters.kinds for kind in KINDS] for letters in distinct], bool)
         self._negated = np.array([letters.negated for letters in distinct], bool)
         self._ignores_case = np.array([letters.ignores_case for letters in distinct], bool)
 
     def fits(self, character: str) -> NDArray[np.bool_]:
-        """Return whether a character may stand at each place."""
+        """Return, bool [places], whether a character may stand at each place."""
         found = self._has(character)
         if self._ignores_case.any():
             for form in forms_of(character) - {character}:
@@ -181,18 +180,18 @@ class _Alphabet:
 
 
 class Reading(NamedTuple):
-    """What a character means to an automaton."""
+    """How an automaton treats a character."""
 
-    unfit: NDArray[np.bool_]  # bool [places]: where it may not stand
-    may_begin: bool  # a match
-    may_end: bool
+    unfit: NDArray[np.bool_]  # bool [places]: True where the character may not stand
+    may_begin: bool  # whether it may begin a match
+    may_end: bool  # whether it may end a match
 
 
 class Automaton:
-    """Expressions as places, each of which is a character of a match. Never changed, but for what it remembers."""
+    """Several expressions as one set of places, each a character of a match. Immutable except for a cache."""
 
     def __init__(self, expressions: Sequence[str]) -> None:
-        """Make it. Raises BadRequest for what is no expression, matches the empty text, or is beyond the limits."""
+        """Build the automaton. Raises BadRequest if one is invalid, matches the empty text or exceeds a limit."""
         parts = [parts_of(expression) for expression in expressions]
         num = sum(map(num_places, parts))
         if num > MAX_PLACES:
@@ -200,7 +199,7 @@ class Automaton:
             text = f"{PARAM} has {shown_num} characters and alternatives when its repetitions are written out"
             raise BadRequest(f"{text}; the limit is {MAX_PLACES}", param=PARAM)
         builder = _Builder()
-        ends: list[tuple[int, int]] = []  # a place where a match may end, and of which expression
+        ends: list[tuple[int, int]] = []  # (place where a match may end, index of its expression)
         for index, (expression, part) in enumerate(zip(expressions, parts, strict=True)):
             if may_be_empty(part):
                 text = f"{PARAM}: {shown(expression)} matches the empty text, with which every answer begins"
@@ -208,13 +207,13 @@ class Automaton:
             piece = builder.build(part)
             builder.link(_BEGINNING, piece.first)
             ends += [(place - 1, index) for place in _bits(piece.last)]
-        before: list[list[int]] = [[] for _ in builder.letters]  # of each place, those that it may follow
+        before: list[list[int]] = [[] for _ in builder.letters]  # by place, its predecessors
         for place, following in enumerate(builder.next):
             for other in _bits(following):
                 before[other - 1].append(place)
         self.num_places = len(builder.letters)
         self.links = np.array([place for places in before for place in places], np.intp)
-        self.begins = np.cumsum([0, *map(len, before)])[:-1].astype(np.intp)  # of each place's `links`
+        self.begins = np.cumsum([0, *map(len, before)])[:-1].astype(np.intp)  # first entry of each place in `links`
         self.ends = np.array([place for place, _ in ends], np.intp)
         self.expression_of = [index for _, index in ends]
         self.gaps = [(gap, place - 1) for place, gap in builder.gaps.items()]
@@ -226,7 +225,7 @@ class Automaton:
         self._known: dict[str, Reading] = {}
 
     def reading(self, character: str) -> Reading:
-        """Return where a character may stand."""
+        """Return where a character may stand; cached."""
         found = self._known.get(character)
         if found is None:
             fits = self._alphabet.fits(character)
@@ -239,12 +238,12 @@ class Automaton:
 
 @lru_cache(MAX_KEPT)
 def automaton_of(expressions: tuple[str, ...]) -> Automaton:
-    """Return the automaton of expressions. Raises BadRequest as `Automaton` does."""
+    """Return the automaton of expressions, cached. Raises BadRequest as `Automaton` does."""
     return Automaton(expressions)
 
 
 def checked(expressions: str | Sequence[str] | None) -> list[str]:
-    """Return a request's expressions without empty ones. Raises BadRequest for those that are not served."""
+    """Return a request's expressions without empty ones. Raises BadRequest if they are invalid or exceed a limit."""
     given = [one for one in ([expressions] if isinstance(expressions, str) else expressions or ()) if one]
     if len(given) > MAX_EXPRESSIONS:
         raise BadRequest(f"{PARAM} has {len(given)} expressions; the limit is {MAX_EXPRESSIONS}", param=PARAM)
@@ -260,34 +259,34 @@ def checked(expressions: str | Sequence[str] | None) -> list[str]:
 
 
 class Match(NamedTuple):
-    """Where a match lies in all text read so far."""
+    """The position of a match in all text read so far."""
 
     begin: int
-    expression: int  # its index
+    expression: int  # index of the expression
     end: int
 
 
 class Search:
-    """Looks for an automaton's expressions in a text that grows."""
+    """Searches a growing text for the expressions of an automaton."""
 
     def __init__(self, automaton: Automaton) -> None:
         self._automaton = automaton
         self._began = np.full(1 + automaton.num_places, NEVER, np.int64)
-        self._places = self._began[1:]  # of each: where the earliest match began that has come there, or NEVER
+        self._places = self._began[1:]  # by place: beginning of the earliest match that has reached it, or NEVER
         self._along = np.empty(len(automaton.links), np.int64)
         self._arriving = np.empty(automaton.num_places, np.int64)
         self._gap_kinds = list(dict.fromkeys(gap for gap, _ in automaton.gaps))
         self._gap_places = np.array([place for _, place in automaton.gaps], np.intp)
         self._kind_of_gap = np.array([self._gap_kinds.index(gap) for gap, _ in automaton.gaps], np.intp)
         self._num_read = 0
-        self._last = ""  # the character that was read last
+        self._last = ""  # the last character read
         self.earliest = NEVER
-        """Where the earliest match begins that is under way, `NEVER` if none is."""
+        """The beginning of the earliest unfinished match; `NEVER` if there is none."""
         self.match: Match | None = None
-        """The match that begins first; of those that begin alike, the first expression's, as long as it is there."""
+        """The match that begins first; among equals the first expression's, as long as the text read allows."""
 
     def add(self, text: str) -> None:
-        """Read more text. Once there is a match, nothing more may be added."""
+        """Read more text. Must not be called once there is a match."""
         automaton, began, places = self._automaton, self._began, self._places
         has_gaps = bool(automaton.gaps)
         for character in text:
@@ -311,19 +310,19 @@ class Search:
             places[self._gap_places] = NEVER
 
     def _arrive(self, places: NDArray[np.int64]) -> None:
-        """Write where the earliest match began that may come to each place next. places: int64 [places]."""
+        """Write to `places`, int64 [places], the beginning of the earliest match that may reach each place next."""
         np.take(self._began, self._automaton.links, out=self._along, mode="clip")
         np.minimum.reduceat(self._along, self._automaton.begins, out=places)
 
     def _pass_gaps(self, before: str, after: str) -> None:
-        """Let matches pass between two characters, "" where there is none, and take those that end there."""
+        """Advance matches through assertions between two characters ("" at an end), and note those that end there."""
         fits = np.array([gap.fits(before, after) for gap in self._gap_kinds])[self._kind_of_gap]
         self._arrive(self._arriving)
         self._places[self._gap_places] = np.where(fits, self._arriving[self._gap_places], NEVER)
         self._note_match(self._places[self._automaton.ends])
 
     def _note_match(self, begins: NDArray[np.int64]) -> None:
-        """Take the matches that end here. begins: of each place where one may, int64."""
+        """Store the best match that ends here. begins: int64, the beginning of the match at each ending place."""
         index = int(begins.argmin())  # the first of the smallest
         begin, expression = int(begins[index]), self._automaton.expression_of[index]
         if begin != NEVER and (self.match is None or (begin, expression) <= self.match[:2]):

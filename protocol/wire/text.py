@@ -1,4 +1,4 @@
-"""Tokens to text, shared by gateway and worker, so that a stop string ends a request at the same token in both."""
+"""Text from tokens, shared by gateway and worker so that both end a request at the same token."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from protocol.wire.tokens import Detokenizer, TokenTable
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """Where the output of a request ends: the worker generates no further, and the gateway shows no more.
+    """When the output of a request ends: the worker stops generating, and the gateway shows nothing further.
 
-    It ends before the first stop string in the text, or the first text that matches one of `stop_regex`, and with the
-    first token of `end_ids`; none counts within the first `min_tokens` tokens. The text is without special tokens
-    unless the request wants them.
+    The output ends before the first stop string or the first match of `stop_regex`, or with the first token of
+    `end_ids`. None of these counts within the first `min_tokens` tokens. The searched text contains special tokens only
+    if the request wants them.
     """
 
     stop: Sequence[str] = ()
     end_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
-    with_special: bool = False  # special tokens are part of the text
+    with_special: bool = False  # whether special tokens are part of the text
     stop_regex: Sequence[str] = ()
 
     @property
     def reads_text(self) -> bool:
-        """Whether something is looked for in the text."""
+        """Whether the text must be searched for stop strings or expressions."""
         return any(self.stop) or bool(self.stop_regex)
 
     @classmethod
     def of(
         cls, stop: Sequence[str], stop_token_ids: Iterable[int], sampling: m.Sampling, eos_ids: frozenset[int]
     ) -> StopRule:
-        """Return the rule of a request. eos_ids: tokens that end the model's texts, unless the request ignores them."""
+        """Return the rule of a request. eos_ids: the model's end tokens, used unless the request ignores them."""
         end_ids = frozenset(stop_token_ids)
         if not sampling.ignore_eos:
             end_ids |= eos_ids
@@ -46,36 +46,36 @@ class StopRule:
 class StopMatcher:
     """Finds the first stop string in a growing text and holds back text that may be the beginning of one.
 
-    Held is the longest end of the text that some stop string begins with. What begins a stop string is found by
-    bisection in their sorted list, and an end only ever loses characters at its beginning, so a character costs about
-    one look-up however many and long the stop strings are. Nothing is built for a request but the sorted list.
+    It holds back the longest suffix of the text that is a prefix of some stop string. Prefixes are found by bisection
+    in the sorted list of stop strings, and the suffix only ever loses characters at its beginning. So a character costs
+    about one lookup, however many and long the stop strings are. Nothing is built per request but that sorted list.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._order = {stop: i for i, stop in reversed(list(enumerate(stops))) if stop}
         self._sorted = sorted(self._order)
-        self._ends = tuple(self._sorted)  # as `str.endswith` takes them
+        self._ends = tuple(self._sorted)  # tuple for `str.endswith`
         self._held = ""
         self.matched: str | None = None
 
     @property
     def ending(self) -> str:
-        """The text that has matched, "" if none has."""
+        """The stop string that was found, "" if none."""
         return self.matched or ""
 
     def add(self, text: str) -> str:
-        """Take new text; return the text that can be shown. Returns "" once `matched` is set."""
+        """Append text and return the text that may be shown; "" once `matched` is set."""
         if self.matched is not None:
             return ""
         if not self._sorted:
             return text
         buffer, start = self._held + text, 0
-        found: tuple[int, int, str] | None = None  # the first in the caller's order counts among those that begin alike
+        found: tuple[int, int, str] | None = None  # among equal positions, the first in the caller's order
         for end in range(len(self._held) + 1, len(buffer) + 1):
             while not self._begins_one(buffer[start:end]):
                 start += 1
             if found is not None and start > found[0]:
-                break  # what ends from here on begins later
+                break  # any stop string that ends later also begins later
             if buffer.endswith(self._ends, start, end):
                 stop = max((stop for stop in self._sorted if buffer.endswith(stop, start, end)), key=len)
                 match = end - len(stop), self._order[stop], stop
@@ -87,35 +87,35 @@ class StopMatcher:
         return buffer[:start]
 
     def _begins_one(self, text: str) -> bool:
-        """Return whether a stop string begins with, or is, `text`."""
+        """Return whether some stop string equals `text` or begins with it."""
         at = bisect_left(self._sorted, text)
         return at < len(self._sorted) and self._sorted[at].startswith(text)
 
     def flush(self) -> str:
-        """Return the text still held back, after the last of the text."""
+        """Return the text still held back, at the end of the output."""
         rest, self._held = self._held, ""
         return rest
 
 
 class RegexMatcher:
-    """Finds the first text that matches an expression, or is a stop string, and holds back what may become one.
+    """Finds the first match of an expression or stop string, and holds back text that may become one.
 
-    What is held back of a text depends on nothing but the text: on the place where the earliest match under way began.
+    The held text begins where the earliest unfinished match begins, so it depends on nothing but the text.
     """
 
     def __init__(self, stops: Sequence[str], expressions: Sequence[str]) -> None:
-        """Begin a text. Raises BadRequest for expressions that are not served, see `stop_regex`."""
+        """Begin a text. Raises BadRequest for unsupported expressions, see `stop_regex`."""
         self._strings = StopMatcher(stops)
         self._expressions = expressions
         self._search = Search(automaton_of(tuple(expressions)))
         self._held: list[str] = []
-        self._num_shown = 0  # characters given out, and below, of all that were read, those free of stop strings
-        self._num_free = 0
-        self.matched: str | None = None  # the stop string, or the expression
-        self.ending = ""  # the text that has matched
+        self._num_shown = 0  # characters returned so far
+        self._num_free = 0  # characters read that are free of stop strings
+        self.matched: str | None = None  # the stop string or the expression that was found
+        self.ending = ""  # the text that matched it
 
     def add(self, text: str) -> str:
-        """Take new text; return the text that can be shown. Returns "" once `matched` is set."""
+        """Append text and return the text that may be shown; "" once `matched` is set."""
         if self.matched is not None:
             return ""
         self._held.append(text)
@@ -135,7 +135,7 @@ class RegexMatcher:
         return shown
 
     def _release(self, end: int) -> str:
-        """Give out what is held of the text up to a place in it."""
+        """Return the held text up to position `end` of the whole text, and stop holding it."""
         num = end - self._num_shown
         if not num:
             return ""
@@ -144,7 +144,7 @@ class RegexMatcher:
         return text[:num]
 
     def flush(self) -> str:
-        """Return the text still held back, after the last of the text."""
+        """Return the text still held back, at the end of the output."""
         rest, self._held = "".join(self._held), []
         return rest
 
@@ -158,19 +158,19 @@ def overlap(text: str, stop: str) -> int:
 
 
 class OutputText:
-    """The output of one request: what of its text can be shown so far, and where it ends by its `StopRule`.
+    """The output text of one request: what can be shown so far, and where its `StopRule` ends it.
 
-    Gateway and worker feed it the same tokens one by one, so that both end a request at the same one.
+    Gateway and worker feed it the same tokens one at a time, so that both end a request at the same token.
     """
 
     def __init__(
         self, tokens: TokenTable | None, rule: StopRule, *, shown: Mapping[int, str] = {}, includes_stop: bool = False
     ) -> None:
-        """tokens: None where no text is wanted, and there is nothing to look for in it.
+        """tokens: None if no text is wanted and the rule searches none.
 
-        shown: special tokens that are written into the text, and how; stop strings are looked for without them. Of a
-        text with all special tokens they are part already. includes_stop: what ended the text is shown, if it is text.
-        Raises BadRequest if ids of this tokenizer cannot be decoded, and for expressions that are not served.
+        shown: special token id -> text written in its place. Stop strings are searched without these texts. Ignored if
+        the rule's text already contains all special tokens. includes_stop: show what ended the text, if it is text.
+        Raises BadRequest if this tokenizer's ids cannot be decoded, or for unsupported expressions.
         """
         assert tokens is not None or not rule.reads_text
         self._detokenizer = None if tokens is None else Detokenizer(tokens, special=rule.with_special)
@@ -179,20 +179,20 @@ class OutputText:
         self._min_tokens, self._end_ids = rule.min_tokens, rule.end_ids
         self._shown: Mapping[int, str] = {} if rule.with_special else shown
         self._includes_stop = includes_stop
-        self._markers: deque[tuple[int, str]] = deque()  # special tokens to be written: after how many characters
-        self._num_read = 0  # characters before the next token's, and below, of them given out; only with `shown`
-        self._num_given = 0
-        self.num_tokens = 0  # seen, the one that ended the text included
+        self._markers: deque[tuple[int, str]] = deque()  # special tokens still to be written: (characters before, text)
+        self._num_read = 0  # characters before the next token; only with `shown`
+        self._num_given = 0  # characters returned of them; only with `shown`
+        self.num_tokens = 0  # tokens read, including the one that ended the text
         self.ended = False
-        self.end_id: int | None = None  # the token that ended the text, if one of `end_ids` did
+        self.end_id: int | None = None  # the token of `end_ids` that ended the text; None: something else did
 
     @property
     def stop(self) -> str | None:
-        """The stop string, or the expression, that ended the text, if one did."""
+        """The stop string or the expression that ended the text; None: something else did."""
         return self._matcher.matched
 
     def add(self, ids: Iterable[int]) -> str:
-        """Return the text that these further ids make visible; "" once the text has ended."""
+        """Return the text that these ids make visible; "" once the text has ended."""
         pieces: list[str] = []
         for id_ in ids:
             if self.ended:
@@ -234,7 +234,7 @@ class OutputText:
         return self._with_markers(text) if self._shown else text
 
     def _with_markers(self, text: str) -> str:
-        """Return the characters that are given out next, with the special tokens that stand before or among them."""
+        """Return `text`, the next characters to show, with the special tokens before or inside it."""
         pieces: list[str] = []
         start, end = self._num_given, self._num_given + len(text)
         while self._markers and self._markers[0][0] <= end:

@@ -1,7 +1,7 @@
-"""Token ids to text: a table of every token's bytes, and a decoder that needs nothing else.
+"""Text from token ids: a table of every token's bytes, and a decoder that needs nothing else.
 
-The library `tokenizers` decodes as well, with whatever a tokenizer.json tells it to do. Here that was settled when the
-table was made (`peft_adapters/texts/tokenizer_json.py`), so a token costs a look into a list.
+The library `tokenizers` follows the decoder of a tokenizer.json for every text. These rules were applied once when the
+table was made (`peft_adapters/texts/tokenizer_json.py`), so that decoding a token is one list lookup.
 """
 
 from __future__ import annotations
@@ -16,63 +16,64 @@ import msgspec
 from protocol.wire.errors import BadRequest
 
 UNKNOWN_CHARACTERS = 256
-"""Characters that one token stands for at most, whatever the vocabulary has: unknown words are one token each."""
+"""Characters that one token may stand for even if no piece is that long: an unknown word is one token."""
 
 
 class TokenTable(msgspec.Struct, dict=True, weakref=True):
-    """Every token of a tokenizer as bytes, by id, and what decoding them as a whole needs besides. Never changed."""
+    """Every token of a tokenizer as bytes, by id, with the rules for decoding whole texts. Immutable."""
 
     pieces: list[bytes]
-    """What a token adds to a text; a special token's own text, which no text shows; b"" where an id is no token."""
+    """The bytes that a token adds to a text; for a special token its own text, which is not shown; b"" for unused ids.
+    """
 
     first: list[bytes] | None = None
-    """What a token adds as the first of a text, where that is something else."""
+    """The bytes that a token adds at the beginning of a text, if they can differ from `pieces`."""
 
     last: list[bytes] | None = None
-    """What a token adds as the last of a text, where that is something else."""
+    """The bytes that a token adds at the end of a text, if they can differ from `pieces`."""
 
     added: dict[str, int] = {}
-    """The tokens that were added to the vocabulary as a whole, as markers are."""
+    """Text -> id of the tokens that were added to the vocabulary as a whole, such as markers."""
 
     special: frozenset[int] = frozenset()
-    """The ids that no text shows."""
+    """The ids that are not shown in a text."""
 
     unknown: frozenset[int] = frozenset()
-    """The ids below the number of pieces that are no token."""
+    """The ids below the number of pieces that are not a token."""
 
     invalid: Literal["part", "byte"] = "part"
-    """Whether bytes that are no character become one U+FFFD for each broken character, or for each byte."""
+    """Whether invalid UTF-8 becomes one U+FFFD per broken character ("part"), or one per byte."""
 
     strip: tuple[str, int] = ("", 0)
-    """A character, and how many of them are taken from the beginning of a text."""
+    """A character, and the maximum number of them that is stripped from the beginning of a text."""
 
     key: str = ""
-    """The hash of what the table was made of; it tells tables apart."""
+    """The hash of the table's source; it identifies the table."""
 
     refusal: str = ""
-    """Why ids cannot be decoded, "" if they can."""
+    """Why ids cannot be decoded; "" if they can."""
 
     @cached_property
     def hidden(self) -> frozenset[int]:
-        """The ids that decoding passes over."""
+        """The ids that decoding skips."""
         return self.special | self.unknown
 
     @cached_property
     def longest(self) -> int:
-        """Most characters of a token: a text cannot have fewer tokens than it has of these."""
+        """Maximum characters of a token, which gives a lower bound of a text's number of tokens."""
         return max(UNKNOWN_CHARACTERS, max(map(len, self.pieces), default=0))
 
     @property
     def num_bytes(self) -> int:
-        """The memory that its lists take, whose entries may be another table's."""
+        """The bytes of the lists themselves; their entries may be shared with other tables."""
         return 8 * sum(len(pieces) for pieces in (self.pieces, self.first, self.last) if pieces is not None)
 
     def bytes_of(self, id_: int) -> bytes:
-        """Return a token's UTF-8 bytes, which may be only a part of a character; b"" for what is no token."""
+        """Return a token's UTF-8 bytes, perhaps only part of a character; b"" if the id is not a token."""
         return self.pieces[id_] if 0 <= id_ < len(self.pieces) else b""
 
     def text_of(self, id_: int) -> str:
-        r"""Return a token as text; `bytes:\xe2\x80`, as OpenAI does, if it is not valid UTF-8 alone."""
+        r"""Return a token as text; `bytes:\xe2\x80`, as in OpenAI's API, if it is not valid UTF-8 by itself."""
         raw = self.bytes_of(id_)
         try:
             return raw.decode()
@@ -80,34 +81,34 @@ class TokenTable(msgspec.Struct, dict=True, weakref=True):
             return "bytes:" + "".join(f"\\x{value:02x}" for value in raw)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Return the text of ids, with special tokens or without. Raises BadRequest if they cannot be decoded."""
+        """Return the text of ids, with or without special tokens. Raises BadRequest if they cannot be decoded."""
         detokenizer = Detokenizer(self, special=special)
         return detokenizer.add(ids) + detokenizer.flush()
 
 
 class Detokenizer:
-    """Decodes ids step by step, and never returns half a UTF-8 character."""
+    """Decodes ids incrementally and never returns part of a UTF-8 character."""
 
     def __init__(self, tokens: TokenTable, *, special: bool = False) -> None:
-        """Begin a text, with special tokens or without. Raises BadRequest if this tokenizer's cannot be decoded."""
+        """Begin a text, with or without special tokens. Raises BadRequest if this tokenizer's ids cannot be decoded."""
         if tokens.refusal:
             raise BadRequest(tokens.refusal)
         self._pieces, self._hidden = tokens.pieces, tokens.unknown if special else tokens.hidden
         self._first, self._last = tokens.first, tokens.last
-        self._held: list[int] = []  # the last id so far, where it matters that it is
+        self._held: list[int] = []  # the last id so far, if a last token has bytes of its own
         self._stripped, self._num_strip = tokens.strip
         self._errors = "replace" if tokens.invalid == "part" else _EACH_BYTE
-        self._rest = b""  # the beginning of a character of which the rest has not come
-        self._is_plain = False  # whether a token's text does not depend on where it stands, from here on
+        self._rest = b""  # the first bytes of an incomplete character
+        self._is_plain = False  # whether, from here on, a token's text no longer depends on its position
 
     def add_one(self, id_: int) -> str:
-        """Return the text that this further id completes."""
+        """Return the text that this id completes."""
         if not self._is_plain:
             return self.add((id_,))
         return "" if id_ in self._hidden or not 0 <= id_ < len(self._pieces) else self._decode(self._pieces[id_])
 
     def add(self, ids: Iterable[int]) -> str:
-        """Return the text that these further ids complete."""
+        """Return the text that these ids complete."""
         pieces, hidden, num = self._pieces, self._hidden, len(self._pieces)
         shown = [id_ for id_ in ids if id_ not in hidden and 0 <= id_ < num]
         if self._last is not None:
@@ -123,7 +124,7 @@ class Detokenizer:
         return text if not self._num_strip else self._strip(text)
 
     def flush(self) -> str:
-        """Return the text still held back, after the last id: the bytes of an incomplete character as U+FFFD."""
+        """Return the text still held back, after the last id; an incomplete character becomes U+FFFD."""
         held = b"" if self._last is None else b"".join(self._last[id_] for id_ in self._held)
         return self._decode(held, is_end=True)
 

@@ -1,1 +1,1 @@
-"""The books of a fleet in the queue: API keys, quotas, usage, and the audit log of what operators did."""
+"""A fleet's accounting in the queue: API keys, quotas, usage, and the audit log."""

@@ -1,7 +1,7 @@
-"""API keys and the tenants they belong to. Redis holds only a key's hash; a tenant's limits are a record of their own.
+"""API keys and their tenants. Redis holds only the hashes of keys; a tenant's limits are a record of their own.
 
-There is no cache: every request reads both, so a revoked key or a changed limit takes effect with the next request, at
-every gateway.
+There is no cache: every request reads both records, so a revoked key or a changed limit takes effect with the next
+request at every gateway.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ _NUM_SECRET_BYTES = 32
 
 
 class Tenant(m.Wire, frozen=True):
-    """A tenant and its limits, which hold for all its keys together. 0: no limit, where nothing else is said."""
+    """A tenant and its limits, which apply to all its keys together. 0: no limit, unless stated otherwise."""
 
     name: str
     requests_per_minute: int = 0  # HTTP calls
     tokens_per_minute: int = 0  # limit on prompt and output tokens
     concurrency: int = 0  # choices queued or running at once
     kept_bytes: int = 0  # limit on bytes in the queue; 0: the setting `tenant_bytes`
-    weight: float = 1.0  # its share relative to others
-    adapters: tuple[str, ...] = ("*",)  # patterns of the names of everybody's adapters that it sees
+    weight: float = 1.0  # its share relative to other tenants
+    adapters: tuple[str, ...] = ("*",)  # patterns for the names of shared adapters that it may use
 
     def sees(self, name: str) -> bool:
-        """Return whether the tenant may use the public adapter of this name."""
+        """Return whether the tenant may use the shared adapter of this name."""
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
 class ApiKey(m.Wire, frozen=True):
     """The record of a key, without the key itself."""
 
-    id: str  # names the key; nothing of the key can be derived from it
+    id: str  # identifies the key, but reveals nothing of it
     tenant: str
     scopes: list[str]
     created_ms: int
@@ -72,10 +72,10 @@ class ApiKeys:
         self._redis = client
         self._keys = keys
 
-    # ------------------------------------------------------------ asking
+    # ------------------------------------------------------------ reading
 
     async def find(self, key: str) -> tuple[ApiKey, Tenant] | None:
-        """Return a key's record and tenant; None when it is unknown or has expired."""
+        """Return a key's record and tenant; None if the key is unknown or has expired."""
         raw = await self._redis.hget(self._keys.api_keys, hash_of(key))
         if raw is None:
             return None
@@ -85,19 +85,19 @@ class ApiKeys:
         return found, await self.tenant(found.tenant)
 
     async def tenant(self, name: str) -> Tenant:
-        """Return a tenant; one without a record has no limits."""
+        """Return a tenant's record; one without a record has no limits."""
         raw = await self._redis.hget(self._keys.tenants, name)
         return decode(raw, Tenant) if raw is not None else Tenant(name=name)
 
     async def all(self) -> list[tuple[ApiKey, Tenant]]:
-        """Return every key, expired ones too, by tenant and age."""
+        """Return every key with its tenant, including expired keys, ordered by tenant and age."""
         raws = await self._redis.hvals(self._keys.api_keys)
         found = sorted((decode(raw, ApiKey) for raw in raws), key=lambda key: (key.tenant, key.created_ms))
         tenants = {name: await self.tenant(name) for name in {key.tenant for key in found}}
         return [(key, tenants[key.tenant]) for key in found]
 
     async def tenants(self) -> list[Tenant]:
-        """Return every tenant that has limits or keys, by name."""
+        """Return every tenant that has limits or keys, ordered by name."""
         found = [decode(raw, Tenant) for raw in await self._redis.hvals(self._keys.tenants)]
         known = {tenant.name: tenant for tenant in found}
         for raw in await self._redis.hvals(self._keys.api_keys):
@@ -106,7 +106,7 @@ class ApiKeys:
         return [known[name] for name in sorted(known)]
 
     async def count(self) -> int:
-        """Return how many keys there are."""
+        """Return the number of keys."""
         return int(await self._redis.hlen(self._keys.api_keys))
 
     # ------------------------------------------------------------ changing
@@ -114,7 +114,7 @@ class ApiKeys:
     async def create(
         self, tenant: str, scopes: Sequence[str], expires_ms: int = 0, note: str = ""
     ) -> tuple[str, ApiKey]:
-        """Make a key; return it, which no later call can, and its record. Raises BadRequest."""
+        """Create a key; return it, which cannot be read again later, with its record. Raises BadRequest."""
         check_tenant(tenant)
         unknown = [scope for scope in scopes if scope not in SCOPES]
         if unknown or not scopes:

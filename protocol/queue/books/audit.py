@@ -1,6 +1,6 @@
-"""What operators have done, and tenants with adapters: a bounded list, the newest first, and a log line for each.
+"""The actions of operators, and of tenants on their adapters: bounded lists, newest first, and a log line for each.
 
-Operators and tenants have lists of their own, so that no tenant can push out what an operator did.
+Operators and tenants have separate lists, so that no tenant can displace an operator's entries.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from protocol.wire.keys import Keys
 logger = logging.getLogger(__name__)
 
 MAX_ENTRIES = 10_000
-"""Most entries of each list; older ones go."""
+"""Maximum number of entries of each list; older ones are dropped."""
 
 MAX_TEXT = 300
-"""Longest text of an entry, in characters."""
+"""Maximum characters of a text in an entry."""
 
 SCHEDULER = "scheduler"
-"""The actor of what the scheduler does by itself."""
+"""The actor of the scheduler's own actions."""
 
 CLI = "cli"
-"""The actor of commands in the audit log: the queue's password stands for an API key there."""
+"""The actor of commands: they prove their right by the queue's password instead of an API key."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 
@@ -42,10 +42,10 @@ class AuditEntry(m.Wire, frozen=True):
 
     ms: int  # unix time
     who: str  # id of the API key; `CLI`; `SCHEDULER`; "" without keys
-    tenant: str  # tenant of the key; on the command line, user and machine
-    address: str  # client address; "" on the command line
+    tenant: str  # tenant of the key; for commands, user and machine
+    address: str  # client address; "" for commands
     action: str  # action, such as "adapter.pin"
-    target: str  # name or id that it was done to
+    target: str  # name or id of the object
     detail: str  # further parameters
     outcome: str  # "done", or the code of the error
     by_operator: bool
@@ -55,16 +55,16 @@ class AuditLog:
     """The audit log of a fleet."""
 
     def __init__(self, client: Client, keys: Keys, scripts: Scripts, max_entries: int = MAX_ENTRIES) -> None:
-        """max_entries: of each list."""
+        """max_entries: maximum number of entries of each list."""
         self._max = max_entries
         self._redis = client
         self._keys = keys
         self._scripts = scripts
 
     async def note(self, entry: AuditEntry) -> None:
-        """Add an entry, also while the server's memory is full. Without the queue only the log line is left.
+        """Add an entry, even while the server's memory is full; only to the log if the queue is unreachable.
 
-        What a request names is written on one line, whatever is in it, so that no name forges a second entry.
+        Names and parameters from the request are written on one line, so that none of them can forge a second entry.
         """
         entry = msgspec.structs.replace(entry, target=_on_a_line(entry.target), detail=_on_a_line(entry.detail))
         who = f"{entry.who or 'anonymous'} of {entry.tenant}" if entry.tenant else entry.who or "anonymous"
@@ -80,9 +80,9 @@ class AuditLog:
             logger.warning("the audit log could not be written: %s", error)
 
     async def newest(self, limit: int, before: str = "", *, of_tenants: bool = False) -> list[tuple[str, AuditEntry]]:
-        """Return at most `limit` entries with their ids, the newest first, or those before one. Raises BadRequest.
+        """Return at most `limit` entries with their ids, newest first. Raises BadRequest for an invalid id.
 
-        of_tenants: those of tenants in place of operators.
+        before: only entries older than this id. of_tenants: the actions of tenants instead of operators.
         """
         if before and not _ID.fullmatch(before):
             raise BadRequest(f"{before!r:.100} is not an entry's id, which looks like 1764043172123-0", param="after")
@@ -92,7 +92,7 @@ class AuditLog:
 
 
 def from_command_line(action: str, target: str, detail: str = "") -> AuditEntry:
-    """Return the entry of an action at the command line, by this process's user."""
+    """Return the entry of an action on the command line, by the user of this process."""
     who = f"{_user()}@{socket.gethostname()}"
     return AuditEntry(now_ms(), CLI, who[:MAX_TEXT], "", action, target[:MAX_TEXT], detail[:MAX_TEXT], "done", True)
 

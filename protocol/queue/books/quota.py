@@ -1,4 +1,4 @@
-"""A tenant's limits as the submit script takes them, and its standing as the script returns it."""
+"""A tenant's limits as arguments of the submit script, and its standing in the script's reply."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Quota:
     """The tenant that a call is charged to, and its limits. 0: no limit.
 
-    `max_bytes` bounds what it keeps in the queue: bodies, messages and logs of its requests, at most what they can come
-    to while they run and what they came to afterwards, jobs, and Idempotency-Keys.
+    `max_bytes` limits the tenant's data in the queue: jobs, Idempotency-Keys, and the bodies, messages and logs of its
+    requests. A running request counts with the maximum size, an ended one with the actual size.
     """
 
     tenant: str
@@ -23,7 +23,7 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """The rest of one limit."""
+    """The rest of a limit."""
 
     limit: int
     remaining: int
@@ -32,19 +32,19 @@ class Allowance:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A tenant's use after a call; when `over` names a limit, its use before the call that was refused."""
+    """A tenant's use and limits after a call. If `over` names a limit, the use before the call, which was refused."""
 
     requests: Allowance | None  # None: no such limit
     tokens: Allowance | None
     running: int  # choices queued or running
-    over: str = ""  # "", requests, tokens, concurrency or bytes
+    over: str = ""  # limit that refused the call: requests, tokens, concurrency or bytes; "": none
     retry_ms: int = 0  # ms until the refused call would fit; 0: unknown
-    kept_bytes: int = 0  # when bytes are over: what the tenant keeps in the queue
-    added_bytes: int = 0  # and the most that the call would add
+    kept_bytes: int = 0  # if `over` is bytes: bytes of the tenant's data in the queue
+    added_bytes: int = 0  # and the maximum bytes that the call would add
 
 
 def standing_of(quota: Quota, reply: Sequence[int | bytes]) -> Standing:
-    """Read a standing in the reply of `submit.lua`, and the limit and the ms that follow it in a refusal."""
+    """Decode the standing in a reply of `submit.lua`, and the limit and the ms that follow it in a refusal."""
     left, reset_ms, tokens_left, tokens_reset_ms, running = (int(value) for value in reply[:5])
     refusal = reply[5:]
     return Standing(

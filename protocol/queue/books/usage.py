@@ -1,7 +1,7 @@
-"""What tenants have used, by day: the scripts that end requests count it (`count_usage` of `lua/common.lua`).
+"""The usage of tenants by day, counted by the scripts that end requests (`count_usage` of `lua/common.lua`).
 
-A tenant's day is a hash with a row for each model that answered it. As a row is written with the end of its request, or
-not at all, each request counts once, whatever dies and however often it was run.
+A tenant's day is a hash with one row per model. A row is written by the script that writes the end of the request. So
+each request counts once, however often it was run and whatever process dies.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ from protocol.wire.keys import Keys
 
 DAY_S = 86_400
 MAX_NAME = 128
-"""Longest name of a model in a row, in characters; longer ones are cut, and distinguished by their digests."""
+"""Maximum characters of a model's name in a row; longer names are cut and still distinguished by their digests."""
 
 MAX_RESIDENT = 4096
-"""Maximum number of adapters per day with residency of their own."""
+"""Maximum number of adapters per day whose residency is counted separately."""
 
 OTHERS = "other"
-"""Stands for the models and adapters that came after too many others on one day."""
+"""Stands for the models and adapters beyond a day's maximum number."""
 
 
 @dataclass(frozen=True, slots=True)
 class CountedFor:
-    """For what a request counts."""
+    """The names under which a request is counted."""
 
     tenant: str
     model: str  # name shown by the API
     digest: str  # digest of the adapter; "" for the base model, and for merges
     base: str
-    batch: bool  # it is the line of a batch
+    batch: bool  # whether it is the line of a batch
     days: int  # retention in days
 
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """What a tenant has used of one model on one day. All are empty of what came after too many other rows."""
+    """A tenant's usage of one model on one day. The names are empty in the row for all usage beyond the maximum."""
 
     tenant: str
     model: str
     digest: str
     base: str
     batch: bool
-    requests: int  # calls: the choices of one count once
+    requests: int  # number of calls: the choices of one call count once
     prompt_tokens: int  # a prompt with several choices counts once
-    cached_tokens: int  # tokens among them found in the prefix cache
+    cached_tokens: int  # those of `prompt_tokens` found in the prefix cache
     output_tokens: int
 
 
 def usage_of(counted: CountedFor, *, calls: int, prompt_tokens: int, has_output: bool) -> bytes:
-    """Return what a request adds to its tenant's usage when it ends, as `Bus.submit` takes it.
+    """Return what a request adds to its tenant's usage when it ends, in the form that `Bus.submit` takes.
 
-    calls, prompt_tokens: 0 for a choice after the first. has_output: whether its log holds tokens that its client asked
-    for.
+    calls, prompt_tokens: 0 for a choice after the first. has_output: whether its log contains tokens that the client
+    has asked for.
     """
     row = msgspec.json.encode([counted.model[:MAX_NAME], counted.digest, counted.base[:MAX_NAME], int(counted.batch)])
     parts = [calls, prompt_tokens, 0 if has_output else -1, counted.days, counted.tenant, row.decode()]
@@ -70,27 +70,27 @@ def usage_of(counted: CountedFor, *, calls: int, prompt_tokens: int, has_output:
 
 
 def row_of(usage: bytes) -> str:
-    """Return the row of what `usage_of` returned, as a history keeps it; "" of nothing."""
+    """Return the row in `usage`, a result of `usage_of`, as the history keeps it; "" for no usage."""
     return msgspec.msgpack.decode(usage)[-1] if usage else ""
 
 
 def model_of(usage: bytes) -> str:
-    """Return the model of what `usage_of` returned, as the API shows it; "" of nothing."""
+    """Return the model in `usage`, a result of `usage_of`, as the API shows it; "" for no usage."""
     return msgspec.json.decode(row_of(usage))[0] if usage else ""
 
 
 def base_of(usage: bytes) -> str:
-    """Return the name of the base of what `usage_of` returned; "" of nothing."""
+    """Return the base's name in `usage`, a result of `usage_of`; "" for no usage."""
     return msgspec.json.decode(row_of(usage))[2] if usage else ""
 
 
 def owner_of(usage: bytes) -> str:
-    """Return the tenant of what `usage_of` returned, as the API shows it; "" of nothing."""
+    """Return the tenant in `usage`, a result of `usage_of`, as the API shows it; "" for no usage."""
     return msgspec.msgpack.decode(usage)[-2] if usage else ""
 
 
 class UsageBook:
-    """The books of the fleet."""
+    """Reads usage, and records residency."""
 
     def __init__(self, redis: Client, keys: Keys, scripts: Scripts) -> None:
         self._redis = redis
@@ -98,25 +98,25 @@ class UsageBook:
         self._scripts = scripts
 
     async def tenants(self, day: int) -> list[str]:
-        """Return the tenants that have used anything on a day, by name."""
+        """Return the tenants with any usage on a day, ordered by name. day: days since 1970-01-01 UTC."""
         return sorted(name.decode() for name in await self._redis.smembers(self._keys.usage_tenants(day)))
 
     async def rows(self, day: int, tenant: str) -> list[UsageRow]:
-        """Return what a tenant has used on a day: at most 1,001 rows."""
+        """Return a tenant's usage on a day: at most 1,001 rows, without unreadable ones."""
         found = await self._redis.hgetall(self._keys.usage(day, tenant))
         rows: list[UsageRow] = []
         for raw, values in sorted(found.items()):
             try:
                 rows.append(_row(tenant, raw, values))
-            except (ValueError, TypeError, *MALFORMED) as error:  # it must not hide the others
+            except (ValueError, TypeError, *MALFORMED) as error:  # one bad row must not hide the others
                 UNREADABLE.labels(UsageRow.__name__).inc()
                 FAILED.note("records", error, f"a row of the usage of {tenant}")
         return rows
 
     async def note_residency(self, ms_by_digest: Mapping[str, int], days: int) -> None:
-        """Add to today's time for which adapters were in a pool. Repeated after a lost reply, it counts twice.
+        """Add to the ms for which adapters were resident today. A repetition after a lost reply counts twice.
 
-        days: that it is kept. After `MAX_RESIDENT` adapters all others count as `OTHERS`.
+        days: retention in days. Beyond `MAX_RESIDENT` adapters, all others are counted as `OTHERS`.
         """
         call = lua.NoteResidency(
             residency=self._keys.residency(now_ms() // (DAY_S * 1000)),
@@ -128,7 +128,7 @@ class UsageBook:
         await self._scripts.run(call)
 
     async def residency(self, day: int) -> dict[str, float]:
-        """Return for how many seconds adapters were in pools on a day, by digest, or `OTHERS`; all workers together."""
+        """Return digest, or `OTHERS`, -> seconds for which it was resident on a day, summed over all workers."""
         found = await self._redis.hgetall(self._keys.residency(day))
         return {digest.decode(): int(ms) / 1000 for digest, ms in found.items()}
 

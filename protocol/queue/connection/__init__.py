@@ -1,1 +1,1 @@
-"""How scripts and commands reach the server: clients, the line that all share, a server that changes."""
+"""Access to the server: clients, the shared line for scripts, and failover."""

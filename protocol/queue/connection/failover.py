@@ -1,7 +1,7 @@
-"""A queue of several servers that Sentinels watch over: which of them is the primary, asked for every new connection.
+"""A queue of several servers watched by Sentinels, which are asked for the primary before every new connection.
 
-Its URL is `redis-sentinel://USER@HOST:PORT,HOST:PORT/NAME/DB`, with `rediss-sentinel` where servers and Sentinels speak
-TLS: the addresses are those of the Sentinels, NAME is what they call the primary, and USER is the user of its servers.
+Its URL is `redis-sentinel://USER@HOST:PORT,HOST:PORT/NAME/DB`, or `rediss-sentinel` if servers and Sentinels use TLS.
+The addresses are those of the Sentinels, NAME is their name for the primary, and USER is a user of its servers.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 SCHEMES = {"redis-sentinel": "redis", "rediss-sentinel": "rediss"}
-"""Scheme of a URL with Sentinels -> that of their servers' own."""
+"""Scheme of a URL with Sentinels -> scheme for their servers."""
 
 DEFAULT_PORT = 26379
 
 ASK_S = 1.0
-"""Most time until a Sentinel has answered; then the next one is asked."""
+"""Maximum seconds to wait for a Sentinel's answer; then the next one is asked."""
 
 PASSWORD = "sentinel_password"
-"""Field of a URL's query: the Sentinels' own password, where they have one."""
+"""Parameter of a URL's query: the Sentinels' own password, if they have one."""
 
 
 @dataclass(slots=True)
 class Sentinels:
-    """Those who know which server is the primary. The one that answered last is asked first."""
+    """The Sentinels that know the primary. The one that has answered last is asked first."""
 
     addresses: list[tuple[str, int]]
     name: str  # name of the primary in the Sentinels' configuration
     password: str | None = field(default=None, repr=False)
-    tls: dict[str, Any] | None = None  # arguments of connections to them; None: they are not encrypted
-    known: tuple[str, int] | None = None  # the primary that this process has connected to last
+    tls: dict[str, Any] | None = None  # arguments of TLS connections to them; None: no TLS
+    known: tuple[str, int] | None = None  # the primary to which this process has connected last
 
     async def primary(self) -> tuple[str, int]:
-        """Return the primary's address. Raises a connection error when no Sentinel answers or knows it."""
+        """Return the primary's address. Raises a connection error if no Sentinel answers or knows the primary."""
         failures: list[str] = []
         for address in list(self.addresses):
             try:
@@ -75,9 +75,9 @@ class Sentinels:
 
 @cache
 def split(url: str) -> tuple[Sentinels, str]:
-    """Return the Sentinels of a URL, and a URL of the servers without their address. Raises ValueError.
+    """Return a URL's Sentinels, and a URL for the servers without an address. Raises ValueError.
 
-    All connections of a process with one URL share what they know of its primary.
+    All connections of a process that use the same URL share its `Sentinels`.
     """
     parts = urlsplit(url)
     user, _, hosts = parts.netloc.rpartition("@")
@@ -100,14 +100,14 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def found_by(sentinels: Sentinels, base: Any) -> Any:
-    """Return a class of connections like `base` that go to the server that is the primary when they are opened.
+    """Return a subclass of the connection class `base` that connects to the current primary.
 
-    Once one of them has found another primary, the others leave the old one, even if it still answers: what one
-    connection wrote, another must be able to read.
+    Once a connection has found another primary, all others leave the old one, even if it still answers: what one
+    connection writes, another must be able to read.
     """
 
     class ToPrimary(base):
-        is_of: tuple[str, int] | None = None  # the primary that it is connected to
+        is_of: tuple[str, int] | None = None  # the primary to which it is connected
 
         async def _connect(self) -> None:
             self.is_of = None
@@ -116,7 +116,7 @@ def found_by(sentinels: Sentinels, base: Any) -> Any:
 
         async def on_connect_check_health(self, check_health: bool = True) -> None:
             await super().on_connect_check_health(check_health)  # pyright: ignore[reportUnknownMemberType]
-            # INFO and not ROLE, which counts as dangerous: services may not run it.
+            # INFO instead of ROLE, which is in the category of dangerous commands that services may not run.
             await self.send_command("INFO", "replication", check_health=False)
             if b"role:master" not in await self.read_response(disable_decoding=True):
                 raise RedisConnectionError(f"{self.host}:{self.port} is not the primary: a failover is in progress")

@@ -1,8 +1,8 @@
-"""A connection on which commands are sent as they come, whether those before have been answered or not.
+"""A pipelined connection: commands are sent without waiting for the replies to earlier ones.
 
-redis-py lends every command a connection of its own, under locks and timeouts, and reads replies in a task: 60 µs of
-CPU, where the command itself takes 15. Scripts are most of what services ask of the queue, are short, and may run
-twice; so they share one line, and whatever goes wrong on it is left to redis-py, which connects and tries again.
+redis-py gives every command its own connection, under locks and timeouts, and reads replies in a task. That takes 60 µs
+of CPU, where the command itself takes 15. Most of a service's commands are scripts, which are short and safe to repeat.
+So they share one line; after any failure of the line, redis-py reconnects and tries again.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from protocol.queue.connection.redis_client import NOTHING, Client, as_raised
 
 _pack: Callable[[tuple[str | bytes | int | float, ...]], bytes] = getattr(hiredis, "pack_command")  # noqa: B009  untyped
-"""Redis-py's own is in Python, and takes ten times as long."""
+"""redis-py's own function is in Python and takes ten times as long."""
 
 MAX_COMMAND_BYTES = 1 << 16
-"""Largest command that the line takes: a larger one would keep those behind it waiting."""
+"""Maximum bytes of a command on the line: a larger one would delay those behind it."""
 
 MAX_WAITING = 256
-"""Most commands without a reply. With them the line holds 16 MB at most."""
+"""Maximum number of commands without a reply; the line then holds at most 16 MB."""
 
 REST_S = 1.0
-"""Time after a failure to connect in which it is not tried again."""
+"""Seconds after a failed connection attempt before the next one."""
 
 _LOST = "the connection to the queue was lost"
 
 _Push: type = getattr(hiredis, "PushNotification")  # noqa: B009  untyped
 
 LOST = (RedisConnectionError, RedisTimeoutError, OSError)
-"""What `Line.ask` raises when the reply cannot be had; the command may have been carried out."""
+"""Raised by `Line.ask` if the reply is lost; the command may have been executed."""
 
 
 class NotTakenError(Exception):
-    """The command is too large for the line, or too many wait there already: it is for a connection of its own."""
+    """The command is too large for the line, or too many commands wait there: it needs its own connection."""
 
 
 class _Talk(asyncio.Protocol):
-    """One open connection: hands replies to those who wait for them, in the order of their commands."""
+    """One open connection, which passes replies to the waiting callers in the order of their commands."""
 
     def __init__(self, timeout_s: float | None) -> None:
         self.is_over = False
@@ -53,19 +53,19 @@ class _Talk(asyncio.Protocol):
         self._writer: asyncio.StreamWriter
         self._transport: asyncio.WriteTransport
         self._replies: Any  # `hiredis.Reader`, which is untyped
-        self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()  # with the time until which each may wait
-        self._unsent: list[tuple[bytes, asyncio.Future[Any]]] = []  # commands of this turn of the loop
-        self._timer: asyncio.TimerHandle | None = None  # one for all that wait: each of its own would cost more
+        self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()  # with the time at which each times out
+        self._unsent: list[tuple[bytes, asyncio.Future[Any]]] = []  # commands of this iteration of the event loop
+        self._timer: asyncio.TimerHandle | None = None  # one timer for all replies: a timer for each would cost more
 
     def begin(self, connection: Any) -> None:
-        """Talk on what was the connection of redis-py's."""
+        """Take over the socket of a redis-py connection."""
         self._writer, self._replies = connection.give_away(self)
         self._transport = self._writer.transport
 
     def ask(self, command: tuple[str | bytes | int | float, ...]) -> asyncio.Future[Any]:
-        """Send a command. See `Line.ask`."""
+        """Queue a command for sending and return its future reply. See `Line.ask`."""
         for word in command:
-            if type(word) is bytes and len(word) > MAX_COMMAND_BYTES:  # packing it would copy it
+            if type(word) is bytes and len(word) > MAX_COMMAND_BYTES:  # packing would copy it
                 raise NotTakenError
         packed = _pack(command)
         if len(packed) > MAX_COMMAND_BYTES or len(self._waiting) + len(self._unsent) >= MAX_WAITING:
@@ -79,9 +79,9 @@ class _Talk(asyncio.Protocol):
         return reply
 
     def send(self) -> None:
-        """Send what was asked in this turn of the loop. A write for each command wakes the server for each.
+        """Send the commands of this iteration of the event loop together: each write would wake the server.
 
-        The time for a reply counts from here: this process may have stood still since the command was asked.
+        A reply's timeout begins here: this process may have been stopped since the command was queued.
         """
         if not self._unsent:
             return
@@ -93,13 +93,13 @@ class _Talk(asyncio.Protocol):
         self._transport.writelines([packed for packed, _ in unsent])
 
     def data_received(self, data: bytes) -> None:
-        """Take what the server has sent."""
+        """Parse received bytes and resolve the futures of complete replies."""
         self._replies.feed(data)
         while not self.is_over:
             reply = self._replies.gets()
             if reply is NOTHING:
                 break
-            if isinstance(reply, _Push):  # it answers nothing
+            if isinstance(reply, _Push):  # a push message is not a reply
                 continue
             error = as_raised(reply) if isinstance(reply, Exception) else None
             if isinstance(error, RedisConnectionError):
@@ -118,7 +118,7 @@ class _Talk(asyncio.Protocol):
         self.end(RedisConnectionError(_LOST))
 
     def end(self, error: Exception) -> None:
-        """Close the connection; waiting callers get the reason."""
+        """Close the connection and fail waiting callers with `error`."""
         self.is_over = True
         self._transport.abort()
         if self._timer is not None:
@@ -131,7 +131,7 @@ class _Talk(asyncio.Protocol):
                 reply.set_exception(error)
 
     def _look(self) -> None:
-        """Give up a server that has not answered in time: those who asked later have waited as long, or will."""
+        """Give up a server that has not replied in time: later commands have waited as long, or will."""
         self._timer = None
         if not self._waiting:
             return
@@ -143,7 +143,7 @@ class _Talk(asyncio.Protocol):
 
 
 def _fail_late(reply: asyncio.Future[Any], rounds: int = 2) -> None:
-    """Fail a reply that has not come, once the loop has read what waits in the socket: not at once, as timers do."""
+    """Fail a late reply, but only after the loop has read the socket: timers run before that."""
     if reply.done():
         return
     if rounds:
@@ -153,10 +153,10 @@ def _fail_late(reply: asyncio.Future[Any], rounds: int = 2) -> None:
 
 
 class Line:
-    """One connection to the queue's server, opened when it is first needed, and again after it was lost."""
+    """One connection to the queue's server, opened when it is first needed and again after a loss."""
 
     def __init__(self, client: Client, timeout_s: float | None) -> None:
-        """`client`: connects, without a timeout of its own; `timeout_s`: most time until a reply; None: any."""
+        """client: makes connections without a timeout. timeout_s: maximum seconds for a reply; None: no limit."""
         self._client = client
         self._timeout_s = timeout_s
         self._talk: _Talk | None = None
@@ -166,8 +166,8 @@ class Line:
     async def ask(self, command: tuple[str | bytes | int | float, ...], within_s: float | None = None) -> Any:
         """Send a command and return the reply.
 
-        Raises ResponseError for an error of the server's, one of `LOST`, NotTakenError, and TimeoutError when no reply
-        has come within `within_s`. One that has come while this process did not run is there in time.
+        Raises ResponseError for an error reply, one of `LOST`, NotTakenError, or TimeoutError if no reply has come
+        within `within_s`. A reply that has arrived while this process was stopped counts as in time.
         """
         talk = self._talk
         if talk is None or talk.is_over:
@@ -176,7 +176,7 @@ class Line:
         reply = talk.ask(command)
         if within_s is None:
             return await reply
-        talk.send()  # such reads have lines of their own, where nothing else is asked meanwhile
+        talk.send()  # such reads have their own lines, with no other command in this iteration
         late = asyncio.get_running_loop().call_later(within_s, _fail_late, reply)
         try:
             return await reply
@@ -184,7 +184,7 @@ class Line:
             late.cancel()
 
     async def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         if self._talk is not None:
             self._talk.end(RedisConnectionError(_LOST))
 

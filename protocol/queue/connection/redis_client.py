@@ -1,4 +1,4 @@
-"""Connections to Redis that can be cancelled, and what a lost one looks like."""
+"""Connections to Redis that can be cancelled, and the errors of a lost connection."""
 
 from __future__ import annotations
 
@@ -24,51 +24,57 @@ from protocol.wire.clock import CLOCK
 from protocol.wire.errors import BadRequest
 
 Client: TypeAlias = Any
-"""An asynchronous client. redis-py types every reply as a union for its two protocols and two client kinds."""
+"""An asynchronous client. redis-py types every reply as a union over its two protocols and two client kinds."""
 
 MemoryFull = OutOfMemoryError
-"""What the server answers to a write while its memory is full (`maxmemory`); see `lua/vital.lua` for those it takes."""
+"""The error of a write while the server's memory is full (`maxmemory`); `lua/vital.lua` runs writes that it still
+accepts.
+"""
 
 
 class DiskFull(ResponseError):
-    """The server cannot write to its disk, and therefore takes no writes until it can."""
+    """The server cannot write to its disk, and refuses all writes until it can."""
 
 
 CONNECTION_ERRORS = (
     RedisConnectionError, RedisTimeoutError, ConnectionError, OSError, NoScriptError, MemoryFull, DiskFull,
 )  # fmt: skip
-"""What a lost connection looks like, and a server without room; loops catch it, wait and go on. A missing script comes
-from a server that was restarted after the script was loaded and before it was run."""
+"""The errors of a lost connection, or of a server without space; loops catch them, wait and continue. A script is
+missing if the server was restarted after the script was loaded and before it was run.
+"""
 
 QUEUE_AWAY.update(CONNECTION_ERRORS)
 
 QueueError = RedisError
-"""Whatever the queue's server or the connection to it can raise."""
+"""Any error of the queue's server or of the connection to it."""
 
 UNFIT = ("READONLY", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED", "BUSY ")
-"""How errors of a server begin that cannot serve now: a replica, an old primary that a failover has left behind, a
-primary that does not hear its replicas (`min-replicas-to-write`), or one that was stopped while it ran a script."""
+"""The first words of errors from a server that cannot serve now. It is a replica, an old primary after a failover, a
+primary without contact to its replicas (`min-replicas-to-write`), or it was stopped while it ran a script.
+"""
 
 NOTHING: Final = object()
-"""What a parser of replies returns while none is whole."""
+"""Returned by the reply parser while no reply is complete."""
 
 _DRIVER = redis.DriverInfo()
-"""What connections say of their library: redis-py looks it up among the installed packages, for each one anew."""
+"""The library's name that connections report; redis-py would look it up among the installed packages for each
+connection.
+"""
 
 SENT_BYTES = 1 << 16
 """Bytes of a large command that are sent at once."""
 
 CONNECT_TIMEOUT_S = 5
 MAX_CONNECTIONS = 32
-"""Connections of one client; further commands wait for one."""
+"""Maximum number of connections of one client; further commands wait for one."""
 
 
 class _Cancellable:
     """A connection that sends under `asyncio.timeout`.
 
-    redis-py sends under `asyncio.wait_for`. Before Python 3.12 that swallows a cancellation that comes while the send
-    completes (20 % of those that met an XADD, 2026-11-25), so that a cancelled task goes on for ever; and it starts
-    a task per command.
+    redis-py sends under `asyncio.wait_for`. Before Python 3.12, that swallows a cancellation that arrives while the
+    send completes (20 % of those during an XADD, 2026-11-25), so that a cancelled task continues forever. It also
+    starts a task per command.
     """
 
     socket_timeout: float | None
@@ -76,9 +82,9 @@ class _Cancellable:
     _reader: asyncio.StreamReader | None
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        """Send a command. Raises a connection error, as redis-py does where the loop is asyncio's.
+        """Send a command. Raises a connection error, as redis-py does with asyncio's own loop.
 
-        A transport of uvloop raises RuntimeError when it is written to after it has closed.
+        With uvloop, writing to a closed transport raises RuntimeError instead.
         """
         if self._writer is not None and self._writer.is_closing():
             await self.disconnect(nowait=True)  # type: ignore[attr-defined]
@@ -87,7 +93,7 @@ class _Cancellable:
         if limit_s is None:
             await self._send_slices(command, check_health)
             return
-        self.socket_timeout = None  # without a timeout there is no wait_for
+        self.socket_timeout = None  # without a timeout, redis-py does not use wait_for
         try:
             async with asyncio.timeout(limit_s):
                 await self._send_slices(command, check_health)
@@ -98,14 +104,14 @@ class _Cancellable:
             self.socket_timeout = limit_s
 
     async def _send_slices(self, command: Any, check_health: bool) -> None:
-        """Send a command, a large one in slices: others have their turn between two, and none is copied as a whole."""
+        """Send a command, a large one in slices: other tasks run between them, and nothing is copied as a whole."""
         first, *others = _slices(command)
         await super().send_packed_command(first, check_health)  # type: ignore[misc]
         writer = self._writer
         try:
             for some in others:
                 await asyncio.sleep(0)
-                if writer is None or self._writer is not writer:  # nowhere else may a command begin with its middle
+                if writer is None or self._writer is not writer:  # never continue a command on a new connection
                     raise RedisConnectionError("the connection to the queue was closed")
                 writer.writelines(some)
                 await writer.drain()
@@ -116,9 +122,9 @@ class _Cancellable:
             raise
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
-        """Read a reply. Raises a connection error for those of a server that is `UNFIT`.
+        """Read a reply. Raises a connection error for an `UNFIT` server, and DiskFull.
 
-        The caller reconnects, and then finds one that is not. Raises DiskFull.
+        After a connection error the caller reconnects, and then finds a server that can serve.
         """
         try:
             return await super().read_response(*args, **options)  # type: ignore[misc]
@@ -129,10 +135,10 @@ class _Cancellable:
             raise raised from None
 
     def give_away(self, protocol: asyncio.Protocol) -> tuple[asyncio.StreamWriter, Any]:
-        """Leave an open connection to `protocol`, which gets all that comes from now on.
+        """Hand this open connection to `protocol`, which receives all further bytes.
 
-        Returns its writer, which closes it when it is dropped, and what parses replies, a `hiredis.Reader`: `gets`
-        returns `NOTHING` while none is whole.
+        Returns the writer, which closes the connection when it is dropped, and a `hiredis.Reader` for replies, whose
+        `gets` returns `NOTHING` while no reply is complete.
         """
         writer = self._writer
         assert writer is not None
@@ -144,7 +150,7 @@ class _Cancellable:
 
 
 def _slices(command: Any) -> list[Any]:
-    """Return a packed command, bytes or a list of them, in parts of about `SENT_BYTES`: the command itself if short."""
+    """Return a packed command, bytes or a list of them, in slices of about `SENT_BYTES`; unchanged if short."""
     parts: list[bytes] = [command] if isinstance(command, bytes) else command
     if isinstance(command, str) or sum(map(len, parts)) <= SENT_BYTES:
         return [command]
@@ -160,7 +166,7 @@ def _slices(command: Any) -> list[Any]:
 
 
 def as_raised(error: Exception) -> Exception:
-    """Return what is raised for an error that the server has answered with."""
+    """Return the exception to raise for an error reply of the server."""
     text = str(error)
     if text.startswith("MISCONF"):
         return DiskFull(text)
@@ -170,10 +176,10 @@ def as_raised(error: Exception) -> Exception:
 
 
 class _Timed:
-    """A connection to a server that is asked for the time: it sets this process's clock."""
+    """A connection that asks the server for the time and sets this process's clock."""
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
-        """Enter, and ask the server for the time."""
+        """Authenticate, then ask the server for the time."""
         await super().on_connect_check_health(check_health)  # type: ignore[misc]
         asked_at_ns = time.monotonic_ns()
         await self.send_command("TIME", check_health=False)  # type: ignore[attr-defined]
@@ -183,10 +189,10 @@ class _Timed:
 
 
 def connect(url: str, *, timeout_s: float | None, timed: bool = False) -> Client:
-    """Return a client. `timeout_s` limits every read and write, with retries; None: blocking reads may take long.
+    """Return a client. timeout_s: limit of every read and write, with retries; None: for blocking reads.
 
-    timed: the server is the fleet's queue, whose time is this process's; a Sentinel could not tell any. Raises
-    BadRequest for what is no URL of a queue, without showing it, as it may hold a password.
+    timed: the server is the fleet's queue, whose time becomes this process's time; a Sentinel has no such command.
+    Raises BadRequest for an invalid URL, without showing it, as it may contain a password.
     """
     try:
         return _connect(url, timeout_s, timed=timed)
@@ -202,7 +208,7 @@ def _connect(url: str, timeout_s: float | None, *, timed: bool) -> Client:
     sentinels = None
     if urlsplit(url).scheme in failover.SCHEMES:
         sentinels, url = failover.split(url)
-    # redis-py's default pool refuses the 101st command at a time; this one lets it wait its turn.
+    # redis-py's default pool refuses the 101st concurrent command; this one makes it wait.
     pool_type: Any = aioredis.BlockingConnectionPool
     pool = pool_type.from_url(
         url,
@@ -221,14 +227,14 @@ def _connect(url: str, timeout_s: float | None, *, timed: bool) -> Client:
 
 
 async def read_many(client: Client, keys: Sequence[str]) -> list[bytes | None]:
-    """Return the values of keys, None for each that is not there."""
+    """Return the values of keys, None for each missing one."""
     return list(await client.mget(keys)) if keys else []
 
 
 def ping(url: str, timeout_s: float) -> None:
-    """Ask the server at `url` once whether it answers, and block until it does.
+    """Ping the server at `url` once, blocking until it replies.
 
-    Raises ValueError for what is no URL, and `QueueError` when the server cannot be reached or still loads its file.
+    Raises ValueError for an invalid URL, and `QueueError` if the server cannot be reached or is still loading its data.
     """
     if urlsplit(url).scheme in failover.SCHEMES:
         asyncio.run(_ping_primary(url, timeout_s))

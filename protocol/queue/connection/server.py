@@ -1,4 +1,4 @@
-"""The queue's server: whether it is there and fit for a queue, and what it says of itself."""
+"""The queue's server: whether it is reachable and suitable as a queue, and what it reports about itself."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from protocol.wire.errors import Internal
 logger = logging.getLogger(__name__)
 
 AWAY_S = 1.0
-"""Pause before a server that did not answer is asked again, by a service that starts."""
+"""Seconds between attempts of a starting service to reach the server."""
 
 _DENIED = (AuthenticationError, NoPermissionError)
-"""Refusals of a service's user, which waiting does not mend. redis-py wraps the first in a lost connection."""
+"""Refusals of a service's user, which waiting does not resolve. redis-py wraps the first in a connection error."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """The queue's server. Bytes; times in ms."""
+    """The state of the queue's server. Sizes in bytes, times in ms."""
 
     version: str
     policy: str  # `maxmemory-policy`
     used_bytes: int
     max_bytes: int  # 0: no limit
-    appends: bool  # whether it keeps its data in a file (`appendonly`)
-    append_ok: bool  # whether it could write there last
-    role: str  # "master", or a replica's
+    appends: bool  # whether it writes its data to a file (`appendonly`)
+    append_ok: bool  # whether its last write to that file succeeded
+    role: str  # "master", or a replica's role
     answer_ms: float
-    ahead_ms: float  # its clock before this machine's, as precisely as the answer's duration allows
+    ahead_ms: float  # its clock minus this machine's, as precise as the reply's duration allows
     cpu_s: float = 0.0  # CPU time of its main thread
-    snapshot_ok: bool = True  # whether it could write its last snapshot
+    snapshot_ok: bool = True  # whether its last snapshot was written
 
 
 class Server:
-    """The server of the queue."""
+    """Reads the state of the queue's server and checks it."""
 
     def __init__(self, redis: Client) -> None:
         self._redis = redis
 
     async def facts(self) -> ServerFacts:
-        """Ask the server. Raises connection errors and QueueError."""
+        """Return the state of the server. Raises connection errors and QueueError."""
         info: dict[str, Any] = await self._redis.info()
         before_s, started_s = time.time(), time.perf_counter()
         seconds, micros = await self._redis.time()
@@ -68,19 +68,19 @@ class Server:
         )
 
     async def check(self) -> None:
-        """Refuse a server that may evict the queue. Raises Internal."""
-        # INFO and not CONFIG, which would also let a service change the server.
+        """Check that the server never evicts data of the queue. Raises Internal."""
+        # INFO instead of CONFIG, which would also let a service change the server's settings.
         policy = (await self._redis.info("memory")).get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
             raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
 
     async def reach(self, stop: asyncio.Event) -> bool:
-        """Wait until the server answers, and check it; return False when `stop` was set first.
+        """Wait until the server replies, and check it; return False if `stop` was set first.
 
-        Raises Internal for a server that is not fit for a queue, or refuses this service's user.
+        Raises Internal for a server that is not suitable as a queue, or that refuses this service's user.
         """
         waiting, stopped = asyncio.create_task(self._answer()), asyncio.create_task(stop.wait())
-        try:  # a silent server fails an attempt after many seconds only
+        try:  # an attempt on a silent server takes many seconds to fail
             await asyncio.wait((waiting, stopped), return_when=asyncio.FIRST_COMPLETED)
             if waiting.done():
                 waiting.result()

@@ -1,1 +1,1 @@
-"""What outlives a connection: files, batches, jobs, conversations and webhooks."""
+"""Records that outlive a connection: files, batches, jobs, conversations and webhooks."""

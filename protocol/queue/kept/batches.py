@@ -1,7 +1,7 @@
-"""The records of batches, and which gateway runs which.
+"""The records of batches, and the gateway that runs each.
 
-A gateway runs a batch under a lease of a few seconds, which it keeps renewing. When it has been silent
-another one takes the batch over under a higher epoch, by which the first one can write no more.
+A gateway runs a batch under a lease of a few seconds, which it renews. When the lease has expired, another gateway
+takes the batch over under a higher epoch, so that the first one can no longer write.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from protocol.wire.errors import NewerRecord, UnreadableRecord
 from protocol.wire.keys import Keys
 
 FORGOTTEN_MS = 60_000
-"""Life time of what is written of a batch that has expired."""
+"""TTL in ms of what is written for a batch that has expired."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedBatch:
-    """A batch that a gateway runs."""
+    """A batch that a gateway has claimed."""
 
     batch: m.Batch
     epoch: int
-    cancelled_ms: int  # when its client cancelled it, 0 if not
-    tries: int = 0  # tries without progress: failed ones, and those whose gateway died
+    cancelled_ms: int  # unix ms when its client cancelled it; 0: it did not
+    tries: int = 0  # consecutive tries without progress: failed ones, and those whose gateway died
 
 
 class Batches:
@@ -48,7 +48,7 @@ class Batches:
     # ------------------------------------------------------------ running
 
     async def open(self, batch: m.Batch, *, ttl_ms: int, max_open: int) -> int:
-        """Take a batch. Returns -1, or how many the tenant has open where it is not taken since these are too many."""
+        """Accept a batch and return -1; if the tenant has `max_open` open, return that number instead."""
         keys = self._keys
         call = lua.OpenBatch(
             batch=keys.batch(batch.id), batches=keys.batches(batch.tenant), open_batches=keys.open_batches,
@@ -58,9 +58,9 @@ class Batches:
         return int(await self._scripts.run(call))
 
     async def waiting(self, num: int) -> list[tuple[str, str]]:
-        """Return at most `num` batches that were begun before and are due, then as many that were not: tenant and id.
+        """Return (tenant, id) of at most `num` started batches that are due, then of as many that never ran.
 
-        Of the latter, every tenant's first one comes before anybody's second, however many it has.
+        Among the latter, every tenant's first batch comes before any tenant's second.
         """
         pipe = self._redis.pipeline(transaction=False)
         pipe.zrangebyscore(self._keys.open_batches, "-inf", "(1", start=0, num=num)
@@ -70,9 +70,9 @@ class Batches:
         return [(tenant, batch_id) for tenant, _, batch_id in parts]
 
     async def claim(self, batch_id: str, tenant: str, gid: str, lease_ms: int) -> ClaimedBatch | None:
-        """Run a batch, or go on running it, for `lease_ms`. None when another gateway does, or it has ended.
+        """Claim a batch for `lease_ms`, or renew the lease. None if another gateway has it or it has ended.
 
-        One that cannot be read ends here: it has failed, and what lay there is a dead letter. Raises NewerRecord.
+        An unreadable batch is ended as failed, and its record becomes a dead letter. Raises NewerRecord.
         """
         call = lua.ClaimBatch(
             batch=self._keys.batch(batch_id),
@@ -95,7 +95,7 @@ class Batches:
             return None
 
     async def _end_unreadable(self, batch_id: str, tenant: str, epoch: int, raw: bytes, reason: str) -> None:
-        """Put the record of a batch aside, and a failed batch in its place."""
+        """Set the unreadable record of a batch aside, and write a failed batch in its place."""
         await set_aside(self._scripts, self._keys, self._keys.batch(batch_id), raw, reason)
         created_ms = int(await self._redis.zscore(self._keys.batches(tenant), batch_id) or now_ms())
         problem = m.BatchProblem(code="record_unreadable", message="what was noted of this batch cannot be read")
@@ -108,10 +108,10 @@ class Batches:
     async def save(
         self, batch: m.Batch, epoch: int, *, leaves: bool = False, wait_ms: int = 0, tries: int | None = None
     ) -> bool:
-        """Write how far a batch is. Returns False when another gateway runs it by now, or it has ended.
+        """Write the progress of a batch. Returns False if another gateway runs it by now, or it has ended.
 
-        leaves: this gateway runs it no longer, and another may: after `wait_ms`, or before all that wait. tries: by
-        which nothing more of it was answered, None: as it was.
+        leaves: this gateway stops running it, and another may claim it after `wait_ms`; 0: before all others that wait.
+        tries: consecutive tries without a new answer; None: unchanged.
         """
         keys = self._keys
         call = lua.SaveBatch(
@@ -122,10 +122,10 @@ class Batches:
         )  # fmt: skip
         return bool(await self._scripts.run(call))
 
-    # ------------------------------------------------------------ asking
+    # ------------------------------------------------------------ reading
 
     async def get(self, batch_id: str, tenant: str) -> m.Batch | None:
-        """Return a tenant's batch; None if it is unknown, another's, or has expired. Raises UnreadableRecord."""
+        """Return a tenant's batch; None if unknown, expired or of another tenant. Raises UnreadableRecord."""
         raw, cancel = await self._redis.hmget(self._keys.batch(batch_id), ("b", "cancel"))
         if not raw:
             return None
@@ -138,7 +138,7 @@ class Batches:
         return _shown(batch, cancel) if batch.tenant == tenant else None
 
     async def get_many(self, batch_ids: Sequence[str]) -> list[m.Batch]:
-        """Return those of these batches that can be read, in their order; one that is being cancelled says so."""
+        """Return the readable ones of these batches in order, with `cancelling` as the status of cancelled ones."""
         pipe = self._redis.pipeline(transaction=False)
         for batch_id in batch_ids:
             pipe.hmget(self._keys.batch(batch_id), ("b", "cancel"))
@@ -146,14 +146,14 @@ class Batches:
         return [_shown(batch, cancel) for raw, cancel in found if raw for batch in readable([raw], m.Batch)]
 
     async def cancel(self, batch_id: str) -> None:
-        """Ask for the end of a batch that is known."""
+        """Request the cancellation of an existing batch."""
         pipe = self._redis.pipeline(transaction=True)
         pipe.hsetnx(self._keys.batch(batch_id), "cancel", str(now_ms()))
-        pipe.pexpire(self._keys.batch(batch_id), FORGOTTEN_MS, nx=True)  # should it have expired just now
+        pipe.pexpire(self._keys.batch(batch_id), FORGOTTEN_MS, nx=True)  # it may have expired in between
         await pipe.execute()
 
     async def rank(self, tenant: str, batch_id: str) -> int | None:
-        """Return how many of a tenant's batches are newer than one; None when it is unknown."""
+        """Return how many of a tenant's batches are newer than this one; None if it is unknown."""
         return await self._redis.zrevrank(self._keys.batches(tenant), batch_id)
 
     async def newest(self, tenant: str, start: int, num: int) -> list[str]:

@@ -1,7 +1,7 @@
-"""Conversations that clients keep: their items, and the responses that are to be added to them.
+"""Conversations that clients keep: their items, and the responses to be added to them.
 
-A response of a conversation is noted as its *turn* by the script that submits it. Any gateway may add the turn once the
-response has ended; the script that adds its items takes the note away, so it is added once.
+The script that submits a response of a conversation records its *turn*. Any gateway may add the turn once the response
+has ended. The script that adds the items deletes the record, so the turn is added once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from protocol.wire.codec import decode_record
 from protocol.wire.keys import Keys
 
 MAX_TURNS = 16
-"""Responses of one conversation that are to be added to it, at most."""
+"""Maximum number of responses waiting to be added to one conversation."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationLimits:
-    """What a tenant's conversations may come to, and how long each lives."""
+    """Limits of a tenant's conversations, and their retention."""
 
-    ttl_ms: int  # after its last change
+    ttl_ms: int  # retention in ms after the last change
     max_conversations: int  # limit per tenant; 0: no limit
     max_items: int  # limit per conversation
     max_bytes: int  # limit per conversation
@@ -35,15 +35,15 @@ class ConversationLimits:
 
 
 class TurnOutcome(NamedTuple):
-    """What has become of a change."""
+    """The outcome of a change."""
 
-    code: str  # ok, gone; or the limit that has refused it: conversations, items, bytes, kept
-    there: int = 0  # current value of that limit's quantity
-    added: int = 0  # bytes that the change would have added, where `kept` has refused it
+    code: str  # "ok"; "gone"; or the limit that has refused it: conversations, items, bytes, kept
+    there: int = 0  # current value of the quantity that this limit applies to
+    added: int = 0  # bytes that the change would have added, if `kept` has refused it
 
 
 class Turn(NamedTuple):
-    """A response that is to be added to a conversation."""
+    """A response to be added to a conversation."""
 
     tenant: str
     conversation: str
@@ -51,7 +51,7 @@ class Turn(NamedTuple):
 
 
 class StoredConversations:
-    """The conversations of a fleet, by id. An id that a client has sent must be checked before it becomes a key."""
+    """The conversations of a fleet, by id. An id sent by a client must be checked before it is used in a key."""
 
     def __init__(self, client: Client, keys: Keys, scripts: Scripts, seal: Seal | None = None) -> None:
         self._redis = client
@@ -65,10 +65,10 @@ class StoredConversations:
         self, conversation_id: str, tenant: str, limits: ConversationLimits, *, record: m.Conversation | None = None,
         is_new: bool = False, items: Sequence[tuple[str, bytes]] = (), response: str = "",
     ) -> TurnOutcome:  # fmt: skip
-        """Make a conversation, or change it and let it live on; see `change_conversation.lua`.
+        """Create a conversation, or change it and extend its TTL; see `change_conversation.lua`.
 
-        record: None for the one that it has. items: their ids, and each as JSON. response: whose turn they are, "" if
-        they are none.
+        record: None: unchanged. items: pairs of an id and the item as JSON. response: the response whose turn the items
+        are; "": none.
         """
         keys, seal, place = self._keys, self._seal, self._keys.conversation_items(conversation_id)
         call = lua.ChangeConversation(
@@ -101,22 +101,22 @@ class StoredConversations:
         )
         return bool(await self._scripts.run(call))
 
-    # ------------------------------------------------------------ asking
+    # ------------------------------------------------------------ reading
 
     async def get(self, conversation_id: str, tenant: str) -> m.Conversation | None:
-        """Return a tenant's conversation; None if it is unknown, another's, or has expired. Raises UnreadableRecord."""
+        """Return a tenant's conversation; None if unknown, expired or of another tenant. Raises UnreadableRecord."""
         owner, raw = await self._redis.hmget(self._keys.conversation(conversation_id), ("tenant", "b"))
         return decode_record(raw, m.Conversation) if raw is not None and owner == tenant.encode() else None
 
     async def rank(self, conversation_id: str, item_id: str, *, newest_first: bool) -> int | None:
-        """Return how many of the items come before one in a list; None when it is unknown."""
+        """Return the number of items before this one in a list; None if it is unknown."""
         name = self._keys.conversation_order(conversation_id)
         return await (self._redis.zrevrank(name, item_id) if newest_first else self._redis.zrank(name, item_id))
 
     async def items(
         self, conversation_id: str, start: int = 0, num: int = 0, *, newest_first: bool = False
     ) -> list[bytes]:
-        """Return items `[start, start + num)`, num 0: all from there on, each as JSON. Raises ProtocolError."""
+        """Return items `[start, start + num)` as JSON; num 0: all from `start` on. Raises ProtocolError."""
         name, last = self._keys.conversation_order(conversation_id), start + num - 1 if num else -1
         found = await (self._redis.zrevrange if newest_first else self._redis.zrange)(name, start, last)
         return [item for item in await self._read(conversation_id, [raw.decode() for raw in found]) if item is not None]
@@ -139,12 +139,12 @@ class StoredConversations:
     # ------------------------------------------------------------ turns
 
     async def turns(self, conversation_id: str) -> list[str]:
-        """Return the ids of the responses that are to be added to a conversation, in the order of their submission."""
+        """Return the ids of the responses to be added to a conversation, in the order of their submission."""
         found = await self._redis.zrange(self._keys.conversation_turns(conversation_id), 0, -1)
         return [response.decode() for response in found]
 
     async def due(self, now_ms: int, num: int) -> list[Turn]:
-        """Return at most `num` turns that a gateway should look at; what is none is put aside."""
+        """Return at most `num` turns due for a check. Invalid entries are set aside."""
         found = await self._redis.zrangebyscore(self._keys.turns, "-inf", now_ms, start=0, num=num)
         turns: list[Turn] = []
         for member in found:
@@ -158,12 +158,12 @@ class StoredConversations:
         return turns
 
     async def put_off(self, turns: Sequence[Turn], at_ms: int) -> None:
-        """Let turns be due at `at_ms`, behind those that were before."""
+        """Make turns due at `at_ms`."""
         if turns:
             await self._redis.zadd(self._keys.turns, {":".join(turn): at_ms for turn in turns}, xx=True)
 
     async def look_again(self, turn: Turn, at_ms: int) -> None:
-        """Put off the next look at a turn; forget it if its conversation is gone, or has it."""
+        """Postpone the check of a turn to `at_ms`; delete it if the conversation is gone or already has the turn."""
         member, name = ":".join(turn), self._keys.conversation_turns(turn.conversation)
         if await self._redis.zscore(name, turn.response) is None:
             await self._redis.zrem(self._keys.turns, member)

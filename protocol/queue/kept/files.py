@@ -29,17 +29,17 @@ class Files:
         self._scripts = scripts
 
     async def keep(self, file: m.File, *, max_bytes: int, max_files: int) -> Outcome:
-        """Note a file. Returns ("ok", 0), or of its tenant's other files ("bytes", sum) or ("files", number).
+        """Record a file. Returns ("ok", 0), or the tenant's other files as ("bytes", sum) or ("files", number).
 
-        max_bytes, max_files: what the tenant may have in all, and room is held for; 0: no limit.
+        max_bytes, max_files: limits of the tenant's files and reservations; 0: no limit.
         """
         return await self._keep(file, m.encode(file), max_bytes, max_files)
 
     async def hold(self, file: m.File, *, max_bytes: int, max_files: int) -> Outcome:
-        """Hold room for a file that is being written, until it is noted, or its `expires_ms`. Returns as `keep`.
+        """Reserve space for a file being written, until it is recorded or `expires_ms`. Returns as `keep`.
 
-        It counts among its tenant's files with its `num_bytes`, which a later call may change, and nobody sees it.
-        What is not noted in time is among `expired`, so its bytes are deleted.
+        The reservation counts as one of the tenant's files with its `num_bytes`, which a later call may change, and is
+        not shown. If it is not recorded in time, it is among `expired`, so that its bytes are deleted.
         """
         return await self._keep(file, b"", max_bytes, max_files)
 
@@ -54,7 +54,7 @@ class Files:
         return reply[0].decode(), reply[1] if len(reply) > 1 else 0
 
     async def get(self, file_id: str, tenant: str) -> m.File | None:
-        """Return a tenant's file; None if it is unknown, another's, or has expired. Raises UnreadableRecord."""
+        """Return a tenant's file; None if unknown, expired or of another tenant. Raises UnreadableRecord."""
         raw = await self._redis.get(self._keys.file(file_id))
         try:
             file = decode_record(raw, m.File) if raw is not None else None
@@ -65,12 +65,12 @@ class Files:
         return file if file is not None and file.tenant == tenant else None
 
     async def get_many(self, file_ids: list[str]) -> list[m.File]:
-        """Return those of these files that are known, in their order."""
+        """Return the known and readable ones of these files, in order."""
         raws = await read_many(self._redis, [self._keys.file(file_id) for file_id in file_ids])
         return readable(raws, m.File)
 
     async def forget(self, file_id: str, tenant: str) -> bool:
-        """Forget a file, or give back the room that is held for it. Returns whether the tenant had it."""
+        """Delete a file's record or its reservation. Returns whether the tenant had it."""
         keys = self._keys
         call = lua.DropFile(
             file=keys.file(file_id),
@@ -83,7 +83,7 @@ class Files:
         return bool(await self._scripts.run(call))
 
     async def rank(self, tenant: str, file_id: str, *, oldest_first: bool) -> int | None:
-        """Return how many of a tenant's files come before one in a list; None when it is unknown."""
+        """Return the number of a tenant's files before this one in a list; None if it is unknown."""
         name = self._keys.files(tenant)
         return await (self._redis.zrank(name, file_id) if oldest_first else self._redis.zrevrank(name, file_id))
 
@@ -96,10 +96,9 @@ class Files:
         return [file_id.decode() for file_id in found]
 
     async def expired(self, now_ms: int, num: int) -> list[tuple[str, str]]:
-        """Return at most `num` files that have expired, those that have waited longest first: tenant and id.
+        """Return (tenant, id) of at most `num` expired files and reservations, the earliest first.
 
-        Among them are those that room was held for too long. What is no file's name is put aside: no part of it becomes
-        a place in the storage.
+        An invalid entry is set aside: no part of it is used as a path in the storage.
         """
         found = await self._redis.zrangebyscore(self._keys.file_expiry, "-inf", now_ms, start=0, num=num)
         parts = {member: _parts(member) for member in found}
@@ -109,14 +108,14 @@ class Files:
         return [own for own in parts.values() if own is not None]
 
     async def put_off(self, files: Sequence[tuple[str, str]], at_ms: int) -> None:
-        """Let files that have expired, (tenant, id), count as such from `at_ms` on, behind those that did before."""
+        """Make expired files, (tenant, id), due again at `at_ms`."""
         if files:
             members = {f"{tenant}:{file_id}": at_ms for tenant, file_id in files}
             await self._redis.zadd(self._keys.file_expiry, members, xx=True)
 
 
 def _parts(member: bytes) -> tuple[str, str] | None:
-    """Return tenant and id; neither holds a colon. None for what is no such pair."""
+    """Return tenant and id, neither of which contains a colon; None if the entry is invalid."""
     try:
         found = _MEMBER.fullmatch(member.decode())
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The records of background jobs: a hash each, and an index per tenant by creation time."""
+"""The records of background jobs: one hash per job, and an index per tenant by creation time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class NewJob:
     """A job as `Bus.submit` writes it, together with its requests."""
 
     job: m.Job
-    request: bytes  # parts of the HTTP body needed to write the answer, as JSON
+    request: bytes  # the fields of the HTTP body that are needed to write the answer, as JSON
     ttl_ms: int
 
 
@@ -40,16 +40,16 @@ class StoredJobs:
         return decode_record(raw, m.Job) if raw else None
 
     async def get_many(self, jids: Sequence[str], *, leave_newer: bool = False) -> list[m.Job]:
-        """Return those of these jobs that are known and can be read, in their order. leave_newer: see `readable`."""
+        """Return the known and readable ones of these jobs, in order. leave_newer: see `readable`."""
         pipe = self._redis.pipeline(transaction=False)
         for jid in jids:
             pipe.hget(self._keys.job(jid), "b")
         return readable(await pipe.execute(), m.Job, leave_newer=leave_newer)
 
     async def request(self, jid: str) -> bytes | None:
-        """Return what is kept of a job's HTTP body, as JSON; None if the job is unknown or has expired.
+        """Return the kept fields of a job's HTTP body, as JSON; None if the job is unknown or has expired.
 
-        Raises ProtocolError when it cannot be opened.
+        Raises ProtocolError if they cannot be decrypted.
         """
         found = await self._redis.hget(self._keys.job(jid), "request")
         return (
@@ -57,16 +57,16 @@ class StoredJobs:
         )
 
     def kept(self, new: NewJob) -> bytes:
-        """Return what `request` will read, as it lies in the queue."""
+        """Return the value that `request` decrypts: sealed if there is a seal."""
         if self._seal is None:
             return new.request
         return self._seal.seal(new.request, f"{self._keys.job(new.job.jid)}/request")
 
     async def forget(self, job: m.Job, text_ms: int = 0) -> bool:
-        """Delete a job and all that its requests have left; they must have ended. Returns False if it is unknown.
+        """Delete a job and everything stored about its ended requests. Returns False if the job is unknown.
 
-        text_ms: how long the history's database may have their texts, also of requests that have expired here; 0: it
-        has none. Raises Unavailable while too many deletions wait for the history's database.
+        text_ms: how long the history's database may have their texts, including texts of requests that have expired in
+        the queue; 0: it has none. Raises Unavailable while too many deletions wait for that database.
         """
         keys = self._keys
         idem = keys.idem(job.tenant, job.key) if job.key else ""
@@ -82,7 +82,7 @@ class StoredJobs:
         return bool(found)
 
     async def rank(self, tenant: str, jid: str) -> int | None:
-        """Return how many of a tenant's jobs are newer than one; None when it is unknown."""
+        """Return how many of a tenant's jobs are newer than this one; None if it is unknown."""
         return await self._redis.zrevrank(self._keys.jobs(tenant), jid)
 
     async def newest(self, tenant: str, start: int, num: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Lists of records, of which one that cannot be read hides no other."""
+"""Lists of records in which an unreadable record does not hide the others."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ R = TypeVar("R", bound=m.Record)
 
 
 def readable(raws: Iterable[bytes | None], type_: type[R], *, leave_newer: bool = False) -> list[R]:
-    """Return those of these records that are there and can be read, in their order; the others are counted and logged.
+    """Return the readable ones of these records, in order; unreadable ones are counted and logged.
 
-    leave_newer: for who takes what is not among them for deleted; raises NewerRecord if one is for newer releases.
+    leave_newer: raise NewerRecord for a newer release's record, for callers that treat a missing record as deleted.
     """
     found: list[R] = []
     for raw in raws:

@@ -1,4 +1,4 @@
-"""The signatures of the scripts that write what outlives a connection, see `protocol.queue.signatures`."""
+"""The signatures of the scripts that write records which outlive a connection, see `protocol.queue.signatures`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from protocol.queue.script_call import Call, Group, Key
 
 
 class KeepFile(Call, kw_only=True):
-    """Note a file, whose bytes are in the gateways' storage, or hold room for one."""
+    """Record a file, whose bytes are in the gateways' storage, or reserve space for one."""
 
     file: Key
     files: Key
@@ -25,7 +25,7 @@ class KeepFile(Call, kw_only=True):
 
 
 class DropFile(Call, kw_only=True):
-    """Forget a file."""
+    """Delete the record of a file."""
 
     file: Key
     files: Key
@@ -36,7 +36,7 @@ class DropFile(Call, kw_only=True):
 
 
 class OpenBatch(Call, kw_only=True):
-    """Take a batch, for any gateway to run."""
+    """Accept a batch, for any gateway to run."""
 
     batch: Key
     batches: Key
@@ -51,7 +51,7 @@ class OpenBatch(Call, kw_only=True):
 
 
 class ClaimBatch(Call, kw_only=True):
-    """Let a gateway run a batch that nobody runs, or go on with one that it runs."""
+    """Let a gateway run a batch that no gateway runs, or renew the lease of the one that runs it."""
 
     batch: Key
     open_batches: Key
@@ -62,7 +62,7 @@ class ClaimBatch(Call, kw_only=True):
 
 
 class SaveBatch(Call, kw_only=True):
-    """Write how far a batch is, by the gateway that runs it."""
+    """Write the progress of a batch, by the gateway that runs it."""
 
     batch: Key
     open_batches: Key
@@ -78,7 +78,7 @@ class SaveBatch(Call, kw_only=True):
 
 
 class ItemRow(Group, kw_only=True):
-    """An item that a conversation gets."""
+    """An item to add to a conversation."""
 
     item_id: str
     item: bytes
@@ -120,7 +120,7 @@ class DropConversation(Call, kw_only=True):
 
 
 class KeepHook(Call, kw_only=True):
-    """Write an endpoint of webhooks: a new one, unless its tenant has too many, or one that is still there."""
+    """Write a webhook endpoint: a new one, unless its tenant has too many, or an existing one."""
 
     hooks: Key
     id: str
@@ -129,7 +129,7 @@ class KeepHook(Call, kw_only=True):
 
 
 class DropEnds(Call, kw_only=True):
-    """Forget ends of a tenant that deliveries were made of, and put it behind all others that wait for their turn."""
+    """Delete ends of a tenant for which deliveries were made, and move the tenant behind all others that wait."""
 
     tenant_ends: Key
     ends: Key
@@ -138,14 +138,14 @@ class DropEnds(Call, kw_only=True):
 
 
 class DeliveryRow(Group, kw_only=True):
-    """A delivery that is noted."""
+    """A delivery to record."""
 
     id: str
     record: bytes
 
 
 class AddDeliveries(Call, kw_only=True):
-    """Note deliveries of one tenant, due now, as long as few of its wait; they are no longer given up."""
+    """Record deliveries of one tenant, due now, while few of its deliveries wait; they no longer count as given up."""
 
     outbox: Key
     times: Key
@@ -168,7 +168,7 @@ class TakeDeliveries(Call, kw_only=True):
 
 
 class TakeOver(Call, kw_only=True):
-    """Give each tenant what the version before kept of all together: endpoints, ends and deliveries."""
+    """Move what the previous version kept for all tenants together to each tenant: endpoints, ends and deliveries."""
 
     num: int
 

@@ -1,10 +1,10 @@
 """Webhook endpoints, the ends of jobs and batches, and deliveries: events on their way to endpoints.
 
-Whatever waits is kept by tenant, and tenants take turns: the one whose turn is longest ago comes first, and a turn has
-a bounded number of ends or deliveries, so no tenant waits behind all that another has.
+Pending ends and deliveries are stored per tenant, and tenants are served in turn. The tenant whose turn is longest ago
+comes first, and a turn has a bounded number of ends or deliveries. So no tenant waits for another's whole backlog.
 
-One gateway at a time sends; the others keep watch. What it has not noted as done is done again by the next one, so an
-event arrives at least once.
+One gateway at a time sends; the others are on standby. What it has not recorded as done is repeated by the next sender,
+so an event arrives at least once.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ MAX_GIVEN_UP = 256
 """Maximum number of stored failed deliveries of a tenant, the newest."""
 
 UNREADABLE = "its record cannot be read"
-"""The error of a delivery whose record no longer says what is to be sent."""
+"""The error of a delivery whose record no longer contains the event."""
 
 
 @dataclass(frozen=True, slots=True)
 class EndedWork:
     """The end of a job or a batch."""
 
-    entry: str  # entry id in the tenant's stream
+    entry: str  # id of the entry in the tenant's stream
     id: str
-    type: str  # event type; "": a job, whose state determines it
+    type: str  # event type; "": a job, whose state determines the type
 
 
 class Webhooks:
@@ -62,24 +62,24 @@ class Webhooks:
         return sorted(found, key=lambda one: (one.created_ms, one.id))
 
     async def endpoint(self, tenant: str, endpoint_id: str) -> m.WebhookEndpoint | None:
-        """Return a tenant's endpoint; None if there is no such one. Raises UnreadableRecord."""
+        """Return a tenant's endpoint; None if there is none. Raises UnreadableRecord."""
         raw = await self._redis.hget(self._keys.hooks(tenant), endpoint_id)
         return decode_record(raw, m.WebhookEndpoint) if raw is not None else None
 
     async def keep_endpoint(self, endpoint: m.WebhookEndpoint, most: int = 0) -> bool:
-        """Write an endpoint that is there, or a new one if its tenant has fewer than `most`. Returns whether it did."""
+        """Write an existing endpoint, or a new one if the tenant has fewer than `most`. Returns whether it did."""
         hooks = self._keys.hooks(endpoint.tenant)
         call = lua.KeepHook(hooks=hooks, id=endpoint.id, record=m.encode(endpoint), most=most)
         return bool(await self._scripts.run(call))
 
     async def delete_endpoint(self, tenant: str, endpoint_id: str) -> bool:
-        """Delete an endpoint. Returns whether it was there."""
+        """Delete an endpoint. Returns whether it existed."""
         return bool(await self._redis.hdel(self._keys.hooks(tenant), endpoint_id))
 
     # ------------------------------------------------------------ leading
 
     async def lead(self, gid: str, lease_ms: int) -> bool:
-        """Take or keep the sending of webhooks for `lease_ms`. Returns whether this gateway has it."""
+        """Take or renew the lease to send webhooks, for `lease_ms`. Returns whether this gateway holds it."""
         if await self._redis.set(self._keys.sender, gid, nx=True, px=lease_ms):
             return True
         if await self._redis.get(self._keys.sender) != gid.encode():
@@ -87,7 +87,7 @@ class Webhooks:
         return bool(await self._redis.pexpire(self._keys.sender, lease_ms))
 
     async def take_over(self, num: int) -> bool:
-        """Move about `num` of each kind that the version before kept. Returns whether there may be more."""
+        """Move about `num` records of each kind from the previous version's keys. Returns whether there may be more."""
         keys = self._keys
         if not await self._redis.exists(keys.old_hooks, keys.old_ends, keys.old_delivery_times):
             return False
@@ -98,11 +98,11 @@ class Webhooks:
     # ------------------------------------------------------------ ends
 
     async def tenants_with_ends(self, num: int) -> list[str]:
-        """Return at most `num` tenants that have ends; those whose turn is longest ago come first."""
+        """Return at most `num` tenants that have ends, those whose turn is longest ago first."""
         return [raw.decode() for raw in await self._redis.zrange(self._keys.ends, 0, num - 1)]
 
     async def ended(self, tenant: str, num: int) -> list[EndedWork]:
-        """Return at most `num` ends of a tenant that no deliveries were made of, the oldest first."""
+        """Return at most `num` of a tenant's ends without deliveries, oldest first."""
         entries = await self._redis.xrange(self._keys.ends_of(tenant), count=num)
         return [
             EndedWork(entry.decode(), fields.get(b"id", b"").decode(), fields.get(b"type", b"").decode())
@@ -110,9 +110,9 @@ class Webhooks:
         ]
 
     async def drop_ends(self, tenant: str, ended: Sequence[EndedWork]) -> None:
-        """Note that deliveries were made of a tenant's ends, and that it has had its turn."""
+        """Record that deliveries were made for these ends of a tenant, and that the tenant has had its turn."""
         keys = self._keys
-        # "0-0" is no entry: a tenant of which nothing was found has its turn, too.
+        # "0-0" is never an entry: it counts the turn even of a tenant without ends.
         entries = [*(one.entry for one in ended), "0-0"]
         call = lua.DropEnds(tenant_ends=keys.ends_of(tenant), ends=keys.ends, tenant=tenant, entries=entries)
         await self._scripts.run(call)
@@ -120,9 +120,10 @@ class Webhooks:
     # ------------------------------------------------------------ deliveries
 
     async def add(self, tenant: str, deliveries: Sequence[m.Delivery], max_waiting: int) -> list[int]:
-        """Note deliveries of a tenant, new or given up, due now. Returns of each -1.
+        """Record deliveries of a tenant, new ones or ones given up, as due now. Returns -1 for each.
 
-        Of one that finds `max_waiting` of its tenant's waiting it returns how many do, and it is not noted.
+        A delivery that finds `max_waiting` others of the tenant waiting is not recorded; their number is returned for
+        it.
         """
         keys = self._keys
         call = lua.AddDeliveries(
@@ -137,15 +138,15 @@ class Webhooks:
         return await self._scripts.run(call)
 
     async def tenants_with_deliveries(self, num: int) -> list[str]:
-        """Return at most `num` tenants that may have deliveries due; those whose turn is longest ago come first."""
+        """Return at most `num` tenants that may have due deliveries, those whose turn is longest ago first."""
         found = await self._redis.zrangebyscore(self._keys.outboxes, "-inf", now_ms(), start=0, num=num)
         return [raw.decode() for raw in found]
 
     async def take(self, tenant: str, num: int, claim_ms: int) -> list[m.Delivery]:
-        """Give a tenant its turn: return at most `num` of its deliveries that are due, the most overdue first.
+        """Give a tenant its turn: return at most `num` of its due deliveries, the most overdue first.
 
-        After `claim_ms` they are due again, unless `later` or `done` was called. A record that cannot be read is given
-        up, and says so.
+        They are due again after `claim_ms`, unless `later` or `done` is called. A delivery with an unreadable record is
+        given up, with that as its error.
         """
         keys = self._keys
         call = lua.TakeDeliveries(
@@ -162,7 +163,7 @@ class Webhooks:
         for id_, raw in zip(flat[::2], flat[1::2], strict=True):
             try:
                 read = decode_record(raw, m.Delivery)
-            except NewerRecord as error:  # left for a newer gateway; this one has only used its turn
+            except NewerRecord as error:  # left for a newer gateway; only the tenant's turn is used
                 FAILED.note("records", error, "a Delivery")
                 continue
             except UnreadableRecord as error:
@@ -181,11 +182,11 @@ class Webhooks:
         return found
 
     async def waiting(self, tenant: str) -> list[m.Delivery]:
-        """Return a tenant's deliveries that have not arrived, and were not given up."""
+        """Return a tenant's deliveries that are neither delivered nor given up."""
         return readable(await self._redis.hvals(self._keys.outbox(tenant)), m.Delivery)
 
     async def later(self, delivery: m.Delivery, due_ms: int) -> None:
-        """Write a delivery, and when it is tried the next time."""
+        """Write a delivery with the time of its next attempt, unix ms."""
         pipe = self._redis.pipeline(transaction=True)
         pipe.hset(self._keys.outbox(delivery.tenant), delivery.id, m.encode(delivery))
         pipe.zadd(self._keys.outbox_times(delivery.tenant), {delivery.id: due_ms})
@@ -193,7 +194,7 @@ class Webhooks:
         await pipe.execute()
 
     async def done(self, delivery: m.Delivery) -> None:
-        """Forget a delivery that has arrived."""
+        """Delete a delivery that has arrived."""
         pipe = self._redis.pipeline(transaction=True)
         pipe.hdel(self._keys.outbox(delivery.tenant), delivery.id)
         pipe.zrem(self._keys.outbox_times(delivery.tenant), delivery.id)
@@ -202,7 +203,7 @@ class Webhooks:
     # ------------------------------------------------------------ given up
 
     async def give_up(self, tenant: str, deliveries: Sequence[m.Delivery]) -> None:
-        """Put deliveries of a tenant aside, at least one, as long as these are few."""
+        """Store at least one delivery of a tenant as given up; only the newest `MAX_GIVEN_UP` are kept."""
         ids, aside = [one.id for one in deliveries], self._keys.undelivered(tenant)
         pipe = self._redis.pipeline(transaction=True)
         pipe.hdel(self._keys.outbox(tenant), *ids)
@@ -216,6 +217,6 @@ class Webhooks:
                 await self._redis.hdel(aside, *(one.id for one in oldest))
 
     async def given_up(self, tenant: str) -> list[m.Delivery]:
-        """Return a tenant's deliveries that were given up, the newest first."""
+        """Return a tenant's deliveries that were given up, newest first."""
         found = readable(await self._redis.hvals(self._keys.undelivered(tenant)), m.Delivery)
         return sorted(found, key=lambda one: -one.created_ms)

@@ -1,14 +1,15 @@
 #!lua
--- Note deliveries of one tenant, due now, as long as few of its wait; they are no longer given up.
+-- Record deliveries of one tenant, due now, while few of its deliveries wait; they no longer count as given up.
 --
--- KEYS  outbox         hash  the tenant's deliveries that wait
+-- KEYS  outbox         hash  the tenant's waiting deliveries
 --       times          zset  the times of their next attempts
---       undelivered    hash  its deliveries that were given up
+--       undelivered    hash  the tenant's deliveries that were given up
 --       outboxes       zset  tenants that have deliveries
 -- ARGV  tenant         str   the tenant
---       max_waiting    int   most deliveries of it that wait
+--       max_waiting    int   maximum number of its waiting deliveries
 --       deliveries...  list  per delivery: id (str), record (bytes, `messages.Delivery`, msgpack)
--- Reply: list of int, of each -1 when it is noted, also when it was: an earlier reply was lost; else how many wait.
+-- Reply: list of int, for each delivery -1 if it is recorded, also by an earlier call whose reply was lost; otherwise
+--        the number of waiting deliveries.
 local outbox, times, undelivered, outboxes = unpack(KEYS, 2)
 local tenant, max_waiting = unpack(ARGV, 1, 2)
 local first, now, replies = 3, now_ms(), {}

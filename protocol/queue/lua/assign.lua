@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- Hand a batch of queued requests to a worker: all of them, or none if one is no longer as the scheduler believes.
+-- Hand a batch of queued requests to a worker: all of them, or none if one has changed since the scheduler read it.
 --
 -- KEYS  leader   string  the leader's token
 --       work     stream  the worker's assignments
--- ARGV  token    str     token of the leader that asks; '' skips the check
---       wid      str     wid of the worker
+-- ARGV  token    str     token of the calling leader; '' skips the check
+--       wid      str     id of the worker
 --       entry    bytes   list of `messages.Assigned`, msgpack, for the stream
 --       rows...  list    per request: rid (str), epoch (int, when it was read), placed (bytes, `messages.Placed`,
 --                        msgpack; '' for none)
@@ -26,10 +26,10 @@ for a = first, #ARGV, 3 do
     table.insert(subs[f[5]], f[6])
   end
 end
--- All are assigned exactly as asked: this call repeats one whose reply was lost.
+-- All requests are already assigned exactly as requested: this call repeats one whose reply was lost.
 if num_mine > 0 and num_mine == (#ARGV - first + 1) / 3 then return {'ok'} end
 if #stale > 1 then return stale end
--- NOMKSTREAM: the stream of a dead worker must not come back without a TTL.
+-- NOMKSTREAM: the stream of a dead worker must not be created again, since it would have no TTL.
 local id = redis.call('XADD', work, 'NOMKSTREAM', '*', 'b', entry)
 if not id then return {'gone'} end
 for cls, ids in pairs(subs) do redis.call('XDEL', P .. ':sub:' .. cls, unpack(ids)) end
@@ -46,5 +46,5 @@ for a = first, #ARGV, 3 do
   owned[#owned + 1] = epoch
 end
 redis.call('HSET', own_key(wid), unpack(owned))
-redis.call('EXPIRE', own_key(wid), 3600)  -- once it has expired, steps only cost more
+redis.call('EXPIRE', own_key(wid), 3600)  -- if it expires, steps still work, but cost more
 return {'ok'}

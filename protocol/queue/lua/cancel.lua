@@ -1,17 +1,17 @@
 #!lua flags=allow-oom
--- Cancel a request. A queued one ends here. An assigned one is taken from its worker, which is told and whose next step
--- is refused until it writes this end.
+-- Cancel a request. A queued one ends here. An assigned one is taken from its worker, which is notified and whose next
+-- step is refused until it writes this end.
 --
 -- ARGV  rid     str    rid
 --       deltas  bytes  list of one `messages.Delta`, msgpack, for the gateway
 --       order   bytes  `messages.Control`, msgpack, for the owner
 --       ended   bytes  list of one `messages.Ended`, msgpack, for the scheduler
--- Reply: str, the request's state after the call; '' when it is unknown.
+-- Reply: str, the request's state after the call; '' if the request is unknown.
 local rid, deltas, order, ended = unpack(ARGV)
 local now = now_ms()
 local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway', 'cancel')
 if not f[1] then return '' end
--- Repeated calls have no effect: the order is on its way.
+-- A repeated call has no effect: the order was already sent.
 if is_terminal(f[1]) or f[4] == '1' then return f[1] end
 redis.call('HSET', req_key(rid), 'cancel', 1)
 if f[1] == 'queued' then

@@ -3,24 +3,24 @@
 --
 -- KEYS  conversation       hash   the conversation
 --       items              hash   its items
---       order              zset   their ids by number
---       turns              zset   responses that are to be added to it
---       conversations      zset   its tenant's conversations by when they expire
---       all_turns          zset   all responses that are to be added, by when to look
+--       order              zset   item ids by number
+--       turns              zset   responses to be added to it
+--       conversations      zset   its tenant's conversations by time of expiry
+--       all_turns          zset   responses to be added to any conversation, by time of the next check
 -- ARGV  id                 str    id of the conversation
 --       tenant             str    its tenant
---       record             bytes  `messages.Conversation`, msgpack; '' for the one that it has
---       is_new             int    1: it is new, else 0
---       ttl_ms             int    ms that it lives from now on
---       max_conversations  int    most conversations of the tenant, 0: no limit
---       max_items          int    most items of it
---       max_bytes          int    most bytes of it
---       max_kept           int    most bytes that the tenant may keep in the queue, 0: no limit
---       response           str    the response whose turn the items are, added once and whatever the limits; '' if they
---                                 are none
---       new_items...       list   per item: item_id (str), item (bytes). Those that it has are left as they are.
--- Reply: array. {'ok'}; {'gone'}: the tenant has no such conversation. When nothing is changed, what there is of which
---        limit: {'conversations' | 'items' | 'bytes', number (int)}, {'kept', number (int), bytes that it adds (int)}
+--       record             bytes  `messages.Conversation`, msgpack; '': keep the stored one
+--       is_new             int    1: create it, else 0
+--       ttl_ms             int    ms until it expires, from now
+--       max_conversations  int    maximum number of the tenant's conversations, 0: no limit
+--       max_items          int    maximum number of its items
+--       max_bytes          int    maximum size of it in bytes
+--       max_kept           int    maximum bytes that the tenant may keep in the queue, 0: no limit
+--       response           str    the response whose turn the items are, which is added once regardless of limits; ''
+--                                 if they are not a turn
+--       new_items...       list   per item: item_id (str), item (bytes). Existing items are not changed.
+-- Reply: array. {'ok'}; {'gone'}: the tenant has no such conversation. If a limit refuses the change, that limit with
+--        its current value: {'conversations' | 'items' | 'bytes', number (int)}, {'kept', bytes, added bytes (int)}
 local conversation, items, order, turns, conversations, all_turns = unpack(KEYS, 2)
 local id, tenant, record, is_new, ttl_ms, max_conversations, max_items, max_bytes, max_kept, response =
   unpack(ARGV, 1, 10)
@@ -30,7 +30,7 @@ local f = redis.call('HMGET', conversation, 'tenant', 'bytes', 'next', 'b')
 if response ~= '' then redis.call('ZREM', all_turns, tenant .. ':' .. id .. ':' .. response) end
 if is_new and f[1] then return {'ok'} end  -- an earlier reply was lost
 if not is_new and f[1] ~= tenant then return {'gone'} end
--- The caller that removes the response adds its turn, so it is added once.
+-- Only the caller that removes the response adds its turn, so the turn is added once.
 if response ~= '' and redis.call('ZREM', turns, response) == 0 then return {'ok'} end
 
 local num, added = 0, record == '' and 0 or #record - #(f[4] or '')

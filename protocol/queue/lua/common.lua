@@ -1,19 +1,19 @@
--- What all scripts share; it is prepended to each.
+-- Code shared by all scripts; it is prepended to each.
 -- KEYS[1] is a string in every script: the prefix of the shard's keys, "lf:{s}". A request's keys are built from it, so
--- all of them lie in one hash slot.
--- At the head of each script its contract names its other keys and its arguments, in their order, with their types and
--- units, then the reply. A name with dots is a list, which ends the arguments: of groups, whose fields it names, or of
--- single words. Arguments arrive as strings; "int" is a decimal string there. "ms" is unix time or a duration in
--- milliseconds. The same names, in the same order, are in `signatures.py`, by which scripts are called; a script reads
--- its keys and arguments by these names alone.
+-- all of them are in one hash slot.
+-- The head of each script is its contract. It lists the other keys and the arguments in order, with types and units,
+-- then the reply. A name with dots is a list, which comes after all other arguments. A list consists of groups, whose
+-- fields are named, or of single words. Arguments arrive as strings; "int" is a decimal string. "ms" is unix time or a
+-- duration in milliseconds. `signatures.py`, by which scripts are called, has the same names in the same order; a
+-- script reads its keys and arguments by these names alone.
 local P = KEYS[1]
 local function req_key(rid) return P .. ':req:' .. rid end
 
--- Hash rid -> epoch of what a worker may write: exactly the requests that are assigned to it at that epoch and not
--- cancelled. Whatever changes one of these facts must change this hash too.
+-- Return the key of a hash rid -> epoch of the requests that a worker may write. They are exactly the requests that are
+-- assigned to it at that epoch and not cancelled. Code that changes one of these facts must change this hash, too.
 local function own_key(wid) return P .. ':w:' .. wid .. ':own' end
 
--- Take a request from its worker: before its end from outside, its cancellation, or another owner.
+-- Revoke a worker's right to write a request: before an end from outside, a cancellation, or a change of owner.
 local function disown(wid, rid) redis.call('HDEL', own_key(wid), rid) end
 
 -- Return unix time in ms, by the server's clock.
@@ -22,45 +22,49 @@ local function now_ms()
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
--- Return unix time in ms, with its microseconds: who has had a turn comes behind all who came before, within one ms too.
+-- Return unix time in ms with microseconds, so that tenants served within the same ms keep their order.
 local function turn_ms()
   local t = redis.call('TIME')
   return t[1] * 1000 + t[2] / 1000
 end
 
--- Return whether a state is the end of a request.
+-- Return whether a state is terminal.
 local function is_terminal(state)
   return state == 'completed' or state == 'failed' or state == 'cancelled'
 end
 
--- Kinds of keys that a request has.
+-- Prefixes of the keys of a request.
 local request_kinds = {':req:', ':tok:', ':lp:', ':plp:'}
 
--- Bytes of a request besides its logs and messages: its hash, its places in streams and sets, the names of its keys.
+-- Estimated bytes of a request besides its logs and messages: its hash, its entries in streams and sets, its key names.
 local request_bytes = 2048
 
--- Return the place of the notes of an assignment, by its epoch: of the first eight and the last eight they are kept, in
--- the fields placed:<slot> (`messages.Placed`), run:<slot> (`messages.Timing`), left:<slot> (see `requeue.lua`).
+-- Return the slot for the notes of an assignment, by its epoch. The first eight and the last eight assignments keep
+-- notes, in the fields placed:<slot> (`messages.Placed`), run:<slot> (`messages.Timing`), left:<slot> (see
+-- `requeue.lua`).
 local function note_slot(epoch)
   local number = math.floor((epoch + 1) / 2)
   return number <= 8 and number or 9 + (number - 9) % 8
 end
 
--- Return the key of what is known of a call, a hash, by the id of its first request. Fields: open: how many of its
--- requests have not ended; job: `<tenant>:<id>` of a job whose end webhooks report; and where the tenant's bytes are counted,
--- kept: bytes of bodies that live on; who: the tenant; bytes: what is counted of the call now; left: what stays of those that have ended; last: unix ms until which the records of a job and an
--- Idempotency-Key live, 0 without.
+-- Return the key of a call's hash; `call` is the id of its first request. Fields:
+-- open: number of its requests that have not ended;
+-- kept: bytes of its bodies, if they live as long as its requests' records;
+-- job: `<tenant>:<id>` of a job whose end webhooks report.
+-- Where the tenant's bytes are counted, also: who: the tenant; bytes: what the call counts for now; left: what its
+-- ended requests leave; last: unix ms when the records of its job and Idempotency-Key expire, 0 without.
 local function call_key(call) return P .. ':call:' .. call end
 
 -- Return the key of a call's bodies, see `calls.py`. It lives as long as any request of the call may run.
 local function body_key(call) return P .. ':body:' .. call end
 
--- Return the key of a tenant's use: a hash of two buckets that empty evenly over a minute. With ':run' behind it, the
--- key of a sorted set of its running requests. A tenant's name has no colon, so two tenants never share a key.
+-- Return the key of a tenant's use: a hash of two buckets that drain evenly over a minute. With ':run' appended, it is
+-- the key of a sorted set of the tenant's running requests. A tenant's name has no colon, so two tenants never share a
+-- key.
 local function quota_key(tenant) return P .. ':q:' .. tenant end
 
--- Give back the tokens that a request had reserved of its tenant's bucket and did not use. Deleting the field `quota`
--- makes sure that this happens once. `output`: the tokens of its log.
+-- Refund the tokens that a request has reserved from its tenant's bucket and not used. Deleting the field `quota`
+-- ensures that this happens once. `output`: number of tokens in its log.
 local function settle(rid, tenant, max_new, num_prefill, assigned, output)
   local key = quota_key(tenant)
   redis.call('HDEL', req_key(rid), 'quota')
@@ -72,18 +76,18 @@ local function settle(rid, tenant, max_new, num_prefill, assigned, output)
   end
 end
 
--- What a tenant keeps in the queue is a sorted set of '<call>:<bytes>', by the unix ms when it has expired. Its member
--- 'sum' has minus the bytes of all others for a score. Both change in one script, so they agree whatever is lost; and
--- what nobody takes out stops counting by itself.
+-- The data that a tenant keeps in the queue is a sorted set of '<call>:<bytes>' by unix ms of expiry. The score of its
+-- member 'sum' is minus the bytes of all others. Both change in one script, so they agree even after a loss of data. An
+-- entry that nothing removes stops counting at its expiry.
 
--- Make a key live until `to`, unix ms, if it would expire before.
+-- Extend the life of a key to `to`, unix ms, if it would expire earlier.
 local function live_until(key, to)
   local expires = redis.call('PEXPIRETIME', key)
   if expires ~= -2 and expires < to then redis.call('PEXPIREAT', key, to) end
 end
 
--- Make what the requests of a call share live until `to`, unix ms. Both keys always live equally long, and not all who
--- end requests may look at bodies.
+-- Extend the life of what the requests of a call share to `to`, unix ms. Both keys always expire together, and some
+-- users that end requests may not read bodies.
 local function prolong(call, to)
   local expires = redis.call('PEXPIRETIME', call_key(call))
   if expires == -2 or expires >= to then return end
@@ -99,16 +103,16 @@ local function keep(tenant, call, bytes, to)
   live_until(key, to + 60000)
 end
 
--- Count the `bytes` of a call no more. They may have expired before.
+-- Stop counting the `bytes` of a call. They may have expired before.
 local function give_back(tenant, call, bytes)
   local key = quota_key(tenant) .. ':kept'
   if redis.call('ZREM', key, call .. ':' .. bytes) == 1 then redis.call('ZINCRBY', key, bytes, 'sum') end
 end
 
--- Return the bytes that a tenant keeps. At most 128 expired entries are taken out at once, each by one such call.
+-- Return the bytes that a tenant keeps. One call removes at most 128 expired entries.
 local function kept_bytes(tenant, now)
   local key = quota_key(tenant) .. ':kept'
-  -- Not from 0: that is what 'sum' has when nothing is kept.
+  -- Not from 0: that is the score of 'sum' if nothing is kept.
   for _, entry in ipairs(redis.call('ZRANGEBYSCORE', key, '(0', now, 'LIMIT', 0, 128)) do
     redis.call('ZREM', key, entry)
     redis.call('ZINCRBY', key, string.match(entry, ':(%d+)$'), 'sum')
@@ -116,28 +120,28 @@ local function kept_bytes(tenant, now)
   return -tonumber(redis.call('ZSCORE', key, 'sum') or 0)
 end
 
--- Note the end of a job or a batch, for the gateways that send webhooks. `type`: of the event, '' for a job's, whose requests
--- say how it ended. Each tenant has a stream of its own, so that none pushes out, or waits behind, another's ends.
+-- Record the end of a job or a batch for the gateways that send webhooks. `type`: event type; '': a job, whose requests
+-- determine it. Each tenant has its own stream, so no tenant's ends displace or delay those of another.
 local function tell_end(tenant, id, type)
   redis.call('XADD', P .. ':ends:' .. tenant, 'MAXLEN', '~', '10000', '*', 'id', id, 'type', type)
   redis.call('ZADD', P .. ':ends', 'NX', now_ms(), tenant)
 end
 
--- Note a call's end for webhooks if it is a job; `job` is `<tenant>:<id>`, or false.
+-- Record a call's end for webhooks if it is a job; `job` is `<tenant>:<id>`, or false.
 local function tell_job(job)
   if not job then return end
   local tenant, id = string.match(job, '^([^:]*):(.*)$')
   tell_end(tenant, id, '')
 end
 
--- Most rows that a tenant's usage has on one day; what is more counts in one further row, '[]'.
+-- Maximum rows of a tenant's usage per day; all further usage is counted in one more row, '[]'.
 local usage_rows = 1000
 
--- Count a request that ends at `now`, ms, for its tenant's usage of that day (UTC): a hash of rows, each '<requests>
--- <prompt tokens> <of them cached> <output tokens>'. `usage`: what the request's field of that name has, made by
--- `usage.py`; `made`: the tokens of its log; `cached`: its prompt's tokens that the prefix cache had. Kept for 0 days, it
--- is not counted, nor where it has neither completed nor made a token: at most its prompt was computed.
--- `is_dead`: it may be queued again, so its field becomes what is still to be counted then.
+-- Add a request that ends at `now`, ms, to its tenant's usage of that day (UTC): a hash of rows, each '<requests>
+-- <prompt tokens> <cached ones of these> <output tokens>'. `usage`: the decoded field of that name, made by `usage.py`.
+-- `made`: tokens in its log. `cached`: its prompt tokens found in the prefix cache. Nothing is counted with a retention
+-- of 0 days, or if the request has neither completed nor made a token: at most its prompt was computed. `is_dead`: it
+-- may be queued again, so its field becomes what would still have to be counted then.
 local function count_usage(rid, usage, made, state, cached, now, is_dead)
   local calls, prompt, from, days, tenant, row = unpack(usage)
   if days == 0 then return end
@@ -169,8 +173,9 @@ local function count_usage(rid, usage, made, state, cached, now, is_dead)
   end
 end
 
--- Note that a request of a call has ended and lives for `ttl` more seconds. With the last one the bodies go, unless they are kept, and the
--- tenant keeps only what is left. `is_stored`: a client may delete that.
+-- Record that a request of a call has ended and that its keys live for `ttl` more seconds. The last request deletes the
+-- bodies, unless they are kept, and the tenant is then charged only for what is left. `is_stored`: a client may delete
+-- that.
 local function leave_call(rid, call, ttl, now, is_stored)
   local key = call_key(call)
   local f = redis.call('HMGET', key, 'open', 'who', 'bytes', 'left', 'last', 'job', 'kept')
@@ -202,12 +207,12 @@ local function leave_call(rid, call, ttl, now, is_stored)
   end
 end
 
--- Most ends that stay in all histories together, in equal shares of the tenants, and the most bytes of an error's message
--- in one of them: 200,000 entries are about 80 MB. What ends within ten seconds may come on top.
+-- Maximum number of ends in all histories together, shared equally by tenants, and maximum bytes of an error's message
+-- in an entry: 200,000 entries are about 80 MB. Ends of the last ten seconds may exceed the number.
 local history_entries, history_message = 200000, 300
 
--- Return an error, JSON of `messages.ErrorInfo`, as an entry of a history has it: a long one with the begin of its
--- message, its kind and its code alone. What is none becomes an empty object, which readers call unreadable.
+-- Return an error, JSON of `messages.ErrorInfo`, for a history entry: a long one is reduced to the beginning of its
+-- message, its kind and its code. Invalid JSON becomes an empty object, which readers report as unreadable.
 local function short_error(error)
   if #error <= history_message then return error end
   local is_read, info = pcall(cjson.decode, error)
@@ -217,16 +222,15 @@ local function short_error(error)
   return cjson.encode({message = string.sub(message, 1, last), kind = info.kind, code = info.code})
 end
 
--- Add a request that ends at `now`, ms, to its tenant's history: a stream of `messages.HistoryEntry`, which live for some
--- ms, at most so many, or the tenant's share of all. `history`: both numbers, with a space between; `usage` and `output`:
--- as `usage` and `made` of `count_usage`.
--- `f`: the request's fields call, cls, epoch, n_prompt, cached, attempts, t_submit, t_first and placed:1, as they are in
--- its hash.
+-- Add a request that ends at `now`, ms, to its tenant's history, a stream of `messages.HistoryEntry`. `history`:
+-- retention in ms, a space, and maximum number of entries, which the tenant's share of all may lower. `usage` and
+-- `output`: `usage` and `made` of `count_usage`. `f`: the request's fields call, cls, epoch, n_prompt, cached,
+-- attempts, t_submit, t_first and placed:1, as stored in its hash.
 local function note_history(rid, history, usage, output, f, state, finish, error, now)
   local ms, max = string.match(history, '^(%d+) (%d+)$')
   local tenant, row = usage[5], usage[6]
   for i = 3, 8 do f[i] = tonumber(f[i] or 0) end
-  -- The note of its last placement is `messages.Placed`; the first of its options names the worker.
+  -- The note of its last placement is a `messages.Placed`; the first of its options names the worker.
   local slot, placed = note_slot(f[3]), f[9]
   if slot > 1 then placed = redis.call('HGET', req_key(rid), 'placed:' .. slot) end
   local options = placed and cmsgpack.unpack(placed)[4] or {}
@@ -236,9 +240,9 @@ local function note_history(rid, history, usage, output, f, state, finish, error
   local all = P .. ':hist'
   local key = all .. ':' .. tenant
   redis.call('XADD', key, 'MAXLEN', '~', max, '*', 'b', entry)
-  -- Lives are prolonged, and what is old or more than its share trimmed, every ten seconds: at each end this would double
-  -- its cost. A gateway's clock that is fast does not put that off, nor does a stream that may have expired since; a
-  -- stream that begins gets its life at once.
+  -- TTLs are renewed, and old or excess entries trimmed, only every ten seconds: at each end this would double its
+  -- cost. It is not delayed by a gateway whose clock is fast, nor for a stream that may have expired since. A new
+  -- stream gets its TTL at once.
   local since = now - tonumber(redis.call('ZSCORE', all, tenant) or 0)
   if since >= 0 and since < math.min(10000, ms) and redis.call('XLEN', key) > 1 then return end
   local num = math.max(redis.call('ZCARD', all), 1)
@@ -249,14 +253,14 @@ local function note_history(rid, history, usage, output, f, state, finish, error
   redis.call('ZADD', all, now, tenant)
   redis.call('ZREMRANGEBYSCORE', all, '-inf', now - ms)
   redis.call('PEXPIRE', all, ms)
-  -- A tenant that ends nothing more keeps what was its share when they were fewer, until one of the others trims it here.
+  -- A tenant without new ends keeps the larger share of a time with fewer tenants, until another tenant trims it here.
   local other = redis.call('ZRANGE', all, now % num, now % num)[1]
   if other then redis.call('XTRIM', all .. ':' .. other, 'MAXLEN', '~', max) end
 end
 
--- Write the end of a request: its state, reason (`finish`), error and time (`now`, ms); shorten the life of its keys.
--- `is_dead`: it may be retried for 7 days, so it does not leave its call. Then come more fields of its hash, with their
--- values: each call of a script's costs the server as much as many fields.
+-- Write the end of a request: its state, reason (`finish`), error and time (`now`, ms), and shorten the TTL of its
+-- keys. `is_dead`: it may be retried for 7 days, so it stays in its call. Further arguments are fields of its hash with
+-- their values: a separate redis.call would cost as much as many fields.
 local function write_end(rid, state, finish, error, now, is_dead, ...)
   local key = req_key(rid)
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now, ...)
@@ -272,8 +276,8 @@ local function write_end(rid, state, finish, error, now, is_dead, ...)
     end
     count_usage(rid, usage, output, state, tonumber(f[8] or 0), now, is_dead)
   end
-  -- A request that is not stored is read only by the gateway that waits for it, at once. An encoder's result
-  -- (max_new is 0) is large.
+  -- A request that is not stored is only read by its waiting gateway, immediately. An encoder's result (max_new is 0)
+  -- is large.
   local ttl = is_dead and 604800 or f[1] == '1' and 86400 or f[3] == '0' and 60 or 120
   for _, kind in ipairs(request_kinds) do
     redis.call('EXPIRE', P .. kind .. rid, ttl)
@@ -297,7 +301,7 @@ local function tell_scheduler(message)
   redis.call('XADD', P .. ':ended', 'MAXLEN', '~', '10000', '*', 'b', message)
 end
 
--- Take a request's entry out of the submit stream, if it is still there.
+-- Remove a request's entry from the submit stream, if it is still there.
 local function drop_submit(rid)
   local f = redis.call('HMGET', req_key(rid), 'cls', 'sub_id')
   if f[2] and f[2] ~= '' then

@@ -3,13 +3,13 @@
 --
 -- KEYS  conversation   hash  the conversation
 --       items          hash  its items
---       order          zset  their ids by number
---       turns          zset  responses that are to be added to it
---       conversations  zset  its tenant's conversations by when they expire
+--       order          zset  item ids by number
+--       turns          zset  responses to be added to it
+--       conversations  zset  its tenant's conversations by time of expiry
 -- ARGV  id             str   id of the conversation
 --       tenant         str   its tenant
---       item_id        str   id of the item; '' for all of it
--- Reply: int, 1 if it was there, else 0.
+--       item_id        str   id of the item; '' for the whole conversation
+-- Reply: int, 1 if it existed, else 0.
 local conversation, items, order, turns, conversations = unpack(KEYS, 2)
 local id, tenant, item_id = unpack(ARGV)
 local item_bytes = 256

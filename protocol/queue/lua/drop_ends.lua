@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- Forget ends of a tenant that deliveries were made of, and put it behind all others that wait for their turn.
+-- Delete ends of a tenant for which deliveries were made, and move the tenant behind all others that wait.
 --
 -- KEYS  tenant_ends  stream  the tenant's ends
 --       ends         zset    tenants that have ends
 -- ARGV  tenant       str     the tenant
---       entries...   str     ids of entries, at least one
+--       entries...   str     entry ids, at least one
 -- Reply: nothing.
 local tenant_ends, ends = unpack(KEYS, 2)
 local tenant = unpack(ARGV, 1, 1)

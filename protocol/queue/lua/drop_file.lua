@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
--- Forget a file.
+-- Delete the record of a file.
 --
 -- KEYS  file    string  the file's record
 --       files   zset    its tenant's files by creation time
 --       sizes   hash    sizes of its tenant's files
---       expiry  zset    all files by the time when they expire
+--       expiry  zset    all files by time of expiry
 -- ARGV  id      str     id of the file
 --       tenant  str     its tenant
--- Reply: int, 1 if the tenant had it, else 0.
+-- Reply: int, 1 if the tenant had the file, else 0.
 local file, files, sizes, expiry = unpack(KEYS, 2)
 local id, tenant = unpack(ARGV)
 local num_bytes = redis.call('HGET', sizes, id)

@@ -2,14 +2,14 @@
 -- End a request from outside its worker: its deadline has passed, or it was tried too often. Fences its owner.
 --
 -- ARGV  rid     str    rid
---       state   str    state, a terminal one
+--       state   str    terminal state
 --       reason  str    `messages.FinishReason`
 --       error   str    JSON of `messages.ErrorInfo`; '' without an error
 --       deltas  bytes  list of one `messages.Delta`, msgpack, for the gateway
 --       order   bytes  `messages.Control`, msgpack, for the owner
 --       ended   bytes  list of one `messages.Ended`, msgpack, for the scheduler
---       letter  bytes  `messages.DeadLetter`, msgpack; '' for none. With one, the request's keys live for 7 days.
--- Reply: int. 1: it ends with this call. 0: it had ended, or is unknown.
+--       letter  bytes  `messages.DeadLetter`, msgpack; '' for none. With a letter, the request's keys live for 7 days.
+-- Reply: int. 1: the request ends with this call. 0: it had already ended, or is unknown.
 local rid, state, reason, error, deltas, order, ended, letter = unpack(ARGV)
 local now = now_ms()
 local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway')

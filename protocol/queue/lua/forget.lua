@@ -1,21 +1,22 @@
 #!lua flags=allow-oom
--- Delete a job, or a call, with all that its requests have left, and give its tenant the bytes back. All have ended, as
--- whoever asks has seen: a queue that has lost such an end takes the request from where it still waits or runs.
+-- Delete a job, or a call, with everything stored about its requests, and give its tenant the bytes back. The caller
+-- has seen that all of them have ended. If the queue has lost such an end, the request is removed from where it waits
+-- or runs.
 --
--- KEYS  job      hash    the job; '' if it is none
---       jobs     zset    its tenant's jobs; '' if it is none
---       idem     string  what its Idempotency-Key was first used for; '' without one
--- ARGV  jid      str     id of the job; '' if it is none
---       tenant   str     whose texts a database may have of requests that have expired; '' for nobody's
---       text_ms  int     ms for which it may have them; 0 for no texts
+-- KEYS  job      hash    the job; '' if there is none
+--       jobs     zset    its tenant's jobs; '' if there is none
+--       idem     string  record of its Idempotency-Key; '' without one
+-- ARGV  jid      str     id of the job; '' if there is none
+--       tenant   str     tenant of which a database may have texts of expired requests; '' for none
+--       text_ms  int     ms for which the database may have them; 0: it has no texts
 --       rids...  str     of its requests, the call's first one first
--- Reply: int, 1 if the job was there, else 0; -1: too many texts wait to be deleted from the history's database, and
+-- Reply: int, 1 if the job existed, else 0; -1: too many texts wait to be deleted from the history's database, and
 --        nothing was done.
 local job, jobs, idem = unpack(KEYS, 2)
 local jid, tenant, text_ms = unpack(ARGV, 1, 3)
 local first = 4
 local call = ARGV[first]
--- Texts that a database may have by now are noted for the gateway that writes it: first come, first served.
+-- Note texts that the database may already have, for the gateway that writes it. All are refused once the list is full.
 local deleted = P .. ':hist-deleted'
 local is_full = redis.call('ZCARD', deleted) >= 100000
 for a = first, #ARGV do

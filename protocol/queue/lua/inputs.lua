@@ -1,10 +1,10 @@
 #!lua flags=no-writes,allow-oom
 -- Read what a worker needs of the requests that it was assigned.
 --
--- ARGV  rows...  list  per request: rid (str), call (str, the call's id), part (int, the name of its own field of the
---                      call's bodies, see `calls.py`)
--- Reply: array, per request 4 values: the field 'common' and its own (bytes; nil: there is none), token log (bytes),
---        logprobs (bytes), both '' if there is none.
+-- ARGV  rows...  list  per request: rid (str), call (str, the call's id), part (int, name of its own field in the hash
+--                      of the call's bodies, see `calls.py`)
+-- Reply: array, 4 values per request: the field 'common' and its own field (bytes; nil if missing), token log (bytes),
+--        logprobs (bytes); the last two are '' if missing.
 local first, found = 1, {}
 for a = first, #ARGV, 3 do
   local rid, call, part = unpack(ARGV, a, a + 2)

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Register a worker under its base's name with its first beat, if nothing has changed since it was decided: neither the
--- records of the first base and of its own, nor who is registered. Workers that have left since change nothing: fewer of
--- them refuse no more.
+-- Register a worker under its base's name with its first heartbeat, unless something has changed since the caller
+-- decided: the records of the first base and of its own, or a worker that has registered. Workers that have left since
+-- do not count: fewer workers refuse no more.
 --
 -- KEYS  base         string  the first base, as messages.ServedModel
 --       bases        hash    name -> each further base; NUL name -> why no worker of a base has started
@@ -9,16 +9,16 @@
 --       worker_beat  string  the worker's heartbeat
 -- ARGV  wid          str     the worker's id
 --       beat         bytes   its heartbeat
---       ttl_ms       int     ms that the heartbeat lasts
---       at_ms        int     unix ms now
---       name         str     its base's name
---       first_base   bytes   the first base as the caller read it; '' if there was none
---       further      bytes   the further base of that name as the caller read it; '' if there was none
---       served       bytes   the base to write
---       is_first     int     1: as the first base; 0: as a further one
---       num_others   int     number of the following ids
---       more...      str     ids of workers that were registered; then names of further bases that go
--- Reply: str, 'joined', or 'changed'.
+--       ttl_ms       int     ms until the heartbeat expires
+--       at_ms        int     current unix ms
+--       name         str     name of its base
+--       first_base   bytes   record of the first base as read by the caller; '' if there was none
+--       further      bytes   record of the further base of that name as read by the caller; '' if there was none
+--       served       bytes   record to write
+--       is_first     int     1: write it as the first base; 0: as a further one
+--       num_others   int     number of worker ids in `more`
+--       more...      str     ids of the registered workers, then names of further bases to delete
+-- Reply: str, 'joined' or 'changed'.
 local base, bases, workers, worker_beat = unpack(KEYS, 2)
 local wid, beat, ttl_ms, at_ms, name, first_base, further, served, is_first, num_others = unpack(ARGV, 1, 10)
 local first, is_known = 11, {[wid] = true}

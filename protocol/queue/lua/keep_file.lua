@@ -1,23 +1,23 @@
 #!lua flags=allow-oom
--- Note a file, whose bytes are in the gateways' storage, or hold room for one that is being written there, unless its
--- tenant has too much. Room is held until the file is noted, or dropped by the sweep of what has expired. It runs while
--- the memory is full: a batch that may write its answers lets the queue forget their requests. A record is small, and
--- their number is limited.
+-- Record a file, whose bytes are in the gateways' storage, or reserve space for one that is being written there, unless
+-- its tenant exceeds a limit. Space is reserved until the file is recorded, or its reservation expires and is swept.
+-- The script runs even while the memory is full: a batch that can write its answers lets the queue delete its requests.
+-- Records are small and limited in number.
 --
 -- KEYS  file        string  the file's record
 --       files       zset    its tenant's files by creation time
---       sizes       hash    sizes of its tenant's files, and of those that room is held for
---       expiry      zset    all of these by the time when they expire
+--       sizes       hash    sizes of its tenant's files and reservations
+--       expiry      zset    all files and reservations by time of expiry
 -- ARGV  id          str     id of the file
 --       tenant      str     its tenant
---       record      bytes   `messages.File`, msgpack; '': hold room alone
---       num_bytes   int     its bytes
---       created_ms  int     unix ms when it was made
---       expires_ms  int     unix ms when it expires
---       max_bytes   int     most bytes of the tenant's files, 0: no limit
---       max_files   int     most files of the tenant, 0: no limit
--- Reply: array. {'ok'}, also when it is known: an earlier reply was lost; {'bytes', bytes that the tenant has beside it
---        (int)}; {'files', files that it has beside it (int)}
+--       record      bytes   `messages.File`, msgpack; '': only reserve space
+--       num_bytes   int     size in bytes
+--       created_ms  int     unix ms of creation
+--       expires_ms  int     unix ms of expiry
+--       max_bytes   int     maximum bytes of the tenant's files, 0: no limit
+--       max_files   int     maximum number of the tenant's files, 0: no limit
+-- Reply: array. {'ok'}, also if it is already recorded, since an earlier reply may have been lost; {'bytes', bytes of
+--        the tenant's other files (int)}; {'files', number of its other files (int)}
 local file, files, sizes, expiry = unpack(KEYS, 2)
 local id, tenant, record, num_bytes, created_ms, expires_ms, max_bytes, max_files = unpack(ARGV)
 if redis.call('EXISTS', file) == 1 then return {'ok'} end
@@ -33,7 +33,7 @@ if record ~= '' then
   redis.call('ZADD', files, created_ms, id)
 end
 redis.call('HSET', sizes, id, num_bytes, 'sum', sum + num_bytes)
--- Until the sweep has taken the last one out.
+-- These live until the sweep has removed the last file.
 for _, key in ipairs({files, sizes}) do
   if redis.call('PEXPIRETIME', key) < expires_ms + 3600000 then redis.call('PEXPIREAT', key, expires_ms + 3600000) end
 end

@@ -1,10 +1,10 @@
 #!lua
--- Add to the time for which adapters were in pools on a day. Those that come after too many others count in one field.
+-- Add to the time for which adapters were resident on a day. Adapters beyond `max_digests` are counted in one field.
 --
 -- KEYS  residency    hash  digest -> ms
--- ARGV  max_digests  int   most digests
---       others       str   field of the others
---       ttl_s        int   s that the hash lives
+-- ARGV  max_digests  int   maximum number of digests
+--       others       str   field for the others
+--       ttl_s        int   TTL of the hash, s
 --       times...     list  per adapter: digest (str), ms (int)
 -- Reply: nil.
 local residency = unpack(KEYS, 2)

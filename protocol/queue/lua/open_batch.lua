@@ -1,5 +1,5 @@
 #!lua
--- Take a batch, for any gateway to run.
+-- Accept a batch, for any gateway to run.
 --
 -- KEYS  batch         hash   the batch
 --       batches       zset   its tenant's batches by creation time
@@ -8,10 +8,10 @@
 -- ARGV  id            str    id of the batch
 --       tenant        str    its tenant
 --       record        bytes  `messages.Batch`, msgpack
---       created_ms    int    unix ms when it was made
---       ttl_ms        int    ms that its record lives
---       max_open      int    most open batches of its tenant
--- Reply: int, -1 when it is taken, also when it is known: an earlier reply was lost; else the tenant's open batches.
+--       created_ms    int    unix ms of creation
+--       ttl_ms        int    TTL of its record, ms
+--       max_open      int    maximum number of its tenant's open batches
+-- Reply: int, -1 if it is accepted, also by an earlier call whose reply was lost; else the tenant's open batches.
 local batch, batches, open_batches, tenant_open = unpack(KEYS, 2)
 local id, tenant, record, created_ms, ttl_ms, max_open = unpack(ARGV)
 if redis.call('EXISTS', batch) == 1 then return -1 end
@@ -19,8 +19,8 @@ local num = redis.call('SCARD', tenant_open)
 if num >= tonumber(max_open) then return num end
 redis.call('HSET', batch, 'b', record, 'epoch', 0, 'owner', '')
 redis.call('ZADD', batches, created_ms, id)
--- By how many its tenant has open, then by age: everybody's first one comes before anybody's second. Below zero, which
--- no time is; both fit a double's 53 bits.
+-- Ordered by how many batches the tenant has open, then by age: every tenant's first batch comes before any tenant's
+-- second. Scores are below zero, so no unix time equals one; both parts fit into a double's 53 bits.
 redis.call('ZADD', open_batches, -2^52 + math.min(num, 255) * 2^42 + tonumber(created_ms), tenant .. ':' .. id)
 redis.call('SADD', tenant_open, id)
 for _, key in ipairs({batch, batches, tenant_open}) do redis.call('PEXPIRE', key, ttl_ms) end

@@ -6,8 +6,8 @@
 --       ids           bytes  token ids, int32 little endian
 --       logprobs      bytes  logprob records of these tokens; '' without them
 --       record_bytes  int    bytes of a logprob record
--- Reply: int, the length of the log in tokens. It is unchanged when the log is longer, ends before the first id, or the
---        request is unknown.
+-- Reply: int, the length of the log in tokens. The log is not changed if it is longer or ends before the first id, or
+--        if the request is unknown.
 local rid, seq0, ids, logprobs, record_bytes = unpack(ARGV)
 local tok = P .. ':tok:' .. rid
 local len, num = redis.call('STRLEN', tok) / 4, #ids / 4

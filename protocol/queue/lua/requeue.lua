@@ -1,18 +1,19 @@
 #!lua flags=allow-oom
 -- Take requests from a worker that died or drains, and queue them again with their tokens kept. Fences the worker.
 --
--- A death counts as a failed attempt of those requests that had made no progress: what kills a worker kills the next
--- one at the same token, while its neighbours move on. Deaths with progress end a request too, at four times as many.
+-- A death counts as a failed attempt of those requests that had made no progress: the request that kills workers kills
+-- the next one at the same token, while its neighbors advance. Deaths with progress end a request too, at four times
+-- that number.
 --
--- ARGV  wid           str  wid of the worker
+-- ARGV  wid           str  id of the worker
 --       has_died      int  1 if the worker died, else 0
 --       name          str  name of the worker
---       max_attempts  int  attempts that a request has
+--       max_attempts  int  maximum attempts of a request
 --       rids...       str  of the requests
 -- Reply: array of str, 2 values per request: rid, outcome. Outcomes: requeued; exhausted and cancelled, which are left
---        for `finish`; other: the request is not this worker's any more.
--- The request's field `left:<slot>` says when and how it left the worker: unix ms, a space, `died` or `handed back`.
--- The request's field `lost` holds one JSON line per death, a `messages.Death`.
+--        for `finish`; other: the request no longer belongs to this worker.
+-- The request's field `left:<slot>` has when and how it left the worker: unix ms, a space, `died` or `handed back`.
+-- The request's field `lost` has one JSON line per death, a `messages.Death`.
 local wid, has_died, name, max_attempts = unpack(ARGV, 1, 4)
 has_died, max_attempts = has_died == '1', tonumber(max_attempts)
 local first, now, out = 5, now_ms(), {}

@@ -3,7 +3,7 @@
 --
 -- ARGV  letter       str    stream id of the dead letter
 --       rid          str    rid
---       sub          bytes  `messages.Submit`, msgpack
+--       sub          bytes  `messages.RequestHead`, msgpack
 --       deadline_ms  int    deadline, unix ms
 -- Reply: str. 'ok'. 'gone': there is no such letter; it was retried, or has expired. 'expired': its request has.
 local letter, rid, sub, deadline_ms = unpack(ARGV)

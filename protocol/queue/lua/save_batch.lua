@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Write how far a batch is, by the gateway that runs it.
+-- Write the progress of a batch, by the gateway that runs it.
 --
 -- KEYS  batch         hash   the batch
 --       open_batches  zset   all open batches
@@ -8,12 +8,11 @@
 --       tenant        str    its tenant
 --       epoch         int    epoch under which the gateway runs it
 --       record        bytes  `messages.Batch`, msgpack
---       outcome       str    '1': it has ended; '0': nobody runs it any more, and the next gateway may; '': it goes on
+--       outcome       str    '1': it has ended; '0': this gateway stops running it, and another may; '': it continues
 --       status        str    its status
---       wait_ms       int    ms until the next gateway may run it, where nobody does any more; 0: it is the first of
---                            all that wait
---       tries         int | str  tries by which nothing more of it was answered; '': as it was
--- Reply: int, 1 when it is written, 0 when another gateway runs it by now, or it has ended.
+--       wait_ms       int    with outcome '0', ms until another gateway may run it; 0: before all others that wait
+--       tries         int | str  consecutive tries without a new answer; '': unchanged
+-- Reply: int, 1 if it is written, 0 if another gateway runs it by now, or it has ended.
 local batch, open_batches, tenant_open = unpack(KEYS, 2)
 local id, tenant, epoch, record, outcome, status, wait_ms, tries = unpack(ARGV)
 local member = tenant .. ':' .. id

@@ -3,7 +3,7 @@
 --
 -- KEYS  work          stream  the worker's assignments
 --       ended_stream  stream  ended requests, for the scheduler
---       own           hash    rid -> epoch of what the worker may write
+--       own           hash    rid -> epoch of the requests that the worker may write
 -- ARGV  rows          bytes   rows, one msgpack array, 4 values each: rid (str), epoch (str), seq0 (int, tokens), size
 --                             (int, bytes). One packed argument costs the server less than hundreds of arguments.
 --       ids           bytes   token ids of all rows, int32 little endian, one row after the other
@@ -14,11 +14,11 @@
 --       ended         bytes   list of `messages.Ended`, msgpack; '' for none
 --       logprobs...   list    rid (str), seq0 (int | str, tokens, or 'prompt'), records (bytes)
 --       ends...       list    rid (str), state (str), finish (str), error (str, JSON), cached (int, tokens of its
---                             prompt that the prefix cache had). Each has a row, maybe without tokens.
+--                             prompt found in the prefix cache). Each has a row, perhaps without tokens.
 --       notes...      list    rid (str), field (str, of its hash), timing (bytes, `messages.Timing`, msgpack)
 --       outs...       list    gateway (str), deltas (bytes, list of `messages.Delta`, msgpack)
---       done...       bytes   ids of assignments whose last request this step ends (stream ids)
--- Reply: array. Empty: everything was written. Otherwise nothing was, and it names each row that cannot be written in
+--       done...       bytes   stream ids of assignments whose last request ends in this step
+-- Reply: array. Empty: everything was written. Otherwise nothing was, and each row that cannot be written is named in
 --        four values: rid (str), code (str), epoch (int), length of the log (int, tokens).
 --        Codes: missing | terminal | stale (another epoch) | cancelled | length (the log does not end at seq0).
 --        An error if rows contradict each other, such as two for the same request and position.
@@ -32,8 +32,8 @@ local first_note = first_end + num_ends * 5
 local first_out = first_note + num_notes * 3
 local first_done = first_out + num_outs * 2
 
--- Return whether the worker may write every row, by its hash of owned requests alone: one call for all rows.
--- That hash outlives a request that has expired, so a request without tokens must exist besides.
+-- Return whether the worker may write every row, by its hash of owned requests alone: one command for all rows. That
+-- hash outlives a request that has expired, so a row without tokens also checks that its request exists.
 local function owns_all()
   if #rows == 0 then return true end
   local rids = {}
@@ -47,14 +47,15 @@ local function owns_all()
   return true
 end
 
--- Take the last `size` bytes of a log back.
+-- Remove the last `size` bytes of a log.
 local function cut(key, size)
   local log = call('GET', key)
   if #log > size then call('SET', key, string.sub(log, 1, #log - size), 'KEEPTTL') else call('DEL', key) end
 end
 
--- Append every row to its request's log, or none if a log does not end where its row begins. Return whether it is done.
--- APPEND returns the new length, so a row costs one call; a wrong length is rare, and what was appended is cut again.
+-- Append every row to its request's log, or none if a log does not end where its row begins. Return whether they were
+-- appended. APPEND returns the new length, so a row costs one command; a wrong length is rare, and the appended bytes
+-- are then removed.
 local function append_all()
   local at = 1
   for a = 1, #rows, 4 do
@@ -71,7 +72,7 @@ local function append_all()
   return true
 end
 
--- Look at each request itself and return what is wrong with which row, as in the reply.
+-- Check each request itself and return the refused rows with their codes, as in the reply.
 local function refused()
   local bad, ending = {}, {}
   for a = first_end, first_note - 5, 5 do
@@ -100,7 +101,8 @@ end
 if not (owns_all() and append_all()) then
   local bad = refused()
   if #bad > 0 then return bad end
-  -- The hash of owned requests has expired, or the step ends a cancelled request: the requests themselves allow it.
+  -- The hash of owned requests has expired, or the step ends a cancelled request: the requests themselves allow the
+  -- rows.
   if not append_all() then return redis.error_reply('the rows of a step contradict each other') end
 end
 
@@ -113,7 +115,7 @@ for a = first, first_end - 3, 3 do
     call('APPEND', P .. ':lp:' .. rid, records)
   end
 end
--- What ends gets all its fields at once, and then a life time for all its keys.
+-- An ended request gets all its fields in one command, and then a TTL for all its keys.
 local now, more = now_ms(), {}
 for a = first_end, first_note - 5, 5 do
   local rid, _, _, _, cached = unpack(ARGV, a, a + 4)
@@ -127,7 +129,7 @@ for a = 1, #rows, 4 do
       fields[#fields + 1] = 't_first'
       fields[#fields + 1] = now
     else
-      -- The first token made the log: it gets the request's remaining life time.
+      -- The first token created the log, which gets the remaining TTL of the request.
       call('HSET', req_key(rid), 't_first', now)
       local ttl = call('PTTL', req_key(rid))
       if ttl > 0 then call('PEXPIRE', tok .. rid, ttl) end
@@ -147,7 +149,7 @@ for a = first_note, first_out - 3, 3 do
   if fields then
     fields[#fields + 1] = field
     fields[#fields + 1] = timing
-  -- What has expired meanwhile must not come back without a life time.
+  -- A request that has expired in between must not be created again, since it would have no TTL.
   elseif call('EXISTS', req_key(rid)) == 1 then
     call('HSET', req_key(rid), field, timing)
   end
@@ -159,7 +161,7 @@ for a = first_end, first_note - 5, 5 do
 end
 for a = first_out, first_done - 2, 2 do
   local gateway, deltas = unpack(ARGV, a, a + 1)
-  -- NOMKSTREAM: the stream of a dead gateway must not come back without a life time.
+  -- NOMKSTREAM: the stream of a dead gateway must not be created again, since it would have no TTL.
   call('XADD', P .. ':out:' .. gateway, 'NOMKSTREAM', '*', 'b', deltas)
 end
 for a = first_done, #ARGV do call('XDEL', work, ARGV[a]) end

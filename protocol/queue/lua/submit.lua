@@ -2,45 +2,46 @@
 -- Accept a group of requests, the choices and prompts of one HTTP call: all of them, or none.
 --
 -- KEYS  queue         stream  submitted requests of the class
---       idem          string  what an Idempotency-Key was first used for; '' without one
+--       idem          string  record of an Idempotency-Key; '' without one
 --       job           hash    the call as a background job; '' if it is none
 --       jobs          zset    the jobs of its tenant by creation time; '' if it is none
---       conversation  hash    the conversation that the job is a turn of; '' if it is none
---       turns         zset    all turns that are to be added, by when to look; '' if it is none
+--       conversation  hash    the conversation of which the job is a turn; '' if it is none
+--       turns         zset    all turns to be added, by time of the next check; '' if it is none
 -- ARGV  cls           str     class
---       max_queued    int     most requests that the class may have queued
+--       max_queued    int     maximum number of queued requests of the class
 --       idem_value    bytes   `messages.Idempotent`, msgpack; '' without one
---       who           str     tenant whose limits count; '' for none
---       max_requests  int     its requests a minute, 0: no limit
---       max_tokens    int     its tokens a minute, 0: no limit
+--       who           str     tenant whose limits apply; '' for none
+--       max_requests  int     its requests per minute, 0: no limit
+--       max_tokens    int     its tokens per minute, 0: no limit
 --       max_running   int     its requests at once, 0: no limit
 --       max_bytes     int     bytes that it may keep in the queue, 0: no limit
---       is_forced     int     1: count its use without refusing, else 0
---       num_bytes     int     most bytes that bodies, messages and logs can come to
+--       is_forced     int     1: count its use but refuse nothing, else 0
+--       num_bytes     int     maximum bytes of bodies, messages and logs
 --       record_bytes  int     bytes of the records of job and Idempotency-Key
 --       jid           str     id of the job; '' if it is none
 --       job_record    bytes   `messages.Job`, msgpack
---       job_request   bytes   what of the job's HTTP body writing its answer needs
---       job_ttl_ms    int     ms that the job lives
+--       job_request   bytes   fields of the job's HTTP body that its answer needs
+--       job_ttl_ms    int     TTL of the job, ms
 --       is_told       int     1: webhooks report the job's end, else 0
---       max_turns     int     most turns of a conversation that are to be added
---       body_bytes    int     bytes of the bodies where they live on as long as the requests, 0 where they go with the
---                             last one
---       history       str     ms for which ends stay in the tenant's history, a space, most of them; '' for none
---       text          int     most tokens of each prompt and output that stay there; 0 for none
---       tokenizer     str     hash of the tokenizer of their base, where they stay there
+--       max_turns     int     maximum number of turns waiting to be added to a conversation
+--       body_bytes    int     bytes of the bodies if they live as long as the requests' records; 0 if the last end
+--                             deletes them
+--       history       str     retention of ends in the tenant's history, ms, a space, their maximum number; '' for none
+--       text          int     maximum tokens of each prompt and output kept there; 0 for none
+--       tokenizer     str     hash of the base's tokenizer, if tokens are kept there
 --       num_fields    int     number of bodies' fields
 --       fields...     list    per field of the bodies' hash, see `calls.py`: name (str), value (bytes)
---       rows...       list    per request: rid (str), sub (bytes, `messages.Submit`, msgpack), tenant (str), digest
---                             (str), gateway (str), is_stored (int, 0 or 1), num_prompt (int, tokens), num_virtual
---                             (int, virtual tokens of its adapter), max_new (int, tokens), deadline_ms (int, unix ms),
---                             usage (bytes, what it adds to its tenant's usage, see `usage.py`; '' for nothing)
--- Reply: array. A standing is 5 ints: requests left of the minute, ms until all are left, tokens left, ms, requests
---        running.
---        {'ok', standing...}; without a tenant {'ok'}, and so when the requests are known: an earlier reply was lost.
+--       rows...       list    per request: rid (str), sub (bytes, `messages.RequestHead`, msgpack), tenant (str),
+--                             digest (str), gateway (str), is_stored (int, 0 or 1), num_prompt (int, tokens),
+--                             num_virtual (int, virtual tokens of its adapter), max_new (int, tokens), deadline_ms
+--                             (int, unix ms), usage (bytes, what it adds to its tenant's usage, see `usage.py`; ''
+--                             for nothing)
+-- Reply: array. A standing is 5 ints: requests left in this minute, ms until all are available, tokens left, ms,
+--        running requests.
+--        {'ok', standing...}; {'ok'} without a tenant, or if the requests were accepted before and the reply was lost.
 --        {'full', number of queued requests (int)}
 --        {'idem', value stored under `idem` (bytes)}
---        {'conversation', turns that are to be added (int), or -1: its tenant has no such conversation}
+--        {'conversation', turns waiting to be added (int), or -1: its tenant has no such conversation}
 --        {'limit', standing..., 'requests' | 'tokens' | 'concurrency' (str), ms until it would fit or 0 (int)}
 --        {'limit', standing..., 'bytes', 0, bytes that the tenant keeps (int), bytes that the call adds (int)}
 local queue, idem, job, jobs, conversation, turns = unpack(KEYS, 2)
@@ -51,8 +52,8 @@ max_queued, max_bytes, is_forced = tonumber(max_queued), tonumber(max_bytes), is
 local first = 23
 local first_row = first + num_fields * 2
 local call = ARGV[first_row]
--- Accepted before, and the reply was lost: a second entry, or an epoch set back, would run the request twice. The first
--- request may have ended and expired while others run, or all may have ended just now.
+-- Accepted before, but the reply was lost: a second entry, or an epoch set back, would run the request twice. The first
+-- request may have expired while others run, or all requests may have just ended.
 if redis.call('EXISTS', call_key(call), req_key(call)) > 0 then return {'ok'} end
 if idem ~= '' then
   local seen = redis.call('GET', idem)
@@ -64,14 +65,14 @@ local limits = {requests = tonumber(max_requests), tokens = tonumber(max_tokens)
 local used, running, last = {requests = 0, tokens = 0}, 0, 0
 local wanted = {requests = 1, tokens = 0, bytes = num_bytes + record_bytes + num * request_bytes}
 
--- Return what is left of a minute's limit, and the ms until all of it is there again.
+-- Return the rest of a limit per minute, and the ms until all of it is available.
 local function left(what)
   local limit = limits[what]
   if limit == 0 then return 0, 0 end
   return math.max(0, math.floor(limit - used[what])), math.ceil(used[what] * 60000 / limit)
 end
 
--- Return a code and the tenant's standing, then whatever is given.
+-- Return a reply of `code`, the tenant's standing, and any further values.
 local function answer(code, ...)
   local requests, requests_ms = left('requests')
   local tokens, tokens_ms = left('tokens')
@@ -112,7 +113,7 @@ end
 
 local owner, conversation_id = string.match(jobs, '[^:]*$'), string.match(conversation, '[^:]*$')
 if conversation_id ~= '' then
-  -- One that a queue has lost with its last second is not there when a forced call comes again.
+  -- If a queue has lost its last second, the conversation may be missing when a forced call is repeated.
   local is_there = redis.call('HGET', conversation, 'tenant') == owner
   local num_turns = redis.call('ZCARD', conversation .. ':turns')
   if not is_forced and not is_there then return {'conversation', -1} end
@@ -155,17 +156,17 @@ for a = first_row, #ARGV, 11 do
     'ahead', queued + (a - first_row) / 11, unpack(more))
   redis.call('PEXPIRE', req_key(rid), ttl)
   if is_rated then
-    -- Its end removes it from the set. Should that be lost with the queue's last second, its deadline does.
+    -- The request's end removes it from the set; if the queue loses that end, the deadline does.
     redis.call('ZADD', quota_key(who) .. ':run', deadline_ms + 60000, rid)
   end
 end
-local known = {'open', num}  -- the fields of the call
+local known = {'open', num}  -- fields of the call's hash
 if body_bytes ~= '0' then known = {'open', num, 'kept', body_bytes} end
-for a = first, first_row - 2, 1000 do  -- names and values, as they come
+for a = first, first_row - 2, 1000 do  -- alternating names and values
   redis.call('HSET', body_key(call), unpack(ARGV, a, math.min(a + 999, first_row - 1)))
 end
 redis.call('PEXPIREAT', body_key(call), to)
-local lives = 0  -- until when the records live
+local lives = 0  -- unix ms when the records expire
 if idem ~= '' then
   redis.call('SET', idem, idem_value, 'EX', 86400)
   lives = now + 86400000

@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
--- Give a tenant its turn: take some of its deliveries that are due, and put it behind all others that wait for theirs.
+-- Give a tenant its turn: take some of its deliveries that are due, and move it behind all others that wait.
 --
--- KEYS  outbox    hash  the tenant's deliveries that wait
+-- KEYS  outbox    hash  the tenant's waiting deliveries
 --       times     zset  the times of their next attempts
 --       outboxes  zset  tenants that have deliveries
 -- ARGV  tenant    str   the tenant
---       num       int   most deliveries to take; 0: it has its turn and nothing else
---       claim_ms  int   ms after which those that were taken are due again, if nothing is heard of them
--- Reply: list of the id and `messages.Delivery`, msgpack, of each that was taken, the most overdue first.
+--       num       int   maximum deliveries to take; 0: only move the tenant
+--       claim_ms  int   ms after which taken deliveries are due again unless they are done or postponed
+-- Reply: list of the id and `messages.Delivery`, msgpack, of each taken delivery, the most overdue first.
 local outbox, times, outboxes = unpack(KEYS, 2)
 local tenant, num, claim_ms = unpack(ARGV)
 local now, taken = now_ms(), {}

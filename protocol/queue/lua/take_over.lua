@@ -1,14 +1,14 @@
 #!lua flags=allow-oom
--- Give each tenant what the version before kept of all together: endpoints, ends and deliveries.
+-- Move what the previous version kept for all tenants together to each tenant: endpoints, ends and deliveries.
 --
--- ARGV  num  int  about how many of each kind are moved at most
--- Reply: list of the ids of deliveries that cannot be read, and were dropped.
+-- ARGV  num  int  approximate maximum of each kind to move
+-- Reply: list of the ids of deliveries that could not be read and were dropped.
 local num = unpack(ARGV)
 local hooks, ends, cursor = P .. ':webhooks', P .. ':events', P .. ':events:cursor'
 local all, times, lost = P .. ':deliveries', P .. ':deliveries:due', {}
 
 local at, found = '0', {}
-repeat  -- a part of a hash that was emptied before has nothing
+repeat  -- parts of a hash that were emptied before return nothing
   at, found = unpack(redis.call('HSCAN', hooks, at, 'COUNT', num))
 until #found > 0 or at == '0'
 for i = 1, #found, 2 do
@@ -40,7 +40,7 @@ local entries = redis.call('XRANGE', ends, '(' .. last, '+', 'COUNT', num)
 for _, entry in ipairs(entries) do
   local end_ = {}
   for i = 1, #entry[2], 2 do end_[entry[2][i]] = entry[2][i + 1] end
-  -- One that does not say whose it is would stop the script, and with it everybody's webhooks.
+  -- An entry that names no tenant would stop the script, and with it all webhooks.
   if end_.tenant and end_.id then tell_end(end_.tenant, end_.id, end_.type or '') end
   redis.call('SET', cursor, entry[1])
 end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Run writes that the fleet lives by, all at once, also when the server's memory is full: heartbeats, streams, orders.
+-- Run essential writes atomically, even while the server's memory is full: heartbeats, streams, orders.
 --
 -- ARGV  words...  str | bytes | int  per command: the number of its words (int), then its words
 -- Reply: array, the reply of each command.

@@ -1,4 +1,4 @@
-"""The messages that cross the queue, one file per edge."""
+"""The messages that cross the queue, one file per pair of sender and receiver."""
 
 from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, AdapterState, Alias, Converted, Registration
 from protocol.wire.messages.assignments import REASONS, Assigned, Control, Option, Placed

@@ -8,21 +8,21 @@ from protocol.wire.messages.base import Packed, Wire
 
 
 class Assigned(Packed, frozen=True):
-    """One request of an assignment."""
+    """One request of a batch that is assigned to a worker."""
 
     rid: str
     epoch: int
     digest: str
     tenant: str = ""
     gateway: str = ""
-    yields: bool = False  # its tenant has more than its fair share, or is alone: it yields to requests of others
-    choice: int = 0  # this and the next two as in `Submit`
+    yields: bool = False  # its tenant has more than its fair share, or is alone: it yields to requests of other tenants
+    choice: int = 0  # `choice`, `call` and `part` are as in `RequestHead`
     call: str = ""
     part: int = 0
     batch: bool = False  # class `batch`: yields to all other requests
     queued_ms: int = 0  # ms from submission to this assignment
-    trace: str = ""  # see `Submit.trace`
-    alone: bool = False  # it yields only because no other tenant asked for anything; see `FairShares`
+    trace: str = ""  # see `RequestHead.trace`
+    alone: bool = False  # it yields only because no other tenant has asked recently; see `FairShares`
 
 
 REASONS = {
@@ -32,30 +32,30 @@ REASONS = {
     "held_enough": "it had waited for a worker with its adapter as long as loading takes",
     "resumed": "resumed: the shortest estimated wait of workers with free slots",
 }
-"""Why a worker was chosen for a request, by the words of `Placed.because`."""
+"""Why a worker was chosen for a request, by the value of `Placed.because`."""
 
 
 class Option(Packed, frozen=True):
-    """A worker that might have got a request, as the scheduler saw it."""
+    """A candidate worker for a request, as the scheduler saw it."""
 
     worker: str  # name
-    wait_ms: int  # estimated, until the request would be done there: prompts before it, its adapter, its decoding
+    wait_ms: int  # estimated ms until the request would end there: queued prompts, loading its adapter, its own decode
     tier: str  # tier of its adapter: resident, loading, host or store; "" for the base model
-    crowded: bool = False  # it had more than its share of the requests, so that any other was better
+    crowded: bool = False  # it had more than its share of the requests, so any other worker was preferred
 
 
 class Placed(Packed, frozen=True):
-    """Why a request was given to a worker: kept in its record, one for each assignment."""
+    """Why a request was assigned to a worker; the request's record keeps one for each assignment."""
 
     ms: int  # unix time
     wid: str
     because: str  # one of `REASONS`
-    options: list[Option]  # the one that was chosen first, then the others, the shortest wait first; at most 4
-    num_others: int = 0  # workers that were looked at beyond these
-    held_ms: int = 0  # ms it was held for a worker with its adapter
+    options: list[Option]  # candidates, at most 4: the chosen one, then the others by increasing wait
+    num_others: int = 0  # candidates beyond these
+    held_ms: int = 0  # ms for which it was held for a worker with its adapter
     yields: bool = False  # to requests of tenants that have less than their fair share
     lead_tokens: int = 0  # weighted tokens by which its tenant was ahead of the tenant served least
-    num_queued: int = 0  # requests that still waited then
+    num_queued: int = 0  # requests that were still waiting at that time
 
 
 class Control(Wire, frozen=True):
@@ -64,6 +64,6 @@ class Control(Wire, frozen=True):
     kind: Literal["cancel", "prefetch", "pin", "unpin", "evict", "queued", "drain", "resume", "serve"]
     rid: str = ""
     digest: str = ""
-    digests: list[str] = []  # `queued`: adapters that waiting requests need, which should stay
+    digests: list[str] = []  # `queued`: adapters that waiting requests need and that should stay resident
     order: str = ""  # `evict`: id that the answering event repeats
-    base: str = ""  # `serve`: name of the base that the worker is to become
+    base: str = ""  # `serve`: name of the base to which the worker is to switch

@@ -1,4 +1,4 @@
-"""What all messages have in common. msgpack by msgspec: unknown fields are ignored, new fields get defaults."""
+"""Base classes of all messages. msgpack by msgspec: unknown fields are ignored, new fields get defaults."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Task = Literal["generate", "embed", "classify", "score"]
-"""What a request asks for, and what a base model computes: text, an embedding, a label per token, or the logits of the
-labels of the whole text."""
+"""What a request asks for and a base model computes: text, an embedding, a label per token, or the label logits of the
+whole text.
+"""
 MAX_LABELS = 4096
-"""Most labels of a head that scores texts: the log of a text holds a number for each."""
+"""Maximum number of labels of a classification head: a text's log holds one number per label."""
 TERMINAL = ("completed", "failed", "cancelled")
-"""States of a request that has ended. Before, it is `queued` or `assigned`."""
+"""States of a request that has ended. Before its end, a request is `queued` or `assigned`."""
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of messages sent once per request or less."""
+    """Base of messages that are sent at most once per request."""
 
 
 class Record(Wire, frozen=True, kw_only=True):
-    """Base of messages that are kept for longer than the process lives that wrote them.
+    """Base of messages that outlive the process that wrote them.
 
-    A change that older releases would misread, which no new field with a default is, makes `FORM` of its class greater,
-    and a sender that uses it writes that as `form`.
+    A new field with a default is safe for older releases. Any change that they would misread increments the class's
+    `FORM`, and a writer that uses the change stores that number as `form`.
     """
 
     FORM: ClassVar[int] = 1
@@ -33,7 +34,7 @@ class Record(Wire, frozen=True, kw_only=True):
 
 
 class Packed(msgspec.Struct, frozen=True, array_like=True):
-    """Base of messages sent per step: fields are positional on the wire, so new ones are added at the end only."""
+    """Base of messages sent in every step. Fields are positional on the wire, so new ones are only appended."""
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -11,11 +11,11 @@ BatchStatus = Literal[
 ]
 
 ENDED_BATCH = ("failed", "completed", "expired", "cancelled")
-"""States of a batch in which nothing is done for it any more."""
+"""States of a batch for which no work remains."""
 
 
 class File(Record, frozen=True):
-    """A file as a client uploaded it, or as a batch has written it. Its bytes are in the gateways' storage."""
+    """A file that a client has uploaded or a batch has written. Its bytes are in the gateways' storage."""
 
     id: str
     tenant: str
@@ -27,7 +27,7 @@ class File(Record, frozen=True):
 
 
 class BatchProblem(Wire, frozen=True):
-    """Why a batch has failed: something in its input file, or a limit of its tenant's."""
+    """Why a batch has failed: an error in its input file, or a limit of its tenant."""
 
     code: str
     message: str
@@ -36,7 +36,7 @@ class BatchProblem(Wire, frozen=True):
 
 
 class BatchUsage(Wire, frozen=True):
-    """Tokens of the answers of a batch."""
+    """Token counts of a batch's answers."""
 
     input_tokens: int = 0
     cached_tokens: int = 0
@@ -45,7 +45,7 @@ class BatchUsage(Wire, frozen=True):
 
 
 class Batch(Record, frozen=True):
-    """A batch: what was asked for, and how far it is. Only the gateway that runs it writes it."""
+    """A batch: its request and its progress. Only the gateway that runs it writes this record."""
 
     id: str
     tenant: str
@@ -69,4 +69,4 @@ class Batch(Record, frozen=True):
     in_progress_ms: int = 0
     finalizing_ms: int = 0
     ended_ms: int = 0
-    end: Literal["", "expired", "cancelled"] = ""  # it ends so; "": lines without an answer are still asked
+    end: Literal["", "expired", "cancelled"] = ""  # how it is ending; "": lines without an answer are still submitted

@@ -1,4 +1,4 @@
-"""Scheduler to operators: what was given up, and the deaths that led to it."""
+"""Scheduler to operators: requests that were given up, and the deaths that led to it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ class Death(Packed, frozen=True):
 
     wid: str
     name: str  # name of the worker; "" if no longer known
-    ms: int  # when it was noticed
+    ms: int  # when the death was detected
     assigned_ms: int
-    num_output_tokens: int  # length of the request's log at the death
-    num_at_start: int  # length of its log at the assignment
+    num_output_tokens: int  # length of the request's log in tokens at the death
+    num_at_start: int  # the same at the assignment
 
     @property
     def phase(self) -> str:
-        """`prefill` if the worker had written no token of the request yet, else `decode`."""
+        """`prefill` if the worker had not written any token of the request yet, else `decode`."""
         return "decode" if self.num_output_tokens > self.num_at_start else "prefill"
 
 
 class DeadLetter(Wire, frozen=True):
-    """A request that was given up, or a message that could not be read, and why."""
+    """A request that was given up or a message that could not be decoded, with the reason."""
 
     reason: str
     stream: str = ""  # stream of an unreadable message

@@ -6,7 +6,7 @@ from protocol.wire.messages.base import Packed, Wire
 
 
 class RequestUsage(Packed, frozen=True):
-    """Numbers of tokens of a request that has ended."""
+    """Token counts of a request that has ended."""
 
     num_prompt_tokens: int
     num_output_tokens: int
@@ -14,27 +14,28 @@ class RequestUsage(Packed, frozen=True):
 
 
 class Timing(Packed, frozen=True):
-    """The times of one assignment of a request so far, reported with its first token there and with its end.
+    """Times of one assignment so far, reported with the worker's first token of the request and with its end.
 
-    `taken_ms` is unix time by the worker's clock. The other times are ms since then, -1 for what has not happened.
+    `taken_ms` is unix time by the worker's clock. All other times are ms since then, -1 if the event has not happened.
     """
 
     taken_ms: int
-    queued_ms: int = 0  # before: from its submission to this assignment
-    tier: str = ""  # tier of its adapter on arrival: resident, loading, host or store; "" for the base model
-    staged_ms: int = -1  # ms until its adapter was in host memory; -1: it was there
-    ready_ms: int = -1  # ms until its adapter was in the pool; -1: it was there
+    queued_ms: int = 0  # before `taken_ms`: ms from submission to this assignment
+    tier: str = ""  # tier of its adapter at that time: resident, loading, host or store; "" for the base model
+    staged_ms: int = -1  # ms until its adapter was in host memory; -1: it was already there
+    ready_ms: int = -1  # ms until its adapter was in the pool; -1: it was already there
     begun_ms: int = -1  # ms until its first step
-    first_ms: int = -1  # ms until its first token there
+    first_ms: int = -1  # ms until its first token from this worker
     ended_ms: int = -1
-    num_preempted: int = 0  # times that it lost its KV blocks to others
+    num_preempted: int = 0  # number of times that it lost its KV cache blocks to other requests
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
 
 class Delta(Packed, frozen=True):
-    """New tokens of one request, and its end. `seq0` is the index of the first id in the request's log.
+    """New tokens of one request, and perhaps its end. `seq0`: index of the first id in the request's log.
 
-    `seq0 == -1` marks an end that was not written by the owner: the log holds whatever the reader has not seen.
+    `seq0 == -1` marks an end that was not written by the owner: the reader finds all tokens that it has not seen in the
+    log.
     """
 
     rid: str
@@ -60,17 +61,17 @@ class ErrorInfo(Wire, frozen=True):
 
 
 WHOLE = -1
-"""Number of likely tokens at a place that stands for all of the vocabulary."""
+"""Value of `num_logprobs` that stands for the whole vocabulary."""
 
 
 def logprob_record_bytes(num_logprobs: int, vocabulary: int = 0) -> int:
-    """Return the bytes of a token's record: its float32 logprob, then `num_logprobs` (int32 id, float32 logprob).
+    """Return the bytes of a token's record: its float32 logprob, then `num_logprobs` pairs (int32 id, float32 logprob).
 
-    Where that is `WHOLE`, then the float32 logprobs of all `vocabulary` tokens, by id.
+    With `WHOLE`, the float32 logprobs of all `vocabulary` tokens, ordered by id, follow instead of the pairs.
     """
     return 4 + (4 * vocabulary if num_logprobs == WHOLE else 8 * num_logprobs)
 
 
 def prompt_record_bytes(num_logprobs: int, vocabulary: int = 0) -> int:
-    """Return the bytes of a prompt token's record: as of an output's, with its int32 rank after its logprob."""
+    """Return the bytes of a prompt token's record: an output token's, with the int32 rank after the logprob."""
     return 4 + logprob_record_bytes(num_logprobs, vocabulary)

@@ -1,4 +1,4 @@
-"""The history of requests: scripts write an entry when a request ends, gateways one for each call that they refuse."""
+"""The history of requests: scripts add an entry when a request ends, gateways add one for each refused call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from protocol.wire.messages.base import Packed
 
 
 class HistoryEntry(Packed, frozen=True):
-    """A request that has ended, or a call that was refused. Times are unix ms, 0 for what did not happen."""
+    """A request that has ended, or a refused call. Times are unix ms, 0 for what did not happen."""
 
-    rid: str  # of a refused call the id of its HTTP request
+    rid: str  # of a refused call: the id of its HTTP request
     call: str
     row: str  # JSON: model, digest, base model, 1 for a batch line; see `usage.usage_of`
     cls: str
@@ -30,7 +30,7 @@ class HistoryEntry(Packed, frozen=True):
 
     @property
     def model(self) -> str:
-        """The requested model, as shown by the API; "" of a call that was refused before it was known."""
+        """The requested model, as the API shows it; "" if the call was refused before the model was known."""
         return msgspec.json.decode(self.row)[0] if self.row else ""
 
     @property
@@ -40,17 +40,17 @@ class HistoryEntry(Packed, frozen=True):
 
     @property
     def base(self) -> str:
-        """Name of its base; "" of a call that was refused before that was known."""
+        """Name of its base; "" if the call was refused before the base was known."""
         return msgspec.json.decode(self.row)[2] if self.row else ""
 
 
 class KeptText(Packed, frozen=True):
-    """The prompt and the output of a request in a history, as tokens: the end of one, the beginning of the other."""
+    """The last tokens of a request's prompt and the first tokens of its output, kept with the history."""
 
     prompt: bytes  # int32 ids
     output: bytes  # int32 ids
-    digest: str  # of the adapter, whose tokens they may be; "" for the base model's
-    texts: str  # hash of the texts that the adapter brings, "" for none
-    has_output: bool = True  # whether it generates text
-    base: str = ""  # name of the base, whose tokens they are
-    tokenizer: str = ""  # hash of the base's tokenizer; "" of an earlier version
+    digest: str  # digest of the adapter, which may bring its own tokens; "": the base model
+    texts: str  # hash of the tokens and template that the adapter brings; "": none
+    has_output: bool = True  # whether the request generates text
+    base: str = ""  # name of the base whose tokens these are
+    tokenizer: str = ""  # hash of the base's tokenizer; "": written by an earlier version

@@ -6,7 +6,7 @@ from protocol.wire.messages.base import Record
 
 
 class Job(Record, frozen=True):
-    """A background request: which requests it is made of, and what lists show of it."""
+    """A background request: its requests in the queue, and what lists show of it."""
 
     jid: str
     endpoint: str
@@ -18,15 +18,15 @@ class Job(Record, frozen=True):
     metadata: dict[str, str] = {}
     digests: list[str] = []  # digests of the answering adapters, "" for the base model
     texts: list[str] = []  # per adapter, hash of the tokens and template it brings, "" if none
-    opened: list[bool] = []  # per adapter, whether its prompt ends within the model's reasoning
+    opened: list[bool] = []  # per adapter, whether its prompt ends inside the model's reasoning
     background: bool = True  # no client follows it, so webhooks report its end
-    key: str = ""  # the Idempotency-Key it was made with, "" for none
-    conversation: str = ""  # conversation that gets its turn at the end; "": none
-    base: str = ""  # name of the base of those who answer; "": the fleet's default
+    key: str = ""  # the Idempotency-Key with which it was created; "": none
+    conversation: str = ""  # conversation to which its turn is added at the end; "": none
+    base: str = ""  # name of the base that answers, also beneath adapters; "": the fleet's default
 
 
 class Conversation(Record, frozen=True):
-    """A conversation that clients keep. Its items lie beside it, each as JSON."""
+    """A conversation that clients keep. Its items are in a key of their own, as JSON."""
 
     id: str
     tenant: str
@@ -35,7 +35,7 @@ class Conversation(Record, frozen=True):
 
 
 class Idempotent(Record, frozen=True):
-    """What an Idempotency-Key was first used for, so that a repetition finds the same requests."""
+    """The call for which an Idempotency-Key was first used, so that a repetition finds the same requests."""
 
     body_hash: str  # sha256 of endpoint and HTTP body
     created_ms: int

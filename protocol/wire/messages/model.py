@@ -1,4 +1,4 @@
-"""Worker to everyone: the base model that the fleet serves."""
+"""Worker to all services: the base model that the fleet serves."""
 
 from __future__ import annotations
 
@@ -9,80 +9,82 @@ import msgspec
 from protocol.wire.messages.base import Packed, Record, Task, Wire
 
 OPAQUE = "opaque"
-"""Kind of a linear layer whose weights cannot be read, such as a quantised one: adapters can only add to its output."""
+"""Kind of a linear layer with unreadable weights, such as a quantized one: adapters can only add to its output."""
 
 Activation = Literal["", "softmax", "sigmoid", "none"]
-"""What makes scores of the logits of a text. "": sigmoid of a single one, softmax of several."""
+"""How a text's logits become scores. "": sigmoid of a single logit, softmax of several."""
 
 
 class SiteShape(Packed, frozen=True):
-    """A part of the model that an adapter can change, as the model names it."""
+    """A part of the model that an adapter can change, under the model's name for it."""
 
-    name: str  # "model.layers.0.self_attn.q_proj"; of a parameter with the parameter: "….mlp.experts.gate_up_proj"
+    name: str  # "model.layers.0.self_attn.q_proj"; of a parameter its full name: "….mlp.experts.gate_up_proj"
     in_features: int  # embedding: number of entries; norm: width
     out_features: int
     kind: Literal["linear", "conv1d", "opaque", "embedding", "norm", "parameter"] = "linear"  # opaque: see `OPAQUE`
     has_bias: bool = False
-    num_experts: int = 0  # parameter: number of matrices in it
+    num_experts: int = 0  # parameter: number of expert matrices in it
 
 
 class ServedModel(Wire, frozen=True):
-    """A base that the fleet serves: enough to validate requests and adapters without the weights."""
+    """A base that the fleet serves: enough to validate requests and adapters without its weights."""
 
     model: str  # model as given to the worker
     name: str  # served name
     fingerprint: str  # hash of config and weight layout
     model_type: str
     vocab_size: int
-    max_model_len: int  # tokens of prompt + output that a worker's cache can hold
+    max_model_len: int  # tokens of prompt and output together that fit into a worker's KV cache
     sites: list[SiteShape]  # in the order of the model's modules
     dtype: str = ""  # dtype of weights and activations
-    dtype_reason: str = ""  # why it is that one
-    kernels: str = ""  # the native CPU kernels' instruction set; "": others compute
-    draft_model: str = ""  # name of the model that drafts tokens for it; "": none
+    dtype_reason: str = ""  # why that dtype was chosen
+    kernels: str = ""  # instruction set of the native CPU kernels; "": they are not used
+    draft_model: str = ""  # name of the draft model; "": none
     tied_embeddings: bool = False
     created_ms: int = 0
     device: str = ""  # "cpu" or "cuda"
     task: Task = "generate"  # main task
     tasks: list[Task] = []  # further tasks, of the base model or only of adapters, see `labels`
-    labels: list[str] = []  # `classify`, `score`: labels by index; [] of `score`: only adapters with a head answer
+    labels: list[str] = []  # `classify`, `score`: labels by index; [] with `score`: only adapters with a head answer
     activation: Activation = ""  # `score`: activation from a text's logits to label probabilities
     pair_activation: Activation = ""  # `score`: activation from a pair's one logit to its score
-    label_head: str = ""  # `score`: site that outputs the logits; an adapter's may have another number
-    missing: list[str] = []  # `score`: sites without weights in the base, so that adapters must bring them
-    width: int = 0  # `embed`: entries of a vector
-    unit_length: bool = False  # `embed`: whether vectors are normalised to length 1
+    label_head: str = ""  # `score`: site that outputs the logits; an adapter's head may have another number of them
+    missing: list[str] = []  # `score`: sites without weights in the base, which adapters must bring
+    width: int = 0  # `embed`: dimension of a vector
+    unit_length: bool = False  # `embed`: whether vectors are normalized to length 1
     head_dim: int = 0  # size of an attention head; 0: unknown
     prefix: list[int] | None = None
-    """Layers, heads and entries of a head of the keys and values that an adapter may bring. []: it may bring none,
-    since layers keep others or none; None: unknown."""
-    tokenizer: dict[str, str] = {}  # digests of the parts of its tokenizer.json, by name; {}: it has none
+    """Number of layers, heads and entries per head of the keys and values that an adapter may bring. []: none may be
+    brought, since some layers keep none or keep others. None: unknown.
+    """
+    tokenizer: dict[str, str] = {}  # digests of the parts of its tokenizer.json, by name; {}: there is no such file
     idle: list[SiteShape] = []
-    """Linear layers that PEFT adapts and the model does not run on every token: not at all, as those that attend to an
-    encoder, or for their weights alone, as the selective scan reads its dt_proj."""
-    weights: str = ""  # hash of the weights' own numbers, see `gpu_worker.loading.weights`; "": not known
+    """Linear layers that PEFT adapts although the model does not run them on every token. Cross-attention to an encoder
+    never runs; a selective scan reads only the weights of its dt_proj.
+    """
+    weights: str = ""  # hash of samples of the weights, see `gpu_worker.loading.weights`; "": unknown
 
     @property
     def identity(self) -> tuple[str, dict[str, str]]:
-        """What adapters must be checked for again where it is another."""
+        """What adapters are checked for: when it changes, they must be checked again."""
         return self.fingerprint, self.tokenizer
 
     def less(self, num_virtual: int) -> ServedModel:
-        """Return it with the part of its context that so many virtual tokens of an adapter leave."""
+        """Return this model with its context shortened by the virtual tokens of an adapter."""
         left = max(self.max_model_len - num_virtual, 0)
         return msgspec.structs.replace(self, max_model_len=left) if num_virtual else self
 
     def is_same(self, other: ServedModel) -> bool:
-        """Return whether both are one base: of one config, layout and, as far as both say, of the same weights."""
-        unknown = not self.weights or not other.weights  # of a worker of an earlier version
+        """Return whether both are the same base: the same config and layout, and the same weights as far as known."""
+        unknown = not self.weights or not other.weights  # reported by a worker of an earlier version
         return self.fingerprint == other.fingerprint and (unknown or self.weights == other.weights)
 
     def has_weights_of(self, other: ServedModel) -> bool:
-        """Return whether both are known to be one base."""
+        """Return whether both are the same base and both weights are known."""
         return bool(self.weights) and bool(other.weights) and self.is_same(other)
 
     def does(self, task: Task) -> bool:
-        """Return whether requests may ask this of the model."""
+        """Return whether requests may ask the model for this task."""
         return task == self.task or task in self.tasks
 
 
@@ -94,7 +96,7 @@ class AddedBase(Wire, frozen=True):
 
 
 class AddedBases(Record, frozen=True):
-    """The bases that operators have added and taken away, as one record of the queue."""
+    """The bases that operators have added and removed, as one record of the queue."""
 
     bases: dict[str, AddedBase] = {}  # by name
-    removed: list[str] = []  # names that were taken away since, and not added again; the last one last
+    removed: list[str] = []  # names removed since and not added again, the latest last
