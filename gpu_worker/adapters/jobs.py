@@ -44,7 +44,7 @@ class LoadJobs:
 
     def __init__(self, merge_timeout_s: float = 60.0) -> None:
         """merge_timeout_s: maximum seconds of a merge."""
-        self.on_end: Callable[[], object] | None = None  # called from a job's thread once `take_ended` gives its end
+        self.on_end: Callable[[], object] | None = None  # called from a job's thread once `take_ended` can give its end
         self._running: dict[str, bool] = {}  # digest -> whether the job copies; merges are in `_merges`
         self._merges = Merges(merge_timeout_s)
         self._ended: queue.SimpleQueue[JobEnd] = queue.SimpleQueue()
@@ -98,7 +98,7 @@ class LoadJobs:
             error = known
         except GivenUp:
             logger.info("merge %.40s is cancelled: no request waits for it", digest)
-        except BaseException:  # a thread's edge, also for panics of libraries in Rust: the requests must hear of it
+        except BaseException:  # a thread's top level, also for panics in Rust: the requests must get the error
             logger.exception("loading adapter %.12s failed", digest)
             error = Internal(f"loading adapter {digest:.12} failed")
         self._ended.put(JobEnd(digest, adapter, error, copies, time.perf_counter() - started, extras))

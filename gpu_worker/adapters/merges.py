@@ -37,7 +37,7 @@ class MergeWatch:
 
     @property
     def left_s(self) -> float:
-        """Seconds that the merge may still take."""
+        """Seconds that remain for the merge."""
         return self._began_s + self.timeout_s - time.monotonic()
 
     def give_up(self) -> None:

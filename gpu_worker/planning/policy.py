@@ -240,7 +240,7 @@ class Phases:
         self._prompts = [seq for seq in yielding if seq.num_pending != 1]
         self.may_pause = policy.bounds_batch or (not policy.has_paused and self._is_worth_a_step())
         self.is_measured = False  # whether the yielding class is left out, to measure the first class alone
-        self.has_prefilled = False  # whether it computes prompts of the first class
+        self.has_prefilled = False  # whether the step computes prompts of the first class
 
     @property
     def pauses(self) -> bool:

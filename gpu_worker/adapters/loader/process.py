@@ -103,7 +103,7 @@ class LoaderServer:
             message, fd = self._load(request)
         except LorafleetError as error:
             message = Failed(request.number, type(error).__name__, error.message, error.param)
-        except BaseException:  # a thread's edge, also for panics of libraries in Rust: the worker must hear of it
+        except BaseException:  # a thread's top level, also for panics in Rust: the worker must get the error
             logger.exception("fetching adapter %.12s failed", request.digest)
             message = Failed(request.number, "Internal", f"fetching adapter {request.digest:.12} failed", None)
         try:

@@ -16,7 +16,7 @@ class FifoLock:
 
     def __init__(self) -> None:
         self._is_taken = False
-        self._waiting: list[tuple[int, int, threading.Lock]] = []  # number, order of coming, released at its turn
+        self._waiting: list[tuple[int, int, threading.Lock]] = []  # number, order of arrival, lock released at its turn
         self._num_came = 0
         self._lock = threading.Lock()
 
