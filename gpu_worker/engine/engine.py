@@ -1,6 +1,6 @@
 """The engine of a model that generates text: accepts requests, computes one `step` at a time, returns tokens.
 
-Used by one thread only; see `service/engine_thread.py`.
+Used by one thread only; see `engine_thread.py`.
 """
 
 from __future__ import annotations

@@ -99,9 +99,9 @@ def _in_parts(passes: Passes, ids: Tensor, cuts: list[int]) -> Iterator[tuple[in
 
 
 def watch(passes: Passes) -> Trial:
-    """Return what passes call: linear layers in each pass, of other modules those that see all of its tokens.
+    """Return the modules that passes call: linear layers in each pass, others only if they see all of its tokens.
 
-    All rows of a pass are of one text: whichever a linear layer sees, they have one adapter.
+    A pass has rows of one text only, so that all rows of any linear layer have the same adapter.
     """
     sizes = [(NUM_TOKENS, NUM_HEAD_ROWS), (2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1)]
     if passes.continues == "chunks":

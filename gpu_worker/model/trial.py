@@ -1,4 +1,4 @@
-"""Trial runs of a model, with hooks that record which modules call attention and linear layers, and with what."""
+"""Trial runs of a model: hooks record which modules call attention and linear layers, and the arguments."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Trial:
     modules: dict[str, ModuleCall] = field(default_factory=dict)  # the first call of every module with children
     per_token: dict[str, TokenLayout] = field(default_factory=dict)  # modules with their own parameters, called once
     mixers: list[MixerCall] = field(default_factory=list)
-    mixer_modules: dict[str, list[int]] = field(default_factory=dict)  # who calls mixers' functions, and which of them
+    mixer_modules: dict[str, list[int]] = field(default_factory=dict)  # mixer-calling modules -> indexes of their calls
 
 
 def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:

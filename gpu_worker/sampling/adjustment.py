@@ -33,7 +33,7 @@ class TokenCounts:
 
     @property
     def counts(self) -> np.ndarray:
-        """How often each of `ids` occurs: int64 [d], a view."""
+        """The number of occurrences of each of `ids`: int64 [d], a view."""
         return self._counts[: len(self._places)]
 
     def add(self, text: np.ndarray) -> None:

@@ -100,7 +100,7 @@ class _Tokens(TokenizerWrapper):
 
 
 def _not_first(tokens: TokenTable, vocab_size: int) -> np.ndarray | None:
-    """Return the tokens that are another text at the beginning than the grammar knows: bits of int32 [W], or None."""
+    """Return the tokens whose text differs at the beginning of an output, as bits of int32 [W], None if none do."""
     if tokens.first is None:
         return None
     both = enumerate(zip(tokens.first, tokens.pieces, strict=True))
@@ -299,9 +299,9 @@ class Grammars:
             raise BadRequest(f"the output's grammar cannot be compiled: {one_line(str(error))}") from error
 
     def vocabulary(self, tokens: TokenTable) -> Vocabulary:
-        """Return a tokenizer as llguidance sees it. The first time it is made, which is rationed: steps wait for it.
+        """Return a tokenizer in llguidance's form, building it at first use. Raises BadRequest.
 
-        Raises BadRequest.
+        Builds are rationed, since steps wait for them.
         """
         if tokens is self._tokens:
             self.prepare()
