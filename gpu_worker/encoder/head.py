@@ -72,7 +72,7 @@ class Classifier:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [S, N] of S texts of equal length, from their hidden states [S, L, D]."""
         self.computed.hidden = hidden
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # some ask for their shape
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # some heads read the ids' shape
         return self.head(input_ids=ids).logits
 
     def groups(self, hidden: Tensor, starts: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:

@@ -17,7 +17,7 @@ A model that cannot continue recomputes the whole text for each new token.
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Bytes that the cache of a sequence takes."""
+    """Size of a sequence's cache, in bytes."""
 
     token_bytes: int  # per token
     sequence_bytes: int  # fixed part

@@ -26,7 +26,7 @@ class Kept:
 
     end: int = 0  # number of its tokens that are computed
     results: dict[str, Any] = field(default_factory=dict[str, Any])  # results of its last pass that the next pass takes
-    attributes: list[Tensor | None] = field(default_factory=list[Tensor | None])  # attributes of modules, see `Passes`
+    attributes: list[Tensor | None] = field(default_factory=list[Tensor | None])  # modules' attributes, see `Passes`
     logits: Tensor | None = None  # of its last token, if they may be needed again
 
     @property
@@ -50,10 +50,10 @@ class Passes:
         self._given = ""  # argument name of a cache that passes do not return; "": none
 
     def run(self, kept: Kept | None, ids: Tensor, rows: Tensor) -> tuple[Tensor, Kept]:
-        """Compute a sequence's next tokens, int64 [n], and return the logits [m, V] of rows, int64 [m], among them.
+        """Compute a sequence's next tokens, int64 [n].
 
-        kept: what was kept before them, None at a text's beginning. Returns what is kept after them, too. Raises
-        ValueError for a model that has no logits for each token.
+        Return the logits [m, V] of `rows`, int64 [m], and the new cache. kept: the cache before them, None at a text's
+        beginning. Raises ValueError for a model without logits per token.
         """
         kept = kept or self._begin()
         inputs: dict[str, Any] = {"input_ids": ids[None], "use_cache": self.continues != "nothing", **kept.results}

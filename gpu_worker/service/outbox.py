@@ -30,7 +30,7 @@ _ID = struct.Struct("<i")
 
 @dataclass(slots=True)
 class OutboxRecovery:
-    """What remains to be done about a step that the queue refused, before the rest is written."""
+    """The actions required after the queue refused a step, before the rest is written."""
 
     dropped: list[str] = field(default_factory=list)  # ids of requests that the engine must forget
     returned: list[str] = field(default_factory=list)  # rids among `dropped` that must be requeued

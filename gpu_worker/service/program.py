@@ -41,8 +41,10 @@ from protocol.wire.errors import BadRequest, Conflict, UnreadableRecord
 logger = logging.getLogger(__name__)
 
 SWITCH_S = 0.0001
-"""How long the engine's thread waits until the event loop, which publishes, has to leave it the interpreter. In 5 ms,
-which is Python's own, the loop does all that it has to do for a step, and the engine would wait for that."""
+"""Python's switch interval, in seconds: how long the engine's thread waits for the GIL that the event loop holds.
+
+In Python's default of 5 ms, the loop finishes all its work for a step, and the engine would wait for that.
+"""
 
 
 class BaseStart(msgspec.Struct, frozen=True):
@@ -55,9 +57,9 @@ class BaseStart(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, settings: Settings, bases: Mapping[str, Settings]) -> BaseStart:
-        """Return what the process that this one has replaced has left, else what the settings say.
+        """Return the start handed over by the process that this one replaced, else the one in the settings.
 
-        The variable is read once. bases: of the settings. Raises BadRequest for one that is none of all.
+        The variable is read and removed. bases: those in the settings. Raises BadRequest for a base that is unknown.
         """
         if left := os.environ.pop(SWAP_VARIABLE, ""):
             try:
@@ -145,7 +147,7 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let signals end the process at once meanwhile: it has nothing of the fleet's, and what it does may take long."""
+    """Let signals end the process at once: it holds nothing of the fleet, and the work inside may take long."""
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
