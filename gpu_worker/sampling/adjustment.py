@@ -75,7 +75,7 @@ class Adjustment:
         self._sampling = sampling
         allowed = sampling.allowed_token_ids
         self._allowed = words_of(allowed, max(allowed) + 1) if allowed else None  # as bits of int32 [W]
-        self._bad_ends: dict[int, dict[bytes, list[int]]] = {}  # length -> start of a bad word -> its last tokens
+        self._bad_ends: dict[int, dict[bytes, list[int]]] = {}  # length -> start of a bad word -> last tokens
         for word in sampling.bad_words:
             ends = self._bad_ends.setdefault(len(word) - 1, {})
             ends.setdefault(np.array(word[:-1], np.int32).tobytes(), []).append(word[-1])

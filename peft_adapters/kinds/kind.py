@@ -152,4 +152,4 @@ class Kind:
     numbered: str = ""  # name of further shared tensors, each followed by a dot and its number
     conv1d: bool = False  # whether PEFT supports it on `Conv1D`
     changes: Literal["layers", "norms", "tokens"] = "layers"
-    patterns: frozenset[str] = field(default_factory=frozenset[str])  # which of `rank_pattern` and `alpha_pattern`
+    patterns: frozenset[str] = field(default_factory=frozenset[str])  # its ones of `rank_pattern`, `alpha_pattern`

@@ -40,7 +40,7 @@ REFUSED = {
 
 
 def is_converted(kind: Any) -> bool:
-    """Return whether a store with `convert_adapters` converts this `peft_type`: PEFT can, and it is not served."""
+    """Return whether a store with `convert_adapters` converts this `peft_type`: refused, but convertible by PEFT."""
     return isinstance(kind, str) and kind in REFUSED and kind in CONVERTIBLE
 
 
