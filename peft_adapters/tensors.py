@@ -38,7 +38,7 @@ class AdapterTensors:
     embedding: dict[str, Halves] = field(default_factory=dict[str, Halves])  # by module
     magnitude: dict[str, str] = field(default_factory=dict[str, str])  # DoRA's, by module
     tokens: dict[str, str] = field(default_factory=dict[str, str])  # trained rows, by module
-    of_kind: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # by module, of another kind
+    of_kind: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # of other kinds, by module
     shared: dict[str, str] = field(default_factory=dict[str, str])  # a kind's tensors outside any module
     # (module, its wrapper, parameter) -> tensor
     plain: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
@@ -93,7 +93,7 @@ def _sort_kind(name: str, own: str, kind: Kind, found: AdapterTensors) -> bool:
 
 def _sort(path: str, name: str, found: AdapterTensors) -> bool:
     """Add one tensor; return False if its name is not understood. path: the name without the prefix."""
-    if path.endswith(_USUAL) and len(path) > len(_USUAL[0]):  # nearly all: a pattern takes several times as long
+    if path.endswith(_USUAL) and len(path) > len(_USUAL[0]):  # nearly all tensors: a pattern takes several times longer
         half, module = path[-len("A.weight")], path[: -len(_USUAL[0])]
         found.lora.setdefault(module, {})[half] = name
     elif match := _LORA.fullmatch(path):

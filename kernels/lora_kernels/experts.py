@@ -78,7 +78,7 @@ def order_by_expert(expert_ids: Tensor, token_slots: Tensor, num_experts: int, n
     tile = opens.cumsum(0) - 1
 
     def compacted(chosen: Tensor, at: Tensor, values: Tensor) -> Tensor:
-        found = torch.zeros(num_pairs + 1, dtype=torch.int64, device=device)  # the last is for what is not chosen
+        found = torch.zeros(num_pairs + 1, dtype=torch.int64, device=device)  # the last entry is for what is not chosen
         return found.scatter_add_(0, torch.where(chosen, at, num_pairs), values)[:num_pairs]
 
     tile_places = compacted(opens, tile, places)

@@ -88,7 +88,7 @@ class OwnTokenizer(Struct, forbid_unknown_fields=True):
 
     @classmethod
     def read(cls, text: str | bytes) -> OwnTokenizer:
-        """Read and check an adapter's tokenizer.json. Raises AdapterRefused."""
+        """Parse and check an adapter's tokenizer.json. Raises AdapterRefused."""
         file = _read(text)
         vocab = _vocab(file)
         own = cls(_parts(file, vocab), _numbered(file.added_tokens, vocab))

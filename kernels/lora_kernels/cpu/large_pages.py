@@ -47,7 +47,7 @@ class LargePages:
         return memory[:num_bytes].view(dtype).view(*shape)
 
     def _fill(self, memory: Tensor) -> None:
-        """Touch a part's memory page by page, requesting large pages."""
+        """Back a part with large pages, one after another, within the CPU time allowed."""
         for first in range(-memory.data_ptr() % PAGE, len(memory), PAGE):
             if self._patience_s <= 0 or not hasattr(mmap, "MADV_HUGEPAGE"):  # Linux only
                 return
