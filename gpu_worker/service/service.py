@@ -43,10 +43,8 @@ BEAT_S = 1.0
 """Seconds between two heartbeats, and between two checks whether the queue was restarted."""
 
 END_BEAT_S = 0.5
-"""Seconds; the end of a request triggers another heartbeat if the last is older.
-
-More frequent ones would be useless: the scheduler learns of ends from the steps.
-"""
+"""Seconds; the end of a request triggers another heartbeat if the last is older. More frequent ones would be useless:
+the scheduler learns of ends from the steps."""
 
 BEAT_TTL_MS = 4000
 """TTL of a heartbeat: a worker whose heartbeat has expired counts as dead."""
@@ -149,10 +147,7 @@ class WorkerService:
         return 0
 
     async def _be_member(self, stop: asyncio.Event) -> None:
-        """Join under a new id, work until `stop` or the engine's death, and leave.
-
-        Raises Fenced in an exception group.
-        """
+        """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in an exception group."""
         if not await self._joined(stop):
             self.engine.stop()
             return
@@ -412,8 +407,7 @@ class WorkerService:
             finally:  # even if they are abandoned with the membership: the engine must not wait for them
                 for _ in range(num_steps):
                     self.engine.ack_step()
-        # The scheduler limits a worker's concurrent adapter loads, and sends more once a heartbeat reports a finished
-        # one.
+        # The scheduler limits a worker's concurrent loads, and sends more once a heartbeat reports a finished one.
         if self.engine.stats().num_loads != self._beaten_loads or (has_ends and time.monotonic() > self._end_beat_s):
             self._beat_now.set()
 
