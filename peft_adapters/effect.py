@@ -20,8 +20,8 @@ def has_effect(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: me
     """Return whether an adapter may change a result; False only if every product that it adds is exactly zero.
 
     tensors: of its weights file. weights: the file's content. Replacements (whole modules, heads, trained tokens,
-    DoRA's magnitudes) count as changes: only the base's weights could show whether they differ from it. Reads up to the
-    first number that is not zero.
+    DoRA's magnitudes) count as changes: only the base's weights could show whether they differ. Reads up to the first
+    number that is not zero.
     """
     if spec.replaced or spec.tokens or spec.head or spec.virtual is not None:
         return True

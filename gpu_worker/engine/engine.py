@@ -284,7 +284,7 @@ class Engine(BaseEngine):
             seq.expect_none()
             num_tokens = seq.num_tokens
             try:
-                if not self._holds(seq):  # cancelled since the launch
+                if not self._holds(seq):  # canceled since the launch
                     continue
                 check_choice(seq, sampled, row)
                 num_output += self._settle_one(seq, flight.plan, sampled, row)

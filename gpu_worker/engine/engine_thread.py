@@ -266,6 +266,6 @@ class EngineThread:
 
 
 def _resolve(future: Future[T], result: T) -> None:
-    """Set a future's result, unless its waiter has cancelled it."""
+    """Set a future's result, unless its waiter has canceled it."""
     if future.set_running_or_notify_cancel():
         future.set_result(result)

@@ -176,7 +176,7 @@ def _components(value: Any, part: str, depth: int = 0) -> list[Any]:
         lists: list[list[Any]] = [value[name] for name in _SEQUENCES if is_list(value.get(name))]
         return [found for one in (lists[0] if lists else []) for found in _components(one, part, depth + 1)]
     if part == "post_processor" and (kind == "ByteLevel" or _adds_nothing(value)):
-        return []  # ByteLevel only changes offsets here
+        return []  # neither changes a token; ByteLevel only moves offsets
     if kind == "ByteLevel" and part == "decoder":  # its fields have no effect here
         return [kind]
     return [_canonical(value, part, depth)]

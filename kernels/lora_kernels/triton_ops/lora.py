@@ -7,7 +7,6 @@ Nothing waits for the device.
 """
 
 # The kernel language's types differ from Python's: for example, an unrolled loop has no iterator.
-#
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ struct Matrix {
 };
 
 // Rows in chunks of kXChunk entries, or a matrix. bf16 products read [chunks, rows, kXChunk]: a chunk of a few rows
-// lies in adjacent cache lines at constant distances; rows whose length is a power of two would compete for the same
+// lies in adjacent cache lines at constant distances. Rows whose length is a power of two would compete for the same
 // few cache sets.
 struct Chunked {
   void* data;
@@ -341,7 +341,7 @@ struct Kernels {
   void (*scan_norm)(const ScanNormArgs&);
   void (*delta_rule)(const DeltaArgs&);
   void (*causal_conv)(const ConvArgs&);
-  int64_t attention_rows;  // per task: enough to amortise packing keys
+  int64_t attention_rows;  // per task: enough to amortize packing keys
   // Approximate rows in a block that one thread computes between two attentions: results stay in its second-level
   // cache. Every block reads all weights. 0: products are so fast that threads should share them.
   int64_t block_rows;
@@ -356,7 +356,7 @@ struct Kernels {
 // Whether the processor is made by AMD.
 extern const LORAFLEET_SHARED bool is_amd;
 
-// Runs task(context, i) for i in [0, num_tasks), on torch's number of threads or on up to num_threads; neighbouring
+// Runs task(context, i) for i in [0, num_tasks), on torch's number of threads or on up to num_threads; neighboring
 // tasks mostly run on one thread, in order.
 LORAFLEET_SHARED void run_tasks(int64_t num_tasks, void (*task)(const void* context, int64_t index), const void* context);
 void run_tasks(int num_threads, int64_t num_tasks, void (*task)(const void* context, int64_t index),

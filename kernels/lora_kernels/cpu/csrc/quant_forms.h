@@ -1,4 +1,4 @@
-// The packed layout of quantised weights for matrix products: panels of kPanel output columns, read sequentially.
+// The packed layout of quantized weights for matrix products: panels of kPanel output columns, read sequentially.
 //
 // A panel is a sequence of groups of 32 inputs: their scales (and minima), then their codes. A super form has fp16
 // scales for 256 inputs before their groups, which then contain 8-bit factors of these scales. Bytes are laid out

@@ -1,4 +1,4 @@
-// Linear layers with weights that stay quantised: argument checks for quant.h, and the packing of GGUF blocks for it.
+// Linear layers with weights that stay quantized: argument checks for quant.h, and the packing of GGUF blocks for it.
 #include <cstring>
 
 #include "operations.h"
@@ -209,7 +209,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       .in_features = in_features,
       .fixed_sums = sums_are_fixed(),
   };
-  Tensor chunks, prepared;  // own the memory of copies of x
+  Tensor chunks, prepared;  // own the memory of data computed from x
   args.digits = int8_inputs ? 1 : active->quant_digits(args);
   if (args.digits) {
     const int64_t code_rows = rows * args.digits, groups = code_rows * (in_features / 32);

@@ -135,7 +135,7 @@ Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows
   return change_outputs();
 }
 
-// Normalises heads [n, H, D] in place, through a copy: Norm needs rows at one stride.
+// Normalizes heads [n, H, D] in place, through a copy: Norm needs rows at one stride.
 void norm_heads(const Norm& norm, const Tensor& x) {
   const Tensor packed = empty(x.sizes(), x.type);
   const int64_t bytes = x.size(2) * x.element_size(), heads = x.size(1);

@@ -10,9 +10,9 @@ namespace lorafleet {
 
 // The layers that read one input: sibling linear layers as one product, and their places in the adapter pool.
 struct Sites {
-  std::vector<Tensor> weights;  // one, packed [panels, K / 2, 32, 2] or [N, K]; or panels of quantised ones
-  std::vector<int64_t> forms;   // of quantised weights; empty: not quantised
-  bool int8_inputs;             // for quantised weights
+  std::vector<Tensor> weights;  // one, packed [panels, K / 2, 32, 2] or [N, K]; or panels of quantized ones
+  std::vector<int64_t> forms;   // of quantized weights; empty: not quantized
+  bool int8_inputs;             // for quantized weights
   OptionalTensor bias;
   std::vector<int64_t> sizes;  // output widths of the siblings
   std::vector<Tensor> a_rows, b_rows;  // empty: no adapter has these layers

@@ -25,7 +25,7 @@ constexpr auto kSpin = std::chrono::microseconds(100);
 constexpr int64_t kMaxAhead = 256 * 1024;
 constexpr int kPatience = 2000;  // pauses after which a waiting caller yields its core
 
-// A run of neighbouring tasks: job number << 40 | next task << 20 | end. A claim is one compare-and-swap of the word,
+// A run of neighboring tasks: job number << 40 | next task << 20 | end. A claim is one compare-and-swap of the word,
 // so a helper that wakes up late cannot claim from a finished job. (Job numbers repeat after 16 million jobs.)
 struct alignas(64) Run {
   std::atomic<uint64_t> word{0};

@@ -2,9 +2,9 @@
 //
 // A panel holds kPanel output columns for every pair of inputs, so a pass over a panel needs one load per vector of
 // weights and one broadcast per row. Rows are split evenly into tiles that fill the register file. Weights come from
-// memory and are prefetched: a single tile prefetches lines and pages shortly before it multiplies them; of several
-// tiles, each prefetches its part of the next panel, evenly, since a tile that prefetched all of it would wait for
-// memory while memory idles during the others.
+// memory and are prefetched. A single tile prefetches lines and pages shortly before it multiplies them. Of several
+// tiles, each prefetches its part of the next panel, evenly: a tile that prefetched all of it would wait for memory
+// while memory idles during the others.
 #pragma once
 
 #if defined(__AVX512BF16__)

@@ -2,7 +2,7 @@
 // Included by linear.h.
 //
 // With many rows, all are multiplied by a part of a panel while the first-level cache holds it, and by that part of
-// several panels while the second-level cache holds the rows' inputs; partial sums wait in memory for the next part.
+// several panels while the second-level cache holds the rows' inputs. Partial sums wait in memory for the next part.
 #pragma once
 
 static_assert(kPanel == kTwoTiles);

@@ -1,4 +1,4 @@
-// Matrix product with quantised weights. Included inside the instruction set's namespace.
+// Matrix product with quantized weights. Included inside the instruction set's namespace.
 //
 // With bf16 products, codes become integers in registers, and each group's sum is scaled in fp32: a table look-up
 // between packed codes and products takes less time than storing and loading widened codes. Otherwise codes become fp32

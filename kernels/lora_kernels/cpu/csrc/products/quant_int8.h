@@ -1,4 +1,4 @@
-// Products of quantised weights with int8 codes: for inputs that are rounded to codes, or for few rows whose inputs are
+// Products of quantized weights with int8 codes: for inputs that are rounded to codes, or for few rows whose inputs are
 // exact sums of three codes. Included inside the instruction set's namespace.
 //
 // Codes are read in place and become bytes in registers, with four inputs of a column adjacent, as integer products
@@ -255,8 +255,8 @@ int64_t quant_digits(const QuantArgs& args) {
 }
 
 // Writes each of 32 inputs as the sum of kDigits codes, the most significant first: x is the sum of scales[d] *
-// codes[d]. This is exact for numbers of eight bits down to 2^-14 of the group's largest magnitude, or of 2^-100 if
-// that is larger; the error of other numbers is at most 2^-22 of it.
+// codes[d]. Relative to the group's largest magnitude, or to 2^-100 if that is larger, numbers of eight bits down to
+// 2^-14 are exact, and the error of others is at most 2^-22.
 //
 // Digit d is at codes + d * kXChunk; the sums of its halves at halves + d * 2 * groups; its scale at scales + d *
 // groups, NaN if an input is NaN or infinite.

@@ -1,4 +1,4 @@
-// Integer products of quantised weights in tile registers. Included by quant.h.
+// Integer products of quantized weights in tile registers. Included by quant.h.
 //
 // Codes of a chunk become bf16 integers in memory once for all rows. Each group of inputs that shares a scale takes one
 // instruction, and its sum then leaves the registers to be scaled.
