@@ -1,4 +1,4 @@
-"""From settings to a running engine: the model, and the sizes of its caches."""
+"""Build a running engine from settings: load the model and size its caches."""
 
 from __future__ import annotations
 
@@ -66,28 +66,29 @@ logger = logging.getLogger(__name__)
 
 
 STATES_PER_SEQ = 4
-"""State slots for each sequence that may run, if there is memory: two for a grammar, two for the prefix cache."""
+"""State slots for each sequence that may run, memory permitting: two for a grammar, two for the prefix cache."""
 
 LONGEST_WITHOUT_LIMIT = 1 << 17
-"""Tokens of the longest request to a model that names no limit and keeps nothing per token."""
+"""Maximum tokens of a request if the model names no limit and stores nothing per token."""
 
 
 Fetch = Callable[[str], FetchedAdapter | PackedRows]
-"""Returns an adapter's files by digest, or rows packed from them. Called in loader threads; may block."""
+"""Return an adapter's files by digest, or rows packed from them. Called in loader threads; may block."""
 
 FetchFiles = Callable[[str], FetchedAdapter]
-"""Returns an adapter's files by digest. Called in loader threads; may block."""
+"""Return an adapter's files by digest. Called in loader threads; may block."""
 
 Describe = Callable[[list[RowSite], m.ServedModel], object]
-"""Callback with the model that adapters are packed for, and its sites."""
+"""Callback that receives the sites for which adapters are packed, and the served model."""
 
 
 def load_engine(
     settings: Settings, fetch: Fetch, describe: Describe | None = None, fetch_files: FetchFiles | None = None
 ) -> tuple[EngineThread, m.ServedModel]:
-    """Load the model and build an engine around it, whose thread is not started. Takes seconds to minutes.
+    """Load the model and return its engine, whose thread is not started, and its description. Takes seconds to minutes.
 
-    fetch, describe, fetch_files: how adapters come; see `build_engine` for the last. Raises BadRequest, Internal.
+    fetch, fetch_files: return adapters by digest; see `build_engine` for the second. describe: called once, before the
+    return. Raises BadRequest, Internal.
     """
     started = time.monotonic()
     if settings.gpus and settings.device != "cpu":
@@ -119,7 +120,7 @@ def load_engine(
         model.keep_answers()
         if draft is not None:
             draft.keep_answers()
-        gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
+        gc.collect()  # modules with packed weights form reference cycles, and hold the mapped files
         room = f"KV cache for {engine.blocks.num_blocks * BLOCK_TOKENS} tokens in {name_of(model.cache_dtype)}, "
     elif settings.quantize_activations or settings.draft_tokens:
         what = "quantize_activations is on" if settings.quantize_activations else _speculates(settings)
@@ -154,7 +155,7 @@ def load_engine(
 
 
 def _quantise(folder: Path, device: torch.device, settings: Settings) -> Path:
-    """Return the folder of a model as `settings.quantization` wants it. Raises BadRequest where that isn't served."""
+    """Return the folder of the model quantized as settings ask. Raises BadRequest where that is not supported."""
     config, given = read_config(folder), f"quantization is {settings.quantization}"
     assert settings.quantization != "none"
     if device.type != "cpu":
@@ -175,11 +176,11 @@ def build_engine(
     fetch_files: FetchFiles | None = None,
     draft: LoadedDraft | LoadedHead | None = None,
 ) -> tuple[Engine, m.ServedModel]:
-    """Allocate the caches of a loaded model and put the engine together.
+    """Allocate the caches of a loaded model and build the engine.
 
-    tokenizer: the model's tokenizer.json, if it has one. fetch_files: needed where `fetch` may return rows, which
-    cannot be merged. draft: the draft model, if there is one. Raises BadRequest for settings that contradict each other
-    or a model that is computed wrongly.
+    tokenizer: contents of the model's tokenizer.json, None without one. fetch_files: required if `fetch` may return
+    rows, which cannot be merged. draft: the draft model or head, if any. Raises BadRequest for contradictory settings,
+    or a model that the engine computes wrongly.
     """
     model.kv_dtype = choose_kv_dtype(model, settings.kv_cache_dtype)
     memory = share_out(room_for_caches(model, settings), settings, on_cpu=model.device.type == "cpu")
@@ -202,7 +203,7 @@ def build_engine(
 def build_encoder_engine(
     model: EncoderModel, settings: Settings, fetch: Fetch, fetch_files: FetchFiles | None = None
 ) -> tuple[EncoderEngine, m.ServedModel]:
-    """Put the engine of a loaded encoder together. Arguments and errors as of `build_engine`."""
+    """Build the engine of a loaded encoder. Arguments and errors are those of `build_engine`."""
     decoders = (settings.compile, settings.deterministic, settings.kv_cache_dtype != "auto")
     if any(decoders) or "on" in (settings.cuda_graphs, settings.overlap):
         raise BadRequest(
@@ -223,14 +224,14 @@ def build_encoder_engine(
 
 
 def room_for_caches(model: BaseModel, settings: Settings) -> int:
-    """Return the bytes that caches may take: on a GPU the rest after weights and the largest steps, which are run.
+    """Return the bytes available for caches. On a GPU: what the weights and the largest steps, which are run, leave.
 
     Raises BadRequest when nothing is left.
     """
     room = usable_bytes(model.device, settings)
     if model.device.type == "cpu":
         return room
-    if model.passes is not None:  # its sequences run unbatched, and have caches of their own
+    if model.passes is not None:  # unbatched sequences have caches of their own
         return int(room * 0.9)
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     longest = settings.max_model_len or model.max_positions or max_step_tokens
@@ -254,8 +255,8 @@ def room_for_caches(model: BaseModel, settings: Settings) -> int:
 
 
 def usable_bytes(device: torch.device, settings: Settings) -> int:
-    """Return the bytes of a device that this worker may still fill."""
-    if device.type == "cpu":  # the workers of one machine start at the same time and share what is free
+    """Return the bytes of a device that this worker may still use."""
+    if device.type == "cpu":  # workers of one machine start together and share the free memory
         return free_bytes(device) // max(1, settings.workers)
     free, total = torch.cuda.mem_get_info(device)
     return max(0, free - int(total * (1 - settings.gpu_memory_utilization)))
@@ -270,7 +271,7 @@ def adapter_cache(
     fetch_files: FetchFiles | None = None,
     tokens: BaseTokens | None = None,
 ) -> AdapterCache:
-    """Allocate the adapter pool of a loaded model. tokens: the model's; other arguments as of `build_engine`."""
+    """Allocate the adapter pool of a loaded model. tokens: the base's token table; the rest as in `build_engine`."""
     on_cpu, int8 = model.device.type == "cpu", settings.lora_dtype == "int8"
     host_bytes = settings.adapter_host_bytes or min(int(free_bytes(torch.device("cpu")) * 0.1), 2 * GiB)
     weights = PoolWeights(
@@ -316,7 +317,7 @@ def _files_only(fetch: Fetch) -> FetchFiles:
 
 
 def refuse_unless_on_cpu(settings: Settings, device: torch.device) -> None:
-    """Raise BadRequest where adapters' rows or activations are to be int8 on a device without kernels for them."""
+    """Raise BadRequest if settings ask for int8 adapters or activations on a device without kernels for them."""
     if device.type == "cpu":
         return
     if settings.lora_dtype == "int8":
@@ -326,7 +327,7 @@ def refuse_unless_on_cpu(settings: Settings, device: torch.device) -> None:
 
 
 def refuse_unless_fixed(engine: Engine) -> None:
-    """Raise BadRequest where the rest of a batch changes bits of a text's logits despite fixed sums."""
+    """Raise BadRequest if other requests in a batch change a request's logits even with a fixed order of sums."""
     model, config = engine.model, engine.config
     if model.passes is not None:
         raise BadRequest("deterministic is on, but this model's sequences run unbatched, in chunks of any length")
@@ -334,9 +335,9 @@ def refuse_unless_fixed(engine: Engine) -> None:
 
 
 def warm_up(engine: Engine) -> None:
-    """Run steps of every form, so that no kernel is compiled while requests wait. Before the first request.
+    """Run a step of every shape before the first request, so that no kernel is compiled while requests wait.
 
-    Nothing is done for a model whose sequences run unbatched: its steps have no kernels of ours.
+    Does nothing for a model whose sequences run unbatched: its steps use none of our kernels.
     """
     model, limits = engine.model, engine.config.limits
     if model.passes is not None:
@@ -355,7 +356,7 @@ def warm_up(engine: Engine) -> None:
 
 
 def record_steps(engine: Engine, settings: Settings) -> None:
-    """Record the steps where there is a GPU. Raises BadRequest if settings demand it and it cannot be done."""
+    """Capture the steps as CUDA graphs on a GPU. Raises BadRequest if settings demand graphs and capture fails."""
     device = engine.model.device
     if device.type != "cuda" and settings.cuda_graphs == "on":
         raise BadRequest(f"cuda_graphs is on, but the device is {device.type}")
@@ -379,9 +380,9 @@ def record_steps(engine: Engine, settings: Settings) -> None:
 
 
 def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> EngineConfig:
-    """Decide every size of the engine. Raises BadRequest when settings contradict each other.
+    """Return the engine's sizes. Raises BadRequest when settings contradict each other.
 
-    kv_bytes: for keys, values and states.
+    kv_bytes: memory for keys, values and states.
     """
     on_cpu = model.device.type == "cpu"
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
@@ -402,7 +403,7 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
         max_step_tokens,
         settings.prefix_cache and passes is None,
         settings.draft_tokens,
-        max_draft_step_tokens=16 if on_cpu else 256,  # about where more tokens begin to make a step longer
+        max_draft_step_tokens=16 if on_cpu else 256,  # about the size from which more tokens lengthen a step
         max_slowdown=settings.max_slowdown,
         max_batch_slowdown=settings.max_batch_slowdown,
         max_later_chunk=1 if passes is not None and passes.continues == "tokens" else 0,
@@ -413,7 +414,7 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
     num_blocks = kv_bytes // block_bytes if block_bytes else max_num_seqs * LONGEST_WITHOUT_LIMIT // BLOCK_TOKENS
     room = num_blocks * BLOCK_TOKENS
     longest = model.max_positions or (room if block_bytes else LONGEST_WITHOUT_LIMIT)
-    if passes is not None and passes.continues == "nothing":  # every token is a pass over all of its text
+    if passes is not None and passes.continues == "nothing":  # every token recomputes the whole text
         longest = min(longest, max_step_tokens)
     if settings.max_model_len > longest:
         raise BadRequest(f"max_model_len is {settings.max_model_len}, the model supports {longest} tokens")
@@ -427,16 +428,16 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
 
 
 def _speculates(settings: Settings) -> str:
-    """Return which setting asks for draft tokens, as the beginning of a sentence."""
+    """Return the setting that asks for draft tokens and its value, as the beginning of a sentence."""
     if settings.draft_model:
         return f"draft_model is {settings.draft_model}"
     return f"max_draft_tokens is {settings.max_draft_tokens}"
 
 
 def _overlaps(model: BaseModel, settings: Settings) -> bool:
-    """Return whether steps overlap. Raises BadRequest where settings demand it and it cannot be.
+    """Return whether steps overlap. Raises BadRequest if settings demand overlap and it is impossible.
 
-    On a CPU the host computes the steps itself: nothing would be won, and each token come a step later.
+    On a CPU the host itself computes the steps: overlap would gain nothing and delay each token by a step.
     """
     against = ""
     if settings.draft_tokens:
@@ -449,20 +450,20 @@ def _overlaps(model: BaseModel, settings: Settings) -> bool:
 
 
 def _num_states(slot_bytes: int, num_bytes: int, max_num_seqs: int) -> tuple[int, int]:
-    """Return how many state slots there are, and how many sequences may run with them.
+    """Return the number of state slots, and the number of sequences that may run with them.
 
-    slot_bytes: of one slot. num_bytes: of KV cache and states together, of which these take half at most. A sequence
-    has one slot, or two with a grammar; as many again are for the prefix cache. Raises BadRequest where no sequence
-    has room.
+    slot_bytes: size of one slot. num_bytes: memory for KV cache and states together; states take at most half. A
+    sequence needs one slot, or two with a grammar; the prefix cache gets as many again. Raises BadRequest if no
+    sequence fits.
     """
-    room = num_bytes // 2 // slot_bytes - 1  # one more is of no text
+    room = num_bytes // 2 // slot_bytes - 1  # one extra slot holds the empty state
     if room < 2:
         raise BadRequest(f"kv_cache_bytes is {num_bytes}, of which half holds {room} states of {slot_bytes} bytes")
     return min(room, STATES_PER_SEQ * max_num_seqs), min(max_num_seqs, room // 2)
 
 
 def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:
-    """Return the most requests and the most tokens of a step."""
+    """Return the maximum numbers of requests and tokens in a step."""
     on_cpu = device.type == "cpu"
     max_num_seqs = settings.max_num_seqs or (64 if on_cpu else 256)
     return max_num_seqs, max(settings.max_step_tokens or (512 if on_cpu else 2048), max_num_seqs)

@@ -1,7 +1,7 @@
-"""`python -m gpu_worker.describe MODEL` prints what adapters must fit of a base model, as JSON, without its weights.
+"""`python -m gpu_worker.describe MODEL` prints what adapters of a base model must fit, as JSON, without its weights.
 
-It lists what the model's classes have, where a worker also watches a trial run: a module that a worker finds not to be
-computed token by token is listed here all the same. It runs in its own process, so that nobody else needs torch.
+Sites come from the model's classes alone. A worker also traces a trial run, so it may reject a module listed here that
+is not computed token by token. Runs as its own process, so that other services need no torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from protocol.wire.messages import ServedModel, SiteShape
 
 
 def describe(model: str) -> ServedModel:
-    """Return what adapters must fit of a model, a folder or a Hub id. Raises BadRequest, and the Hub's OSErrors."""
+    """Return what adapters of a model must fit.
+
+    model: a folder or a Hub id. Raises BadRequest, and the Hub's OSErrors.
+    """
     folder = model_folder(model, TOKENIZER_FILES)
     config, tokenizer = read_config(folder), folder / TOKENIZER
     task = task_of(config)
@@ -50,14 +53,14 @@ def describe(model: str) -> ServedModel:
 
 
 def _label_head(model: PreTrainedModel) -> str:
-    """Return the last linear layer outside the body with as many outputs as there are labels, "" if there is none."""
+    """Return the last linear layer outside the body that has one output per label, "" if there is none."""
     body, num = f"{model.base_model_prefix}.", model.config.num_labels
     shapes = {name: linear_shape(module) for name, module in model.named_modules() if not name.startswith(body)}
     return next((name for name, shape in reversed(shapes.items()) if shape is not None and shape[0] == num), "")
 
 
 def sites_of(model: PreTrainedModel) -> list[SiteShape]:
-    """Return the parts of a model's decoder and head, or of an encoder, that adapters may change."""
+    """Return the modules and parameters that adapters may change: of a model's decoder and head, or of an encoder."""
     decoder: Any = model.get_decoder()
     inside = {part for root in (decoder, model.get_output_embeddings()) if root is not None for part in root.modules()}
     whole = not inside
@@ -82,7 +85,7 @@ def _sites(name: str, module: nn.Module) -> list[SiteShape]:
 
 
 def main() -> int:
-    """Print the model that the argument names; return the exit code."""
+    """Print the description of the model named on the command line; return the exit code."""
     try:
         print(msgspec.json.encode(describe(sys.argv[1])).decode())
     except (LorafleetError, OSError) as error:

@@ -1,4 +1,4 @@
-"""How much memory the host has left. Imports no torch: the loader's process asks too."""
+"""Free memory of the host. Imports no torch, since the loader's process uses this too."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from protocol.wire.errors import Unavailable
 _CGROUP = Path("/sys/fs/cgroup")
 
 _LIBRARY = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-[-x]p \S+ \S+ \d+ +/.*\.so[.\d]*\n")
-"""How /proc/PID/smaps begins to tell of a library's code, or of its constants: what can be read only."""
+"""Start of a read-only mapping of a shared library (code or constants) in /proc/PID/smaps."""
 
 _MAPPINGS = re.compile(r"^(?=[0-9a-f]+-[0-9a-f]+ )", re.MULTILINE)
 _OWN = re.compile(r"^(Anonymous|Swap): +(\d+) kB$", re.MULTILINE)
 
 
 def free_host_bytes() -> int:
-    """Return the bytes that are free on the host, at most what the limit of this container leaves."""
+    """Return the free bytes of the host, limited to what this container may still use."""
     return min(psutil.virtual_memory().available, _cgroup_free_bytes())
 
 
 def give_back_freed() -> None:
-    """Let the system have the memory that was freed, which the allocator keeps otherwise. Only glibc is asked to.
+    """Return freed heap memory to the system with glibc's `malloc_trim`; does nothing with other allocators.
 
-    Torch's and Python's many small pieces leave it some 30 MB when a model has been loaded.
+    After a model is loaded, the allocator holds some 30 MB in small pieces freed by torch and Python.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -39,10 +39,10 @@ def give_back_freed() -> None:
 
 
 def let_go_of_libraries() -> None:
-    """Let the system have the pages of libraries' code and constants: a start touches four times what steps do.
+    """Drop the resident pages of libraries' code and constants: start-up touches four times as many as steps do.
 
-    They count as this process's memory otherwise. What is used again comes back from the system's cache of files, by
-    some hundred page faults. Does nothing but on Linux.
+    They would count toward this process's RSS. Pages that are used again come back from the page cache, at the cost of
+    a few hundred page faults. Does nothing except on Linux.
     """
     try:
         smaps = Path("/proc/self/smaps").read_text()
@@ -54,9 +54,9 @@ def let_go_of_libraries() -> None:
 
 
 def unchanged_libraries(smaps: str) -> list[tuple[int, int]]:
-    """Return the mappings [start, end) of libraries that can be read only, and have no page that is not as in the file.
+    """Return the read-only library mappings, as [start, end), in which every page is the same as in the file.
 
-    smaps: what /proc/PID/smaps says. Constants that the loader has filled with addresses are such pages.
+    smaps: the text of /proc/PID/smaps. Constants into which the dynamic loader has written addresses are not included.
     """
     found: list[tuple[int, int]] = []
     for mapping in _MAPPINGS.split(smaps):
@@ -67,7 +67,7 @@ def unchanged_libraries(smaps: str) -> list[tuple[int, int]]:
 
 
 def _cgroup_free_bytes() -> int:
-    """Return what the container's limit leaves; a very large number without one."""
+    """Return the bytes that the container's limit leaves, or 1 << 62 without a limit."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
@@ -77,14 +77,14 @@ def _cgroup_free_bytes() -> int:
 
 
 class MemoryBudget:
-    """Lets threads have large pieces of memory one after another, if all of them at once would take too much."""
+    """Makes threads allocate large pieces of memory one after another when all at once would not fit."""
 
     def __init__(
         self, timeout_s: float, small_bytes: int = 64 << 20, free_bytes: Callable[[], int] = free_host_bytes
     ) -> None:
-        """timeout_s: the longest wait. small_bytes: pieces up to this size are not counted, so that they wait for none.
+        """timeout_s: maximum wait, seconds. small_bytes: pieces up to this size are neither counted nor delayed.
 
-        free_bytes: returns what the host has left.
+        free_bytes: returns the free bytes of the host.
         """
         self._timeout_s = timeout_s
         self._small_bytes = small_bytes
@@ -94,7 +94,7 @@ class MemoryBudget:
 
     @contextmanager
     def hold(self, num_bytes: int) -> Iterator[None]:
-        """Wait until there is room for a piece beside those that are held. Raises Unavailable if there is none."""
+        """Wait until a piece fits beside those held. Raises Unavailable if it does not within the timeout."""
         if num_bytes <= self._small_bytes:
             yield
             return

@@ -1,7 +1,7 @@
-"""Imports transformers without what a worker on a CPU never calls, which is most of the time that it takes.
+"""Imports transformers without the parts that a CPU worker never calls, which take most of the import time.
 
-Transformers imports torch's compiler, its distributed tensors and accelerate, whether a model needs them or not. One
-that is neither compiled nor quantised by a library needs none of them.
+Transformers imports torch's compiler, its distributed tensors and accelerate unconditionally. A model that is neither
+compiled nor quantized by a library needs none of them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ logger = logging.getLogger(__name__)
 
 COMPILER = "torch._dynamo"
 MASKS = f"{COMPILER}._trace_wrapped_higher_order_op"
-"""The one module of the compiler that transformers uses by itself, for masks."""
+"""The only module of the compiler that transformers itself needs: it is for masks."""
 
 MISSING = ("is_accelerate_available", "is_torch_distributed_available", "is_kernels_available")
-"""Packages that transformers asks for, answered as missing."""
+"""Transformers' availability checks that are made to return False."""
 
 USED = ("modeling_utils", "masking_utils", "models.auto.modeling_auto")
 
 
 def import_transformers(settings: Settings) -> None:
-    """Import what a worker needs of transformers, unless its model may need all of it: then nothing is imported yet."""
+    """Import the parts of transformers that a worker needs; do nothing if its model may need the whole library."""
     if "transformers" in sys.modules or settings.compile or not is_plain(settings):
         return
     import torch
@@ -50,18 +50,18 @@ def import_transformers(settings: Settings) -> None:
             _answer(_questions())
             for module in USED:
                 importlib.import_module(f"transformers.{module}")
-    except (ImportError, AttributeError) as error:  # another version than those that this was written for
+    except (ImportError, AttributeError) as error:  # another version of transformers
         logger.warning("all of transformers is imported, which takes two seconds longer: %s", error)
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
             del sys.modules[name]
 
 
 def is_plain(settings: Settings) -> bool:
-    """Return whether the model's config can be read, and names no library that has quantised it."""
+    """Return whether the model's config can be read and names no quantization library."""
     try:
         config = json.loads((model_folder(settings.model, WEIGHT_FILES) / "config.json").read_text())
     except (OSError, ValueError, LorafleetError):
-        return False  # loading the model says what is wrong
+        return False  # loading the model will report the error
     if not isinstance(config, dict) or not config:
         return False
     return not any(isinstance(part, dict) and "quantization_config" in part for part in (config, *config.values()))
@@ -90,7 +90,7 @@ def _mark(function: Callable[..., Any] | None = None, *_: object, **__: object) 
 
 @contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Keep torch's compiler from being imported meanwhile. Afterwards it can be, as ever."""
+    """Keep torch's compiler from being imported inside the block. It can be imported normally afterwards."""
     import torch
 
     marks: Any = _StandIn(COMPILER, allow_in_graph=_mark, assume_constant_result=_mark, disable=_mark)
@@ -103,7 +103,7 @@ def _without_compiler() -> Iterator[None]:
 
 
 def _questions() -> Any:
-    """Return transformers' module of questions about packages, imported before transformers asks any of them."""
+    """Return transformers' module of package checks, imported before transformers itself makes any."""
     sys.modules["transformers"] = _StandIn("transformers", __version__=version("transformers"))
     try:
         return importlib.import_module("transformers.utils.import_utils")
@@ -112,7 +112,7 @@ def _questions() -> Any:
 
 
 def _answer(questions: Any) -> None:
-    """Let transformers find none of the packages in MISSING."""
+    """Make transformers treat the packages in MISSING as not installed."""
     import torch
 
     find, is_available = questions._is_package_available, torch.distributed.is_available
@@ -121,16 +121,16 @@ def _answer(questions: Any) -> None:
         for name in MISSING:
             question = getattr(questions, name)
             question.cache_clear()
-            question()  # the answer is kept, and given ever after
+            question()  # the result is cached
     finally:
         questions._is_package_available, torch.distributed.is_available = find, is_available
-    # Transformers asks twice what the sources of all its models hold, and reads them each time.
+    # Transformers asks twice for the import structure of all its models, and reads their sources each time.
     questions.create_import_structure_from_path = functools.cache(questions.create_import_structure_from_path)
 
 
 @contextmanager
 def drawing_nothing_on_meta() -> Iterator[None]:
-    """Give parameters on no device no random values meanwhile: torch would import its compiler to give them none."""
+    """Leave meta parameters uninitialized inside the block: torch would import its compiler to fill them."""
     import torch
 
     def draw(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -144,7 +144,7 @@ def drawing_nothing_on_meta() -> Iterator[None]:
 
 
 def state_of(folder: Path) -> str:
-    """Hash the paths, sizes and times of change of a folder's files and of those in the folders in it."""
+    """Hash the paths, sizes and modification times of the `.py` files in a folder and its subfolders."""
     digest, folders = hashlib.sha256(), [os.fspath(folder)]
     while folders:
         with os.scandir(folders.pop()) as entries:

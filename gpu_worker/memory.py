@@ -1,4 +1,4 @@
-"""How much memory there is for the KV cache and the adapters, and how arrays get to a device."""
+"""Device memory: its division between KV cache and adapters, and copies between host and device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GiB = 1 << 30
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are free on a device; on a CPU at most what the limit of this container leaves."""
+    """Return the free bytes of a device; on a CPU limited to what this container may still use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_host_bytes()
@@ -30,15 +30,15 @@ class CacheBytes:
 
     kv: int  # keys, values, and states of layers that keep some
     pool: int  # rows of resident adapters
-    extra: int  # bytes for changes of adapters beyond rows
+    extra: int  # other changes of resident adapters (extras)
 
 
 def share_out(room: int, settings: Settings, *, on_cpu: bool) -> CacheBytes:
-    """Share memory out among the caches, where settings leave it open.
+    """Divide memory among the caches whose size the settings leave open.
 
-    room: bytes. On a CPU, which has other uses for its memory, the caches take at most a quarter for keys and values,
-    a quarter for adapters and a twentieth for what these change else, 2 GiB each. On a GPU they take all of it, 28 % of
-    it and 16 GiB at most for adapters, 6 % and 8 GiB for what they change else.
+    room: bytes. A CPU has other uses for its memory: at most a quarter goes to keys and values, a quarter to adapter
+    rows and a twentieth to extras, each at most 2 GiB. On a GPU the caches take everything: at most 28 % and 16 GiB for
+    adapter rows, 6 % and 8 GiB for extras, the rest for keys and values.
     """
     if on_cpu:
         kv, pool, extra = (min(int(room * part), 2 * GiB) for part in (0.25, 0.25, 0.05))
@@ -51,18 +51,21 @@ def share_out(room: int, settings: Settings, *, on_cpu: bool) -> CacheBytes:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros. On a CPU they take memory only where they are written; `torch.zeros` would touch all of it."""
+    """Return a tensor of zeros.
+
+    On a CPU, pages take memory only once written; `torch.zeros` would touch all of them.
+    """
     num_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or num_bytes == 0:
         return torch.zeros(*shape, dtype=dtype, device=device)
-    # Private pages: the first write to a page of shared memory takes half as long again.
+    # Private pages: the first write to a page of shared memory takes 1.5 times as long.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     pages = np.frombuffer(mmap.mmap(-1, num_bytes, **flags), np.uint8)
     return torch.from_numpy(pages).view(dtype).view(*shape)
 
 
 def host_tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return an array as a host tensor for asynchronous copies to a device: page-locked for a GPU."""
+    """Return an array as a host tensor from which asynchronous copies can be made: page-locked for a GPU."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
@@ -76,7 +79,7 @@ class Arriving:
     """Asynchronous copies of tensors to the host, launched after the kernels that compute them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """tensors: of one device; later launches may change or free them."""
+        """tensors: all on one device; later launches may change or free them."""
         self._event: torch.cuda.Event | None = None
         self._tensors = list(tensors)
         if tensors and tensors[0].device.type == "cuda":
@@ -87,11 +90,11 @@ class Arriving:
             self._event.record()
 
     def wait(self) -> None:
-        """Wait until they are here. Others may use the interpreter meanwhile."""
+        """Wait until the copies are complete, with the GIL released."""
         if self._event is not None:
             self._event.synchronize()
 
     def arrays(self) -> list[np.ndarray]:
-        """Return the tensors' contents, as soon as they are here."""
+        """Wait for the copies and return the tensors' contents."""
         self.wait()
         return [one.numpy() for one in self._tensors]

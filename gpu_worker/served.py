@@ -1,4 +1,4 @@
-"""What a worker tells the fleet of its model."""
+"""The description of its model that a worker publishes to the fleet."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
 
 
 def _in_order(model: BaseModel | EncoderModel) -> list[m.SiteShape]:
-    """Return the model's sites in the order of its modules; those of parameters of their own follow."""
+    """Return the model's sites in module order; those of bare parameters come last."""
     places = {name: place for place, (name, _) in enumerate(model.module.named_modules())}
     return sorted(model.adaptable.shapes(model.sites), key=lambda site: places.get(site.name, len(places)))
 

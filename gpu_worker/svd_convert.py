@@ -1,8 +1,8 @@
-"""`python -m gpu_worker.svd_convert MODEL SRC DST KEEP` writes a PEFT adapter of another kind as LoRA, by PEFT itself.
+"""`python -m gpu_worker.svd_convert MODEL SRC DST KEEP` converts a PEFT adapter of another kind to LoRA.
 
-PEFT decomposes what the adapter adds to each layer, and keeps as few singular values as hold the share KEEP of its
-Frobenius norm. The result is an approximation: the error of each layer is written into its config. It runs in its own
-process, so that nobody else needs torch. A store, which converts strangers' adapters, limits that process too.
+PEFT decomposes each layer's change and keeps the fewest singular values that hold the share KEEP of its Frobenius norm.
+The result is an approximation; the error of each layer is written into its config. Runs as its own process, so that
+other services need no torch, and so that a store can limit it: the adapters are untrusted input.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _ADAPTER = "default"
 def convert(model: str, source: Path, target: Path, keep: float) -> dict[str, float]:
     """Write an adapter as LoRA into a folder; return the relative error of each layer, in the Frobenius norm.
 
-    model: the base, a folder or a Hub id. keep: share of the norm of what the adapter adds to a layer, 0 to 1. The
-    folder is there only when it is whole. Raises BadRequest for a kind that PEFT cannot convert, for fields and tensors
-    that PEFT would leave out, and for numbers that are not finite; OSError for a folder that cannot be written.
+    model: the base, a folder or a Hub id. keep: the share of the norm of each layer's change to keep, 0 to 1. The
+    target folder appears only when complete. Raises BadRequest for a kind that PEFT cannot convert, for fields and
+    tensors that PEFT would ignore, and for numbers that are not finite; OSError for a folder that cannot be written.
     """
     folder = model_folder(model, WEIGHT_FILES)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is checked here, and of what the adapter's owner knows
+        warnings.simplefilter("ignore")  # about what is checked below, or what the adapter's owner knows
         _check_fields(source)
         base = CLASSES[task_of(read_config(folder))].from_pretrained(folder, dtype=torch.float32)
         adapted: Any = PeftModel.from_pretrained(base, str(source)).eval()
@@ -54,7 +54,7 @@ def convert(model: str, source: Path, target: Path, keep: float) -> dict[str, fl
     _check_tensors(adapted, source)
     try:
         with torch.no_grad():
-            config, tensors = convert_to_lora(adapted, rank=keep * keep, adapter_name=_ADAPTER)  # the share of squares
+            config, tensors = convert_to_lora(adapted, rank=keep * keep, adapter_name=_ADAPTER)  # share of squared norm
             errors = _errors(adapted, tensors)
     except (TypeError, ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise BadRequest(f"{kind} cannot be converted to LoRA by PEFT: {error}") from error
@@ -62,7 +62,7 @@ def convert(model: str, source: Path, target: Path, keep: float) -> dict[str, fl
         raise BadRequest(f"{kind}: what it adds is not finite, or has no finite norm, at {', '.join(bad[:5])}")
     record = {"peft_type": kind, "keep": keep, "errors": errors}
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In a folder beside it first, so that a failure leaves none by its name.
+    # Write to a temporary folder first, so that a failure leaves no incomplete target.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         made = Path(scratch) / "adapter"
         made.mkdir()
@@ -76,7 +76,7 @@ def convert(model: str, source: Path, target: Path, keep: float) -> dict[str, fl
 
 
 def _errors(adapted: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, float]:
-    """Return |D - B A| / |D| by layer, D being what the adapter adds; 0 where it adds nothing."""
+    """Return |D - B A| / |D| by layer, where D is the adapter's change of the weight; 0 if D is 0."""
     found: dict[str, float] = {}
     for name, module in adapted.named_modules():
         a, b = (tensors.get(f"{name}.lora_{half}.weight") for half in "AB")
@@ -95,7 +95,7 @@ def _errors(adapted: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, f
 
 
 def _check_fields(source: Path) -> None:
-    """Raise BadRequest for a config with fields that this PEFT does not know: it would leave them out."""
+    """Raise BadRequest for a config with fields that this version of PEFT does not know and would ignore."""
     fields = json.loads((source / CONFIG_FILE).read_bytes())
     known = {field.name for field in dataclasses.fields(type(PeftConfig.from_pretrained(str(source))))}
     if unknown := sorted(name for name, value in fields.items() if value and name not in known):
@@ -103,7 +103,7 @@ def _check_fields(source: Path) -> None:
 
 
 def _check_tensors(adapted: Any, source: Path) -> None:
-    """Raise BadRequest unless a file has just the tensors that PEFT saves of the adapter it has loaded."""
+    """Raise BadRequest unless the file has exactly the tensors that PEFT saves for the loaded adapter."""
     with safe_open(source / WEIGHTS_FILE, "pt") as file:
         found = set(file.keys())
     wanted = set(get_peft_model_state_dict(adapted, adapter_name=_ADAPTER, save_embedding_layers=False))
@@ -113,9 +113,9 @@ def _check_tensors(adapted: Any, source: Path) -> None:
 
 
 def _limit(most_bytes: int, file_bytes: int) -> None:
-    """Let this process have so much memory and write files so large, and die with the one that started it.
+    """Limit this process's memory and file size, and make it die with its parent.
 
-    More memory is a MemoryError or RuntimeError, a larger file an OSError.
+    Exceeding the memory raises MemoryError or RuntimeError; a larger file raises OSError.
     """
     resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
@@ -128,7 +128,7 @@ def _limit(most_bytes: int, file_bytes: int) -> None:
 
 
 def main() -> int:
-    """Convert as the arguments say, and print the errors as JSON; return the exit code."""
+    """Convert the adapter named on the command line and print the errors as JSON; return the exit code."""
     parser = argparse.ArgumentParser()
     for name in ("model", "source", "target"):
         parser.add_argument(name)

@@ -1,4 +1,4 @@
-"""Adapters as PEFT writes them: what each file means, and why one is refused.
+"""Adapters in PEFT's format: the meaning of each file, and the reasons for refusal.
 
-Imports neither torch nor a service; of `protocol` only its errors and messages.
+Imports neither torch nor a service; of `protocol` only errors and messages.
 """

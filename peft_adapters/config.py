@@ -1,4 +1,4 @@
-"""Reads `adapter_config.json`: each field is served, refused by name, or has no effect."""
+"""Reads `adapter_config.json`: each field is supported, refused by name, or has no effect."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _DEFAULTS: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "target_modules": None, "exclude_modules": None,
     "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
 }  # fmt: skip
-"""The fields of plain LoRA that change the maths, with PEFT's defaults."""
+"""The fields of plain LoRA that affect results, with PEFT's defaults."""
 
 _SERVED = (
     "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "ensure_weight_tying", "init_r",
 )  # fmt: skip
-"""Further fields that change the maths. Absent, null, false and empty, they change nothing."""
+"""Further supported fields that affect results. If absent, null, false or empty, they have no effect."""
 
 _UNSERVED = {
     "layer_replication": "replicated layers",
@@ -57,22 +57,24 @@ _UNSERVED = {
     "velora_config": "VeLoRA",
     "megatron_config": "Megatron layers",
 }
-"""Features refused by name when they are switched on."""
+"""Unsupported features, refused by name if enabled."""
 
 _OBJECTS = {"use_bdlora", *(key for key in _UNSERVED if key.endswith("_config"))}
-"""Unserved features whose field is an object: PEFT takes {} as on, and fails on false."""
+"""Unsupported features whose field is an object: PEFT treats {} as enabled, and fails on false."""
 
 _NO_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     CONVERTED_FIELD, "qalora_group_size", "runtime_config", "bias", "init_lora_weights", TEXTS_FIELD,
 }  # fmt: skip
-"""Fields without effect on the weights. `bias` and `init_lora_weights` have a check of their own; biases are known by
-their tensors. In the place of `fan_in_fan_out` PEFT takes the layer's own value. The `*_config` fields configure an
-`init_lora_weights`."""
+"""Fields without effect on the weights.
+
+`bias` and `init_lora_weights` are checked separately; biases are recognized by their tensors. PEFT replaces
+`fan_in_fan_out` with the layer's own value. The `*_config` fields configure an `init_lora_weights`.
+"""
 
 _ADALORA_TRAINING = {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
-"""Fields of AdaLoRA that only training reads."""
+"""AdaLoRA fields that only training reads."""
 
 _COMMON = (
     "peft_type",
@@ -83,41 +85,41 @@ _COMMON = (
     "rank_pattern",
     "alpha_pattern",
 )
-"""The fields of `_DEFAULTS` that other kinds share with LoRA; they have `modules_to_save` and `bias` too."""
+"""The fields of `_DEFAULTS` that other kinds share with LoRA; they also have `modules_to_save` and `bias`."""
 
 ALWAYS_WITHOUT_EFFECT = frozenset(
     {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
      "runtime_config", TEXTS_FIELD}
 )  # fmt: skip
-"""Fields of every kind."""
+"""Fields without effect in every kind."""
 
 _LISTS_OF_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
-"""Fields that may be lists whose order does not count."""
+"""Fields that may be lists whose order is irrelevant."""
 
 _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
-"""Ways to initialise that do not change the base weights; nor do true and false."""
+"""Initializations that do not change the base weights; true and false do not either."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """The fields of a config that count, checked."""
+    """The significant fields of a config, validated."""
 
     kind: str  # LORA, ADALORA, or the name of `own`
-    r: int  # init_r of AdaLoRA; 1 of kinds without a rank
+    r: int  # AdaLoRA's init_r; 1 for kinds without a rank
     alpha: float
     use_rslora: bool
     targets: Targets
-    all_linear: bool  # whether all linear layers are meant; then `targets` holds no names
+    all_linear: bool  # whether all linear layers are targeted; `targets` then has no names
     ranks: PatternMap
     alphas: PatternMap
-    kept_ranks: Mapping[str, int]  # AdaLoRA's ranks by module, where they are not r
+    kept_ranks: Mapping[str, int]  # AdaLoRA's ranks by module, where they differ from r
     use_dora: bool
     lora_bias: bool
     saved: SavedModules
-    tokens: Mapping[str, tuple[int, ...]]  # end of a module's name, "" for the input embedding -> trained token ids
-    parameters: tuple[str, ...]  # ends of the names of adapted parameters
+    tokens: Mapping[str, tuple[int, ...]]  # end of a module's name ("" for the input embedding) -> trained token ids
+    parameters: tuple[str, ...]  # ends of adapted parameters' names
     invocation: tuple[int, ...]
-    tie: bool  # whether a tied head gets what the input embedding gets
+    tie: bool  # whether a tied head gets the input embedding's changes
     own: Kind | None = None  # None: LoRA or AdaLoRA
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the fields of `own`
 
@@ -126,7 +128,7 @@ class AdapterConfig:
         return self.kept_ranks.get(site, self.r) if self.kind == ADALORA else self.ranks.get(site, self.r)
 
     def scale(self, site: str) -> float:
-        """Return the factor of B @ A on a layer or parameter."""
+        """Return the factor on B @ A for a layer or parameter."""
         rank = self.rank(site)
         if self.kind == ADALORA:
             return (self.alpha if self.alpha > 0 else float(rank)) / (self.r + 1e-5)
@@ -142,9 +144,9 @@ def parse_config(raw: bytes) -> dict[str, Any]:
 
 
 def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config that change the maths and differ from PEFT's defaults, in a fixed order.
+    """Return the fields of a config that affect results and differ from PEFT's defaults, in a fixed order.
 
-    The result, read in the place of the config, gives the same adapter. The order of a pattern map is kept, because its
+    Used in place of the config, the result gives the same adapter. The order of a pattern map is kept, because its
     first match counts.
     """
     canonical: dict[str, Any] = {}
@@ -169,12 +171,12 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _canonical_of_kind(config: Mapping[str, Any], own: Kind) -> dict[str, Any]:
-    """Return the fields that count of a kind's config, as `canonical_config` does."""
+    """Return the significant fields of a kind's config, like `canonical_config`."""
     canonical: dict[str, Any] = {}
     for key in (*_COMMON, *own.fields, "modules_to_save", "bias", TEXTS_FIELD):
         value = _in_order(key, config.get(key))
         if key in own.fields:
-            # What only looks like a default, such as 1 for true, is refused, and so is null.
+            # Values that only resemble a default, such as 1 for true, are refused, and so is null.
             default, valid = own.fields[key].default, own.fields[key].valid
             is_default = key not in config or (valid(value) and value == default)
         elif key == "bias":
@@ -187,14 +189,14 @@ def _canonical_of_kind(config: Mapping[str, Any], own: Kind) -> dict[str, Any]:
 
 
 def _in_order(key: str, value: Any) -> Any:
-    """Return a field's value, sorted where it is a list whose order does not count."""
+    """Return a field's value, sorted if it is a list whose order is irrelevant."""
     if key in _LISTS_OF_NAMES and is_list(value) and all(isinstance(item, str) for item in value):
         return sorted(set(value))
     return value
 
 
 def read_config(config: Mapping[str, Any], reasons: Reasons) -> AdapterConfig | None:
-    """Read and check a whole config. None, with reasons, if a field is wrong; other reasons may be added too."""
+    """Read and check a whole config. Return None, with reasons, if a field is wrong; may add other reasons too."""
     own = kind_of(config.get("peft_type"))
     if own is not None:
         return _read_kind(config, own, reasons)
@@ -233,7 +235,7 @@ def read_config(config: Mapping[str, Any], reasons: Reasons) -> AdapterConfig | 
 
 
 def whole_modules(names: Any, reasons: Reasons) -> AdapterConfig | None:
-    """Return the config of an adapter that is nothing but modules saved whole. None, with reasons, for wrong names."""
+    """Return the config of an adapter that only has whole saved modules. None, with reasons, for wrong names."""
     saved = read_saved(names, reasons)
     if saved is None:
         return None
@@ -258,7 +260,7 @@ def whole_modules(names: Any, reasons: Reasons) -> AdapterConfig | None:
 
 
 def _read_kind(config: Mapping[str, Any], own: Kind, reasons: Reasons) -> AdapterConfig | None:
-    """Read the config of a kind that is not LoRA. None, with reasons, if a field is wrong."""
+    """Read the config of a kind other than LoRA. Return None, with reasons, if a field is wrong."""
     before = len(reasons)
     options: dict[str, Any] = {}
     for name, field_ in own.fields.items():
@@ -293,11 +295,11 @@ def _read_kind(config: Mapping[str, Any], own: Kind, reasons: Reasons) -> Adapte
 
 
 def _check_features(config: Mapping[str, Any], kind: str, reasons: Reasons) -> None:
-    """Add reasons for every feature that is switched on and not served, and for every unknown field."""
+    """Add reasons for every enabled unsupported feature, and for every unknown field."""
     for key, feature in _UNSERVED.items():
         if _is_on(key, config.get(key)):
             reasons.add(f"{key} ({feature}) is not served")
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):  # nor does PEFT load null
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):  # PEFT does not load null either
         reasons.add(f"bias {show(config['bias'])} is not none, all or lora_only")
     init = config.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or init in _HARMLESS_INITS):
@@ -317,7 +319,7 @@ def _is_on(key: str, value: Any) -> bool:
 
 
 def _check_combinations(config: Mapping[str, Any], read: AdapterConfig, reasons: Reasons) -> None:
-    """Add reasons for features that PEFT does not combine."""
+    """Add reasons for combinations of features that PEFT does not support."""
     variants = {
         "use_dora": read.use_dora,
         "alora_invocation_tokens": bool(read.invocation),

@@ -1,4 +1,4 @@
-"""Reads single fields of `adapter_config.json`: each is of the right type, or there is a reason against it."""
+"""Reads single fields of `adapter_config.json`; a field of the wrong type adds a reason for refusal."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from peft_adapters.targets import (
 )
 
 MAX_ENTRIES = 4_096
-"""Entries of `rank_pattern` or `alpha_pattern`."""
+"""Maximum entries of `rank_pattern` or `alpha_pattern`."""
 MAX_NAMES = 20_000
-"""Names in `target_modules` or `exclude_modules`."""
+"""Maximum names in `target_modules` or `exclude_modules`."""
 MAX_SAVED = 512
-"""Names in `modules_to_save`, each of which is compared with every module of the base model."""
+"""Maximum names in `modules_to_save`, each of which is compared with every module of the base model."""
 MAX_PARAMETERS = 4_096
 MAX_LAYERS_PATTERNS = 64
 MAX_TOKEN_MODULES = 64
-"""Modules in `trainable_token_indices`."""
+"""Maximum modules in `trainable_token_indices`."""
 MAX_INVOCATION = 1_024
-"""Tokens in `alora_invocation_tokens`."""
+"""Maximum tokens in `alora_invocation_tokens`."""
 
 _MAX_FLOAT32 = 3.4028234663852886e38
 
@@ -42,17 +42,17 @@ def read_flag(config: Mapping[str, Any], key: str, reasons: Reasons) -> bool:
 
 
 def is_alpha(value: Any) -> bool:
-    """Return whether a value is a number that fp32 can hold; false for NaN."""
+    """Return whether a value is a number within fp32's range; False for NaN."""
     return type(value) in (int, float) and abs(value) <= _MAX_FLOAT32
 
 
 def is_rank(value: Any) -> bool:
-    """Return whether a value is a whole number."""
+    """Return whether a value is an integer of 32 bits."""
     return type(value) is int and abs(value) < 1 << 31
 
 
 def read_pattern_map(name: str, value: Any, valid: Callable[[Any], bool], reasons: Reasons) -> PatternMap | None:
-    """Read `rank_pattern` or `alpha_pattern`. valid: whether a number is one for it. None, with reasons, if wrong."""
+    """Read `rank_pattern` or `alpha_pattern`; return None, with reasons, if it is wrong. valid: checks a number."""
     if not is_object(value) or len(value) > MAX_ENTRIES:
         reasons.add(f"{name} is not a map of at most {MAX_ENTRIES} patterns to numbers")
         return None
@@ -67,9 +67,9 @@ def read_pattern_map(name: str, value: Any, valid: Callable[[Any], bool], reason
 
 
 def read_kept_ranks(value: Any, reasons: Reasons) -> dict[str, int]:
-    """Read AdaLoRA's `rank_pattern`, which flags the singular values that are kept of each `MODULE.lora_E`.
+    """Read AdaLoRA's `rank_pattern`, which flags the kept singular values of each `MODULE.lora_E`.
 
-    Returns the number of those by module.
+    Return their number by module.
     """
     if value is None:
         return {}
@@ -86,7 +86,7 @@ def read_kept_ranks(value: Any, reasons: Reasons) -> dict[str, int]:
 
 
 def read_targets(value: Mapping[str, Any], parameters: tuple[str, ...], reasons: Reasons) -> Targets | None:
-    """Read the fields that choose layers. parameters: those of `target_parameters`. None, with reasons, if wrong."""
+    """Read the fields that choose layers; return None, with reasons, if wrong. parameters: `target_parameters`."""
     targets, excluded, layers = value["target_modules"], value["exclude_modules"], value["layers_to_transform"]
     if parameters and targets is None:
         targets = []
@@ -131,12 +131,12 @@ def _read_layers(value: Mapping[str, Any], reasons: Reasons) -> Layers | None:
 
 
 def is_all_linear(targets: Any) -> bool:
-    """Return whether `target_modules` is the word for all linear layers."""
+    """Return whether `target_modules` is the keyword for all linear layers."""
     return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
 def read_parameters(value: Any, reasons: Reasons) -> tuple[str, ...]:
-    """Read `target_parameters`: ends of the names of adapted parameters."""
+    """Read `target_parameters`: ends of adapted parameters' names."""
     if not _are_names(value, MAX_PARAMETERS):
         reasons.add(f"target_parameters {show(value)} is not a list of at most {MAX_PARAMETERS} names")
         return ()
@@ -144,7 +144,7 @@ def read_parameters(value: Any, reasons: Reasons) -> tuple[str, ...]:
 
 
 def read_saved(value: Any, reasons: Reasons) -> SavedModules | None:
-    """Read `modules_to_save`. None, with reasons, if it is wrong."""
+    """Read `modules_to_save`; return None, with reasons, if it is wrong."""
     if not _are_names(value, MAX_SAVED) or not all(value):
         reasons.add(f"modules_to_save {show(value)} is not a list of at most {MAX_SAVED} names")
         return None
@@ -158,7 +158,7 @@ def read_saved(value: Any, reasons: Reasons) -> SavedModules | None:
 def read_tokens(value: Any, reasons: Reasons) -> dict[str, tuple[int, ...]]:
     """Read `trainable_token_indices`: token ids by ending of a module's name, "" for the input embedding.
 
-    The field is a list for the input embedding, or a list for each ending.
+    The field is a list for the input embedding, or a map from endings to lists.
     """
     if not value:
         return {}
@@ -170,7 +170,7 @@ def read_tokens(value: Any, reasons: Reasons) -> dict[str, tuple[int, ...]]:
 
 
 def read_ids(name: str, value: Any, reasons: Reasons) -> tuple[int, ...]:
-    """Read a list of token ids. name: the field's."""
+    """Read a list of token ids. name: the field's name."""
     if not is_list(value) or not all(type(item) is int and 0 <= item < 1 << 31 for item in value):
         reasons.add(f"{name} {show(value)} is not a list of token ids")
         return ()

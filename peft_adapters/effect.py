@@ -1,7 +1,7 @@
-"""Whether an adapter changes anything at all, as far as its own files can tell.
+"""Whether an adapter changes anything, as far as its own files show.
 
-B is zero when LoRA is made, and stays zero where training never reached it: such an adapter loads, answers, and gives
-what the base gives.
+LoRA's B is initialized to zero, and stays zero where training never reached it: such an adapter loads and answers, but
+gives the base's results.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ CHUNK_BYTES = 1 << 20
 
 
 def has_effect(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: memoryview) -> bool:
-    """Return whether an adapter may change an answer; False only where every product that it adds is exactly zero.
+    """Return whether an adapter may change a result; False only if every product that it adds is exactly zero.
 
-    tensors: of its weights file, which `weights` is. What takes a parameter's place (whole modules, heads, trained
-    tokens, DoRA's magnitudes) counts as a change: whether it differs from the base's own, only the base's weights can
-    tell. Reads up to the first number that is not zero.
+    tensors: of its weights file. weights: the file's content. Replacements (whole modules, heads, trained tokens,
+    DoRA's magnitudes) count as changes: only the base's weights could show whether they differ. Reads up to the first
+    number that is not zero.
     """
     if spec.replaced or spec.tokens or spec.head or spec.virtual is not None:
         return True
@@ -32,10 +32,10 @@ def has_effect(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: me
 
 
 def check_idle(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: memoryview) -> None:
-    """Raise AdapterRefused for LoRA that is not zero on layers that do not run on every token.
+    """Raise AdapterRefused for nonzero LoRA on layers that do not run on every token.
 
-    On layers that never run PEFT adds it to an output that nobody asks for, so it is zero after training too. One that
-    is not may have an effect where it is merged into the weights alone: then PEFT gives two answers. tensors, weights:
+    On layers that never run, PEFT adds LoRA to an unused output, so it stays zero in training. If it is not zero, it
+    may only have an effect when merged into the weights, and PEFT would give two different results. tensors, weights:
     as in `has_effect`.
     """
     reasons = Reasons()
@@ -75,7 +75,7 @@ def is_zero_product(part: LoraWeights, tensors: Mapping[str, TensorInfo], weight
 
 
 def _is_zero(info: TensorInfo, weights: memoryview) -> bool:
-    import numpy as np  # here, since a store that has read no adapter needs none of it
+    import numpy as np  # imported here, since a store that has read no adapter does not need it
 
     item = np.uint32 if ITEM_BYTES[info.dtype] == 4 else np.uint16
     for begin in range(info.begin, info.end, CHUNK_BYTES):

@@ -1,7 +1,7 @@
-"""Experts in adapters saved under transformers 4, where each was a module of linear layers.
+"""Experts in adapters saved under transformers 4, where each expert was a module of linear layers.
 
 They are read as LoRA on today's fused parameters, as PEFT 0.21 converts them
-(`peft.utils.transformers_weight_conversion`): the config's old names become parameters, of twice the rank where two
+(`peft.utils.transformers_weight_conversion`): the config's old names become parameters, with twice the rank where two
 layers were fused, and each expert keeps its own matrices.
 """
 
@@ -19,30 +19,30 @@ from protocol.wire.messages import SiteShape
 
 @dataclass(frozen=True, slots=True)
 class OldNames:
-    """The names that a family of models gave to its experts' layers."""
+    """The former names of a model family's expert layers."""
 
     router: str
     fused: tuple[str, str]  # layers that are rows of gate_up_proj today, in this order
     down: str
-    renamed: tuple[str, str] = ("", "")  # part of a module's name, and the part that has its place today
+    renamed: tuple[str, str] = ("", "")  # part of a module's former name, and its replacement today
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Old names of layers, with the end of the name of the parameter that holds them today."""
+        """Former layer names -> end of the name of the parameter that holds the layer today."""
         first, second = self.fused
         return {self.router: ROUTER, first: GATE_UP, second: GATE_UP, self.down: DOWN}
 
     def layers_of(self, parameter: str) -> tuple[str, ...]:
-        """Return the old layers of one expert that a parameter holds today."""
+        """Return the former layers of one expert that a parameter holds today."""
         return {GATE_UP: self.fused, DOWN: (self.down,)}.get(parameter, ())
 
     def module(self, name: str) -> str:
-        """Return today's name of a module."""
+        """Return a module's name today."""
         old, new = self.renamed
         return name.replace(old, new) if old else name
 
     def old_module(self, name: str) -> str:
-        """Return the old name of a module."""
+        """Return a module's former name."""
         old, new = self.renamed
         return name.replace(new, old) if new else name
 
@@ -65,16 +65,16 @@ FAMILIES: dict[str, OldNames] = {
     **dict.fromkeys(_LIKE_MIXTRAL, _MIXTRAL),
     **dict.fromkeys(_LIKE_QWEN2_MOE, _QWEN2_MOE),
 }
-"""The old names by model type."""
+"""The former names, by model type."""
 
 
 def convert(
     config: AdapterConfig, names: OldNames, sites: Mapping[str, SiteShape], in_file: Iterable[str], reasons: Reasons
 ) -> AdapterConfig | None:
-    """Return a config in which parameters have replaced old names; None if it has no old names.
+    """Return a config with parameters in place of former layer names; None if it has no such names.
 
-    sites: the base's, by name. in_file: modules with LoRA in the file. Adds reasons for what PEFT does not convert. A
-    pattern, which PEFT does not convert at all, is read as the list of what it matches where the file has old names.
+    sites: the base's, by name. in_file: modules with LoRA in the file. Adds reasons for what PEFT does not convert.
+    PEFT does not convert patterns at all; if the file has former names, a pattern is read as the list of its matches.
     """
     if config.all_linear:
         reasons.add("all-linear is not served where PEFT takes experts for linear layers: list the layers")
@@ -113,12 +113,12 @@ def convert(
 
 
 def _listed(targets: Targets, names: OldNames, sites: Mapping[str, SiteShape]) -> NameTargets | None:
-    """Return what a pattern means of a model under its old names, as a list.
+    """Return the layers that a pattern matches under former names, as a list.
 
-    None if no list can mean it: it chooses some experts and not others, or layers that are named like theirs.
+    None if no list is equivalent: the pattern matches some experts but not others, or other layers named like theirs.
     """
     whole: set[str] = set()
-    experts: dict[str, bool] = {}  # old name of a layer of experts -> whether the pattern chooses it
+    experts: dict[str, bool] = {}  # former name of an expert layer -> whether the pattern matches it
     for site in sites.values():
         old = list(_old_layers(site, names))
         for layer in old:
@@ -133,7 +133,7 @@ def _listed(targets: Targets, names: OldNames, sites: Mapping[str, SiteShape]) -
 
 
 def _old_layers(site: SiteShape, names: OldNames) -> Iterator[str]:
-    """Yield the layers that were in the place of a parameter, by their old names; none for any other site."""
+    """Yield the former names of the layers that a parameter replaced; nothing for any other site."""
     if site.kind != "parameter":
         return
     parent, _, leaf = site.name.rpartition(".")
@@ -144,7 +144,7 @@ def _old_layers(site: SiteShape, names: OldNames) -> Iterator[str]:
 
 
 def _check_pattern(targets: NameTargets, names: OldNames, modules: Iterable[str], reasons: Reasons) -> None:
-    """Add a reason against a pattern that matches layers which PEFT would take for experts."""
+    """Add a reason against a pattern that matches layers that PEFT would take for experts."""
     for module in modules:
         parent, _, leaf = module.rpartition(".")
         meant = [leaf] if leaf in names.parameters else names.layers_of(leaf)
@@ -153,5 +153,5 @@ def _check_pattern(targets: NameTargets, names: OldNames, modules: Iterable[str]
 
 
 def rename(tensors: Mapping[str, dict[str, str]], names: OldNames) -> dict[str, dict[str, str]]:
-    """Return tensors by today's names of their modules."""
+    """Return tensors by their modules' names today."""
     return {names.module(module): own for module, own in tensors.items()}

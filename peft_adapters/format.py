@@ -1,11 +1,10 @@
 """Reads PEFT's LoRA and AdaLoRA adapters: which tensor of the file changes which part of the base model, and how.
 
-The public face of this package. Pure: no torch, no files. The store checks adapters with it, the worker loads them by
-it. An adapter is read exactly as PEFT 0.21 would apply it, or refused with every reason at once.
+The public interface of this package. Pure: no torch, no files. The store checks adapters with it, and the worker loads
+them. An adapter is read exactly as PEFT 0.21 would apply it, or refused with all reasons at once.
 
-To follow an adapter through the package: `config` reads its fields with the help of `targets`, `tensors` sorts its
-tensors by name, `names` finds the base model's names for them, `reader` matches both with the base model, and `spec`
-is the result.
+To follow an adapter through the package: `config` reads its fields with `targets`, `tensors` sorts its tensors by name,
+`names` finds the base model's names for them, `reader` matches both with the base model, and `spec` is the result.
 """
 
 from __future__ import annotations
@@ -51,17 +50,15 @@ __all__ = [
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 FOLDER_HEADER = "X-Lorafleet-Folder"
-"""The HTTP header that names an adapter's folder on the store's machine, quoted as in URLs."""
+"""The HTTP header that names an adapter's folder on the store's machine, percent-encoded."""
 
 
 def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], weights: Any) -> str:
-    """Return the adapter's identity: sha256 (hex) over canonical config and every tensor's name, dtype, shape, bytes.
+    """Return the adapter's identity: SHA-256 (hex) of canonical config and every tensor's name, dtype, shape, bytes.
 
-    What the config says of a conversion counts too, see `peft_adapters.kinds.converted`: it is shown with the adapter.
-
-    tensors: from `parse_header`. weights: the whole safetensors file as a buffer (bytes, memoryview, mmap). Where in
-    the file a tensor lies, and the file's metadata, do not matter. Large tensors are hashed without holding the
-    interpreter lock.
+    Conversion records in the config count too, see `peft_adapters.kinds.converted`: they are shown with the adapter.
+    tensors: from `parse_header`. weights: the whole safetensors file as a buffer (bytes, memoryview, mmap). The offsets
+    of tensors and the file's metadata do not matter. Large tensors are hashed without holding the GIL.
     """
     counts = canonical_config(config) | written_converted(config, tensors)
     total = hashlib.sha256(json.dumps(counts, separators=(",", ":")).encode())
@@ -73,7 +70,7 @@ def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     return total.hexdigest()
 
 
-@lru_cache(4096)  # adapters of one recipe have the same names and shapes; 16 MB at most, names being bounded
+@lru_cache(4096)  # adapters trained alike have the same names and shapes; at most 16 MB, since names are bounded
 def _entry_of(name: str, dtype: str, shape: tuple[int, ...]) -> str:
     """Return a tensor's part of the digest, as JSON, up to the hash of its bytes."""
     return json.dumps([name, dtype, shape, ""]).removesuffix('"]')
@@ -82,10 +79,9 @@ def _entry_of(name: str, dtype: str, shape: tuple[int, ...]) -> str:
 def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], base: ServedModel | None) -> AdapterSpec:
     """Read an adapter as PEFT would apply it to a base model; without one, check what can be checked.
 
-    Where its file names tensors or modules otherwise than PEFT and the base model do, `AdapterSpec.mapped` says how.
-
-    config: its parsed `adapter_config.json`. tensors: from `parse_header`. Every tensor must be used, and every layer
-    that the config targets must have its tensors. Raises AdapterRefused with all reasons.
+    `AdapterSpec.mapped` describes names of tensors or modules that differ from PEFT's and the base model's. config: its
+    parsed `adapter_config.json`. tensors: from `parse_header`. Every tensor must be used, and every targeted layer must
+    have its tensors. Raises AdapterRefused with all reasons.
     """
     kind = config.get("peft_type")
     own = kind_of(kind)
@@ -116,23 +112,23 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], b
 def _read_virtual(
     config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], base: ServedModel | None, reasons: Reasons
 ) -> AdapterSpec:
-    """Return virtual tokens, and the head of a classifier; meaningless when there are reasons against it."""
+    """Return virtual tokens, and a classifier's head; meaningless if reasons were added."""
     classifies = config.get("task_type") == CLASSIFIES
     own, saved = virtual_tensors(tensors) if classifies else (tensors, {})
     spec = read_virtual(config, own, base, reasons, ALWAYS_WITHOUT_EFFECT)
     fields = whole_modules(config.get("modules_to_save") or [], reasons)
     if not classifies or reasons or fields is None:
         return spec
-    names = {PREFIX + name.removeprefix(SAVED_PREFIX): name for name in saved}  # as PEFT names them of other kinds
+    names = {PREFIX + name.removeprefix(SAVED_PREFIX): name for name in saved}  # PEFT's names in other kinds
     whole = read_whole_modules(fields, sort_tensors(names, reasons), saved, base, reasons)
     return replace(whole, virtual=spec.virtual, unscaled=spec.unscaled)
 
 
 def _modules(tensors: AdapterTensors) -> set[str]:
-    """Return the modules that a file has tensors of."""
+    """Return the modules of which a file has tensors."""
     return {module for module, _ in tensors.by_module() if module}
 
 
 def _outputs(tensors: AdapterTensors, infos: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Return the modules with LoRA in a file, with the rows of their B; 0 without one."""
+    """Return the modules with LoRA in a file, with the number of rows of B; 0 without a B."""
     return {module: infos[pair["B"]].shape[0] if "B" in pair else 0 for module, pair in tensors.lora.items()}

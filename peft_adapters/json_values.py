@@ -19,7 +19,7 @@ def is_object(value: object) -> TypeGuard[dict[str, Any]]:
 
 
 def load_json_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object in which no key appears twice. what: its name in errors. Raises AdapterRefused."""
+    """Parse a JSON object without duplicate keys. what: its name in errors. Raises AdapterRefused."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

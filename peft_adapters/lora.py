@@ -1,4 +1,4 @@
-"""Reads an adapter's LoRA: on layers, on single parameters, and on experts as transformers 4 named them."""
+"""Reads an adapter's LoRA on layers, on single parameters, and on experts as transformers 4 named them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from protocol.wire.messages import SiteShape
 
 
 def read_lora(matcher: TensorMatcher, site: SiteShape) -> Iterator[LoraWeights]:
-    """Yield the LoRA of a targeted layer; nothing, with reasons, if anything is wrong with it."""
+    """Yield the LoRA of a targeted layer; nothing, with reasons, if it is invalid."""
     config, reasons = matcher.config, matcher.reasons
     before = len(reasons)
     is_embedding = site.kind == "embedding"
@@ -42,9 +42,9 @@ def read_lora(matcher: TensorMatcher, site: SiteShape) -> Iterator[LoraWeights]:
 
 
 def read_parameters(matcher: TensorMatcher, module: str, parameters: list[str]) -> Iterator[LoraWeights]:
-    """Yield the LoRA of a module's parameters, in their order.
+    """Yield the LoRA of a module's parameters, in order.
 
-    PEFT wraps one parameter's LoRA around another's, the first one's innermost.
+    PEFT nests the LoRA of several parameters, the first one's innermost.
     """
     config, reasons = matcher.config, matcher.reasons
     for i, parameter in enumerate(parameters):
@@ -68,13 +68,13 @@ def read_parameters(matcher: TensorMatcher, module: str, parameters: list[str]) 
 
 
 def _old_layers(matcher: TensorMatcher, module: str, parameter: str) -> tuple[str, ...]:
-    """Return the layers of one expert that the file has instead of a parameter; none if it has the parameter."""
+    """Return the layers of one expert that the file has instead of a parameter; empty if it has the parameter."""
     layers = matcher.old_names.layers_of(parameter) if matcher.old_names is not None else ()
     return layers if any(f"{module}.0.{layer}" in matcher.tensors.lora for layer in layers) else ()
 
 
 def _read_experts(matcher: TensorMatcher, site: SiteShape, rank: int, layers: tuple[str, ...]) -> Iterator[LoraWeights]:
-    """Yield the LoRA of experts that the file has as layers; nothing, with reasons, if anything is wrong with it."""
+    """Yield the LoRA of experts that the file has as layers; nothing, with reasons, if it is invalid."""
     before, module, share = len(matcher.reasons), site.name.rpartition(".")[0], len(layers)
     experts: list[tuple[tuple[str, str], ...]] = []
     for expert in range(site.num_experts):

@@ -1,4 +1,4 @@
-"""Matches the tensors of an adapter's file with the modules of the base model."""
+"""Matches the tensors in an adapter's file with the modules of the base model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINEAR = ("linear", "conv1d", OPAQUE)
 
 
 class TensorMatcher:
-    """One adapter while it is read: its config, its tensors and the base model, and which tensors are used so far."""
+    """The state of reading one adapter: its config and tensors, the base model, and the tensors used so far."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class TensorMatcher:
         base: ServedModel | None,
         reasons: Reasons,
     ) -> None:
-        """infos: shapes by tensor name. base: None where an adapter is checked without one. reasons: of a refusal."""
+        """infos: tensor shapes by name. base: None to check without a model. reasons: collects reasons for refusal."""
         self.config = config
         self.tensors = tensors
         self.infos = infos
@@ -37,14 +37,14 @@ class TensorMatcher:
         self.embedding = next((site.name for site in sites if base and _is_input(site, base)), "")
         self.head = next((site.name for site in sites if base and _is_output(site, base)), "")
         self.is_tied = base is not None and base.tied_embeddings and bool(self.embedding and self.head)
-        self.old_names: OldNames | None = None  # old names of experts, where the file follows transformers 4
-        self.vocab_size = 0  # tokens of the replaced embedding or head, 0 while they are the base's
+        self.old_names: OldNames | None = None  # former names of experts, if the file follows transformers 4
+        self.vocab_size = 0  # rows of the replaced embedding or head; 0: the base's vocabulary
         self.label_head = base.label_head if base else ""
         self.num_labels = 0  # labels of the adapter's own head; 0: the base's head
         self._used: set[str] = set()
 
     def size(self, site: SiteShape) -> tuple[int, int]:
-        """Return a layer's inputs and outputs, in the adapter's own vocabulary and with its own labels."""
+        """Return a layer's inputs and outputs, with the adapter's own vocabulary and labels."""
         if self.vocab_size and site.name == self.embedding:
             return self.vocab_size, site.out_features
         if self.vocab_size and site.name == self.head:
@@ -54,9 +54,9 @@ class TensorMatcher:
         return site.in_features, site.out_features
 
     def take(self, name: str | None, module: str, what: str, shape: tuple[int, ...], *, integers: bool = False) -> str:
-        """Use a tensor for a module and return its name; "", with a reason, if it is missing or has another shape.
+        """Mark a tensor as used and return its name; "", with a reason, if it is missing or has another shape.
 
-        what: the tensor's part of the module, for the reason. integers: whether it must hold whole numbers.
+        what: the tensor's part of the module, for the reason. integers: whether it must hold integers.
         """
         if name is None:
             self.reasons.add("tensors missing for targeted layers", f"{module}.{what}")
@@ -72,11 +72,11 @@ class TensorMatcher:
         return name
 
     def ignore(self, name: str) -> None:
-        """Count a tensor as used, because PEFT does not read it."""
+        """Mark a tensor as used that PEFT does not read."""
         self._used.add(name)
 
     def check_unused(self) -> None:
-        """Add a reason for every tensor that nothing uses. Without a base model there is none."""
+        """Add a reason for every unused tensor. Does nothing without a base model."""
         if self.base is None:
             return
         known = set(self.sites) | {name.rpartition(".")[0] for name, s in self.sites.items() if s.kind == "parameter"}
@@ -92,14 +92,14 @@ def _is_input(site: SiteShape, base: ServedModel) -> bool:
 
 
 def _is_output(site: SiteShape, base: ServedModel) -> bool:
-    """Return whether a layer is the language model's head, which PEFT leaves out of "all-linear"."""
+    """Return whether a layer is the language model's head, which PEFT excludes from "all-linear"."""
     if site.kind not in LINEAR or site.out_features != base.vocab_size:
         return False
-    return not any(part.isdigit() for part in site.name.split("."))  # it lies in no layer
+    return not any(part.isdigit() for part in site.name.split("."))  # it is outside all layers
 
 
 def _sites_of_file(tensors: AdapterTensors, infos: Mapping[str, TensorInfo]) -> list[SiteShape]:
-    """Return the layers as the file's own LoRA describes them, in the absence of a base model."""
+    """Return the layers described by the file's own LoRA, for use without a base model."""
 
     def size(pair: Mapping[str, str], half: str, axis: int) -> int:
         return infos[pair[half]].shape[axis] if half in pair else 0

@@ -1,4 +1,4 @@
-"""Reads config, tensors and base model together: what PEFT would make of an adapter. See `format.read_adapter`."""
+"""Combines config, tensors and base model into what PEFT would make of an adapter. See `format.read_adapter`."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def read_spec(
     base: ServedModel | None,
     reasons: Reasons,
 ) -> AdapterSpec:
-    """Return what an adapter changes; meaningless when there are reasons against it.
+    """Return an adapter's changes; meaningless if reasons were added.
 
-    tensors, infos: the file's tensors by what they are, and by name. base: None where there is no model to read it for.
+    tensors, infos: the file's tensors by role, and by name. base: None to check without a model.
     """
     matcher = TensorMatcher(config, tensors, infos, base, reasons)
     own = config.own
     if own is None:
         _convert_old_names(matcher)
     elif base is None:
-        return AdapterSpec(())  # the tensors of another kind do not say how large the layers are
+        return AdapterSpec(())  # tensors of other kinds do not show the layers' sizes
     targeted = _targeted(matcher)
     parameters = _targeted_parameters(matcher, targeted)
     if not targeted and not parameters:
@@ -44,7 +44,7 @@ def read_spec(
     if own is not None and own.changes == "tokens":
         take_tokens(matcher, targeted)
         targeted = {}
-    # Before LoRA, because what replaces embedding or head decides the vocabulary, and with it the shapes of LoRA there.
+    # Before LoRA: a replaced embedding or head decides the vocabulary, and with it the shapes of LoRA there.
     tokens = read_tokens(matcher, targeted)
     replaced = read_replaced(matcher, targeted, tokens)
     sites: list[LoraWeights] = []
@@ -81,10 +81,10 @@ def read_whole_modules(
     base: ServedModel | None,
     reasons: Reasons,
 ) -> AdapterSpec:
-    """Return what an adapter changes that has nothing but modules saved whole, as `read_spec` does.
+    """Return the changes of an adapter with only whole saved modules, like `read_spec`.
 
-    Of a decoder that is the head of a classifier alone: every other module would change more than its own tokens. PEFT
-    embeds the text behind virtual tokens with the base's own embedding, whichever is saved.
+    In a decoder only a classifier's head is supported: any other module would affect more than its own tokens. PEFT
+    embeds the text after virtual tokens with the base's own embedding, even if another is saved.
     """
     matcher = TensorMatcher(config, tensors, infos, base, reasons)
     replaced, head = read_replaced(matcher, {}, []), read_head(matcher)
@@ -104,14 +104,14 @@ def read_whole_modules(
 
 
 def _unscaled(own: Kind | None, parts: KindParts) -> str:
-    """Return the name of a kind that PEFT cannot scale; "" for LoRA, and for what adds to weights."""
+    """Return the name of a kind that PEFT cannot scale; "" for LoRA, and for kinds that add to weights."""
     if own is None or (own.changes == "layers" and all(part.operation.has_scale for part in parts.operations)):
         return ""
     return own.name
 
 
 def _convert_old_names(matcher: TensorMatcher) -> None:
-    """Give experts that transformers 4 named as layers the names of today, as PEFT does."""
+    """Rename experts that transformers 4 had as layers to today's names, as PEFT does."""
     old = experts.FAMILIES.get(matcher.base.model_type) if matcher.base else None
     if old is None:
         return
@@ -122,7 +122,7 @@ def _convert_old_names(matcher: TensorMatcher) -> None:
 
 
 def _targeted(matcher: TensorMatcher) -> dict[str, SiteShape]:
-    """Return the layers that the config means, by name."""
+    """Return the layers that the config targets, by name."""
     config, targets, sites = matcher.config, matcher.config.targets, matcher.sites
     if config.all_linear:
         linear = [site.name for site in sites.values() if site.kind in LINEAR and site.name != matcher.head]
@@ -140,10 +140,10 @@ def _targeted(matcher: TensorMatcher) -> dict[str, SiteShape]:
 
 
 def _idle(matcher: TensorMatcher) -> list[SiteShape]:
-    """Return the layers that the base reads without running, of which the file has the LoRA that its config means.
+    """Return the targeted layers with LoRA in the file that the base has but does not run on every token.
 
-    PEFT wraps them too, and what it adds to their output reaches nothing. But a kind that numbers its layers counts
-    them: with a reason against it they are none.
+    PEFT wraps them too, but their output is unused. A kind that numbers its layers counts them, so for such a kind a
+    reason is added and the result is empty.
     """
     config, own = matcher.config, matcher.config.own
     if matcher.base is None or (own is not None and not own.numbered):
@@ -178,7 +178,7 @@ def _check_target(config: AdapterConfig, site: SiteShape, reasons: Reasons) -> N
 
 
 def _targeted_parameters(matcher: TensorMatcher, targeted: Mapping[str, SiteShape]) -> dict[str, list[str]]:
-    """Return the parameters that `target_parameters` means by their module, each module's in the model's order."""
+    """Return the parameters that `target_parameters` selects, by module, in the model's order."""
     found: dict[str, list[str]] = {}
     ends = frozenset(matcher.config.parameters)
     if not ends:

@@ -1,4 +1,4 @@
-"""Reasons to refuse an adapter: collected, grouped, and short enough to be shown, whatever the adapter's files hold."""
+"""Reasons for refusing an adapter: collected, grouped, and limited in length, whatever its files contain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Reasons:
-    """Collects reasons; each is shown once, with the names it is about. False while there are none."""
+    """Collects reasons; each is shown once, with the names it concerns. Falsy while empty."""
 
     MAX_REASONS = 16
     MAX_NAMES = 6
@@ -19,14 +19,14 @@ class Reasons:
         return self._count
 
     def add(self, reason: str, name: str | None = None) -> None:
-        """Add a reason, and the name of a field, module or tensor that it is about."""
+        """Add a reason, and the name of the field, module or tensor that it concerns."""
         self._count += 1
         names = self._names.setdefault(reason, [])
         if name is not None:
             names.append(name)
 
     def render(self) -> list[str]:
-        """Return a line for each reason, at most MAX_REASONS and one more, with at most MAX_NAMES names each."""
+        """Return a line per reason, at most MAX_REASONS plus one, with at most MAX_NAMES names each."""
         lines: list[str] = []
         for reason, names in self._names.items():
             shown = ", ".join(map(show, names[: self.MAX_NAMES]))
@@ -38,7 +38,7 @@ class Reasons:
 
 
 def show(value: Any) -> str:
-    """Return a value from a file that anybody may have written as at most 120 characters of printable ASCII."""
+    """Return an untrusted value as at most 120 characters of printable ASCII."""
     try:
         text = value if isinstance(value, str) and value.isascii() and value.isprintable() else ascii(value)
     except RecursionError:

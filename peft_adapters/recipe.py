@@ -1,7 +1,7 @@
-"""The recipe of a merge: an adapter that is made of others when a request asks for it. Its digest is its recipe.
+"""The recipe of a merge, an adapter computed from others on request. Its digest encodes its recipe.
 
-So every worker knows from the digest alone what to merge, one that prefetches as well as one that resumes a request;
-and equal merges share memory and prefix cache as equal adapters do.
+So every worker knows from the digest alone what to merge, whether it prefetches or resumes a request; and equal merges
+share memory and prefix cache like equal adapters.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ LORAX_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties")
 
 
 class Merge(Wire, frozen=True):
-    """How adapters are merged: PEFT's `add_weighted_adapter`, or LoRAX's arithmetic."""
+    """How adapters are merged: with PEFT's `add_weighted_adapter`, or LoRAX's arithmetic."""
 
-    adapters: list[bytes]  # digests of the adapters that are merged
-    weights: list[float]  # one for each
+    adapters: list[bytes]  # digests of the merged adapters
+    weights: list[float]  # one per adapter
     strategy: Strategy = "linear"
     density: float = 1.0  # share of the numbers that pruning keeps
     majority_sign: Literal["total", "frequency"] = "total"
-    svd_rank: int = 0  # rank of the result; 0: the largest rank of the adapters
+    svd_rank: int = 0  # rank of the result; 0: the maximum rank of the adapters
     seed: int = 0  # seed of random pruning
     arithmetic: Literal["peft", "lorax"] = "peft"
 
     @property
     def digests(self) -> list[str]:
-        """Digests of the adapters that are merged, as everybody else has them: hex."""
+        """The digests of the merged adapters in hex, as used everywhere else."""
         return [digest.hex() for digest in self.adapters]
 
 
 def check_merge(merge: Merge) -> None:
-    """Raise BadRequest for a recipe by which no adapters could be merged."""
+    """Raise BadRequest for an invalid recipe."""
     if not 1 <= len(merge.adapters) <= MAX_MERGED:
         raise _bad(f"{len(merge.adapters)} adapters; from 1 to {MAX_MERGED} can be merged")
     if len(merge.weights) != len(merge.adapters):
@@ -61,12 +61,12 @@ def digest_of_merge(merge: Merge) -> str:
 
 
 def is_merge(digest: str) -> bool:
-    """Return whether a digest is a recipe, right or wrong, and not an adapter's."""
+    """Return whether a digest is a recipe, valid or not, rather than an adapter's digest."""
     return digest.startswith(PREFIX)
 
 
 def merge_of(digest: str) -> Merge | None:
-    """Return the merge that a digest stands for, None for an adapter's digest. Raises BadRequest for a wrong recipe."""
+    """Return the merge encoded in a digest, None for an adapter's digest. Raises BadRequest for an invalid recipe."""
     if not is_merge(digest):
         return None
     packed = digest.removeprefix(PREFIX)
@@ -80,12 +80,12 @@ def merge_of(digest: str) -> Merge | None:
 
 
 def needs_density(strategy: str) -> bool:
-    """Return whether a strategy prunes, and so wants a density."""
+    """Return whether a strategy prunes, and therefore needs a density."""
     return strategy.startswith(("ties", "dare", "magnitude_prune"))
 
 
 def digests_of(digests: Sequence[str]) -> list[bytes]:
-    """Return digests (hex) as a merge holds them. Raises BadRequest if one is not of a single adapter."""
+    """Return hex digests in the form of `Merge.adapters`. Raises BadRequest unless all are of single adapters."""
     try:
         found = [bytes.fromhex(digest) for digest in digests]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Reads what an adapter replaces: trained rows of embeddings, whole parameters, and with them the vocabulary."""
+"""Reads an adapter's replacements: trained rows of embeddings, whole parameters, and thereby the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ WRAPPED, TOKENS_WRAPPED, ORIGINAL, SAVED_TWICE = (
     ".original_module",
     ".modules_to_save",
 )
-"""What PEFT puts between a module's name and its own parameters where it adapts the module, trains tokens of it, or
-saves it whole. The last is a second copy of what is saved whole: written if the vocabulary has changed, never read."""
+"""What PEFT inserts between a module's name and its own parameters if it adapts the module, trains tokens of it, or
+saves it whole. The last marks a second copy of a saved module: written if the vocabulary has changed, never read."""
 
 Parameter = Literal["weight", "bias"]
 
@@ -26,7 +26,7 @@ Parameter = Literal["weight", "bias"]
 
 
 def read_tokens(matcher: TensorMatcher, targeted: Mapping[str, SiteShape]) -> list[TrainedTokens]:
-    """Return the rows of embeddings and of the head that were trained alone. targeted: the layers with LoRA."""
+    """Return the separately trained rows of embeddings and head. targeted: the layers with LoRA."""
     if matcher.base is None:
         return []
     config, reasons, head, embedding = matcher.config, matcher.reasons, matcher.head, matcher.embedding
@@ -42,7 +42,7 @@ def read_tokens(matcher: TensorMatcher, targeted: Mapping[str, SiteShape]) -> li
         chosen[head] = indices
     found: list[TrainedTokens] = []
     for module, indices in chosen.items():
-        is_tied = bool(tied_to) and module == head  # then PEFT trains the layer inside its LoRA
+        is_tied = bool(tied_to) and module == head  # PEFT then trains the layer inside its LoRA
         if (module in targeted and not (is_tied and not config.use_dora)) or config.saved.saves(module):
             reasons.add("trained tokens of a module that is also adapted or saved whole", module)
         found.extend(_read_trained(matcher, module, indices, tied_to if module == head else ""))
@@ -52,7 +52,7 @@ def read_tokens(matcher: TensorMatcher, targeted: Mapping[str, SiteShape]) -> li
 def _read_trained(
     matcher: TensorMatcher, module: str, indices: tuple[int, ...], tied_to: str
 ) -> Iterator[TrainedTokens]:
-    """Yield the trained rows of a module, or of the one it is tied to; nothing, with a reason, if they are wrong."""
+    """Yield the trained rows of a module, or of the one it is tied to; nothing, with a reason, if they are invalid."""
     site, tensors = matcher.sites[module], matcher.tensors.tokens
     if site.kind == "embedding":
         width = site.out_features
@@ -74,10 +74,10 @@ def _read_trained(
 def read_replaced(
     matcher: TensorMatcher, targeted: Mapping[str, SiteShape], tokens: list[TrainedTokens]
 ) -> list[ReplacedWeights]:
-    """Return the parameters that the file brings whole: `modules_to_save`, biases, saved base weights.
+    """Return the whole parameters in the file: `modules_to_save`, biases, saved base weights.
 
-    Sets the matcher's vocabulary size where the embedding or the head has another number of rows, and the number of
-    labels where their head is replaced.
+    Sets the matcher's vocabulary size if the embedding or head has another number of rows, and the number of labels if
+    the label head is replaced.
     """
     saved, reasons = matcher.config.saved, matcher.reasons
     wrapped = {part.site: TOKENS_WRAPPED for part in tokens} | dict.fromkeys(targeted, WRAPPED)
@@ -109,14 +109,14 @@ def read_replaced(
 
 
 def _parameters_of(site: SiteShape) -> tuple[Parameter, ...]:
-    """Return the parameters of a module that an adapter may bring whole."""
+    """Return the parameters of a module that an adapter may replace."""
     if site.kind == "parameter":
         return ()
     return ("weight", "bias") if site.has_bias else ("weight",)
 
 
 def _replacement(matcher: TensorMatcher, site: SiteShape, wrapper: str, parameter: Parameter) -> ReplacedWeights | None:
-    """Return the parameter of a module that the file holds under a wrapper's name, None if it holds none."""
+    """Return the parameter of a module that the file has under a wrapper's name, None if there is none."""
     name = matcher.tensors.plain.get((site.name, wrapper, parameter))
     if name is None or not matcher.take(name, site.name, parameter, _shape(matcher, site, parameter, name)):
         return None
@@ -126,7 +126,7 @@ def _replacement(matcher: TensorMatcher, site: SiteShape, wrapper: str, paramete
 def _tie(
     matcher: TensorMatcher, found: dict[tuple[str, str], ReplacedWeights], loaded: Mapping[str, ReplacedWeights]
 ) -> None:
-    """Share the weight loaded into a tied embedding or head; a module that is saved whole has its own."""
+    """Share the weight loaded into a tied embedding or head; a module saved whole keeps its own."""
     last = loaded.get(matcher.head) or loaded.get(matcher.embedding)  # PEFT loads the head's last
     if last is not None:
         for name in (matcher.embedding, matcher.head):
@@ -135,7 +135,7 @@ def _tie(
 
 
 def _shape(matcher: TensorMatcher, site: SiteShape, parameter: Parameter, name: str) -> tuple[int, ...]:
-    """Return the shape that a replaced parameter must have. The file decides the numbers of tokens and of labels."""
+    """Return the required shape of a replaced parameter. The file decides the numbers of tokens and labels."""
     if site.name == matcher.label_head and matcher.base is not None and parameter == "weight":
         matcher.num_labels = _num_labels(matcher, name)
         return (matcher.num_labels, site.in_features)
@@ -157,7 +157,7 @@ def _shape(matcher: TensorMatcher, site: SiteShape, parameter: Parameter, name: 
 
 
 def _num_labels(matcher: TensorMatcher, name: str) -> int:
-    """Return how many labels the head has whose weight is a tensor of the file."""
+    """Return the number of labels of a head whose weight is a tensor of the file."""
     num = matcher.infos[name].shape[0] if matcher.infos[name].shape else 0
     if not 1 <= num <= MAX_LABELS:
         matcher.reasons.add(f"its head has {num} labels, where 1 to {MAX_LABELS} are served")
@@ -168,9 +168,9 @@ def _num_labels(matcher: TensorMatcher, name: str) -> int:
 
 
 def read_head(matcher: TensorMatcher) -> str:
-    """Return the tensor of the head that makes a classifier of a decoder, "" for none; sets the number of labels.
+    """Return the tensor of the head that makes a decoder a classifier, "" for none; sets the number of labels.
 
-    It is none of a decoder's sites, because the base may lack it.
+    The head is not among a decoder's sites, because the base may lack it.
     """
     base, plain = matcher.base, matcher.tensors.plain
     name = base.label_head if base is not None else ""
@@ -190,7 +190,7 @@ def read_head(matcher: TensorMatcher) -> str:
 def check_vocabulary(matcher: TensorMatcher, replaced: list[ReplacedWeights], tokens: list[TrainedTokens]) -> None:
     """Add reasons for token ids whose rows are neither in the base model nor in the file.
 
-    Sets the matcher's vocabulary size where trained tokens extend it.
+    Sets the matcher's vocabulary size if trained tokens extend it.
     """
     if matcher.base is None:
         return

@@ -1,4 +1,4 @@
-"""Reads the header of a safetensors file that anybody may have written: bounded, strict, without the library."""
+"""Reads the header of an untrusted safetensors file: bounded, strict, without the safetensors library."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ from peft_adapters.reasons import Reasons, show
 from protocol.wire.errors import AdapterRefused
 
 MAX_HEADER_BYTES = 4 << 20
-"""An entry takes 150 bytes: adapters of all experts of a model, saved expert by expert, have some 18,000."""
+"""Maximum header size.
+
+An entry takes 150 bytes: adapters of all of a model's experts, saved per expert, have some 18,000.
+"""
 
 MAX_TENSORS = 20_000
 MAX_NAME_CHARS = 512
 MAX_KEPT_HEADER_BYTES = 256 << 10
 NUM_KEPT_HEADERS = 8
-"""Headers up to this size that stay parsed: adapters of one recipe have the same one, byte by byte."""
+"""Number of parsed headers cached, each up to MAX_KEPT_HEADER_BYTES: adapters of one recipe have identical headers."""
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of a number by dtype, as safetensors names it: what LoRA's tensors may have."""
+"""Bytes per number by safetensors dtype: the dtypes allowed for LoRA's tensors."""
 
 ITEM_BYTES = {**FLOATS, "I64": 8, "I32": 4, "I16": 2, "U8": 1}
-"""Bytes of a number by dtype. Whole numbers are indices, which some kinds of adapters save. Others are not served."""
+"""Bytes per number by dtype.
+
+Integers are indices, which some kinds of adapters save. Other dtypes are not supported.
+"""
 
 MAX_DIMENSIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a safetensors file. Its numbers lie in bytes [begin, end) of the file."""
+    """One tensor of a safetensors file. Its numbers are bytes [begin, end) of the file."""
 
     dtype: str  # a key of ITEM_BYTES
     shape: tuple[int, ...]
@@ -42,10 +48,10 @@ class TensorInfo:
 
 
 def parse_header(head: bytes, file_size: int) -> dict[str, TensorInfo]:
-    """Read the header of a safetensors file. Returns its tensors by name.
+    """Parse the header of a safetensors file. Return its tensors by name.
 
     head: the file's first `8 + MAX_HEADER_BYTES` bytes, or all. file_size: in bytes. The tensors must fill the rest of
-    the file without hole or overlap, be of a dtype in ITEM_BYTES, and have one to three dimensions. Raises
+    the file without gaps or overlap, have a dtype in ITEM_BYTES and one to MAX_DIMENSIONS dimensions. Raises
     AdapterRefused.
     """
     if len(head) < 8:
@@ -81,7 +87,7 @@ def parse_header(head: bytes, file_size: int) -> dict[str, TensorInfo]:
 
 
 def read_header(file: Any) -> Mapping[str, TensorInfo]:
-    """Read the header of a whole safetensors file in memory, as `parse_header` does, or remember it.
+    """Parse the header of a whole safetensors file in memory, like `parse_header`, with a cache.
 
     file: a buffer of bytes. Raises AdapterRefused.
     """
@@ -97,7 +103,7 @@ def _kept_header(head: bytes, file_size: int) -> Mapping[str, TensorInfo]:
 
 
 def _entry_problem(entry: Any) -> str:
-    """Return the error of a header entry, "" if it is valid."""
+    """Return the error in a header entry, "" if it is valid."""
     if not is_object(entry) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "header entries must have exactly dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -118,7 +124,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], begin: int, file_size: int) -> None:
-    """Raise AdapterRefused unless the tensors fill `[begin, file_size)` without hole or overlap."""
+    """Raise AdapterRefused unless the tensors fill `[begin, file_size)` without gaps or overlap."""
     at = begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != at:

@@ -1,9 +1,9 @@
-"""Which modules a LoRA config means, by PEFT's own rules (`check_target_module_exists`, `get_pattern_key`, 0.21).
+"""Which modules a LoRA config targets, by PEFT's own rules (`check_target_module_exists`, `get_pattern_key`, 0.21).
 
-Anybody may have written a pattern, so patterns run on RE2, whose time is linear in the text: with Python's `re` one
-config could hold the interpreter lock for hours. A pattern that the two would not read in the same way is refused. To
-compile one takes RE2 about a millisecond, so that a map or list may hold MAX_PATTERNS of them; plain names, of which
-there may be many more, are compared without.
+Patterns are untrusted input, so they run on RE2, whose time is linear in the text: with Python's `re` one config could
+hold the GIL for hours. A pattern that the two engines might read differently is refused. Compiling one with RE2 takes
+about a millisecond, so a map or list may have at most MAX_PATTERNS. Plain names, of which there may be many more, are
+compared without RE2.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 import re2 as _re2  # pyright: ignore[reportMissingTypeStubs]
 
-re2: Any = _re2  # it has no types
+re2: Any = _re2  # re2 has no type stubs
 
 MAX_PATTERN_CHARS = 16_384
 MAX_PATTERNS = 256
-"""Regular expressions in one map or list."""
+"""Maximum regular expressions in one map or list."""
 MIN_CONDENSED_TARGETS = 20
-"""From this many targets on, PEFT replaces the list by shorter suffixes before it looks at `layers_to_transform`."""
+"""Number of targets from which PEFT condenses the list to shorter suffixes, before it reads `layers_to_transform`."""
 
 _LITERAL = re.compile(r"[\w.-]+", re.ASCII)
 _PART = re.compile(r"[\w-]+", re.ASCII)
@@ -29,7 +29,7 @@ _READ_DIFFERENTLY = re.compile(r"\[[:.=]|\{,")  # POSIX classes in RE2, a lower 
 
 
 class BadPattern(ValueError):
-    """A regular expression that PEFT or RE2 cannot compile, or that they would read differently."""
+    """A regular expression that PEFT or RE2 cannot compile, or that they might read differently."""
 
 
 def compile_pattern(pattern: str) -> Any:
@@ -42,7 +42,7 @@ def compile_pattern(pattern: str) -> Any:
     options.log_errors = False
     try:
         compiled = re2.compile(pattern, options)
-        re.compile(pattern)  # PEFT cannot read what Python cannot
+        re.compile(pattern)  # PEFT cannot use what Python's `re` cannot compile
     except (re2.error, re.error, OverflowError, RecursionError) as error:
         detail = error.args[0] if error.args else ""
         detail = detail.decode(errors="replace") if isinstance(detail, bytes) else str(detail)
@@ -68,7 +68,7 @@ class NameTargets:
         """Return whether a module is chosen."""
         if self.pattern is not None:
             return self.pattern.fullmatch(module) is not None
-        if module.rpartition(".")[2] in self.endings:  # most lists are of last parts
+        if module.rpartition(".")[2] in self.endings:  # most lists have last parts of names
             return True
         return any(ending in self.endings for ending in endings_of(module))
 
@@ -84,7 +84,7 @@ def endings_of(module: str) -> Iterable[str]:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The field `layers_to_transform`: modules chosen by an ending must lie in one of these layers."""
+    """The field `layers_to_transform`: modules chosen by an ending must be in one of these layers."""
 
     indices: frozenset[int]
     patterns: tuple[Any, ...]
@@ -95,23 +95,26 @@ class Layers:
         if not layers_pattern:
             return cls(frozenset(indices), (compile_pattern(r".*?\.[^.]*\.(?P<idx>\d+)\."),))
         for pattern in layers_pattern:
-            compile_pattern(pattern)  # first alone, so that a stray bracket cannot pair with one of ours
+            compile_pattern(pattern)  # on its own first, so that a stray bracket cannot pair with one of ours
         return cls(
             frozenset(indices), tuple(compile_pattern(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.") for p in layers_pattern)
         )
 
     def hold(self, module: str) -> bool:
-        """Return whether a module lies in one of the layers."""
+        """Return whether a module is in one of the layers."""
         match = next((found for pattern in self.patterns if (found := pattern.match(module))), None)
         return match is not None and int(match.groupdict()["idx"]) in self.indices
 
 
 @dataclass(frozen=True, slots=True)
 class SavedModules:
-    """The field `modules_to_save`: modules whose names end so, and all modules in them. PEFT does not adapt these."""
+    """The field `modules_to_save`: modules whose names end in these, and their submodules.
+
+    PEFT does not adapt these.
+    """
 
     endings: tuple[str, ...]
-    plain: frozenset[str]  # names without a dot: parts of a module's name
+    plain: frozenset[str]  # names without a dot: single parts of module names
     patterns: tuple[Any, ...]  # the others
 
     @classmethod
@@ -123,7 +126,7 @@ class SavedModules:
         return cls(tuple(names), plain, tuple(compile_pattern(rf"(?:^|.*\.){name}(?:$|\..*)") for name in others))
 
     def saves(self, module: str) -> bool:
-        """Return whether a module, or one that holds it, is saved."""
+        """Return whether a module, or one that contains it, is saved."""
         while module and self.endings:
             if module.endswith(self.endings):
                 return True
@@ -131,7 +134,7 @@ class SavedModules:
         return False
 
     def excludes(self, module: str) -> bool:
-        """Return whether a module cannot be adapted because it is saved, or lies in one that is."""
+        """Return whether a module cannot be adapted because it, or one that contains it, is saved."""
         if self.plain and not self.plain.isdisjoint(module.split(".")):
             return True
         return bool(self.patterns) and any(pattern.match(module) is not None for pattern in self.patterns)
@@ -155,13 +158,13 @@ class Targets:
 
 
 class PatternMap:
-    """The field `rank_pattern` or `alpha_pattern`: a number by pattern, of which the first that matches counts."""
+    """The field `rank_pattern` or `alpha_pattern`: numbers by pattern; the first matching pattern counts."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         """values: numbers by pattern. Raises BadPattern, whose text begins with the pattern."""
         self.numbers = values
-        self._patterns: list[tuple[str, str, Any]] = []  # (pattern, what a name must end with, compiled)
-        self._found: dict[str, str | None] = {}  # module -> the pattern that matches first
+        self._patterns: list[tuple[str, str, Any]] = []  # (pattern, required ending of a name, compiled pattern)
+        self._found: dict[str, str | None] = {}  # module -> first matching pattern
         _check_number([key for key in values if not _LITERAL.fullmatch(key)])
         for key in values:
             if _LITERAL.fullmatch(key):
@@ -193,7 +196,10 @@ class PatternMap:
 
 
 def _ends_with(module: str, key: str) -> bool:
-    """Return whether a module's name is a plain key or ends with a dot and it. A dot in the key is any character."""
+    """Return whether a module's name equals a plain key or ends with a dot and it.
+
+    A dot in the key matches anything.
+    """
     at = len(module) - len(key)
     if at < 0 or (at > 0 and module[at - 1] != "."):
         return False

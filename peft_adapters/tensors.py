@@ -1,4 +1,4 @@
-"""Sorts the tensors of PEFT's adapter files by their names: what each is, and which module it belongs to."""
+"""Sorts the tensors of PEFT's adapter files by name: the role of each, and its module."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ _PLAIN = re.compile(
 _NUMBERED = re.compile(r"([\w.]+)\.(?:0|[1-9][0-9]{0,6})", re.ASCII)
 
 Halves = dict[str, str]
-"""Tensors of one module's LoRA by "A", "B", "E" (AdaLoRA's values) or "bias"; of an embedding by "A" or "B"."""
+"""Tensors of one module's LoRA by "A", "B", "E" (AdaLoRA's values) or "bias"; an embedding's by "A" or "B"."""
 
 
 @dataclass(slots=True)
 class AdapterTensors:
-    """The tensors of a file, by name, under the module they belong to, which is named as in the base model.
+    """The names of a file's tensors, grouped by role and by module; modules have the base model's names.
 
-    The LoRA of a parameter is found under its module, with `.base_layer` added for each other one around it.
+    The LoRA of a parameter is stored under its module, with `.base_layer` appended for each other parameter's LoRA
+    around it.
     """
 
     lora: dict[str, Halves] = field(default_factory=dict[str, Halves])  # by module
     embedding: dict[str, Halves] = field(default_factory=dict[str, Halves])  # by module
     magnitude: dict[str, str] = field(default_factory=dict[str, str])  # DoRA's, by module
     tokens: dict[str, str] = field(default_factory=dict[str, str])  # trained rows, by module
-    of_kind: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # by module, of another kind
-    shared: dict[str, str] = field(default_factory=dict[str, str])  # tensors of a kind that belong to no module
+    of_kind: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # of other kinds, by module
+    shared: dict[str, str] = field(default_factory=dict[str, str])  # a kind's tensors outside any module
     # (module, its wrapper, parameter) -> tensor
     plain: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
 
     def with_weight(self) -> set[str]:
-        """Return the modules whose own weight the file has, whatever wraps them."""
+        """Return the modules whose own weight is in the file, whatever their wrapper."""
         return {owner for owner, _, parameter in self.plain if parameter == "weight"}
 
     def by_module(self) -> Iterator[tuple[str, str]]:
-        """Yield (module, tensor) for every tensor; the module is "" of one that belongs to none."""
+        """Yield (module, tensor) for every tensor; the module is "" for tensors outside any module."""
         for groups in (self.lora, self.embedding):
             for module, names in groups.items():
                 owner = unwrapped(module)
@@ -61,10 +62,9 @@ class AdapterTensors:
 
 
 def sort_tensors(names: Mapping[str, str], reasons: Reasons, kind: Kind | None = None) -> AdapterTensors:
-    """Sort the tensors of a file by their names. Adds a reason for names that PEFT does not write.
+    """Sort a file's tensors by name. Adds reasons for names that PEFT does not write.
 
-    names: the file's names of its tensors by the names that PEFT gives them, see `peft_keys`. kind: of an adapter that
-    is not LoRA.
+    names: PEFT's names of the tensors -> the file's names, see `peft_keys`. kind: for an adapter that is not LoRA.
     """
     found = AdapterTensors()
     for name, own in names.items():
@@ -76,7 +76,7 @@ def sort_tensors(names: Mapping[str, str], reasons: Reasons, kind: Kind | None =
 
 
 def _sort_kind(name: str, own: str, kind: Kind, found: AdapterTensors) -> bool:
-    """Enter a tensor that a kind has; False for any other, such as a module that is saved whole."""
+    """Add a tensor of a kind; return False for any other, such as a whole saved module."""
     for shared in kind.shared:
         if name == f"{MODEL_PREFIX}{shared}":
             found.shared[shared] = own
@@ -92,8 +92,8 @@ def _sort_kind(name: str, own: str, kind: Kind, found: AdapterTensors) -> bool:
 
 
 def _sort(path: str, name: str, found: AdapterTensors) -> bool:
-    """Enter one tensor; False if its name is not understood. path: the name without the prefix."""
-    if path.endswith(_USUAL) and len(path) > len(_USUAL[0]):  # nearly all: a pattern takes several times as long
+    """Add one tensor; return False if its name is not understood. path: the name without the prefix."""
+    if path.endswith(_USUAL) and len(path) > len(_USUAL[0]):  # nearly all tensors: a pattern takes several times longer
         half, module = path[-len("A.weight")], path[: -len(_USUAL[0])]
         found.lora.setdefault(module, {})[half] = name
     elif match := _LORA.fullmatch(path):
@@ -113,12 +113,12 @@ def _sort(path: str, name: str, found: AdapterTensors) -> bool:
 
 
 def unwrapped(module: str) -> str:
-    """Return a module's name without the wrappers that `nested` adds."""
+    """Return a module's name without the suffixes that `nested` appends."""
     while module.endswith(_WRAPPED):
         module = module.removesuffix(_WRAPPED)
     return module
 
 
 def nested(module: str, depth: int) -> str:
-    """Return the name under which the LoRA of a parameter of a module is found, `depth` others being around it."""
+    """Return the name under which a parameter's LoRA is stored. depth: number of other parameters' LoRA around it."""
     return module + depth * _WRAPPED

@@ -1,1 +1,1 @@
-"""Adapters in a worker: fetched, packed, stored in host memory and in the pool."""
+"""The adapters of a worker: fetched, packed, and stored in host memory and in the pool."""

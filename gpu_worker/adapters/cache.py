@@ -1,6 +1,6 @@
-"""The adapters of one worker on their way: store → host memory → pool. A step sees only what has arrived.
+"""Moves a worker's adapters from the store to host memory and into the pool. Steps see only loaded ones.
 
-Everything here runs in the engine's thread, but for the jobs that it starts.
+Everything here runs in the engine's thread, except the jobs that it starts.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from protocol.wire.messages import AdapterEvent
 from protocol.wire.tokens import TokenTable
 
 Merge = Callable[[str, MergeWatch], HostAdapter]
-"""Fetches, merges and packs the adapters of a merge, by its digest, while the watch allows it."""
+"""Fetches, merges and packs the adapters of a merge, by its digest, as long as the watch allows."""
 
 COPY_S = 1e-3
-"""About the seconds that a copy from the host into the pool takes."""
+"""Typical seconds of a copy from the host into the pool."""
 
 STAGING_S = 0.1
-"""The seconds that bringing an adapter to the host is taken to need until it has been measured."""
+"""Assumed seconds to bring an adapter to the host, until measured."""
 
 
 class AdapterCache:
-    """The adapters of one worker, in host memory and in the pool. Implements the batcher's `AdapterGate`."""
+    """The adapters of one worker, in host memory and in the pool. Implements the batcher's `AdapterSlots`."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class AdapterCache:
     ) -> None:
         """read: fetches and packs an adapter by digest; runs in a job's thread and may raise LorafleetError.
 
-        host_bytes: budget of host memory. merge: as `read`, for merges; None
-        where there are none. merge_timeout_s: the longest that one may take.
+        host_bytes: budget of host memory. merge: like `read`, for merges; None if there are none. merge_timeout_s:
+        maximum seconds of a merge.
         """
         self.weights = weights
         self.pool = weights.new_pool()
@@ -59,8 +59,8 @@ class AdapterCache:
         self.invocations: dict[str, tuple[int, ...]] = {}  # by digest, invocation tokens of resident aLoRA adapters
         self.tokens: dict[str, TokenTable] = {}  # by digest, token tables of resident adapters that bring a tokenizer
         self.on_evicted: Callable[[str], object] | None = None  # called when an adapter leaves the pool
-        self.num_loads = 0  # into the pool
-        self.num_fetches = 0  # to the host
+        self.num_loads = 0  # loads into the pool
+        self.num_fetches = 0  # fetches to the host
         self.events = AdapterEvents()
         self.load_times = LoadTimes()
         self._read = read
@@ -75,7 +75,7 @@ class AdapterCache:
 
     @property
     def on_loaded(self) -> Callable[[], object] | None:
-        """Callback, from a job's thread, when `poll` has new results."""
+        """Callback, called from a job's thread when `poll` has new results."""
         return self._jobs.on_end
 
     @on_loaded.setter
@@ -83,13 +83,13 @@ class AdapterCache:
         self._jobs.on_end = call
 
     def close(self) -> None:
-        """Start nothing more. Does not wait for the jobs that run."""
+        """Start no more jobs. Does not wait for running ones."""
         self._jobs.close()
 
     # ------------------------------------------------------------ the batcher's gate
 
     def acquire(self, digest: str) -> int | None:
-        """Take a reference to an adapter and return its slot; None if no new request may use it now."""
+        """Add a reference to an adapter and return its slot; None if no new request may use it now."""
         return None if self._starvation.is_draining(digest) else self.pool.acquire(digest)
 
     def release(self, digest: str) -> None:
@@ -97,7 +97,7 @@ class AdapterCache:
         self.pool.release(digest)
 
     def rank(self, digest: str) -> int:
-        """Return the largest rank of an adapter, 0 while it is not in the pool."""
+        """Return the largest rank of an adapter, 0 if it is not in the pool."""
         resident = self.pool.residents.get(digest)
         return int(self.slot_ranks[resident.slot]) if resident is not None and resident.visible else 0
 
@@ -105,7 +105,7 @@ class AdapterCache:
 
     @property
     def loading(self) -> list[str]:
-        """Digests that a job runs for."""
+        """Digests that have a running job."""
         return list(self._jobs)
 
     @property
@@ -119,7 +119,7 @@ class AdapterCache:
         return resident is not None and resident.visible
 
     def tier(self, digest: str) -> str:
-        """Return where an adapter is: resident, loading, host or store."""
+        """Return where an adapter is: "resident", "loading", "host" or "store"."""
         if self.is_resident(digest):
             return "resident"
         if digest in self._jobs:
@@ -131,17 +131,17 @@ class AdapterCache:
     def prefetch(self, digest: str) -> None:
         """Bring an adapter to the host and, if that evicts no other, into the pool.
 
-        A merge is computed for a request that waits only.
+        A merge is only computed for a waiting request, never ahead of time.
         """
         if digest not in self.pool.residents and (not is_merge(digest) or digest in self.host):
             self._prefetches.add(digest)
             self._advance(digest, self.pool.residents, may_starve=False)
 
     def load(self, wanted: Iterable[str], tenant_of: Callable[[str], str] = lambda _: "") -> dict[str, LorafleetError]:
-        """Start what waiting requests need next. Returns the adapters that cannot be loaded, and why.
+        """Start the next loads for waiting requests. Return the adapters that cannot be loaded, with the errors.
 
-        wanted: digests, most urgent first. An adapter evicts none that is more urgent. tenant_of: whom a merge is for;
-        "": nobody in particular.
+        wanted: digests, most urgent first; an adapter evicts none that is more urgent. tenant_of: returns the tenant
+        for whom a merge is computed, "" for none.
         """
         self._tenant_of = tenant_of
         failed: dict[str, LorafleetError] = {}
@@ -160,9 +160,9 @@ class AdapterCache:
         return failed
 
     def _advance(self, digest: str, keep: Container[str], *, may_starve: bool) -> LorafleetError | None:
-        """Start an adapter's next job on its way to the pool, if one can be started. Returns why it never can be.
+        """Start an adapter's next job on its way to the pool, if possible. Return the error if it can never be loaded.
 
-        keep: adapters that are not evicted for it. may_starve: whether it counts that it finds no room.
+        keep: adapters that may not be evicted for it. may_starve: whether a lack of space counts toward starvation.
         """
         if digest in self._jobs:
             return None
@@ -191,7 +191,7 @@ class AdapterCache:
         return None
 
     def _why_never(self, adapter: HostAdapter) -> LorafleetError | None:
-        """Return why an adapter has no room in the pool, whatever is evicted; None if it has."""
+        """Return the error if an adapter cannot fit the pool even after evictions; None if it can."""
         needed, total = self.pool.bytes_of(adapter.num_pages), self.pool.total_bytes
         if not self.pool.can_ever_hold(adapter.num_pages):
             return AdapterRefused([f"it needs {needed} bytes of the adapter pool, which has {total}"])
@@ -200,22 +200,25 @@ class AdapterCache:
         return None
 
     def _reload_s(self, digest: str) -> float:
-        """Return the seconds it would take to bring an evicted adapter back into the pool."""
+        """Return the estimated seconds to reload an evicted adapter into the pool."""
         return COPY_S if digest in self.host else COPY_S + self._staging_s.get(digest, STAGING_S)
 
     # ------------------------------------------------------------ orders about single adapters
 
     def set_pinned(self, digest: str, pinned: bool) -> None:
-        """Set whether an adapter, once in the pool, must stay there. After a failure it is tried again now."""
+        """Set whether an adapter must stay in the pool once it is there.
+
+        Clears failures, so that it is tried at once.
+        """
         self._failures.forget(digest)
         self.pool.set_pinned(digest, pinned)
 
     def set_queued(self, digests: Iterable[str]) -> None:
-        """Set the adapters for which the fleet's queue holds requests: they are evicted after all others."""
+        """Set the adapters that requests in the fleet's queue need: they are evicted last."""
         self.pool.queued = frozenset(digests)
 
     def drop(self, digest: str) -> tuple[int, int] | None:
-        """Remove an adapter from pool and host. Returns the bytes freed in each; None while it is used or loaded."""
+        """Remove an adapter from pool and host. Return the bytes freed in each; None if it is in use or loading."""
         resident = self.pool.residents.get(digest)
         if digest in self._jobs or (resident is not None and resident.refs):
             return None
@@ -226,7 +229,7 @@ class AdapterCache:
         return resident.num_bytes if resident is not None else 0, self.host.drop(digest)
 
     def _left_pool(self, digest: str) -> None:
-        """Drop the data of an adapter that exists only while it is in the pool."""
+        """Drop the data that is stored for an adapter only while it is in the pool."""
         self.extras.pop(digest, None)
         self.invocations.pop(digest, None)
         self.tokens.pop(digest, None)
@@ -236,11 +239,11 @@ class AdapterCache:
     # ------------------------------------------------------------ ends of jobs
 
     def poll(self) -> dict[str, LorafleetError]:
-        """Take in the jobs that have ended. Returns the adapters that failed, and why."""
+        """Process the jobs that have ended. Return the adapters that failed, with the errors."""
         failed: dict[str, LorafleetError] = {}
         for end in self._jobs.take_ended():
             if end.adapter is None:
-                if end.error is None:  # given up; if somebody has come meanwhile, `load` starts it again
+                if end.error is None:  # canceled; `load` restarts it if a request wants it by now
                     continue
                 failed[end.digest] = end.error
                 self._take_failure(end, end.error)
@@ -258,7 +261,7 @@ class AdapterCache:
             self.pool.remove(end.digest)
 
     def _take_copy(self, end: JobEnd, adapter: HostAdapter) -> None:
-        """Let steps use an adapter that is in the pool."""
+        """Make an adapter that was copied into the pool available to steps."""
         resident = self.pool.residents[end.digest]
         if end.extras:
             self.extras[end.digest] = end.extras
@@ -275,9 +278,10 @@ class AdapterCache:
         self.events.record(AdapterEvent(kind="resident", digest=end.digest, ms=ms, pool_bytes=num_bytes))
 
     def _take_staged(self, end: JobEnd, adapter: HostAdapter) -> LorafleetError | None:
-        """Store an adapter that has arrived in host memory, and continue its load unless it was only prefetched.
+        """Store an adapter in host memory and, if it was prefetched, start its copy into the pool.
 
-        Returns why it is not kept, if no pool could ever hold it: the next request must not fetch it again.
+        Return the error if no pool state could ever hold it: it is not kept, and the next request must not fetch it
+        again.
         """
         self.num_fetches += 1
         self.load_times.note("store", end.seconds)

@@ -1,4 +1,4 @@
-"""The CUDA stream on which adapters are copied to the device beside the steps on the default stream."""
+"""The CUDA stream on which adapters are copied to the device, in parallel with steps on the default stream."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import torch
 from torch import Tensor
 
 BUFFER_BYTES = 16 << 20
-"""Page-locked memory of a worker. torch keeps what it has locked, rounded up to powers of two, so that adapters which
-were locked one by one would take more than they are counted with, and for good."""
+"""Page-locked memory per worker.
+
+torch never releases page-locked memory and rounds it up to powers of two, so that locking each adapter's memory would
+permanently take more than is accounted for.
+"""
 
 _ALIGN_BYTES = 256
 
 
 class CopyBuffer:
-    """Copies host tensors to a device through one piece of memory, so that only this needs to be page-locked."""
+    """Copies host tensors to a device through one buffer, so that only this needs to be page-locked."""
 
     def __init__(self, memory: Tensor, wait: Callable[[], object]) -> None:
-        """memory: uint8 [bytes]. wait: returns when all copies that were launched have ended."""
+        """memory: uint8 [bytes]. wait: blocks until all launched copies have ended."""
         self._memory, self._wait = memory, wait
-        self._num_used = 0  # bytes from which copies may still read
+        self._num_used = 0  # bytes that copies may still be reading
 
     def copy_(self, target: Tensor, source: Tensor) -> None:
-        """Launch the copy of a host tensor to one of the same shape and dtype. Both are contiguous.
+        """Launch the copy of a host tensor to one of the same shape and dtype, both contiguous.
 
-        The source may change once this returns. Waits where the memory is full.
+        The source may change once this returns. Blocks while the buffer is full.
         """
         to, data = target.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8)
         done = 0
@@ -41,7 +44,7 @@ class CopyBuffer:
             self._num_used += -(-len(part) // _ALIGN_BYTES) * _ALIGN_BYTES
 
     def reset(self) -> None:
-        """Note that all copies have ended."""
+        """Mark the whole buffer as free: all copies have ended."""
         self._num_used = 0
 
 
@@ -57,8 +60,8 @@ class CopyStream:
     def allocate_like(self, tensor: Tensor) -> Tensor:
         """Return an empty, contiguous tensor of the same shape and dtype on the device.
 
-        Its memory comes from the default stream, whose steps will read it. Freed before the copy has ended, it is not
-        given out again until then.
+        Its memory comes from the default stream, whose steps will read it. If freed before the copy ends, it is not
+        reused until then.
         """
         allocated = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         allocated.record_stream(self._stream)

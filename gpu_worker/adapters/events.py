@@ -1,4 +1,4 @@
-"""What happened to a worker's adapters: recorded by the engine's thread, taken by the service for the fleet."""
+"""Adapter events and uses: recorded by the engine's thread, taken by the service for the fleet."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from protocol.wire.messages import LOAD_BUCKETS_S, AdapterEvent
 from protocol.wire.records import AdapterUse
 
 MAX_KEPT = 10_000
-"""Events, and uses, that wait for the service; older ones are lost."""
+"""Maximum events, and maximum uses, that wait for the service; the oldest are dropped."""
 
 
 class LoadTimes:
-    """How long adapters took to come, by where they came from; as `messages.WorkerBeat.load_seconds` has it."""
+    """Histograms of adapter load times by source tier, in the form of `messages.WorkerBeat.load_seconds`."""
 
     def __init__(self) -> None:
         self._times: dict[str, list[float]] = {}
 
     def note(self, tier: str, seconds: float) -> None:
-        """Count a load."""
+        """Count a load from a tier that took some seconds."""
         times = self._times.setdefault(tier, [0.0] * (len(LOAD_BUCKETS_S) + 2))
         times[bisect_left(LOAD_BUCKETS_S, seconds)] += 1
         times[-1] += seconds
@@ -39,7 +39,7 @@ class AdapterEvents:
         self._uses: deque[tuple[str, bool]] = deque(maxlen=MAX_KEPT)
 
     def record(self, event: AdapterEvent) -> None:
-        """Record something that happened to an adapter."""
+        """Record an adapter event."""
         self._events.append(event)
 
     def record_use(self, digest: str, *, resident: bool) -> None:
@@ -49,7 +49,8 @@ class AdapterEvents:
     def take(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
         """Return the records since the last call: the events, and the use of each adapter by digest.
 
-        Merges that requests ask for have no name under which anybody could read their use, and there may be any number.
+        Uses of merges are left out: there may be any number, and they have no name under which an operator could look
+        them up.
         """
         events = [self._events.popleft() for _ in range(len(self._events))]
         uses: dict[str, AdapterUse] = {}

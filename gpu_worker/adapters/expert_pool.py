@@ -1,6 +1,6 @@
 """The adapter pool's tensors for experts. Layers of one shape share pages, so a layer without LoRA costs nothing.
 
-A page holds 16 rank rows of every expert of a layer. Which pages are whose is for `PagePool` to decide.
+A page holds 16 rank rows of every expert of a layer. `PagePool` assigns the pages.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lora_kernels.experts import ExpertPages
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 
 EXPERT_SHARE = 0.75
-"""Part of the memory for what adapters change beyond rows of linear layers that is for rows of experts."""
+"""Share of the memory for extras that is for the rows of experts."""
 
 MAX_PAGES = 4096
 
 
 class ExpertPool:
-    """The rows of experts on one device, and the tables by which kernels find them."""
+    """The rows of experts on one device, and the tables through which kernels find them."""
 
     def __init__(self, sites: Sequence[ExpertSite], budget: int, num_slots: int, device: torch.device) -> None:
-        """Allocate the rows, and make the sites use them.
+        """Allocate the rows and connect the sites to them.
 
-        budget: bytes for these and for all else that adapters change beyond rows of linear layers. num_slots: of the
-        adapter pool. Without room for a page of each shape there are none, and no adapter fits.
+        budget: bytes for these and all other extras. num_slots: the adapter pool's. If a page of each shape does not
+        fit, there are none and no adapter fits.
         """
         self._sites, self._device = sites, device
         self._shapes = expert_shapes(sites)
@@ -47,12 +47,12 @@ class ExpertPool:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all rows."""
+        """Size of all rows, in bytes."""
         return sum(num * size for num, size in zip(self.capacity, self.page_bytes, strict=True))
 
     def _allocate(self, shape: ExpertShape, num_pages: int) -> ExpertPages:
         num_rows, num_virtual = num_pages * shape.num_experts * PAGE_ROWS, num_pages * shape.num_experts + 1
-        # Zeros, because a kernel may read the unused rows of a page and multiply them by zero.
+        # Zeros, because a kernel may read a page's unused rows and multiply them by zero.
         a = zeros((num_rows, shape.in_features), shape.dtype, self._device)
         b = zeros((num_rows, shape.out_features), shape.dtype, self._device)
         most = max(1, min(num_pages, MAX_EXPERT_RANK // PAGE_ROWS))
@@ -77,7 +77,7 @@ class ExpertPool:
     def copy(
         self, rows: Sequence[ExpertRows], pages: Sequence[Sequence[int]], copy: Callable[[Tensor, Tensor], object]
     ) -> None:
-        """Copy an adapter's rows to its pages, a page of all experts at once. copy: takes target and source."""
+        """Copy an adapter's rows to its pages, one page of all experts at a time. copy: takes target and source."""
         for part, to, own in self._placed(rows, pages):
             for i, page in enumerate(own):
                 for source, pool in ((part.a, to.site.a_rows), (part.b, to.site.b_rows)):
@@ -85,7 +85,7 @@ class ExpertPool:
                     copy(target, _whole_page(source[:, i * PAGE_ROWS : (i + 1) * PAGE_ROWS]))
 
     def publish(self, slot: int, rows: Sequence[ExpertRows], pages: Sequence[Sequence[int]]) -> None:
-        """Enter an adapter whose rows have arrived into the tables, or note that a slot's adapter has none."""
+        """Enter a copied adapter into the tables, or record that a slot's adapter has no expert rows."""
         if not rows and not self.slots_with_rows[slot]:
             return
         self.slots_with_rows[slot] = bool(rows)
@@ -102,7 +102,7 @@ class ExpertPool:
 
 
 def _whole_page(rows: Tensor) -> Tensor:
-    """Return up to 16 rank rows of every expert [E, n, width] as a page [E, 16, width]; the missing ones are zero."""
+    """Return up to 16 rank rows of every expert [E, n, width] as a page [E, 16, width], padded with zeros."""
     if rows.shape[1] == PAGE_ROWS:
         return rows.contiguous()
     page = rows.new_zeros(len(rows), PAGE_ROWS, rows.shape[2])

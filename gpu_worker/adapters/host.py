@@ -1,4 +1,4 @@
-"""Packed adapters in host memory, from which the pool takes them."""
+"""Packed adapters in host memory, from which the pool copies them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HostTier:
         return iter(self._adapters)
 
     def get(self, digest: str) -> HostAdapter | None:
-        """Return an adapter, which becomes the most recently used one; None if it is not here."""
+        """Return an adapter and mark it as most recently used; None if it is not here."""
         adapter = self._adapters.get(digest)
         if adapter is not None:
             self._adapters.move_to_end(digest)
@@ -32,7 +32,7 @@ class HostTier:
     def put(self, adapter: HostAdapter, keep: Container[str]) -> dict[str, int]:
         """Add an adapter and drop the least recently used ones until the budget holds.
 
-        Neither it nor those in `keep` are dropped, even where the budget does not hold then. Returns the bytes of each
+        The new one and those in `keep` are never dropped, even if the budget is exceeded. Return the bytes of each
         dropped adapter by digest.
         """
         self.drop(adapter.digest)
@@ -47,7 +47,7 @@ class HostTier:
         return dropped
 
     def drop(self, digest: str) -> int:
-        """Remove an adapter, if it is here. Returns the bytes freed."""
+        """Remove an adapter, if it is here. Return the bytes freed."""
         adapter = self._adapters.pop(digest, None)
         if adapter is None:
             return 0

@@ -1,7 +1,7 @@
-"""Merges of adapters: computed in threads of their own, so that no adapter that is only fetched waits behind one.
+"""Merges of adapters, in threads of their own, so that fetches do not wait for them.
 
-A merge may take minutes of all cores. So few run at once, one for each tenant; a merge that nobody waits for any more
-is given up, and one that takes too long is refused.
+A merge may keep all cores busy for minutes. So few run at once, one per tenant. A merge that no request waits for is
+canceled, and one that takes too long is refused.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from gpu_worker.adapters.priority import lower_priority
 from protocol.wire.errors import AdapterRefused
 
 NUM_MERGERS = 2
-"""Merges that run at once."""
+"""Maximum concurrent merges."""
 
 NUM_PER_TENANT = 1
-"""Merges of one tenant that run at once. Where there are no tenants, the number is not limited."""
+"""Maximum concurrent merges of one tenant; unlimited without tenants."""
 
 
 class GivenUp(Exception):
-    """A merge was given up, because nobody waits for it."""
+    """A merge was canceled, because no request waits for it."""
 
 
 class MergeWatch:
-    """The cancellation token of a running merge. `check` is for its thread, `give_up` for any."""
+    """The cancellation token of a running merge. `check` is for its thread, `give_up` for any thread."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -37,15 +37,15 @@ class MergeWatch:
 
     @property
     def left_s(self) -> float:
-        """Seconds that the merge may still take."""
+        """Seconds that remain for the merge."""
         return self._began_s + self.timeout_s - time.monotonic()
 
     def give_up(self) -> None:
-        """Have the next `check` end the merge."""
+        """Make the next `check` end the merge."""
         self._given_up.set()
 
     def check(self, needed_s: float = 0.0) -> None:
-        """Raise GivenUp if nobody waits for the merge; AdapterRefused if it has less time left than it needs."""
+        """Raise GivenUp if no request waits for the merge, AdapterRefused if less than `needed_s` remains."""
         if self._given_up.is_set():
             raise GivenUp
         if needed_s > self.left_s:
@@ -58,7 +58,7 @@ class MergeWatch:
 
 
 MergeJob = Callable[[MergeWatch], HostAdapter]
-"""Merges adapters. Calls `MergeWatch.check` every now and then."""
+"""Merges adapters. Calls `MergeWatch.check` regularly."""
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class _Merge:
 
 @dataclass(slots=True)
 class Merges:
-    """The merges of one worker that wait or run. For the engine's thread only."""
+    """The waiting and running merges of one worker. For the engine's thread only."""
 
     timeout_s: float
     _merges: dict[str, _Merge] = field(default_factory=dict[str, _Merge])  # by digest, in order of arrival
@@ -89,20 +89,21 @@ class Merges:
     def start(
         self, digest: str, tenant: str, job: MergeJob, run: Callable[[str, Callable[[], HostAdapter]], None]
     ) -> None:
-        """Have a merge run as soon as there is a thread for it and its tenant's earlier ones have ended.
+        """Run a merge once a thread is free and its tenant's earlier merges have ended.
 
-        run: called in the merge's thread, with what computes it, which raises what `MergeWatch.check` does.
+        run: called in the merge's thread with the digest and the function that computes the merge; that function raises
+        the errors of `MergeWatch.check`.
         """
         self._merges[digest] = _Merge(digest, tenant, job, run)
         self._fill()
 
     def end(self, digest: str) -> None:
-        """Forget a merge whose thread is done with it."""
+        """Forget a merge whose thread has finished."""
         del self._merges[digest]
         self._fill()
 
     def keep(self, wanted: Container[str]) -> None:
-        """Give up the merges that are not wanted: those that wait at once, those that run at their next check."""
+        """Cancel the merges that are not wanted: waiting ones at once, running ones at their next check."""
         for merge in [merge for digest, merge in self._merges.items() if digest not in wanted]:
             if merge.watch is None:
                 del self._merges[merge.digest]
@@ -110,12 +111,12 @@ class Merges:
                 merge.watch.give_up()
 
     def close(self) -> None:
-        """Start nothing more, and give up what runs."""
+        """Start no more merges, and cancel those that run."""
         self.keep(())
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _fill(self) -> None:
-        """Start merges while there are threads, the oldest first whose tenant has none that runs."""
+        """Start merges while threads are free, oldest first, skipping tenants that have a running one."""
         running = [merge for merge in self._merges.values() if merge.watch is not None]
         for merge in list(self._merges.values()):
             if len(running) >= NUM_MERGERS:

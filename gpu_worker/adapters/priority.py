@@ -1,4 +1,4 @@
-"""Priority of work beside the steps, where the cores are busy."""
+"""Scheduling priority of threads that load adapters, relative to the steps."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import sys
 
 NICENESS = 10
-"""Added to the niceness of threads that bring adapters: beside one that computes they have about a tenth of a core.
+"""Added to the niceness of threads that load adapters: beside a computing thread they get about a tenth of a core.
 
-As idle tasks (SCHED_IDLE) they would have 0.3 %, so that on a machine that other programs fill adapters never came; and
-a thread that lost its core while it held the interpreter's lock would keep the engine from it as long.
+As idle tasks (SCHED_IDLE) they would get 0.3 %, so that on a machine busy with other programs adapters would never be
+loaded; and a thread preempted while it holds the GIL would block the engine as long.
 """
 
 
 def lower_priority() -> None:
-    """Give the calling thread, and the threads it starts, less of a busy core than steps. Does nothing but on Linux."""
-    if sys.platform == "linux":  # elsewhere it would be the whole process
+    """Lower the priority of the calling thread and of threads it starts. Does nothing except on Linux."""
+    if sys.platform == "linux":  # elsewhere it would affect the whole process
         os.nice(NICENESS)

@@ -1,7 +1,4 @@
-"""Pins and evictions that the fleet orders of one worker: which adapters stay in the pool, and which leave it.
-
-Runs in the engine's thread, between steps.
-"""
+"""Pins and evictions that the fleet orders from one worker. Runs in the engine's thread, between steps."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ class Residency:
 
     def __init__(self, cache: AdapterCache) -> None:
         self._cache = cache
-        self._pins: dict[str, str] = {}  # digest -> why it is not in the pool, "" if it is or is on its way
-        self._leaving: dict[str, list[str]] = {}  # digest -> ids of the orders that its eviction answers
+        self._pins: dict[str, str] = {}  # digest -> why it is not in the pool; "" if it is resident or loading
+        self._leaving: dict[str, list[str]] = {}  # digest -> ids of the orders to evict it
 
     @property
     def pins(self) -> dict[str, str]:
@@ -27,7 +24,7 @@ class Residency:
         return dict(self._pins)
 
     def pin(self, digest: str) -> None:
-        """Bring an adapter into the pool and keep it there; after a failure, try again."""
+        """Load an adapter into the pool and keep it there; retries after a failure."""
         self._pins[digest] = ""
         self._leaving.pop(digest, None)
         self._cache.set_pinned(digest, True)
@@ -38,9 +35,9 @@ class Residency:
         self._cache.set_pinned(digest, False)
 
     def evict(self, digest: str, order: str) -> None:
-        """Remove an adapter from the pool and the host as soon as no request uses it or waits for it.
+        """Remove an adapter from pool and host as soon as no request uses it or waits for it.
 
-        order: an id, which the event of the eviction carries.
+        order: an id that the eviction's event carries.
         """
         if digest in self._pins:
             self.unpin(digest)
@@ -51,7 +48,7 @@ class Residency:
         return [digest for digest, problem in self._pins.items() if not problem]
 
     def figures(self, waiting: Sequence[str]) -> dict[str, Any]:
-        """Return the fields of a heartbeat about adapters. waiting: the adapters of the requests that wait."""
+        """Return a heartbeat's fields about adapters. waiting: the adapters of the waiting requests."""
         cache, resident = self._cache, set(self._cache.resident)
         return {
             "waiting_adapter": sum(digest not in resident for digest in waiting),
@@ -62,12 +59,12 @@ class Residency:
         }  # fmt: skip
 
     def note(self, failed: Mapping[str, LorafleetError]) -> None:
-        """Remember why pinned adapters cannot be loaded. They are tried again when they are pinned again."""
+        """Record why pinned adapters cannot be loaded. They are retried when they are pinned again."""
         for digest in self._pins.keys() & failed.keys():
             self._pins[digest] = failed[digest].message
 
     def settle(self, queued: Container[str]) -> None:
-        """Carry out the evictions that can be. queued: the adapters that this worker's waiting requests need."""
+        """Carry out the evictions that are possible now. queued: adapters that this worker's waiting requests need."""
         residents = self._cache.pool.residents
         for digest, problem in self._pins.items():
             if not problem and digest in residents and not residents[digest].pinned:

@@ -1,4 +1,4 @@
-"""The adapter pool's tensors: rank rows of every site, and the table by which kernels find them."""
+"""The adapter pool's tensors: rank rows of every site, and the table through which kernels find them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 from protocol.wire.errors import BadRequest
 
 OTHER_SHARE = 0.05
-"""Part of the pool for adapters of the head: few adapters change it, and its pages are large."""
+"""Share of the pool for adapters of the head: few adapters change it, and its pages are large."""
 
 MAX_SLOTS = 4096
 
 
 class PoolWeights:
-    """The pool's tensors on one device. Which pages and slots are whose is for `PagePool` to decide."""
+    """The pool's tensors on one device. `PagePool` assigns pages and slots."""
 
     def __init__(
         self,
@@ -44,11 +44,11 @@ class PoolWeights:
         *,
         int8: bool = False,
     ) -> None:
-        """Allocate the rows, and make the siblings of `shared` and the experts of `adaptable` use them.
+        """Allocate the rows, and connect the siblings of `shared` and the experts of `adaptable` to them.
 
-        budget: bytes for the rows. extra_bytes: for rows of experts, where there are some, and extras, which are
-        allocated as adapters bring them. stream: for copies; None: one of its own on a CUDA device, none elsewhere.
-        int8: keep the rows of linear layers so. Raises BadRequest when the budget is too small.
+        budget: bytes for the rows. extra_bytes: for rows of experts, if any, and for extras, which are allocated as
+        adapters bring them. stream: for copies; None: a new one on a CUDA device, none elsewhere. int8: hold the rows
+        of linear layers in int8. Raises BadRequest if the budget is too small.
         """
         self.sites = sites
         self._int8 = int8
@@ -66,7 +66,7 @@ class PoolWeights:
         if self._device.type != "cpu":
             self.table.host = _empty_table(self.num_slots, len(sites), max_pages, torch.device("cpu"))
         self.lora_sites = [self._lora_site(site) for site in sites]
-        # `ops.copy_rows_` copies to these tensors: A and B of each site, and in int8 its factors.
+        # Targets of `ops.copy_rows_`: A and B of each site, and for int8 its factors.
         parts = [(site.a_rows, site.b_rows, site.factors) for site in self.lora_sites]
         self._tensors = [part for own in parts for part in own if part is not None]
         row_bytes = [tensor.stride(0) * tensor.itemsize for tensor in self._tensors]
@@ -81,7 +81,7 @@ class PoolWeights:
 
     def _lora_site(self, site: SiteInfo) -> LoraSite:
         num_rows = self.capacity[site.group] * PAGE_ROWS
-        # Zeros, because a kernel may read the unused rows of a page and multiply them by zero.
+        # Zeros, because a kernel may read a page's unused rows and multiply them by zero.
         dtype = torch.int8 if self._int8 else site.dtype
         a = zeros((num_rows, site.in_features), dtype, self._device)
         b = zeros((num_rows, site.out_features), dtype, self._device)
@@ -89,7 +89,7 @@ class PoolWeights:
         return LoraSite(site.index, site.group, a, b, factors)
 
     def new_pool(self) -> PagePool:
-        """Return the bookkeeping of these tensors' pages and slots, all of them free."""
+        """Return a `PagePool` for these tensors, with all pages and slots free."""
         capacity = [*self.capacity, *self.experts.capacity, self.extra_bytes // EXTRA_PAGE_BYTES]
         sizes = [*self.page_bytes, *self.experts.page_bytes, EXTRA_PAGE_BYTES]
         return PagePool(capacity, sizes, self.num_slots)
@@ -97,15 +97,15 @@ class PoolWeights:
     def copy(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> Extras:
         """Write an adapter's rows into pages that no step uses, and return its extras on the device.
 
-        pages: by group. For a loader thread: returns when all has arrived.
+        pages: by group. For a loader thread: returns when the copies have ended.
         """
         pieces = self._pieces(adapter, pages)
         if self._stream is None:
             ops.copy_rows_(self._tensors, adapter.rows.buffer, pieces)
             self.experts.copy(adapter.experts, pages[len(GROUPS) : -1], Tensor.copy_)
             return adapter.extras
-        # First allocate, then wait: what was just allocated may have been freed while launched steps still read it,
-        # as they may read the pages, which were another adapter's.
+        # First allocate, then wait: launched steps may still read the allocated memory, which may have just been freed,
+        # and the pages, which were another adapter's.
         extras = map_tensors(adapter.extras, self._stream.allocate_like)
         self._stream.wait_for_steps()
         with self._stream.use():
@@ -118,9 +118,9 @@ class PoolWeights:
         return extras
 
     def _pieces(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> Tensor:
-        """Return the copies of an adapter's rows to its pages, as `ops.copy_rows_` takes them: int64 [n, 4].
+        """Return the copies of an adapter's rows to its pages, in the form of `ops.copy_rows_`: int64 [n, 4].
 
-        Rows for neighbouring pages are one piece.
+        Rows for adjacent pages are one piece.
         """
         sites, *begins = adapter.rows.spans[:, :4].T
         ranks, groups = adapter.ranks[sites], self._groups[sites]
@@ -136,11 +136,11 @@ class PoolWeights:
         return torch.from_numpy(np.concatenate(found) if found else np.zeros((0, 4), np.int64))
 
     def publish(self, slot: int, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
-        """Enter an adapter whose rows have arrived into the table. Called between steps. pages: by group."""
+        """Enter a loaded adapter into the table. Called between steps. pages: by group."""
         for table in (self.table, self.table.host):
             if table is None:
                 continue
-            device = table.ranks.device  # the host does not wait for it: a step may be running there
+            device = table.ranks.device  # asynchronous: a step may be running on the device
             table.ranks[slot] = send(adapter.ranks, device)
             table.scales[slot] = send(adapter.scales, device)
             for group, group_pages in enumerate(pages[: len(GROUPS)]):
@@ -149,7 +149,7 @@ class PoolWeights:
 
 
 def page_runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return runs of pages that follow one another: (index of the first, the first, how many)."""
+    """Return runs of consecutive pages: (index of the first, its page number, count)."""
     runs: list[tuple[int, int, int]] = []
     for index, page in enumerate(pages):
         if runs and page == runs[-1][1] + runs[-1][2]:
@@ -163,7 +163,7 @@ def page_runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:
 def split_budget(page_bytes: Sequence[int], budget: int) -> list[int]:
     """Return the pages of each group that fit a budget in bytes: as many for attention as for MLP, a few for others.
 
-    page_bytes: of one page by group. Raises BadRequest when not even one page of each fits.
+    page_bytes: of one page, by group. Raises BadRequest if not even one page of each fits.
     """
     attention, mlp, other = page_bytes
     num_other = min(math.ceil(OTHER_SHARE * budget / other), budget // other) if other else 0
@@ -177,7 +177,7 @@ def split_budget(page_bytes: Sequence[int], budget: int) -> list[int]:
 
 
 def page_bytes(sites: Sequence[SiteInfo], group: int, *, int8: bool = False) -> int:
-    """Return the bytes of a page of a group: of all sites in it. int8: with a factor for each row."""
+    """Return the bytes of one page of a group, over all its sites. int8: includes a factor per row."""
     mine = [site for site in sites if site.group == group]
     if int8:
         return PAGE_ROWS * sum(site.in_features + site.out_features + 4 for site in mine)

@@ -1,1 +1,1 @@
-"""CUDA graphs of decode steps."""
+"""CUDA graphs, warm-up and memory measurement on GPUs."""

@@ -1,4 +1,4 @@
-"""Steps recorded as CUDA graphs: what of `graphs.py` only a GPU can run."""
+"""Captures steps as CUDA graphs: the part of `graphs.py` that only a GPU can run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_worker.cuda.waits import is_wait, no_waits
 
 
 class CudaRecorder:
-    """A `GraphRecorder` of CUDA graphs. All of its graphs share their memory, since one is replayed at a time."""
+    """A `GraphRecorder` for CUDA graphs. Its graphs share their memory, since one is replayed at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -22,7 +22,7 @@ class CudaRecorder:
         """Run a step on a side stream, as captures require, and capture it. Raises Unrecordable."""
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.device(self._device), torch.cuda.stream(self._side):
-            step()  # compiles kernels, and libraries get their workspaces
+            step()  # compiles kernels, and lets libraries allocate workspaces
             self._run_without_waiting(step)
         torch.cuda.current_stream(self._device).wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
@@ -31,7 +31,7 @@ class CudaRecorder:
         return graph.replay
 
     def _run_without_waiting(self, step: Callable[[], object]) -> None:
-        """Run a step and raise Unrecordable if the host waits for the device in it: a capture would fail for good."""
+        """Run a step; raise Unrecordable if the host waits for the device in it, which would ruin a capture."""
         self._side.synchronize()
         try:
             with no_waits():

@@ -1,4 +1,4 @@
-"""Which GPU a worker takes where the workers of one machine all see the same ones, as replicas of a container do."""
+"""Chooses a GPU for a worker whose machine shows the same GPUs to all workers, such as replicas of a container."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from protocol.wire.errors import Conflict
 
 
 def claim_gpu(gpus: Sequence[str], folder: Path, environment: MutableMapping[str, str] = os.environ) -> str:
-    """Take the first of these GPUs that no other worker holds, for as long as this process lives. Returns its id.
+    """Claim the first of these GPUs that no other worker holds, for the lifetime of this process. Return its id.
 
-    gpus: ids as CUDA_VISIBLE_DEVICES takes them, which is set to the one taken; CUDA must not be in use yet. folder: of
-    the locks, one that all workers of the machine share; made if it is missing. Raises Conflict if all are held.
+    gpus: ids as in CUDA_VISIBLE_DEVICES, which is set to the claimed one; CUDA must not be in use yet. folder: for lock
+    files, shared by all workers of the machine; created if missing. Raises Conflict if all are held.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for gpu in gpus:
@@ -24,6 +24,6 @@ def claim_gpu(gpus: Sequence[str], folder: Path, environment: MutableMapping[str
         except BlockingIOError:
             os.close(lock)
             continue
-        environment["CUDA_VISIBLE_DEVICES"] = gpu  # the lock stays open, and ends with the process
+        environment["CUDA_VISIBLE_DEVICES"] = gpu  # the lock stays open until the process ends
         return gpu
     raise Conflict(f"all GPUs of this machine's workers ({', '.join(gpus)}) are in use by other workers")

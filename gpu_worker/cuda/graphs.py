@@ -1,8 +1,8 @@
-"""Steps recorded once and replayed: which steps those are, how they are padded, where their inputs are.
+"""Steps captured once and replayed: which steps, their padding, and their input tensors.
 
-Nothing here knows CUDA: a `GraphRecorder` (`capture.py` on a GPU) keeps what a step did to the device and does it
-again. A recording fixes everything but the content of tensors, so all that changes from step to step is written into
-tensors that never move.
+This module is independent of CUDA: a `GraphRecorder` (`capture.py` on a GPU) captures the device work of a step and
+repeats it. A capture fixes everything except the content of tensors, so all inputs that change are written into tensors
+that never move.
 """
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ Replay = Callable[[], object]
 
 
 class GraphRecorder(Protocol):
-    """Records steps, so that they can be replayed without launching each of their kernels."""
+    """Captures steps, so that they can be replayed without launching each kernel."""
 
     def record(self, step: Callable[[], object]) -> Replay:
-        """Run a step and return a function that does the same to the same tensors again. Raises Unrecordable."""
+        """Run a step; return a function that repeats it on the same tensors. Raises Unrecordable."""
         ...
 
 
 class Unrecordable(Exception):
-    """A model's step waits for the device, so that a recording would keep what the host read when it was made."""
+    """A model's step waits for the device, so that a capture would freeze the values that the host read."""
 
 
 MIXED_TOKENS = (64, 128, 192, 256, 384, 512)
-"""Tokens up to which steps with prompts are recorded. A longer step keeps a device busy for longer than its launches
-take, and padding it would cost more."""
+"""Numbers of tokens for which steps with prompts are captured.
+
+A longer step keeps the device busy longer than its launches take, and padding it would cost more.
+"""
 
 FEW_SEQS = 8
-"""Sequences of a small mixed step. Attention cuts the keys of decodes into more parts where they are few."""
+"""Sequences of a small mixed step. With few sequences, attention splits the keys of decodes into more parts."""
 
 Tiles = Literal["none", "small", "large"]
-"""Of which size a step's tiles of LoRA rows are, as `triton_ops.lora` chooses them; none: no row has an adapter."""
+"""Size of a step's tiles of LoRA rows, as `triton_ops.lora` chooses it; "none": no row has an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +54,25 @@ class StepLists:
     """The inputs of a step on the host: S sequences, T tokens, of which n go through the head."""
 
     input_ids: np.ndarray  # int64 [T]
-    query_lens: np.ndarray  # int64 [S] tokens of each sequence
-    kv_lens: np.ndarray  # int64 [S] tokens computed after the step
+    query_lens: np.ndarray  # int64 [S], tokens of each sequence
+    kv_lens: np.ndarray  # int64 [S], tokens computed after the step
     block_tables: np.ndarray  # int32 [S, blocks]
-    slots: np.ndarray  # int32 [T] adapter slot, -1 for the base model
-    scales: np.ndarray  # float32 [T] each request's factor on its adapter
-    rows: np.ndarray  # int64 [n] tokens that go through the head
+    slots: np.ndarray  # int32 [T], adapter slot, -1 for the base model
+    scales: np.ndarray  # float32 [T], each request's scale on its adapter
+    rows: np.ndarray  # int64 [n], tokens that go through the head
 
     def padded_decodes(self, size: int, dummy_block: int) -> StepLists:
-        """Return a step of one token each with sequences added up to `size`, without an adapter.
+        """Return a decode step padded to `size` sequences; the added ones have no adapter.
 
-        Their only key goes to dummy_block, which nobody else reads.
+        Their only key goes to dummy_block, which no other sequence reads.
         """
         return self._padded(np.ones(size - len(self.kv_lens), np.int64), size, dummy_block)
 
     def padded(self, num_tokens: int, num_seqs: int, dummy_block: int) -> StepLists:
-        """Return the step with one more sequence that has all tokens that are missing, and others that have none.
+        """Return the step padded by one sequence that has all missing tokens, and by empty sequences.
 
-        There must be a place for it, unless no token is missing. Its keys go to dummy_block, one over the other. The
-        first token goes through the head as often as rows are missing.
+        `num_seqs` must leave a place for it, unless no token is missing. Its keys overwrite each other in dummy_block.
+        The first token goes through the head once per missing row.
         """
         query_lens = np.zeros(num_seqs - len(self.kv_lens), np.int64)
         query_lens[:1] = num_tokens - len(self.input_ids)
@@ -94,7 +96,7 @@ class StepLists:
 
     @property
     def tiles(self) -> Tiles:
-        """The tiles that LoRA takes for the step."""
+        """The size of the step's LoRA tiles."""
         adapted = self.slots[self.slots >= 0]
         if not len(adapted):
             return "none"
@@ -102,18 +104,18 @@ class StepLists:
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Return the numbers of sequences to record decode steps for, ascending.
+    """Return the numbers of sequences for which decode steps are captured, ascending.
 
-    They are few, yet so close that padding to the next one costs little.
+    They are few, yet close enough that padding to the next one is cheap.
     """
     sizes = [1, 2, 4, *range(8, min(max_num_seqs, 256), 8), *range(256, max_num_seqs, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 def mixed_sizes(max_num_seqs: int, most_tokens: int) -> list[tuple[int, int]]:
-    """Return the numbers of tokens and of sequences to record other steps for, ascending, a place for padding included.
+    """Return the (tokens, sequences) for which other steps are captured, ascending, including a place for padding.
 
-    most_tokens: of a step, and of a sequence. 0: there are none.
+    most_tokens: maximum tokens of a step, and of a sequence. 0: none are captured.
     """
     tokens = [num for num in MIXED_TOKENS if num < most_tokens] + [min(most_tokens, MIXED_TOKENS[-1])]
     seqs = sorted({min(FEW_SEQS, max_num_seqs) + 1, max_num_seqs + 1})
@@ -121,17 +123,17 @@ def mixed_sizes(max_num_seqs: int, most_tokens: int) -> list[tuple[int, int]]:
 
 
 def choose_size(sizes: Sequence[int], num_new: np.ndarray, complete: np.ndarray) -> int | None:
-    """Return the smallest recorded size that holds a step of decodes, None for another step.
+    """Return the smallest captured size that fits a step of decodes, None for any other step.
 
-    num_new: int [S] tokens of each sequence; complete: bool [S], whether its next token can be chosen afterwards.
+    num_new: int [S], tokens of each sequence. complete: bool [S], whether its next token can be chosen afterwards.
     """
-    if (num_new != 1).any() or not complete.all():  # prompts or draft tokens, which have any length
+    if (num_new != 1).any() or not complete.all():  # prompts or draft tokens, which vary in length
         return None
     return next((size for size in sizes if size >= len(num_new)), None)
 
 
 class StepGraph:
-    """Steps of one padded size: the tensors that they read and write, and their recordings."""
+    """Steps of one padded size: their input and output tensors, and their captures."""
 
     def __init__(
         self, model: BaseModel, num_tokens: int, block_tables: Tensor, dummy_block: int, *, decodes: bool
@@ -145,7 +147,7 @@ class StepGraph:
         self.input_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self.attention = ops.recordable_attention_batch(block_tables, num_tokens)
         self.lora = ops.recordable_lora_batch(num_tokens, device)
-        # Every row of a decode goes through the head, so one list serves both.
+        # All rows of a decode go through the head, so one list serves both.
         self.lora_logits = self.lora if decodes else ops.recordable_lora_batch(self.num_seqs, device)
         self.rows = torch.zeros(self.num_seqs, dtype=torch.int64, device=device)
         if decodes:
@@ -154,15 +156,15 @@ class StepGraph:
         self._kinds: tuple[Tiles, ...] = ("small", "none") if decodes else ("large", "small", "none")
         self._logits = torch.empty(0)
         self._replays: dict[Tiles, Replay] = {}
-        self._num_rows = 0  # rows of the step in the tensors
+        self._num_rows = 0  # rows of the step currently in the tensors
         self._tiles: Tiles = "none"
 
     def forward(self, tiles: Tiles) -> Tensor:
-        """Compute the step that the tensors hold: logits [rows, V]."""
+        """Compute the step in the tensors; return the logits [rows, V]."""
         context = self._model.context
         context.attention = self.attention
         lora = self.lora
-        if tiles == "large":  # a batch with so many rows per segment uses these tiles
+        if tiles == "large":  # enough rows per segment to select these tiles
             lora = replace(lora, num_rows=LARGE_TILE_ROWS_PER_SEGMENT * lora.num_segments)
         context.lora, context.lora_logits = (None, None) if tiles == "none" else (lora, self.lora_logits)
         context.extras, context.extras_logits = [], []
@@ -170,7 +172,7 @@ class StepGraph:
             return self._model.forward(self.input_ids, self.attention.positions, self.rows)
 
     def record(self, recorder: GraphRecorder, logits: Tensor) -> None:
-        """Record the step with adapters and the one without. All write to logits [rows, V]. Raises Unrecordable."""
+        """Capture the step with and without adapters; all captures write to logits [rows, V]. Raises Unrecordable."""
         self._logits = logits
 
         def step(tiles: Tiles) -> None:
@@ -180,7 +182,7 @@ class StepGraph:
             self._replays[tiles] = recorder.record(partial(step, tiles))
 
     def fill(self, lists: StepLists) -> None:
-        """Write a step's inputs over the last one's. The host does not wait for the device."""
+        """Overwrite the tensors with a step's inputs. The host does not wait for the device."""
         device = self.input_ids.device
         self._num_rows, tiles = len(lists.rows), lists.tiles
         self._tiles = "small" if self._decodes and tiles == "large" else tiles
@@ -201,20 +203,20 @@ class StepGraph:
                 self.lora_logits.buffer.zero_()
 
     def replay(self) -> Tensor:
-        """Compute the step last filled in. Returns its logits [n, V], valid until the next replay of any size."""
+        """Compute the step last filled in. Return its logits [n, V], valid until the next replay of any size."""
         self._replays[self._tiles]()
         return self._logits[: self._num_rows]
 
 
 class StepGraphs:
-    """The recorded steps of a model: decodes by their number, others by their numbers of tokens and sequences."""
+    """The captured steps of a model: decodes by number of sequences, others by numbers of tokens and sequences."""
 
     def __init__(
         self, model: BaseModel, max_num_seqs: int, max_blocks: int, dummy_block: int, max_step_tokens: int = 0
     ) -> None:
-        """max_blocks: most KV blocks of one sequence. dummy_block: one that belongs to no sequence.
+        """max_blocks: maximum KV blocks per sequence. dummy_block: one that belongs to no sequence.
 
-        max_step_tokens: most tokens of a step; 0: only decodes are recorded.
+        max_step_tokens: maximum tokens of a step; 0: capture only decodes.
         """
         self.sizes = graph_sizes(max_num_seqs)
         most = min(max_step_tokens, max_blocks * ops.BLOCK_TOKENS)
@@ -226,16 +228,16 @@ class StepGraphs:
         ]
 
     def record(self, recorder: GraphRecorder) -> None:
-        """Record all steps. Raises Unrecordable."""
-        # All sizes share one tensor of logits: each recording's own outputs would keep memory of their own.
+        """Capture all steps. Raises Unrecordable."""
+        # All sizes share one logits tensor: otherwise each capture would own memory for its output.
         graphs = [*reversed(self._mixed), *(self._decodes[size] for size in reversed(self.sizes))]
         largest = max(graphs, key=lambda graph: graph.num_seqs)
         logits = torch.zeros_like(largest.forward("none"))
-        for graph in graphs:  # the largest ones first: the smaller ones reuse their memory
+        for graph in graphs:  # largest first: smaller ones reuse their memory
             graph.record(recorder, logits[: graph.num_seqs])
 
     def find(self, num_new: np.ndarray, complete: np.ndarray, num_rows: int) -> StepGraph | None:
-        """Return the graph that replays a step, None if none does.
+        """Return the graph that can replay a step, None if there is none.
 
         num_new, complete: as in `choose_size`. num_rows: tokens that go through the head.
         """

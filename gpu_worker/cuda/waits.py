@@ -1,4 +1,4 @@
-"""Finding out where the host waits for a GPU in the middle of a step."""
+"""Detects where the host waits for a GPU inside a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def no_waits() -> Iterator[None]:
-    """Raise RuntimeError where the host waits for the device, as far as torch notices."""
+    """Raise RuntimeError if the host waits for the device in the block, as far as torch detects it."""
     before = torch.cuda.get_sync_debug_mode()
     _set_mode("error")
     try:
@@ -21,12 +21,12 @@ def no_waits() -> Iterator[None]:
 
 
 def _set_mode(mode: int | str) -> None:
-    """Set what happens where the host waits. torch warns that this is a prototype, which is no news here."""
+    """Set torch's reaction to host waits, without its warning that this is a prototype."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode(mode)
 
 
 def is_wait(error: RuntimeError) -> bool:
-    """Return whether an error is that of `no_waits`."""
+    """Return whether an error was raised by `no_waits`."""
     return "synchronizing CUDA operation" in str(error)

@@ -1,7 +1,7 @@
-"""The steps that are run before a worker is ready, so that serving compiles no kernel: one of each form there can be.
+"""The steps run before a worker is ready, one of each shape, so that serving compiles no kernels.
 
-Triton compiles a kernel for every set of its constants. Which ones a launch has depends on the step's numbers of
-sequences, tokens and tiles, by thresholds: powers of two on both sides of each reach them all.
+Triton compiles a kernel for every set of its constants. A launch's constants depend on the step's numbers of sequences,
+tokens and tiles, by thresholds; powers of two on both sides of each threshold cover them all.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from lora_kernels.segments import LARGE_TILE_ROWS_PER_SEGMENT
 
 @dataclass(frozen=True, slots=True)
 class WarmUpStep:
-    """One step of sequences that have no text before it."""
+    """One step of sequences without earlier text."""
 
-    num_new: np.ndarray  # int64 [S] tokens of each sequence
-    slots: np.ndarray  # int32 [T] slot of each token's adapter; -1: none
-    has_scales: bool = False  # whether requests have factors of their own on their adapters
-    through_head: bool = False  # all tokens go through the head, not the last one of each sequence alone
+    num_new: np.ndarray  # int64 [S], tokens of each sequence
+    slots: np.ndarray  # int32 [T], adapter slot of each token; -1: none
+    has_scales: bool = False  # whether requests have adapter scales other than 1
+    through_head: bool = False  # whether all tokens go through the head, not only each sequence's last
 
     @property
     def num_tokens(self) -> int:
-        """T, the tokens of the step."""
+        """T, the number of tokens in the step."""
         return len(self.slots)
 
 
 def warm_up_steps(
     max_num_seqs: int, max_step_tokens: int, num_slots: int, max_prompt_rows: int
 ) -> Iterator[WarmUpStep]:
-    """Yield the steps.
+    """Yield the warm-up steps.
 
-    max_num_seqs, max_step_tokens: most sequences and tokens of a step. num_slots: of the adapter pool, of which these
-    steps name the first ones, whether they hold an adapter or not. max_prompt_rows: most tokens of a step that go
-    through the head besides each sequence's last.
+    max_num_seqs, max_step_tokens: maximum sequences and tokens of a step. num_slots: the adapter pool's; the steps use
+    its first slots, whether occupied or not. max_prompt_rows: maximum tokens of a step that go through the head besides
+    each sequence's last.
     """
-    for length in _sizes(max_step_tokens):  # attention: a chunk of any length beside decodes
+    for length in _sizes(max_step_tokens):  # attention: chunks of any length beside decodes
         for num in _sizes(min(max_num_seqs, max_step_tokens - length + 1)):
             yield WarmUpStep(_chunk_and_decodes(length, num), np.full(length + num - 1, -1, np.int32))
     for has_scales in (False, True):
@@ -52,14 +52,14 @@ def warm_up_steps(
             distinct = (np.arange(num) % num_slots).astype(np.int32)
             yield WarmUpStep(np.ones(num, np.int64), distinct, has_scales)
             yield WarmUpStep(np.ones(num, np.int64), np.zeros(num, np.int32), has_scales)
-        # As many tiles as there can be, small ones and then large ones: a long chunk beside tokens of other adapters.
+        # The maximum number of tiles, small and then large: a long chunk beside tokens of other adapters.
         for num in (max_step_tokens, max_step_tokens // LARGE_TILE_ROWS_PER_SEGMENT):
             num_seqs = max(1, min(max_num_seqs, num_slots, num))
             num_new = _chunk_and_decodes(max_step_tokens - num_seqs + 1, num_seqs)
             yield WarmUpStep(num_new, np.repeat(np.arange(num_seqs, dtype=np.int32), num_new), has_scales)
         for num in _sizes(max_step_tokens):
             slots = np.zeros(num, np.int32)
-            slots[:1] = -1  # with one adapter for all tokens, library products may replace the kernels
+            slots[:1] = -1  # with one adapter for all tokens, library products might replace the kernels
             yield WarmUpStep(np.array([num]), slots, has_scales, through_head=num <= max_prompt_rows)
 
 
@@ -76,14 +76,14 @@ def _sizes(most: int) -> list[int]:
 def run_steps(
     model: BaseModel, steps: Iterable[WarmUpStep], *, max_model_len: int, block: int, empty_state: int
 ) -> None:
-    """Run steps on a model whose caches are allocated and hold nothing yet, and leave its context without any.
+    """Run steps on a model with allocated, empty caches; afterwards its context has no adapters.
 
-    max_model_len: most tokens of a sequence; longer ones are cut. block: of the KV cache, for all keys and values,
-    which nobody reads. empty_state: the slot of the state that stays empty; the first slot is written over.
+    max_model_len: maximum tokens of a sequence; longer ones are split. block: the KV block for all keys and values,
+    which no sequence reads. empty_state: slot of the state that stays empty; the first slot is overwritten.
     """
     device, context = model.device, model.context
     had_rows = context.expert_slots.copy()
-    context.expert_slots[:] = True  # experts' LoRA is computed too, though no adapter has rows for it yet
+    context.expert_slots[:] = True  # compute the LoRA of experts too, though no adapter has rows yet
     for step in steps:
         lens = np.concatenate([_cut(num, max_model_len) for num in step.num_new.tolist()])
         ends = np.cumsum(lens)
@@ -106,5 +106,5 @@ def run_steps(
 
 
 def _cut(num: int, most: int) -> np.ndarray:
-    """Return parts of at most `most` that add up to `num`: int64."""
+    """Return parts of at most `most` that sum to `num`: int64."""
     return np.diff([*range(0, num, most), num])

@@ -1,4 +1,4 @@
-"""How much memory steps take besides weights and caches, found by running the largest ones before there are caches."""
+"""Measures the memory of steps besides weights and caches, by running the largest ones before caches exist."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from gpu_worker.sampling.sampling import SampleRow, sample
 from protocol.wire.messages import Sampling
 
 NUM_LOGPROBS = 20
-"""Most likely tokens of each row of the trial: as many as OpenAI's API lets a request ask for."""
+"""Most likely tokens per row in the trial: the maximum of OpenAI's API."""
 
 
 class MemoryMeter(Protocol):
-    """Measures memory on a device."""
+    """Measures memory use on a device."""
 
     def peak(self, run: Callable[[], object]) -> int:
-        """Run something and return the most bytes that were allocated meanwhile, beyond those before it."""
+        """Run something; return the peak of allocated bytes during the run, minus those before it."""
         ...
 
 
 class CudaMeter:
-    """Measures by torch's allocator."""
+    """Measures with torch's allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -49,10 +49,10 @@ def workspace_bytes(
     model: BaseModel, meter: MemoryMeter, *, max_num_seqs: int, max_step_tokens: int, max_model_len: int,
     max_prompt_rows: int, has_graphs: bool,
 ) -> int:  # fmt: skip
-    """Return the bytes that the largest steps take on a model without caches, which are those of the trial then.
+    """Return the bytes that the largest steps need. Replaces the model's caches with minimal ones.
 
-    max_num_seqs, max_step_tokens, max_prompt_rows: as of `warm_up_steps`. max_model_len: most tokens of a sequence.
-    has_graphs: whether steps will be recorded, which keep their memory for good.
+    max_num_seqs, max_step_tokens, max_prompt_rows: as in `warm_up_steps`. max_model_len: maximum tokens of a sequence.
+    has_graphs: whether steps will be captured, which keeps their memory permanently.
     """
     for layer in model.layers:
         layer.allocate(1, model.dtype, model.device)
@@ -76,7 +76,7 @@ def workspace_bytes(
 
 
 def _sample(model: BaseModel, num_rows: int) -> None:
-    """Choose tokens for as many rows as a step can have, each in a way that takes the most memory."""
+    """Sample for the maximum number of rows, with the settings that take the most memory."""
     logits = torch.zeros(num_rows, model.vocab_size, dtype=model.dtype, device=model.device)
     wish = Sampling(temperature=1.0, top_p=0.5, num_logprobs=NUM_LOGPROBS, logprobs_of="choice")
     sample(logits, [SampleRow(wish, np.zeros(0, np.int32)) for _ in range(num_rows)])

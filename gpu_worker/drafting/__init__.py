@@ -1,1 +1,1 @@
-"""A small model of the base's vocabulary, which drafts tokens that the base checks."""
+"""Draft models with the base's vocabulary, whose tokens the base verifies."""

@@ -1,4 +1,4 @@
-"""Drafts by a head of the base, which reads its hidden states: those of each step are kept for it."""
+"""Drafting by a head of the base, which reads the base's hidden states; those of each step are stored for it."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from gpu_worker.planning.step_plan import StepPlan
 from lora_kernels import ops
 
 ALWAYS = 1 << 20
-"""Steps of a request that ends so late that reading its text always pays."""
+"""Number of steps assumed for a request that ends so late that reading its text always pays off."""
 
 
 @dataclass(slots=True, eq=False)
 class FollowedText(ReadText):
-    """What a head has read of a sequence, and may read: the tokens behind the first hidden state that was kept."""
+    """A head's view of a sequence: the tokens after the first stored hidden state."""
 
-    num_kept: int = 0  # tokens of its text with whose predecessors' hidden states the base is done, in the blocks
+    num_kept: int = 0  # tokens of its text whose predecessors' hidden states of the base are stored
 
     def settle(self) -> None:
-        """Forget what was guessed: what comes true is read again, with the base's hidden states."""
+        """Forget the guesses: those that come true are read again, with the base's hidden states."""
         self.guessed = []
         self.num_kept = min(self.num_kept, self.num_tokens)
         self.num_read = max(0, min(self.num_read, self.num_tokens - 1, self.num_kept))
 
     def slots(self, start: int, end: int) -> np.ndarray:
-        """Return the places of its tokens from `start` to `end` in the cache: int64 [end - start]."""
+        """Return the cache slots of its tokens [start, end): int64 [end - start]."""
         at = np.arange(start, end)
         return np.array(self.blocks)[at // ops.BLOCK_TOKENS] * ops.BLOCK_TOKENS + at % ops.BLOCK_TOKENS
 
 
 class DraftHead(DraftModel):
-    """A draft model that is a head: its texts begin where hidden states of the base are kept without a gap.
+    """A draft model that is a head: its texts begin where the base's hidden states are stored without a gap.
 
-    What the base took from its prefix cache, or computed beside many others, is not in them.
+    Hidden states are missing for tokens from the base's prefix cache and for steps that did not store them.
     """
 
     def __init__(
         self, head: BaseHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff, most_tokens: int
     ) -> None:
-        """most_tokens: those of a step with draft tokens, theirs included."""
+        """most_tokens: maximum tokens of a step with draft tokens, these included."""
         self.head = head
         self._most_tokens = most_tokens
         super().__init__(head, num_blocks, vocab_size, max_pass_tokens, payoff)
 
     @contextmanager
     def watching(self, plan: StepPlan) -> Iterator[None]:
-        """Keep the hidden states of the step that is computed inside."""
+        """Store the hidden states of the step that is computed inside the block."""
         if self._num_idle or not self._may_pay(len(plan.num_new)):
             yield
             return
@@ -67,16 +67,16 @@ class DraftHead(DraftModel):
         states.clear()
 
     def _may_pay(self, num_seqs: int) -> bool:
-        """Return whether drafts would pay in steps of so many sequences, if these are as others were.
+        """Return whether drafts would pay off in steps with `num_seqs` typical sequences.
 
-        Else nothing is kept: to gather hidden states takes time, too.
+        If not, nothing is stored, since collecting hidden states takes time.
         """
         most = self._most_tokens // num_seqs - 1
         typical = Draftable(self._typical.rate, most, num_unread=2, num_steps=ALWAYS)
         return most > 0 and self._payoff.choose([typical] * num_seqs, most, num_seqs).num_drafts > 0
 
     def _keep(self, plan: StepPlan, states: list[Tensor]) -> None:
-        """Keep the hidden states of each sequence that generates text."""
+        """Store the hidden states of each sequence that generates text."""
         texts: list[FollowedText] = []
         rows: list[np.ndarray] = []
         starts: list[int] = []
@@ -129,7 +129,10 @@ class DraftHead(DraftModel):
         own.num_kept = 0
 
     def _pass(self, readings: list[ReadText], parts: list[np.ndarray], ends: list[int]) -> list[int]:
-        """Return the likeliest token after each part. Behind what the base has computed, the head goes on by itself."""
+        """Return the most likely token after each part.
+
+        Beyond the base's tokens, the head reads its own hidden states.
+        """
         tokens = super()._pass(readings, parts, ends)
         texts = [own for own in readings if isinstance(own, FollowedText)]
         if all(end >= own.num_kept for own, end in zip(texts, ends, strict=True)):

@@ -1,7 +1,7 @@
-"""A draft model: what it has read of each sequence, and its greedy guesses at how these go on.
+"""A draft model: the tokens that it has read of each sequence, and its greedy guesses at the next ones.
 
-It knows no adapters: it drafts for each of them what it would say itself. It reads the same tokens as the base, into
-blocks of its own, and what it wrote there of draft tokens that were wrong is written over, as the base does it.
+It ignores adapters: for each it drafts its own continuation. It reads the same tokens as the base into blocks of its
+own; entries of wrong draft tokens are overwritten, as in the base.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from lora_kernels import ops
 logger = logging.getLogger(__name__)
 
 MEASURED_TOKENS = (1, 2, 8, 16)
-"""Tokens of the passes that are measured at the start."""
+"""Numbers of tokens in the passes that are measured at the start."""
 
 FAILURE_STEPS = 1024
-"""Steps without drafts after a pass has failed: whatever made it fail, nobody waits long for what fails again."""
+"""Steps without drafts after a failed pass, so that repeated failures delay requests little."""
 
 
 @dataclass(slots=True, eq=False)
 class ReadText:
-    """What the draft model has read of a sequence."""
+    """The state of a sequence in the draft model."""
 
     seq: Sequence
     acceptance: Acceptance
-    start: int  # its first token that is read; an adapter's virtual ones mean nothing to a draft model
+    start: int  # first token that is read; an adapter's virtual tokens mean nothing to a draft model
     blocks: list[int] = field(default_factory=list[int])
-    num_read: int = 0  # tokens of its text whose keys and values are in the blocks
-    guessed: list[int] = field(default_factory=list[int])  # draft tokens whose keys and values follow these
-    num_before: int = 0  # tokens of output when blocks were last taken from it
+    num_read: int = 0  # tokens of its text with keys and values in the blocks
+    guessed: list[int] = field(default_factory=list[int])  # draft tokens whose keys and values follow those
+    num_before: int = 0  # output tokens when blocks were last taken from it
 
     @property
     def text(self) -> np.ndarray:
@@ -54,21 +54,21 @@ class ReadText:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the text."""
+        """The number of tokens in the text."""
         return self.seq.num_tokens - self.start
 
     @property
     def num_unread(self) -> int:
-        """Tokens of the text that are not read."""
+        """The number of tokens in the text that have not been read."""
         return self.num_tokens - self.num_read
 
     @property
     def num_steps(self) -> int:
-        """Tokens that it has put out since nothing of it was read, or that it may yet if these are fewer."""
+        """The tokens emitted since its text was last entirely unread, or the maximum left, whichever is less."""
         return min(self.seq.num_output - self.num_before, self.seq.max_tokens - self.seq.num_tokens)
 
     def settle(self) -> None:
-        """Count as read what was guessed and has come true; never the last token, which is read for the next one."""
+        """Count correct guesses as read, but never the last token, which is read to predict the next."""
         if self.guessed:
             came = self.text[self.num_read :][: len(self.guessed)].tolist()
             for guess, token in zip(self.guessed, came, strict=False):
@@ -80,33 +80,33 @@ class ReadText:
 
 
 class DraftModel:
-    """Drafts for the sequences of a step together: greedily, as many tokens as pay for each of them."""
+    """Drafts for all sequences of a step together: greedily, as many tokens as pay off."""
 
     def __init__(
         self, model: BaseModel | BaseHead, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff
     ) -> None:
-        """Take a model whose cache has so many blocks, and another one, and measure its passes.
+        """Use a model whose cache has `num_blocks` blocks and a spare one, and measure its passes.
 
-        vocab_size: the base's. max_pass_tokens: those of a pass that reads.
+        vocab_size: the base's. max_pass_tokens: maximum tokens of a reading pass.
         """
         self.model = model
         self.blocks = BlockPool(num_blocks)
-        self._spent_s = 0.0  # seconds that drafting took since they were last taken
-        self._num_probes = 0  # passes that were only measured
-        self._num_idle = 0  # steps without drafts that are still to come, after a failure
+        self._spent_s = 0.0  # seconds spent drafting since the last `take_seconds`
+        self._num_probes = 0  # passes run only for measurement
+        self._num_idle = 0  # remaining steps without drafts after a failure
         self._payoff = payoff
         self._max_pass_tokens = max_pass_tokens
         self._vocab_size = min(vocab_size, model.vocab_size)
-        self._readings: dict[Sequence, ReadText] = {}  # those that were drafted for longest ago come first
-        self._typical = Acceptance()  # of all sequences, with which new ones begin
+        self._readings: dict[Sequence, ReadText] = {}  # least recently used first
+        self._typical = Acceptance()  # over all sequences; the initial value for new ones
         self._measure()
 
     def propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> dict[Sequence, list[int]]:
-        """Return draft tokens for sequences of a step whose last token it computes; none while they do not pay.
+        """Return draft tokens for sequences whose last token a step computes; none while drafting does not pay off.
 
-        limits: the most that each can use, at least 1. plan: the step without them, which takes nothing but decodes.
-        While it is behind with the texts it reads on instead, in passes that take no longer than the step. Raises
-        nothing: without drafts the step is right, too.
+        limits: maximum draft tokens of each, at least 1. plan: the step without drafts; it holds decodes only. While
+        the draft model is behind with the texts, it reads instead, in passes that take no longer than the step. Never
+        raises: a step without drafts is still correct.
         """
         if self._num_idle:
             self._num_idle -= 1
@@ -116,26 +116,26 @@ class DraftModel:
         return {}
 
     def watching(self, plan: StepPlan) -> AbstractContextManager[None]:
-        """Return a context for the pass of a step, whose hidden states a head of the base keeps."""
+        """Return a context for a step's forward pass, in which a head of the base stores the hidden states."""
         return nullcontext()
 
     def take_seconds(self) -> float:
-        """Return how long drafting took since the last call."""
+        """Return the seconds spent drafting since the last call."""
         spent_s, self._spent_s = self._spent_s, 0.0
         return spent_s
 
     def learn(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
-        """Learn from a draft whose first `num_right` tokens were right."""
+        """Record that the first `num_right` tokens of a draft were right."""
         self._typical.learn(num_drafted, num_right)
         if seq in self._readings:
             self._readings[seq].acceptance.learn(num_drafted, num_right)
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
-        """Learn from a step of the base that is short enough for draft tokens."""
+        """Record the time of a step of the base that is small enough for draft tokens."""
         self._payoff.note_step(plan.num_tokens, seconds)
 
     def forget(self, seq: Sequence) -> None:
-        """Free what is kept of a sequence, if anything is."""
+        """Free what is stored for a sequence, if anything."""
         own = self._readings.pop(seq, None)
         if own is not None:
             self.blocks.release(own.blocks)
@@ -165,14 +165,14 @@ class DraftModel:
         return {own.seq: draft[: limits[own.seq]] for own, draft in zip(readings, drafts, strict=True)}
 
     def _rest(self, readings: Many[ReadText]) -> None:
-        """Note a step without drafts, and measure a pass if that is due."""
+        """Record a step without drafts, and run a measuring pass if one is due."""
         for acceptance in (self._typical, *(own.acceptance for own in readings)):
             acceptance.rest()
         self._probe()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Go on without drafts where the inside fails, and note how long it took."""
+        """Continue without drafts if the block fails, and add its time."""
         started_s = time.perf_counter()
         try:
             yield
@@ -187,7 +187,7 @@ class DraftModel:
     # ------------------------------------------------------------ what is kept
 
     def _open(self, seq: Sequence) -> ReadText:
-        """Return what is kept of a sequence, as the one that was drafted for last."""
+        """Return the state of a sequence, created if necessary, and mark it as most recently used."""
         own = self._readings.pop(seq, None) or self._new_text(seq)
         self._readings[seq] = own
         own.settle()
@@ -197,9 +197,9 @@ class DraftModel:
         return ReadText(seq, Acceptance(self._typical.rate), seq.num_virtual)
 
     def _make_room(self, readings: Many[ReadText], ends: list[int]) -> bool:
-        """Give each text the blocks for so many tokens, if need be those of texts drafted for longest ago.
+        """Allocate each text's blocks for tokens up to `ends`, taking those of least recently used texts if necessary.
 
-        Returns False, and gives none, where even all of them would not be enough.
+        Return False, allocating none, if even all of those would not suffice.
         """
         missing = [-(-end // ops.BLOCK_TOKENS) - len(own.blocks) for own, end in zip(readings, ends, strict=True)]
         num_missing = sum(max(0, num) for num in missing)
@@ -215,7 +215,7 @@ class DraftModel:
         return True
 
     def _take_blocks(self, own: ReadText) -> None:
-        """Free a text's blocks: it is to be read again, once it has had as many steps again as that needs."""
+        """Free a text's blocks: it is read again once it has had enough further steps to pay off."""
         self.blocks.release(own.blocks)
         own.blocks, own.num_read, own.guessed = [], 0, []
         own.num_before = own.seq.num_output
@@ -238,7 +238,7 @@ class DraftModel:
         return drafts
 
     def _read(self, readings: list[ReadText], most: int) -> None:
-        """Read up to `most` tokens of the texts, in their order, and of none the last one."""
+        """Read up to `most` tokens of the texts, in order, never a text's last token."""
         parts: list[tuple[ReadText, np.ndarray]] = []
         for own in readings:
             part = own.text[own.num_read : -1][:most]
@@ -250,7 +250,7 @@ class DraftModel:
             own.num_read += len(part)
 
     def _pass(self, readings: list[ReadText], parts: list[np.ndarray], ends: list[int]) -> list[int]:
-        """Return the likeliest token after each text's part, int [n], that ends at a position; one pass for all."""
+        """Return the most likely token after each text's part, whose end position is in `ends`; one pass for all."""
         tables = np.zeros((len(readings), max(len(own.blocks) for own in readings)), np.int32)
         for row, own in zip(tables, readings, strict=True):
             row[: len(own.blocks)] = own.blocks
@@ -258,11 +258,11 @@ class DraftModel:
         return self._forward(np.concatenate(parts, dtype=np.int64), lens, np.array(ends), tables)
 
     def _forward(self, ids: np.ndarray, lens: np.ndarray, ends: np.ndarray, tables: np.ndarray) -> list[int]:
-        """Return the likeliest token after the last one of each of S texts, and note how long that took.
+        """Return the most likely token after each of S texts, and record the pass's time.
 
-        ids: int64 [T], new tokens, text after text. lens, ends: int [S], new tokens, and tokens with them. tables:
-        int32 [S, max_blocks]. Tokens that an adapter has added, and virtual ones, are unknown here: token 0 is
-        read in their place.
+        ids: int64 [T], new tokens, text after text. lens, ends: int [S], new tokens, and tokens including them. tables:
+        int32 [S, max_blocks]. Virtual tokens and tokens added by adapters are unknown to the draft model, which reads
+        token 0 instead.
         """
         started_s = time.perf_counter()
         model, device = self.model, self.model.device
@@ -276,12 +276,12 @@ class DraftModel:
         return tokens
 
     def _measure(self) -> None:
-        """Run passes of few and of more tokens, so that it is known what they take."""
+        """Run passes of few and of more tokens, to learn their times."""
         for _ in range(MIN_STEPS):
             self._probe(is_due=True)
 
     def _probe(self, *, is_due: bool = False) -> None:
-        """Run a pass of nothing but unread tokens, if one is due to be measured. Nothing of it is kept."""
+        """Run a pass with dummy tokens, if a measurement is due. Its results are discarded."""
         num = MEASURED_TOKENS[self._num_probes % len(MEASURED_TOKENS)]
         if is_due or self._payoff.is_probe_due(num):
             self._num_probes += 1

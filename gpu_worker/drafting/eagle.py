@@ -1,7 +1,7 @@
-"""An EAGLE-3 head: one decoder layer that goes on from the base's own hidden states (Li et al. 2025, arXiv 2503.01840).
+"""An EAGLE-3 head: one decoder layer that continues from the base's hidden states (Li et al. 2025, arXiv 2503.01840).
 
-Of each token it reads the embedding, and what three layers of the base made of the token before. Read are the files of
-the published heads (https://github.com/SafeAILab/EAGLE, class LlamaForCausalLMEagle3).
+For each token it reads the embedding, and the hidden states of three of the base's layers for the previous token. It
+loads the published format (https://github.com/SafeAILab/EAGLE, class LlamaForCausalLMEagle3).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 
 EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
-"""What a head's config.json calls its architecture."""
+"""Names of the architecture in a head's config.json."""
 
 FEWEST_LAYERS = 7
-"""Layers that a base must have, so that the three which a head reads are three."""
+"""Minimum layers of a base, so that the three layers a head reads are distinct."""
 
 UNSERVED: dict[str, Any] = {
     "num_hidden_layers": 1,
@@ -48,10 +48,10 @@ UNSERVED: dict[str, Any] = {
     "ptd_token_id": None,
     "quantization_config": None,
 }
-"""Entries of a config with the one value of each that is served."""
+"""Config entries, with the only supported value of each."""
 
 ROPES = ("default", "linear", "llama3", "yarn")
-"""Types of rotary embeddings that are the same for every length of text."""
+"""Types of rotary embeddings that do not depend on the text's length."""
 
 NAMED_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
@@ -60,7 +60,7 @@ NAMED_LAYERS = "eagle_aux_hidden_state_layer_ids"
 class HeadLayers:
     """The modules of a head."""
 
-    embed: Callable[[Tensor], Tensor]  # from ids [T] to [T, D], without what adapters change
+    embed: Callable[[Tensor], Tensor]  # from ids [T] to [T, D], without changes by adapters
     first: Norm
     hidden: Norm
     attention: RotaryAttention
@@ -76,7 +76,7 @@ class EagleHead(BaseHead):
     """An EAGLE-3 head."""
 
     def __init__(self, base: BaseModel, stack: LayerStack, layers: HeadLayers, d2t: Tensor, max_positions: int) -> None:
-        """stack: the base's layers. d2t: int64 [draft vocabulary], what is added to its ids to have the base's."""
+        """stack: the base's layers. d2t: int64 [draft vocabulary], added to its ids to get the base's ids."""
         super().__init__(base, layers.attention.layer, len(layers.norm.weight), max_positions)
         self._stack = stack
         self._layers = layers
@@ -84,7 +84,7 @@ class EagleHead(BaseHead):
 
     @contextmanager
     def taking(self) -> Iterator[list[Tensor]]:
-        """Gather what the three layers take."""
+        """Collect the inputs of the three tapped layers."""
         self._stack.is_tapped = True
         try:
             yield self._stack.taken
@@ -92,7 +92,7 @@ class EagleHead(BaseHead):
             self._stack.is_tapped = False
 
     def project(self, states: list[Tensor]) -> Tensor:
-        """Return the hidden states [T, D] of tokens, of what the layers have taken, [T, base's width] each."""
+        """Return the hidden states [T, D] of tokens. states: the three layers' inputs, [T, base's width] each."""
         return self._layers.fc.project(torch.cat(states, -1))[0]
 
     def run(self, ids: Tensor, positions: Tensor, hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -108,12 +108,12 @@ class EagleHead(BaseHead):
         return hidden, own.lm_head.project(own.norm.forward(hidden))[0]
 
     def base_ids(self, ids: list[int]) -> list[int]:
-        """Return the base's ids of tokens of the draft vocabulary."""
+        """Return the base's ids for ids of the draft vocabulary."""
         return [self._ids[id_] for id_ in ids]
 
 
 def load_head(folder: Path, config: Any, base: BaseModel, impl: ops.Impl | None) -> EagleHead:
-    """Load a head for a base. Raises BadRequest, which says what is not served, or does not fit the base."""
+    """Load a head for a base. Raises BadRequest naming what is not supported or does not fit the base."""
     stack = _check_base(base)
     layers = len(stack.layers)
     taps = (2, layers // 2, layers - 3)
@@ -134,7 +134,7 @@ def load_head(folder: Path, config: Any, base: BaseModel, impl: ops.Impl | None)
 
 
 def _check_base(base: BaseModel) -> LayerStack:
-    """Return the layers of a base whose hidden states a head can read. Raises BadRequest where there are none."""
+    """Return the layer stack of a base whose hidden states a head can read. Raises BadRequest if there is none."""
     check_device(base)
     stacks, layers = stacks_of(base.module), base.config.num_hidden_layers
     if len(stacks) != 1 or len(stacks[0].layers) != layers:
@@ -148,7 +148,7 @@ def _check_base(base: BaseModel) -> LayerStack:
 
 
 def check_config(config: Any, base: BaseModel, taps: tuple[int, int, int]) -> None:
-    """Raise BadRequest for a head with what is not served, or of another base. taps: the layers that it may read."""
+    """Raise BadRequest for an unsupported head or one for another base. taps: the layers that it may read."""
     for name, value in UNSERVED.items():
         given = getattr(config, name, value)
         if given != value and (given or value):
@@ -161,7 +161,7 @@ def check_config(config: Any, base: BaseModel, taps: tuple[int, int, int]) -> No
     inner = getattr(config, "eagle_config", None) or {}
     if not inner.get("use_aux_hidden_state", True):
         raise BadRequest("it reads the base's last hidden states alone (use_aux_hidden_state is false)")
-    # Servers number a hidden state by the layer that takes it, or by the layer before, whose output it is.
+    # Servers number a hidden state by the layer that reads it, or by the previous layer, whose output it is.
     named = getattr(config, NAMED_LAYERS, None) or inner.get(NAMED_LAYERS)
     if named and sorted(named) not in ([*taps], [tap - 1 for tap in taps]):
         raise BadRequest(
@@ -170,7 +170,7 @@ def check_config(config: Any, base: BaseModel, taps: tuple[int, int, int]) -> No
 
 
 def _read(folder: Path, config: Any, base: BaseModel) -> dict[str, Tensor]:
-    """Return a head's tensors by their published names. Raises BadRequest unless all are there, and of its shapes."""
+    """Return a head's tensors by their published names. Raises BadRequest if any are missing or of wrong shape."""
     tensors: dict[str, Tensor] = {}
     try:
         for file in weight_files(folder):
@@ -244,7 +244,7 @@ def _layers(tensors: dict[str, Tensor], config: Any, base: BaseModel, impl: ops.
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """Return a linear layer of a weight [N, K], whose memory it shares."""
+    """Return a linear layer with weight [N, K], sharing its memory."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

@@ -1,4 +1,4 @@
-"""What heads of a base share: they go on from its hidden states, of which they keep one for each token of a text."""
+"""The common base of heads: they continue from the base's hidden states, and store one per token of a text."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from protocol.wire.errors import BadRequest
 
 
 class BaseHead(ABC):
-    """A head with its cache, which `DraftModel` runs as it runs a draft model.
+    """A head with its cache; `DraftModel` runs it like a draft model.
 
-    The cache has for each token its keys and values, and the hidden state that is read with it: the base's of the
-    token before, or for draft tokens the head's own.
+    For each token, the cache holds keys, values and the hidden state that is read with it: the base's for the previous
+    token, or the head's own for draft tokens.
     """
 
     def __init__(self, base: BaseModel, layer: PagedLayer, width: int, max_positions: int) -> None:
-        """layer: its one attention. width: entries of a hidden state."""
+        """layer: its only attention. width: size of a hidden state."""
         self.device = base.device
         self.dtype = base.dtype
         self.vocab_size = base.vocab_size
@@ -40,39 +40,39 @@ class BaseHead(ABC):
 
     @abstractmethod
     def taking(self) -> AbstractContextManager[list[Tensor]]:
-        """Return a context that gathers what the base makes of the tokens of a step."""
+        """Return a context that collects the base's hidden states of a step's tokens."""
 
     @abstractmethod
     def project(self, states: list[Tensor]) -> Tensor:
-        """Return the hidden states [T, D] that go with tokens, of what was gathered."""
+        """Return the hidden states [T, D] to store, from the collected ones."""
 
     @abstractmethod
     def run(self, ids: Tensor, positions: Tensor, hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the hidden states [rows, D] and the logits of tokens, int64 [T] each, and their hidden states [T, D].
+        """Return the hidden states [rows, D] and the logits for tokens, int64 [T] each, and their hidden states [T, D].
 
-        rows: int64 [rows], those wanted; None: all T. `hidden` may be written over.
+        rows: int64 [rows], those needed; None: all T. May overwrite `hidden`.
         """
 
     def base_ids(self, ids: list[int]) -> list[int]:
-        """Return the base's ids of tokens, which are other ones where a head has a vocabulary of its own."""
+        """Return the base's ids of tokens; they differ if the head has its own vocabulary."""
         return ids
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block of its cache."""
+        """Size of a block of its cache, in bytes."""
         return self._layer.block_bytes(self.dtype) + ops.BLOCK_TOKENS * self._width * self.dtype.itemsize
 
     def allocate(self, num_blocks: int) -> None:
-        """Allocate the cache, with a block more for passes of which nothing is kept."""
+        """Allocate the cache, with a spare block for passes whose results are discarded."""
         self._layer.allocate(num_blocks + 1, self.dtype, self.device)
         self._hidden = zeros(((num_blocks + 1) * ops.BLOCK_TOKENS, self._width), self.dtype, self.device)
 
     def put(self, slots: Tensor, hidden: Tensor) -> None:
-        """Keep hidden states [n, D], to be read with the tokens in slots, int64 [n]."""
+        """Store hidden states [n, D], to be read with the tokens in cache slots int64 [n]."""
         self._hidden.index_copy_(0, slots, hidden)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor | None) -> Tensor:
-        """Run the pass that the context describes, as `BaseModel` does; return the logits [rows, V]."""
+        """Run the pass that the context describes, like `BaseModel`; return the logits [rows, V]."""
         batch = self.context.attention
         assert batch is not None
         hidden = self._hidden.index_select(0, batch.slot_mapping.long())
@@ -81,13 +81,13 @@ class BaseHead(ABC):
 
 
 def check_device(base: BaseModel) -> None:
-    """Raise BadRequest where a base's steps may be recorded, of which its hidden states are not gathered."""
+    """Raise BadRequest unless the base is on a CPU: captured CUDA graphs do not expose hidden states."""
     if base.device.type != "cpu":
         raise BadRequest(f"it is a head of the base, which is served on a CPU only; the device is {base.device.type}")
 
 
 def attention_call(module: nn.Module, config: Any) -> AttentionCall:
-    """Return how a head's layer attends. module: what calls attention, if transformers does."""
+    """Return the parameters of a head's attention. module: the module that calls attention, if transformers does."""
     head_dim = head_dim_of(config)
     return AttentionCall(
         module,
@@ -106,7 +106,7 @@ def attention_call(module: nn.Module, config: Any) -> AttentionCall:
 
 
 def embedding(base: BaseModel, own: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """Return the embedding of a head: its own, or else the base's, past what adapters do to that."""
+    """Return the embedding of a head: its own, or else the base's without changes by adapters."""
     if own is not None:
         return lambda ids: F.embedding(ids, own)
     module: Any = base.module.get_input_embeddings()

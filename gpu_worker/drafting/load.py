@@ -1,4 +1,4 @@
-"""Loads a draft model, or a head of the base, and refuses one that cannot draft for it."""
+"""Loads a draft model or a head of the base, and refuses one that cannot draft for the base."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from protocol.wire.errors import AdapterRefused, BadRequest
 logger = logging.getLogger(__name__)
 
 HEADS = ("eagle", "medusa", "mtp", "nextn", "hydra", "speculator")
-"""Parts of the names of heads, of which those of `EAGLE3` are served."""
+"""Parts of the architecture names of heads; only those in `EAGLE3` are supported."""
 
 OWN_HEAD = re.compile(r"(^|\.)mtp(_layers)?\.|\.(enorm|hnorm|eh_proj|shared_head)\.")
-"""Names of the tensors of a head in a base's own checkpoint: Qwen3.5's and MiMo's, DeepSeek-V3's and GLM-4.5's."""
+"""Tensor names of a head in a base's own checkpoint: of Qwen3.5 and MiMo, of DeepSeek-V3 and GLM-4.5."""
 
 KV_PARTS = 8
-"""One part in so many of the memory for keys and values is the draft model's: it drafts for few sequences at once."""
+"""The draft model gets 1 / KV_PARTS of the memory for keys and values: it drafts for few sequences at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedDraft:
-    """A draft model without memory for what it reads."""
+    """A loaded draft model, before its cache is allocated."""
 
     model: BaseModel
     payoff: Payoff = field(default_factory=Payoff)
 
     def allocate(self, num_bytes: int, config: EngineConfig, vocab_size: int) -> DraftModel:
-        """Return it with blocks in so many bytes, or for as many sequences as can have draft tokens at once.
+        """Return the draft model with as many blocks as fit `num_bytes`, at most as many as drafting can use.
 
-        config, vocab_size: of the base's engine. Raises BadRequest where no block has room, or the model is computed
+        config, vocab_size: the base engine's. Raises BadRequest if no block fits or the engine computes the model
         wrongly.
         """
         block_bytes = sum(layer.block_bytes(self.model.cache_dtype) for layer in self.model.layers)
@@ -67,13 +67,13 @@ class LoadedDraft:
 
 @dataclass(frozen=True, slots=True)
 class LoadedHead:
-    """A head of the base without memory for what it reads."""
+    """A loaded head of the base, before its cache is allocated."""
 
     head: BaseHead
     payoff: Payoff = field(default_factory=Payoff)
 
     def allocate(self, num_bytes: int, config: EngineConfig, vocab_size: int) -> DraftHead:
-        """Return it with blocks, as `LoadedDraft` does."""
+        """Return the head with its blocks, like `LoadedDraft.allocate`."""
         limits, num_blocks = config.limits, _num_blocks(num_bytes, self.head.block_bytes, config)
         self.head.allocate(num_blocks)
         self.payoff.repeats = config.num_states > 0
@@ -81,7 +81,7 @@ class LoadedHead:
         return DraftHead(self.head, num_blocks, vocab_size, limits.max_step_tokens, self.payoff, most)
 
     def keep_answers(self) -> None:
-        """Do nothing: there is no model of transformers that has said anything."""
+        """Do nothing: there are no answers of a transformers model to cache."""
 
 
 def _num_blocks(num_bytes: int, block_bytes: int, config: EngineConfig) -> int:
@@ -99,10 +99,10 @@ def _num_blocks(num_bytes: int, block_bytes: int, config: EngineConfig) -> int:
 def load_draft_model(
     model: str, tokenizer: str | None, base: BaseModel, impl: ops.Impl | None, base_folder: Path | None = None
 ) -> LoadedDraft | LoadedHead:
-    """Load a draft model or a head, a folder or a Hub id. tokenizer: the base's tokenizer.json, None where it has none.
+    """Load a draft model or a head. model: a folder or a Hub id.
 
-    impl: the base's. base_folder: the base's own, whose head (MTP) drafts where it is named. Raises BadRequest, which
-    names the model and what is wrong with it.
+    tokenizer: the base's tokenizer.json, None without one. impl: the base's. base_folder: the base's own folder; if
+    `model` names it, its own head (MTP) drafts. Raises BadRequest, which names the model and the problem.
     """
     try:
         folder = model_folder(model, WEIGHT_FILES)
@@ -130,7 +130,7 @@ def load_draft_model(
 
 
 def _own_head(folder: Path) -> str:
-    """Return the name of a tensor of the head for further tokens (MTP) in a base's folder, "" if it has none."""
+    """Return the name of a tensor of the MTP head in a base's folder, "" if it has none."""
     for file in filter(Path.is_file, weight_files(folder)):
         with safe_open(file, framework="pt") as opened:
             names: list[str] = [*opened.keys()]
@@ -140,7 +140,7 @@ def _own_head(folder: Path) -> str:
 
 
 def check_layers(model: BaseModel) -> None:
-    """Raise BadRequest for a model that cannot take back a token: what it has read of a wrong draft would stay."""
+    """Raise BadRequest for a model that cannot roll back a token: entries of wrong drafts would stay in its cache."""
     if model.passes is not None:
         raise BadRequest("its sequences run unbatched, and their caches cannot roll back a token")
     if model.mixers.calls:
@@ -148,9 +148,9 @@ def check_layers(model: BaseModel) -> None:
 
 
 def check_vocabulary(tokenizer: str | None, folder: Path) -> None:
-    """Raise BadRequest unless the tokens of a folder have the ids that the base's have; it names one that differs.
+    """Raise BadRequest unless a folder's tokens have the same ids as the base's; the error names one that differs.
 
-    tokenizer: the base's tokenizer.json. What makes tokens of texts may differ: the draft model reads tokens only.
+    tokenizer: the base's tokenizer.json. How texts are tokenized may differ, since the draft model reads only tokens.
     """
     file = folder / TOKENIZER
     if tokenizer is None or not file.is_file():

@@ -1,8 +1,8 @@
-"""The head for further tokens (MTP) in a base's own checkpoint, of Qwen3.5's kind: tensors under `mtp.`.
+"""The multi-token prediction head (MTP) in a base's own checkpoint, as in Qwen3.5: tensors under `mtp.`.
 
-It reads the embedding of each token, and the base's last hidden state of the token before, side by side through a
-linear layer, then one decoder layer with full attention. Its norm's output goes through the base's head, and is what it
-reads with a draft token (vLLM, vllm/model_executor/models/qwen3_5_mtp.py).
+It concatenates each token's embedding and the base's last hidden state of the previous token, then applies a linear
+layer and one decoder layer with full attention. The output of its norm goes through the base's head, and is also the
+hidden state read with a draft token (vLLM, vllm/model_executor/models/qwen3_5_mtp.py).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 
 PREFIX = "mtp."
-"""Beginning of the names of its tensors."""
+"""Prefix of the names of its tensors."""
 
 TYPES = ("qwen3_5_text",)
-"""Model types of text models whose heads are known to be of this kind."""
+"""Model types whose MTP heads are known to have this form."""
 
 
 class MtpHead(BaseHead):
     """An MTP head of Qwen3.5's kind."""
 
     def __init__(self, base: BaseModel, module: nn.ModuleDict, layer: PagedLayer, head: SharedInput) -> None:
-        """Take its parts by their names, its attention, and the base's language model's head."""
+        """head: the base's language model head. module: the MTP head's parts by name. layer: its attention."""
         super().__init__(base, layer, base.width, base.max_positions)
         self._base = base
         self._embed = embedding(base)
@@ -45,11 +45,11 @@ class MtpHead(BaseHead):
         self._angles: Any = getattr(decoder_of(base.module), "rotary_emb")  # noqa: B009  a module's attribute
 
     def taking(self) -> AbstractContextManager[list[Tensor]]:
-        """Gather the base's last hidden states."""
+        """Collect the base's last hidden states."""
         return self._base.hidden_states(is_wanted=True)
 
     def project(self, states: list[Tensor]) -> Tensor:
-        """Return the hidden states as they are."""
+        """Return the hidden states unchanged."""
         return states[-1][0]
 
     def run(self, ids: Tensor, positions: Tensor, hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class MtpHead(BaseHead):
 
 
 def load_mtp(folder: Path, base: BaseModel, impl: ops.Impl | None) -> MtpHead:
-    """Load a base's own head. Raises BadRequest for what is not served."""
+    """Load a base's own head. Raises BadRequest naming what is not supported."""
     config: Any = base.config
     if config.model_type not in TYPES:
         raise BadRequest(f"the base's own head is of the type {config.model_type}; served are {', '.join(TYPES)}")

@@ -1,7 +1,6 @@
-"""The engine around an encoder: whole texts of any adapters in, one `step` at a time, vectors or labels out.
+"""The engine of an encoder: takes whole texts for any adapters, computes one `step` at a time, emits vectors or labels.
 
-A request is done in the step that takes it: there is no cache, nothing to preempt, and what runs is never more than one
-step.
+A request ends in the step that computes it: there is no cache and no preemption, and only one step's requests run.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from protocol.wire.errors import BadRequest, Internal, LorafleetError
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
-    """Sizes of one engine, all decided."""
+    """Sizes of one engine, checked against each other."""
 
-    max_num_seqs: int  # texts in one step
-    max_step_tokens: int  # a longer text has a step of its own
-    max_model_len: int  # tokens of one text
-    max_slowdown: float = 0.0  # how many times as long a step may be for what yields; 0: any time
-    max_batch_slowdown: float = 0.0  # limit for batch work; 0: as for lower-priority requests
+    max_num_seqs: int  # maximum texts in a step
+    max_step_tokens: int  # maximum tokens of a step; a longer text has a step of its own
+    max_model_len: int  # maximum tokens of a text
+    max_slowdown: float = 0.0  # factor by which texts that yield may lengthen a step; 0: unlimited
+    max_batch_slowdown: float = 0.0  # the same for batch work; 0: use `max_slowdown`
 
 
 @dataclass(slots=True)
@@ -44,18 +43,18 @@ class TextBatch:
     """The texts of one step, and the slots of their adapters (-1: none)."""
 
     requests: list[EngineRequest] = field(default_factory=list)
-    texts: list[np.ndarray] = field(default_factory=list)  # int [L] each, with an adapter's virtual tokens before it
+    texts: list[np.ndarray] = field(default_factory=list)  # int [L] each, including leading virtual tokens
     slots: list[int] = field(default_factory=list)
     num_tokens: int = 0
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each text: int64 [S]."""
+        """The number of tokens in each text: int64 [S]."""
         return np.array([len(text) for text in self.texts])
 
     @property
     def seconds(self) -> list[int]:
-        """Where the second text of each pair begins, 0 for no pair."""
+        """The position at which the second text of each pair begins, 0 for no pair."""
         return [
             request.second and request.second + len(text) - len(request.prompt)
             for request, text in zip(self.requests, self.texts, strict=True)
@@ -63,20 +62,20 @@ class TextBatch:
 
 
 class EncoderEngine(BaseEngine):
-    """Runs texts of any adapters together."""
+    """Runs texts for any mix of adapters together."""
 
     def __init__(self, model: EncoderModel, config: EncoderConfig, adapters: AdapterCache) -> None:
         super().__init__(adapters)
         self.model = model
         self.config = config
-        self._requests: dict[str, EngineRequest] = {}  # all wait: by id, in the order they came
+        self._requests: dict[str, EngineRequest] = {}  # all waiting ones: by id, in order of arrival
         self._label_site = next((site.index for site in model.sites if site.name == model.label_head), -1)
-        self._num_skips: Counter[str] = Counter()  # by id, steps of others that had no room for a yielding text
+        self._num_skips: Counter[str] = Counter()  # by id, steps that left a yielding text out
 
     # ------------------------------------------------------------ a step
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch. Returns the outputs of requests that ended."""
+        """Compute one batch. Return the outputs of requests that ended."""
         self.meter.start()
         self._collect_adapters()
         batch = self._plan()
@@ -95,10 +94,10 @@ class EncoderEngine(BaseEngine):
         return batch
 
     def _next_batch(self) -> TextBatch:
-        """Take the next texts whose adapters are in the pool, in order; those that yield after the others.
+        """Take the next texts with resident adapters, in order; texts that yield come after the others.
 
-        Beside others, what yields has as many tokens as make the step `max_slowdown` times as long, batch work
-        `max_batch_slowdown` times. A text passed over `MAX_SKIPS` times no longer yields, except batch work.
+        Beside others, yielding texts may make the step up to `max_slowdown` times as long in tokens, batch work
+        `max_batch_slowdown` times. A text skipped more than `MAX_SKIPS` times no longer yields, except batch work.
         """
         config, batch = self.config, TextBatch()
         classes: list[list[EngineRequest]] = [[] for _ in range(BATCH_PRIORITY + 1)]
@@ -115,7 +114,7 @@ class EncoderEngine(BaseEngine):
         return batch
 
     def _take(self, requests: Iterable[EngineRequest], batch: TextBatch, most: int) -> None:
-        """Add texts to a batch, in order, until it has `most` tokens; a longer text may be alone in it."""
+        """Add texts to a batch, in order, up to `most` tokens; a longer text may be alone in it."""
         for request in requests:
             num_virtual = self._num_virtual(request)
             is_over = batch.num_tokens + num_virtual + len(request.prompt) > most
@@ -150,9 +149,9 @@ class EncoderEngine(BaseEngine):
             self.adapters.release(request.digest)
 
     def _adapter_misfit(self, request: EngineRequest, num_virtual: int) -> LorafleetError | None:
-        """Return why a text cannot be computed with its adapter, which is in the pool; None if it can.
+        """Return the error for a text that cannot be computed with its resident adapter; None if it can.
 
-        num_virtual: tokens that the adapter puts before it.
+        num_virtual: number of the adapter's virtual tokens.
         """
         if self.model.missing and not request.digest:
             message = f"the base model's folder has no weights of {', '.join(self.model.missing)}: use an adapter"
@@ -170,7 +169,7 @@ class EncoderEngine(BaseEngine):
         return None
 
     def _compute(self, batch: TextBatch) -> list[np.ndarray]:
-        """Return what goes into each text's log, int32; see `messages.Body.task`."""
+        """Return what is written to each text's log, int32; see `messages.Body.task`."""
         model, lengths = self.model, batch.lengths
         with torch.inference_mode():
             inputs = model.prepare(batch.texts, batch.seconds)
@@ -192,7 +191,7 @@ class EncoderEngine(BaseEngine):
         return [part.reshape(-1) for part in np.split(pairs, np.cumsum(lengths)[:-1])]
 
     def _set_adapters(self, batch: TextBatch) -> None:
-        """Set which rows of the step have which adapter, in the model's context."""
+        """Set the adapters of the step's rows in the model's context."""
         context, device, lengths = self.model.context, self.model.device, batch.lengths
         scales = np.array([request.lora_scale for request in batch.requests], np.float32)
         slots = np.array(batch.slots, np.int32)
@@ -205,7 +204,7 @@ class EncoderEngine(BaseEngine):
             context.extras.append(extra_rows(self.adapters.extras[digest], rows, active, scale, device))
 
     def _set_text(self, batch: TextBatch, index: int) -> None:
-        """Set the adapter of all rows of a pass, which are of one text."""
+        """Set the adapter of a pass, whose rows are all of one text."""
         request, device = batch.requests[index], self.model.device
         slot, scale = batch.slots[index], request.lora_scale
         own = self.adapters.extras.get(request.digest) if request.digest else None
@@ -220,7 +219,7 @@ class EncoderEngine(BaseEngine):
         self.model.context.lora, self.model.context.extras = of_all(len(batch.texts[index]))
 
     def _set_head_adapters(self, batch: TextBatch, members: Sequence[int]) -> None:
-        """Set which adapter each row of the head has, where its rows are some of a batch's texts."""
+        """Set the adapters of the head's rows, which belong to some of a batch's texts."""
         context, device = self.model.context, self.model.device
         requests = [batch.requests[i] for i in members]
         slots = np.array([batch.slots[i] for i in members], np.int32)
@@ -232,12 +231,12 @@ class EncoderEngine(BaseEngine):
             context.extras_logits.append(extra_rows(self.adapters.extras[digest], rows, active, scale, device))
 
     def _num_virtual(self, request: EngineRequest) -> int:
-        """Return how many virtual tokens a request's adapter puts before its text."""
+        """Return the number of virtual tokens that a request's adapter puts before its text."""
         extras = self.adapters.extras.get(request.digest)
         return 0 if extras is None else extras.num_virtual
 
     def _num_labels(self, request: EngineRequest) -> int:
-        """Return how many labels the head has that answers a request: its adapter's own, or the base's."""
+        """Return the number of labels of the head that answers a request: its adapter's own, or the base's."""
         extras = self.adapters.extras.get(request.digest)
         own = None if extras is None else extras.linear.get(self._label_site)
         return self.model.width if own is None or own.weight is None else len(own.weight)
@@ -245,12 +244,12 @@ class EncoderEngine(BaseEngine):
     # ------------------------------------------------------------ requests
 
     def add(self, request: EngineRequest) -> None:
-        """Take a request; see `BaseEngine.add`."""
+        """Accept a request; see `BaseEngine.add`."""
         held = self._requests.get(request.rid)
         if held is not None and held.epoch >= request.epoch:
             return
         self._drop(request.rid)
-        if request.output:  # one script writes a result and the request's end, so there is none without the other
+        if request.output:  # one script writes a result and the request's end, so neither exists without the other
             self._outputs.append(TokenOutput(request.rid, request.epoch, len(request.output), finish="stop"))
             return
         try:
@@ -290,7 +289,7 @@ class EncoderEngine(BaseEngine):
         self._num_skips.pop(rid, None)
 
     def stats(self) -> m.WorkerBeat:
-        """Return the engine's figures as they are now."""
+        """Return the engine's current figures."""
         return self._stats(
             capacity=self.config.max_num_seqs,
             waiting=len(self._requests),
@@ -298,7 +297,7 @@ class EncoderEngine(BaseEngine):
 
 
 def _output(request: EngineRequest, found: np.ndarray) -> TokenOutput:
-    """Return a request's result, as it goes into its log (int32), or an error if it is not finite."""
+    """Return a request's result in its log's format (int32), or an error if it is not finite."""
     values = found[1::2].view(np.float32) if request.task == "classify" else found.view(np.float32)
     if not np.isfinite(values).all():
         return TokenOutput.failed(request, Internal("the model's output is not finite"))

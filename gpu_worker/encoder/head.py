@@ -1,7 +1,7 @@
-"""The head of a sequence classifier, run apart from the body: on the rows of a step that it reads, all texts at once.
+"""The head of a sequence classifier, run separately from the body, on just the rows of a step that it reads.
 
-A head is what transformers' class does with the body's hidden states, whatever that is: the class's own forward runs,
-with a stand-in for the body that gives states computed before.
+A head is whatever transformers' class does with the body's hidden states. So the class's own forward runs, with the
+body replaced by a stand-in that returns precomputed states.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 @dataclass
 class _Output(BaseModelOutputWithPooling):
-    """What a body returns; None of all that some bodies return beside it, which heads only pass on."""
+    """A body's result; missing attributes are None, since heads only pass on a body's other outputs."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -32,13 +32,13 @@ class _Computed(nn.Module):
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.hidden = torch.empty(0)
-        self.__dict__["body"] = body  # not a child: its modules keep their names
+        self.__dict__["body"] = body  # not registered as a child: its modules keep their names
 
     def forward(self, *_: Any, **__: Any) -> _Output:
         pooled = None
         pooler: Any = getattr(self.body, "pooler", None)
         activation: Any = getattr(self.body, "pooler_activation", None)
-        if activation is not None:  # ALBERT's pooler is a linear layer beside it
+        if activation is not None:  # ALBERT's pooler is a linear layer with a separate activation
             pooled = activation(pooler(self.hidden[:, 0]))
         elif pooler is not None:
             pooled = pooler(self.hidden)
@@ -46,7 +46,7 @@ class _Computed(nn.Module):
 
 
 class _NoPooler(nn.Module):
-    """Replaces a body's pooler, which runs with the head; its output is not used."""
+    """Replaces a body's pooler, which runs with the head; the output is not used."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -54,29 +54,29 @@ class _NoPooler(nn.Module):
 
 @dataclass(slots=True)
 class Classifier:
-    """A sequence classifier as body and head, which share their modules with the whole."""
+    """A sequence classifier split into body and head, which share their modules with the original."""
 
     body: Any
     head: Any
     computed: _Computed
-    sees_first: bool = False  # whether the head reads the first token's state alone
+    sees_first: bool = False  # whether the head reads only the first token's state
 
     @classmethod
     def of(cls, module: PreTrainedModel, *, sees_first: bool = False) -> Classifier:
-        """Take a model apart. Its modules must not be replaced afterwards."""
+        """Split a model. Its modules must not be replaced afterwards."""
         body: Any = module.base_model
         computed = _Computed(body)
         without_pooler = _with(body, pooler=_NoPooler()) if getattr(body, "pooler", None) is not None else body
         return cls(without_pooler, _with(module, **{module.base_model_prefix: computed}), computed, sees_first)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [S, N] of S texts of one length by their hidden states [S, L, D]."""
+        """Return the logits [S, N] of S texts of equal length, from their hidden states [S, L, D]."""
         self.computed.hidden = hidden
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # some ask for their shape
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # some heads read the ids' shape
         return self.head(input_ids=ids).logits
 
     def groups(self, hidden: Tensor, starts: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield which texts of a packed step go through the head together, with their states [S, L, D].
+        """Yield groups of texts of a packed step that go through the head together, with their states [S, L, D].
 
         hidden: [T, D]. starts, ends: of each text's rows.
         """
@@ -88,12 +88,12 @@ class Classifier:
 
 
 def reads_first_alone(classifier: Classifier, hidden: Tensor) -> bool:
-    """Return whether the head says the same of a text [1, L, D] as of its first token's state alone."""
+    """Return whether the head's result for a text [1, L, D] depends only on its first token's state."""
     return torch.equal(classifier.logits(hidden), classifier.logits(hidden[:, :1]))
 
 
 def _with(module: nn.Module, **children: nn.Module | None) -> Any:
-    """Return a module that is another with some children exchanged; all else they share."""
+    """Return a copy of a module with some children replaced; everything else is shared."""
     other = object.__new__(type(module))
     other.__dict__ = {**module.__dict__, "_modules": {**module._modules, **children}}
     return other

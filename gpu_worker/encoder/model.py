@@ -1,8 +1,8 @@
-"""An encoder as base model: Hugging Face's BERT, RoBERTa and the like, whose linear layers are LoRA sites.
+"""An encoder as base model: Hugging Face's BERT, RoBERTa and similar, whose linear layers are LoRA sites.
 
-A step is one forward pass over whole texts, packed one after the other; each token sees all of its own text. Where the
-attention cannot be replaced, as DeBERTa's and MPNet's with their biases by distance, each text has a pass of its own.
-Nothing is cached. Trial runs show which layers attend, and the finished model is compared with the untouched one.
+A step is one forward pass over packed whole texts; each token sees all of its own text. If the attention cannot be
+replaced, as in DeBERTa and MPNet with their relative position biases, each text has a separate pass. Nothing is cached.
+Trial runs show which layers attend, and the finished model is compared with the untouched one.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from lora_kernels import ops
 from protocol.wire.messages import Task
 
 MIXING = ("mobilebert",)
-"""Types whose embeddings are made of those of neighbours too."""
+"""Model types whose embeddings mix neighboring tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextInputs:
-    """A group of a step's texts of similar length, padded to the longest of them."""
+    """A group of a step's texts of similar length, padded to the longest."""
 
-    rows: Tensor  # int64 [S, L]: rows of the packed step; at padding, any row of the text
-    is_token: Tensor | None  # bool [S, L]; None: there is no padding
+    rows: Tensor  # int64 [S, L], rows of the packed step; for padding, any row of the text
+    is_token: Tensor | None  # bool [S, L]; None: no padding
 
 
 @dataclass(slots=True)
 class EncoderContext(StepContext):
-    """A step's work lists; each text is in one of the groups."""
+    """A step's work lists; each text is in exactly one group."""
 
     texts: list[TextInputs] = field(default_factory=list)
 
 
 class EncoderLayer:
-    """One module's attention: in both directions within each text, or within a window around each token."""
+    """One module's attention: bidirectional within each text, or within a window around each token."""
 
     def __init__(self, call: AttentionCall, context: EncoderContext) -> None:
         self.context = context
-        self.window = call.window  # token i sees token j if |i - j| < window; 0: all of them
+        self.window = call.window  # token i sees token j if |i - j| < window; 0: all tokens
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
-        """Attend with q [T, Hq, D] over k [T, Hkv, D] and v [T, Hkv, Dv]: [T, Hq, Dv]."""
+        """Return the attention [T, Hq, Dv] of q [T, Hq, D] over k [T, Hkv, D] and v [T, Hkv, Dv]."""
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         for texts in self.context.texts:
             parts = [tensor[texts.rows].transpose(1, 2) for tensor in (q, k, v)]  # [S, H, L, D]
@@ -75,7 +75,7 @@ class EncoderLayer:
         return out
 
     def _mask(self, texts: TextInputs) -> Tensor | None:
-        """Return which keys are seen: bool that broadcasts to [S, H, L, L]; None: all of them."""
+        """Return which keys are visible: bool, broadcastable to [S, H, L, L]; None: all of them."""
         mask = None if texts.is_token is None else texts.is_token[:, None, None, :]
         length = texts.rows.shape[1]
         if not 0 < self.window < length:
@@ -92,7 +92,7 @@ class EncoderInputs:
     lengths: list[int]
     ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
-    types: Tensor | None  # int64 [T]; None: all are of type 0
+    types: Tensor | None  # int64 [T]; None: all 0
 
 
 @dataclass(slots=True)
@@ -107,36 +107,37 @@ class EncoderModel:
     shared: list[SharedInput]
     adaptable: AdaptableModules
     task: Task
-    width: int  # entries of a hidden state, or the labels of a token or text
+    width: int  # size of a hidden state, or the number of labels of a token or text
     pooling: Pooling
-    max_positions: int  # tokens of the longest text; 0: no limit known
-    padding_id: int | None  # RoBERTa: positions start after this id and skip it; None: they start at 0
+    max_positions: int  # maximum tokens of a text; 0: no known limit
+    padding_id: int | None  # RoBERTa: positions start after this id, and padding has no position; None: they start at 0
     fingerprint: str
-    takes_types: bool = False  # True: type ids mark the second text of a pair
-    classifier: Classifier | None = None  # classifier of `score`
-    label_head: str = ""  # `score`: layer that computes the logits
-    missing: list[str] = field(default_factory=list[str])  # parts of the head that adapters must bring
-    apart: bool = False  # whether each text has a forward pass of its own, because its attention cannot be packed
+    takes_types: bool = False  # whether type ids mark the second text of a pair
+    classifier: Classifier | None = None  # for the task `score`
+    label_head: str = ""  # for the task `score`: the layer that computes the logits
+    missing: list[str] = field(default_factory=list[str])  # layers of the head that adapters must bring
+    apart: bool = False  # whether each text has a separate forward pass, because its attention cannot be packed
 
     @property
     def config(self) -> Any:
-        """The model's Hugging Face configuration."""
+        """The model's Hugging Face config."""
         return self.module.config
 
     @property
     def vocab_size(self) -> int:
-        """Token ids of the model."""
+        """The vocabulary size."""
         return self.config.vocab_size
 
     @property
     def labels(self) -> list[str]:
-        """Names of the labels that tokens or texts get, by index; none for embeddings, or where the head is missing."""
+        """Label names of tokens or texts, by index; empty for embeddings, or without a head."""
         return [] if self.task == "embed" or self.missing else labels_of(self.config)
 
     def prepare(self, texts: Sequence[np.ndarray], seconds: Sequence[int] = ()) -> EncoderInputs:
-        """Return packed texts on the device; sets their groups in the context.
+        """Return packed texts on the device, and set their groups in the context.
 
-        texts: int [L] each, none empty. seconds: where the second text of each pair begins, 0 for no pair; [] for none.
+        texts: int [L] each, none empty. seconds: where the second text of each pair begins, 0 for single texts; [] if
+        all are single.
         """
         lengths = [len(text) for text in texts]
         self.context.texts = group_texts(lengths, self.device)
@@ -149,9 +150,9 @@ class EncoderModel:
         return EncoderInputs(lengths, send(ids, self.device), send(positions, self.device), types)
 
     def forward(self, inputs: EncoderInputs, set_text: Callable[[int], object] = lambda _: None) -> Tensor:
-        """Return a packed step's hidden states [T, D], or for labels of tokens their logits [T, labels].
+        """Return a packed step's hidden states [T, D], or for token labels their logits [T, labels].
 
-        set_text: sets the adapters of one text, by index, where each has a forward pass of its own.
+        set_text: sets the adapters of one text, by index, if texts have separate forward passes.
         """
         if not self.apart:
             return self._states(inputs.ids, inputs.types, position_ids=inputs.positions[None])
@@ -166,7 +167,7 @@ class EncoderModel:
         if types is not None:
             more["token_type_ids"] = types[None]
         body = self.module if self.classifier is None else self.classifier.body
-        if self.apart and ids[0] < 0:  # as PEFT gives virtual tokens: some count positions otherwise without ids
+        if self.apart and ids[0] < 0:  # like PEFT for virtual tokens: without ids some count positions differently
             more["inputs_embeds"] = body.get_input_embeddings()(ids[None])
         else:
             more["input_ids"] = ids[None]
@@ -176,10 +177,10 @@ class EncoderModel:
     def score(
         self, inputs: EncoderInputs, hidden: Tensor, set_adapters: Callable[[Sequence[int]], object] = lambda _: None
     ) -> list[Tensor]:
-        """Return the logits of each text [N] by a step's hidden states [T, D].
+        """Return the logits [N] of each text, from a step's hidden states [T, D].
 
-        set_adapters: sets the adapters of some of the texts, by index, for the head's rows; N is the base's number of
-        labels, or more where adapters have heads of their own.
+        set_adapters: sets the adapters of some texts, by index, for the head's rows. N is the base's number of labels,
+        or more if adapters have heads of their own.
         """
         assert self.classifier is not None
         ends = np.cumsum(inputs.lengths).tolist()
@@ -192,7 +193,7 @@ class EncoderModel:
 
 
 def group_texts(lengths: Sequence[int], device: torch.device) -> list[TextInputs]:
-    """Group packed texts by length, so that less than half of a group is padding."""
+    """Group packed texts by length, so that less than half of each group is padding."""
     starts = np.cumsum(lengths) - lengths
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
@@ -208,9 +209,9 @@ def group_texts(lengths: Sequence[int], device: torch.device) -> list[TextInputs
 
 
 def positions_of(text: np.ndarray, padding_id: int | None) -> np.ndarray:
-    """Return the positions, int64 [L], that a model gives a text by itself; see `EncoderModel.padding_id`.
+    """Return the positions, int64 [L], that a model gives a text by default; see `EncoderModel.padding_id`.
 
-    Behind virtual tokens, whose ids are below 0, it counts padding too: then transformers is given no ids to look at.
+    After virtual tokens (ids below 0) padding counts too: transformers then gets no ids to compare.
     """
     if padding_id is None:
         return np.arange(len(text))
@@ -219,7 +220,7 @@ def positions_of(text: np.ndarray, padding_id: int | None) -> np.ndarray:
 
 
 def types_of(length: int, second: int) -> np.ndarray:
-    """Return the type ids, int64 [L], of a text whose second part begins at `second`; 0: it has none."""
+    """Return the type ids, int64 [L], of a text whose second part begins at `second`; 0: no second part."""
     return (np.arange(length) >= second).astype(np.int64) if second else np.zeros(length, np.int64)
 
 
@@ -236,9 +237,9 @@ def prepare_encoder(
 ) -> EncoderModel:
     """Turn a Hugging Face encoder into one that runs packed steps. Changes `module`.
 
-    impl: of the kernels; None: the best for the device. pooling: for embeddings. missing: tensors of the head that the
-    folder lacks, so that adapters must bring them. has_types: whether the tokenizer has type ids. Raises BadRequest for
-    what is not served.
+    impl: the kernels' implementation; None: the device's default. pooling: for embeddings. missing: tensors of the head
+    that the folder lacks, which adapters must bring. has_types: whether the tokenizer has type ids. Raises BadRequest
+    for what is not supported.
     """
     pooling = pooling or Pooling()
     apart = _runs_apart(module)
@@ -293,7 +294,7 @@ def _missing_sites(module: PreTrainedModel, missing: Sequence[str], sites: Seque
 
 
 def _trial(module: PreTrainedModel, task: Task, *, apart: bool) -> Trial:
-    """Run a few tokens through a model, and some rows of a classifier of texts through its head."""
+    """Run a few tokens through a model, and for a classifier of texts some rows through its head."""
     if task != "score" and not apart:
         return run_encoder_trial(module)
     classifier = Classifier.of(module) if task == "score" else None
@@ -313,7 +314,7 @@ def _trial(module: PreTrainedModel, task: Task, *, apart: bool) -> Trial:
 
 
 def _label_head(module: PreTrainedModel, trial: Trial) -> str:
-    """Return the layer that makes a classifier's logits: the head's last. Raises BadRequest if it is no linear one."""
+    """Return the layer that computes a classifier's logits, the head's last. Raises BadRequest unless it is linear."""
     last = next((call.name for call in reversed(trial.linears) if call.is_head), "")
     shape = linear_shape(module.get_submodule(last)) if last else None
     if shape is None or shape[0] != module.config.num_labels:
@@ -322,14 +323,14 @@ def _label_head(module: PreTrainedModel, trial: Trial) -> str:
 
 
 def _runs_apart(module: PreTrainedModel) -> bool:
-    """Return whether a model must see each text alone: its attention stays as it is, or other parts mix tokens too."""
+    """Return whether texts need separate passes: the attention cannot be replaced, or other parts mix tokens too."""
     if module.config.model_type in MIXING or getattr(module.config, "token_dropout", False):
         return True
     return not module._supports_attention_backend or not takes_positions(module)
 
 
 def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
-    """Raise BadRequest for attention calls of a trial run that are not served."""
+    """Raise BadRequest for unsupported attention calls of a trial run."""
     reasons = []
     calls = trial.attention
     if len(calls) < module.config.num_hidden_layers:
@@ -346,16 +347,16 @@ def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Random texts, and what the untouched model makes of each alone, for the finished model to be held against."""
+    """Random texts with the untouched model's results for each alone, against which the finished model is checked."""
 
     texts: list[Tensor]  # int64 [T]
     seconds: list[int]  # index of each pair's second text, 0 for single texts
-    states: list[Tensor]  # hidden states [T, D], or for labels of tokens their logits [T, labels]
-    found: list[Tensor]  # the same; of `score` the logits [1, labels]
+    states: list[Tensor]  # hidden states [T, D], or for token labels their logits [T, labels]
+    found: list[Tensor]  # the same; for `score` the logits [1, labels]
 
     @classmethod
     def of(cls, module: PreTrainedModel, task: Task) -> Probe:
-        """Ask a model. The texts pass a short window."""
+        """Run a model on random texts, some of which exceed a short sliding window."""
         window = getattr(module.config, "sliding_window", None) or 0
         longest = 2 * window + 8 if 4 < window <= 256 else 24
         generator = torch.Generator().manual_seed(0)
@@ -373,7 +374,7 @@ class Probe:
 def states_of(
     module: PreTrainedModel, task: Task, text: Tensor, second: int = 0, positions: Tensor | None = None
 ) -> Tensor:
-    """Return what the untouched model makes of a text alone before any head of whole texts: `Probe.states` of it."""
+    """Return the untouched model's result for a single text, before any head of whole texts: see `Probe.states`."""
     if task == "classify":
         return _untouched(module, text, second, positions).logits[0]
     body: Any = module.base_model
@@ -388,7 +389,7 @@ def _untouched(module: Any, text: Tensor, second: int, positions: Tensor | None 
 
 
 def _padding_id(module: PreTrainedModel, task: Task, probe: Probe) -> int | None:
-    """Find out how a model numbers positions by itself. Raises ValueError if it does so in neither known way."""
+    """Determine how a model numbers positions by default. Raises ValueError if in neither known way."""
     text, expected = probe.texts[0], probe.states[0]
     for padding_id in (None, module.config.pad_token_id):
         positions = torch.from_numpy(positions_of(text.cpu().numpy(), padding_id)).to(text.device)
@@ -409,6 +410,6 @@ def _check(model: EncoderModel, probe: Probe) -> None:
             return
         got = torch.stack(model.score(inputs, torch.cat(probe.states))).float()
     expected = torch.cat(probe.found).float()
-    error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()  # few numbers have no spread
+    error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()  # a spread needs more numbers
     if not error < limit:
         raise refusal(model.module, [f"logits that are off by {error:.2g} of their size when texts are packed"])

@@ -1,1 +1,1 @@
-"""The engine: which tokens a step computes, the step itself, and what comes out."""
+"""The engine: chooses the tokens of a step, computes the step and emits outputs."""

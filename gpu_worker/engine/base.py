@@ -1,4 +1,4 @@
-"""The common part of all engines: loading adapters, pending outputs, measuring steps."""
+"""The common base of all engines: loads adapters, keeps pending outputs, measures steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from protocol.wire.errors import LorafleetError
 
 
 class BaseEngine(ABC):
-    """Requests in, one `step` at a time, outputs out. Used by one thread, but for what `wake_with` says."""
+    """Takes requests, computes one `step` at a time and emits outputs.
+
+    Used by one thread, except `wake_with`'s callback.
+    """
 
     def __init__(self, adapters: AdapterCache) -> None:
         self.adapters = adapters
@@ -26,7 +29,7 @@ class BaseEngine(ABC):
         self.meter = StepMeter()
         self.counters = self.meter.counters
         self.timelines = Timelines()
-        self.can_step = False  # whether the next step may do something without a new request or adapter
+        self.can_step = False  # whether the next step can make progress without a new request or adapter
         self._outputs: list[TokenOutput] = []  # emitted at the end of the next step
         adapters.on_evicted = self._on_evicted
 
@@ -37,21 +40,21 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def add(self, request: EngineRequest) -> None:
-        """Take a request. Its errors are emitted by the next step.
+        """Accept a request. Its errors are emitted by the next step.
 
-        A newer epoch of a request replaces an older one; one that was delivered twice is ignored.
+        A newer epoch of a request replaces an older one; a duplicate delivery is ignored.
         """
 
     @abstractmethod
     def step(self) -> list[TokenOutput]:
-        """Compute one batch. Returns the outputs of requests that got a token or ended."""
+        """Compute one batch. Return the outputs of requests that received a token or ended."""
 
     @abstractmethod
     def stats(self) -> m.WorkerBeat:
-        """Return the engine's figures as they are now: a heartbeat without what only the service knows."""
+        """Return the engine's current figures: a heartbeat without the fields that only the service knows."""
 
     def finish_start(self) -> None:
-        """Make what the fleet need not wait for, and give back the memory that starting took. May be called again."""
+        """Do the start-up work that the fleet need not wait for, and release memory that start-up took. Idempotent."""
         give_back_freed()
         let_go_of_libraries()
 
@@ -62,7 +65,7 @@ class BaseEngine(ABC):
         self.timelines.forget(rid)
 
     def hand_over(self) -> list[str]:
-        """Forget all requests; returns their ids."""
+        """Forget all requests; return their ids."""
         rids = list(self._held())
         for rid in rids:
             self._drop(rid)
@@ -71,15 +74,15 @@ class BaseEngine(ABC):
         return rids
 
     def prefetch(self, digest: str) -> None:
-        """Bring an adapter towards the pool, for a request that will come."""
+        """Load an adapter ahead of time, for a request that is about to come."""
         self.adapters.prefetch(digest)
 
     def wake_with(self, wake: Callable[[], object]) -> None:
-        """Set `wake`, called from any thread when new input lets a step proceed."""
+        """Set the callback that is called, from any thread, when new input lets a step proceed."""
         self.adapters.on_loaded = wake
 
     def close(self) -> None:
-        """Start nothing more in other threads."""
+        """Start no more work in other threads."""
         self.adapters.close()
 
     def check_integrity(self) -> None:
@@ -90,47 +93,50 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def _held(self) -> Collection[str]:
-        """Return the ids of all requests, a view."""
+        """Return a view of the ids of all requests."""
 
     @abstractmethod
     def _drop(self, rid: str) -> None:
-        """Forget a request, if it is held, and free its memory."""
+        """Forget a request and free its memory; do nothing if it is not held."""
 
     @abstractmethod
     def _waiting(self) -> Iterable[EngineRequest]:
-        """Yield the requests that wait to be run."""
+        """Yield the requests that are not running yet."""
 
     @abstractmethod
     def _fail_waiting(self, rid: str, error: LorafleetError) -> None:
-        """End a request that waits with an error."""
+        """End a waiting request with an error."""
 
     def _note_taken(self, request: EngineRequest) -> None:
-        """Start a request's times, and report it to the fleet if it is for an adapter."""
+        """Start a request's timeline, and report the use of its adapter, if any, to the fleet."""
         tier = self.adapters.tier(request.digest) if request.digest else ""
         self.timelines.take(request, tier)
         if request.digest:
             self.adapters.events.record_use(request.digest, resident=tier == "resident")
 
     def _collect_adapters(self) -> None:
-        """Take the adapters that have been loaded since the last step; end the requests for those that cannot be."""
+        """Take the adapters loaded since the last step, and end the requests whose adapters failed to load."""
         self._fail_requests_for(self.adapters.poll())
         self.timelines.look(self.adapters.is_resident, self.adapters.host)
 
     def _request_adapters(self) -> None:
-        """Load what waiting requests and pins need. Call it after the batch is chosen: none of its adapters may go."""
+        """Load the adapters that waiting requests and pins need.
+
+        Call this after the batch is chosen, so that none of the batch's adapters is evicted.
+        """
         wanted = self._wanted_adapters()
         self._fail_requests_for(self.adapters.load([*wanted, *self.residency.wanted()], self._tenant_of))
         self.residency.settle(wanted)
 
     def _tenant_of(self, digest: str) -> str:
-        """Return the tenant that waits for an adapter first, "" if none does or there are no tenants."""
+        """Return the tenant of the first request that waits for an adapter, "" without such a request or tenant."""
         return next((request.salt for request in self._waiting() if request.digest == digest), "")
 
     def _wanted_adapters(self) -> list[str]:
         return [request.digest for request in self._waiting() if request.digest]
 
     def _fail_requests_for(self, failed: Mapping[str, LorafleetError]) -> None:
-        """End the requests that wait for adapters, by digest, that cannot be loaded."""
+        """End the requests that wait for adapters that failed to load. failed: the error by digest."""
         if not failed:
             return
         self.residency.note(failed)
@@ -139,12 +145,12 @@ class BaseEngine(ABC):
                 self._fail_waiting(request.rid, failed[request.digest])
 
     def _sum_ranks(self, slots: Iterable[int]) -> int:
-        """Return the sum of ranks of the distinct adapters in `slots`; -1 is none."""
+        """Return the sum of the ranks of the distinct adapters in `slots`; -1 means no adapter."""
         held = [slot for slot in set(slots) if slot >= 0]
         return int(self.adapters.slot_ranks[held].sum()) if held else 0
 
     def _stats(self, **own: Any) -> m.WorkerBeat:
-        """Return the figures that all engines have, and an engine's `own`."""
+        """Return the figures common to all engines together with an engine's `own`."""
         return m.WorkerBeat(
             wid="",
             name="",
@@ -155,11 +161,11 @@ class BaseEngine(ABC):
         )
 
     def _put_out(self) -> list[TokenOutput]:
-        """Return all outputs that wait."""
+        """Return all pending outputs and clear them."""
         outputs, self._outputs = self._outputs, []
         self.timelines.tell(outputs)
         return outputs
 
     def _on_evicted(self, digest: str) -> None:
-        """Count an adapter that has left the pool."""
+        """Count the eviction of an adapter from the pool."""
         self.counters.num_evictions += 1

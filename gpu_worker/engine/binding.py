@@ -1,4 +1,4 @@
-"""From a request to a sequence that can run: checks, stop rules, and what its adapter and its grammar mean for it."""
+"""Turns a request into a runnable sequence: checks it, sets stop rules, resolves its adapter and grammar."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from protocol.wire.tokens import TokenTable
 _DOES: dict[Task, str] = {"generate": "generates text", "embed": "embeds texts", "score": "scores texts"}
 
 NEVER = 1 << 40
-"""A position behind every text."""
+"""A position past the end of every text."""
 
 
 class RequestBinder:
-    """Opens requests as sequences, and binds each to its adapter and its grammar once these are there.
+    """Opens requests as sequences, and binds each to its adapter and grammar once these are loaded.
 
-    An adapter may bring tokens and a vocabulary of its own, so that much of a request cannot be checked before.
-    Methods return how a request has ended already, "" if it has not: a worker that dies between a request's last token
-    and its end leaves one whose output is complete.
+    An adapter may bring its own tokens and vocabulary, so that much of a request cannot be checked before it is loaded.
+    Methods return the finish reason of a request whose output is already complete, else "": such a request comes from a
+    worker that died between the last token and the terminal message.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class RequestBinder:
         max_model_len: int,
         max_draft_tokens: int,
     ) -> None:
-        """tokens: the base model's, None without a tokenizer.
+        """tokens: the base model's token table, None without a tokenizer.
 
-        max_draft_tokens: draft tokens that a sequence may add to a step; 0: none.
+        max_draft_tokens: maximum draft tokens per sequence and step; 0: none.
         """
         self._model = model
         self._adapters = adapters
@@ -54,7 +54,7 @@ class RequestBinder:
         self._max_draft_tokens = max_draft_tokens
 
     def open(self, request: EngineRequest) -> tuple[Sequence, str]:
-        """Return a request's sequence, and how it has ended already. Raises BadRequest for what no step can compute."""
+        """Return a request's sequence and its finish reason, if any. Raises BadRequest for what no step can compute."""
         self._check_task(request)
         check_request(request, self._max_model_len)
         if not request.digest:
@@ -63,7 +63,7 @@ class RequestBinder:
         if request.task != "generate":
             if not request.digest:
                 self._bind_pool(seq)
-            # One script writes a result and the request's end, so that there is none without the other.
+            # One script writes a result and the request's end, so that neither exists without the other.
             return seq, "stop" if request.output else ""
         num_top = request.sampling.prompt_logprobs
         if num_top is not None and not request.output:
@@ -79,7 +79,7 @@ class RequestBinder:
         return seq, finish
 
     def bind(self, seq: Sequence) -> str:
-        """Resolve a sequence's adapter, which is in the pool, and its grammar; return how it has ended already.
+        """Resolve a sequence's adapter, which must be in the pool, and its grammar; return its finish reason, if any.
 
         Sets `is_bound` unless the grammar is still being compiled. Raises BadRequest, Internal.
         """
@@ -118,16 +118,16 @@ class RequestBinder:
         return ""
 
     def _put_virtual(self, seq: Sequence, num: int) -> None:
-        """Put an adapter's virtual tokens before a sequence's prompt. Raises BadRequest where there is no room."""
+        """Put an adapter's virtual tokens before a sequence's prompt. Raises BadRequest if they do not fit."""
         if (error := room_error(seq.request, num, self._max_model_len)) is not None:
             raise error
         seq.begin_with(num, self._max_model_len)
-        seq.stop_rules = None  # those of fewer tokens of output
+        seq.stop_rules = None  # they were made for more output tokens
         if seq.prompt_logprobs is not None:
             seq.prompt_logprobs.num_before = num
 
     def _check_task(self, request: EngineRequest) -> None:
-        """Raise BadRequest for a task that is not the model's."""
+        """Raise BadRequest for a task that the model does not have."""
         names = self._model.tasks.names
         if request.task in names:
             return
@@ -135,9 +135,9 @@ class RequestBinder:
         raise BadRequest(f"this worker's model {does}; it does not {request.task}", param="model")
 
     def _bind_pool(self, seq: Sequence) -> None:
-        """Decide what a sequence's result is made of, and where it may end. Raises BadRequest where there is no head.
+        """Decide how a sequence's result is pooled, and where its text may end. Raises BadRequest if there is no head.
 
-        As in transformers, a classifier looks at the last token that is not the padding token.
+        As in transformers, a classifier reads the last token that is not the padding token.
         """
         tasks, request = self._model.tasks, seq.request
         assert tasks.pooling is not None
@@ -160,7 +160,7 @@ class RequestBinder:
             seq.is_scored_by_tokens = True
             return
         padding_id = getattr(self._model.config, "pad_token_id", None)
-        if padding_id is not None and not seq.num_virtual:  # transformers does not see padding behind embeddings
+        if padding_id is not None and not seq.num_virtual:  # transformers does not recognize padding after embeddings
             seq.end_at(1 + int(np.flatnonzero(request.prompt != padding_id).max(initial=0)))
 
     def _bind_grammar(self, seq: Sequence) -> str:
@@ -174,7 +174,7 @@ class RequestBinder:
         return ""
 
     def _apply_stop_rules(self, seq: Sequence, tokens: TokenTable | None) -> str:
-        """Set a sequence's stop rules and feed them the output so far; return how that ends it."""
+        """Set a sequence's stop rules and feed them the output so far; return the finish reason, if any."""
         rules = StopRules(seq.request, seq.max_tokens - seq.num_prompt, self._model.eos_ids, tokens)
         seq.stop_rules = rules
         finish = ""
@@ -189,7 +189,7 @@ class RequestBinder:
 
 
 def check_request(request: EngineRequest, max_model_len: int) -> None:
-    """Raise BadRequest for what no step can compute. max_model_len: tokens of prompt and output."""
+    """Raise BadRequest for what no step can compute. max_model_len: maximum tokens of prompt and output."""
     num = len(request.prompt)
     if request.task != "generate":
         if num == 0:
@@ -211,7 +211,7 @@ def check_request(request: EngineRequest, max_model_len: int) -> None:
 
 
 def check_ids(request: EngineRequest, vocab_size: int) -> None:
-    """Raise BadRequest for token ids that the model, or the adapter, does not have."""
+    """Raise BadRequest for token ids that the model or the adapter does not have."""
     if request.prompt.min() < 0 or request.prompt.max() >= vocab_size:
         raise BadRequest(f"the prompt holds token ids outside 0 … {vocab_size - 1}", param="prompt")
     s = request.sampling
@@ -224,7 +224,7 @@ def check_ids(request: EngineRequest, vocab_size: int) -> None:
 
 
 def activation_start(prompt: np.ndarray, invocation: tuple[int, ...]) -> int:
-    """Return the position from which an activated LoRA counts: the last `invocation` in the prompt, or `NEVER`.
+    """Return where an activated LoRA begins to apply: the start of the last `invocation` in the prompt, else `NEVER`.
 
     prompt: int32 [P]. Activated LoRA: Greenewald et al. 2025, arXiv 2504.12397.
     """

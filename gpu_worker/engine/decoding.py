@@ -1,7 +1,7 @@
-"""From a step's logits to tokens: what grammars and stop rules allow, and how far draft tokens were right.
+"""From a step's logits to tokens: applies grammars and stop rules, and accepts correct draft tokens.
 
-A sequence with g draft tokens (see `speculation.py`) has 1 + g rows of logits, one after the other: of its next token,
-and of the token after each draft token, as if that one were right.
+A sequence with g draft tokens (see `speculation.py`) has 1 + g consecutive rows of logits: for its next token, and for
+the token after each draft token, assuming that the draft token is right.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Drafts = Mapping[Sequence, list[int]]
 """The draft tokens of each sequence that has any."""
 
 Masks = Mapping[Sequence, np.ndarray]
-"""Tokens allowed in each row of each sequence with a grammar: int32 [1 + draft tokens, W], one bit a token."""
+"""Tokens allowed in each row of each sequence with a grammar: int32 [1 + draft tokens, W], one bit per token."""
 
 
 def grammar_masks(
     ready: Iterable[Sequence], drafts: Drafts, grammars: Grammars, timeout_s: float
 ) -> tuple[Masks, set[Sequence]]:
-    """Return the tokens that the sequences' grammars allow, and the sequences of which that is not known in time.
+    """Return the grammar masks, and the sequences whose masks are not ready in time.
 
-    The host waits for it, at most `timeout_s`, while a GPU computes the logits.
+    The host waits at most `timeout_s` seconds, while a GPU computes the logits.
     """
     guided = [(seq, seq.matcher) for seq in ready if seq.matcher is not None]
     if not guided:
@@ -52,7 +52,7 @@ def grammar_masks(
 
 
 def without(logits: Tensor, ready: list[Sequence], drafts: Drafts, late: set[Sequence]) -> Tensor:
-    """Return a step's logits [n, V] without the rows of `late`; `ready` and `drafts` as they were with them."""
+    """Return a step's logits [n, V] without the rows of `late`. ready, drafts: still with the late sequences."""
     counts = [1 + len(drafts.get(seq, [])) for seq in ready]
     keep = np.repeat([seq not in late for seq in ready], counts)
     rows = np.concatenate((np.flatnonzero(keep), np.arange(len(keep), len(logits))))
@@ -60,7 +60,7 @@ def without(logits: Tensor, ready: list[Sequence], drafts: Drafts, late: set[Seq
 
 
 def sample_rows(ready: Iterable[Sequence], drafts: Drafts, masks: Masks) -> list[SampleRow]:
-    """Return what to choose each row's token by, in the order of the logits' rows."""
+    """Return how to sample each row of the logits, in row order."""
     rows: list[SampleRow] = []
     for seq in ready:
         draft = drafts.get(seq, [])
@@ -75,7 +75,7 @@ def sample_rows(ready: Iterable[Sequence], drafts: Drafts, masks: Masks) -> list
 def _rows_of(seq: Sequence, draft: list[int], masks: np.ndarray | None) -> list[SampleRow]:
     assert seq.stop_rules is not None
     num, adjustment = seq.num_output, seq.adjustment
-    if not draft and masks is None and adjustment is None:  # most of all rows
+    if not draft and masks is None and adjustment is None:  # the most common case
         banned = seq.stop_rules.banned()
         if seq.wants_likeliest and not len(banned):
             return [PLAIN]
@@ -83,19 +83,19 @@ def _rows_of(seq: Sequence, draft: list[int], masks: np.ndarray | None) -> list[
     output = np.concatenate((seq.output, np.array(draft, np.int32))) if draft else seq.output
     rows: list[SampleRow] = []
     for i in range(len(draft) + 1):
-        banned = seq.stop_rules.banned(i) if masks is None else ()  # a mask has them already
+        banned = seq.stop_rules.banned(i) if masks is None else ()  # a mask has excluded them already
         mask = None if masks is None else masks[i]
         if adjustment is not None:
             banned, mask = adjustment.restricted(output[: num + i], banned, mask)
             if i == 0 and mask is not None and not mask.any():
                 raise BadRequest("allowed_token_ids, bad_words, min_tokens and the output's form leave no token")
-        own = adjustment.copy() if adjustment is not None and i else adjustment  # draft tokens may not come true
+        own = adjustment.copy() if adjustment is not None and i else adjustment  # draft tokens may be rejected
         rows.append(SampleRow(seq.request.sampling, output[: num + i], banned, mask, own))
     return rows
 
 
 def check_choice(seq: Sequence, sampled: Sampled, row: int) -> None:
-    """Raise why a sequence's chosen token cannot be used, if it cannot; row: the sequence's first row in `sampled`."""
+    """Raise the error for which a sequence's chosen token cannot be used, if any. row: its first row in `sampled`."""
     if seq.failure is not None:
         raise seq.failure
     if seq.matcher is not None:
@@ -107,9 +107,9 @@ def check_choice(seq: Sequence, sampled: Sampled, row: int) -> None:
 
 
 def accept_tokens(seq: Sequence, draft: list[int], sampled: Sampled, row: int) -> tuple[list[int], str]:
-    """Append a sequence's chosen token, and those after it as long as the draft tokens that they follow are right.
+    """Append a sequence's chosen token, then those that follow draft tokens, up to the first wrong draft token.
 
-    row: the sequence's first row in `sampled`. Returns the tokens, and how they end the request, "" if they do not.
+    row: the sequence's first row in `sampled`. Return the tokens, and the finish reason, "" if the request continues.
     """
     if not draft:
         token = sampled.ids.item(row)
@@ -117,7 +117,7 @@ def accept_tokens(seq: Sequence, draft: list[int], sampled: Sampled, row: int) -
     ids: list[int] = []
     finish = ""
     for i in range(len(draft) + 1):
-        if not sampled.finite[row + i]:  # only behind a draft token: the next step finds it in the first row
+        if not sampled.finite[row + i]:  # only after a draft token: the next step finds it in its first row
             break
         token = sampled.ids.item(row + i)
         finish = seq.accept(token)

@@ -1,6 +1,6 @@
-"""The engine of a model that generates text: requests in, one `step` at a time, tokens out.
+"""The engine of a model that generates text: accepts requests, computes one `step` at a time, returns tokens.
 
-One thread uses it; `service/engine_thread.py` has it.
+Used by one thread only; see `engine_thread.py`.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from protocol.wire.tokens import TokenTable
 logger = logging.getLogger(__name__)
 
 MASK_WAIT_S = 0.01
-"""How long a step waits for masks at least, and below, as a part of the time that it has taken so far."""
+"""Minimum seconds that a step waits for masks; `MASK_WAIT_SHARE` is the minimum as a share of its time so far."""
 
 MASK_WAIT_SHARE = 0.25
 
 YIELDING_MASK_WAIT_S = 0.001
-"""The same of a limited step whose masks are all for sequences that yield: they may make it no longer, too."""
+"""Maximum seconds that a limited step waits if its masks are all for sequences that yield, which may not delay it."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Sizes of one engine, all decided."""
+    """Sizes of one engine, checked against each other."""
 
     limits: BatchLimits
     num_blocks: int
     max_model_len: int  # tokens of prompt and output of one request
     num_states: int = 0  # slots for the states of layers that keep states
-    kv_bytes: int = 0  # bytes of all blocks
-    max_mask_s: float = 30.0  # CPU time of the masks of one request with a grammar
-    overlaps: bool = False  # whether a step is launched before the tokens of the one before are known
+    kv_bytes: int = 0  # size of all blocks
+    max_mask_s: float = 30.0  # maximum CPU seconds for the masks of one request with a grammar
+    overlaps: bool = False  # whether a step is launched before the previous one's tokens are known
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that contradict each other."""
@@ -68,7 +68,7 @@ class EngineConfig:
 
 
 class Engine(BaseEngine):
-    """Runs requests of any adapters together, step by step."""
+    """Runs requests for any mix of adapters together, step by step."""
 
     def __init__(
         self,
@@ -79,9 +79,9 @@ class Engine(BaseEngine):
         tokenizer: str | None = None,
         draft_model: DraftSource | None = None,
     ) -> None:
-        """Allocate the KV cache and check the model. tokens, tokenizer: its own, and its tokenizer.json, if it has one.
+        """Allocate the KV cache and check the model. Raises BadRequest for a model that the engine computes wrongly.
 
-        Raises BadRequest for a model that is computed wrongly.
+        tokens, tokenizer: the model's token table and tokenizer.json, None without a tokenizer.
         """
         super().__init__(adapters)
         limits = config.limits
@@ -106,19 +106,19 @@ class Engine(BaseEngine):
             max_draft_tokens=limits.max_draft_tokens,
         )
         self._seqs: dict[str, Sequence] = {}  # by request id
-        self._flight: Flight | None = None  # the step whose tokens are not on the host yet
+        self._flight: Flight | None = None  # the step whose tokens have not reached the host yet
 
     def finish_start(self) -> None:
-        """Make what grammars need, which holds the interpreter for up to half a second; see `BaseEngine`."""
+        """Prepare what grammars need, which holds the GIL for up to half a second; see `BaseEngine`."""
         self.grammars.prepare()
         super().finish_start()
 
     # ------------------------------------------------------------ a step
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch. Returns what became known of each request that got a token or ended.
+        """Compute one batch. Return the outputs of requests that received a token or ended.
 
-        With overlap, these are the tokens of the batch before: this one's are still being computed.
+        With overlap, these are the tokens of the previous batch: this batch's are still being computed.
         """
         self.meter.start()
         self._receive()
@@ -136,7 +136,7 @@ class Engine(BaseEngine):
         return self._put_out()
 
     def _receive(self) -> None:
-        """Take the adapters and grammars that have arrived, and bind the requests that waited for them."""
+        """Take the adapters and grammars that have finished loading, and bind the requests that waited for them."""
         self._collect_adapters()
         for seq in [seq for seq in self.batcher.waiting if not seq.is_bound]:
             if seq.request.digest and not self.adapters.is_resident(seq.request.digest):
@@ -161,9 +161,9 @@ class Engine(BaseEngine):
         return plan
 
     def _launch(self, plan: StepPlan) -> Launched | None:
-        """Launch a step's forward pass. Returns None where the device has no memory for it.
+        """Launch a step's forward pass. Return None if the device has no memory for it.
 
-        Tokens that the step in flight is still choosing go in on the device.
+        Input tokens that the step in flight is still choosing are copied on the device.
         """
         work = self._work_of(plan)
         self.meter.lap("plan")
@@ -178,7 +178,7 @@ class Engine(BaseEngine):
         return Launched(plan, work, inputs, logits, self.meter.started_s)
 
     def _run(self, inputs: StepInputs, plan: StepPlan) -> Tensor:
-        """Return the logits of a step, of which a head of the base keeps the hidden states."""
+        """Return the logits of a step; a head of the base, if any, stores the hidden states."""
         source = self.batcher.draft_model
         if source is None:
             return self.runner.run(inputs)
@@ -188,9 +188,9 @@ class Engine(BaseEngine):
         return logits
 
     def _land(self, behind: StepPlan | None) -> bool:
-        """Wait for the tokens of the step in flight, if there is one, and settle them. Returns whether there was.
+        """Wait for the tokens of the step in flight, if any, and settle them. Return whether there was one.
 
-        behind: the step that was launched behind it, of which the sequences that end here are left out.
+        behind: the step launched after it, from which sequences that end here are removed.
         """
         flight, self._flight = self._flight, None
         if flight is None:
@@ -206,26 +206,26 @@ class Engine(BaseEngine):
         return True
 
     def _choose(self, launched: Launched) -> Flight | None:
-        """Launch the choice of a step's tokens. Returns None where the device has no memory for it."""
+        """Launch the sampling of a step's tokens. Return None if the device has no memory for it."""
         try:
             flight = self._sample(launched)
         except torch.OutOfMemoryError as error:
             _log_no_memory(launched.plan, error)
             return None
         if self.config.overlaps:
-            for row, seq in enumerate(flight.ready):  # there are no drafts, so that each has one row
+            for row, seq in enumerate(flight.ready):  # there are no drafts: each sequence has one row
                 seq.expect(row)
         self.meter.lap("sample")
         return flight
 
     def _holds(self, seq: Sequence) -> bool:
-        """Return whether a sequence has not ended, nor been given up."""
+        """Return whether a sequence is still held: neither ended nor replaced."""
         return self._seqs.get(seq.rid) is seq
 
     def _make_room(self, plan: StepPlan) -> None:
-        """Fail the largest requests of a step for which there was no memory, half of its tokens, so that others fit.
+        """Fail the largest requests of a step that ran out of memory, up to half of its tokens, so that the others fit.
 
-        So do those that already keep something of the step, which cannot be computed again.
+        Requests that have already stored results of the step also fail, since these cannot be computed again.
         """
         sizes, most, num_failed = dict(plan.num_new), plan.num_tokens / 2, 0
         self.batcher.abandon(plan)
@@ -238,9 +238,9 @@ class Engine(BaseEngine):
             torch.cuda.empty_cache()
 
     def _sample(self, launched: Launched) -> Flight:
-        """Launch the choice of the next token of every ready sequence, and of one after each draft token.
+        """Launch the sampling of the next token of every ready sequence, and of one more after each draft token.
 
-        Not of those that have ended since the step was launched, nor of those whose mask is late.
+        Leaves out sequences that have ended since the launch, and those whose mask is late.
         """
         plan, inputs, logits = launched.plan, launched.inputs, launched.logits
         started_s, held = time.perf_counter(), self._seqs
@@ -270,13 +270,13 @@ class Engine(BaseEngine):
         return Flight(plan, launched.work, launched.started_s, ready, sampled, end)
 
     def _mask_wait_s(self, plan: StepPlan, ready: list[Sequence]) -> float:
-        """Return how long a step may wait for masks: hardly, if these are all of sequences for which it may not."""
+        """Return how many seconds a step may wait for masks: few if only sequences that yield need them."""
         if plan.limited is not None and all(seq.yields for seq in ready if seq.matcher is not None):
             return YIELDING_MASK_WAIT_S
         return max(MASK_WAIT_S, MASK_WAIT_SHARE * self.meter.elapsed_s)
 
     def _settle(self, flight: Flight, sampled: Sampled | None) -> int:
-        """Append the chosen tokens, finish ended sequences, and emit them. Returns their number."""
+        """Append the chosen tokens, finish ended sequences and emit outputs. Return the number of tokens."""
         num_output = row = 0
         for seq in flight.ready:
             assert sampled is not None
@@ -284,7 +284,7 @@ class Engine(BaseEngine):
             seq.expect_none()
             num_tokens = seq.num_tokens
             try:
-                if not self._holds(seq):  # it was cancelled meanwhile
+                if not self._holds(seq):  # canceled since the launch
                     continue
                 check_choice(seq, sampled, row)
                 num_output += self._settle_one(seq, flight.plan, sampled, row)
@@ -297,7 +297,7 @@ class Engine(BaseEngine):
         return num_output
 
     def _settle_one(self, seq: Sequence, plan: StepPlan, sampled: Sampled, row: int) -> int:
-        """Settle one sequence, whose first row in `sampled` is given. Returns its number of new tokens."""
+        """Settle one sequence; return its number of new tokens. row: its first row in `sampled`."""
         draft = plan.drafts.get(seq, [])
         ids, finish = accept_tokens(seq, draft, sampled, row)
         if draft:
@@ -312,7 +312,7 @@ class Engine(BaseEngine):
         return len(ids)
 
     def _note_draft(self, seq: Sequence, plan: StepPlan, num_right: int) -> None:
-        """Count a sequence's draft tokens, of which the first `num_right` were right, and go on behind these."""
+        """Count a sequence's draft tokens, of which the first `num_right` were right, and keep the states of those."""
         num_drafted = len(plan.drafts[seq])
         self.counters.num_drafted_tokens += num_drafted
         self.counters.num_accepted_tokens += num_right
@@ -328,7 +328,7 @@ class Engine(BaseEngine):
         return StepWork(plan.num_tokens, num_kv_tokens, sum_ranks, num_passes)
 
     def _count(self, flight: Flight, num_output: int) -> None:
-        """Count a step that has landed: from its start, or, if that is later, from the landing of the one before."""
+        """Record a landed step's time, from its start or from the landing of the step before, whichever is later."""
         plan = flight.plan
         self.meter.stop(flight.work, num_output, since_s=flight.started_s, is_limited=plan.limited is not None)
         self.batcher.note_time(plan, self.meter.last_s)
@@ -339,7 +339,7 @@ class Engine(BaseEngine):
     # ------------------------------------------------------------ requests
 
     def add(self, request: EngineRequest) -> None:
-        """Take a request; see `BaseEngine.add`."""
+        """Accept a request; see `BaseEngine.add`."""
         running = self._seqs.get(request.rid)
         if running is not None:
             if running.request.epoch >= request.epoch:
@@ -382,12 +382,12 @@ class Engine(BaseEngine):
     # ------------------------------------------------------------ the engine as a whole
 
     def wake_with(self, wake: Callable[[], object]) -> None:
-        """Have `wake` called when an adapter or a grammar has arrived."""
+        """Set the callback that is called when an adapter or a grammar is ready."""
         super().wake_with(wake)
         self.grammars.on_ready = wake
 
     def close(self) -> None:
-        """Start nothing more in other threads, neither loads nor compilations."""
+        """Start no more work in other threads, neither loads nor compilations."""
         super().close()
         self.grammars.close()
 
@@ -397,7 +397,7 @@ class Engine(BaseEngine):
         super().check_integrity()
 
     def stats(self) -> m.WorkerBeat:
-        """Return the engine's figures as they are now."""
+        """Return the engine's current figures."""
         return self._stats(
             capacity=self.config.limits.max_num_seqs,
             running=len(self.batcher.running),

@@ -1,4 +1,7 @@
-"""The thread that runs an engine, behind methods that any thread may call. The service imports it before torch."""
+"""The thread that runs an engine, with methods that any thread may call.
+
+The service imports this module before torch.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_COMMANDS = 1024
-"""Commands that may wait for the engine before `room` makes the service stop reading more of them from the queue."""
+"""Pending commands beyond which `room` makes the service stop reading more from the queue."""
 
 MAX_UNACKED_STEPS = 8
-"""Steps whose outputs may be on their way to the queue; then the engine waits, so that a slow queue bounds memory."""
+"""Maximum steps whose outputs are not durable yet; the engine then pauses, so that a slow queue cannot fill memory."""
 
 STATS_S = 0.1
-"""How old the engine's figures may be while it is busy; when it has nothing to do they are exact."""
+"""Maximum age, in seconds, of a busy engine's figures; those of an idle engine are exact."""
 
 TURN_S = 1.0
-"""How long an idle engine waits at most before it goes round once more, which shows that it lives."""
+"""Maximum seconds between two turns of an idle engine's loop; its count of turns shows that it is alive."""
 
 CHECK_S = 10.0
-"""How often an idle engine looks for lost blocks and pages: a leak is a crash, so that it is found at once."""
+"""Seconds between an idle engine's checks for leaked blocks and pages; a leak crashes it, so as to be found at once."""
 
 OnOutputs = Callable[[list[TokenOutput]], object]
 """Called in the engine's thread with the outputs of one step."""
@@ -45,25 +48,25 @@ T = TypeVar("T")
 
 
 class EngineThread:
-    """Runs `engine.step` while there is work. All methods but `stop` return at once, from any thread.
+    """Runs `engine.step` while there is work. All methods except `stop` return at once and may be called by any thread.
 
-    Commands are carried out between steps, in the order they were given, and ignored once the engine has ended.
+    Commands run between steps in the order given, and are ignored once the engine has ended.
     """
 
     def __init__(self, engine: BaseEngine, *, max_commands: int = MAX_COMMANDS) -> None:
         self.engine = engine
         self._max_commands = max_commands
         self._changed = threading.Condition()
-        # _changed guards these.
+        # Guarded by _changed:
         self._commands: list[Callable[[], object]] = []
         self._waiting_for_room: list[Future[None]] = []
         self._hand_overs: list[Future[list[str]]] = []
         self._num_unacked = 0
         self._is_woken = False
         self._is_stopping = False
-        self.has_ended = False  # the thread takes nothing more: it was stopped, or it has crashed
-        # Only the engine's thread writes these.
-        self.num_turns = 0  # how often it has gone round: at least once a second, but for a step that takes longer
+        self.has_ended = False  # the thread was stopped or has crashed, and ignores commands
+        # Written by the engine's thread only:
+        self.num_turns = 0  # loop iterations: at least one per second, unless a step takes longer
         self._can_step = False
         self._stats = engine.stats()
         self._stats_due_s = 0.0
@@ -73,54 +76,54 @@ class EngineThread:
 
     @property
     def num_commands(self) -> int:
-        """Commands that the engine has not taken yet."""
+        """The number of commands that the engine has not taken yet."""
         return len(self._commands)
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
-        """Start the thread. It calls `on_outputs` once per step that put anything out, `on_death` if it crashes."""
+        """Start the thread. It calls `on_outputs` once per step with outputs, and `on_death` if it crashes."""
         self._on_outputs, self._on_death = on_outputs, on_death
         self._thread.start()
 
     def finish_start(self) -> None:
-        """Make what the fleet need not wait for: the engine serves requests after that. It may be asked for again."""
+        """Do the start-up work that the fleet need not wait for; requests are served afterwards. Idempotent."""
         self._command(self.engine.finish_start)
 
     def submit(self, request: EngineRequest) -> None:
-        """Give the engine a request. Its errors are emitted as output."""
+        """Add a request to the engine. Its errors are emitted as output."""
         self._command(lambda: self.engine.add(request))
 
     def cancel(self, rids: Sequence[str]) -> None:
-        """Forget requests; after the current step nothing more comes out for them."""
+        """Forget requests; after the current step nothing more is emitted for them."""
         self._command(lambda: [self.engine.cancel(rid) for rid in rids])
 
     def prefetch(self, digest: str) -> None:
-        """Bring an adapter towards the pool, for a request that will come."""
+        """Load an adapter ahead of time, for a request that is about to come."""
         self._command(lambda: self.engine.prefetch(digest))
 
     def pin(self, digest: str) -> None:
-        """Keep an adapter in the pool from now on."""
+        """Keep an adapter in the pool until `unpin`."""
         self._command(lambda: self.engine.residency.pin(digest))
 
     def unpin(self, digest: str) -> None:
-        """Let an adapter leave the pool like any other."""
+        """Let an adapter be evicted like any other again."""
         self._command(lambda: self.engine.residency.unpin(digest))
 
     def evict(self, digest: str, order: str) -> None:
-        """Remove an adapter as soon as no request needs it. An event that repeats `order` reports what that freed."""
+        """Evict an adapter as soon as no request needs it. The event with the same `order` reports the freed memory."""
         self._command(lambda: self.engine.residency.evict(digest, order))
 
     def set_queued(self, digests: list[str]) -> None:
-        """Say which adapters requests in the fleet's queue wait for: they leave the pool after all others."""
+        """Set the adapters that queued requests of the fleet wait for: they are evicted last."""
         self._command(lambda: self.engine.adapters.set_queued(digests))
 
     def take_adapter_events(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
-        """Return what happened to adapters since the last call, and how they were used, by digest."""
+        """Return the adapter events since the last call, and the use of adapters, by digest."""
         return self.engine.adapters.events.take()
 
     def room(self) -> Future[None]:
-        """Return a future that is done while fewer than `max_commands` wait, or once the engine has ended.
+        """Return a future that is done once fewer than `max_commands` wait, or once the engine has ended.
 
-        Commands are taken without it too: it is for a caller to wait for before it gives many.
+        Commands are also accepted without it: callers wait for it before they give many.
         """
         future: Future[None] = Future()
         with self._changed:
@@ -131,7 +134,7 @@ class EngineThread:
         return future
 
     def hand_over(self) -> Future[list[str]]:
-        """Forget every request between two steps; the result names them. Empty if the engine has ended."""
+        """Forget every request between two steps; the result is their ids, empty if the engine has ended."""
         future: Future[list[str]] = Future()
         with self._changed:
             if self.has_ended:
@@ -142,13 +145,13 @@ class EngineThread:
         return future
 
     def ack_step(self) -> None:
-        """Say that the outputs of one step are durable. The engine pauses while too many steps are not."""
+        """Report that the outputs of one step are durable. The engine pauses while too many steps are not."""
         with self._changed:
             self._num_unacked -= 1
             self._changed.notify()
 
     def stats(self) -> m.WorkerBeat:
-        """Return the engine's figures of at most `STATS_S` ago."""
+        """Return the engine's figures, at most `STATS_S` old while it is busy."""
         return self._stats
 
     def stop(self) -> None:
@@ -166,7 +169,7 @@ class EngineThread:
                 self._changed.notify()
 
     def _wake(self) -> None:
-        """Let the engine try a step: an adapter or a grammar has arrived."""
+        """Make the engine try a step: an adapter or a grammar is ready."""
         with self._changed:
             self._is_woken = True
             self._changed.notify()
@@ -175,8 +178,8 @@ class EngineThread:
 
     def _run(self) -> None:
         error: BaseException | None = None
-        # The model stays until the process ends. Each full collection would walk all its objects between steps, for
-        # 0.1 s.
+        # The model lives until the process ends. Without freezing, each full collection would walk all its objects
+        # between steps, for 0.1 s.
         gc.collect()
         gc.freeze()
         try:
@@ -185,7 +188,7 @@ class EngineThread:
                 self._hand_requests_over()
                 self._step()
                 self._check_when_idle()
-        except BaseException as crash:  # noqa: BLE001  the thread's edge, also for panics of libraries in Rust
+        except BaseException as crash:  # noqa: BLE001  the thread's top level; also catches panics of libraries in Rust
             error = crash
         try:
             self._end()
@@ -196,7 +199,7 @@ class EngineThread:
             self._on_death(error)
 
     def _wait_for_work(self) -> bool:
-        """Wait until there is something to do. Returns False when the thread is to end."""
+        """Wait until there is something to do. Return False when the thread must end."""
 
         def has_work() -> bool:
             may_step = self._is_woken or (self._can_step and self._num_unacked < MAX_UNACKED_STEPS)
@@ -210,7 +213,7 @@ class EngineThread:
             return not self._is_stopping
 
     def _take_commands(self) -> None:
-        """Carry out all commands given so far."""
+        """Run all commands given so far."""
         with self._changed:
             commands, self._commands = self._commands, []
             waiting, self._waiting_for_room = self._waiting_for_room, []
@@ -228,7 +231,7 @@ class EngineThread:
             _resolve(future, rids)
 
     def _step(self) -> None:
-        """Run a step, unless too many are not durable yet, and pass on its outputs."""
+        """Run a step and pass on its outputs; do nothing while too many steps are not durable."""
         outputs = []
         self._can_step = True
         if self._num_unacked < MAX_UNACKED_STEPS:
@@ -249,7 +252,7 @@ class EngineThread:
             self._check_due_s = time.monotonic() + CHECK_S
 
     def _end(self) -> None:
-        """Leave nobody waiting, and take nothing more."""
+        """Resolve all futures and accept no more commands."""
         with self._changed:
             self.has_ended = True
             self._commands = []
@@ -263,6 +266,6 @@ class EngineThread:
 
 
 def _resolve(future: Future[T], result: T) -> None:
-    """Set a future's result, unless its waiter has cancelled it."""
+    """Set a future's result, unless its waiter has canceled it."""
     if future.set_running_or_notify_cancel():
         future.set_result(result)

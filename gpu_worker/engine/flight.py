@@ -16,32 +16,32 @@ from gpu_worker.sampling.sampling import PendingSample, Sampled
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step whose forward pass was launched, and whose tokens are not being chosen yet."""
+    """A step whose forward pass was launched, but whose sampling was not."""
 
     plan: StepPlan
     work: StepWork
     inputs: StepInputs
-    logits: Tensor  # [n, V], of the rows that the inputs name
+    logits: Tensor  # [n, V], for the rows that `inputs` lists
     started_s: float  # start time by time.perf_counter
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A step whose tokens are being chosen on the device, or on their way to the host."""
+    """A step whose tokens are being chosen on the device or copied to the host."""
 
     plan: StepPlan
     work: StepWork
     started_s: float
-    ready: list[Sequence]  # sequences that get a token
-    sample: PendingSample | None  # one row of each, and one of each draft token; None where no sequence is ready
-    end: Arriving  # arrives when the step is computed
+    ready: list[Sequence]  # sequences that receive a token
+    sample: PendingSample | None  # one row per sequence and one per draft token; None if no sequence is ready
+    end: Arriving  # complete when the step is computed
 
     @property
     def ids(self) -> Tensor | None:
-        """The tokens on the device, int64 [n]; None where there are none."""
+        """The tokens on the device, int64 [n]; None if no sequence is ready."""
         return None if self.sample is None else self.sample.ids
 
     def wait(self) -> Sampled | None:
-        """Return the tokens, as soon as they are on the host."""
+        """Wait until the tokens are on the host, and return them."""
         self.end.wait()
         return None if self.sample is None else self.sample.result()

@@ -1,4 +1,4 @@
-"""Runs plans sequence by sequence: each has forward passes of its own, with its own adapter and its own cache."""
+"""Runs plans one sequence at a time: each has its own forward passes, adapter and cache."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class OneByOneRunner(Runner):
     def __init__(
         self, model: BaseModel, passes: Passes, num_blocks: int, extras: Mapping[str, Extras] | None = None
     ) -> None:
-        """Take a model with its passes. extras: as of `Runner`."""
+        """Set up running `model` by `passes`. extras: see `Runner`."""
         super().__init__(model, num_blocks, extras)
         self._passes = passes
 
     def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int, max_step_tokens: int = 0) -> None:
-        """Raise Unrecordable."""
+        """Raise Unrecordable: unbatched sequences have no CUDA graphs."""
         raise Unrecordable("its sequences run unbatched")
 
     def prepare(self, plan: StepPlan, coming: Tensor | None = None) -> OneByOneInputs:
-        """Return which rows of logits a plan's passes will give; nothing is sent before they run.
+        """Return which rows of logits a plan's passes will produce; nothing is sent to the device yet.
 
-        coming: None, since steps of such a model do not overlap.
+        coming: must be None, since steps of such a model do not overlap.
         """
         assert coming is None
         rows = StepRows.of(plan)
@@ -59,7 +59,7 @@ class OneByOneRunner(Runner):
         return OneByOneInputs(ready=ready, prompt_rows=rows.prompt_rows(), pooled=pooled, rows=rows)
 
     def run(self, inputs: StepInputs) -> Tensor:
-        """Compute a step. Returns the logits [n, V] of its rows (a useless one if there are none)."""
+        """Compute a step. Return the logits [n, V] of its rows, or one unused row if there are none."""
         assert isinstance(inputs, OneByOneInputs)
         last: list[Tensor] = []
         of_prompts: list[Tensor] = []
@@ -81,7 +81,7 @@ class OneByOneRunner(Runner):
             parts = [*last, *of_prompts, *of_scores] or [
                 torch.zeros(1, self.model.vocab_size, device=self.model.device)
             ]
-            # An adapter may know more tokens than others, and a model fewer than it has embeddings.
+            # Vocabularies differ: an adapter may add tokens, and a model may have more embeddings than tokens.
             width = max(self.model.vocab_size, *(part.shape[1] for part in parts))
             return torch.cat([F.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
 
@@ -89,7 +89,7 @@ class OneByOneRunner(Runner):
         """Compute a sequence's tokens up to `end`; return the logits [n, V] of those at the `wanted` positions."""
         kept, start = seq.kept, seq.num_computed
         assert kept is None or isinstance(kept, Kept)
-        if kept is not None and kept.end > start:  # its last token was taken back, because its mask was late
+        if kept is not None and kept.end > start:  # the last token was undone because its mask was late
             assert kept.logits is not None
             return kept.logits
         found: list[Tensor] = []
@@ -105,7 +105,7 @@ class OneByOneRunner(Runner):
     def _pass(
         self, seq: Sequence, kept: Kept | None, first: int, behind: int, wanted: list[int]
     ) -> tuple[Tensor, Kept]:
-        """Run the pass of the tokens [first, behind); return logits of `wanted`, at least one row, and the cache."""
+        """Run the pass over tokens [first, behind). Return the logits of `wanted`, at least one row, and the cache."""
         step = StepRows.after([seq], [first], [behind - first])
         slots, scales = step.adapters()
         rows = np.array(wanted or [first]) - first
@@ -125,10 +125,10 @@ class OneByOneRunner(Runner):
     def _adapters_by_rows(
         self, seq: Sequence, num_new: int, num_logits: int, behind: int
     ) -> Callable[[int], tuple[ops.LoraBatch | None, list[ExtraRows]]]:
-        """Return what the sequence's adapter does to the rows of a layer, by their number.
+        """Return a function from a layer's number of rows to the adapter's effect on them.
 
-        `num_logits` of the head, `num_new` of most layers. Others see the end of the text again, as much of it as their
-        cache has; of an activated LoRA the rows count from the end, as PEFT's do.
+        A layer with `num_logits` rows is the head; most others have `num_new`. Some see the end of the text again, as
+        far as their cache reaches; an activated LoRA's rows are then counted from the end, as in PEFT.
         """
         context, device = self.model.context, self.model.device
 

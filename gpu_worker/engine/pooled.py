@@ -1,6 +1,6 @@
-"""Requests for an embedding or for scores: accumulating a text's hidden states, and the result at its end.
+"""Requests for an embedding or scores: accumulates a text's hidden states and computes its result.
 
-Such a request runs as any other prompt does, in the same steps, and ends where its prompt ends: no token is sampled.
+Such a request runs like any prompt, in the same steps, and ends with its prompt: no token is sampled.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from protocol.wire.errors import Internal
 
 @dataclass(frozen=True, slots=True)
 class PooledRows:
-    """The rows of a step that belong to a request for numbers."""
+    """The rows of a step that belong to a request for an embedding or scores."""
 
     seq: Sequence
     seq_index: int  # index of its sequence in the step
-    first: int  # row of its first token among the step's
+    first: int  # row of its first token in the step
     num: int
     start: int  # position of that token in its text
     is_complete: bool  # whether the text ends in this step
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the logits of the last of its tokens are its result."""
+        """Whether the result is computed from the logits of its last token."""
         return self.is_complete and self.seq.is_scored_by_tokens
 
 
 def gather(pooled: Many[PooledRows], hidden: Tensor) -> None:
-    """Let each text take its rows of a step's hidden states [T, D]."""
+    """Add the rows of a step's hidden states [T, D] to the pools of their texts."""
     for rows in pooled:
         pool = rows.seq.pool
         if pool is not None and (pool.needs_all or rows.is_complete):
@@ -55,9 +55,9 @@ def head_of(seq: Sequence, tasks: ModelTasks, extras: Mapping[str, Extras]) -> T
 def outputs_of(
     pooled: Many[PooledRows], logits: Tensor, tasks: ModelTasks, extras: Mapping[str, Extras]
 ) -> list[TokenOutput]:
-    """Return the outputs that end the texts which a step has completed: float32 numbers, as int32 in `ids`.
+    """Return the final outputs of the texts that this step completes: float32 numbers, as int32 in `ids`.
 
-    logits: [n, V] of the last token of each text that is scored by tokens, in order. Waits for the device.
+    logits: [n, V], one row per text scored by tokens, in order. Waits for the device.
     """
     ended = [rows.seq for rows in pooled if rows.is_complete]
     if not ended:

@@ -1,7 +1,7 @@
-"""A plan becomes one forward pass: packed tokens, the step's work lists, logits where they are needed.
+"""Turns a plan into one forward pass: packed tokens, the step's work lists, logits where needed.
 
-A step's tokens are packed: all sequences' new tokens, one after the other. T is the number of tokens, S of sequences, n
-of rows of logits, V the size of the vocabulary.
+The new tokens of all sequences are packed one after another. T is the number of tokens, S of sequences, n of rows of
+logits, V the vocabulary size.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from protocol.wire.errors import BadRequest
 class StepInputs:
     """The inputs of one step, and the meaning of its rows of logits."""
 
-    ready: list[Sequence]  # sequences whose next token can be chosen: theirs are the first rows, in this order
-    prompt_rows: list[PromptRows] = field(default_factory=list[PromptRows])  # prompts whose rows follow
-    pooled: list[PooledRows] = field(default_factory=list[PooledRows])  # those scored by tokens have the last rows
+    ready: list[Sequence]  # sequences whose next token can be chosen; their rows come first, in this order
+    prompt_rows: list[PromptRows] = field(default_factory=list[PromptRows])  # prompts whose rows come next
+    pooled: list[PooledRows] = field(default_factory=list[PooledRows])  # requests scored by tokens have the last rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,20 +47,20 @@ class PackedInputs(StepInputs):
     input_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
     logit_rows: Tensor | None  # int64 [n], tokens that go through the head; None: all
-    vocab_sizes: Tensor | None = None  # int64 [n], where an adapter of the step has a vocabulary of its own
-    graph: StepGraph | None = None  # replayed instead of running the model; the tensors above are its own
+    vocab_sizes: Tensor | None = None  # int64 [n], if an adapter of the step has its own vocabulary
+    graph: StepGraph | None = None  # replayed instead of running the model; it owns the tensors above
 
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """A plan on the host, before it is sent."""
+    """A plan's rows on the host, before they are sent."""
 
     seqs: list[Sequence]
-    num_before: np.ndarray  # int64 [S] tokens of each sequence that are computed before it
-    num_new: np.ndarray  # int64 [S] tokens of each sequence in this step
-    ends: np.ndarray  # int64 [S] tokens computed after it
-    complete: np.ndarray  # bool [S], whether all known tokens are computed then, so that the next can be chosen
-    are_decodes: bool  # whether each sequence has one token, and is complete
+    num_before: np.ndarray  # int64 [S], tokens of each sequence computed before this step
+    num_new: np.ndarray  # int64 [S], tokens of each sequence in this step
+    ends: np.ndarray  # int64 [S], tokens computed after this step
+    complete: np.ndarray  # bool [S], whether this step computes all known tokens, so that the next can be chosen
+    are_decodes: bool  # whether each sequence has one token and is complete
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepRows:
@@ -70,14 +70,14 @@ class StepRows:
 
     @classmethod
     def after(cls, seqs: list[Sequence], num_before: list[int], num_new: list[int]) -> StepRows:
-        """Return the rows of the `num_new` tokens of each sequence that follow its first `num_before`."""
+        """Return the rows for the `num_new` tokens of each sequence that follow its first `num_before`."""
         ends = list(map(operator.add, num_before, num_new))
         complete = [end >= seq.num_tokens for end, seq in zip(ends, seqs, strict=True)]
         are_decodes = max(num_new) == 1 and all(complete)
         return cls(seqs, np.array(num_before), np.array(num_new), np.array(ends), np.array(complete), are_decodes)
 
     def pooled(self) -> list[PooledRows]:
-        """Return the rows of requests for numbers, and leave their sequences out of `complete`."""
+        """Return the rows of requests for embeddings or scores, and set `complete` to False for them."""
         found: list[PooledRows] = []
         for i, seq in enumerate(self.seqs):
             if seq.pool is not None:
@@ -88,11 +88,11 @@ class StepRows:
 
     @property
     def starts(self) -> np.ndarray:
-        """Each sequence's first row among the step's tokens: int64 [S]."""
+        """Each sequence's first row in the step: int64 [S]."""
         return np.cumsum(self.num_new) - self.num_new
 
     def token_ids(self, drafts: Mapping[Sequence, list[int]]) -> np.ndarray:
-        """Return the step's tokens: int64 [T]; draft tokens come after the known tokens of their sequence."""
+        """Return the step's tokens, int64 [T]: each sequence's known tokens, then its draft tokens."""
         if self.are_decodes:
             return np.array([seq.last_token for seq in self.seqs])
         parts: list[np.ndarray] = []
@@ -103,7 +103,7 @@ class StepRows:
         return np.concatenate(parts, dtype=np.int64)
 
     def put_expected_(self, input_ids: Tensor, coming: Tensor | None) -> None:
-        """Write the tokens that sequences expect, out of `coming` int64 [n], to their places in input_ids [T]."""
+        """Copy the tokens that sequences expect from `coming` (int64 [n]) to their places in input_ids [T]."""
         if coming is None:
             return
         expecting = [i for i, seq in enumerate(self.seqs) if seq.expected_row >= 0 and self.complete[i]]
@@ -115,7 +115,7 @@ class StepRows:
         input_ids.index_copy_(0, send(places, device), coming.index_select(0, send(rows, device)))
 
     def adapters(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return each token's adapter slot (int32 [T], -1: none) and factor on its adapter (float32 [T])."""
+        """Return each token's adapter slot (int32 [T], -1: none) and adapter scale (float32 [T])."""
         slots = np.repeat(np.array([seq.slot for seq in self.seqs], np.int32), self.num_new)
         scales = np.repeat(np.array([seq.request.lora_scale for seq in self.seqs], np.float32), self.num_new)
         for i, (seq, start) in enumerate(zip(self.seqs, self.num_before.tolist(), strict=True)):
@@ -138,12 +138,12 @@ class StepRows:
     def logit_rows(
         self, drafts: Mapping[Sequence, list[int]], prompt_rows: list[PromptRows], pooled: Iterable[PooledRows] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens that go through the head, and the index of each one's sequence: int64 [n] both.
+        """Return the tokens that go through the head, and the sequence index of each: both int64 [n].
 
-        In order: the last known token of each complete sequence with its draft tokens; then the tokens of
-        `prompt_rows`; then the last token of each text of `pooled` that is scored by tokens and ends here.
+        Order: the last known token of each complete sequence with its draft tokens; then the tokens of `prompt_rows`;
+        then the last token of each text of `pooled` that is scored by tokens and ends here.
         """
-        # At least one row goes through the head, so that no kernel meets an empty batch.
+        # At least one row goes through the head, so that no kernel gets an empty batch.
         heads = np.flatnonzero(self.complete)
         if not len(heads):
             heads = np.zeros(1, np.int64)
@@ -165,7 +165,7 @@ class StepRows:
 
 @dataclass(frozen=True, slots=True)
 class HeadRows:
-    """Which rows of a step go through the head and whose they are, and what adapters do to which rows."""
+    """The rows of a step that go through the head, their sequences, and the adapters of all rows."""
 
     ready: list[Sequence]
     prompt_rows: list[PromptRows]
@@ -173,13 +173,13 @@ class HeadRows:
     logit_rows: Tensor | None
     vocab_sizes: Tensor | None
     adapters: tuple[ops.LoraBatch | None, ops.LoraBatch | None, list[ExtraRows], list[ExtraRows]]
-    """LoRA of all rows and of those that go through the head, and extras of both, as `StepContext` has them."""
+    """LoRA of all rows, LoRA of the head's rows, extras of all rows, extras of the head's rows, as in `StepContext`."""
 
 
 class DecodeLists:
-    """What a step of decodes reads on a CPU, written over by the next such step of the same sequences.
+    """Inputs of a decode step on a CPU, overwritten by the next decode step of the same sequences.
 
-    Rebuilding it would take three times as long: after a forward pass the processor's caches hold little of numpy.
+    Rebuilding them would take three times as long: after a forward pass the CPU caches hold little of numpy's code.
     """
 
     def __init__(self, num_seqs: int) -> None:
@@ -201,7 +201,7 @@ class DecodeLists:
         )
 
     def fill(self, seqs: list[Sequence], tables: np.ndarray) -> None:
-        """Write the next step. tables: int32 [S, max_blocks], the sequences' blocks; their memory is shared."""
+        """Write the next step's inputs. tables: int32 [S, max_blocks], the sequences' blocks; its memory is shared."""
         before = [seq.num_computed for seq in seqs]
         size = ops.BLOCK_TOKENS
         slots = [seq.blocks[num // size] * size + num % size for seq, num in zip(seqs, before, strict=True)]
@@ -213,22 +213,22 @@ class DecodeLists:
 
 
 class RunningBatch:
-    """What stays as it is from step to step while the same sequences run."""
+    """State that stays the same from step to step while the same sequences run."""
 
     def __init__(self, seqs: list[Sequence]) -> None:
         self.decodes: HeadRows | None = None  # head rows of pure decode steps, reused between steps
         self._lists: DecodeLists | None = None  # lists of pure decode steps on a CPU
         self._seqs = seqs
         self._blocks = [seq.blocks for seq in seqs]
-        self._num_listed = [0] * len(seqs)  # blocks of each that the tables have
+        self._num_listed = [0] * len(seqs)  # blocks of each sequence already in the tables
         self._tables = np.zeros((len(seqs), 0), np.int32)
 
     def is_of(self, seqs: list[Sequence]) -> bool:
-        """Return whether it is the batch of these sequences, none of which was readmitted."""
+        """Return whether this batch has exactly these sequences, none of them readmitted."""
         return seqs == self._seqs and all(map(operator.is_, self._blocks, [seq.blocks for seq in seqs]))
 
     def next_decodes(self, plan: StepPlan) -> DecodeLists | None:
-        """Return the lists of a step in which each gets its next token, None for another step."""
+        """Return the inputs of a step in which each sequence decodes one token, None for any other step."""
         if self.decodes is None or plan.drafts or sum(plan.num_new.values()) != len(self._seqs):
             return None
         if {seq.num_tokens - seq.num_computed for seq in self._seqs} != {1}:
@@ -256,24 +256,24 @@ class Runner:
     def __init__(
         self, model: BaseModel, num_blocks: int, extras: Mapping[str, Extras] | None = None, num_states: int = 0
     ) -> None:
-        """extras: by digest, of the adapters in the pool that do more than plain LoRA; it may change between steps.
+        """extras: by digest, for pool adapters that have more than plain LoRA; may change between steps.
 
-        num_states: slots for the states of layers that keep states; another one stays as it is, all zero.
+        num_states: slots for the states of layers that keep states; one more slot stays all zero.
         """
         self.model = model
         self.num_blocks = num_blocks
         self.num_states = num_states
         self._extras: Mapping[str, Extras] = {} if extras is None else extras
         self._batch = RunningBatch([])
-        self.graphs: StepGraphs | None = None  # recorded steps, which are replayed while it is set
-        for layer in model.layers:  # the last block is for the padding of recorded steps
+        self.graphs: StepGraphs | None = None  # captured steps; replayed if set
+        for layer in model.layers:  # the last block is for the padding of captured steps
             layer.allocate(num_blocks + 1, model.cache_dtype, model.device)
         model.mixers.allocate(num_states + 1, model.device)
 
     def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int, max_step_tokens: int = 0) -> None:
-        """Record the steps of up to max_num_seqs sequences, to be replayed from now on. Raises Unrecordable.
+        """Capture the steps of up to max_num_seqs sequences, to be replayed from now on. Raises Unrecordable.
 
-        The adapter pool must be there. max_step_tokens: most tokens of a step; 0: decodes alone are recorded.
+        Needs the adapter pool. max_step_tokens: maximum tokens of a step; 0: capture decodes only.
         """
         max_blocks = -(-max_model_len // ops.BLOCK_TOKENS)
         graphs = StepGraphs(self.model, max_num_seqs, max_blocks, self.num_blocks, max_step_tokens)
@@ -281,9 +281,9 @@ class Runner:
         self.graphs = graphs
 
     def prepare(self, plan: StepPlan, coming: Tensor | None = None) -> StepInputs:
-        """Build a plan's inputs and work lists with numpy and send them to the device; the host does not wait.
+        """Build a plan's inputs and work lists with numpy and send them to the device without waiting for it.
 
-        coming: int64 [n], the tokens of the step in flight; some sequences expect theirs from it.
+        coming: int64 [n], the tokens of the step in flight, from which some sequences expect their next.
         """
         device, context, seqs = self.model.device, self.model.context, list(plan.num_new)
         if not self._batch.is_of(seqs):
@@ -347,9 +347,9 @@ class Runner:
     def set_adapters(
         self, step: StepRows, slots: np.ndarray, scales: np.ndarray, rows: np.ndarray, heads: np.ndarray
     ) -> Tensor | None:
-        """Set what adapters do to which rows, in the model's context. Returns vocabulary sizes as `_set_extras` does.
+        """Set the adapters of all rows in the model's context. Return vocabulary sizes like `_set_extras`.
 
-        slots, scales: as `StepRows.adapters` returns them; rows, heads: as `StepRows.logit_rows` does.
+        slots, scales: see `StepRows.adapters`. rows, heads: see `StepRows.logit_rows`.
         """
         context, device = self.model.context, self.model.device
         context.lora = lora_batch(slots, scales, device)
@@ -369,9 +369,9 @@ class Runner:
         )
 
     def _set_extras(self, step: StepRows, rows: np.ndarray, heads: np.ndarray) -> Tensor | None:
-        """Set which rows have extras, in the model's context. Returns the rows' vocabulary sizes if they differ.
+        """Set the rows that have extras in the model's context. Return the rows' vocabulary sizes if they differ.
 
-        rows, heads: int64 [n], as `StepRows.logit_rows` returns them.
+        rows, heads: int64 [n], see `StepRows.logit_rows`.
         """
         seqs, num_new, starts = step.seqs, step.num_new, step.starts
         context, device, own_size = self.model.context, self.model.device, self.model.vocab_size
@@ -400,7 +400,7 @@ class Runner:
         return send(sizes, device) if (sizes != own_size).any() else None
 
     def run(self, inputs: StepInputs) -> Tensor:
-        """Compute a step. Returns the logits [n, V] of its rows (one useless row if nothing is ready)."""
+        """Compute a step. Return the logits [n, V] of its rows, or one unused row if nothing is ready."""
         assert isinstance(inputs, PackedInputs)
         if inputs.graph is not None:
             return inputs.graph.replay()
@@ -415,8 +415,7 @@ class Runner:
     def check(self) -> float:
         """Compare the finished engine with the untouched model. Overwrites the first blocks.
 
-        Returns the root mean square difference of logits relative to their spread. Raises BadRequest if it is too
-        large.
+        Returns the RMS difference of logits relative to their spread. Raises BadRequest if it is too large.
         """
         check, error = self.model.check, self._difference()
         assert check is not None
@@ -432,12 +431,12 @@ class Runner:
         return error
 
     def _difference(self) -> float:
-        """Return by how much the model as it runs here differs from the untouched one, as `spread_of` does."""
+        """Return the difference between the model as run here and the untouched one, as `spread_of` computes it."""
         return self.model.packed_difference(self.num_blocks, self.num_states)
 
 
 def without_unknown_ids(logits: Tensor, vocab_sizes: Tensor | None) -> Tensor:
-    """Return logits [n, V] that are -inf from each row's vocabulary size on: int64 [n]; None: as they are."""
+    """Return logits [n, V] set to -inf from each row's vocabulary size on. vocab_sizes: int64 [n]; None: unchanged."""
     if vocab_sizes is None:
         return logits
     ids = torch.arange(logits.shape[-1], device=logits.device)
@@ -445,7 +444,7 @@ def without_unknown_ids(logits: Tensor, vocab_sizes: Tensor | None) -> Tensor:
 
 
 def state_batch(step: StepRows, saves: Mapping[Sequence, dict[int, int]], device: torch.device) -> StateBatch:
-    """Return the runs of a step. saves: the positions after which a sequence's states are saved, and to which slots."""
+    """Return the runs of a step. saves: for each sequence, positions after which states are saved, and the slots."""
     rows: list[tuple[int, int, int]] = []
     runs: list[Run] = []
     copies: list[tuple[int, int]] = []
@@ -466,7 +465,7 @@ def state_batch(step: StepRows, saves: Mapping[Sequence, dict[int, int]], device
 def group_by_adapter(
     requests: Iterable[EngineRequest], extras: Mapping[str, Extras]
 ) -> dict[tuple[str, float], list[int]]:
-    """Return the indexes of the requests whose adapter has extras, by its digest and the request's factor on it."""
+    """Return the indexes of requests whose adapter has extras, grouped by digest and adapter scale."""
     groups: dict[tuple[str, float], list[int]] = {}
     for i, request in enumerate(requests):
         if request.digest in extras:

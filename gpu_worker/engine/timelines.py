@@ -1,4 +1,4 @@
-"""Event times of the engine's requests, reported with each one's first token and its end."""
+"""Event times of an engine's requests, reported with the first token and the end of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESIDENT = "resident"
 
 @dataclass(slots=True)
 class _Times:
-    """Times of one request, in seconds since it was taken, below 0 for events that have not happened."""
+    """Times of one request, in seconds since it was accepted; below 0 for events that have not happened."""
 
     taken_s: float  # unix time
     digest: str
@@ -38,7 +38,7 @@ def _ms(seconds: float) -> int:
 
 
 class Timelines:
-    """The times of all requests of one engine, by request id. A step that changes none of them costs nothing here."""
+    """The event times of all requests of an engine, by request id. A step without events costs nothing here."""
 
     def __init__(self) -> None:
         self._all: dict[str, _Times] = {}
@@ -47,7 +47,7 @@ class Timelines:
         self._silent: set[str] = set()  # requests without output yet
 
     def take(self, request: EngineRequest, tier: str) -> None:
-        """Begin the times of a request. tier: where its adapter is; "" without one."""
+        """Start the timeline of a request. tier: where its adapter is; "" without one."""
         rid = request.rid
         self._all[rid] = _Times(now_s(), request.digest, tier)
         self._not_begun.add(rid)
@@ -56,7 +56,7 @@ class Timelines:
             self._without_adapter.add(rid)
 
     def look(self, is_resident: Callable[[str], bool], host: Container[str]) -> None:
-        """Note which adapters have come meanwhile."""
+        """Record which adapters have been staged or loaded since the last call."""
         for rid in list(self._without_adapter):
             times = self._all[rid]
             ready = is_resident(times.digest)
@@ -67,7 +67,7 @@ class Timelines:
                 self._without_adapter.discard(rid)
 
     def begin(self, rids: Iterable[str]) -> None:
-        """Note that a step computes requests."""
+        """Record that a step computes these requests."""
         if not self._not_begun:
             return
         for rid in self._not_begun.intersection(rids):
@@ -75,13 +75,13 @@ class Timelines:
             self._not_begun.discard(rid)
 
     def preempt(self, rids: Iterable[str]) -> None:
-        """Note that requests have lost their KV blocks."""
+        """Record that requests were preempted."""
         for rid in rids:
             if times := self._all.get(rid):
                 times.num_preempted += 1
 
     def tell(self, outputs: Iterable[TokenOutput]) -> None:
-        """Give the first output of each request, and its last, its times so far."""
+        """Set the times so far on the first and the last output of each request."""
         for output in outputs:
             if not output.finish and output.rid not in self._silent:
                 continue

@@ -1,1 +1,1 @@
-"""The modules of a model that adapters change, and what a step keeps of each layer."""
+"""The modules of a model that adapters change, and each layer's state during a step."""

@@ -1,7 +1,7 @@
-"""The modules of a model that adapters may change: linear layers, embeddings, norms, modules with other parameters.
+"""The modules that adapters may change: linear layers, embeddings, norms, modules with other parameters.
 
-All but the linear layers are found by watching the trial run: one is adaptable only if it is computed token by token,
-once a step.
+All but the linear layers are found in a trial run: a module is adaptable only if it is computed token by token, once
+per step.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class AdaptableModules:
     """The adaptable modules of one model, by name."""
 
     context: StepContext
-    linear: dict[str, tuple[SharedInput, int]] = field(default_factory=dict)  # the siblings, and which of them
+    linear: dict[str, tuple[SharedInput, int]] = field(default_factory=dict)  # the siblings, and the index among them
     embeddings: dict[str, AdaptableEmbedding] = field(default_factory=dict)
     norms: dict[str, AdaptableModule] = field(default_factory=dict)
-    modules: dict[str, AdaptableModule] = field(default_factory=dict)  # with parameters that LoRA can be put on
+    modules: dict[str, AdaptableModule] = field(default_factory=dict)  # modules with parameters that LoRA can address
     experts: dict[str, GroupedExperts] = field(default_factory=dict)  # `modules` whose LoRA is stored as pool rows
 
     def norm_of(self, module: nn.Module) -> AdaptableModule | None:
-        """Return the adaptable norm that a module is, None if it is none."""
+        """Return the adaptable norm of a module, None if the module is not one."""
         return next((norm for norm in self.norms.values() if norm.module is module), None)
 
     def parameter(self, name: str, parameter: str) -> Tensor | None:
-        """Return a parameter of the base model, the weight of a linear layer always as [N, K]; None for no bias.
+        """Return a parameter of the base model; None for a missing bias. A linear layer's weight is always [N, K].
 
-        Raises AdapterRefused for the weight of a quantised layer.
+        Raises AdapterRefused for the weight of a quantized layer.
         """
         if name in self.linear:
             shared, index = self.linear[name]
@@ -51,7 +51,7 @@ class AdaptableModules:
         return found.module.get_parameter(parameter).detach()
 
     def shapes(self, sites: list[SiteInfo]) -> list[SiteShape]:
-        """Return what the fleet must know of every adaptable module to read adapters for it. sites: linear layers."""
+        """Return what the fleet needs to know about each adaptable module to read adapters. sites: linear layers."""
         shapes = [SiteShape(s.name, s.in_features, s.out_features, s.kind, s.has_bias) for s in sites]
         for name, embedding in self.embeddings.items():
             lookup = embedding.module
@@ -65,7 +65,7 @@ class AdaptableModules:
         return shapes
 
     def watch(self) -> None:
-        """Make every module but linear layers, and norms that run by shortcut, apply the extras of each step."""
+        """Make embeddings, norms without a shortcut, and modules with other parameters apply each step's extras."""
         for embedding in self.embeddings.values():
             embedding.module.forward = _watch_embedding(embedding, self.context)
         for norm in self.norms.values():
@@ -83,10 +83,10 @@ def find_adaptable_modules(
     context: StepContext,
     impl: ops.Impl | None = None,
 ) -> AdaptableModules:
-    """Find the adaptable modules of a model whose linear layers are sites.
+    """Find the adaptable modules of a model whose linear layers are `sites`.
 
-    per_token: the modules that the trial saw called once, token by token. shared: in the order of their sites. impl:
-    of the operation that adds LoRA on experts.
+    per_token: modules that the trial saw called once, token by token. shared: in the order of their sites. impl: for
+    the operation that adds LoRA on experts.
     """
     found = AdaptableModules(context)
     owners = [(inputs, i) for inputs in shared for i in range(inputs.num_siblings)]
@@ -106,7 +106,7 @@ def find_adaptable_modules(
 
 
 def _adaptable_parameters(module: nn.Module) -> list[str]:
-    """Return the module's own parameters that LoRA of PEFT's `target_parameters` can be added to, in its order."""
+    """Return the names of a module's own parameters that PEFT's `target_parameters` can address, in module order."""
     if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
         return []
     return [
@@ -117,7 +117,7 @@ def _adaptable_parameters(module: nn.Module) -> list[str]:
 
 
 def parameter_shapes(name: str, module: nn.Module) -> list[SiteShape]:
-    """Return what the fleet must know of a module's own parameters to read adapters for them."""
+    """Return what the fleet needs to know about a module's own parameters to read adapters for them."""
     return [_parameter_shape(name, module, parameter) for parameter in _adaptable_parameters(module)]
 
 
@@ -139,14 +139,14 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _is_plain_lookup(module: nn.Embedding) -> bool:
-    """Return whether an embedding gives its rows, perhaps scaled, and nothing else."""
+    """Return whether an embedding returns its rows, perhaps scaled, and nothing else."""
     if not is_number(module.weight):
         return False
-    # In falling order, because an embedding of positions may give the first rows whatever its ids.
+    # In descending order: an embedding of positions may return the first rows, whatever its ids.
     ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device).flip(0)[None]
     try:
         found = original_forward(module)(ids)
-    except Exception:  # noqa: BLE001 - a subclass may want any arguments, and raise anything without them
+    except Exception:  # noqa: BLE001  a subclass may need any arguments, and raise anything without them
         return False
     scale = getattr(module, "embed_scale", 1.0)
     return isinstance(found, Tensor) and torch.allclose(found, module.weight[ids] * scale, rtol=1e-2)
@@ -155,7 +155,7 @@ def _is_plain_lookup(module: nn.Embedding) -> bool:
 def _watch_embedding(embedding: AdaptableEmbedding, context: StepContext) -> Callable[..., Tensor]:
     base = original_forward(embedding.module)
 
-    def forward(input: Tensor) -> Tensor:  # named as torch names it
+    def forward(input: Tensor) -> Tensor:  # torch's own name
         return embedding.apply(context.extras, input) if context.extras else base(input)
 
     return forward

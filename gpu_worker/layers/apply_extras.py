@@ -1,6 +1,6 @@
-"""Applies adapters' extras to a forward pass: each adapter's to its own rows, in plain torch.
+"""Applies adapters' extras in a forward pass: each adapter's to its own rows, in plain torch.
 
-A step in which no row's adapter has extras costs nothing: its context holds no `ExtraRows`.
+A step without extras costs nothing: its context holds no `ExtraRows`.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExtraRows:
-    """The rows of a step that belong to one adapter with extras, at one scale of their requests.
+    """The rows of a step that belong to one adapter with extras, at one request scale.
 
-    Equal to itself alone, as `Extras` are.
+    Compares by identity, as `Extras` do.
     """
 
     extras: Extras
     rows: Tensor  # int64
-    active: Tensor  # int64: the rows on which its LoRA is active; fewer than `rows` only for an activated LoRA
-    scale: float  # factor on the adapter's scale, set per request
+    active: Tensor  # int64: rows on which its LoRA is active; fewer than `rows` only for an activated LoRA
+    scale: float  # the request's factor on the adapter's scale
 
 
 # ---------------------------------------------------------------- linear layers
 
 
 def transformed_inputs(groups: list[ExtraRows], site: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return which inputs x [T, K] of a layer adapters transform, int64 [n], and what becomes of them [n, K].
+    """Return the rows of a layer's inputs x [T, K] that adapters transform, int64 [n], and their new values [n, K].
 
     None if no adapter does.
     """
@@ -54,9 +54,9 @@ def transformed_inputs(groups: list[ExtraRows], site: int, x: Tensor) -> tuple[T
 
 
 def _transformed(changes: list[tuple[Tensor, LinearTransform]], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply transforms of one width to their rows of x [T, >= D]. Returns all these rows, and what becomes of them.
+    """Apply transforms of equal width to their rows of x [T, >= D]. Return all these rows and their new values.
 
-    Those that multiply by numbers do so together: an operation on few rows costs as much as on many.
+    Elementwise transforms are applied together: an operation on few rows costs as much as on many.
     """
     alike: dict[tuple[bool, int], list[tuple[Tensor, LinearTransform]]] = {}
     for rows, transform in changes:
@@ -72,7 +72,7 @@ def _transformed(changes: list[tuple[Tensor, LinearTransform]], x: Tensor) -> tu
 
 
 def _joint(changes: list[tuple[Tensor, LinearTransform]]) -> LinearTransform:
-    """Return one transform for the rows of several that multiply by numbers, one after the other, or a lone one."""
+    """Return a single transform for the rows of several elementwise ones, in order; a lone transform unchanged."""
     first = changes[0][1]
     if len(changes) == 1:
         return first
@@ -82,16 +82,16 @@ def _joint(changes: list[tuple[Tensor, LinearTransform]]) -> LinearTransform:
 
 
 def _each_row(numbers: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return numbers [D] of each group of rows for every one of its rows, [n, D]; those of a lone group as they are."""
+    """Return each group's numbers [D] repeated for each of its rows, [n, D]; those of a lone group unchanged."""
     return torch.cat([own.expand(len(rows), -1) for rows, own in numbers]) if len(numbers) > 1 else numbers[0][1]
 
 
 def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply the extras of every group to the output of one linear layer, but for changes of its inputs.
+    """Apply the extras of every group to the output of one linear layer, except changes of its inputs.
 
     out: [T, N], the base output with bias [N] and pooled LoRA already added; changed in place. x: [T, K], the input.
-    Returns `out`, or a wider tensor where an adapter has more tokens than the head. The adapters that follow find it
-    wider than what they change, and each changes its own width.
+    Returns `out`, or a wider tensor if an adapter has more tokens than the head; other adapters then change only their
+    own width.
     """
     found = [(group, part) for group in groups if (part := group.extras.linear.get(site)) is not None]
     for group, part in found:
@@ -111,10 +111,9 @@ def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bia
 
 
 def _scale_dora(found: list[tuple[ExtraRows, LinearExtras]], out: Tensor, bias: Tensor | None) -> None:
-    """Multiply outputs [T, N] without their bias by DoRA's factors, in place, all adapters at once.
+    """Multiply outputs [T, N] without bias by DoRA's factors, in place, for all adapters at once.
 
-    It takes memory for three fp32 numbers of each output that is multiplied, and for N of each adapter that a request
-    scales.
+    Needs memory for three fp32 numbers per output that is multiplied, and for N per adapter that a request scales.
     """
     scaled = [(group, part.bias, part.dora) for group, part in found if part.dora is not None]
     base = bias.float() if scaled and bias is not None else None
@@ -140,7 +139,7 @@ def _scale_dora(found: list[tuple[ExtraRows, LinearExtras]], out: Tensor, bias: 
 
 
 def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply what comes before an adapter's factors of outputs."""
+    """Apply an adapter's changes that precede its transform of the outputs."""
     rows, active = group.rows, group.active
     own_bias = bias if part.bias is None else part.bias
     if part.weight is not None:
@@ -172,19 +171,19 @@ def _apply_tokens(tokens: Tokens, group: ExtraRows, out: Tensor, x: Tensor) -> T
 
 
 def _low_rank(lora: LowRank, x: Tensor, scale: float) -> Tensor:
-    """Return what LoRA adds for x [n, K]: fp32 [n, N]."""
+    """Return LoRA's addition for x [n, K]: fp32 [n, N]."""
     return (x.float() @ lora.a.float().T) @ lora.b.float() * (lora.scale * scale)
 
 
 def _at_places(places: Places, x: Tensor, width: int, scale: float) -> Tensor:
-    """Return what numbers at places of a weight [width, K] add for x [n, K]: fp32 [n, width]."""
+    """Return the addition, for x [n, K], of numbers at a few places of a weight [width, K]: fp32 [n, width]."""
     size = (width, x.shape[-1])
     weight = torch.sparse_coo_tensor(places.indices, places.numbers, size, is_coalesced=True, check_invariants=False)
     return torch.sparse.mm(weight, x.float().T).T * scale
 
 
 def _put(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """Write values [n, M] to rows of `out`, which is widened to M columns if it has fewer."""
+    """Write values [n, M] to rows of `out`, widening it to M columns if necessary."""
     out = _widen(out, values.shape[-1])
     out[rows, : values.shape[-1]] = values
     return out
@@ -198,7 +197,7 @@ def _widen(out: Tensor, width: int) -> Tensor:
 
 
 class AdaptableEmbedding:
-    """An embedding of the model, one id per token, whose rows adapters may change."""
+    """An embedding of the model, called with one id per token, whose rows adapters may change."""
 
     def __init__(self, name: str, module: nn.Embedding) -> None:
         self.name = name
@@ -209,7 +208,7 @@ class AdaptableEmbedding:
     def apply(self, groups: list[ExtraRows], ids: Tensor) -> Tensor:
         """Return the embeddings [1, T, D] of ids, int64 [1, T].
 
-        Adapters may know ids beyond the base's vocabulary; those below 0 are their virtual tokens.
+        Adapters may have ids beyond the base's vocabulary; ids below 0 are their virtual tokens.
         """
         flat = ids.view(-1)
         out = original_forward(self.module)(ids.clamp(0, self.module.num_embeddings - 1))
@@ -221,7 +220,7 @@ class AdaptableEmbedding:
         return out
 
     def _rows(self, part: EmbeddingExtras, scale: float, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Return the embeddings [n, D] of ids [n] under an adapter, given the base's."""
+        """Return the embeddings [n, D] of ids [n] under an adapter. hidden: the base's."""
         if part.weight is not None:
             hidden = part.weight[ids.clamp(min=0)] * self._scale(part.weight)
         if part.virtual is not None:
@@ -250,7 +249,7 @@ class AdaptableEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
-    """The dimension that counts tokens, of each tensor among a module's arguments and results."""
+    """The token dimension of each tensor among a module's arguments and results."""
 
     args: tuple[int, ...]
     outs: tuple[int, ...]
@@ -258,7 +257,7 @@ class TokenLayout:
 
     @classmethod
     def of(cls, args: Sequence[Any], out: Any, num_tokens: int) -> TokenLayout | None:
-        """Read the layout off a call with `num_tokens` tokens; None if a tensor has no such dimension, or several."""
+        """Return the layout of a call with `num_tokens` tokens; None if a tensor has no token dimension, or several."""
         if not isinstance(out, (Tensor, tuple)) or (isinstance(out, tuple) and len(tensors_in(out)) != len(out)):
             return None
         tensors = [value for value in args if isinstance(value, Tensor)]
@@ -277,21 +276,20 @@ def _token_dim(tensor: Tensor, num_tokens: int) -> int | None:
 
 
 class AdaptableModule:
-    """A module computed token by token: an adapter's rows run through it again, with the adapter's parameters."""
+    """A module computed token by token: an adapter's rows are computed again, with the adapter's parameters."""
 
     def __init__(self, name: str, module: nn.Module, layout: TokenLayout) -> None:
         self.name = name
         self.module = module
         self.layout = layout
         self.few_experts: bool | None = None
-        """Whether it can be run with some of its experts alone; None: it was not tried yet, which its first adapter
-        does."""
+        """Whether it can run with a subset of its experts; None until its first adapter tries."""
 
     def apply_norms(self, groups: list[ExtraRows], out: Tensor, x: Tensor, *gates: Tensor) -> Tensor:
-        """Overwrite the rows of `out` whose adapters replace the norm's parameters with what x becomes under these.
+        """Overwrite the rows of `out` whose adapters replace the norm's parameters.
 
-        x, out, gates: one shape, in which `layout` finds the tokens; or [T, D], as shortcuts call it. gates: what a
-        gated norm takes besides x. Returns `out`.
+        x, out, gates: of equal shape, with tokens where `layout` says; or [T, D], as shortcuts call it. gates: further
+        inputs of a gated norm. Returns `out`.
         """
         dim = self.layout.args[0] if x.ndim == self.layout.num_dims else 0
         for group in groups:
@@ -304,7 +302,7 @@ class AdaptableModule:
     def apply_parameters(self, groups: list[ExtraRows], out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Overwrite the rows of `out` whose adapters have LoRA on the module's parameters.
 
-        args, kwargs: what the module was called with. out: its result, a tensor or several. Returns `out`.
+        args, kwargs: the module's arguments. out: its result, one or several tensors. Returns `out`.
         """
         for group in groups:
             loras = group.extras.parameters.get(self.name)
@@ -321,9 +319,9 @@ class AdaptableModule:
     def _run_adapted(
         self, loras: list[ParameterLora], group: ExtraRows, out: Any, args: list[Any], kwargs: dict[str, Any]
     ) -> Any:
-        """Return what the module makes of a group's rows with an adapter's LoRA on its parameters.
+        """Return the module's result for a group's rows with an adapter's LoRA on its parameters.
 
-        out: what it has made of all rows without. args, kwargs: what it was called with, of the group's rows alone.
+        out: its result for all rows, without LoRA. args, kwargs: its arguments, limited to the group's rows.
         """
         if self.few_experts is not False and all(lora.lhs.ndim == 3 for lora in loras):
             call = ExpertsCall.of(self.module, args, kwargs)
@@ -337,7 +335,7 @@ class AdaptableModule:
         return run_with(self.module, own, *args, **kwargs)
 
     def _agrees(self, call: ExpertsCall, group: ExtraRows, out: Any) -> bool:
-        """Return whether the module gives the same outputs for these rows when it runs with only their experts."""
+        """Return whether the module gives the same outputs for these rows when run with only the experts they need."""
         found = tensors_in(call.run([], 1.0))
         expected = [
             part.index_select(dim, group.active) for dim, part in zip(self.layout.outs, tensors_in(out), strict=True)
@@ -346,22 +344,22 @@ class AdaptableModule:
 
 
 class ExpertsCall:
-    """A call of a module of experts, reduced to the experts that its rows go to.
+    """A call of a module of experts, reduced to the experts that its rows use.
 
-    A step sends a few rows to a few experts. Only these experts' weights are read and adapted then, in the place of all
-    of a layer's: for eight experts of 256, a thirty-second of the memory and the time.
+    A step sends few rows to few experts, so only these experts' weights are read and adapted: for eight experts of 256,
+    a thirty-second of the memory and time.
     """
 
     def __init__(
         self, module: nn.Module, hit: Tensor, num_experts: int, args: list[Any], kwargs: dict[str, Any]
     ) -> None:
-        """hit: int64, ascending, the experts that rows go to. args, kwargs: with these numbered from 0."""
+        """hit: int64, ascending, the experts that rows use. args, kwargs: with these renumbered from 0."""
         self._module, self._hit, self._num_experts = module, hit, num_experts
         self._args, self._kwargs = args, kwargs
 
     @classmethod
     def of(cls, module: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> ExpertsCall | None:
-        """Return a call with the experts that it needs; None where that is unknown, or most are needed."""
+        """Return a call with only the experts it needs; None if these are unknown, or more than half."""
         sizes = {
             len(parameter) for parameter in module._parameters.values() if parameter is not None and parameter.ndim == 3
         }
@@ -371,7 +369,7 @@ class ExpertsCall:
         if len(sizes) != 1 or len(chosen) != 1 or chosen[0].ndim != 2:
             return None
         [index], [num_experts] = chosen, sizes
-        hit = index.unique()  # the host waits for the device here
+        hit = index.unique()  # waits for the device
         if 2 * len(hit) > num_experts or int(hit[-1]) >= num_experts or int(hit[0]) < 0:
             return None
         renumbered = torch.searchsorted(hit, index).to(index.dtype)
@@ -382,7 +380,7 @@ class ExpertsCall:
         return cls(module, hit, num_experts, [own(value) for value in args], {k: own(v) for k, v in kwargs.items()})
 
     def run(self, loras: list[ParameterLora], scale: float) -> Any:
-        """Return what the module makes of the call with LoRA on parameters, at a request's scale."""
+        """Return the module's result for the call with LoRA on parameters. scale: the request's."""
         parameters: dict[str, Tensor] = {}
         for name, parameter in self._module._parameters.items():
             if parameter is not None and parameter.ndim >= 2 and len(parameter) == self._num_experts:
@@ -399,13 +397,13 @@ class ExpertsCall:
 
 
 def adapted(weight: Tensor, lora: ParameterLora, scale: float) -> Tensor:
-    """Return a parameter with an adapter's LoRA added, in the parameter's dtype. scale: of the request."""
+    """Return a parameter with an adapter's LoRA added, in the parameter's dtype. scale: the request's."""
     product = torch.baddbmm if weight.ndim == 3 else torch.addmm
     return product(weight, lora.lhs, lora.rhs, alpha=lora.scale * scale)
 
 
 def alike(found: Tensor, expected: Tensor) -> bool:
-    """Return whether tensors are the same to within rounding."""
+    """Return whether two tensors are equal to within rounding."""
     if found.shape != expected.shape:
         return False
     spread = expected.float().abs().amax().clamp(min=1e-20)
@@ -413,17 +411,17 @@ def alike(found: Tensor, expected: Tensor) -> bool:
 
 
 def _pick(value: Any, rows: Tensor, dims: Iterator[int]) -> Any:
-    """Return the rows of an argument that is a tensor, any other as it is. dims: the tensors' token dimensions."""
+    """Return the rows of a tensor argument; any other argument unchanged. dims: the tensors' token dimensions."""
     return value.index_select(next(dims), rows) if isinstance(value, Tensor) else value
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors of a module's result: itself, or those in a tuple."""
+    """Return the tensors of a module's result: the tensor itself, or those in a tuple."""
     return [value] if isinstance(value, Tensor) else [item for item in value if isinstance(item, Tensor)]
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """Return the forward of a module's class, even where the instance has another."""
+    """Return the forward of a module's class, even if the instance overrides it."""
     return type(module).forward.__get__(module)
 
 
@@ -432,7 +430,7 @@ def run_with(
 ) -> Any:
     """Return what a module would compute with other parameters, by name. The module itself does not change.
 
-    numbers: attributes that are others then, too.
+    numbers: attributes to override too.
     """
     other = object.__new__(type(module))
     other.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **parameters}, **(numbers or {})}

@@ -1,8 +1,8 @@
-"""Paged attention inside a Hugging Face model: the function registered with its AttentionInterface.
+"""Paged attention inside a Hugging Face model: the function registered with transformers' AttentionInterface.
 
 The model calls it with the step's queries, keys and values. Their places in the cache are in the `StepContext` of the
-calling module's `PagedLayer`. No mask function is registered, so transformers builds no mask: causality, windows and
-the borders between sequences come from the paged cache. No `Cache` object is passed.
+calling module's `PagedLayer`. No mask function is registered, so transformers builds no mask: the paged cache provides
+causality, windows and sequence boundaries. No `Cache` object is passed.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _SLOT = "_lorafleet_layer"
 
 @dataclass(slots=True)
 class StepContext:
-    """The step's work lists, set before each forward pass; every layer of the model reads them here."""
+    """The step's work lists, set before each forward pass; every layer of the model reads them from here."""
 
     attention: ops.AttentionBatch | None = None
     lora: ops.LoraBatch | None = None  # None: no token of the step has an adapter
-    lora_logits: ops.LoraBatch | None = None  # the same for the rows that go through the head
+    lora_logits: ops.LoraBatch | None = None  # like `lora`, for the rows that go through the head
     extras: list[ExtraRows] = field(default_factory=list)  # tokens whose adapters have extras
-    extras_logits: list[ExtraRows] = field(default_factory=list)  # the same for the rows that go through the head
+    extras_logits: list[ExtraRows] = field(default_factory=list)  # like `extras`, for the rows that go through the head
     expert_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    """Bool [num_slots]: whose adapters have rows for experts in the pool. Empty: there is no room for any."""
+    """Bool [num_slots]: whether the slot's adapter has rows for experts in the pool. Empty if the pool has none."""
 
     of_all: Callable[[int], tuple[ops.LoraBatch | None, list[ExtraRows]]] | None = None
-    """In their place, where all rows are of one text, however many a layer is called with: from that number to LoRA and
-    extras. None: layers see the step's rows."""
+    """Replaces the above in unbatched passes, where all rows are of one text: returns LoRA and extras for a layer with
+    the given number of rows. None: layers use the step's rows."""
 
     @property
     def has_expert_rows(self) -> bool:
@@ -46,13 +46,13 @@ class StepContext:
         return self.lora is not None and self.are_expert_rows(self.lora.host_slots)
 
     def are_expert_rows(self, slots: np.ndarray) -> bool:
-        """Return whether an adapter in one of these slots, int [n], has rows for experts; -1 is no adapter."""
+        """Return whether an adapter in one of these slots, int [n], has rows for experts; -1 means no adapter."""
         return len(self.expert_slots) > 0 and bool(self.expert_slots[slots[slots >= 0]].any())
 
 
 @dataclass(slots=True)
 class AttentionCall:
-    """How a module calls attention, seen in a trial run."""
+    """The parameters of a module's attention call, seen in a trial run."""
 
     module: nn.Module
     num_heads: int
@@ -66,17 +66,17 @@ class AttentionCall:
     is_causal: bool
     mask: Tensor | None  # mask passed by the model; None after the trial
     kv: tuple[Tensor, Tensor] | None  # keys and values, whose identity shows which calls share them; see `make_layers`
-    chunk: int = 0  # queries see only keys of their own chunk of that many positions; 0: there are no chunks
-    has_own_mask: bool = False  # whether it was given a mask that transformers did not make for our attention
+    chunk: int = 0  # queries see only keys in their own chunk of this many positions; 0: no chunks
+    has_own_mask: bool = False  # whether it got a mask that transformers did not make for our attention
 
     @property
     def widths(self) -> list[int]:
-        """Numbers of a token's queries, keys and values, over all heads."""
+        """Widths of a token's queries, keys and values, over all heads."""
         return [self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim]
 
 
 class AttentionLayer(Protocol):
-    """What computes the attention of a module."""
+    """An object that computes the attention of a module."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
         """Return the attention [T, Hq, Dv] of the step's q [T, Hq, D], k [T, Hkv, D] and v [T, Hkv, Dv]."""
@@ -94,9 +94,9 @@ class PagedLayer:
         owner: PagedLayer | None = None,
         index: int = 0,
     ) -> None:
-        """owner: the layer that is called with the same keys and values, of which the cache holds one copy.
+        """owner: the layer called with the same keys and values, whose cache is shared.
 
-        index: of the layer among the model's.
+        index: among the model's layers.
         """
         self.index = index
         self.call = call
@@ -104,11 +104,11 @@ class PagedLayer:
         self.impl: ops.Impl | None = impl
         self.owner = owner
         self.handle: Tensor | None = None  # key by which compiled layers find it, see `compiled.py`
-        self.k_cache: Tensor | None = None  # [blocks, Hkv, 16, D], or int8 as lora_kernels.kv_codes has it
+        self.k_cache: Tensor | None = None  # [blocks, Hkv, 16, D], or int8 in the format of lora_kernels.kv_codes
         self.v_cache: Tensor | None = None  # [blocks, Hkv, 16, Dv]
 
     def block_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of one block of this layer's cache of a dtype; 0 if another layer's is used."""
+        """Return the bytes of one block of this layer's cache in a dtype; 0 if it shares another layer's."""
         if self.owner is not None:
             return 0
         return ops.BLOCK_TOKENS * self.call.num_kv_heads * sum(self._row_widths(dtype)) * dtype.itemsize
@@ -117,9 +117,9 @@ class PagedLayer:
         return [kv_codes.row_width(dim, dtype) for dim in (self.call.head_dim, self.call.value_dim)]
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate the cache, or take the owner's, which must be allocated already.
+        """Allocate the cache, or share the owner's, which must be allocated already.
 
-        On a CPU a block's values lie behind its keys: memory is read faster in longer runs.
+        On a CPU a block's values follow its keys in memory: longer runs are read faster.
         """
         if self.owner is not None:
             self.k_cache, self.v_cache = self.owner.k_cache, self.owner.v_cache
@@ -135,7 +135,7 @@ class PagedLayer:
 
     @property
     def attention(self) -> ops.PagedAttention:
-        """The layer as an operation over whole layers takes it. The cache must be allocated."""
+        """The attention as input of a whole-layer operation. The cache must be allocated."""
         call, k_cache, v_cache = self.call, self.k_cache, self.v_cache
         assert k_cache is not None
         assert v_cache is not None
@@ -145,7 +145,7 @@ class PagedLayer:
         )  # fmt: skip
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
-        """Write the step's k [T, Hkv, D] and v [T, Hkv, Dv] to the cache, return the attention [T, Hq, Dv] of q.
+        """Write the step's k [T, Hkv, D] and v [T, Hkv, Dv] to the cache; return the attention [T, Hq, Dv] of q.
 
         q: [T, Hq, D]. sinks: [Hq]. See `ops.paged_attention`. Raises RuntimeError before a step's work list is set.
         """
@@ -162,9 +162,9 @@ class PagedLayer:
         )  # fmt: skip
 
     def _with_prefixes(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the step's keys and values with those that adapters bring for their virtual tokens.
+        """Return the step's keys and values, with adapters' own at their virtual tokens.
 
-        k [T, Hkv, D], v [T, Hkv, Dv]: as computed, which stay as they are. positions: int64 [T].
+        k [T, Hkv, D], v [T, Hkv, Dv]: as computed, not changed. positions: int64 [T].
         """
         for group in self.context.extras:
             prefix = group.extras.prefix
@@ -175,17 +175,17 @@ class PagedLayer:
 
 
 class LoopedAttention:
-    """The attention layers of a module that a looped model calls several times in one forward pass."""
+    """The attention layers of a module that a looped model calls several times per forward pass."""
 
     def __init__(self, layers: list[PagedLayer], context: StepContext) -> None:
-        """layers: one for each call, in order."""
+        """layers: one per call, in order."""
         self.layers = layers
         self.context = context
         self._batch: ops.AttentionBatch | None = None
         self._next = 0
 
     def take(self) -> PagedLayer:
-        """Return the layer of the step's next call."""
+        """Return the layer for the next call in this step."""
         if self.context.attention is not self._batch:
             self._batch, self._next = self.context.attention, 0
         layer = self.layers[self._next % len(self.layers)]
@@ -200,7 +200,7 @@ class AttentionRecorder:
         self.calls: list[AttentionCall] = []
 
     def record(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
-        """Note a call. q, k, v: [1, heads, T, D]. options: the other arguments that transformers gave, by name."""
+        """Record a call. q, k, v: [1, heads, T, D]. options: transformers' other arguments, by name."""
         self.calls.append(
             AttentionCall(
                 module=module,
@@ -225,7 +225,7 @@ def bind(module: nn.Module, layer: AttentionLayer | LoopedAttention | AttentionR
 
 
 def make_layers(calls: list[AttentionCall], context: StepContext, impl: ops.Impl | None) -> list[PagedLayer]:
-    """Make a layer for each attention call of a trial run, in order, and bind the calling modules to them."""
+    """Create a layer for each attention call of a trial run, in order, and bind the calling modules to them."""
     layers: list[PagedLayer] = []
     owners: dict[tuple[int, int], PagedLayer] = {}
     by_module: dict[nn.Module, list[PagedLayer]] = {}
@@ -264,8 +264,8 @@ def paged_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend over the paged cache: the function that transformers calls.
 
-    query: [1, Hq, T, D]. key: [1, Hkv, T, D]. value: [1, Hkv, T, Dv]. Returns [1, T, Hq, Dv], and no weights. In a
-    trial run the call is recorded instead, and zeros are returned.
+    query: [1, Hq, T, D]. key: [1, Hkv, T, D]. value: [1, Hkv, T, Dv]. Returns [1, T, Hq, Dv], and None for the weights.
+    In a trial run, the call is recorded instead and zeros are returned.
     """
     layer = module.__dict__[_SLOT]
     if type(layer) is AttentionRecorder:

@@ -1,6 +1,6 @@
-"""The blocks that most decoders share, as a few native operations each instead of many small ones.
+"""The blocks that most decoders share, each as a few native operations instead of many small ones.
 
-Each stands in a model for the modules that `shortcuts` recognises. Rows are a step's packed tokens: [T, width].
+Each replaces modules that `shortcuts` recognizes. Rows are a step's packed tokens: [T, width].
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from gpu_worker.layers.tied import TiedEmbedding
 from lora_kernels import ops
 
 FEWEST_ANGLES = 4096
-"""Positions whose rotary embeddings are computed at first, on a CPU; with each longer text twice as many, or more."""
+"""Positions in the first table of rotary embeddings on a CPU; a longer text at least doubles the table."""
 
 
 class Norm:
-    """RMSNorm: see `ops.rms_norm`. That of a gated mixer is multiplied by silu(gate)."""
+    """RMSNorm: see `ops.rms_norm`. A gated mixer's is multiplied by silu(gate)."""
 
     def __init__(self, weight: Tensor, eps: float, *, plus_one: bool, impl: ops.Impl | None) -> None:
         self.weight = weight
@@ -39,10 +39,10 @@ class Norm:
         self.context = StepContext()
 
     def forward(self, x: Tensor, *gates: Tensor) -> Tensor:
-        """Return the norm of x [..., D]. gates: one of the shape of x, or none."""
-        # Heads cut from a fused projection, or transposed, are copied: the operation wants rows at one stride.
+        """Return the norm of x [..., D]. gates: none, or one of the shape of x."""
+        # Heads that are transposed or views of a fused projection are copied: the operation needs rows at one stride.
         rows = x.reshape(-1, x.shape[-1])
-        weight = self.weight.to(x.dtype)  # a scan's output is fp32, whatever the model's dtype is
+        weight = self.weight.to(x.dtype)  # a scan's output is fp32, whatever the model's dtype
         out = ops.rms_norm(rows, weight, self.eps, plus_one=self.plus_one, impl=self.impl)
         for gate in gates:
             out = ops.gated_act(gate.reshape(rows.shape).to(x.dtype), out, "silu", impl=self.impl)
@@ -50,7 +50,7 @@ class Norm:
 
     @property
     def constants(self) -> ops.RmsNorm:
-        """The norm as an operation over whole layers takes it."""
+        """The norm as input of a whole-layer operation."""
         return ops.RmsNorm(self.weight, self.eps, self.plus_one)
 
     def add_forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class GatedMlp:
     """down(act(gate(x)) * up(x))."""
 
     def __init__(self, gate_up: SharedInput, down: SharedInput, act: ops.Activation, impl: ops.Impl | None) -> None:
-        """gate_up: two siblings, or one linear layer whose output holds the gate, then up."""
+        """gate_up: two siblings, or one linear layer whose output is the gate followed by up."""
         self.gate_up = gate_up
         self.down = down
         self.act: ops.Activation = act
@@ -91,9 +91,9 @@ class RotaryAttention:
     def __init__(
         self, layer: PagedLayer, qkv: SharedInput, out: SharedInput, norms: tuple[Norm, ...], *, is_gated: bool = False
     ) -> None:
-        """qkv: three siblings, or one linear layer whose output holds q, k, v. norms: of the heads' q and k, or none.
+        """qkv: three siblings, or one linear layer whose output is q, k, v. norms: of the heads' q and k, or none.
 
-        is_gated: whether each head has numbers behind its q whose sigmoid its output is multiplied by.
+        is_gated: whether each head's q is followed by numbers whose sigmoid multiplies the head's output.
         """
         self.layer = layer
         self.qkv = qkv
@@ -102,7 +102,7 @@ class RotaryAttention:
         self.is_gated = is_gated
 
     def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return the output [T, width] for rows [T, width]. cos, sin: [T, R], as `ops.rotary_` takes them."""
+        """Return the output [T, width] for rows [T, width]. cos, sin: [T, R], as in `ops.rotary_`."""
         call = self.layer.call
         outs = self.qkv.project(rows)
         q, k, v = outs if len(outs) == 3 else outs[0].split(call.widths, dim=-1)
@@ -128,17 +128,17 @@ class RotaryAttention:
 
     @property
     def memory(self) -> object:
-        """The tensor that keeps what later tokens read."""
+        """The tensor whose content later tokens read."""
         return self.layer.k_cache
 
     @property
     def constants(self) -> ops.PagedAttention:
-        """The attention as an operation over whole layers takes it. The KV cache must be allocated."""
+        """The attention as input of a whole-layer operation. The KV cache must be allocated."""
         return replace(self.layer.attention, is_gated=self.is_gated)
 
 
 class DeltaMixer:
-    """out(norm(delta(qkv(x), b(x), a(x))) * silu(z(x))): a gated delta rule's layer. See `ops.gated_delta`."""
+    """out(norm(delta(qkv(x), b(x), a(x))) * silu(z(x))): a gated delta rule layer. See `ops.gated_delta`."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class DeltaMixer:
         rates: Tensor,
         dt_bias: Tensor,
     ) -> None:
-        """index: of its convolution's call among the mixers', behind which is the delta rule's.
+        """index: of its convolution's call among the mixers'; the delta rule's call is the next.
 
         projections: qkv, z, b and a. norm: of each head's output, gated. rates, dt_bias: fp32 [G].
         """
@@ -166,7 +166,7 @@ class DeltaMixer:
         self._dt_bias = dt_bias
 
     def runs(self) -> Tensor:
-        """Return the step's runs, to which this layer has got."""
+        """Return the step's runs for this layer's calls, marking these as reached."""
         return self.mixers.runs_of(self.index, 2)
 
     def run(self, rows: Tensor, *_: Tensor) -> Tensor:
@@ -183,12 +183,12 @@ class DeltaMixer:
 
     @property
     def memory(self) -> object:
-        """The tensor that keeps what later tokens read."""
+        """The tensor whose content later tokens read."""
         return self.mixers.calls[self.index].states
 
     @property
     def constants(self) -> ops.GatedDelta:
-        """The delta rule as operations take it. The states must be allocated."""
+        """The delta rule as input of operations. The states must be allocated."""
         taps, states = (call.states for call in self.mixers.calls[self.index : self.index + 2])
         assert taps is not None
         assert states is not None
@@ -217,17 +217,17 @@ class PreNormLayer:
 
     @property
     def linears(self) -> list[SharedInput]:
-        """Its linear layers, in the order in which they run."""
+        """The layer's linear layers, in execution order."""
         return [self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down]
 
     @property
     def is_opaque(self) -> bool:
-        """Whether some linear layer can only be called, which rules out one operation over the whole layer."""
+        """Whether some linear layer can only be called, which rules out a single operation for the whole layer."""
         return any(inputs.is_opaque for inputs in self.linears)
 
     @property
     def constants(self) -> ops.DecoderLayer:
-        """The layer as `ops.decoder_stack` takes it. The KV cache must be allocated, and no part opaque."""
+        """The layer as input of `ops.decoder_stack`. The KV cache must be allocated, and no part opaque."""
         attention, mlp = self.attention, self.mlp
         return ops.DecoderLayer(
             attention_norm=self.first.constants,
@@ -243,38 +243,38 @@ class PreNormLayer:
 
 
 class LayerStack:
-    """Consecutive pre-norm layers as one call; it stands in the model for the first of them."""
+    """Consecutive pre-norm layers as one call; replaces the first of them in the model."""
 
     def __init__(self, layers: list[PreNormLayer], impl: ops.Impl | None) -> None:
         self.layers = layers
         self.impl: ops.Impl | None = impl
-        self.one_call = True  # False: one call per layer, so that a profile shows their parts
+        self.one_call = True  # False: one call per layer, so that a profile shows each
         self.ends: Callable[[], ops.ModelEnds] | None = None  # builds a whole-model call from the layers, if possible
-        self.head: SharedInput | None = None  # of the ends
-        self.is_tapped = False  # whether what the layers of `tap` take is to be kept in `taken`
+        self.head: SharedInput | None = None  # the head of the whole-model call
+        self.is_tapped = False  # whether to store the inputs of the tapped layers in `taken`
         self.taken: list[Tensor] = []  # [T, width] each
         self._parts: list[LayerStack] = []
         self._stack: ops.DecoderStack | None = None
         self._changes: StackChanges | None = None
-        self._built_for: tuple[object, ...] = ()  # the caches, the adapter table and the ends that `_stack` holds
+        self._built_for: tuple[object, ...] = ()  # caches, adapter table and ends with which `_stack` was built
         self._mixer = next((layer.attention for layer in reversed(layers) if type(layer.attention) is DeltaMixer), None)
 
     @property
     def context(self) -> StepContext:
-        """Where the layers find the step's work lists."""
+        """The context with the step's work lists."""
         return self.layers[0].attention.qkv.context
 
     @property
     def table(self) -> ops.AdapterTable | None:
-        """The adapters in the pool, None where there is none."""
+        """The adapter pool's table, None without a pool."""
         return self.layers[0].attention.qkv.table
 
     def runs(self) -> Tensor | None:
-        """Return the step's runs, which the layers are about to move on; None if no layer has states."""
+        """Return the step's runs, marking the layers' calls as reached; None if no layer has states."""
         return None if self._mixer is None else self._mixer.runs()
 
     def native(self) -> ops.DecoderStack | None:
-        """Return what runs layers in one call, if adapters leave it to do so; None if each has its own call."""
+        """Return the native call for all layers, built if necessary; None if each layer has its own call."""
         holds = (*(layer.attention.memory for layer in self.layers), self.table, self.ends)
         if len(self._built_for) != len(holds) or any(map(operator.is_not, holds, self._built_for)):
             ends = None if self.ends is None else self.ends()
@@ -285,21 +285,21 @@ class LayerStack:
         return self._stack if self.one_call else None
 
     def changes(self, groups: list[ExtraRows], *, everywhere: bool = False) -> ops.ChangedRows | None:
-        """Return what adapters change of a step, for the call that runs its layers; None if it cannot do all of it.
+        """Return the changes by adapters in a step, for the native call; None if it cannot apply all of them.
 
-        everywhere: before and behind the layers too.
+        everywhere: include the embedding and the head.
         """
         if not groups:
             return ops.changed_rows([])
         return None if self._changes is None else self._changes.rows(groups, everywhere=everywhere)
 
     def tap(self, layers: Sequence[int]) -> None:
-        """Choose the layers whose inputs are kept in steps that are tapped, in ascending order, none of them first."""
+        """Choose the layers whose inputs are stored in tapped steps, in ascending order, without the first layer."""
         ends = [0, *layers, len(self.layers)]
         self._parts = [LayerStack(self.layers[start:end], self.impl) for start, end in pairwise(ends)]
 
     def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Change rows [T, width] in place by all layers. cos, sin: [T, R]."""
+        """Apply all layers to rows [T, width], in place. cos, sin: [T, R]."""
         if self.is_tapped:
             self.taken.clear()
             for i, part in enumerate(self._parts):
@@ -326,20 +326,22 @@ class LayerStack:
 class Angles:
     """The rotary embeddings of positions.
 
-    On a CPU a module computes them once, and steps look them up: its dozen small operations take as long as a layer.
+    On a CPU they are computed once, and steps look them up: the module's dozen small operations take as long as a
+    layer.
     """
 
     def __init__(self, module: nn.Module, max_positions: int) -> None:
-        """Know none yet. module: gives the cosines and sines of positions. max_positions: 0 for no limit known.
+        """Start with an empty table.
 
-        Some modules give others for all positions as soon as one is over the limit: they are never asked for such.
+        module: returns cosines and sines of positions. max_positions: 0 if no limit is known. Some modules change the
+        values of all positions once one exceeds the limit, so positions beyond it are never requested ahead of need.
         """
         self._module = module
         self._max_positions = max_positions
         self._table = torch.empty(0)  # [positions, 2 * R], cosines and sines
 
     def of(self, positions: Tensor, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [T, R] of positions, int64 [T], all below `end`, of like's dtype, on its device."""
+        """Return cos and sin [T, R] of positions, int64 [T], all below `end`, with the dtype and device of `like`."""
         if like.device.type != "cpu":
             cos, sin = self._module(like, position_ids=positions[None])
             return cos[0], sin[0]
@@ -347,7 +349,7 @@ class Angles:
         return cos, sin
 
     def upto(self, end: int, like: Tensor) -> Tensor:
-        """Return cos and sin of the positions below `end`, and perhaps of more: [positions, 2 * R], on a CPU."""
+        """Return cos and sin of at least the positions below `end`: [positions, 2 * R], on a CPU."""
         if end > len(self._table):
             num = max(FEWEST_ANGLES, 1 << (end - 1).bit_length())
             num = max(end, min(num, self._max_positions or num))
@@ -356,15 +358,15 @@ class Angles:
 
 
 class PlainDecoder:
-    """norm(stack(embedding(ids))), without what Hugging Face does around it for other uses.
+    """norm(stack(embedding(ids))), without Hugging Face's code around it.
 
-    Masks, caches, records of outputs and a call of every layer take half a millisecond a step, whatever its size.
+    Its masks, caches, output recording and a call per layer take half a millisecond per step, whatever the step's size.
     """
 
     def __init__(
         self, module: nn.Module, embedding: nn.Module, angles: Angles, stack: LayerStack, norm: nn.Module
     ) -> None:
-        """embedding, norm: parts of `module`, the decoder whose own forward computes calls of another kind."""
+        """embedding, norm: parts of `module`, the decoder, whose own forward handles other kinds of calls."""
         self.module = module
         self.embedding = embedding
         self.angles = angles
@@ -381,7 +383,7 @@ class PlainDecoder:
         return self.norm.forward(rows)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the hidden states of input_ids and position_ids [1, T]; with other arguments what the decoder does."""
+        """Return the hidden states of input_ids and position_ids [1, T]; leave other arguments to the decoder."""
         ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
         num_asked = sum(value is not None and value is not False for value in kwargs.values())
         if args or ids is None or positions is None or num_asked > 2:
@@ -390,7 +392,7 @@ class PlainDecoder:
 
 
 class PlainModel:
-    """head(decoder(ids)), without what Hugging Face does around these; on a CPU in one call."""
+    """head(decoder(ids)), without Hugging Face's code around it; on a CPU in one call."""
 
     def __init__(self, decoder: PlainDecoder, norm: Norm, head: SharedInput) -> None:
         """norm: the decoder's own, after its layers. head: a single linear layer."""
@@ -406,7 +408,7 @@ class PlainModel:
         return ops.ModelEnds(self._rows, self.norm.constants, self.head.linears)
 
     def run(self, ids: Tensor, positions: Tensor, logit_rows: Tensor | None) -> Tensor:
-        """Return what `BaseModel.forward` does."""
+        """Return the same as `BaseModel.forward`."""
         decoder = self.decoder
         stack, context = decoder.stack, decoder.stack.context
         native = stack.native() if stack.ends is not None and not stack.is_tapped else None
@@ -424,11 +426,11 @@ class PlainModel:
         )  # fmt: skip
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, **_: Any) -> Any:
-        """Return the output of a step as the model calls it, to be compared with its own."""
+        """Return the logits of a step through the model's own signature, for comparison with the original."""
         return CausalLMOutputWithPast(logits=self.run(input_ids[0], position_ids[0], logits_to_keep)[None])
 
 
 def stacks_of(model: nn.Module) -> list[LayerStack]:
-    """Return the stacks installed in a model."""
+    """Return the layer stacks installed in a model."""
     owners = [getattr(module.forward, "__self__", None) for module in model.modules()]
     return [owner for owner in owners if type(owner) is LayerStack]

@@ -1,9 +1,9 @@
 """Modules of fused experts, computed with each token's own LoRA on them.
 
-transformers writes such a module's products once for all families (`integrations/moe.py`): pairs of token and expert
-sorted by expert, one product, the module's own gate, another product, the routing weights. `GroupedExperts` computes
-the same, and adds LoRA to the result of each product. A module that is something else, or that gives something else in
-a trial, is run again with other weights instead (`gpu_worker.layers.apply_extras`).
+transformers computes such modules with shared code (`integrations/moe.py`): token-expert pairs sorted by expert, one
+product, the module's gate, a second product, the routing weights. `GroupedExperts` computes the same and adds LoRA to
+the result of each product. A module that differs, or fails a trial, is run again with changed weights instead
+(`gpu_worker.layers.apply_extras`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lora_kernels.experts import ExpertOrder, ExpertPages, expert_batch, order_b
 from lora_kernels.segments import LoraBatch
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
-"""What transformers' decorator gives a module whose products it knows how to compute."""
+"""Attributes that transformers' decorator sets on modules whose products it can compute."""
 
 _NUM_TRIAL_TOKENS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """The layers of experts that share pool rows: E experts of K inputs and N outputs."""
+    """The shape of expert layers that share pool rows: E experts of K inputs and N outputs."""
 
     num_experts: int
     in_features: int
@@ -40,29 +40,29 @@ class ExpertShape:
 
 @dataclass(slots=True)
 class ExpertSite:
-    """One of the two products of a module of experts, as a place for LoRA."""
+    """One of the two products of a module of experts, as a site for LoRA."""
 
     name: str  # parameter name, "model.layers.0.mlp.experts.gate_up_proj"
-    weight: Tensor  # [E, N, K], or [E, K, N] where the module keeps it transposed
+    weight: Tensor  # [E, N, K], or [E, K, N] if the module stores it transposed
     bias: Tensor | None  # [E, N]
     shape: ExpertShape
-    pages: ExpertPages | None = None  # set once the pool is allocated, and so is the next
-    first_pages: Tensor | None = None  # int32 [num_slots]: where each adapter's rows for this layer begin; -1: nowhere
+    pages: ExpertPages | None = None  # set once the pool is allocated, like `first_pages`
+    first_pages: Tensor | None = None  # int32 [num_slots]: first page of each adapter's rows for this layer; -1: none
 
 
 @dataclass(slots=True)
 class GroupedExperts:
-    """A module of experts whose products take LoRA."""
+    """A module of experts whose products support LoRA."""
 
     module: Any
-    sites: list[ExpertSite]  # sites of its first and second product
+    sites: list[ExpertSite]  # of its first and second product
     num_experts: int
     impl: ops.Impl | None = None
-    names: list[str] = field(default_factory=list[str])  # argument names: hidden states, experts' ids, their weights
+    names: list[str] = field(default_factory=list[str])  # argument names: hidden states, expert ids, routing weights
 
     @classmethod
     def of(cls, name: str, module: nn.Module, impl: ops.Impl | None) -> GroupedExperts | None:
-        """Return a module as one of fused experts; None if it has not the parts of one."""
+        """Return a module as one of fused experts; None if it lacks the parts of one."""
         owner: Any = module
         if not all(hasattr(module, mark) for mark in _MARKS) or getattr(owner, "_is_expert_parallel", False):
             return None
@@ -84,7 +84,7 @@ class GroupedExperts:
         return cls(module, sites, sites[0].shape.num_experts, impl, names)
 
     def agrees(self) -> bool:
-        """Return whether a random call without LoRA gives what the module's own forward gives."""
+        """Return whether a random call without LoRA gives the same result as the module's own forward."""
         weight, num = self.sites[0].weight, min(2, self.num_experts)
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(_NUM_TRIAL_TOKENS, self.sites[0].shape.in_features, generator=generator)
@@ -95,17 +95,17 @@ class GroupedExperts:
             with torch.inference_mode():
                 expected = original_forward(self.module)(hidden, ids, weights)
                 return alike(self.forward(hidden, ids, weights), expected)
-        except Exception:  # noqa: BLE001 - a module that only looks like experts may raise anything
+        except Exception:  # noqa: BLE001  a module that only looks like experts may raise anything
             return False
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Return the arguments of a call in their order."""
+        """Return the arguments of a call, in order."""
         return [*args, *(kwargs[name] for name in self.names[len(args) :])]
 
     def forward(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, batch: LoraBatch | None = None) -> Tensor:
-        """Return the experts' sum [T, D] for hidden [T, D], with LoRA where `batch` says.
+        """Return the weighted sum over experts [T, D] for hidden [T, D], with the LoRA of `batch`.
 
-        expert_ids: int [T, top_k]. weights: [T, top_k], of each in the sum.
+        expert_ids: int [T, top_k]. weights: routing weights [T, top_k].
         """
         module, num_tokens = self.module, len(hidden)
         slots, num_slots = None if batch is None else batch.token_slots, 0
@@ -125,7 +125,7 @@ class GroupedExperts:
         return summed.to(hidden.dtype)
 
     def _product(self, site: ExpertSite, x: Tensor, order: ExpertOrder, batch: LoraBatch | None) -> Tensor:
-        """Return [S, N] for the places of an order, x [S, K]."""
+        """Return a product [S, N] for x [S, K], in the order of `order`."""
         weight, x = site.weight, x.to(site.weight.dtype)
         y = F.grouped_mm(x, weight if self.module.is_transposed else weight.transpose(-2, -1), offs=order.ends)
         if site.bias is not None:
@@ -138,7 +138,7 @@ class GroupedExperts:
 
 
 def find_grouped_experts(modules: Mapping[str, AdaptableModule], impl: ops.Impl | None) -> dict[str, GroupedExperts]:
-    """Return the modules of experts whose products take LoRA, by name. One of each class and shape is tried."""
+    """Return the modules of experts whose products support LoRA, by name. One of each class and shape is tried."""
     found: dict[str, GroupedExperts] = {}
     tried: dict[tuple[Any, ...], bool] = {}
     for name, adaptable in modules.items():

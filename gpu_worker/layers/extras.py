@@ -1,8 +1,8 @@
-"""The types of an adapter's extras: everything it changes beyond the low-rank rows that the pool holds.
+"""The types of an adapter's extras: all changes besides the low-rank rows that the pool holds.
 
-That is: replaced weights and biases, DoRA's magnitudes, biases of LoRA, trained tokens, LoRA on embeddings and on other
-parameters, norms, another vocabulary, and virtual tokens. `gpu_worker.layers.apply_extras` applies them to a forward
-pass, `gpu_worker.layers.attention` keys and values of virtual tokens.
+These are replaced weights and biases, DoRA's magnitudes, biases of LoRA, trained tokens, LoRA on embeddings and other
+parameters, norms, another vocabulary, and virtual tokens. `gpu_worker.layers.apply_extras` applies them in a forward
+pass, `gpu_worker.layers.attention` the keys and values of virtual tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from protocol.wire.errors import BadRequest
 
 @dataclass(frozen=True, slots=True)
 class Dora:
-    """DoRA's factor of each output of a layer: magnitude / |W + s * B @ A|, for the adapter's own scale s and others.
+    """DoRA's factor of each output of a layer: magnitude / |W + s * B @ A|, at the adapter's scale s or a multiple.
 
     See "DoRA: Weight-Decomposed Low-Rank Adaptation" (Liu et al., 2024).
     """
@@ -39,7 +39,7 @@ class Dora:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """LoRA outside the pool: x -> scale * (x @ a.T) @ b; at an embedding a.T[ids] takes the place of x @ a.T."""
+    """LoRA outside the pool: x -> scale * (x @ a.T) @ b; for an embedding, a.T[ids] replaces x @ a.T."""
 
     a: Tensor  # [rank, K]
     b: Tensor  # [rank, N]
@@ -52,32 +52,32 @@ class Tokens:
 
     indices: Tensor  # int64 [n], ascending
     rows: Tensor  # [n, D]
-    lora: LowRank | None = None  # the head's LoRA at these tokens, which is added to the trained rows as well
+    lora: LowRank | None = None  # the head's LoRA for these tokens, added to the trained rows
 
 
 @dataclass(frozen=True, slots=True)
 class LinearTransform:
     """A linear change of vectors [n, D] in fp32; see `peft_adapters.kinds.kind.Transform`."""
 
-    scale: Tensor | None = None  # [D], or [n, D] with numbers for each vector
-    across: Tensor | None = None  # as `scale`
+    scale: Tensor | None = None  # [D], or [n, D] with numbers per vector
+    across: Tensor | None = None  # like `scale`
     group: int = 0
     blocks: Tensor | None = None  # [D / size, size, size]
 
     @property
     def width(self) -> int:
-        """D."""
+        """The vectors' width D."""
         if self.blocks is not None:
             return self.blocks.shape[0] * self.blocks.shape[1]
         assert self.scale is not None
         return self.scale.shape[-1]
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return what becomes of x [n, D], in its dtype."""
+        """Return the transform of x [n, D], in its dtype."""
         y = x.float()
         if self.blocks is not None:
             num, size, _ = self.blocks.shape
-            # One product for each block, of all rows.
+            # One product per block, over all rows.
             changed = torch.bmm(y.view(len(y), num, size).transpose(0, 1), self.blocks)
             return changed.transpose(0, 1).reshape(y.shape).to(x.dtype)
         assert self.scale is not None
@@ -93,22 +93,22 @@ class LinearTransform:
 class Places:
     """Numbers that an adapter adds to a weight [N, K] at a few places."""
 
-    indices: Tensor  # int64 [2, n]: output and input, ascending, each once and within the weight
+    indices: Tensor  # int64 [2, n]: output and input; ascending, unique, within the weight
     numbers: Tensor  # fp32 [n]
 
 
 @dataclass(frozen=True, slots=True)
 class LinearExtras:
-    """An adapter's extras at one linear layer. N differs from the layer's where the vocabulary does."""
+    """An adapter's extras at one linear layer. N differs from the layer's if the vocabulary does."""
 
-    inputs: LinearTransform | None = None  # of what the layer reads
-    outputs: LinearTransform | None = None  # of what it returns, with its bias
+    inputs: LinearTransform | None = None  # applied to the layer's input
+    outputs: LinearTransform | None = None  # applied to its output, including bias
     places: Places | None = None
 
-    weight: Tensor | None = None  # [N, K], takes the place of the layer's
-    bias: Tensor | None = None  # [N], takes the place of the layer's
+    weight: Tensor | None = None  # [N, K], replaces the layer's
+    bias: Tensor | None = None  # [N], replaces the layer's
     lora: LowRank | None = None  # LoRA that the pool cannot hold
-    lora_bias: Tensor | None = None  # fp32 [N], the adapter's scale included
+    lora_bias: Tensor | None = None  # fp32 [N], including the adapter's scale
     dora: Dora | None = None
     tokens: Tokens | None = None
 
@@ -117,16 +117,16 @@ class LinearExtras:
 class EmbeddingExtras:
     """An adapter's extras at one embedding."""
 
-    weight: Tensor | None = None  # [V, D], takes the place of the model's
+    weight: Tensor | None = None  # [V, D], replaces the model's
     lora: LowRank | None = None
     dora: Dora | None = None
     tokens: Tokens | None = None
-    virtual: Tensor | None = None  # [num, D], what stands for virtual tokens' rows, scaled as the module's output is
+    virtual: Tensor | None = None  # [num, D], embeddings of virtual tokens, scaled like the module's output
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterLora:
-    """LoRA on a parameter W of a module: W + scale * lhs @ rhs, in batches of matrices where W has three dimensions."""
+    """LoRA on a module's parameter W: W + scale * lhs @ rhs, batched if W has three dimensions."""
 
     parameter: str
     lhs: Tensor
@@ -136,9 +136,9 @@ class ParameterLora:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Extras:
-    """Everything one adapter changes beyond pooled LoRA rows. False if that is nothing.
+    """All changes of one adapter besides pooled LoRA rows. Falsy if there are none.
 
-    Equal to itself alone, so that what is made of it can be kept as long as it lasts.
+    Compares by identity, so that derived data can be cached for its lifetime.
     """
 
     linear: dict[int, LinearExtras] = field(default_factory=dict)  # by site index
@@ -146,25 +146,25 @@ class Extras:
     norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # module name -> its parameters by name
     parameters: dict[str, list[ParameterLora]] = field(default_factory=dict)  # by module name
     vocab_size: int = 0  # 0: the base model's
-    in_layers: bool = False  # whether any of it lies within the decoder layers
-    unscaled: str = ""  # the kind of adapter, of one that cannot be scaled
-    head: Tensor | None = None  # [labels, D], of the sequence classifier that the adapter makes of the model
+    in_layers: bool = False  # whether any of it is inside the decoder layers
+    unscaled: str = ""  # the adapter's kind, if it cannot be scaled
+    head: Tensor | None = None  # [labels, D], head of the sequence classifier that the adapter makes of the model
     num_virtual: int = 0
-    """Virtual tokens that every text begins with, of ids -1, -2, …; of a decoder, nothing changes but at these."""
-    prefix: Tensor | None = None  # [layers, 2, num_virtual, Hkv, D], their keys and values in place of computed ones
+    """Virtual tokens at the start of every text, with ids -1, -2, …; for a decoder, these are the only change."""
+    prefix: Tensor | None = None  # [layers, 2, num_virtual, Hkv, D], replaces computed keys and values
 
     def __bool__(self) -> bool:
         return self.in_steps or self.head is not None
 
     def scale_error(self, scale: float) -> BadRequest | None:
-        """Return why a request may not scale the adapter, None if it may or does not."""
+        """Return the error for a request that scales an adapter without a scale, else None."""
         if not self.unscaled or scale == 1.0:
             return None
         return BadRequest(f"lora_scale {scale:g}: adapters of kind {self.unscaled} have no scale", param="lora_scale")
 
     @property
     def in_steps(self) -> bool:
-        """Whether any of it is applied in a forward pass; a head is, to what comes out of it."""
+        """Whether any of it is applied inside a forward pass; a head is applied to its result."""
         changes = self.linear or self.embeddings or self.norms or self.parameters or self.vocab_size
         return bool(changes) or self.prefix is not None
 
@@ -175,13 +175,13 @@ class Extras:
 
     @property
     def reaches_all_rows(self) -> bool:
-        """Whether rows change on which an activated LoRA is not active, so that their KV blocks are not the base's."""
+        """Whether rows change on which an activated LoRA is inactive, so that KV blocks are not the base's."""
         linear = any(part.weight is not None or part.bias is not None or part.tokens for part in self.linear.values())
         return bool(linear or self.embeddings or self.norms or self.vocab_size)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy of nested dataclasses, lists and dicts in which `change` has replaced every tensor."""
+    """Return a copy of nested dataclasses, lists and dicts with every tensor replaced by `change(tensor)`."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -195,7 +195,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def tensors_of(extras: Extras) -> list[Tensor]:
-    """Return all tensors of an adapter's extras, always in the same order."""
+    """Return all tensors of an adapter's extras, in a fixed order."""
     found: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Lightning attention (MiniMax), which transformers writes into the layer with a cache of its own.
+"""Lightning attention (MiniMax), which transformers implements in the layer, with a cache of its own.
 
-Linear attention whose past decays, at a rate for each head (Qin et al., Lightning Attention-2, 2024). A layer is known
-by its parts; ours computes the same, and leaves what mixes tokens to a function that has states.
+Linear attention whose past decays at a rate per head (Qin et al., Lightning Attention-2, 2024). A layer is recognized
+by its attributes. Our forward computes the same, with the token mixing in a function that supports states.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from gpu_worker.layers.mixers import MixerCall, StateBatch, switch
 from gpu_worker.loading.checkpoint import CACHE_NAMES
 
 PARTS = ("qkv_proj", "out_proj", "output_gate", "norm", "act_fn", "slope_rate", "num_attention_heads", "head_dim")
-"""Attributes by which a layer is known."""
+"""Attributes by which a layer is recognized."""
 
 BLOCK = 64
-"""Tokens that are computed at once."""
+"""Tokens computed at once."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the attention [1, H, T, D] of q, k and v [1, H, T, D], and the state [1, H, D, D] after it.
 
-    rate: [H, 1, 1], of decay per token. state: before the first token; None: of no token.
+    rate: [H, 1, 1], decay per token. state: the state before the first token; None: zero.
     """
     state = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
     outs: list[Tensor] = []
@@ -43,7 +43,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, state: Tensor | None =
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the attention [n, H, D] of one token each of n sequences, and their states [n, H, D, D] after it."""
+    """Return the attention [n, H, D] of one token each of n sequences, and the states [n, H, D, D] after it."""
     states = states * torch.exp(-rate) + k[..., None] * v[..., None, :]
     return (q[..., None, :] @ states)[..., 0, :], states
 
@@ -57,7 +57,7 @@ class LightningAttention(MixerCall):
         return (k.shape[1], k.shape[3], v.shape[3]), v.dtype
 
     def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, None]:
-        """Return the attention [1, H, T, D], and no state."""
+        """Return the attention [1, H, T, D], and None for the state."""
         *inputs, rate = args
         states = self.states
         assert states is not None
@@ -78,7 +78,7 @@ _attend = switch("lightning_attention", LightningAttention, attend, attend_one)
 
 
 def install_lightning(model: nn.Module) -> None:
-    """Let a model's lightning attention run in packed steps; without a cache it is unchanged."""
+    """Make a model's lightning attention support packed steps; calls with a cache are unchanged."""
     for layer in model.modules():
         if all(hasattr(layer, name) for name in PARTS) and "forward" not in vars(layer):
             layer.forward = _forward(layer, layer.forward)

@@ -1,7 +1,7 @@
-"""The linear layers of a model as LoRA sites: each computes its base output and adds the LoRA of the step's adapters.
+"""The linear layers of a model as LoRA sites: each adds the LoRA of the step's adapters to its base output.
 
-Layers that read the same input (q, k, v; gate, up) are siblings: a trial run shows which they are, and they share one
-matrix product and one LoRA operation.
+Layers that read the same input (q, k, v; gate, up) are siblings: a trial run detects them, and they share one matrix
+product and one LoRA operation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import OPAQUE
 
 GROUPS = ("attention", "mlp", "other")
-"""Page spaces of the adapter pool: an adapter takes no page of a group whose layers it does not change."""
+"""Page spaces of the adapter pool: an adapter takes no pages in a group whose layers it does not change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,12 @@ class SiteInfo:
 
 @dataclass(slots=True)
 class LinearCall:
-    """The calls of a linear layer, seen in a trial run."""
+    """The calls of a linear layer in a trial run."""
 
     name: str
     module: nn.Module
     xs: list[Tensor]  # inputs, whose identity shows which layers are siblings; several if the model loops
-    is_head: bool  # whether its rows are the positions that need logits, not all tokens
+    is_head: bool  # whether it gets only the rows that need logits, not all tokens
 
 
 class SharedInput:
@@ -61,18 +61,18 @@ class SharedInput:
         impl: ops.Impl | None,
         num_lead: int = 0,
     ) -> None:
-        """is_head: see `LinearCall`. num_lead: dimensions before that of the tokens in the model's own calls."""
+        """is_head: see `LinearCall`. num_lead: dimensions before the token dimension in the model's own calls."""
         self.context = context
         self.is_head = is_head
-        self.position = 0  # among all siblings of the model, in the order of calls
+        self.position = 0  # among all siblings of the model, in call order
         self.impl: ops.Impl | None = impl
         self.lora_sites: list[ops.LoraSite] = []  # set once the pool is allocated
         self.table: ops.AdapterTable | None = None
         shapes = [_shape(linear) for linear in linears]
         self.sizes = [out_features for out_features, _ in shapes]
         self.in_features = shapes[0][1]
-        self._opaque: list[nn.Module] = []  # layers that can only be called, such as libraries' quantised ones
-        self._lead: list[int] = [1] * num_lead  # some of them find the token dimension by the number of dimensions
+        self._opaque: list[nn.Module] = []  # layers that can only be called, such as libraries' quantized ones
+        self._lead: list[int] = [1] * num_lead  # some opaque layers find the token dimension by number of dimensions
         self._packed: ops.PackedLinear | ops.QuantisedLinear | None = None
         if is_plain(linears[0]):
             self._packed = ops.pack_linear(*(_weight(linear) for linear in linears), impl=impl)
@@ -90,23 +90,23 @@ class SharedInput:
 
     @property
     def linears(self) -> ops.SiblingLinears:
-        """The siblings as an operation over whole layers takes them. They must not be opaque."""
+        """The siblings as input of a whole-layer operation. They must not be opaque."""
         assert self._packed is not None
         return ops.SiblingLinears(self._packed, self._bias, self.sizes, self.lora_sites)
 
     @property
     def packed(self) -> ops.PackedLinear | ops.QuantisedLinear | None:
-        """The weights of all siblings; None for those that can only be called."""
+        """The weights of all siblings; None if the layers are opaque."""
         return self._packed
 
     @property
     def is_opaque(self) -> bool:
-        """Whether the layers can only be called, because we know nothing of their weights."""
+        """Whether the layers can only be called, because the format of their weights is unknown."""
         return bool(self._opaque)
 
     @property
     def num_siblings(self) -> int:
-        """The number of layers that share the input."""
+        """The number of sibling layers."""
         return len(self.sizes)
 
     def output(self, index: int, x: Tensor) -> Tensor:
@@ -127,9 +127,9 @@ class SharedInput:
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def project(self, rows: Tensor) -> list[Tensor]:
-        """Return the outputs [T, N] of all siblings for rows [T, K], adapters included.
+        """Return the outputs [T, N] of all siblings for rows [T, K], including adapters.
 
-        Those of plain layers are slices of one tensor.
+        Outputs of plain layers are slices of one tensor.
         """
         if self.context.of_all is not None:
             batch, extras = self.context.of_all(len(rows))
@@ -154,10 +154,10 @@ class SharedInput:
         return list(out.split_with_sizes(self.sizes, -1)) if len(self.sizes) > 1 else [out]
 
     def _transformed_products(self, extras: list[ExtraRows], rows: Tensor) -> list[Tensor]:
-        """Return the layers' own outputs, each for its inputs as adapters change them.
+        """Return the layers' own outputs, with inputs changed by adapters.
 
-        Siblings whose inputs are changed are computed once more, for the changed rows of all adapters alone: adapters
-        change the inputs of layers without siblings in most models, and those of any cost one product.
+        Siblings with changed inputs are computed once more, for the changed rows of all adapters only. In most models
+        adapters change inputs of layers without siblings; these take one product for all rows.
         """
         changes = [transformed_inputs(extras, site.index, rows) for site in self.lora_sites]
         if self.num_siblings == 1 and changes and changes[0] is not None:
@@ -171,19 +171,19 @@ class SharedInput:
         return outs
 
     def weight(self, index: int) -> Tensor:
-        """Return the weight [N, K] of sibling `index`. Raises AdapterRefused where it is quantised."""
+        """Return the weight [N, K] of sibling `index`. Raises AdapterRefused if it is quantized."""
         if not isinstance(self._packed, ops.PackedLinear):
             raise AdapterRefused(["it needs weights of the base model, which are quantised"])
         first = sum(self.sizes[:index])
         return ops.unpack_linear(self._packed)[first : first + self.sizes[index]]
 
     def bias(self, index: int) -> Tensor | None:
-        """Return the bias [N] of sibling `index`."""
+        """Return the bias [N] of sibling `index`, None without one."""
         return self._biases[index]
 
 
 class SiteLinear(nn.Module):
-    """A module in the place of a linear layer. Its `weight` has shape and dtype alone; the numbers are in `shared`."""
+    """Replaces a linear layer. Its `weight` is on the meta device (shape and dtype only); the data is in `shared`."""
 
     def __init__(self, linear: nn.Module, shared: SharedInput, index: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -196,14 +196,14 @@ class SiteLinear(nn.Module):
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output [..., N] for x [..., K], adapters included."""
+        """Return the layer's output [..., N] for x [..., K], including adapters."""
         return self.shared.output(self._index, x)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return the output and input features of a module that looks like a linear layer, None for any other.
+    """Return (output features, input features) of a module that looks like a linear layer, None for any other.
 
-    Quantisation libraries have classes of their own; all of them keep the attributes of `nn.Linear`.
+    Quantization libraries have classes of their own, all with the attributes of `nn.Linear`.
     """
     if isinstance(module, Conv1D):
         return module.nf, module.nx
@@ -214,7 +214,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Return whether a layer is nothing but x @ weight.T + bias, so that its weight may be taken out of it."""
+    """Return whether a layer computes exactly x @ weight.T + bias, so that its weight may be repacked."""
     if not isinstance(linear, (nn.Linear, Conv1D)) or "forward" in vars(linear):
         return False
     names = {name for name, _ in (*linear.named_parameters(), *linear.named_buffers())}
@@ -224,26 +224,26 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def _computes_its_product(linear: nn.Module) -> bool:
-    """Return whether a layer of a class of its own, such as Falcon's, computes what `nn.Linear` does."""
+    """Return whether a layer of another class, such as Falcon's, computes the same as `nn.Linear`."""
     weight = linear.get_parameter("weight")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     try:
         with torch.inference_mode():
             found, expected = linear(x), F.linear(x, weight, getattr(linear, "bias", None))
-    except Exception:  # noqa: BLE001 - it may want any arguments, and raise anything without them
+    except Exception:  # noqa: BLE001  it may need any arguments, and raise anything without them
         return False
     tolerance = 4 * torch.finfo(weight.dtype).eps
     return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def is_number(parameter: Tensor) -> bool:
-    """Return whether a parameter holds the numbers that are computed with, not a quantised form of them."""
+    """Return whether a parameter holds float weights, not a quantized form of them."""
     return type(parameter) is nn.Parameter and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:
-    """Group the layers of a trial run by the tensors they read, in the order of calls."""
+    """Group the layers of a trial run by the tensors they read, in call order."""
     groups: dict[tuple[Any, ...], list[LinearCall]] = {}
     for call in calls:
         key = (*map(id, call.xs), _dtype(call), is_plain(call.module), isinstance(call.module, BlockLinear))
@@ -254,7 +254,7 @@ def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:
 def install_sites(
     model: nn.Module, calls: list[LinearCall], attention_names: set[str], context: StepContext, impl: ops.Impl | None
 ) -> tuple[list[SiteInfo], list[SharedInput]]:
-    """Replace every linear layer of a trial run by a `SiteLinear`. Returns the sites, and the siblings in their order.
+    """Replace every linear layer of a trial run with a `SiteLinear`. Return the sites, and the siblings in site order.
 
     attention_names: names of the modules that call attention; linear layers under them form the attention group.
     """
@@ -293,12 +293,12 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def _dtype(call: LinearCall) -> torch.dtype:
-    """Return the dtype in which a layer computes: its weight's, or its input's if the weight is quantised."""
+    """Return the dtype in which a layer computes: its weight's, or its input's if the weight is quantized."""
     return _weight(call.module).dtype if is_plain(call.module) else call.xs[0].dtype
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    """Return the weight as [out, in]; transformers' Conv1D keeps it transposed."""
+    """Return the weight as [out, in]; transformers' Conv1D stores it transposed."""
     weight = linear.get_parameter("weight").detach()
     return weight.T if isinstance(linear, Conv1D) else weight
 

@@ -1,7 +1,7 @@
-"""Which keys a model's queries see, learned from the masks that it asks transformers for.
+"""Which keys a model's queries see, derived from the masks that it requests from transformers.
 
-A model may leave its sliding window to the mask and not pass it to the attention function. Steps build no mask at all.
-A trial run builds one, and the function that defines it is evaluated to find where it begins to hide keys.
+A model may implement its sliding window in the mask alone, without passing it to the attention function, but steps
+build no masks. So a trial run builds one, and its mask function is evaluated to find where keys are hidden.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from transformers import AttentionMaskInterface
 from gpu_worker.layers.attention import ATTENTION, AttentionCall
 
 FAR = 1 << 24
-"""A position that no text reaches."""
+"""A position beyond any text."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaskShape:
-    """What a query sees among the keys up to its own: all (both 0), the last `window`, or those of its `chunk`."""
+    """The earlier keys that a query sees: all (both fields 0), the last `window`, or those of its `chunk`."""
 
     window: int = 0
     chunk: int = 0
 
 
 AS_CALLED = MaskShape(window=-1)
-"""A mask that is causal for the trial's tokens and undefined beyond them: the call's own window counts."""
+"""The shape of a mask that is causal for the trial's tokens and undefined beyond: the call's own window applies."""
 
 
 class RecordedMasks:
-    """The masks of one trial run, which their memory identifies."""
+    """The masks of one trial run, identified by their memory."""
 
     def __init__(self) -> None:
         self._shapes: dict[int, MaskShape | None] = {}
         self._kept: list[Tensor] = []
 
     def add(self, mask: Tensor, shape: MaskShape | None) -> None:
-        """Note a mask that transformers was given. shape: None if it is none that can be served."""
+        """Record a mask built for transformers. shape: None if it is not supported."""
         self._kept.append(mask)
         self._shapes[mask.untyped_storage().data_ptr()] = shape
 
     def shape_of(self, call: AttentionCall) -> MaskShape | None:
-        """Return what a call's queries see, None if paged attention cannot compute that."""
+        """Return which keys a call's queries see, None if paged attention does not support it."""
         own = MaskShape(window=call.window)
         shape = own if call.mask is None else self._shapes.get(call.mask.untyped_storage().data_ptr())
         return own if shape == AS_CALLED else shape
@@ -54,7 +54,7 @@ class RecordedMasks:
 
 @contextmanager
 def record_masks() -> Iterator[RecordedMasks]:
-    """Make transformers build masks for our attention, and record which keys they hide."""
+    """Make transformers build masks for our attention, and record their shapes."""
     masks = RecordedMasks()
 
     def make(q_length: int, kv_length: int, mask_function: Any, device: Any, **_: Any) -> Tensor:
@@ -70,9 +70,9 @@ def record_masks() -> Iterator[RecordedMasks]:
 
 
 def read_shape(mask_function: Callable[..., Tensor], num_tokens: int, device: Any) -> MaskShape | None:
-    """Return the shape of a mask given as a function of (batch, head, query, key), None if it is no `MaskShape`.
+    """Return the shape of a mask given as a function of (batch, head, query, key), None if unsupported.
 
-    num_tokens: the queries and keys of the trial run. device: of the tensors that the function takes.
+    num_tokens: queries and keys of the trial run. device: for the function's tensor arguments.
     """
     zero = torch.zeros((), dtype=torch.long, device=device)
 
@@ -88,6 +88,6 @@ def read_shape(mask_function: Callable[..., Tensor], num_tokens: int, device: An
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if sees(middle, 0) else (low, middle)
-    except IndexError:  # the function looks up positions in a table, such as which tokens are an image
+    except IndexError:  # the function looks up positions in a table, for example of image tokens
         return AS_CALLED
     return MaskShape(window=high) if sees(high, high - 1) else MaskShape(chunk=high)

@@ -1,13 +1,14 @@
 """Layers that keep a state in place of keys and values: convolutions, gated delta rules, state space scans.
 
-Transformers' mixers compute everything token by token but for a few functions of their module, such as
-`causal_conv1d_fn`, which see a sequence at once. They have no interface as attention has one, so ours take these
-functions' places: in a step they run each sequence's tokens from its state, and everywhere else they are what they
-were. What they compute is transformers' own: its function for several tokens, and its function for one token, all
-sequences together. Both are the fast ones of `flash-linear-attention`, `mamba-ssm` and `causal-conv1d` where these are
-installed. On a CPU, convolutions, delta rules and selective scans are native operations of `lora_kernels`.
+Transformers' mixers work token by token except for a few functions of their module, such as `causal_conv1d_fn`, which
+process a whole sequence. There is no registration interface as for attention, so these functions are replaced. In a
+step, the replacements run each sequence's tokens from its state; outside of steps they call the original.
 
-A step's tokens are packed: T of them, of all sequences, in runs. A state is that of one sequence in one call.
+The computation is transformers' own: its function for several tokens, and its function for one token, batched over
+sequences. These use `flash-linear-attention`, `mamba-ssm` and `causal-conv1d` if installed. On a CPU, convolutions,
+delta rules and selective scans are native operations of `lora_kernels`.
+
+A step packs T tokens of all sequences, in runs. A state belongs to one sequence and one call.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from gpu_worker.memory import zeros
 from lora_kernels import ops
 
 SILU = ("silu", "swish")
-"""Names of the activation that `ops.causal_conv` knows."""
+"""Names of the activation that `ops.causal_conv` supports."""
 
 DELTA_INPUTS = ("query", "key", "value", "g", "beta")
-"""Arguments of a delta rule that have a row for each token."""
+"""Arguments of a delta rule that have a row per token."""
 
 SCAN_INPUTS = ("hidden_states", "dt", "B", "C")
-"""Arguments of Mamba2's scan that have a row for each token."""
+"""Arguments of Mamba2's scan that have a row per token."""
 
 UNLIMITED = (0.0, float("inf"))
-"""The `dt_limit` of a scan whose step sizes are not limited."""
+"""The `dt_limit` of a scan without limits on its step sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +49,35 @@ class Run:
 
     start: int  # its first row
     end: int
-    read: int  # slot of the state that it begins with
-    write: int  # slot of the state that it leaves
+    read: int  # slot of its initial state
+    write: int  # slot of its final state
     num_prompt: int  # number of its prompt tokens, which come first
-    save: int = -1  # another slot for that state; -1: none
+    save: int = -1  # another slot for the final state; -1: none
 
 
 @dataclass(frozen=True, slots=True)
 class Singles:
-    """The output tokens of sequences of which the step has one token, which are computed together."""
+    """Output tokens of sequences with one token in the step, computed together."""
 
     rows: Tensor  # int64 [D]
-    reads: Tensor  # int64 [D] slots, as those of a `Run`
+    reads: Tensor  # int64 [D], slots, as in `Run`
     writes: Tensor  # int64 [D]
 
 
 @dataclass(frozen=True, slots=True)
 class StateBatch:
-    """The runs of a step. Those of several tokens are computed one after the other, in their order."""
+    """The runs of a step. Those of several tokens are computed one after another, in order."""
 
-    singles: Singles | None  # None: there are none
+    singles: Singles | None  # None: no single-token runs
     runs: list[Run]
-    copies: tuple[Tensor, Tensor] | None  # int64 [n] each: slots to be copied after the step, and to which
+    copies: tuple[Tensor, Tensor] | None  # int64 [n] each: source and target slots to copy after the step
     all_runs: Tensor  # single-token and longer runs, in the form of `ops.delta_rule`
 
     @classmethod
     def of(
         cls, singles: list[tuple[int, int, int]], runs: list[Run], copies: list[tuple[int, int]], device: torch.device
     ) -> StateBatch:
-        """singles: row, slot to read and slot to write of each run of one token. copies: from slot, to slot."""
+        """singles: row, slot to read and slot to write of each single-token run. copies: (source slot, target slot)."""
         table = torch.tensor(singles, dtype=torch.int64).reshape(-1, 3).T.to(device)
         pairs = torch.tensor(copies, dtype=torch.int64).reshape(-1, 2).T.to(device)
         rows = [(row, row + 1, read, write, -1) for row, read, write in singles]
@@ -86,18 +87,18 @@ class StateBatch:
 
     @property
     def is_decode(self) -> bool:
-        """Whether the step's tokens are the singles, in order."""
+        """Whether the step consists of single tokens only."""
         return not self.runs
 
 
 class MixerCall(ABC):
     """One call of a mixer's function in each forward pass, with the states of all sequences.
 
-    A subclass knows one function: how a state looks, and how a step's runs are computed.
+    Each subclass handles one function: the shape of its state, and how it computes a step's runs.
     """
 
     def __init__(self, many: Callable[..., Any], one: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
-        """many, one: transformers' functions. args, kwargs: what the trial run called the first with."""
+        """many, one: transformers' functions. args, kwargs: the arguments of `many` in the trial run."""
         self.many = many
         self.one = one
         self.shape, self.dtype = self.state_of(args, kwargs)
@@ -105,7 +106,7 @@ class MixerCall(ABC):
 
     @property
     def tells_prompts_apart(self) -> bool:
-        """Whether a prompt's tokens are computed otherwise than the same tokens of an output."""
+        """Whether prompt tokens are computed differently from the same tokens in an output."""
         return False
 
     @property
@@ -114,16 +115,16 @@ class MixerCall(ABC):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def allocate(self, num_slots: int, device: torch.device) -> None:
-        """Allocate the states of `num_slots` slots, all zero, which is how a sequence begins."""
+        """Allocate `num_slots` states, all zero, which is the initial state of a sequence."""
         self.states = zeros((num_slots, *self.shape), self.dtype, device)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy states from slots to other slots, int64 [n] both."""
+        """Copy states between slots; sources, targets: int64 [n]."""
         assert self.states is not None
         self.states[targets] = self.states[sources]
 
     def put(self, run: Run, state: Tensor) -> None:
-        """Keep the state that a run leaves."""
+        """Store the final state of a run."""
         assert self.states is not None
         self.states[run.write] = state
         if run.save >= 0:
@@ -131,7 +132,7 @@ class MixerCall(ABC):
 
     @abstractmethod
     def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute the function for a step, and move every run's state on."""
+        """Compute the function for a step, and update the state of every run."""
 
     @abstractmethod
     def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
@@ -157,7 +158,7 @@ class Convolution(MixerCall):
         return ops.causal_conv(x[0].T, weight, self.states, batch.all_runs, bias=bias, silu=silu).T[None]
 
     def by_transformers(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Do as `run` does, by transformers' functions."""
+        """Do the same as `run`, with transformers' functions."""
         bound = _bind(self.many, args, kwargs)
         x, states = bound.pop("hidden_states"), self.states
         weight, bias, activation = bound["weight"], bound.get("bias"), bound.get("activation")
@@ -183,7 +184,7 @@ class Convolution(MixerCall):
 class DeltaRule(MixerCall):
     """chunk_gated_delta_rule(q, k [1, T, H, K], v [1, T, G, V], g, beta): a state is [G, K, V] in fp32.
 
-    Yang et al., Gated Delta Networks, 2024; with a decay for each channel of a key: Kimi Linear, 2025.
+    Yang et al., Gated Delta Networks, 2024; with a decay per channel of a key: Kimi Linear, 2025.
     """
 
     def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
@@ -193,7 +194,7 @@ class DeltaRule(MixerCall):
         return (value.shape[2], key.shape[3], value.shape[3]), torch.float32
 
     def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, None]:
-        """Return the outputs [1, T, G, V], and no state."""
+        """Return the outputs [1, T, G, V], and None for the state."""
         bound = _bind(self.many, args, kwargs)
         if not ops.is_native(bound["query"]):
             return self.by_transformers(batch, args, kwargs)
@@ -203,7 +204,7 @@ class DeltaRule(MixerCall):
         return ops.delta_rule(q, k, v, g, beta, self.states, batch.all_runs, normalize=normalize)[None], None
 
     def by_transformers(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, None]:
-        """Do as `run` does, by transformers' functions."""
+        """Do the same as `run`, with transformers' functions."""
         bound = _bind(self.many, args, kwargs)
         inputs = {name: bound.pop(name) for name in DELTA_INPUTS}
         states = self.states
@@ -232,18 +233,18 @@ class DeltaRule(MixerCall):
 class ChunkScan(MixerCall):
     """mamba2_chunk_scan(x [1, T, H, P], dt [1, T, H], A [H], B, C [1, T, G, N], …): a state is [H, N, P] in fp32.
 
-    Dao and Gu, Transformers are SSMs, 2024. Transformers limits dt in prompts only. Where there are limits, output
-    recomputed tokens are computed one at a time, as they were the first time.
+    Dao and Gu, Transformers are SSMs, 2024. Transformers limits dt in prompts only. If there are limits, recomputed
+    output tokens are run one at a time, as they were the first time.
     """
 
     def __init__(self, many: Callable[..., Any], one: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
-        """Read off the call whether dt is limited. The arguments are those of `MixerCall`."""
+        """Derive from the call whether dt is limited. The arguments are those of `MixerCall`."""
         super().__init__(many, one, args, kwargs)
         self._limited = tuple(_bind(many, args, kwargs).get("dt_limit", UNLIMITED)) != UNLIMITED
 
     @property
     def tells_prompts_apart(self) -> bool:
-        """Whether a prompt's tokens are computed otherwise than the same tokens of an output."""
+        """Whether prompt tokens are computed differently from the same tokens in an output."""
         return self._limited
 
     def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
@@ -263,14 +264,14 @@ class ChunkScan(MixerCall):
         dt = F.softplus(dt) if bound.get("dt_softplus") else dt.clone()
         for run in batch.runs if self._limited else ():
             dt[run.start : run.start + run.num_prompt].clamp_(*bound["dt_limit"])
-        x, dt, query = x.float(), dt.float(), query.float() * query.shape[-1] ** 0.5  # by which the operation divides
+        x, dt, query = x.float(), dt.float(), query.float() * query.shape[-1] ** 0.5  # cancels the operation's division
         assert self.states is not None
         decay = bound["A"].float() * dt
         out = ops.delta_rule(query, key.float(), x, decay, dt, self.states, batch.all_runs, additive=True)
         return (out if skip is None else out + skip[:, None] * x)[None]
 
     def by_transformers(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Do as `run` does, by transformers' functions."""
+        """Do the same as `run`, with transformers' functions."""
         bound = _bind(self.many, args, kwargs)
         inputs = {name: bound.pop(name) for name in SCAN_INPUTS}
         states = self.states
@@ -285,7 +286,7 @@ class ChunkScan(MixerCall):
             states[at.writes] = own.mT
         for run in batch.runs:
             end = run.start + run.num_prompt if self._limited else run.end
-            own = states[run.read].mT[None].clone(memory_format=torch.contiguous_format)  # changed in place
+            own = states[run.read].mT[None].clone(memory_format=torch.contiguous_format)  # modified in place
             if end > run.start:
                 part = {name: x[:, run.start : end] for name, x in inputs.items()}
                 out[:, run.start : end], own = self.many(**part, initial_states=own, return_final_states=True, **bound)
@@ -295,7 +296,7 @@ class ChunkScan(MixerCall):
         return out
 
     def _one(self, states: Tensor, rows: dict[str, Tensor], bound: dict[str, Any]) -> Tensor:
-        """Return the outputs [n, H, P] of one token each of n sequences, and move their states [n, H, P, N] on."""
+        """Return the outputs [n, H, P] of one token each of n sequences; update their states [n, H, P, N] in place."""
         width, num_states = states.shape[2:]
         bias, skip = bound.get("dt_bias"), bound.get("D")
         return self.one(
@@ -314,8 +315,8 @@ class ChunkScan(MixerCall):
 class SelectiveScan(MixerCall):
     """mamba_selective_scan(x, dt [1, C, T], A [C, N], B, C [1, N, T], …): a state is [C, N] in fp32.
 
-    Gu and Dao, Mamba, 2023. Transformers' function for several tokens takes no state to begin with, and computes token
-    by token in Python, so that a step of a long prompt would be everybody's. Runs are `ops.selective_scan`'s.
+    Gu and Dao, Mamba, 2023. Transformers' function for several tokens accepts no initial state and loops over tokens in
+    Python, so that one long prompt would delay all sequences. Runs use `ops.selective_scan` instead.
     """
 
     def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
@@ -344,7 +345,10 @@ class SelectiveScan(MixerCall):
         return out
 
     def _step(self, states: Tensor, rows: dict[str, Tensor], bound: dict[str, Any]) -> Tensor:
-        """Compute one token each of n sequences, rows [n, C] and [n, N], and move their states [n, C, N] on."""
+        """Return the outputs of one token each of n sequences, and update their states [n, C, N] in place.
+
+        rows: [n, C] and [n, N].
+        """
         return self.one(
             states, rows["hidden_states"], rows["dt"], bound["A"], rows["B"], rows["C"], bound.get("D"),
             z=rows.get("z"), dt_bias=bound.get("delta_bias"), dt_softplus=bound.get("delta_softplus", False),
@@ -358,11 +362,11 @@ FUNCTIONS: dict[str, tuple[type[MixerCall], str]] = {
     "mamba2_chunk_scan": (ChunkScan, "mamba2_selective_state_update"),
     "mamba_selective_scan": (SelectiveScan, "mamba_selective_state_update"),
 }
-"""Transformers' functions for several tokens -> their replacements, and its function for one token."""
+"""Transformers' function for several tokens -> its replacement, and the name of the function for one token."""
 
 
 def _bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by the names that transformers gives them."""
+    """Return a call's arguments by parameter name."""
     return dict(zip(_names(function), args, strict=False)) | kwargs
 
 
@@ -372,18 +376,18 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     return code.co_varnames[: code.co_argcount]
 
 
-# ---------------------------------------------------------------- whose functions run
+# ---------------------------------------------------------------- which object runs the functions
 
 
 class MixerRecorder:
-    """Collects the calls of a trial run, in order."""
+    """Collects the mixer calls of a trial run, in order."""
 
     def __init__(self, on_call: Callable[[], object]) -> None:
         self.calls: list[MixerCall] = []
         self._on_call = on_call
 
     def call(self, name: str, many: Callable[..., Any], one: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Note a call, and compute it as transformers does."""
+        """Record a call, and compute it with transformers' function."""
         self._on_call()
         self.calls.append(FUNCTIONS[name][0](many, one, args, kwargs))
         return many(*args, **kwargs)
@@ -391,7 +395,7 @@ class MixerRecorder:
 
 @dataclass(slots=True)
 class MixerStates:
-    """The calls of a model's mixers in one forward pass, in order."""
+    """The mixer calls of one forward pass, in order."""
 
     calls: list[MixerCall] = field(default_factory=list[MixerCall])
     batch: StateBatch | None = None  # batch of the current step
@@ -399,7 +403,7 @@ class MixerStates:
 
     @property
     def tells_prompts_apart(self) -> bool:
-        """Whether an output's states are not those that a prompt with the same tokens would have."""
+        """Whether the states after an output differ from those after a prompt with the same tokens."""
         return any(call.tells_prompts_apart for call in self.calls)
 
     @property
@@ -413,15 +417,15 @@ class MixerStates:
             call.allocate(num_slots, device)
 
     def save(self) -> None:
-        """Copy the states that are to be saved after the step."""
+        """Copy the states that must be saved after the step."""
         if self.batch is not None and self.batch.copies is not None:
             for call in self.calls:
                 call.copy(*self.batch.copies)
 
     def runs_of(self, first: int, number: int) -> Tensor:
-        """Return the step's runs, in the form of `ops.delta_rule`, to who computes `number` calls by itself.
+        """Return the step's runs, in the form of `ops.delta_rule`, for a block that computes `number` calls itself.
 
-        first: their place among the calls; that behind them is the next.
+        first: index of the first of these calls; the call after them becomes the next.
         """
         if self.batch is None:
             raise RuntimeError("a mixer was called before the step's runs were known")
@@ -429,7 +433,7 @@ class MixerStates:
         return self.batch.all_runs
 
     def begin_one(self, num_tokens: int, device: torch.device) -> None:
-        """Describe a step of `num_tokens` of one sequence, from the last slot's states, which nothing has changed."""
+        """Set up a step of `num_tokens` of one sequence that starts from the last slot's states, always zero."""
         if self.calls:
             states = self.calls[0].states
             assert states is not None
@@ -437,7 +441,7 @@ class MixerStates:
             self.batch = StateBatch.of([], [run], [], device)
 
     def call(self, name: str, many: Callable[..., Any], one: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Compute the forward pass's next call."""
+        """Compute the next call of the forward pass."""
         if self.batch is None:
             raise RuntimeError("a mixer was called before the step's runs were known")
         call = self.calls[self._next % len(self.calls)]
@@ -446,12 +450,12 @@ class MixerStates:
 
 
 _active = threading.local()
-_switches: set[Callable[..., Any]] = set()  # functions that `install_functions` put into transformers' modules
+_switches: set[Callable[..., Any]] = set()  # replacements that `install_functions` put into transformers' modules
 
 
 @contextmanager
 def running(mixers: MixerStates | MixerRecorder) -> Iterator[None]:
-    """Have `mixers` compute what this thread's mixers call, until the end."""
+    """Make `mixers` handle the mixer calls of this thread inside the block."""
     before = getattr(_active, "mixers", None)
     _active.mixers = mixers
     if isinstance(mixers, MixerStates):
@@ -463,7 +467,7 @@ def running(mixers: MixerStates | MixerRecorder) -> Iterator[None]:
 
 
 def install_functions(model: nn.Module) -> None:
-    """Put ours in the place of the functions of the modules that define a model's parts. Doing it twice is the same."""
+    """Replace the mixer functions in the modules that define a model's parts. Idempotent."""
     for source in {type(part).__module__ for part in model.modules()}:
         space = vars(sys.modules[source])
         for name, (_, one) in FUNCTIONS.items():
@@ -473,7 +477,7 @@ def install_functions(model: nn.Module) -> None:
 
 
 def switch(name: str, kind: type[MixerCall], many: Callable[..., Any], one: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that a mixer of ours calls for `many`, which `kind` computes in a step."""
+    """Return the replacement of `many` for a mixer of ours; `kind` computes it in a step."""
     FUNCTIONS[name] = (kind, "")
     return _switch(name, many, one)
 

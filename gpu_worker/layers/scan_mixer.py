@@ -1,4 +1,4 @@
-"""Mamba2's mixer as two products and one native operation between them, which stands in a model for its module."""
+"""Mamba2's mixer as two products with one native operation between them; replaces the module's forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from lora_kernels import ops
 
 
 class ScanMixer:
-    """out(scan(in(x))): see `ops.gated_scan`. What `in` gives are gates, a convolution's inputs, and heads' steps."""
+    """out(scan(in(x))): see `ops.gated_scan`.
+
+    The output of `in` is gates, the convolution's input, and heads' steps.
+    """
 
     def __init__(
         self,
@@ -24,7 +27,7 @@ class ScanMixer:
         conv: nn.Conv1d,
         norm: nn.Module,
     ) -> None:
-        """index: of its convolution's call among the mixers', behind which is the scan's. module: has A_log and D.
+        """index: of its convolution's call among the mixers'; the scan's call is the next. module: has A_log and D.
 
         norm: has a weight, and a `group_size` unless all columns are one group.
         """
@@ -44,7 +47,7 @@ class ScanMixer:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output for hidden_states [1, T, width], as the model calls it."""
-        if self.projection.context.extras:  # an adapter may have another norm: its module knows
+        if self.projection.context.extras:  # an adapter may replace the norm, which the module handles
             return self._forward(hidden_states, *args, **kwargs)
         rows = hidden_states.view(-1, hidden_states.shape[-1])
         layer, (projected,) = self.constants, self.projection.project(rows)
@@ -55,7 +58,7 @@ class ScanMixer:
 
     @property
     def constants(self) -> ops.GatedScan:
-        """The scan as its operation takes it. The states must be allocated."""
+        """The scan as input of its operation. The states must be allocated."""
         taps, states = (call.states for call in self.mixers.calls[self.index : self.index + 2])
         assert taps is not None
         assert states is not None

@@ -1,7 +1,7 @@
-"""What adapters' extras change of a stack of layers, made ready for the one call that runs it.
+"""Prepares adapters' extras for the native call that runs a stack of layers.
 
-A native call multiplies, rotates and adds numbers itself. Whatever else extras are (weights, norms, trained tokens,
-LoRA outside the pool) runs layer by layer, in a step that has a row of such an adapter.
+A native call can multiply, rotate and add. A step that has rows with other extras (weights, norms, trained tokens, LoRA
+outside the pool) runs layer by layer.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from gpu_worker.layers.lora import SharedInput
 from lora_kernels import ops
 
 MAX_SCALED = 4
-"""Adapters of a step at scales that requests chose, whose changes of all layers are there at once: DoRA's have a number
-for each output of each layer. With more of them layers run one by one, and compute those of a layer in its turn."""
+"""Maximum adapters in a step at request-chosen scales, whose changes of all layers are materialized at once (DoRA: a
+number per output of each layer). With more, layers run one at a time and compute their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """An adapter's extras at one scale, as far as a native call of a stack makes them."""
+    """An adapter's extras at one scale, as far as a native call of a stack can apply them."""
 
-    changes: ops.AdapterChanges | None = None  # None: there are none
-    in_layers: bool = False  # whether these are all that lie in the layers
-    everywhere: bool = False  # whether these are all
+    changes: ops.AdapterChanges | None = None  # None: nothing to apply
+    in_layers: bool = False  # whether `changes` covers all extras inside the layers
+    everywhere: bool = False  # whether `changes` covers all extras
 
 
 class StackChanges:
-    """Makes the extras of steps ready for one stack, those of an adapter once."""
+    """Prepares the extras of steps for one stack, once per adapter."""
 
     def __init__(self, stack: ops.DecoderStack, layers: Sequence[SharedInput], head: SharedInput | None) -> None:
-        """head: the linear layer behind the stack, if the stack's call has one."""
+        """head: the linear layer after the stack, if the stack's call includes one."""
         self._stack = stack
         self._layers = _float_biases(layers)
         self._head = _float_biases([] if head is None else [head])
-        # What is made lasts as long as what it is made of: extras, and for other scales the rows of their steps.
+        # Entries live as long as their keys: extras or, at other scales, a step's `ExtraRows`.
         self._known: WeakKeyDictionary[Extras | ExtraRows, _Ready] = WeakKeyDictionary()
 
     def rows(self, groups: list[ExtraRows], *, everywhere: bool) -> ops.ChangedRows | None:
-        """Return what adapters change of which rows; None where a native call cannot do all of it.
+        """Return the changes and the rows they apply to; None if a native call cannot apply all of them.
 
-        everywhere: all that adapters change counts, or else what lies in the layers.
+        everywhere: require all extras to be covered, not only those inside the layers.
         """
         if sum(group.scale != 1.0 for group in groups) > MAX_SCALED:
             return None
@@ -82,7 +82,7 @@ class StackChanges:
 
 
 def _float_biases(shared: Sequence[SharedInput]) -> dict[int, Tensor | None]:
-    """Return the biases of linear layers by site, in fp32."""
+    """Return the biases of linear layers in fp32, by site."""
     found: dict[int, Tensor | None] = {}
     for inputs in shared:
         for i, site in enumerate(inputs.lora_sites):
@@ -92,7 +92,7 @@ def _float_biases(shared: Sequence[SharedInput]) -> dict[int, Tensor | None]:
 
 
 def _changes_at(extras: Extras, scale: float, biases: dict[int, Tensor | None]) -> list[ops.LayerChange] | None:
-    """Return what extras change at some sites; None where some of it is no change that a native call makes."""
+    """Return the changes that extras make at some sites; None if a native call cannot apply some of them."""
     found: list[ops.LayerChange] = []
     for site, part in extras.linear.items():
         if site not in biases:
@@ -105,7 +105,7 @@ def _changes_at(extras: Extras, scale: float, biases: dict[int, Tensor | None]) 
 
 
 def _changes(site: int, part: LinearExtras, scale: float, bias: Tensor | None) -> list[ops.LayerChange] | None:
-    """Return what one layer's extras change, in the order of `apply_extras.apply_linear`."""
+    """Return the changes that one layer's extras make, in the order of `apply_extras.apply_linear`."""
     if part.weight is not None or part.lora is not None or part.tokens is not None or part.places is not None:
         return None
     found: list[ops.LayerChange] = []
@@ -114,7 +114,7 @@ def _changes(site: int, part: LinearExtras, scale: float, bias: Tensor | None) -
     if part.bias is not None and bias is not None:
         if len(part.bias) != len(bias):
             return None
-        # The difference is rounded as the layer's dtype has it.
+        # The difference is rounded to the layer's dtype.
         found.append(ops.LayerChange(site, False, "add", (part.bias - bias.to(part.bias.dtype)).float()))
         bias = part.bias.float()
     if part.lora_bias is not None:

@@ -1,4 +1,4 @@
-"""Which rows of a step belong to which adapter, as the kernels read it."""
+"""Maps a step's rows to adapters, in the form that kernels read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def lora_batch(slots: np.ndarray, scales: np.ndarray, device: torch.device) -> o
 
 
 def extra_rows(extras: Extras, rows: np.ndarray, active: np.ndarray, scale: float, device: torch.device) -> ExtraRows:
-    """Send the rows of one adapter's extras to the device. rows: int [n]. active: bool [n], where its LoRA counts."""
+    """Return the rows of one adapter's extras, on the device.
+
+    rows: int [n]. active: bool [n], where its LoRA applies.
+    """
     whole = torch.from_numpy(rows.astype(np.int64)).to(device)
     part = whole if active.all() else torch.from_numpy(rows[active].astype(np.int64)).to(device)
     return ExtraRows(extras, whole, part, scale)

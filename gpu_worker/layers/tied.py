@@ -1,7 +1,7 @@
 """Embeddings whose weight is also the head's: their rows are read from the head's packed weight.
 
-Packing copies a weight. For a small model with a large vocabulary the embedding is a fifth of all its memory, and would
-be there twice.
+Packing copies a weight. In a small model with a large vocabulary the embedding is a fifth of all memory, and would be
+stored twice.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from lora_kernels import ops
 
 
 class TiedEmbedding(nn.Embedding):
-    """An embedding without memory of its own. Its `weight` has shape and dtype alone."""
+    """An embedding without storage of its own. Its `weight` has only a shape and dtype."""
 
     def __init__(self, embedding: nn.Embedding, packed: ops.PackedLinear) -> None:
-        """embedding: the module to replace, which may scale its rows. packed: its weight, bit for bit."""
+        """embedding: the module to replace, which may scale its rows. packed: the same weight, bit for bit."""
         num, width = embedding.weight.shape
         super().__init__(num, width, _weight=embedding.weight.detach().to("meta"), _freeze=True)
         self.embed_scale = getattr(embedding, "embed_scale", None)
         self.packed = packed
 
-    def forward(self, input: Tensor) -> Tensor:  # named as torch names it
+    def forward(self, input: Tensor) -> Tensor:  # torch's own name
         """Return the rows [..., D] of token ids."""
         rows, scale = ops.unpack_rows(self.packed, input), self.embed_scale
         if scale is None:
@@ -34,15 +34,15 @@ class TiedEmbedding(nn.Embedding):
         return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 
     def numbers(self) -> Tensor:
-        """Return the weight [V, D], in memory of its own."""
+        """Return the weight [V, D] in newly allocated memory."""
         return ops.unpack_linear(self.packed)
 
 
 def install_tied(model: nn.Module, calls: Sequence[LinearCall], adaptable: AdaptableModules) -> None:
-    """Replace the embeddings of a model that share the weight of one of its linear layers, if packing has copied it.
+    """Replace embeddings that share a linear layer's weight with `TiedEmbedding`, if packing copied the weight.
 
-    calls: of the layers as they were before they became sites. An embedding stays as it is where it does more than give
-    its rows, perhaps scaled.
+    calls: the linear layers before they became sites. Embeddings that do more than return rows, perhaps scaled, are not
+    replaced.
     """
     heads = {call.module.get_parameter("weight").data_ptr(): call for call in calls if is_plain(call.module)}
     for name, embedding in [*model.named_modules()]:
@@ -61,7 +61,7 @@ def install_tied(model: nn.Module, calls: Sequence[LinearCall], adaptable: Adapt
 
 
 def _alike(embedding: nn.Embedding, packed: ops.PackedLinear) -> TiedEmbedding | None:
-    """Return what gives the same rows as an embedding out of a packed weight; None if nothing does, or to no use."""
+    """Return a replacement with bit-identical rows; None if there is none or packing did not copy the weight."""
     num, width = embedding.weight.shape
     if packed.layout == "plain" or (packed.out_features, packed.in_features) != (num, width):
         return None

@@ -1,1 +1,1 @@
-"""From the files of a model to its modules: checkpoints, memory maps, GGUF."""
+"""Loads models from files: checkpoints, memory maps, GGUF."""

@@ -1,4 +1,4 @@
-"""Reads a model folder as a Hugging Face model, or raises a one-line error."""
+"""Reads a model folder as a Hugging Face model; errors are one line."""
 
 from __future__ import annotations
 
@@ -60,21 +60,21 @@ UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError,
     ArithmeticError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
-"""What transformers and the quantisation libraries raise on files they cannot use."""
+"""Errors that transformers and quantization libraries raise for files they cannot use."""
 
 CANNOT_RUN = (
     TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError, ImportError, AssertionError
 )  # fmt: skip
-"""What a model raises that wants images, a mask or a cache of its own, or kernels that this machine lacks."""
+"""Errors raised by models that need images, a mask, their own cache, or kernels missing on this machine."""
 
 
 def read_model(
     folder: Path, device: torch.device, dtype: torch.dtype, auto: Any = None, *, may_lack_head: bool = False
 ) -> PreTrainedModel:
-    """Load a folder's model onto a device, in eval mode, with the head that its task needs (see `task_of`).
+    """Load a folder's model onto a device, in eval mode, with the head for its task (see `task_of`).
 
-    dtype: of weights that are not quantised. auto: the class in place of the task's. may_lack_head: whether the folder
-    may lack the language model's head, which is then an identity. Raises BadRequest in one line.
+    dtype: for weights that are not quantized. auto: a class to use instead of the task's. may_lack_head: whether the
+    language model's head may be missing, which is then an identity. Raises BadRequest, in one line.
     """
     config = read_config(folder)
     module, missing = _read(folder, config, auto or CLASSES[task_of(config)], device, dtype)
@@ -86,9 +86,9 @@ def read_model(
 
 
 def read_headless(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
-    """Load an encoder as a classifier of texts, and return which tensors of its head the folder lacks.
+    """Load an encoder as a classifier of texts. Return it, and the tensors of its head that the folder lacks.
 
-    Raises as `read_model`, and BadRequest for a model that is no encoder or lacks others.
+    Raises like `read_model`; also BadRequest for a model that is not an encoder or lacks other tensors.
     """
     config = read_config(folder)
     if not is_encoder(config) or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
@@ -102,18 +102,18 @@ def read_headless(folder: Path, device: torch.device, dtype: torch.dtype) -> tup
 def _read(
     folder: Path, config: PreTrainedConfig, auto: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load a model by a class of transformers, and return which of its tensors the folder lacks."""
+    """Load a model with a class of transformers. Return it, and its tensors that the folder lacks."""
     if is_quantised_folder(folder):
         return _read_blocks(folder, config, auto, device, dtype), []
     quantised = quantisation_of(config)
-    if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as if they were not
+    if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as unquantized
         raise BadRequest(f"the model in {folder} is quantised with {quantised}, unknown to transformers")
-    if quantised == "bitsandbytes":  # it warns in every step of every layer that it rounds activations
+    if quantised == "bitsandbytes":  # it warns in every layer of every step about rounded activations
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Quantised weights must be loaded onto their device; others come through host memory, whatever accelerate would do.
+    # Quantized weights must be loaded onto their device; others come through host memory, whatever accelerate prefers.
     place: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
     if auto is AutoModel and _has_pooler(config):
-        place["add_pooling_layer"] = False  # it serves the pretraining task alone, and many checkpoints lack it
+        place["add_pooling_layer"] = False  # only for the pretraining task, and missing in many checkpoints
     try:
         may_map = device.type == "cpu" and auto is AutoModelForCausalLM and not quantised
         if may_map and (mapped := map_model(folder, config, dtype)) is not None:
@@ -127,7 +127,7 @@ def _read(
         how = f", quantised with {quantised}," if quantised else ""
         raise BadRequest(f"the model in {folder}{how} cannot be loaded: {one_line(error)}") from error
     module, info = loaded
-    # Transformers fills these tensors, and those that are missing, with random numbers and only warns.
+    # Transformers fills mismatched and missing tensors with random numbers, and only warns.
     _refuse_tensors(folder, "have other shapes for", (name for name, *_ in info["mismatched_keys"]))
     if not quantised:
         torch.nn.Module.to(module, device)
@@ -137,7 +137,7 @@ def _read(
 def _read_blocks(
     folder: Path, config: PreTrainedConfig, auto: Any, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Load a model whose weights stay in quantised blocks (see `gpu_worker.quantised`)."""
+    """Load a model whose weights stay in quantized blocks (see `gpu_worker.quantised`)."""
     if device.type != "cpu":
         raise BadRequest(f"the weights in {folder} are in GGUF's blocks, which are served on a CPU only: --device cpu")
     if auto is not AutoModelForCausalLM:
@@ -164,7 +164,7 @@ def _refuse_tensors(folder: Path, what: str, found: Iterable[str]) -> None:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Read a folder's config.json. Raises BadRequest unless it describes a causal LM or encoder of transformers."""
+    """Read a folder's config.json. Raises BadRequest unless it is a causal LM or encoder known to transformers."""
     try:
         raw = json.loads((folder / "config.json").read_text())
         model_type = raw.get("model_type")
@@ -182,9 +182,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def task_of(config: PreTrainedConfig) -> Task:
-    """Return what a model is for, judging by its config. Raises BadRequest for a head that is not served.
+    """Return a model's task, judging by its config. Raises BadRequest for an unsupported head.
 
-    Every decoder counts as one that generates text: see `headless.py` for those without a language model's head.
+    Every decoder counts as generating text: see `headless.py` for those without a language model's head.
     """
     name = next(iter(getattr(config, "architectures", None) or ()), "")
     if name.endswith("ForTokenClassification") and type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
@@ -200,7 +200,7 @@ def task_of(config: PreTrainedConfig) -> Task:
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:
-    """Return whether a model sees a text as a whole, judging by its config, and not token after token."""
+    """Return whether a model attends in both directions, judging by its config."""
     name = next(iter(getattr(config, "architectures", None) or ()), "")
     decodes = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False)
     is_both = getattr(config, "is_encoder_decoder", False)
@@ -208,16 +208,16 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def is_decoder(config: PreTrainedConfig) -> bool:
-    """Return whether a model of this type reads its text in one direction."""
+    """Return whether a model of this type attends in one direction only."""
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
-    """Return the dimension of an attention head, 0 where a config does not say it, or one for each layer."""
+    """Return the dimension of an attention head; 0 if the config does not say, or layers differ."""
     text = config.get_text_config()
     try:
         own = getattr(text, "head_dim", None)
-    except RuntimeError:  # transformers' way to say that layers differ (Gemma 4)
+    except RuntimeError:  # how transformers reports that layers differ (Gemma 4)
         return 0
     if not own:
         width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
@@ -226,9 +226,9 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 
 
 def tokenizer_types(folder: Path) -> bool:
-    """Return whether a folder's tokenizer tells a model which text of a pair a token is of. Raises BadRequest.
+    """Return whether a folder's tokenizer produces type ids for pairs of texts. Raises BadRequest.
 
-    That is so for the classes of BERT's family, and where `model_input_names` says it.
+    True for the classes of BERT's family, and wherever `model_input_names` includes them.
     """
     try:
         names: list[str] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).model_input_names
@@ -243,7 +243,7 @@ def _has_pooler(config: PreTrainedConfig) -> bool:
 
 
 def read_eos_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
-    """Return the token ids that end a text, by the generation config and the model config. Raises BadRequest."""
+    """Return the token ids that end a text, from the generation config and model config. Raises BadRequest."""
     found: set[int] = set()
     sources: list[Any] = [config, config.get_text_config()]
     if (folder / "generation_config.json").is_file():
@@ -258,28 +258,28 @@ def read_eos_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's text on one line, or its type where it has none."""
+    """Return an error's text on one line, or its type if it has no text."""
     text = " ".join(str(error).split())
     return (text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]} …") or type(error).__name__
 
 
 def refusal(module: PreTrainedModel, reasons: list[str]) -> BadRequest:
-    """Return the refusal of a model; each reason is a noun phrase."""
+    """Return the error for an unsupported model; each reason is a noun phrase."""
     return BadRequest(f"model type {module.config.model_type} cannot be served: it has {'; '.join(reasons)}")
 
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""Names by which transformers passes a cache object, the newer first."""
+"""Argument names of a cache object in transformers, newest first."""
 
 
 def takes_positions(module: PreTrainedModel) -> bool:
-    """Return whether a model takes the tokens' positions as an argument."""
+    """Return whether a model's forward takes the tokens' positions."""
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
 @contextmanager
 def refuse_what_cannot_run(module: PreTrainedModel) -> Iterator[None]:
-    """Raise a refusal where running a model raises what models raise that need more than token ids."""
+    """Raise BadRequest if running the model in the block fails as models do that need more than token ids."""
     try:
         yield
     except CANNOT_RUN as error:
@@ -289,7 +289,7 @@ def refuse_what_cannot_run(module: PreTrainedModel) -> Iterator[None]:
 
 
 def quantisation_of(config: PreTrainedConfig) -> str:
-    """Return the method by which a model's weights are quantised, "" if they are not."""
+    """Return the quantization method of a model's weights, "" if they are not quantized."""
     quantised: Any = getattr(config, "quantization_config", None)
     if not quantised:
         return ""

@@ -1,7 +1,7 @@
-"""`python -m gpu_worker.loading.gguf_folder FILE FOLDER` makes the folder by which a GGUF model is served.
+"""`python -m gpu_worker.loading.gguf_folder FILE FOLDER` creates the folder from which a GGUF model is served.
 
-The folder gets config, tokenizer and chat template as transformers reads them from the file, an index of its tensors,
-and a link to it. No weight is read.
+It contains config, tokenizer and chat template as transformers reads them from the file, an index of the tensors, and a
+link to the file. No weights are read.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True, slots=True)
 class GgufArchitecture:
-    """How llama.cpp keeps the weights of an architecture otherwise than transformers."""
+    """How llama.cpp stores an architecture's weights differently from transformers."""
 
-    interleaves: bool = False  # the halves of query and key heads
-    adds_one: bool = False  # to norms
+    interleaves: bool = False  # interleaves the halves of query and key heads
+    adds_one: bool = False  # adds 1 to norm weights
 
 
 ARCHITECTURES = {
@@ -41,11 +41,11 @@ ARCHITECTURES = {
     "gemma2": GgufArchitecture(adds_one=True),
     "gemma3": GgufArchitecture(adds_one=True),
 }
-"""The architectures of GGUF that are served, by `general.architecture`."""
+"""The supported GGUF architectures, by `general.architecture`."""
 
 
 def make_folder(file: Path, folder: Path) -> None:
-    """Make the folder of a GGUF model, whole or not at all. Raises BadRequest for a file that is not served."""
+    """Create the folder of a GGUF model, atomically. Raises BadRequest for an unsupported file."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -60,7 +60,7 @@ def make_folder(file: Path, folder: Path) -> None:
     try:
         config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # the tokenizers library raises nothing more precise
+    except Exception as error:  # the tokenizers library raises no more specific type
         raise BadRequest(f"transformers cannot read {file}: {one_line(error)}") from error
     head_dim = reader.fields.get(f"{name}.attention.key_length")
     if head_dim is not None and hasattr(config, "head_dim"):
@@ -83,7 +83,7 @@ def make_folder(file: Path, folder: Path) -> None:
 
 
 def index_of(reader: Any, model: PreTrainedModel, architecture: GgufArchitecture) -> Index:
-    """Return where the tensors of a model lie in its file. Raises BadRequest for those that are not served."""
+    """Return the offsets of a model's tensors in its file. Raises BadRequest for unsupported tensors."""
     names: dict[str, str] = get_gguf_hf_weights_map(model, TensorProcessor())
     entries: dict[str, Entry] = {}
     reasons: list[str] = []
@@ -111,7 +111,7 @@ def index_of(reader: Any, model: PreTrainedModel, architecture: GgufArchitecture
 
 
 def _heads(name: str, config: PreTrainedConfig) -> int:
-    """Return the heads whose halves a tensor interleaves, 0 for one that is as transformers has it."""
+    """Return the number of heads whose halves a tensor interleaves, 0 if it has transformers' order."""
     text: Any = config.get_text_config()
     return text.num_attention_heads if ".attn_q." in name else text.num_key_value_heads if ".attn_k." in name else 0
 
@@ -122,7 +122,7 @@ def _text(reader: Any, field: str) -> str:
 
 
 def main() -> int:
-    """Make the folder that the arguments name; return the exit code."""
+    """Create the folder named on the command line; return the exit code."""
     try:
         make_folder(Path(sys.argv[1]), Path(sys.argv[2]))
     except (BadRequest, OSError) as error:

@@ -1,7 +1,7 @@
-"""Reads a model whose weights are the memory of its files: nothing is copied, and nothing read before it is used.
+"""Loads a model whose weights are memory-mapped files: nothing is copied, and pages are read on first use.
 
-That is so where a folder has safetensors with exactly the tensors of transformers' model, under its names. For every
-other one the answer is None, and transformers reads it.
+This works if the folder's safetensors have exactly the tensors of transformers' model, with its names. Otherwise the
+result is None, and transformers loads the model.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from gpu_worker.loading.weights import weight_files
 from gpu_worker.quantised.modules import parameters_on_meta
 
 KEPT_IN_FP32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-"""Where transformers says which modules of a model keep fp32, whatever its dtype is."""
+"""Attributes by which transformers names modules that stay in fp32, whatever the model's dtype."""
 
 COMPUTED = ("inv_freq", "embed_scale")
-"""Ends of the names of numbers that a model computes when it is made, and to the same bits however that is."""
+"""Name suffixes of buffers that a model computes at construction, always with the same bits."""
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""What safetensors call the numbers of a model that can be mapped."""
+"""Dtypes of safetensors that can be mapped."""
 
 MAX_TENSORS = 10_000
-"""Linux lets a process map 65,530 ranges of memory."""
+"""Linux limits a process to 65,530 memory mappings."""
 
 
 def map_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
-    """Return a folder's causal LM on the CPU, tensors of `dtype` mapped and others converted; None where it cannot be.
+    """Return a folder's causal LM on the CPU, with tensors of `dtype` mapped and others converted; None if impossible.
 
-    Raises what transformers and safetensors raise.
+    Raises the errors of transformers and safetensors.
     """
     found = _tensors_of(folder)
     if not found:
@@ -61,22 +61,22 @@ def map_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> Pre
 
 
 def _computed(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the buffers that no file has."""
+    """Return the buffers that are not stored in files."""
     kept = model.state_dict().keys()
     return [(name, buffer) for name, buffer in model.named_buffers() if name not in kept]
 
 
 def _tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder's safetensors, each mapped by itself, so that one that is dropped is unmapped.
+    """Return the tensors of a folder's safetensors, each with a mapping of its own, so that dropping it unmaps it.
 
-    There are none where a file is missing, or where there are more tensors than a process may map.
+    Empty if a file is missing, or if there are more tensors than a process may map.
     """
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
         if not path.is_file():
             return {}
         with safe_open(path, framework="pt"):
-            pass  # it checks that the tensors lie in the file, one behind the other
+            pass  # checks that the tensors are in the file, without gaps or overlap
         with path.open("rb") as file:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(header_bytes))
@@ -88,7 +88,10 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def _map(fd: int, data: int, entry: dict[str, Any]) -> Tensor:
-    """Map a tensor of a file whose tensors begin at byte `data`. entry: its part of the file's header."""
+    """Map a tensor of a file whose tensor data begins at byte `data`.
+
+    entry: the tensor's entry in the file's header.
+    """
     start, end = (data + offset for offset in entry["data_offsets"])
     dtype = DTYPES[entry["dtype"]]
     if start == end:

@@ -1,8 +1,8 @@
-"""What tells the weights of two models of one architecture apart: a hash of numbers sampled from their files.
+"""A hash that distinguishes the weights of two models of one architecture, from samples of their files.
 
-It is the same for a model in one file or in shards, in any folder. Reading all of a model would take as long as loading
-it again: of each tensor 4 KiB are read in every MiB and at the end, and small tensors whole. Training changes all of a
-tensor's numbers. A copy in which only a few rows were changed, between two samples, has the same hash.
+It does not depend on sharding or on the folder. Reading a whole model would take as long as loading it again, so 4 KiB
+are read per MiB of each tensor and at its end, and small tensors completely. Training changes all numbers of a tensor;
+a copy that differs only in a few rows between two samples has the same hash.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from protocol.wire.errors import BadRequest
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 SAMPLE, STRIDE = 4 << 10, 1 << 20
-"""Bytes of a sample, and from the beginning of one to that of the next."""
+"""Bytes per sample, and between the beginnings of two samples."""
 
 SMALL = 64 << 10
-"""Bytes up to which a tensor is read whole."""
+"""Maximum bytes of a tensor that is read completely."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""Bytes of the header of a safetensors file; what reads the weights allows no more either."""
+"""Maximum bytes of a safetensors header; the readers of weights have the same limit."""
 
 Part = tuple[str, int, int]
-"""A tensor's name, dtype and shape as text, and where its bytes begin and end in its file."""
+"""A tensor's name, dtype and shape as text, and the begin and end of its bytes in the file."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors that a model's folder is read from: those of its index, or else the one that needs none.
+    """Return the safetensors of a model's folder: those in its index, or else the single default file.
 
-    Others may lie beside them, such as the same weights in another form. Raises OSError, ValueError.
+    The folder may hold others, such as the same weights in another format. Raises OSError, ValueError.
     """
     names = [WEIGHTS]
     if (folder / INDEX).is_file():
@@ -43,7 +43,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_hash(folder: Path) -> str:
-    """Return a hash (sha256, hex) of the weights in a model's folder, "" if it has no file of weights that is known.
+    """Return a hash (SHA-256, hex) of the weights in a model's folder, "" if it has no known weights file.
 
     Raises BadRequest for a file that cannot be read.
     """
@@ -64,7 +64,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def _tensors(file: Path) -> Iterator[Part]:
-    """Make the tensors of a safetensors file. Raises ValueError and others for what is none."""
+    """Yield the tensors of a safetensors file. Raises ValueError and others for an invalid file."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         if size > MAX_HEADER_BYTES:
@@ -77,7 +77,7 @@ def _tensors(file: Path) -> Iterator[Part]:
 
 
 def _hashes(file: Path, parts: Iterator[Part] | list[Part]) -> Iterator[tuple[str, str]]:
-    """Make each part's text and the hash of its samples."""
+    """Yield each part's text and the hash of its samples."""
     with file.open("rb") as opened:
         for text, begin, end in parts:
             found = hashlib.sha256()

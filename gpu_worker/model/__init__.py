@@ -1,1 +1,1 @@
-"""The base model: a Hugging Face model whose attention and linear layers are ours."""
+"""The base model: a Hugging Face model with our attention and linear layers."""

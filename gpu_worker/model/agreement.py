@@ -1,4 +1,4 @@
-"""Whether a block computes what a module computes: both run on the arguments that a trial run recorded."""
+"""Compares a block with the module it replaces, on the arguments that a trial run recorded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lora_kernels import ops
 logger = logging.getLogger(__name__)
 
 LARGE_INPUT_FACTOR = 32.0
-"""How much larger the numbers of the second comparison are: a module that clips them differs from a block then."""
+"""Scale of the inputs in the second comparison, which exposes modules that clip their input."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference allowed between a module and a block, relative to the largest output: rounding only."""
+"""Maximum difference between a module and a block, relative to the largest output; allows for rounding only."""
 
 
 def agrees(
@@ -34,10 +34,10 @@ def agrees(
     large_inputs: bool = False,
     exact: bool = False,
 ) -> bool:
-    """Return whether a block computes what a module computes from a recorded call, up to rounding.
+    """Return whether a block computes the same as a module on a recorded call, up to rounding.
 
-    large_inputs: compare with larger numbers too, for one token, whose attention only passes its values on. exact: not
-    even rounding may differ. Writes to the first KV block and states, and to the step's work lists.
+    large_inputs: also compare one token with larger inputs, for which attention only passes its values on. exact:
+    require bit-identical results. Writes to the first KV block and states, and to the step's work lists.
     """
     device = next(value.device for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor))
     _set_tokens(context, mixers, NUM_TOKENS, device)
@@ -51,9 +51,9 @@ def agrees(
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Return whether numbers differ by at most `tolerance` of the largest expected one.
+    """Return whether numbers differ by at most `tolerance` of the largest expected magnitude.
 
-    Expected numbers that are not all finite, because the dtype cannot hold them, prove nothing: then the answer is yes.
+    Returns True if expected numbers are not finite: they overflow the dtype, which proves nothing.
     """
     if not expected.isfinite().all():
         return True
@@ -65,7 +65,7 @@ def _same(module: nn.Module, block: Any, call: ModuleCall, *, exact: bool) -> bo
     expected = module.forward(*_copies(call.args), **_copies(call.kwargs))
     try:
         got = block.forward(*_copies(call.args), **_copies(call.kwargs))
-    except (TypeError, ValueError, RuntimeError) as error:  # arguments or shapes that the block does not take
+    except (TypeError, ValueError, RuntimeError) as error:  # the block does not support these arguments or shapes
         logger.debug("no shortcut for %s: %s", type(module).__name__, error)
         return False
     if type(got) is not type(expected):
@@ -78,16 +78,16 @@ def _same(module: nn.Module, block: Any, call: ModuleCall, *, exact: bool) -> bo
 
 
 def _set_tokens(context: StepContext, mixers: MixerStates, num: int, device: torch.device) -> None:
-    """Describe a step of `num` tokens of one sequence, in the first block."""
+    """Set up a step of `num` tokens of one sequence, in the first block."""
     mixers.begin_one(num, device)
     num_tokens = np.array([num])
     context.attention = ops.build_attention_batch(num_tokens, num_tokens, np.zeros((1, 1), np.int32), device)
 
 
 def _last_token_enlarged(values: Any) -> Any:
-    """Return a module's arguments for their last token alone, its hidden state LARGE_INPUT_FACTOR times as large.
+    """Return a module's arguments for their last token only, with its hidden state times LARGE_INPUT_FACTOR.
 
-    The last, because the first may be padding. Tensors in a tuple are rotary embeddings: they keep their size.
+    The last token, because the first may be padding. Tensors in a tuple are rotary embeddings, which are not scaled.
     """
 
     def cut(value: Any, factor: float) -> Any:

@@ -1,8 +1,8 @@
 """Decoder layers under torch.compile: an option for models whose layers no shortcut replaces.
 
-Linear layers with their adapters are one opaque operator, attention is another; a tensor, the handle, tells each call
-which of the model's layers it computes. So a graph holds tensors only: no list of a step and no number of a layer is a
-constant in it, all layers of a kind share one graph, and another mix of adapters does not compile again.
+Linear layers with their adapters are one opaque operator, attention is another; a handle tensor identifies the layer
+that a call computes. Since graphs hold only tensors, neither a step's lists nor a layer's number is a constant in them.
+All layers of a kind share one graph, and another mix of adapters causes no recompilation.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lora_kernels.cpu.build import cache_dir
 from protocol.wire.errors import BadRequest
 
 _owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-"""The sibling layers and attention layers that the operators run, by the number in their handles."""
+"""The sibling layers and attention layers that the operators run, by the number in their handle."""
 
-_numbers = itertools.count()  # no number is used twice
+_numbers = itertools.count()  # never reused
 
 _library = torch.library.Library("lorafleet_layers", "DEF")
 _library.define("project(Tensor x, Tensor handle, SymInt[] sizes) -> Tensor[]")
@@ -40,7 +40,7 @@ _library.define(
 
 def _project(x: Tensor, handle: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     outs: list[Tensor] = _owners[int(handle)].project(x)
-    # The results of an operator must not share memory, as slices of one product do.
+    # An operator's results must not share memory, as slices of one product do.
     return [out.clone() for out in outs] if len(outs) > 1 else outs
 
 
@@ -64,14 +64,17 @@ for _name, _run, _fake in (("project", _project, _fake_project), ("attend", _att
 
 
 def _handle(owner: SharedInput | PagedLayer) -> Tensor:
-    """Return the tensor by which the operators find an owner. It is on the host: reading it waits for no device."""
+    """Return the tensor that identifies an owner to the operators.
+
+    It is on the host, so that reading it does not wait.
+    """
     number = next(_numbers)
     _owners[number] = owner
     return torch.tensor(number)
 
 
 class CompiledLayer:
-    """A decoder layer's forward, compiled; in steps whose adapters have extras or LoRA on experts, as before."""
+    """A decoder layer with a compiled forward; runs uncompiled in steps with extras or LoRA on experts."""
 
     def __init__(self, module: nn.Module, context: StepContext) -> None:
         self._context = context
@@ -79,7 +82,7 @@ class CompiledLayer:
         self._compiled = torch.compile(module.forward, dynamic=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the layer's own forward returns."""
+        """Return the result of the layer's own forward."""
         run = self._plain if self._context.extras or self._context.has_expert_rows else self._compiled
         return run(*args, **kwargs)
 
@@ -87,9 +90,9 @@ class CompiledLayer:
 def install_compiled(
     model: nn.Module, layers: list[PagedLayer], shared: list[SharedInput], context: StepContext
 ) -> int:
-    """Make the decoder layers of a model without shortcuts run compiled. Returns how many there are.
+    """Compile the decoder layers of a model without shortcuts. Return their number.
 
-    Compiled code is kept on disk, beside the native kernels, for the next start.
+    Compiled code is cached on disk, beside the native kernels, for the next start.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
     for owner in (*shared, *layers):
@@ -102,7 +105,7 @@ def install_compiled(
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the members of module lists that call attention once each; of nested ones the outermost."""
+    """Return the members of module lists that call attention exactly once; the outermost of nested ones."""
     found: list[nn.Module] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -118,8 +121,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def compile_errors() -> Iterator[None]:
-    """Raise BadRequest where compiling fails: the next start would fail in the same way."""
-    from torch._dynamo.exc import TorchDynamoException  # a worker that compiles nothing starts without the compiler
+    """Raise BadRequest if compilation fails inside the block: the next start would fail in the same way."""
+    from torch._dynamo.exc import TorchDynamoException  # workers that compile nothing start without the compiler
 
     try:
         yield
@@ -129,7 +132,7 @@ def compile_errors() -> Iterator[None]:
 
 
 def warm(model: BaseModel) -> None:
-    """Compile the graph of steps of one token before a request waits for it. Overwrites the first KV block."""
+    """Compile the graph of one-token steps before the first request. Overwrites the first KV block."""
     one = np.ones(1, np.int64)
     model.context.attention = ops.build_attention_batch(one, one, np.zeros((1, 1), np.int32), model.device)
     ids = torch.zeros(1, dtype=torch.int64, device=model.device)

@@ -1,9 +1,9 @@
-"""What an untouched model has said to random prompts at an earlier start, so that later ones need not run it again.
+"""An untouched model's logits for random prompts, cached by an earlier start so that later ones need not rerun it.
 
-Running it reads every weight several times: a second for a billion of them. So does comparing our blocks with its
-modules, and which of them agreed is kept too. Every start holds its finished engine against these answers as against
-fresh ones. They are known by all that they depend on: the state of the model's files, of the code that runs it and of
-ours, the libraries' versions and the processor. They lie beside the native kernels.
+Running it reads every weight several times: a second per billion weights. Comparing our blocks with its modules does
+too, so the list of blocks that agreed is cached as well. Every start compares its finished engine with cached answers
+as it would with fresh ones. The key covers all that the answers depend on: the state of the model's files, of the code
+that runs it and of ours, library versions and the CPU. The files are beside the native kernels.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from protocol.runtime.private_files import is_own
 logger = logging.getLogger(__name__)
 
 MAX_KEPT = 8
-"""Maximum number of models with stored answers, the latest written: some ten megabytes each."""
+"""Maximum number of models with stored answers, most recently written first: some ten megabytes each."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswers:
-    """The file of one model's answers, which may not be there."""
+    """The file of one model's cached answers, which may not exist."""
 
     path: Path
 
     def read(self) -> tuple[LogitsCheck, int] | None:
-        """Return the answers and the width of hidden states (0: they cannot be had), None if none are kept.
+        """Return the answers and the width of hidden states (0: unavailable), None if nothing is cached.
 
-        Those that another user may have written are not believed.
+        Files that another user may have written are not trusted.
         """
         if not is_own(self.path):
             return None
@@ -66,11 +66,11 @@ class KeptAnswers:
         return LogitsCheck(prompts, logits, sensitivity, str(self.path), agreed), width
 
     def write(self, check: LogitsCheck, width: int) -> None:
-        """Keep answers that a finished engine has given too, in the place of those of the same model before it changed.
+        """Cache answers that the finished engine has reproduced, replacing those of the model's earlier versions.
 
         width: of hidden states.
         """
-        if check.origin:  # they come from here
+        if check.origin:  # they were read from the cache
             return
         tensors = {f"ids.{i}": ids for i, ids in enumerate(check.prompts)}
         tensors |= {f"logits.{i}": rows.contiguous() for i, rows in enumerate(check.logits)}
@@ -94,7 +94,7 @@ class KeptAnswers:
 
 
 def answers_of(module: PreTrainedModel, folder: Path, impl: ops.Impl | None) -> KeptAnswers:
-    """Return the store for the answers of a model on the CPU, as it is now. impl: the kernels that run it later."""
+    """Return the cache file for a CPU model's answers in its current state. impl: the kernels that will run it."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(PANELS))
     states = [(path.name, *_state(path)) for path in files]
     code = [state_of(Path(package.__path__[0])) for package in (gpu_worker, lora_kernels)]
@@ -107,13 +107,13 @@ def answers_of(module: PreTrainedModel, folder: Path, impl: ops.Impl | None) -> 
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    """Return what changes with a file: size, time of change, and that of its entry, which nobody can set back."""
+    """Return a file's size, modification time and inode change time, which no one can set back."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _written_ns(path: Path) -> int:
-    """Return when a file was written; 0 for one that another worker has just deleted."""
+    """Return the modification time of a file; 0 if another worker has just deleted it."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Which type keys and values have in the caches."""
+"""The dtype of keys and values in the KV cache."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gpu_worker.model.model import BaseModel
 from protocol.wire.errors import BadRequest
 
 CODE_MULTIPLE = 4
-"""Int8 codes of a head are multiplied four at a time."""
+"""Int8 kernels multiply a head's codes four at a time."""
 
 
 def choose_kv_dtype(model: BaseModel, wanted: Literal["auto", "int8"]) -> torch.dtype | None:
-    """Return what `BaseModel.kv_dtype` is to be for a setting. Raises BadRequest where int8 is not served."""
+    """Return the value of `BaseModel.kv_dtype` for a setting. Raises BadRequest if int8 is not supported."""
     if wanted == "auto":
         return None
     given = f"kv_cache_dtype is {wanted}"

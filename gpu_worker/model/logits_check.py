@@ -1,4 +1,4 @@
-"""What the untouched model says to a few random prompts, for the finished engine to be held against."""
+"""The untouched model's logits for a few random prompts, against which the finished engine is checked."""
 
 from __future__ import annotations
 
@@ -15,35 +15,39 @@ from gpu_worker.loading.checkpoint import quantisation_of, takes_positions
 from gpu_worker.quantised.modules import has_rounded_inputs
 
 CHECK_LIMITS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-"""Differences of logits that rounding may make: 0.06 measured in bf16 with 30 layers. Wrong attention makes about 1."""
+"""Maximum difference of logits caused by rounding: 0.06 measured in bf16 with 30 layers.
+
+Wrong attention gives about 1.
+"""
 
 CODED_LIMIT = 0.3
-"""The same where keys and values are int8 codes."""
+"""The same limit with int8 keys and values."""
 
 MAX_OVER_SENSITIVITY = 3.0
-"""A model that rounds activations may differ by this many times what a change of its embeddings' last digits makes."""
+"""Maximum difference of a model with quantized activations, as a multiple of the effect of last-digit changes of its
+embeddings."""
 
 LAST_DIGITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Relative differences that rounding and another order of sums may make of a number."""
+"""Relative differences of a number that rounding and another order of sums can cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsCheck:
-    """Random prompts and their logits, each computed alone, and which blocks were compared with the model's modules."""
+    """Random prompts with their logits, each computed alone, and the blocks compared with the model's modules."""
 
     prompts: list[Tensor]  # int64 [T]
     logits: list[Tensor]  # [T, V] of each prompt
-    sensitivity: float = 0.0  # `spread_of` after changing the embeddings' last digits; 0 if no activations are rounded
-    origin: str = ""  # the file in which an earlier start has kept them
-    agreed: frozenset[str] | None = None  # see `install_shortcuts`; None: no block has been compared
+    sensitivity: float = 0.0  # `spread_of` after changing the embeddings' last digits; 0 without rounded activations
+    origin: str = ""  # the file in which an earlier start cached them
+    agreed: frozenset[str] | None = None  # see `install_shortcuts`; None: no block was compared
 
     def limit(self, dtype: torch.dtype) -> float:
-        """Return the `spread_of` below which a model that computes in `dtype` computes the same."""
+        """Return the maximum `spread_of` of a correct engine that computes in `dtype`."""
         return max(CHECK_LIMITS[dtype], MAX_OVER_SENSITIVITY * self.sensitivity)
 
 
 def ask_untouched(module: PreTrainedModel, config: Any) -> LogitsCheck:
-    """Run random prompts with Hugging Face's own attention; they exceed the sliding window, if that is short."""
+    """Run random prompts with Hugging Face's own attention. They exceed the sliding window, if it is short."""
     window = getattr(config, "sliding_window", None) or 0
     longest = window + 8 if 16 < window <= 512 else 24
     generator = torch.Generator().manual_seed(0)
@@ -66,9 +70,10 @@ def _logits_of(module: PreTrainedModel, prompts: list[Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def last_digits_changed(module: PreTrainedModel) -> Iterator[None]:
-    """Change the embeddings as little as another order of sums would.
+    """Perturb the embeddings, inside the block, as little as another order of sums would.
 
-    Layers that round their input, to int8 say, make more of it: a number between two steps goes to the other one.
+    Layers that round their input, to int8 for example, amplify this: a number near a rounding boundary moves to the
+    other side.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -84,9 +89,9 @@ def last_digits_changed(module: PreTrainedModel) -> Iterator[None]:
 
 
 def spread_of(logits: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the root mean square difference of logits from the expected ones, relative to the deviation of these.
+    """Return the RMS difference of logits from the expected ones, relative to the standard deviation of the latter.
 
-    Both hold tensors of the same shapes [rows, V].
+    Both hold tensors of equal shapes [rows, V].
     """
     got, right = torch.cat(list(logits)).float(), torch.cat(list(expected)).float()
     return ((got - right).square().mean().sqrt() / right.std()).item()

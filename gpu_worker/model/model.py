@@ -1,4 +1,4 @@
-"""The base model as the engine sees it: a Hugging Face causal LM that runs packed steps. `prepare` makes it."""
+"""The base model as the engine uses it: a Hugging Face causal LM that runs packed steps. `prepare` creates it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from protocol.wire.messages import SiteShape
 
 @dataclass(slots=True)
 class BaseModel:
-    """A loaded model, ready for packed steps once the caches of its layers are allocated."""
+    """A loaded model; ready for packed steps once the caches of its layers are allocated."""
 
     module: PreTrainedModel
     device: torch.device
@@ -42,23 +42,23 @@ class BaseModel:
     shared: list[SharedInput]  # in the order of their sites
     adaptable: AdaptableModules
     eos_ids: frozenset[int]
-    max_positions: int  # tokens of the longest sequence the model can serve; 0: no limit known
+    max_positions: int  # maximum tokens of a sequence; 0: no known limit
     fingerprint: str
     keeps_logits: bool  # whether the module's forward takes logits_to_keep
     num_shortcuts: int  # decoder layers that run by shortcut as a whole
     mixers: MixerStates  # none for a model whose layers keep keys and values only
     takes_positions: bool  # whether the module's forward takes position_ids
     tasks: ModelTasks
-    width: int  # entries of a hidden state; 0: they cannot be had
+    width: int  # size of a hidden state; 0: unavailable
     check: LogitsCheck | None = None
-    answers: KeptAnswers | None = None  # stores `check` for later starts, if enabled
+    answers: KeptAnswers | None = None  # caches `check` for later starts, if enabled
     kv_dtype: torch.dtype | None = None  # dtype of keys and values in the caches, int8 for codes; None: `dtype`
     plain: PlainModel | None = None  # replaces the module in steps
     idle: list[SiteShape] = field(default_factory=list[SiteShape])  # see `ServedModel.idle`
-    passes: Passes | None = None  # set for models whose sequences run unbatched; they have no `layers` and no `mixers`
+    passes: Passes | None = None  # set for models whose sequences run unbatched; these have no `layers` and no `mixers`
 
     def keep_answers(self) -> None:
-        """Store for later starts what the untouched model said, once the engine has said the same, and free it."""
+        """Cache the untouched model's answers, once the engine has reproduced them, and free them."""
         if self.answers is not None and self.check is not None and self.passes is None:
             self.answers.write(self.check, self.width)
         self.check = None
@@ -75,12 +75,12 @@ class BaseModel:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens the model knows."""
+        """The vocabulary size."""
         return self.config.vocab_size
 
     @property
     def prefix(self) -> list[int]:
-        """What `ServedModel.prefix` is: of a model in which every layer keeps keys and values of one shape."""
+        """The value of `ServedModel.prefix`; empty unless every layer has keys and values of one shape."""
         shapes = {(layer.call.num_kv_heads, layer.call.head_dim, layer.call.value_dim) for layer in self.layers}
         modules = {id(layer.call.module) for layer in self.layers if layer.owner is None}
         is_regular = len(self.layers) == len(modules) == self.config.num_hidden_layers and not self.mixers.calls
@@ -90,7 +90,7 @@ class BaseModel:
         return [len(modules), heads, entries] if entries == value_entries else []
 
     def hidden_states(self, *, is_wanted: bool) -> AbstractContextManager[list[Tensor]]:
-        """Return a context that gathers the hidden states [1, T, D] of the passes in it, where they are wanted."""
+        """Return a context that collects the hidden states [1, T, D] of forward passes inside it, if wanted."""
         if not is_wanted:
             return contextlib.nullcontext([])
         decoder = decoder_of(self.module)
@@ -100,10 +100,10 @@ class BaseModel:
     def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor | None) -> Tensor:
         """Run the packed step that the context describes.
 
-        input_ids, position_ids: int64 [T]. logit_rows: int64 [rows], the tokens whose logits are wanted; None: all T.
+        input_ids, position_ids: int64 [T]. logit_rows: int64 [rows], the tokens whose logits are needed; None: all T.
         Returns the logits [rows, V]. Writes the step's keys and values to the KV cache.
         """
-        if self.plain is not None and not self.plain.decoder.module._forward_hooks:  # nobody gathers hidden states
+        if self.plain is not None and not self.plain.decoder.module._forward_hooks:  # hidden states are not collected
             return self.plain.run(input_ids, position_ids, logit_rows)
         inputs: dict[str, Any] = {"input_ids": input_ids[None], "use_cache": False}
         if self.takes_positions:
@@ -115,9 +115,9 @@ class BaseModel:
         return logits if self.keeps_logits or logit_rows is None else logits[logit_rows]
 
     def packed_difference(self, num_blocks: int, num_states: int) -> float:
-        """Return by how much packed steps differ from the untouched model, as `spread_of` does.
+        """Return the difference between packed steps and the untouched model, as computed by `spread_of`.
 
-        Random prompts are computed packed together and in two chunks. Arguments as of `packed_logits`.
+        Runs the random prompts packed together and in two chunks. For the arguments see `packed_logits`.
         """
         check = self.check
         assert check is not None
@@ -131,11 +131,11 @@ class BaseModel:
     def packed_logits(
         self, texts: Sequence[Tensor], steps: Sequence[Sequence[int]], num_blocks: int, num_states: int
     ) -> list[Tensor]:
-        """Return the logits [T, V] of texts, int64 [T] each, that are computed together, without adapters.
+        """Return the logits [T, V] of texts (int64 [T] each) that are computed together, without adapters.
 
-        steps: how many tokens of each text are computed after each step; ascending, all of them after the last.
-        num_blocks, num_states: of the caches, which must be allocated, with a state more; the first ones are
-        overwritten. There must be enough of them.
+        steps: for each step, the tokens of each text computed after it; ascending, all after the last step. num_blocks,
+        num_states: sizes of the caches, which must be allocated, with one extra state; the first ones are overwritten.
+        They must suffice for the texts.
         """
         context, device, num = self.context, self.device, len(texts)
         context.lora = context.lora_logits = None
@@ -158,9 +158,9 @@ class BaseModel:
         return [torch.cat(part) for part in parts]
 
     def refuse_unless_fixed(self, num_blocks: int, num_states: int) -> None:
-        """Raise BadRequest unless texts have the same bits alone and together, whole and in chunks.
+        """Raise BadRequest unless texts give the same bits alone and batched, whole and in chunks.
 
-        Arguments as of `packed_logits`.
+        For the arguments see `packed_logits`.
         """
         generator, room = torch.Generator().manual_seed(0), num_blocks // 3 * ops.BLOCK_TOKENS
         lengths = [min(num, room, self.max_positions or num) for num in (41, 19, 7)]
@@ -178,9 +178,9 @@ class BaseModel:
                 raise BadRequest(f"deterministic is on, but {kind} computes a text {way} with other bits than alone")
 
     def _check_runs(self, starts: np.ndarray, ends: np.ndarray, zero: int) -> StateBatch | None:
-        """Return the runs of chunks [start, end) of prompts, whose states are in the first slots. zero: an empty one's.
+        """Return the runs of chunks [start, end) of prompts, with states in the first slots; None without states.
 
-        None for a model without states.
+        zero: slot of the empty state.
         """
         if not self.mixers.calls:
             return None
@@ -191,7 +191,7 @@ class BaseModel:
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device for a setting of auto, cpu or cuda. Raises BadRequest for cuda where there is none."""
+    """Return the device for the setting "auto", "cpu" or "cuda". Raises BadRequest for "cuda" without a CUDA device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -200,9 +200,9 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_isa(kernels: str, device: torch.device) -> str:
-    """Return the instruction set of the native CPU kernels, loaded and set; "" where others compute.
+    """Load the native CPU kernels and return their instruction set; "" if other kernels compute.
 
-    kernels: the setting. Raises BadRequest for an instruction set that this machine has no kernels for.
+    kernels: the setting. Raises BadRequest for an instruction set that this machine does not support.
     """
     if kernels == "reference":
         return ""
@@ -217,18 +217,17 @@ def choose_isa(kernels: str, device: torch.device) -> str:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 in hardware."""
+    """Return whether a device has hardware bfloat16 multiplication."""
     found = torch.cpu.get_capabilities()
     return device.type == "cuda" or bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def choose_dtype(dtype: str, *, multiplies: bool, isa: str, is_encoder: bool) -> tuple[torch.dtype, str]:
-    """Return the dtype for a setting, and why it is that one.
+    """Return the dtype for a setting, and the reason for it.
 
-    multiplies: see `multiplies_bfloat16`. isa: the instruction set of the native CPU kernels, "" where torch computes.
-
-    Those read weights of 16 bits whatever the processor multiplies: products of two bf16 numbers are exact in fp32, and
-    half the bytes come from memory, which a step waits for. An encoder's attention is torch's, slow without hardware.
+    multiplies: see `multiplies_bfloat16`. isa: the native CPU kernels' instruction set, "" if torch computes. Native
+    kernels read 16-bit weights on any CPU: products of two bf16 numbers are exact in fp32, and half the bytes are read,
+    for which a step waits. An encoder's attention is torch's, which is slow without hardware bf16.
     """
     if dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype], "as set"
@@ -240,7 +239,7 @@ def choose_dtype(dtype: str, *, multiplies: bool, isa: str, is_encoder: bool) ->
 
 
 def fingerprint_of(module: PreTrainedModel) -> str:
-    """Return a hash (sha256, hex) of a model's config and of the names and shapes of all its weights."""
+    """Return a hash (SHA-256, hex) of a model's config and of the names and shapes of all its weights."""
     config = module.config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"):
         config.pop(volatile, None)

@@ -1,4 +1,4 @@
-"""How a model's sequences run unbatched, found by running passes and comparing their logits."""
+"""Finds how a model's sequences run unbatched, by running passes and comparing their logits."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from gpu_worker.one_by_one.account import Account, Continues, passes_of
 from gpu_worker.one_by_one.passes import Kept, Passes
 
 SHORT_TEXTS = ([0, 16, 17], [0, 1, 2])
-"""Parts of short texts whose caches are measured, those of the first one for what a token takes."""
+"""Cut positions of short texts whose caches are measured; the first text's show the bytes per token."""
 
 LONG_TOKENS = 288
-"""Tokens of a long one, which is computed in parts, too: some caches compress what lies a hundred tokens back, and some
-attention draws lots in texts that are longer than a chunk."""
+"""Tokens of the long text, which is also computed in parts: some caches compress tokens a hundred positions back, and
+some attention is randomized for texts longer than a chunk."""
 
 NUM_LAST_TOKENS = 16
-"""Tokens of the long text that are no part of its first chunk."""
+"""Tokens of the long text after its first chunk."""
 
 WAYS: tuple[Continues, ...] = ("chunks", "tokens", "nothing")
-"""Ways to continue from a cache, the fastest first."""
+"""Ways to continue from a cache, fastest first."""
 
 
 def find_passes(
     module: PreTrainedModel, check: LogitsCheck, *, keeps_logits: bool, max_positions: int
 ) -> Passes | None:
-    """Return how passes of one sequence at a time compute what `check` says; None if they do not.
+    """Return how passes of single sequences reproduce `check`; None if they do not.
 
-    keeps_logits: whether the module's forward takes logits_to_keep. max_positions: tokens of its longest text, 0: any.
+    keeps_logits: whether the module's forward takes logits_to_keep. max_positions: maximum tokens of a text, 0:
+    unlimited.
     """
     passes, limit = Passes(module, keeps_logits=keeps_logits), check.limit(module.dtype)
     num = min(LONG_TOKENS, max_positions or LONG_TOKENS)
@@ -54,9 +55,9 @@ def find_passes(
 
 
 def difference(passes: Passes, check: LogitsCheck) -> float:
-    """Return by how much the logits of prompts differ from the right ones, as `spread_of` does.
+    """Return the difference between the logits of prompts and the expected ones, as `spread_of` computes it.
 
-    The prompts are computed in parts: their first half, a part of the rest, then single tokens.
+    The prompts are computed in parts: their first half, part of the rest, then single tokens.
     """
     got: list[Tensor] = []
     expected: list[Tensor] = []
@@ -69,12 +70,12 @@ def difference(passes: Passes, check: LogitsCheck) -> float:
 
 
 def _measure(passes: Passes, text: Tensor) -> float:
-    """Set the account of passes by the caches of a text and of its beginning.
+    """Set `passes.account` from the cache sizes of a text and of shorter ones.
 
-    Returns by how much the text's logits differ if it is computed in parts, as `spread_of` does.
+    Returns the difference between the logits of the text computed in parts and at once, as `spread_of` computes it.
     """
     num = len(text)
-    middle = [num // 2] if passes.continues == "chunks" else []  # a pass for each of its tokens would take too long
+    middle = [num // 2] if passes.continues == "chunks" else []  # a pass per token would take too long
     short = [part for cuts in SHORT_TEXTS for part in _in_parts(passes, text, cuts)]
     parts = list(_in_parts(passes, text, [0, *middle, num - NUM_LAST_TOKENS, num - 1, num]))
     [whole] = _in_parts(passes, text, [0, num])
@@ -88,7 +89,7 @@ def _measure(passes: Passes, text: Tensor) -> float:
 def _in_parts(passes: Passes, ids: Tensor, cuts: list[int]) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
     """Compute a text in parts between cuts.
 
-    Yields for each pass its first position, its logits [n, V], and the tokens and bytes of the cache after it.
+    Yields, for each pass, its first position, its logits [n, V], and the tokens and bytes of the cache after it.
     """
     kept: Kept | None = None
     for start, end in pairwise(cuts):
@@ -98,9 +99,9 @@ def _in_parts(passes: Passes, ids: Tensor, cuts: list[int]) -> Iterator[tuple[in
 
 
 def watch(passes: Passes) -> Trial:
-    """Return what passes call: linear layers in each pass, of other modules those that see all of its tokens.
+    """Return the modules that passes call: linear layers in each pass, others only if they see all of its tokens.
 
-    All rows of a pass are of one text: whichever a linear layer sees, they have one adapter.
+    A pass has rows of one text only, so that all rows of any linear layer have the same adapter.
     """
     sizes = [(NUM_TOKENS, NUM_HEAD_ROWS), (2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1)]
     if passes.continues == "chunks":
@@ -111,9 +112,9 @@ def watch(passes: Passes) -> Trial:
 
 
 def _watched(passes: Passes, sizes: list[tuple[int, int]]) -> Iterator[WatchedPass]:
-    """Yield passes of so many tokens and rows of logits: two from a text's beginning, the others from where these end.
+    """Yield passes with the given numbers of tokens and rows of logits.
 
-    The caller runs each before it asks for the next.
+    Two start a text, the others continue the second. The caller runs each pass before it requests the next.
     """
     device = passes.module.device
     kept: Kept | None = None

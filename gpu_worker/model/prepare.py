@@ -1,6 +1,6 @@
-"""Turns a Hugging Face causal LM into a `BaseModel`: its attention and linear layers become ours.
+"""Turns a Hugging Face causal LM into a `BaseModel`, with our attention and linear layers.
 
-What the layers are is found by watching one trial run, never by the model's name.
+The layers are found by watching a trial run, never by the model's name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from protocol.wire.messages import SiteShape
 logger = logging.getLogger(__name__)
 
 MAX_IDLE = 4_096
-"""Layers that no pass runs, of which the fleet is told: every worker's beat has their names."""
+"""Maximum number of layers that no pass runs, reported to the fleet: every heartbeat of a worker has their names."""
 
 SERVED_LAYER_TYPES = {
     "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "mlp", "moe", "hybrid",
@@ -61,10 +61,10 @@ def load_model(
     keeps_answers: bool = False,
     rounds_inputs: bool = False,
 ) -> BaseModel:
-    """Load a model folder and prepare it, see `prepare_model`. Raises BadRequest naming what cannot be served.
+    """Load a model folder and prepare it, see `prepare_model`. Raises BadRequest naming what is not supported.
 
-    score_tokens: see `read_score_tokens`. keeps_answers: use what the model on a CPU said at an earlier start, if that
-    is kept; see `kept_answers`. rounds_inputs: see `round_inputs_of`.
+    score_tokens: see `read_score_tokens`. keeps_answers: use cached answers of an earlier start on a CPU, see
+    `kept_answers`. rounds_inputs: see `round_inputs_of`.
     """
     module, tasks = read_decoder(folder, device, dtype, score_tokens)
     if rounds_inputs:
@@ -85,10 +85,10 @@ def prepare_model(
 ) -> BaseModel:
     """Turn a Hugging Face causal LM into one that runs packed steps over paged caches. Changes `module`.
 
-    Where its layers cannot be packed, its sequences run unbatched (`passes`). eos_ids: token ids that end a text.
-    impl: the kernels' implementation, None for the device's own. tasks: what it is asked for, None for what any causal
-    LM is. compiled: torch compiles each layer as Hugging Face wrote it, instead of shortcuts. answers: those of an
-    earlier start, whose layers were packed. Raises BadRequest naming what cannot be served.
+    If its layers cannot be packed, its sequences run unbatched (`passes`). eos_ids: token ids that end a text. impl:
+    the kernels' implementation, None for the device's default. tasks: the model's tasks, None for those of any causal
+    LM. compiled: torch compiles each layer in Hugging Face's version, instead of shortcuts. answers: cache of an
+    earlier start, for which packing succeeded. Raises BadRequest naming what is not supported.
     """
     config = module.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
@@ -130,7 +130,7 @@ def _ask(module: PreTrainedModel) -> tuple[LogitsCheck, int]:
 
 
 def _pack(model: BaseModel, impl: ops.Impl | None) -> tuple[Trial, list[str]]:
-    """Give a model's attention paged caches, and its mixers states. Returns its trial run, and why it cannot be packed.
+    """Give a model's attention paged caches, and its mixers states. Return its trial run, and why it cannot be packed.
 
     The caches are large enough for the trial's tokens.
     """
@@ -154,7 +154,7 @@ def _pack(model: BaseModel, impl: ops.Impl | None) -> tuple[Trial, list[str]]:
     for layer in model.layers:
         layer.allocate(num_blocks, model.dtype, model.device)
     model.mixers.allocate(num + 1, model.device)
-    if check.origin:  # they have been packed before, and the finished engine is held against it all
+    if check.origin:  # packing succeeded before, and the finished engine is checked anyway
         return trial, []
     error, limit = model.packed_difference(num_blocks, num if model.mixers.calls else 0), check.limit(model.dtype)
     if error < limit:
@@ -167,9 +167,9 @@ def _pack(model: BaseModel, impl: ops.Impl | None) -> tuple[Trial, list[str]]:
 
 
 def _run_one_by_one(model: BaseModel, reasons: list[str]) -> Trial:
-    """Let a model's sequences run unbatched, and return the trial of that.
+    """Prepare a model to run its sequences unbatched, and return the trial of that.
 
-    reasons: why they cannot be packed. Raises BadRequest where they cannot run unbatched either.
+    reasons: why they cannot be packed. Raises BadRequest if they cannot run unbatched either.
     """
     module, check = model.module, model.check
     assert check is not None
@@ -195,9 +195,9 @@ def _run_one_by_one(model: BaseModel, reasons: list[str]) -> Trial:
 
 
 def _idle_linears(module: PreTrainedModel, trial: Trial) -> list[SiteShape]:
-    """Return the linear layers that PEFT adapts and passes do not run on every token: MAX_IDLE of them at most.
+    """Return up to MAX_IDLE linear layers that PEFT adapts but that passes do not run on every token.
 
-    Those of mixers, which read the weights of some, come first. trial: of the model as it runs.
+    Those in mixers, which read some layers' weights directly, come first. trial: a trial of the model as it runs.
     """
     sites = {call.name for call in trial.linears}
     found: list[SiteShape] = []
@@ -213,7 +213,7 @@ def _idle_linears(module: PreTrainedModel, trial: Trial) -> list[SiteShape]:
 
 
 def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled: bool) -> None:
-    """Put our linear layers and shortcuts into a model. trial: of the model as it runs."""
+    """Install our linear layers and shortcuts in a model. trial: a trial of the model as it runs."""
     module, context, layers = model.module, model.context, model.layers
     names = {module_: name for name, module_ in module.named_modules()}
     attention_names = {names[layer.call.module] for layer in layers} | trial.mixer_modules.keys()
@@ -241,10 +241,10 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
 
 
 def _compute_angles_on_one_thread(module: nn.Module) -> None:
-    """Make the calling thread alone compute rotary embeddings.
+    """Compute rotary embeddings on the calling thread only.
 
-    Their sines take a few microseconds. Torch shares even those among its threads and waits for every one of them: for
-    milliseconds, where another process holds a thread's core.
+    Their sines take a few microseconds, but torch shares even those among its threads and waits for all of them: for
+    milliseconds if another process occupies a thread's core.
     """
     for part in module.modules():
         if any(name.endswith("inv_freq") for name, _ in part.named_buffers(recurse=False)):
@@ -267,7 +267,7 @@ def _on_one_thread(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unpackable(module: PreTrainedModel, trial: Trial) -> list[str]:
-    """Return the attention calls of a trial run that paged attention does not compute, as noun phrases."""
+    """Return what paged attention does not support in a trial run, as noun phrases."""
     reasons = []
     calls = trial.attention
     if not calls and not trial.mixers:
@@ -281,24 +281,24 @@ def _unpackable(module: PreTrainedModel, trial: Trial) -> list[str]:
     return reasons
 
 
-# ---------------------------------------------------------------- the longest sequence
+# ---------------------------------------------------------------- the maximum length
 
 
 def _max_positions(config: Any, calls: list[AttentionCall] | None = None) -> int:
-    """Return the longest sequence that is computed exactly whatever else is in its step; 0 if there is no limit.
+    """Return the maximum length at which a sequence's results do not depend on others in its step; 0: unlimited.
 
-    calls: of attention that is packed; None for sequences that run unbatched.
+    calls: packed attention calls; None for sequences that run unbatched.
     """
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
     limits += _rope_limits(config)
-    limits += [call.chunk for call in calls or ()]  # a sequence that fits one chunk sees all of itself
+    limits += [call.chunk for call in calls or ()]  # a sequence within one chunk sees all its tokens
     if calls is not None and not getattr(config, "layer_types", None) and not any(call.window for call in calls):
-        limits.append(getattr(config, "sliding_window", None))  # a window that only Hugging Face's cache would keep
+        limits.append(getattr(config, "sliding_window", None))  # a window that only Hugging Face's cache would apply
     return min((limit for limit in limits if limit and limit > 0), default=0)
 
 
 def _rope_limits(config: Any) -> list[int]:
-    """Return the lengths beyond which rotary frequencies depend on the longest sequence of the step."""
+    """Return the lengths beyond which rotary frequencies depend on the longest sequence of a step."""
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some models have one per layer type
     return [

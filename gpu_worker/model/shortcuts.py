@@ -1,8 +1,7 @@
-"""Finds the blocks that most decoders share and replaces them by `blocks`.
+"""Finds the blocks that most decoders share and replaces them with those of `blocks`.
 
-A block is recognised by what it is made of, never by its model's name, and replaced only after the replacement has
-computed what the original computes, on the original's own input, at this start or an earlier one. What is not
-recognised stays as Hugging Face wrote it.
+A block is recognized by its parts, never by the model's name. It is replaced only after the replacement gave the same
+result on the original's own input, at this start or an earlier one. Unrecognized blocks stay in Hugging Face's version.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ Block = RotaryAttention | DeltaMixer | ScanMixer | GatedMlp | PreNormLayer
 
 @dataclass(slots=True)
 class _Found:
-    """The blocks that stand in a model so far, by the module that each replaces."""
+    """The blocks installed in a model so far, by the module that each replaces."""
 
     context: StepContext
     mixers: MixerStates
@@ -58,7 +57,7 @@ class _Found:
     blocks: dict[nn.Module, Block] = field(default_factory=dict)
 
     def agrees(self, what: str, module: nn.Module, block: Any, call: ModuleCall, **how: bool) -> bool:
-        """Return whether a block computes what a module does. what: names both. how: as of `agrees`."""
+        """Return whether a block computes the same as a module. what: a name for the pair. how: options of `agrees`."""
         if self.known is None:
             result = agrees(module, block, call, self.context, self.mixers, **how)
         else:
@@ -78,12 +77,12 @@ def install_shortcuts(
     known: Collection[str] | None = None,
     max_positions: int = 0,
 ) -> tuple[int, PlainModel | None, frozenset[str]]:
-    """Replace the recognised blocks of a model whose linear layers are sites.
+    """Replace the recognized blocks of a model whose linear layers are sites.
 
-    The KV cache must have room for the trial's tokens, and states for a sequence and one that none uses. known: what
-    the last result was at an earlier start of the same model; nothing is compared then. max_positions: of a sequence, 0
-    for no limit known. Returns how many decoder layers are replaced as a whole, what steps are to call in the model's
-    place, None for the model itself, and names of the blocks that agreed.
+    The KV cache must hold the trial's tokens, and the states one sequence and an empty one. known: names of agreed
+    blocks from an earlier start of the same model, which are then not compared again. max_positions: maximum length of
+    a sequence, 0: unknown. Returns the number of decoder layers replaced as a whole; the object that steps call instead
+    of the model, None for the model itself; and the names of the blocks that agreed.
     """
     found = _Found(adaptable.context, mixers, known)
     for module in model.modules():
@@ -94,12 +93,13 @@ def install_shortcuts(
             module.forward = norm.forward
     num_calls = Counter(layer.call.module for layer in layers)
     by_module = {layer.call.module: layer for layer in layers if num_calls[layer.call.module] == 1 and not layer.owner}
-    # Inner blocks come first: a layer is recognised by the blocks found for what it holds.
+    # Inner blocks come first: a layer is recognized by the blocks found for its children.
     for name, call in sorted(trial.modules.items(), key=lambda item: -item[0].count(".")):
         module = model.get_submodule(name)
         called = trial.mixer_modules.get(name, [])
         for number, candidate in enumerate(_candidates(module, by_module.get(module), called, found, impl)):
-            # One token through a delta rule is a multiple of its value, often close to zero, which the norm enlarges.
+            # For one token, a delta rule's output is a multiple of the value, often close to zero, which the norm
+            # amplifies.
             is_part = isinstance(candidate, (RotaryAttention, GatedMlp))
             if found.agrees(f"{name} {number}", module, candidate, call, large_inputs=is_part):
                 module.forward = candidate.forward
@@ -116,9 +116,9 @@ def install_shortcuts(
 def _candidates(
     module: nn.Module, layer: PagedLayer | None, called: list[int], found: _Found, impl: ops.Impl | None
 ) -> Iterator[Block]:
-    """Yield the blocks that a module may be, judging by its children.
+    """Yield the blocks that may replace a module, judging by its children.
 
-    layer: its attention, if it calls any. called: which of the mixers' calls are its own.
+    layer: its attention, if it calls any. called: indexes of its calls among the mixers'.
     """
     children = list(module.children())
     shared = {child.shared for child in children if isinstance(child, SiteLinear)}
@@ -153,7 +153,7 @@ def _is_native(layer: PagedLayer) -> bool:
 def _delta_mixer(
     module: nn.Module, called: list[int], shared: list[SharedInput], norms: list[Norm], mixers: MixerStates
 ) -> DeltaMixer | None:
-    """Return the gated delta rule that a module may be, None if it is made of other things, or has no native code."""
+    """Return the gated delta rule that may replace a module; None if its parts differ or have no native code."""
     convolutions = [child for child in module.children() if type(child) is nn.Conv1d]
     own = dict(module.named_parameters(recurse=False))
     if [type(mixers.calls[i]) for i in called] != [Convolution, DeltaRule] or len(convolutions) != 1:
@@ -169,7 +169,7 @@ def _delta_mixer(
 def _scan_mixer(
     module: nn.Module, called: list[int], shared: list[SharedInput], mixers: MixerStates
 ) -> ScanMixer | None:
-    """Return the mixer of Mamba2 that a module may be, None if it is made of other things, or has no native code."""
+    """Return the Mamba2 mixer that may replace a module; None if its parts differ or have no native code."""
     convolutions = [child for child in module.children() if type(child) is nn.Conv1d]
     norms = [child for child in module.children() if is_norm(child)]
     own = dict(module.named_parameters(recurse=False))
@@ -184,7 +184,7 @@ def _scan_mixer(
 
 
 def find_norm(module: nn.Module, impl: ops.Impl | None) -> Norm | None:
-    """Return the RMSNorm, gated or not, that computes exactly what a module computes, None if there is none."""
+    """Return the RMSNorm, gated or not, that computes the same as a module; None if there is none."""
     parameters = list(module.named_parameters(recurse=False))
     if [name for name, _ in parameters] != ["weight"] or next(module.children(), None) is not None:
         return None
@@ -199,7 +199,7 @@ def find_norm(module: nn.Module, impl: ops.Impl | None) -> Norm | None:
     inputs = (x, gate)[: 1 + num_gates]
     try:
         expected = module(*inputs)
-    except Exception:  # noqa: BLE001 - any module with one vector may stand here, and raise anything
+    except Exception:  # noqa: BLE001  any module with one vector is tried, and may raise anything
         return None
     for plus_one in (False, True):
         got = Norm(weight.float(), eps, plus_one=plus_one, impl=impl).forward(*inputs)
@@ -209,14 +209,14 @@ def find_norm(module: nn.Module, impl: ops.Impl | None) -> Norm | None:
 
 
 def _find_activation(module: nn.Module) -> ops.Activation | None:
-    """Return the activation function that a module holds, as a child or as an attribute."""
+    """Return the activation function that a module has as a child or attribute, None if there is none."""
     x = torch.linspace(-6, 6, 101)
     held = [child for child in module.children() if next(child.parameters(), None) is None]
     held += [value for value in vars(module).values() if callable(value)]
     for value in held:
         try:
             y = value(x)
-        except Exception:  # noqa: BLE001 - any attribute that can be called may stand here, and raise anything
+        except Exception:  # noqa: BLE001  any callable attribute is tried, and may raise anything
             continue
         for name, function in _ACTIVATIONS.items():
             if isinstance(y, Tensor) and torch.allclose(y, function(x), rtol=1e-5, atol=1e-6):
@@ -230,10 +230,10 @@ def _find_activation(module: nn.Module) -> ops.Activation | None:
 def _install_stacks(
     model: nn.Module, trial: Trial, found: _Found, impl: ops.Impl | None, max_positions: int
 ) -> list[PlainDecoder]:
-    """Let lists of pre-norm layers run as one call, where the module around them computes exactly the same then.
+    """Run lists of pre-norm layers as one call where the surrounding module then gives bit-identical results.
 
-    Exactly, because a difference as small as that of another rotary embedding is not rounding: a stack runs what its
-    layers run. Returns the modules around lists that run without what Hugging Face does in them.
+    Identical, because a difference as small as that of another rotary embedding is not rounding: a stack runs the same
+    operations as its layers. Returns the decoders that now run without Hugging Face's code.
     """
     decoders: list[PlainDecoder] = []
     for name, module in model.named_modules():
@@ -257,7 +257,7 @@ def _install_stacks(
 
 
 def _plain_model(model: nn.Module, decoders: list[PlainDecoder], found: _Found) -> PlainModel | None:
-    """Return what computes a whole model, if that is a plain decoder and a linear layer as its head."""
+    """Return a replacement for the whole model, if it is a plain decoder with a linear head; else None."""
     children = list(model.children())
     heads = [child.shared for child in children if isinstance(child, SiteLinear)]
     if not len(decoders) == len(heads) == 1 or len(children) != 2 or decoders[0].module not in children:
@@ -275,7 +275,7 @@ def _plain_model(model: nn.Module, decoders: list[PlainDecoder], found: _Found) 
 
 
 def _plain_decoder(holder: nn.Module, stack: LayerStack, found: _Found, max_positions: int) -> PlainDecoder | None:
-    """Return what a module may be that holds a stack, judging by its other children; None for others."""
+    """Return the decoder that may replace a module around a stack, judging by its other children; else None."""
     children = [child for child in holder.children() if not isinstance(child, nn.ModuleList)]
     norms = [child for child in children if child in found.norms]
     rotaries = [child for child in children if "inv_freq" in dict(child.named_buffers(recurse=False))]
@@ -286,7 +286,7 @@ def _plain_decoder(holder: nn.Module, stack: LayerStack, found: _Found, max_posi
 
 
 class _StackedHolder:
-    """The module around a list of layers, which a stack replaces while it runs."""
+    """The module around a list of layers that a stack replaces."""
 
     def __init__(self, holder: nn.Module, layers: list[nn.Module], stack: LayerStack) -> None:
         self.holder = holder
@@ -294,13 +294,13 @@ class _StackedHolder:
         self._stack = stack
 
     def install(self) -> None:
-        """Replace the first layer by the stack; the others pass on its output."""
+        """Replace the first layer with the stack; the others return their input."""
         self._layers[0].forward = self._stack.forward
         for layer in self._layers[1:]:
             layer.forward = _pass_on
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the holder with the stack installed, and take it out again."""
+        """Run the holder with the stack installed, then restore its layers."""
         before = [layer.forward for layer in self._layers]
         self.install()
         try:
@@ -311,5 +311,5 @@ class _StackedHolder:
 
 
 def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Return the hidden states as they are: the stack before this layer has done the layer's work."""
+    """Return the hidden states unchanged: the stack has already applied this layer."""
     return hidden_states

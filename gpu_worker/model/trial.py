@@ -1,4 +1,4 @@
-"""Trial runs of a model, with hooks that record which modules call attention and linear layers, and with what."""
+"""Trial runs of a model: hooks record which modules call attention and linear layers, and the arguments."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class ModuleCall:
 
 @dataclass(slots=True)
 class Trial:
-    """What a trial run called, in the order of calls."""
+    """The calls of a trial run, in order."""
 
     attention: list[AttentionCall] = field(default_factory=list)
     linears: list[LinearCall] = field(default_factory=list)
-    modules: dict[str, ModuleCall] = field(default_factory=dict)  # the first call of every module that has children
-    per_token: dict[str, TokenLayout] = field(default_factory=dict)  # modules with parameters of their own, called once
+    modules: dict[str, ModuleCall] = field(default_factory=dict)  # the first call of every module with children
+    per_token: dict[str, TokenLayout] = field(default_factory=dict)  # modules with their own parameters, called once
     mixers: list[MixerCall] = field(default_factory=list)
-    mixer_modules: dict[str, list[int]] = field(default_factory=dict)  # who calls mixers' functions, and which of them
+    mixer_modules: dict[str, list[int]] = field(default_factory=dict)  # mixer-calling modules -> indexes of their calls
 
 
 def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
@@ -60,7 +60,7 @@ def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
 
 
 def run_encoder_trial(module: PreTrainedModel) -> Trial:
-    """Run a few tokens through an encoder with our attention, and record the calls, masks included."""
+    """Run a few tokens through an encoder with our attention, and record the calls, including masks."""
     trial = _watch(module, NUM_TOKENS, NUM_HEAD_ROWS, keeps_logits=False)
     _watch_again(module, trial, keeps_logits=False)
     return trial
@@ -68,19 +68,19 @@ def run_encoder_trial(module: PreTrainedModel) -> Trial:
 
 @dataclass(frozen=True, slots=True)
 class WatchedPass:
-    """A forward pass to be watched: how many tokens it computes, of how many rows the logits, and itself."""
+    """A forward pass to watch, and its numbers of tokens and of rows of logits."""
 
     num_tokens: int
     num_head_rows: int
     run: Callable[[], object]
-    num_text: int = 0  # tokens of the text after it, which some linear layers see again in every pass; 0: none do
+    num_text: int = 0  # tokens of the text so far, which some linear layers see again in every pass; 0: none do
 
 
 def watch_passes(module: PreTrainedModel, passes: Sequence[WatchedPass], *, any_rows: bool = False) -> Trial:
-    """Run forward passes, and return what the first called: of modules those that see all tokens in every pass.
+    """Run forward passes, and return the calls of the first, limited to modules that see all tokens in every pass.
 
-    What sees a pass's one token is told from what sees all tokens by the other passes. any_rows: linear layers count
-    that see other rows than tokens, too.
+    In a pass of one token, seeing one token and seeing all tokens look the same; the other passes tell them apart.
+    any_rows: also include linear layers whose rows are not the tokens.
     """
     trial, *others = [
         _Watch(module, one.num_tokens, one.num_head_rows, num_text=one.num_text, any_rows=any_rows).run(one.run)
@@ -102,7 +102,7 @@ def _watch(module: PreTrainedModel, num_tokens: int, num_head_rows: int, *, keep
 
 def _watch_again(module: PreTrainedModel, trial: Trial, keeps_logits: bool) -> Trial:
     """Run other tokens through the model, and drop from `trial` the modules that do not see all tokens both times."""
-    # The layers of an expert see the tokens sent to it, which by chance are all of them once, but not twice.
+    # An expert's layers see the tokens routed to it: by chance all of them once, but not twice.
     other = _watch(module, 2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1, keeps_logits=keeps_logits)
     _keep_common(trial, other)
     return other
@@ -129,9 +129,9 @@ class _Watch:
         self.num_head_rows = num_head_rows
         self.trial = Trial()
         self._recorder = AttentionRecorder()
-        self._linears: dict[str, LinearCall | None] = {}  # None: called in a way that no site can be
+        self._linears: dict[str, LinearCall | None] = {}  # None: called in a way that no site supports
         self._called: set[str] = set()
-        self._inside: list[str] = []  # modules that are running, the innermost last
+        self._inside: list[str] = []  # running modules, innermost last
         self._mixing: set[str] = set()  # modules in which a mixer's function was called
         self._mixers = MixerRecorder(self._note_mixer)
 
@@ -160,7 +160,7 @@ class _Watch:
                 unbind(child)
         self.trial.attention, self.trial.mixers = self._recorder.calls, self._mixers.calls
         self.trial.linears = [call for call in self._linears.values() if call is not None]
-        for name in self._mixing:  # an adapter's rows alone would have other states
+        for name in self._mixing:  # an adapter's rows on their own would have other states
             self.trial.per_token.pop(name, None)
         return self.trial
 
@@ -187,7 +187,7 @@ class _Watch:
             if x is None or shape is None or not regular or out.shape != (*x.shape[:-1], shape[0]):
                 self._linears[name] = None
                 return
-            if out.dtype != x.dtype:  # LoRA cannot be added to codes, or to numbers of another precision
+            if out.dtype != x.dtype:  # LoRA cannot be added to codes or to another precision
                 self._linears[name] = None
                 return
             known = self._linears.setdefault(name, LinearCall(name, linear, [], num_rows == self.num_head_rows))

@@ -1,1 +1,1 @@
-"""Models whose sequences run unbatched, each with its own cache of transformers."""
+"""Models whose sequences run unbatched, each with its own transformers cache."""

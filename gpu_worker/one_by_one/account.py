@@ -1,4 +1,4 @@
-"""What a model's own caches take: found from a few of them, counted before there are more. Pure."""
+"""Memory of a model's own caches: estimated from measured ones, to limit the number of sequences. Pure."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Literal
 from protocol.wire.errors import BadRequest
 
 Continues = Literal["chunks", "tokens", "nothing"]
-"""How a model continues from its own cache: with any number of tokens, with one at a time, or not at all.
+"""How a model continues from its own cache: with any number of tokens, one at a time, or not at all.
 
-A model that does not go on computes a text's tokens again for each new one.
+A model that cannot continue recomputes the whole text for each new token.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Bytes that the cache of a sequence takes."""
+    """Size of a sequence's cache, in bytes."""
 
-    token_bytes: int  # bytes per token
-    sequence_bytes: int  # besides
+    token_bytes: int  # per token
+    sequence_bytes: int  # fixed part
 
     @classmethod
     def through(cls, short: tuple[int, int], long: tuple[int, int], *others: tuple[int, int]) -> Account:
         """Return an account that no measured cache, (tokens, bytes), exceeds.
 
-        short, long: of texts that were computed at once, which give the bytes per token.
+        short, long: of texts computed in one pass, which determine the bytes per token.
         """
         token_bytes = max(0, math.ceil((long[1] - short[1]) / (long[0] - short[0])))
         return cls(token_bytes, max(0, *(size - token_bytes * num for num, size in (short, long, *others))))
 
     def num_places(self, num_bytes: int, max_num_seqs: int) -> int:
-        """Return how many sequences may run, up to `max_num_seqs`: what each takes besides its tokens fills half.
+        """Return how many sequences may run, at most `max_num_seqs`: their fixed parts may fill half of the memory.
 
-        num_bytes: for all caches. Raises BadRequest where no sequence has room.
+        num_bytes: for all caches. Raises BadRequest if no sequence fits.
         """
         if not self.sequence_bytes:
             return max_num_seqs
@@ -49,7 +49,7 @@ class Account:
 def passes_of(continues: Continues, start: int, end: int, *, is_wanted: bool) -> list[tuple[int, int]]:
     """Return the forward passes [first, last) that compute a text's tokens from `start` to `end`.
 
-    is_wanted: whether logits of these are.
+    is_wanted: whether their logits are needed.
     """
     if continues == "nothing":
         return [(0, end)] if is_wanted else []

@@ -1,8 +1,8 @@
-"""Forward passes of one sequence at a time, and what transformers keeps of it between them.
+"""Forward passes of one sequence at a time, and the transformers caches kept between them.
 
-A model's forward pass returns its cache object or state under the name by which the next pass takes
-it. Some models fill a cache object that they are given, and do not put it out; some modules keep tensors in attributes
-of their own, which are put back before a sequence's next pass.
+A model's forward returns its cache or state under the name by which the next pass accepts it. Some models fill a cache
+object passed to them without returning it. Some modules keep tensors in their own attributes, which are restored before
+a sequence's next pass.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from gpu_worker.one_by_one.account import Account, Continues
 class Kept:
     """The cache of one sequence."""
 
-    end: int = 0  # its first tokens, so many, are computed
+    end: int = 0  # number of its tokens that are computed
     results: dict[str, Any] = field(default_factory=dict[str, Any])  # results of its last pass that the next pass takes
-    attributes: list[Tensor | None] = field(default_factory=list[Tensor | None])  # attributes of modules, see `Passes`
-    logits: Tensor | None = None  # logits of its last token, if they may be needed again
+    attributes: list[Tensor | None] = field(default_factory=list[Tensor | None])  # modules' attributes, see `Passes`
+    logits: Tensor | None = None  # of its last token, if they may be needed again
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors in it, each memory counted once."""
+        """Size of all tensors in it, in bytes, shared storage counted once."""
         found = {tensor.untyped_storage().data_ptr(): tensor for tensor in _tensors([self.results, self.attributes])}
         return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
 class Passes:
-    """How one sequence's passes go for one model."""
+    """Runs one model's passes of single sequences."""
 
     def __init__(self, module: PreTrainedModel, *, keeps_logits: bool) -> None:
         """keeps_logits: whether the module's forward takes logits_to_keep."""
@@ -47,13 +47,13 @@ class Passes:
         self._keeps_logits = keeps_logits
         self._names = set(inspect.signature(module.forward).parameters)
         self._attributes: list[tuple[nn.Module, str]] = []
-        self._given = ""  # name of the cache that passes take and do not return; "": none
+        self._given = ""  # argument name of a cache that passes do not return; "": none
 
     def run(self, kept: Kept | None, ids: Tensor, rows: Tensor) -> tuple[Tensor, Kept]:
-        """Compute a sequence's next tokens, int64 [n], and return the logits [m, V] of rows, int64 [m], among them.
+        """Compute a sequence's next tokens, int64 [n].
 
-        kept: what was kept before them, None at a text's beginning. Returns what is kept after them, too. Raises
-        ValueError for a model that has no logits for each token.
+        Return the logits [m, V] of `rows`, int64 [m], and the new cache. kept: the cache before them, None at a text's
+        beginning. Raises ValueError for a model without logits per token.
         """
         kept = kept or self._begin()
         inputs: dict[str, Any] = {"input_ids": ids[None], "use_cache": self.continues != "nothing", **kept.results}
@@ -64,7 +64,7 @@ class Passes:
         self._put(kept.attributes)
         out = self.module(**inputs)
         attributes = [vars(part)[name] for part, name in self._attributes]
-        self._put([None] * len(attributes))  # so that nothing is kept of a sequence that has ended
+        self._put([None] * len(attributes))  # so that nothing of an ended sequence is kept
         num_rows = len(rows) if self._keeps_logits else len(ids)
         if out.logits.shape[:2] != (1, num_rows):
             raise ValueError(f"logits of shape {tuple(out.logits.shape)} for {num_rows} tokens")
@@ -77,7 +77,10 @@ class Passes:
         return logits, Kept(kept.end + len(ids), results, attributes)
 
     def learn(self, run: Callable[[], Kept]) -> None:
-        """Find the model's caches. run: runs a pass from a text's beginning, and returns its caches."""
+        """Find out where the model stores its caches.
+
+        run: runs a pass from a text's beginning, and returns its caches.
+        """
         if not run().results:
             self._given = next((name for name in CACHE_NAMES if name in self._names), "")
         run()
@@ -92,7 +95,7 @@ class Passes:
         return Kept(results=cache, attributes=[None] * len(self._attributes))
 
     def _tensors(self) -> dict[tuple[nn.Module, str], Tensor]:
-        """Return the tensors that are attributes of modules, but no parameters or buffers."""
+        """Return the tensors that are attributes of modules, but not parameters or buffers."""
         found = ((part, name, value) for part in self.module.modules() for name, value in vars(part).items())
         return {(part, name): value for part, name, value in found if isinstance(value, Tensor)}
 
@@ -102,7 +105,7 @@ class Passes:
 
 
 def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield all tensors in lists, dicts and objects, however deep."""
+    """Yield all tensors in lists, dicts and objects, at any depth."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value

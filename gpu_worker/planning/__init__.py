@@ -1,1 +1,1 @@
-"""The sequences of an engine, and which of their tokens the next step computes."""
+"""The engine's sequences, and the choice of the tokens that the next step computes."""

@@ -1,10 +1,9 @@
-"""The sequences of an engine, and which of their tokens the next step computes, with which blocks. Pure.
+"""An engine's sequences, and the tokens and KV blocks of its next step. Pure: does no I/O.
 
-`policy.py` says whose turn it is and how much a step may take; here that is carried out.
-
-Prefill and decode are not distinguished: every sequence has `num_tokens`, of which `num_computed` have their keys and
-values cached, and a step computes some of the rest, within a budget of tokens (chunked prefill: Agrawal et al., 2024).
-A sequence that lacks blocks, budget or its adapter is passed over; no other waits for it.
+`policy.py` decides who is first and how long a step may be; the batcher applies its decisions. Prefill and decode are
+not distinguished: of a sequence's `num_tokens`, `num_computed` have keys and values cached, and a step computes some of
+the rest, within a token budget (chunked prefill: Agrawal et al., 2024). A sequence that lacks blocks, budget or its
+adapter is skipped; the others do not wait for it.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.messages import StepModel
 
 MAX_PROMPT_ROWS = 256
-"""Tokens of a step that lie in prompts whose logprobs are recorded; each takes logits of the vocabulary's size."""
+"""Maximum tokens of a step in prompts whose logprobs are recorded; each needs a full row of logits."""
 
 
 class AdapterSlots(Protocol):
-    """The adapter pool, as far as the batcher needs it."""
+    """The adapter pool, as the batcher uses it."""
 
     def acquire(self, digest: str) -> int | None:
-        """Add a reference to a resident adapter and return its slot; None while it is not resident."""
+        """Add a reference to a resident adapter and return its slot; return None while it is not resident."""
         ...
 
     def release(self, digest: str) -> None:
@@ -45,33 +44,33 @@ class AdapterSlots(Protocol):
 
 
 class DraftSource(Protocol):
-    """The draft model, as far as the batcher needs it."""
+    """The draft model, as the batcher uses it."""
 
     def propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> Mapping[Sequence, list[int]]:
-        """Return draft tokens for sequences of a step, of each as many as its limit at most; none if they do not pay.
+        """Return draft tokens by sequence, at most its limit each; none if drafting does not pay off.
 
-        plan: the step without them. It holds nothing but decodes, these sequences' among them.
+        plan: the step without drafts. It holds decodes only, including those of these sequences.
         """
         ...
 
     def learn(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
-        """Learn from a draft whose first `num_right` tokens were right."""
+        """Record that the first `num_right` tokens of a draft were right."""
         ...
 
     def watching(self, plan: StepPlan) -> AbstractContextManager[None]:
-        """Return a context for the pass of a step."""
+        """Return a context in which a step's forward pass runs."""
         ...
 
     def take_seconds(self) -> float:
-        """Return how long drafting took since the last call."""
+        """Return the seconds spent drafting since the last call."""
         ...
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
-        """Learn from how long a step took that was short enough for draft tokens."""
+        """Record the time of a step small enough for draft tokens."""
         ...
 
     def forget(self, seq: Sequence) -> None:
-        """Free what is kept of a sequence."""
+        """Free what is stored for a sequence."""
         ...
 
     def check_integrity(self) -> None:
@@ -82,10 +81,8 @@ class DraftSource(Protocol):
 class Batcher:
     """The running and waiting sequences of one engine.
 
-    A sequence that yields comes last in everything: it gets the tokens, places and blocks that the others leave. See
-    `StepPolicy` for the tokens, and who yields; `_make_room` for places and blocks.
-
-    fingerprint: of the base model, part of the prefix cache's keys.
+    A sequence that yields gets the tokens, places and blocks that the others leave: see `StepPolicy` for tokens and for
+    who yields, `_make_room` for places and blocks. fingerprint: the base model's, part of the prefix cache's keys.
     """
 
     def __init__(
@@ -97,7 +94,7 @@ class Batcher:
         states: StatePool | None = None,
         draft_model: DraftSource | None = None,
     ) -> None:
-        """states: of a model whose layers keep states, with a slot for every sequence that may run."""
+        """states: for a model whose layers keep states; has a slot for every sequence that may run."""
         self.limits = limits
         self.blocks = blocks
         self.states = states
@@ -106,7 +103,7 @@ class Batcher:
         self.running: list[Sequence] = []  # in order of admission
         self.waiting: deque[Sequence] = deque()  # in order of arrival; preempted ones first
         self.step_model = StepModel()
-        """Predicts how long steps take; all zero while that is unknown."""
+        """Predicts step times; all terms are zero until it is fitted."""
         self.policy = StepPolicy(limits)
         self.draft_model = draft_model
         self._slots = slots
@@ -120,12 +117,12 @@ class Batcher:
         return len(self.running) + len(self.waiting)
 
     def add(self, seq: Sequence) -> None:
-        """Let a sequence wait to be admitted."""
+        """Queue a sequence for admission."""
         self.policy.arrive(seq, self)
         self.waiting.append(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence and free what it holds. `leave` takes it out of a plan that is not completed yet."""
+        """Forget a sequence and free its resources. `leave` removes it from a plan that is still being computed."""
         if seq in self.running:
             self.running.remove(seq)
             self._free(seq)
@@ -135,7 +132,7 @@ class Batcher:
             self.draft_model.forget(seq)
 
     def plan(self) -> StepPlan:
-        """Choose the next step's tokens, as the policy says, and give each chosen sequence the blocks it needs."""
+        """Choose the next step's tokens by the policy, and allocate the blocks that each chosen sequence needs."""
         plan = StepPlan(budget=self.limits.max_step_tokens, has_states=self.states is not None)
         self.policy.fill(plan, self)
         if self.limits.max_draft_tokens and not plan.preempted:
@@ -144,29 +141,29 @@ class Batcher:
         return plan
 
     def time_of(self, plan: StepPlan) -> StepTime:
-        """Return the predicted time of a step that holds decodes and nothing else."""
+        """Return the predicted time of a step that holds decodes only."""
         time = StepTime(self.step_model)
         for seq in plan.num_new:
             time.add(1, seq.num_tokens, seq.request.digest, self._slots.rank(seq.request.digest))
         return time
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
-        """Learn from how long a plan's step took."""
+        """Record the measured time of a plan's step."""
         self.policy.note_time(plan, seconds)
         if self.draft_model is not None and plan.num_tokens <= self.limits.max_draft_step_tokens:
             self.draft_model.note_step(plan, seconds)
 
     def run(self, seqs: Iterable[Sequence], plan: StepPlan, time: StepTime | None = None) -> None:
-        """Add the pending tokens of running sequences, as far as budget and time allow."""
+        """Add the pending tokens of running sequences to the plan, within budget and time."""
         for seq in seqs:
             num_new = self._chunk(seq, seq.num_computed, plan, time)
             if num_new and seq not in plan.preempted and self._grow(seq, num_new, plan):
                 self._add(seq, num_new, plan, time)
 
     def _chunk(self, seq: Sequence, num_computed: int, plan: StepPlan, time: StepTime | None) -> int:
-        """Return how many of a sequence's tokens that are not computed fit budget, time and, if recorded, prompt rows.
+        """Return how many pending tokens of a sequence fit the budget, the time limit and the rows for prompt logprobs.
 
-        The first sequence in a limited step has room for a token: nobody who yields waits for ever.
+        The first sequence in a limited step always gets a token, so that sequences that yield are not starved.
         """
         most = (self.limits.max_later_chunk if num_computed else 0) or plan.budget
         num_new = min(seq.num_tokens - num_computed, plan.budget, most)
@@ -177,7 +174,7 @@ class Batcher:
         return num_new if seq.prompt_logprobs is None else min(num_new, MAX_PROMPT_ROWS - plan.num_prompt_rows)
 
     def _add(self, seq: Sequence, num_new: int, plan: StepPlan, time: StepTime | None) -> None:
-        """Let the step compute the next `num_new` tokens of a sequence."""
+        """Add a sequence's next `num_new` tokens to the step."""
         plan.add(seq, num_new)
         if self.states is not None and self.limits.prefix_cache:
             saves = self.states.plan_saves(seq, num_new)
@@ -189,10 +186,10 @@ class Batcher:
             seq.last_turn = self.policy.num_plans
 
     def complete(self, plan: StepPlan) -> None:
-        """Note that a plan's tokens are computed; their full blocks can be found in the prefix cache from now on.
+        """Mark a plan's tokens as computed, and publish their full blocks to the prefix cache.
 
-        Draft tokens are left out until they have proved right, see `learn`. Where layers keep states, so is the token
-        before them: the states behind wrong ones are of no use.
+        Draft tokens are left to `learn`, which knows which were right. If layers keep states, the token before the
+        drafts is left to it too: states after wrong drafts are useless.
         """
         states = self.states
         if states is not None:
@@ -205,20 +202,20 @@ class Batcher:
                 states.complete(seq, num_new, plan.saves.get(seq, {}))
 
     def abandon(self, plan: StepPlan) -> None:
-        """Take back a plan that could not be computed: its sequences wait, in their order, to be computed anew."""
+        """Undo a plan that could not be computed: its sequences wait again, in the same order."""
         for seq in reversed(list(plan.num_new)):
             self._preempt(seq, plan)
         if self.states is not None:
             self.states.end_step()
 
     def leave(self, seq: Sequence, plan: StepPlan) -> None:
-        """Take a sequence that was removed out of a plan that is being computed: nothing of it will be used."""
+        """Remove an ended sequence from a plan that is being computed: its results will not be used."""
         del plan.num_new[seq]
         if self.states is not None:
             self.states.release(plan.saves.pop(seq, {}).values())
 
     def advance(self, seq: Sequence, num_new: int) -> None:
-        """Note that the next tokens of a running sequence are computed."""
+        """Mark the next tokens of a running sequence as computed."""
         first = seq.num_computed // BLOCK_TOKENS
         seq.num_computed += num_new
         last = seq.num_computed // BLOCK_TOKENS
@@ -228,9 +225,9 @@ class Batcher:
                 self.blocks.publish(seq.blocks[i], seq.hashes[i], seq.owner(i))
 
     def _add_drafts(self, plan: StepPlan) -> None:
-        """Add draft tokens of decoding sequences, as far as the step has room and blocks are free.
+        """Add draft tokens to decoding sequences, as far as the step has room and blocks are free.
 
-        In a step whose time is limited, sequences that yield get none.
+        In a step with a time limit, sequences that yield get none.
         """
         decoding = [
             seq
@@ -243,7 +240,7 @@ class Batcher:
         ]
         room = self._draft_room(plan)
         for i, seq in enumerate(decoding):
-            limit = min(room // (len(decoding) - i), self._draft_limit(seq))  # what one leaves goes to the next ones
+            limit = min(room // (len(decoding) - i), self._draft_limit(seq))  # what one leaves is for the next ones
             if limit >= 1 and seq.drafter is not None:
                 room -= self._add_draft(seq, seq.drafter.propose(seq.tokens, limit), plan)
         has_others = bool(plan.drafts) or len(decoding) < len(plan.num_new)
@@ -253,9 +250,8 @@ class Batcher:
     def _add_model_drafts(self, model: DraftSource, seqs: list[Sequence], plan: StepPlan) -> None:
         """Let the draft model draft for all sequences of a step.
 
-        Everybody in a step waits for the drafts. So there are none in a step that computes prompts, whose time is
-        limited, or that has drafts of a sequence's own text, nor where one of the sequences could not use a draft
-        token, because it ends or blocks are short.
+        Every sequence in the step waits for the drafts. So there are none in a step that computes prompts, has a time
+        limit or has drafts from a sequence's own text, nor if any sequence is near its end or blocks are short.
         """
         most, num_free = self._draft_room(plan) // len(seqs), self.blocks.num_free // len(seqs)
         limits = {
@@ -267,7 +263,7 @@ class Batcher:
         for seq, draft in model.propose(limits, plan).items():
             if self._add_draft(seq, draft, plan):
                 plan.by_model[seq] = len(draft)
-            elif draft:  # no step will say that it was wrong
+            elif draft:  # no step will report that it was wrong
                 model.learn(seq, len(draft), 0)
 
     def _draft_room(self, plan: StepPlan) -> int:
@@ -280,9 +276,9 @@ class Batcher:
         return limit
 
     def _add_draft(self, seq: Sequence, draft: list[int], plan: StepPlan) -> int:
-        """Add draft tokens of a sequence if blocks are free, and return how many.
+        """Add draft tokens to a sequence if blocks are free; return how many.
 
-        They are cut off before the first that its adapter lacks, or its grammar does not allow.
+        They are cut before the first token that its adapter lacks or its grammar does not allow.
         """
         if seq.vocab_size:
             draft = list(takewhile(lambda token: token < seq.vocab_size, draft))
@@ -298,19 +294,19 @@ class Batcher:
         return len(draft)
 
     def postpone(self, seq: Sequence, plan: StepPlan) -> None:
-        """Take a sequence's last token, and its draft tokens, out of a plan; drafts that come too early count as wrong.
+        """Remove a sequence's last token and its draft tokens from a plan; the draft model's then count as wrong.
 
-        Otherwise a grammar whose masks are late would make every step wait for drafts of which none is looked at.
+        Otherwise a grammar with late masks would make every step wait for drafts that are never verified.
         """
         if seq in plan.by_model and self.draft_model is not None:
             self.draft_model.learn(seq, plan.by_model[seq], 0)
         plan.postpone(seq)
 
     def learn(self, seq: Sequence, plan: StepPlan, num_right: int) -> None:
-        """Keep the keys and values of a step's right draft tokens of a sequence, the first ones, and learn from them.
+        """Keep the keys and values of a sequence's right draft tokens in a step, and report the result to the drafter.
 
-        Those of the others are written over. Where layers keep states, all must be right, or what the step has computed
-        of the sequence is computed again, from the states before it, together with the tokens that it brought.
+        Those of wrong drafts are overwritten. If layers keep states, one wrong draft discards all that the step
+        computed for the sequence; it is computed again from the states before, together with the new tokens.
         """
         if self.states is None:
             self.advance(seq, num_right)
@@ -324,9 +320,10 @@ class Batcher:
             seq.drafter.learn(len(plan.drafts[seq]), num_right)
 
     def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> bool:
-        """Give a running sequence the blocks for `num_new` more tokens, if need be by preemption.
+        """Allocate blocks for `num_new` more tokens of a running sequence, preempting others if necessary.
 
-        Preempted are the latest yielding sequences, then the latest others. Returns False when that is `seq` itself.
+        The latest yielding sequences are preempted first, then the latest others. Return False if `seq` itself was
+        preempted.
         """
         missing = _num_blocks(seq.num_computed + num_new) - len(seq.blocks)
         while missing > self.blocks.num_free:
@@ -339,7 +336,7 @@ class Batcher:
         return True
 
     def _preempt(self, seq: Sequence, plan: StepPlan) -> None:
-        """Take back a sequence's blocks and adapter slot but keep its tokens; it is the first to be admitted again."""
+        """Free a sequence's blocks and adapter slot but keep its tokens; it is the first to be readmitted."""
         plan.num_new.pop(seq, None)
         if self.states is not None:
             self.states.release(plan.saves.pop(seq, {}).values())
@@ -360,7 +357,7 @@ class Batcher:
             seq.slot = -1
 
     def admit(self, seqs: list[Sequence], plan: StepPlan, time: StepTime | None = None) -> None:
-        """Start waiting sequences, in order, as far as budget and time allow."""
+        """Admit waiting sequences, in order, within budget and time."""
         if plan.preempted:
             return
         for seq in seqs:
@@ -370,15 +367,15 @@ class Batcher:
                 break
 
     def _has_place(self, seq: Sequence) -> bool:
-        """Return whether fewer sequences run than may, or `seq` may take the place of one that yields."""
+        """Return whether fewer sequences run than allowed, or `seq` may replace one that yields to it."""
         if len(self.running) < self.limits.max_num_seqs:
             return True
         return any(other.priority > seq.priority for other in self.running)
 
     def _start(self, seq: Sequence, plan: StepPlan, time: StepTime | None) -> bool:
-        """Admit a waiting sequence and add its tokens. Returns False if adapter, blocks, budget or time are lacking."""
+        """Admit a waiting sequence and add its tokens. Return False if adapter, blocks, budget or time are lacking."""
         if not seq.is_bound:
-            return False  # its adapter has not been in the pool yet, or its grammar is being compiled
+            return False  # its adapter has not been resident yet, or its grammar is being compiled
         cached = self._lookup(seq)
         num_cached = len(cached) * BLOCK_TOKENS
         num_new = self._chunk(seq, num_cached, plan, time)
@@ -407,12 +404,13 @@ class Batcher:
         return True
 
     def _make_room(self, seq: Sequence, cached: list[int], plan: StepPlan) -> bool:
-        """Provide a place and blocks for a waiting sequence, if need be by preempting the latest that yield to it.
+        """Make a place and blocks available to a waiting sequence, preempting the latest that yield to it if necessary.
 
-        cached: blocks of its beginning that are in the prefix cache. Returns False, and preempts none, when even all
-        of them would not be enough.
+        cached: blocks of its beginning found in the prefix cache. Return False, without preempting any, if preempting
+        all would not be enough.
         """
-        # It must fit whole, with a block of growth for every running sequence, or it would soon be preempted again.
+        # The whole sequence must fit, plus one block of growth per running sequence; otherwise it would soon be
+        # preempted.
         num_free = self.blocks.num_free - self.blocks.num_idle(cached)
         num_running, num_needed = len(self.running), _num_blocks(seq.num_tokens) - len(cached)
         yielding = (other for other in self.running if other.priority > seq.priority)
@@ -430,7 +428,7 @@ class Batcher:
         return True
 
     def _lookup(self, seq: Sequence) -> list[int]:
-        """Return the cached blocks of a sequence's beginning, without its last token, whose logits are needed."""
+        """Return the cached blocks of a sequence's beginning, excluding its last token, whose logits are needed."""
         if not self.limits.prefix_cache or seq.needs_all_rows:
             return []
         num_full = (seq.num_tokens - 1) // BLOCK_TOKENS

@@ -1,6 +1,6 @@
-"""KV blocks: reference counts, the prefix cache, and the free list, which is also the cache's LRU order. Pure.
+"""KV blocks: reference counts, the prefix cache, and the free list, which is the cache's LRU order. Pure.
 
-Blocks are found by the hash of their tokens and all before them, as in vLLM (Kwon et al., 2023).
+A block is found by the hash of its tokens and of all tokens before them, as in vLLM (Kwon et al., 2023).
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 
 
 def chain_seed(fingerprint: str, digest: str, lora_scale: float, salt: str) -> bytes:
-    """Return the parent hash of a sequence's first block: of all that its keys and values depend on besides its tokens.
+    """Return the parent hash of a sequence's first block: of all inputs of its keys and values besides the tokens.
 
-    fingerprint: of the base model. digest: of the adapter, "" for none. salt: separates the caches of tenants.
+    fingerprint: the base model's. digest: the adapter's, "" for none. salt: separates the caches of tenants.
     """
     scale = repr(lora_scale) if digest else ""
     return hashlib.sha256("\0".join((fingerprint, digest, scale, salt)).encode()).digest()
 
 
 def chain_hash(parent: bytes, tokens: np.ndarray) -> bytes:
-    """Return the hash of a full block of int32 `tokens` that follows `parent`. SHA-256: a hit needs no comparison."""
+    """Return the hash of a full block of int32 `tokens` after `parent`. SHA-256, so that a hit needs no comparison."""
     return hashlib.sha256(parent + tokens.tobytes()).digest()
 
 
 class BlockPool:
-    """Blocks 0 … num_blocks - 1. A free block keeps its content, and can be found, until it is allocated again."""
+    """Blocks 0 … num_blocks - 1. A free block keeps its content, and can be found, until it is reallocated."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -41,11 +41,11 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody references."""
+        """Blocks without a reference."""
         return len(self._free)
 
     def lookup(self, hashes: Iterable[bytes]) -> list[int]:
-        """Return the blocks that hold the longest cached beginning of a chain of hashes. Changes nothing."""
+        """Return the blocks of the longest cached prefix of a chain of hashes. Changes nothing."""
         found: list[int] = []
         for hash_ in hashes:
             block = self._block.get(hash_)
@@ -55,7 +55,7 @@ class BlockPool:
         return found
 
     def num_idle(self, blocks: Iterable[int]) -> int:
-        """Return how many of `blocks` are free, and no longer would be after `take`."""
+        """Return how many of `blocks` are free now and would not be after `take`."""
         return sum(self._refs[block] == 0 for block in blocks)
 
     def take(self, blocks: Iterable[int]) -> None:
@@ -66,10 +66,10 @@ class BlockPool:
             self._refs[block] += 1
 
     def allocate(self, num: int) -> list[int]:
-        """Return `num` free blocks, the least recently used, each with one reference; their cached content is dropped.
+        """Return the `num` least recently used free blocks, each with one reference; their cached content is dropped.
 
-        In ascending order: attention reads a table's blocks one after the other, and a core fetches ahead upwards (of
-        blocks in descending order, as `release` leaves a chain's, half as fast). Raises ValueError if there are fewer.
+        Sorted in ascending order: attention reads a table's blocks in sequence, and cores prefetch upward. Descending
+        order, in which `release` leaves a chain, is half as fast. Raises ValueError if too few blocks are free.
         """
         if num > len(self._free):
             raise ValueError(f"{num} blocks asked for, {len(self._free)} are free")
@@ -89,18 +89,18 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def num_freed(self, table: Sequence[int], dropped: Counter[int], kept: Collection[int]) -> int:
-        """Return how many more blocks would be free if the references of a block table were dropped. Frees nothing.
+        """Return how many more blocks would be free if a block table's references were dropped. Frees nothing.
 
-        dropped: block -> references already assumed to be dropped; those of `table` are added. kept: blocks that
-        somebody is about to take, which do not count.
+        dropped: block -> references already assumed dropped; those of `table` are added. kept: blocks about to be
+        taken, which do not count.
         """
         dropped.update(table)
         return sum(dropped[block] == self._refs[block] and block not in kept for block in table)
 
     def publish(self, block: int, hash_: bytes, owner: str) -> None:
-        """Let a full, computed block be found by its hash. `owner` is the digest of the adapter it was computed with.
+        """Make a full, computed block findable by its hash. owner: digest of the adapter that computed it.
 
-        If another block with equal content was published before, that stays the one that is found.
+        If a block with the same hash is published already, that one remains in use.
         """
         if hash_ in self._block or self._hash[block] is not None:
             return
@@ -110,7 +110,7 @@ class BlockPool:
         self._owned.setdefault(owner, set()).add(block)
 
     def demote(self, owner: str) -> None:
-        """Make an owner's free blocks the next to be reused, because its adapter was evicted and hits are unlikely."""
+        """Make an owner's free blocks the next to be reused: its adapter was evicted, so that hits are unlikely."""
         for block in self._owned.get(owner, ()):
             if block in self._free:
                 self._free.move_to_end(block, last=False)

@@ -1,4 +1,4 @@
-"""What crosses between a worker's service and its engine. Imports no torch: the service starts without it."""
+"""The types that a worker's service and engine exchange. Imports no torch: the service starts without it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_PRIORITY = 2
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One request, complete. The engine continues after `output`, the tokens made before, here or elsewhere."""
+    """One complete request. The engine continues after `output`, the tokens produced earlier, by any worker."""
 
     rid: str
     epoch: int
@@ -32,22 +32,22 @@ class EngineRequest:
     stop_token_ids: list[int] = field(default_factory=list)
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
-    tenant: str = ""  # tenant; "" if unknown
-    yields: bool = False  # to requests that do not, see `Policy`
+    tenant: str = ""  # "" if unknown
+    yields: bool = False  # to requests that do not; see `StepPolicy`
     alone: bool = False  # whether it yields only because its tenant was alone: not beside others that yield
-    batch: bool = False  # whether it is of the class `batch`: it yields to all that are not
+    batch: bool = False  # whether its class is `batch`: it yields to all others
     grammar: str = ""  # grammar of the output, as in `messages.Body`
     task: m.Task = "generate"  # kind of output, see `messages.Body`
     second: int = 0  # index of a pair's second text, as in `messages.Body`
 
     @property
     def priority(self) -> int:
-        """Its class, which yields to lower ones: 0 to none, 1 to 0, 2, which batch work has, to both."""
+        """Its priority class: 0 yields to none, 1 to 0, and 2 (batch work) to both."""
         return BATCH_PRIORITY if self.batch else int(self.yields)
 
 
-class TokenOutput(msgspec.Struct):  # a dataclass takes three times as long to make, and each row of each step has one
-    """What one step made of one request."""
+class TokenOutput(msgspec.Struct):  # three times as fast to create as a dataclass; each row of each step has one
+    """The output of one step for one request."""
 
     rid: str
     epoch: int
@@ -57,19 +57,19 @@ class TokenOutput(msgspec.Struct):  # a dataclass takes three times as long to m
     finish: str = ""  # "stop", "length" or "error"; "" while running
     error: LorafleetError | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    timing: m.Timing | None = None  # with its first token here, and with its end
-    prompt_logprobs: bytes = b""  # records of the whole prompt, with the first token of a request that wants them
+    timing: m.Timing | None = None  # with the first token and with the end
+    prompt_logprobs: bytes = b""  # records of the whole prompt, with the first token, if requested
 
     @classmethod
     def failed(cls, request: EngineRequest, error: LorafleetError) -> TokenOutput:
-        """Return the end of a request of which no step has computed anything."""
+        """Return the output that ends a request for which no step has computed anything."""
         return cls(request.rid, request.epoch, len(request.output), finish="error", error=error)
 
 
 def room_error(request: EngineRequest, num_virtual: int, most: int) -> BadRequest | None:
-    """Return why a text has no room behind its adapter's virtual tokens, None if it has.
+    """Return the error for a text that does not fit after its adapter's virtual tokens, None if it fits.
 
-    most: tokens that the model takes, of a text and, where it generates, its output.
+    most: maximum tokens of the model, for a text and its output, if any.
     """
     generates, num = request.task == "generate", len(request.prompt)
     if num_virtual + num + generates <= most:
@@ -82,9 +82,9 @@ def room_error(request: EngineRequest, num_virtual: int, most: int) -> BadReques
 
 
 def failure_of(request: EngineRequest, error: BaseException) -> LorafleetError:
-    """Return the error that ends a request whose own data made `error`, which is logged if nobody expected it.
+    """Return the error that ends a request whose own data raised `error`; unexpected ones are logged.
 
-    A panic of a library in Rust is no `Exception`. It comes of the adapter's files, if it has one.
+    A panic of a library in Rust is not an `Exception`. It is blamed on the adapter's files, if there is an adapter.
     """
     if isinstance(error, LorafleetError):
         return error

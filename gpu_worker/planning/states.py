@@ -1,7 +1,7 @@
 """Slots for the states of layers that keep a state in place of keys and values. Pure.
 
-A running sequence has a slot of its own. The other slots hold states of finished or longer texts at some position, by
-the hash of the block that ends there, for the prefix cache: such a state is good at that position alone.
+A running sequence has a slot of its own. The other slots hold saved states of texts, for the prefix cache. Each is
+keyed by the hash of the block that it follows, and is valid at that position only.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from gpu_worker.planning.sequence import Sequence
 from protocol.runtime.settings import BLOCK_TOKENS
 
 PROMPT_TOKENS = 256
-"""The states of a prompt are saved at multiples of this, and at its last full block, for prompts that begin alike."""
+"""Prompt states are saved at multiples of this, and at the last full block, for prompts with a common prefix."""
 
 OUTPUT_TOKENS = 64
-"""The newest state of an output at a multiple of this is saved, for the next turn of a conversation."""
+"""The newest output state at a multiple of this is saved, for the next turn of a conversation."""
 
 
 def worth_saving(num_prompt: int, first: int, end: int, *, with_output: bool = True) -> list[int]:
-    """Return the positions after `first`, up to `end`, at which the states of a sequence are worth a slot.
+    """Return the positions after `first`, up to `end`, at which a sequence's states are worth saving.
 
-    num_prompt: tokens of its prompt. with_output: whether states of its output are. The last of a text's tokens is
-    never found in the prefix cache, because its logits are needed, so that a prompt's last block that can be found is
-    full before that token.
+    num_prompt: tokens of its prompt. with_output: whether output states count. A text's last token is never taken from
+    the prefix cache, because its logits are needed. So the last useful block of a prompt is full before that token.
     """
     last = (num_prompt - 1) // BLOCK_TOKENS * BLOCK_TOKENS
     positions = {*range(PROMPT_TOKENS, last, PROMPT_TOKENS), last}
@@ -35,19 +34,19 @@ def worth_saving(num_prompt: int, first: int, end: int, *, with_output: bool = T
 
 
 class StatePool:
-    """Slots 0 … num_slots - 1. Saved states are evicted in LRU order, when a slot is needed."""
+    """Slots 0 … num_slots - 1. Saved states are evicted in LRU order when a slot is needed."""
 
     def __init__(self, num_slots: int, *, saves_outputs: bool = True) -> None:
-        """saves_outputs: whether the state after an output is that of a prompt with the same tokens."""
+        """saves_outputs: whether the state after an output equals that of a prompt with the same tokens."""
         self.num_slots = num_slots
         self.saves_outputs = saves_outputs
-        self.zero = num_slots  # one more slot, of the state with which every text begins
+        self.zero = num_slots  # one more slot, with the state in which every text begins
         self._free = list(range(num_slots))
         self._saved: OrderedDict[bytes, int] = OrderedDict()  # hash -> slot, least recently used first
-        self._read: set[int] = set()  # slots that the next step reads, which must not be overwritten before
+        self._read: set[int] = set()  # slots that the next step reads, protected until then
 
     def allocate(self) -> int | None:
-        """Return a slot, if need be that of the saved state that was used least recently; None if there is none."""
+        """Return a slot, evicting the least recently used saved state if necessary; None if none can be evicted."""
         if self._free:
             return self._free.pop()
         for hash_, slot in self._saved.items():
@@ -61,7 +60,7 @@ class StatePool:
         self._free.extend(slots)
 
     def longest(self, hashes: list[bytes]) -> tuple[int, int]:
-        """Return how many of a text's first blocks a saved state covers, and its slot; 0 and that of no tokens."""
+        """Return how many of a text's first blocks a saved state covers, and its slot; 0 and the zero slot if none."""
         for num in range(len(hashes), 0, -1):
             slot = self._saved.get(hashes[num - 1])
             if slot is not None:
@@ -69,12 +68,12 @@ class StatePool:
         return 0, self.zero
 
     def read(self, hash_: bytes) -> None:
-        """Keep a saved state until the next step has read it."""
+        """Protect a saved state until the next step has read it."""
         self._saved.move_to_end(hash_)
         self._read.add(self._saved[hash_])
 
     def save(self, hash_: bytes, slot: int) -> None:
-        """Let a state be found by the hash of the block that it follows; its slot is free if there is one already."""
+        """Make a state findable by the hash of the block it follows; free its slot if that hash is saved already."""
         if hash_ in self._saved:
             self._saved.move_to_end(hash_)
             self._free.append(slot)
@@ -82,18 +81,18 @@ class StatePool:
             self._saved[hash_] = slot
 
     def forget(self, hash_: bytes) -> None:
-        """Free the slot of a saved state, if there is one and no step is about to read it."""
+        """Free the slot of a saved state, if it exists and no step is about to read it."""
         slot = self._saved.get(hash_)
         if slot is not None and slot not in self._read:
             del self._saved[hash_]
             self._free.append(slot)
 
     def take(self, seq: Sequence, num_cached: int) -> bool:
-        """Give a waiting sequence slots for its states. Returns False, and gives none, where there are not enough.
+        """Give a waiting sequence slots for its states. Return False, giving none, if too few are available.
 
-        num_cached: blocks of its beginning, the last of which a saved state follows. A sequence with a grammar or with
-        draft tokens has two slots, and each step reads one and writes the other, because a step whose mask is late, or
-        whose draft tokens were wrong, is computed again.
+        num_cached: blocks found for its beginning; a saved state follows the last of them. A sequence with a grammar or
+        draft tokens has two slots, one read and one written by each step, because a step is repeated if its mask is
+        late or its draft tokens were wrong.
         """
         saved = self.longest(seq.hashes[:num_cached])[1]
         if num_cached:
@@ -109,7 +108,7 @@ class StatePool:
         return True
 
     def plan_saves(self, seq: Sequence, num_new: int) -> dict[int, int]:
-        """Return the positions among a sequence's next tokens after which its states are saved, and slots for them."""
+        """Return the positions in a sequence's next tokens after which its states are saved, with a slot for each."""
         first, end = seq.num_computed, seq.num_computed + num_new
         saves = dict[int, int]()
         for position in worth_saving(seq.num_prompt, first, end, with_output=self.saves_outputs):
@@ -119,9 +118,9 @@ class StatePool:
         return saves
 
     def complete(self, seq: Sequence, num_new: int, saves: Mapping[int, int]) -> None:
-        """Record that a sequence's next tokens are computed: it continues from them, and saved states can be found.
+        """Record that a sequence's next tokens are computed, and make saved states findable.
 
-        num_new: 0 if they were taken back, because the mask for the token after them is late, or drafts were wrong.
+        num_new: 0 if the tokens were undone, because the next mask is late or drafts were wrong.
         """
         if num_new > 0:
             seq.state_slots.reverse()
@@ -137,7 +136,7 @@ class StatePool:
                 seq.state_saved = hash_
 
     def end_step(self) -> None:
-        """Record that a step has read its states."""
+        """Release the protection of the states that the step has read."""
         self._read.clear()
 
     def check_integrity(self, held: Iterable[int]) -> None:

@@ -1,8 +1,8 @@
-"""How much longer a step may become for what yields. Pure; the batcher decides by it.
+"""Limits how much the yielding class may lengthen a step. Pure; the batcher applies it.
 
-Everybody in a step waits for its end, so a tenant that fills steps slows all others, however evenly slots are shared.
-What yields (`scheduler.fairness`) therefore takes part only as far as a step becomes no longer than `max_slowdown`
-times what the others' decodes take alone; batch work, `max_batch_slowdown` times.
+All sequences of a step wait for its end, so a tenant that fills steps slows all others, however evenly slots are
+shared. Requests that yield (`scheduler.fairness`) are therefore added only while the step takes at most `max_slowdown`
+times as long as the others' decodes alone; batch work, `max_batch_slowdown` times.
 """
 
 from __future__ import annotations
@@ -14,38 +14,40 @@ from statistics import median_low
 from protocol.wire.messages import StepModel
 
 ALONE_EVERY = 32
-"""One in this many limited steps leaves out what yields, so that the time of the others alone is measured. So it is in
-as many steps while nothing that yields is there: the limit is known when somebody comes.
+"""One in this many limited steps leaves out the yielding class, to measure the time of the others alone.
 
-The step model alone would not do: it is linear and learns from the steps there are. Where all are long, what it says of
-a short one may be far off, and then none would ever become short.
+The same share of steps is measured while no sequence yields, so that the limit is known when one arrives. The step
+model alone would not do: it is linear and fitted to the steps that occur. If all are long, its prediction for a short
+one may be far off, and no step would ever become short.
 """
 
 NUM_MEASURED = 5
-"""Measured steps of a kind that are kept.
+"""Number of recent measured steps kept, of each kind.
 
-Of steps of the others alone the median counts: where the time of steps varies, the fastest would make the limit
-stricter than `max_slowdown` says, and steps stay empty. Of what yields the fastest counts: being slower by chance than
-predicted must take nothing from it.
+For steps of the others alone the median counts: step times vary, and the fastest would make the limit stricter than
+`max_slowdown` says and leave steps empty. For the yielding class the fastest counts: a randomly slow step must not
+reduce its share.
 """
 
 PROMPT_SHARE = 0.5
-"""Share of the time left to what yields that is its prompts', if it has any: decodes would never leave them any, and
-once no others are left all of them would come in long steps."""
+"""Share of the yielding class's time reserved for its prompts, if it has any.
+
+Otherwise its decodes would leave them none, and all prompts would come in long steps once the first class is gone.
+"""
 
 BATCH_STEP = 3.0
-"""Times as long as an empty step a step of nothing but batch work may take, while others may come soon: a newcomer
-waits for its end."""
+"""Maximum time of a step of batch work only, as a multiple of an empty step, while other requests may come soon: a
+newcomer waits for the step's end."""
 
 SHORT_STEP_TOKENS_PER_SEQ = 2
-"""Tokens of a short step, per request that a worker may run at once.
+"""Maximum tokens of a short step, per request that a worker may run at once.
 
-Prompts that yield are computed in short steps while there are requests that do not: a prompt that arrives during a step
-waits for its end. At two tokens per sequence, decodes take one each and leave as many for prompts.
+Yielding prompts are computed in short steps while other requests are present: a prompt that arrives during a step waits
+for its end. At two tokens per sequence, decodes take one each and leave as many for prompts.
 """
 
 SHORT_STEPS_AFTER = 64
-"""Steps that stay short after the last request that does not yield: an occasional client soon asks again."""
+"""Steps that stay short after the last request that does not yield: an occasional client soon sends another."""
 
 
 class StepTime:
@@ -55,14 +57,14 @@ class StepTime:
         self.model = model
         self.seconds = model.a
         self.limit_s = math.inf
-        self.others_s = 0.0  # part of it present when the limit was set
-        self.reserved_s = 0.0  # part of the remaining time that is reserved for later
+        self.others_s = 0.0  # the predicted time when the limit was set
+        self.reserved_s = 0.0  # part of the remaining time reserved for later
         self.is_empty = True  # nothing has been added since the limit was set
         self.num_tokens = 0  # tokens in the step
         self._digests: set[str] = set()
 
     def add(self, num_tokens: int, num_kv_tokens: float, digest: str = "", rank: float = 0) -> None:
-        """Add new tokens of a sequence. num_kv_tokens: that they attend to. digest, rank: of their adapter."""
+        """Add a sequence's new tokens. num_kv_tokens: tokens they attend to. digest, rank: their adapter's."""
         model = self.model
         self.seconds += model.b * num_tokens + model.c * num_kv_tokens + self._rank_s(digest, rank) + model.e
         self._digests.add(digest)
@@ -70,7 +72,7 @@ class StepTime:
         self.is_empty = False
 
     def room(self, num_kv_tokens: float, digest: str = "", rank: float = 0) -> float:
-        """Return how many new tokens of a sequence, of which `num_kv_tokens` are computed, fit below the limit."""
+        """Return how many new tokens of a sequence fit within the limit. num_kv_tokens: its computed tokens."""
         model = self.model
         own_s = model.c * num_kv_tokens + self._rank_s(digest, rank) + model.e
         left_s = self.limit_s - self.reserved_s - self.seconds - own_s
@@ -80,7 +82,7 @@ class StepTime:
         return left_s / per_token_s if per_token_s else math.inf
 
     def reserve(self, share: float) -> None:
-        """Keep a share of the time that is left for later; 0: nothing any more."""
+        """Reserve a share of the remaining time for later; 0: release the reservation."""
         self.reserved_s = share * max(0.0, self.limit_s - self.seconds) if share else 0.0
 
     def _rank_s(self, digest: str, rank: float) -> float:
@@ -91,18 +93,18 @@ class StepLimit:
     """Limits the steps of one engine."""
 
     def __init__(self) -> None:
-        self._left = 0  # limited steps until the next one without what yields
-        self._alone: deque[float] = deque(maxlen=NUM_MEASURED)  # measured ÷ predicted time of higher-priority work
-        self._more: deque[float] = deque(maxlen=NUM_MEASURED)  # measured ÷ predicted time of lower-priority work
+        self._left = 0  # limited steps until the next measurement without the yielding class
+        self._alone: deque[float] = deque(maxlen=NUM_MEASURED)  # measured ÷ predicted time of the first class alone
+        self._more: deque[float] = deque(maxlen=NUM_MEASURED)  # measured ÷ predicted time added by the yielding class
 
     def applies(self, model: StepModel) -> bool:
-        """Return whether steps can be limited: something is known of their time."""
+        """Return whether steps can be limited, which needs a fitted step model."""
         return model.seconds(1, 1, 1, 1) > 0
 
     def set_limit(self, time: StepTime, slowdown: float) -> StepTime:
-        """Limit a step that holds the others' decodes and nothing else so far; return its time.
+        """Limit a step that so far holds only the first class's decodes; return its time.
 
-        slowdown: how many times as long it may take for what yields.
+        slowdown: factor by which the yielding class may lengthen it.
         """
         measured = median_low(self._alone) if self._alone else 1.0
         left_s = (slowdown * measured - 1) * time.seconds
@@ -114,20 +116,20 @@ class StepLimit:
 
     @property
     def is_alone_due(self) -> bool:
-        """Whether the others' decodes should have this step for themselves."""
+        """Whether the first class's decodes should run alone in this step."""
         return self._left < 0
 
     def note_limited(self, time: StepTime, seconds: float) -> None:
-        """Learn from a limited step.
+        """Record the measured time of a limited step.
 
-        The step model knows tokens. What they take besides, such as logprobs or a core that others use, it learns too
-        late, and only on average: until then the limit would be missed by as much in every step.
+        The step model knows token counts only. Other costs, such as logprobs or a busy core, reach it late and only on
+        average; until then every step would miss the limit by that much.
         """
         predicted_s = time.seconds - time.others_s
         if predicted_s > (time.limit_s - time.others_s) / 2 > 0:
             self._more.append((seconds - time.others_s) / predicted_s)
 
     def note_alone(self, predicted_s: float, seconds: float) -> None:
-        """Learn from a step that held nothing but the others' decodes."""
+        """Record the measured time of a step with only the first class's decodes."""
         self._alone.append(seconds / predicted_s)
         self._left = ALONE_EVERY - 1

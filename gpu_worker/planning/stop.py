@@ -1,4 +1,4 @@
-"""When a request ends: end-of-text tokens, stop tokens, stop strings, expressions, length."""
+"""When a request ends: end-of-text tokens, stop tokens, stop strings, stop expressions, maximum length."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _NONE = np.empty(0, np.int64)
 
 
 class StopRules:
-    """One request's stop rules, fed with every output token in order, those made before a resumption included.
+    """One request's stop rules, fed every output token in order, including those produced before a resumption.
 
-    Among the first `min_tokens` output tokens no stop token is sampled (see `banned`), and no stop string counts and no
-    text that matches an expression.
+    Among the first `min_tokens` output tokens no stop token is sampled (see `banned`), and neither stop strings nor
+    matches of an expression count.
     """
 
     def __init__(
         self, request: EngineRequest, max_output: int, eos_ids: frozenset[int], tokens: TokenTable | None
     ) -> None:
-        """max_output: output tokens that end it. tokens: of its tokenizer, None if there is none.
+        """max_output: maximum output tokens. tokens: the tokenizer's table, None without a tokenizer.
 
-        Raises BadRequest where stop strings or expressions need a tokenizer that is missing or cannot decode.
+        Raises BadRequest if stop strings or expressions need a tokenizer that is missing or cannot decode.
         """
         self._rule = StopRule.of(request.stop, request.stop_token_ids, request.sampling, eos_ids)
         self._end_ids = np.array(sorted(self._rule.end_ids), np.int64)
@@ -36,16 +36,16 @@ class StopRules:
         self._num_tokens = 0
 
     def banned(self, num_ahead: int = 0) -> np.ndarray:
-        """Return the ids that the output token `num_ahead` after the next one may not be: int64 [b], a view."""
+        """Return the ids forbidden for the output token `num_ahead` places after the next: int64 [b], a view."""
         return self._end_ids if self._num_tokens + num_ahead < self._rule.min_tokens else _NONE
 
     @property
     def stop(self) -> str:
-        """The stop string that was found, or the expression, or ""."""
+        """The stop string or expression that was found, else ""."""
         return (self._output.stop if self._output is not None else None) or ""
 
     def add(self, token: int) -> str:
-        """Take the next output token; return how it ends the request: "stop", "length" or ""."""
+        """Add the next output token; return the finish reason: "stop", "length" or ""."""
         self._num_tokens += 1
         if self._output is not None:
             self._output.add((token,))

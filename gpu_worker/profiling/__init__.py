@@ -1,1 +1,1 @@
-"""What the steps of an engine spend their time on."""
+"""Where an engine's steps spend their time."""

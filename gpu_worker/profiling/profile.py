@@ -1,6 +1,6 @@
-"""What an engine's steps spend their time on: phases as they run, then operations with one call per layer.
+"""Where an engine's steps spend their time: phases in normal operation, then operations with one call per layer.
 
-For `lorafleet profile`, which shows the result; `docs/engine.md` says how to read it.
+For `lorafleet profile`, which prints the result; `docs/engine.md` explains how to read it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from protocol.runtime.settings import BLOCK_TOKENS, Settings
 from protocol.wire.errors import BadRequest, Internal
 
 NUM_WARM_STEPS = 3
-"""Steps before anything is measured."""
+"""Unmeasured steps at the start."""
 
 MAX_WATCHED_STEPS = 10
-"""Steps that run under torch's profiler."""
+"""Maximum steps that run under torch's profiler."""
 
 LOAD_S = 600.0
-"""Longest wait for one adapter."""
+"""Maximum seconds to wait for one adapter."""
 
 FORWARD = "lorafleet: forward"
 """The profiler's name of a whole forward pass."""
@@ -55,10 +55,10 @@ OPERATIONS = {
     "lorafleet::delta_rule": "delta rule",
     "lorafleet::causal_conv": "convolution",
 }
-"""Names in torch's profiler -> ours; other operations keep the names they have there."""
+"""Names in torch's profiler -> ours; other operations keep torch's names."""
 
 OnProgress = Callable[[str, int, int], object]
-"""Progress callback: the current activity, its done and total amounts; 0 of 0 where these are unknown."""
+"""Progress callback: current activity, amount done, total amount; 0 of 0 if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class ProfilePlan:
     num_sequences: tuple[int, ...]
     num_steps: int
     prompt_tokens: int
-    adapters: Path | None = None  # folder whose sub-folders are adapters
+    adapters: Path | None = None  # folder whose subfolders are adapters
     trace: Path | None = None  # path for chrome traces, one per case: NAME-decode-8.json
 
 
@@ -83,16 +83,16 @@ class TimedOperation:
 
 @dataclass(frozen=True, slots=True)
 class ProfileCase:
-    """What steps of one kind took. Times are of one step, on average."""
+    """Measurements of steps of one kind. Times are averages per step."""
 
     kind: str  # decode or prefill
     num_sequences: int
-    num_adapters: int  # distinct ones among the sequences
+    num_adapters: int  # distinct adapters among the sequences
     num_steps: int
     tokens: float
-    step_ms: float  # time until the next step can begin: all phases but publish, which overlaps it
+    step_ms: float  # time until the next step can begin: all phases except publish, which overlaps it
     phases_ms: dict[str, float]
-    forward_ms: float  # forward time under the profiler: layers as single calls, plus overhead
+    forward_ms: float  # under the profiler: one call per layer, plus overhead
     operations: list[
         TimedOperation
     ]  # profiled operations, longest first; the rest of forward_ms is Python between them
@@ -118,9 +118,9 @@ class StepProfile:
 def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) -> StepProfile:
     """Load the model and measure. Takes seconds to minutes. Raises LorafleetError.
 
-    settings.redis_url is a queue that nobody else uses.
+    settings.redis_url must be a queue without other users.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints when it begins and ends
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints when it starts and stops
     folders = adapter_folders(plan.adapters)
     on_progress(f"loading {settings.model}", 0, 0)
     thread, served = load_engine(settings, lambda name: read_files(folders[name]))
@@ -145,7 +145,7 @@ def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) 
 
 
 def adapter_folders(root: Path | None) -> dict[str, Path]:
-    """Return the adapters of a folder by name. Raises BadRequest when there are none."""
+    """Return the adapters in a folder, by name. Raises BadRequest if there are none."""
     if root is None:
         return {}
     found = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{CONFIG_FILE}"))}
@@ -163,9 +163,9 @@ def read_files(folder: Path) -> FetchedAdapter:
 
 
 def load_adapters(engine: Engine, names: Sequence[str], on_progress: OnProgress) -> list[str]:
-    """Bring adapters into the pool; return their names.
+    """Load adapters into the pool; return their names.
 
-    Raises LorafleetError if one cannot be loaded or has no room.
+    Raises LorafleetError if one cannot be loaded or does not fit.
     """
     cache, arrived = engine.adapters, threading.Event()
     cache.on_loaded = arrived.set
@@ -234,7 +234,7 @@ def _totals(steps: Decode) -> dict[str, float]:
 
 @contextmanager
 def _layer_by_layer(engine: Engine) -> Iterator[None]:
-    """Run each stacked layer in its own call, and mark where forward passes begin and end."""
+    """Run each stacked layer in its own call, and mark the beginning and end of forward passes."""
     run, stacks = engine.runner.run, stacks_of(engine.model.module)
 
     def marked(inputs: StepInputs) -> Tensor:
@@ -264,7 +264,7 @@ def _record(steps: Decode, num_steps: int) -> profile:
 def _operations(profiler: profile, *, on_device: bool) -> tuple[list[TimedOperation], float]:
     """Return the operations of an average forward pass, longest first, and its milliseconds.
 
-    On a GPU these are its kernels, in whatever part of the step.
+    On a GPU the operations are kernels, from any part of the step.
     """
     events = profiler.events()
     assert events is not None

@@ -1,4 +1,4 @@
-"""Steps of one kind, repeated for `profile.py`: the engine runs them, and each is published on a real queue."""
+"""Repeats steps of one kind for `profile.py`: the engine runs them, and each is published on a real queue."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LIFE_S = 3600
 
 
 class Queue:
-    """A queue on which steps are published as a worker's service does it."""
+    """A queue on which steps are published like a worker's service does."""
 
     def __init__(self, url: str) -> None:
-        """url: of a queue that nobody else uses."""
+        """url: of a queue without other users."""
         self._runner = asyncio.Runner()
         self._bus = Bus(url)
         self._outbox = Outbox(WORKER)
@@ -59,7 +59,7 @@ class Queue:
         )
 
     def publish(self, outputs: Iterable[TokenOutput]) -> None:
-        """Make a step durable and visible, and add the time that takes to `publish_s`. Raises Internal if refused."""
+        """Make a step durable and visible, and add the elapsed time to `publish_s`. Raises Internal if refused."""
         started = time.perf_counter()
         pending: dict[str, PendingOutput] = {}
         add_outputs(pending, outputs)
@@ -94,7 +94,7 @@ class Decode:
     kind = "decode"
 
     def __init__(self, engine: Engine, queue: Queue, names: Sequence[str], prompt_tokens: int) -> None:
-        """names: the adapter of each sequence, "" for the base model. prompt_tokens: of each."""
+        """names: each sequence's adapter, "" for the base model. prompt_tokens: tokens of each prompt."""
         self.engine = engine
         self.queue = queue
         self.names = names
@@ -111,7 +111,7 @@ class Decode:
         config, number = self.engine.config, self.num_sequences
         if number > config.limits.max_num_seqs:
             raise BadRequest(f"--sequences: {number} is over max_num_seqs, {config.limits.max_num_seqs}")
-        # The first sequences already make tokens while the prompts of the last ones are computed.
+        # The first sequences already decode while the last prompts are computed.
         num_prefills = -(-number * self._prompt_tokens // (config.limits.max_step_tokens - number + 1))
         num_tokens = self._prompt_tokens + num_prefills + num_steps
         if num_tokens > config.max_model_len:
@@ -125,24 +125,24 @@ class Decode:
             )
 
     def start(self) -> None:
-        """Submit all sequences and run steps until each of them decodes."""
+        """Submit all sequences and run steps until every one decodes."""
         self._rids = self._ask(self.engine.config.max_model_len - self._prompt_tokens)
         while any(seq.num_output == 0 for seq in self.engine.batcher):
             self._step()
 
     def run(self, num_steps: int) -> None:
-        """Run steps. Raises Internal if one leaves a sequence out."""
+        """Run steps. Raises Internal if one leaves out a sequence."""
         for _ in range(num_steps):
             if self._step() != self.num_sequences:
                 raise Internal("a decode step left a sequence out")
 
     def end(self) -> None:
-        """Forget the requests."""
+        """Cancel the requests."""
         for rid in self._rids:
             self.engine.cancel(rid)
 
     def _ask(self, max_new_tokens: int) -> list[str]:
-        """Give the engine one request per sequence, with prompts that no cache knows; return their ids."""
+        """Give the engine one request per sequence, with random prompts that are not cached; return their ids."""
         vocab, rng = self.engine.model.vocab_size, np.random.default_rng()
         requests: list[EngineRequest] = []
         for name in self.names:
@@ -154,7 +154,7 @@ class Decode:
         return [request.rid for request in requests]
 
     def _step(self) -> int:
-        """Run one step and publish it; return how many sequences it gave a token."""
+        """Run one step and publish it; return the number of sequences that got a token."""
         outputs = self.engine.step()
         for output in outputs:
             if output.error is not None:
@@ -165,15 +165,15 @@ class Decode:
 
 
 class Prefill(Decode):
-    """Steps that compute prompts, as many as a step's budget holds, in rounds of one prompt per sequence."""
+    """Steps that compute prompts up to a step's token budget, in rounds of one prompt per sequence."""
 
     kind = "prefill"
 
     def start(self) -> None:
-        """Do nothing: every step is like the others."""
+        """Do nothing: no step differs from the others."""
 
     def run(self, num_steps: int) -> None:
-        """Run whole rounds until they have had at least `num_steps` steps."""
+        """Run whole rounds until at least `num_steps` steps are done."""
         last = self.engine.counters.num_steps + num_steps
         while self.engine.counters.num_steps < last:
             self._ask(1)

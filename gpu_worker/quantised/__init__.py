@@ -1,1 +1,1 @@
-"""Bases whose weights stay quantised in memory: GGUF files, and folders that are quantised here."""
+"""Bases whose weights stay quantized in memory: GGUF files, and folders quantized by the worker."""

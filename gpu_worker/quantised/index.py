@@ -1,7 +1,7 @@
-"""The folder of a base that is served quantised: where each weight lies in a file that is mapped into memory.
+"""The folder of a base served with quantized weights: an index of the tensors in a memory-mapped file.
 
-Such a folder has the base's configs and tokenizer, the file of weights or a link to it, and an index of its tensors
-under the names of transformers' model.
+The folder has the base's configs and tokenizer, the weights file or a link to it, and the index, with transformers'
+tensor names.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "b
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A tensor of the file."""
+    """A tensor in the file."""
 
     kind: Kind | NumberKind
     shape: tuple[int, ...]  # logical shape
     offset: int  # byte offset
-    heads: int = 0  # rows to be put back in order: llama.cpp keeps the halves of each of these heads interleaved
-    minus_one: bool = False  # numbers that llama.cpp keeps with 1 added
+    heads: int = 0  # number of heads whose halves llama.cpp interleaves, to be reordered
+    minus_one: bool = False  # whether llama.cpp added 1 to the numbers
 
     @property
     def num_bytes(self) -> int:
-        """The bytes that the tensor takes in the file."""
+        """Size of the tensor in the file, in bytes."""
         *outer, last = self.shape
         size = row_bytes(self.kind, last) if self.kind in KINDS else last * DTYPES[self.kind].itemsize
         for length in outer:
@@ -48,9 +48,9 @@ class Entry(msgspec.Struct, frozen=True):
 class Index(msgspec.Struct, frozen=True):
     """The index of a folder."""
 
-    file: str  # name of the file of weights in the folder
+    file: str  # name of the weights file in the folder
     tensors: dict[str, Entry]
-    rope_factors: str = ""  # the tensor that rotary frequencies are divided by
+    rope_factors: str = ""  # tensor by which rotary frequencies are divided
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -59,10 +59,10 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 class MappedWeights:
-    """The tensors of a folder. Nothing is read before it is used, and what the system needs memory for is dropped."""
+    """The tensors of a folder, memory-mapped: pages are read on first use, and can be dropped under memory pressure."""
 
     def __init__(self, folder: Path) -> None:
-        """Map the file. Raises BadRequest where it or the index cannot be read, or do not fit each other."""
+        """Map the file. Raises BadRequest if file or index cannot be read, or do not match."""
         try:
             self.index = msgspec.json.decode((folder / QUANTISED_INDEX).read_bytes(), type=Index)
             path = folder / self.index.file
@@ -75,7 +75,7 @@ class MappedWeights:
                 raise BadRequest(f"the quantised weights in {folder} are cut: {name} reaches beyond their end")
 
     def numbers(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return a tensor as numbers of a dtype, whatever its kind; a copy."""
+        """Return a copy of a tensor as numbers of a dtype, dequantized if necessary."""
         entry = self.index.tensors[name]
         if entry.kind in KINDS:
             found = self.blocks(name).dequantise().view(entry.shape)
@@ -84,14 +84,14 @@ class MappedWeights:
         return (found - 1 if entry.minus_one else found).to(dtype, copy=True)
 
     def blocks(self, name: str) -> QuantisedWeight:
-        """Return a tensor [N, K] in its blocks, which are the file's own memory unless rows are put in order."""
+        """Return a tensor [N, K] in blocks; these are the file's own memory unless rows must be reordered."""
         entry = self.index.tensors[name]
         assert entry.kind in KINDS
         rows = self._slice(entry).view(-1, row_bytes(entry.kind, entry.shape[-1]))
         return QuantisedWeight(entry.kind, _in_order(rows, entry.heads), entry.shape[-1])
 
     def is_quantised(self, name: str) -> bool:
-        """Return whether a tensor is there in blocks."""
+        """Return whether a tensor exists and is quantized."""
         return name in self.index.tensors and self.index.tensors[name].kind in KINDS
 
     def _slice(self, entry: Entry) -> Tensor:
@@ -99,17 +99,17 @@ class MappedWeights:
 
 
 def _in_order(rows: Tensor, heads: int) -> Tensor:
-    """Return rows in transformers' order: a head's first half, then its second, which llama.cpp interleaves."""
+    """Return rows in transformers' order: a head's first half, then its second; llama.cpp interleaves them."""
     if not heads:
         return rows
     return rows.view(heads, len(rows) // heads // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def is_quantised_folder(folder: Path) -> bool:
-    """Return whether a folder's weights are quantised ones with an index."""
+    """Return whether a folder holds indexed quantized weights."""
     return (folder / QUANTISED_INDEX).is_file()
 
 
 def config_fields(folder: Path) -> dict[str, Any]:
-    """Return a folder's config.json."""
+    """Return the content of a folder's config.json."""
     return msgspec.json.decode((folder / "config.json").read_bytes())

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings whose weights stay in quantised blocks, and the model that is made of them."""
+"""Linear layers and embeddings whose weights stay in quantized blocks, and their installation in a model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from protocol.wire.errors import BadRequest
 
 
 class BlockLinear(nn.Module):
-    """x @ weight.T + bias with a quantised weight, which is multiplied as the numbers that it stands for."""
+    """x @ weight.T + bias with a quantized weight, computed with the dequantized values."""
 
     def __init__(
         self, weight: ops.QuantisedWeight, bias: Tensor | None, impl: ops.Impl | None, packed: ops.QuantisedLinear
     ) -> None:
-        """bias: [N], of the dtype that is computed in. packed: the weight, for `impl`."""
+        """bias: [N], in the dtype of the computation. packed: the weight, packed for `impl`."""
         super().__init__()
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.packed = packed
         self._impl: ops.Impl | None = impl
-        # Makes the kind part of the model's fingerprint.
+        # Puts the kind into the model's fingerprint.
         self.register_buffer(weight.kind, torch.empty(self.out_features, self.in_features, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class BlockLinear(nn.Module):
 
 
 def beside_each_other(linears: list[BlockLinear]) -> ops.QuantisedLinear:
-    """Return the weights of layers that read one input as one operand, which shares their memory."""
+    """Return the weights of layers with a common input as one operand, which shares their memory."""
     parts = [linear.packed for linear in linears]
     return ops.QuantisedLinear(
         [weight for part in parts for weight in part.weights],
@@ -54,9 +54,9 @@ def beside_each_other(linears: list[BlockLinear]) -> ops.QuantisedLinear:
 
 
 def round_inputs_of(model: nn.Module) -> None:
-    """Let a model's quantised linear layers round their inputs to int8, in groups of 32.
+    """Make a model's quantized linear layers round their inputs to int8, in groups of 32.
 
-    Raises BadRequest where no layer is quantised.
+    Raises BadRequest if no layer is quantized.
     """
     linears = [module for module in model.modules() if isinstance(module, BlockLinear)]
     if not linears:
@@ -69,15 +69,15 @@ def round_inputs_of(model: nn.Module) -> None:
 
 
 def has_rounded_inputs(model: nn.Module) -> bool:
-    """Return whether `round_inputs_of` has been called for a model."""
+    """Return whether `round_inputs_of` was called for a model."""
     return any(isinstance(module, BlockLinear) and module.packed.int8_inputs for module in model.modules())
 
 
 class BlockEmbedding(nn.Module):
-    """Rows of a quantised weight, of which only those that are asked for are dequantised."""
+    """An embedding with a quantized weight, of which only requested rows are dequantized."""
 
     def __init__(self, weight: ops.QuantisedWeight, dtype: torch.dtype, scale: Tensor | None) -> None:
-        """scale: what the rows are multiplied by, if anything."""
+        """scale: factor on the rows, None for none."""
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.out_features, weight.in_features
         self._weight = weight
@@ -94,9 +94,9 @@ class BlockEmbedding(nn.Module):
 def fill_model(
     model: PreTrainedModel, weights: MappedWeights, panels: KeptPanels, dtype: torch.dtype, impl: ops.Impl | None = None
 ) -> PreTrainedModel:
-    """Give a model, whose parameters are on no device, the weights of a folder. Returns it in eval mode.
+    """Fill a model whose parameters are on the meta device with a folder's weights. Return it in eval mode.
 
-    Quantised weights of linear layers and of embeddings stay quantised, all others become numbers of `dtype`. Raises
+    Quantized weights of linear layers and embeddings stay quantized; all others are converted to `dtype`. Raises
     BadRequest for weights that do not fit the model.
     """
     for name, module in [*model.named_modules()]:
@@ -131,7 +131,7 @@ def fill_model(
 
 
 def _source(model: PreTrainedModel, name: str, weights: MappedWeights) -> str | None:
-    """Return the tensor that a module's weight is: its own, or the embedding's for a head that is tied to it."""
+    """Return the tensor for a module's weight: its own, or the embedding's for a tied head; None if there is none."""
     own = f"{name}.weight"
     if own in weights.index.tensors:
         return own
@@ -148,7 +148,7 @@ def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> 
 
 
 def _divide_frequencies(model: PreTrainedModel, weights: MappedWeights) -> None:
-    """Divide rotary frequencies by the factors of the file, which are Llama 3's way to longer texts in GGUF."""
+    """Divide rotary frequencies by the factors in the file, as GGUF stores Llama 3's scaling for longer texts."""
     if not weights.index.rope_factors:
         return
     factors = weights.numbers(weights.index.rope_factors, torch.float32)
@@ -161,7 +161,7 @@ def _divide_frequencies(model: PreTrainedModel, weights: MappedWeights) -> None:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Keep parameters of modules that are made meanwhile on no device; buffers are computed as ever."""
+    """Put parameters of modules created in the block on the meta device; buffers are computed as usual."""
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

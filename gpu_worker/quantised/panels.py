@@ -1,7 +1,7 @@
-"""Packed weights that are kept in a quantised folder: later starts map them, and workers of one machine share them.
+"""Packed weights stored in a quantized folder: later starts map them, and workers of one machine share them.
 
-Packing takes longer than all else that is done to a quantised weight. The files are named by the kernels that packed
-them and by the file that the weights come from: others are packed again, and take their place.
+Packing takes longer than everything else done to a quantized weight. The files are named by the kernels that packed
+them and by their weights file; others are packed again and replace them.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from lora_kernels.cpu.build import COMMON_FLAGS, fingerprint
 logger = logging.getLogger(__name__)
 
 PANELS = "panels-"
-"""How the names of files of packed weights begin."""
+"""Prefix of the names of files with packed weights."""
 
 
 class Panels(msgspec.Struct, frozen=True):
-    """Where a packed weight lies."""
+    """The place of a packed weight in its file."""
 
     offset: int  # byte offset
     shape: tuple[int, int]  # uint8
     form: int
     kind: str
-    size: tuple[int, int]  # shape of the weight
+    size: tuple[int, int]  # the weight's shape
 
 
 class KeptPanels:
-    """The packed weights of a folder. As a context manager, it writes newly packed weights at its end."""
+    """The packed weights of a folder. As a context manager, it stores newly packed weights on exit."""
 
     def __init__(self, folder: Path, weights: Path) -> None:
-        """weights: the file that they come from."""
+        """weights: the file that they are packed from."""
         state = weights.stat()
         made_of = fingerprint(platform.machine(), COMMON_FLAGS), state.st_size, state.st_mtime_ns
         key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
@@ -60,7 +60,7 @@ class KeptPanels:
             logger.warning("the packed weights in %s cannot be read and are rebuilt: %s", folder, error)
 
     def pack(self, name: str, weight: ops.QuantisedWeight, impl: ops.Impl | None) -> ops.QuantisedLinear:
-        """Return a layer's weight as `ops.pack_quantised` lays it out, memory-mapped if it was stored."""
+        """Return a layer's weight in the layout of `ops.pack_quantised`, memory-mapped if it was stored."""
         kept = self._found.get(name)
         if impl is None and kept is not None and (kept.kind, kept.size) == (weight.kind, _size(weight)):
             num_bytes = kept.shape[0] * kept.shape[1]
@@ -76,7 +76,7 @@ class KeptPanels:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Replace the stored panels by the packed ones, atomically; not if the model cannot be read."""
+        """Replace the stored panels with newly packed ones, atomically; does nothing if loading the model failed."""
         if kind is not None or not self._new:
             return
         try:

@@ -1,7 +1,7 @@
-"""Quantises a Hub folder once, and keeps the result: a folder of blocks that later starts map.
+"""Quantizes a Hub folder once, and stores the result: a folder of blocks that later starts map.
 
-int8 is Q8_0, int4 is Q4_0 with the head in Q8_0, both by rounding to the nearest. Linear layers are quantised whose
-inputs are whole blocks; all else stays as it is.
+int8 is Q8_0; int4 is Q4_0 with the head in Q8_0; both round to nearest. Only linear layers whose input width is a
+multiple of the block size are quantized.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def quantised_folder(
     folder: Path, config: PreTrainedConfig, quantization: Literal["int8", "int4"], num_kept: int
 ) -> Path:
-    """Return the folder of a model's weights in blocks, made if it isn't there, whole or not at all.
+    """Return the folder of a model's weights in blocks, created atomically if missing.
 
-    num_kept: such folders that are left when one was made. Raises BadRequest for a model that isn't a plain causal LM
-    in safetensors.
+    num_kept: number of such folders kept after one was created. Raises BadRequest for a model that is not a plain
+    causal LM in safetensors.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -70,9 +70,9 @@ def quantised_folder(
 
 
 def _key(folder: Path, files: list[Path], quantization: str) -> str:
-    """Return the cache name of a quantised folder: a hash of its files, their sizes and times, and the quantisation.
+    """Return the cache name of a quantized folder: a hash of its files, their sizes and times, and the quantization.
 
-    A file of the Hub's cache is a link to one that is named by its content.
+    A file in the Hub's cache is a link to a file named by its content.
     """
     stamps = [
         (path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in [*files, folder / "config.json"]
@@ -83,7 +83,7 @@ def _key(folder: Path, files: list[Path], quantization: str) -> str:
 
 
 def _write_weights(out: BinaryIO, model: PreTrainedModel, files: list[Path], quantization: str) -> dict[str, Entry]:
-    """Write all tensors of a model. Returns where they lie. Raises BadRequest where the files lack one."""
+    """Write all tensors of a model. Return their entries. Raises BadRequest if the files lack one."""
     where: dict[str, Any] = {}
     for path in files:
         opened: Any = safe_open(path, framework="pt")

@@ -1,1 +1,1 @@
-"""From logits to a token: penalties, grammars, log probabilities and the draw."""
+"""From logits to a token: penalties, grammars, log probabilities and sampling."""

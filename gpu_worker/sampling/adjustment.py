@@ -1,6 +1,6 @@
-"""What a request wants changed in its logits, kept from token to token, so that each costs no more than the last. Pure.
+"""A request's changes to its logits, updated token by token at constant cost. Pure.
 
-Recounting a text of 30,000 tokens takes longer than a step of a small model.
+Recounting a text of 30,000 tokens would take longer than a step of a small model.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from gpu_worker.sampling.grammars import words_of
 from protocol.wire.messages import Sampling
 
 MANY = 64
-"""New tokens that are counted faster by sorting them."""
+"""Number of new tokens from which counting by sorting is faster."""
 
 
 class TokenCounts:
-    """How often each token occurs in a growing text."""
+    """The number of occurrences of each token in a growing text."""
 
     def __init__(self) -> None:
         self.total = 0  # tokens counted
-        self._places: dict[int, int] = {}  # token -> its place in the arrays
+        self._places: dict[int, int] = {}  # token -> its index in the arrays
         self._ids = np.empty(256, np.int64)
         self._counts = np.empty(256, np.int64)
 
@@ -33,11 +33,11 @@ class TokenCounts:
 
     @property
     def counts(self) -> np.ndarray:
-        """How often each of `ids` occurs: int64 [d], a view."""
+        """The number of occurrences of each of `ids`: int64 [d], a view."""
         return self._counts[: len(self._places)]
 
     def add(self, text: np.ndarray) -> None:
-        """Count the tokens that follow, int32 [n]."""
+        """Count the tokens that follow. text: int32 [n]."""
         self.total += len(text)
         if len(text) > MANY:
             ids, counts = np.unique(text, return_counts=True)
@@ -64,7 +64,7 @@ class TokenCounts:
 
 
 class Adjustment:
-    """One sequence's bias, which tokens it may choose, and the tokens in its text where penalties need them."""
+    """One sequence's logit bias, allowed tokens, and token counts for penalties."""
 
     def __init__(self, sampling: Sampling, prompt: np.ndarray) -> None:
         """prompt: int32 [P]."""
@@ -74,8 +74,8 @@ class Adjustment:
         self.bias = np.fromiter(bias.values(), np.float32, len(bias))
         self._sampling = sampling
         allowed = sampling.allowed_token_ids
-        self._allowed = words_of(allowed, max(allowed) + 1) if allowed else None  # the same as bits of int32 [W]
-        self._bad_ends: dict[int, dict[bytes, list[int]]] = {}  # tokens before the last of a bad word, by their number
+        self._allowed = words_of(allowed, max(allowed) + 1) if allowed else None  # as bits of int32 [W]
+        self._bad_ends: dict[int, dict[bytes, list[int]]] = {}  # length -> start of a bad word -> last tokens
         for word in sampling.bad_words:
             ends = self._bad_ends.setdefault(len(word) - 1, {})
             ends.setdefault(np.array(word[:-1], np.int32).tobytes(), []).append(word[-1])
@@ -84,21 +84,21 @@ class Adjustment:
 
     @classmethod
     def of(cls, sampling: Sampling, prompt: np.ndarray) -> Adjustment | None:
-        """Return a sequence's; None for a request that changes no logit and may choose any token."""
+        """Return a sequence's adjustment; None for a request that changes no logit and allows any token."""
         s = sampling
         penalises = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
         changes = penalises or s.logit_bias or s.watermark or s.allowed_token_ids or s.bad_words
         return cls(sampling, prompt) if changes else None
 
     def copy(self) -> Adjustment:
-        """Return an independent copy of the adjustment, for a speculative text."""
+        """Return an independent copy, for a text that continues with draft tokens."""
         own = copy.copy(self)
         own._of_output = None if self._of_output is None else self._of_output.copy()
         own._of_text = None if self._of_text is None else self._of_text.copy()
         return own
 
     def changes(self, num_output: int) -> bool:
-        """Return whether any logit is changed after so many tokens of output."""
+        """Return whether any logit is changed after `num_output` output tokens."""
         s = self._sampling
         counts = (s.presence_penalty or s.frequency_penalty) and (num_output or s.penalties == "lorax")
         return bool(counts or s.logit_bias or s.watermark or s.repetition_penalty != 1.0)
@@ -106,10 +106,10 @@ class Adjustment:
     def restricted(
         self, output: np.ndarray, banned: Sequence[int] | np.ndarray, mask: np.ndarray | None
     ) -> tuple[Sequence[int] | np.ndarray, np.ndarray | None]:
-        """Return the ids that may not be chosen after the output, int32 [n], and the mask of those that may.
+        """Return the ids that may not follow the output (int32 [n]), and the mask of those that may.
 
-        banned, mask: the same without the request's own wishes, as in `SampleRow`; a mask holds all there is to forbid.
-        A mask may be left without any token.
+        banned, mask: the same without the request's own restrictions, as in `SampleRow`; if there is a mask, it
+        includes all restrictions. The returned mask may allow no token.
         """
         forbidden = self._bad_ends_after(output)
         if mask is None:
@@ -123,7 +123,7 @@ class Adjustment:
         return (), (mask & ~words_of(forbidden, 32 * len(mask)) if len(forbidden) else mask)
 
     def _bad_ends_after(self, output: np.ndarray) -> list[int]:
-        """Return the tokens that would complete a bad word after the output, int32 [n]."""
+        """Return the tokens that would complete a bad word after the output (int32 [n])."""
         found: list[int] = []
         for num, ends in self._bad_ends.items():
             if num <= len(output):
@@ -131,14 +131,14 @@ class Adjustment:
         return found
 
     def output_counts(self, output: np.ndarray) -> TokenCounts:
-        """Return the counts of the output, int32 [n], which begins with that of the last call."""
+        """Return the counts of the output (int32 [n]), which must extend the output of the last call."""
         if self._of_output is None:
             self._of_output = TokenCounts()
         self._of_output.add(output[self._of_output.total :])
         return self._of_output
 
     def repeated(self, output: np.ndarray) -> np.ndarray:
-        """Return the tokens that the repetition penalty is for after the output, some twice; see `output_counts`."""
+        """Return the tokens to which the repetition penalty applies, perhaps with duplicates; see `output_counts`."""
         window = self._sampling.repetition_window
         if not window or window >= len(self.prompt) + len(output):
             return self.text_counts(output).ids

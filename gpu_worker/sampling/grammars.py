@@ -1,7 +1,7 @@
-"""Structured output: llguidance's matchers, compiled in threads, and the tokens that they allow next.
+"""Structured output: llguidance's matchers, compiled in threads, and their masks of the tokens allowed next.
 
-Each request with a grammar has a matcher of its own, which has consumed the request's output so far. Preemption leaves
-it alone, as it does the tokens; on another worker a new matcher consumes the output again.
+Each request with a grammar has its own matcher, which has consumed the request's output so far. Preemption does not
+affect it; on another worker a new matcher consumes the output again.
 """
 
 from __future__ import annotations
@@ -29,34 +29,36 @@ logger = logging.getLogger(__name__)
 NUM_COMPILERS = 2
 
 MAX_COMPILED = 128
-"""Maximum number of cached compiled grammars, the most recently used."""
+"""Maximum number of compiled grammars in the cache, an LRU."""
 
 MAX_VOCABULARIES = 16
 """Maximum number of cached llguidance tokenizers of adapters that add tokens; some 20 MB each."""
 
 MAX_BUILD_SHARE = 0.1
-"""Share of time in which a vocabulary may be under construction: the steps stand still meanwhile."""
+"""Maximum share of time spent on building vocabularies, during which steps stand still."""
 
 BASE_SLICES = LLTokenizer.general_slices()
 OWN_SLICES = BASE_SLICES[-1:]
-"""Sets of tokens that are sorted apart in the vocabulary of an adapter: those of which strings of JSON are made. They
-make masks within a string six times as fast to compute, and take 15 ms; the three others take 60 and change little."""
+"""Sets of tokens indexed separately for an adapter's vocabulary: those that occur in JSON strings.
+
+They make masks inside a string six times as fast, and take 15 ms to build; the three others take 60 ms and gain little.
+"""
 
 LIMITS = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
 
 
 class Vocabulary:
-    """A tokenizer as llguidance sees it. Made from all tokens, which holds the interpreter: 80 ms for 57,000."""
+    """A tokenizer in llguidance's form. Building it from all tokens holds the GIL: 80 ms for 57,000 tokens."""
 
     def __init__(
         self, tokens: TokenTable, vocab_size: int, eos_ids: frozenset[int], slices: list[str],
         tokenizer: str | None = None,
     ) -> None:  # fmt: skip
-        """vocab_size: entries of the logits; the tokenizer may know fewer tokens.
+        """vocab_size: number of logits; the tokenizer may have fewer tokens.
 
-        slices: expressions of sets of tokens that are sorted apart, as `LLTokenizer` takes them.
-        tokenizer: the tokenizer.json, if llguidance may tokenize with it what a grammar leaves no choice of; without,
-        the longest tokens are taken. Raises BadRequest if the tokenizer is of no use for grammars.
+        slices: expressions of token sets that are indexed separately, as in `LLTokenizer`. tokenizer: the
+        tokenizer.json with which llguidance may tokenize text that a grammar forces; without it the longest tokens are
+        taken. Raises BadRequest if the tokenizer is unusable for grammars.
         """
         self.key = tokens.key
         self._special = tokens.special
@@ -74,31 +76,31 @@ class Vocabulary:
         self.not_first = _not_first(tokens, self.tokens.vocab_size)
 
     def is_special(self, id_: int) -> bool:
-        """Return whether a token stands for no text, as end-of-text does."""
+        """Return whether a token has no text, like end-of-text."""
         return id_ in self._special or self.tokens.is_special_token(id_)
 
 
 class _Tokens(TokenizerWrapper):
-    """What llguidance asks of a tokenizer that it cannot read itself."""
+    """The interface through which llguidance uses a tokenizer that it cannot read itself."""
 
     def __init__(self, tokens: TokenTable, vocab_size: int, ends: Sequence[int], vocabulary: Vocabulary) -> None:
         self.is_tokenizer_wrapper = True
         self.bos_token_id = None
         self.tokens = [*tokens.pieces, *[b""] * (vocab_size - len(tokens.pieces))]
         self.special_token_ids = sorted(tokens.special)
-        end: Any = ends[0] if ends else None  # llguidance takes None too, and adds a token of its own
+        end: Any = ends[0] if ends else None  # llguidance also accepts None, and adds a token of its own
         self.eos_token_id = end
         self._vocabulary = ref(vocabulary)  # weak, because the vocabulary holds this object through llguidance
 
     def __call__(self, text: str) -> list[int]:
-        """Return the tokens of a text: the longest ones from its beginning."""
+        """Return the tokens of a text by greedy longest match."""
         vocabulary = self._vocabulary()
         assert vocabulary is not None, "matchers hold it"
         return vocabulary.tokens.greedy_tokenize(text)
 
 
 def _not_first(tokens: TokenTable, vocab_size: int) -> np.ndarray | None:
-    """Return the tokens that are another text at the beginning than the grammar knows: bits of int32 [W], or None."""
+    """Return the tokens whose text differs at the beginning of an output, as bits of int32 [W], None if none do."""
     if tokens.first is None:
         return None
     both = enumerate(zip(tokens.first, tokens.pieces, strict=True))
@@ -106,10 +108,10 @@ def _not_first(tokens: TokenTable, vocab_size: int) -> np.ndarray | None:
 
 
 class GrammarMatcher:
-    """One request's matcher, and which tokens may end its output besides the grammar's own end."""
+    """One request's matcher, and the tokens besides the grammar's own end that may end its output."""
 
     def __init__(self, state: LLMatcher, vocabulary: Vocabulary, stop_ids: Sequence[int], max_mask_s: float) -> None:
-        """stop_ids: tokens that end the request. Special ones among them are allowed wherever the output may end.
+        """stop_ids: tokens that end the request; special ones are allowed wherever the output may end.
 
         max_mask_s: see `MaskCost`.
         """
@@ -117,12 +119,12 @@ class GrammarMatcher:
         self.vocab_size = vocabulary.tokens.vocab_size
         self.ends = vocabulary.ends
         self._vocabulary = vocabulary
-        self._is_fresh = True  # nothing is consumed
+        self._is_fresh = True  # nothing has been consumed
         more = (id_ for id_ in stop_ids if id_ not in vocabulary.ends and vocabulary.is_special(id_))
         self._more_ends = words_of(more, self.vocab_size)
-        self._banned: tuple[np.ndarray, np.ndarray] | None = None  # ids, and the same as words
+        self._banned: tuple[np.ndarray, np.ndarray] | None = None  # ids, and the same as bits
         self.cost = MaskCost(max_mask_s)
-        self.filling: Filling | None = None  # its next mask, from when it was asked for until it is taken
+        self.filling: Filling | None = None  # its next mask, from the request for it until it is taken
         self._failure: BaseException | None = None
 
     @property
@@ -132,7 +134,7 @@ class GrammarMatcher:
 
     @property
     def is_filling(self) -> bool:
-        """Whether the next mask is being computed, so that nothing else may be asked of `state`."""
+        """Whether the next mask is being computed, during which `state` must not be used."""
         return self.filling is not None and not self.filling.is_done
 
     def take_mask(self) -> np.ndarray | None:
@@ -145,9 +147,9 @@ class GrammarMatcher:
         return filling.mask
 
     def _begin(self, mask: np.ndarray) -> None:
-        """Forbid in a mask, int32 [W], what would be another text as the first token.
+        """Forbid, in the first mask (int32 [W]), tokens whose text differs at the beginning of an output.
 
-        At the beginning of a text, some tokenizers drop the space that a token begins with.
+        Some tokenizers drop the leading space of the first token.
         """
         if self._is_fresh and self._vocabulary.not_first is not None and self._failure is None:
             mask &= ~self._vocabulary.not_first
@@ -164,12 +166,12 @@ class GrammarMatcher:
             raise self.cost.error
 
     def consume(self, token: int) -> None:
-        """Take the next token of the output. Sets `error` if the grammar does not allow it."""
+        """Consume the next output token. `check` raises an error afterwards if the grammar does not allow it."""
         self._is_fresh = False
         self.state.consume_token(token)
 
     def resume(self, output: Sequence[int]) -> bool:
-        """Take an output from its beginning; return whether the grammar allows it."""
+        """Consume an output from its beginning; return whether the grammar allows it."""
         self._is_fresh = False
         return self.state.consume_tokens(list(output))
 
@@ -182,9 +184,9 @@ class GrammarMatcher:
             return []
 
     def settle_ends(self, mask: np.ndarray, banned: np.ndarray) -> None:
-        """Allow in a mask, int32 [W], what else may end the output, and forbid `banned`, which may not end it yet.
+        """Allow the request's stop tokens, in a mask (int32 [W]), wherever the output may end, and forbid `banned`.
 
-        Where the grammar allows nothing but an end, that stays allowed: it decides what is complete, not `min_tokens`.
+        If the grammar allows nothing but an end, that stays allowed: completeness takes precedence over `min_tokens`.
         """
         if any(_has(mask, id_) for id_ in self.ends):
             mask |= self._more_ends
@@ -212,31 +214,31 @@ MatcherRow = tuple[GrammarMatcher, list[int]]
 
 
 class Grammars:
-    """Compiles grammars and fills the masks of steps, in threads of its own."""
+    """Compiles grammars and fills the masks of steps, in its own threads."""
 
     def __init__(
         self, vocab_size: int, eos_ids: frozenset[int], max_mask_s: float, tokens: TokenTable | None = None,
         tokenizer: str | None = None,
     ) -> None:  # fmt: skip
-        """vocab_size: entries of the model's logits. eos_ids: its end-of-text tokens. max_mask_s: see `MaskCost`.
+        """vocab_size: number of logits. eos_ids: the model's end-of-text tokens. max_mask_s: see `MaskCost`.
 
-        tokens, tokenizer: the base model's, and its tokenizer.json, if it has one.
+        tokens, tokenizer: the base model's token table and tokenizer.json, None without a tokenizer.
         """
-        self.on_ready: Callable[[], object] = lambda: None  # called from a thread when one is made or filled
+        self.on_ready: Callable[[], object] = lambda: None  # called from a thread when a matcher or mask is ready
         self.num_compiled = 0  # grammars compiled since the start
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._max_mask_s = max_mask_s
         self._tokens, self._tokenizer = tokens, tokenizer
-        self._base: Vocabulary | BadRequest | None = None  # or why there is none
+        self._base: Vocabulary | BadRequest | None = None  # or the reason why there is none
         self._lock = threading.Lock()
-        # _lock guards these.
+        # Guarded by _lock:
         self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # by token table, least recently used first
         self._compiled: OrderedDict[tuple[str, bytes], LLMatcher] = OrderedDict()  # each has consumed nothing
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="vocabulary")
         self._closed = threading.Event()
-        self._may_build_s = 0.0  # when the builder may make the next vocabulary, by time.monotonic
+        self._may_build_s = 0.0  # time.monotonic at which the builder may build the next vocabulary
         self._filler = MaskFiller(lambda: self.on_ready())
 
     def close(self) -> None:
@@ -247,9 +249,9 @@ class Grammars:
         self._filler.close()
 
     def prepare(self) -> None:
-        """Make what grammars of the base model need. Takes half a second: call it before there are requests.
+        """Build the base model's vocabulary. Takes half a second: call it before there are requests.
 
-        Where it cannot be built, each request with a grammar gets the reason.
+        If that fails, each request with a grammar gets the error.
         """
         if self._tokens is None or self._base is not None:
             return
@@ -262,14 +264,14 @@ class Grammars:
             except BadRequest as refusal:
                 logger.warning("%s", refusal.message)
                 self._base = refusal
-        self._tokenizer = None  # ten megabytes, and read by nobody any more
+        self._tokenizer = None  # ten megabytes, not needed any more
 
     def make(
         self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]
     ) -> Future[GrammarMatcher]:
-        """Start making the matcher of a request whose output so far is `output`.
+        """Start making the matcher of a request that has emitted `output` so far.
 
-        The future raises BadRequest and Internal. grammar: as in `messages.Body`. stop_ids: tokens that end it.
+        The future raises BadRequest or Internal. grammar: as in `messages.Body`. stop_ids: tokens that end the request.
         """
         ready = tokens is None or tokens is self._tokens or tokens.key in self._vocabularies
         future = (self._compilers if ready else self._builder).submit(self._make, grammar, tokens, output, stop_ids)
@@ -292,14 +294,14 @@ class Grammars:
                 return matcher
         except LorafleetError:
             raise
-        except Exception as error:  # a thread's edge: whatever it is, it is this request's
+        except Exception as error:  # a thread's top level: any error is the request's
             logger.exception("a grammar cannot be compiled")
             raise BadRequest(f"the output's grammar cannot be compiled: {one_line(str(error))}") from error
 
     def vocabulary(self, tokens: TokenTable) -> Vocabulary:
-        """Return a tokenizer as llguidance sees it. The first time it is made, which is rationed: steps wait for it.
+        """Return a tokenizer in llguidance's form, building it at first use. Raises BadRequest.
 
-        Raises BadRequest.
+        Builds are rationed, since steps wait for them.
         """
         if tokens is self._tokens:
             self.prepare()
@@ -324,7 +326,7 @@ class Grammars:
         return found
 
     def _compile(self, grammar: str, vocabulary: Vocabulary) -> LLMatcher:
-        """Return a copy of a grammar's matcher that has consumed nothing. Raises BadRequest."""
+        """Return a fresh copy of a grammar's matcher. Raises BadRequest."""
         key = (vocabulary.key, hashlib.blake2b(grammar.encode(), digest_size=16).digest())
         with self._lock:
             known = self._compiled.get(key)
@@ -342,11 +344,11 @@ class Grammars:
         return known.deep_copy()
 
     def fill(self, rows: Sequence[MatcherRow], timeout_s: float) -> list[np.ndarray | None]:
-        """Return the tokens allowed next and after each draft token, of each row: bits of int32 [1 + draft tokens, W].
+        """Return each row's masks for its next token and after each draft token: bits of int32 [1 + draft tokens, W].
 
-        W is the row's vocabulary size divided by 32, rounded up. Bits after a draft token that the grammar does not
-        allow mean nothing. None: it is not known after `timeout_s`; the matcher `is_filling` until it is, and its next
-        mask is that of the next token alone. A matcher that reached its limits has an error afterwards.
+        W is the row's vocabulary size divided by 32, rounded up. Masks after a draft token that the grammar does not
+        allow are undefined. None: not ready after `timeout_s` seconds; the matcher `is_filling` until its mask is
+        ready, and the mask is then for the next token only. A matcher that reached its limits has an error afterwards.
         """
         for vocab_size in {matcher.vocab_size for matcher, _ in rows}:
             mine = [row for row in rows if row[0].vocab_size == vocab_size and row[0].filling is None]
@@ -365,5 +367,5 @@ def _fillings(rows: Iterable[MatcherRow]) -> list[Filling]:
 
 
 def one_line(text: str) -> str:
-    """Return an error text of llguidance without its line breaks."""
+    """Return an llguidance error text without line breaks."""
     return " ".join(text.split())

@@ -1,9 +1,9 @@
-"""Logprobs as the queue carries them: of the tokens chosen, and of a prompt's own tokens.
+"""Logprobs in the queue's format: of chosen tokens, and of a prompt's own tokens.
 
-A record is `messages.logprob_record_bytes` long: the token's logprob (float32), then id (int32) and logprob (float32)
-of each of the most likely tokens, or of those that were asked for. In a prompt's, the token's rank (int32) follows its
-logprob: how many tokens are as likely, itself among them. Where the whole vocabulary is asked for, the logprobs of all
-tokens stand there by id, unsorted and without ids: that is half the bytes, and no step waits for a sort.
+A record has `messages.logprob_record_bytes` bytes: the token's logprob (float32), then id (int32) and logprob (float32)
+of each of the most likely, or the requested, tokens. In a prompt's record, the token's rank (int32) follows its
+logprob: the number of tokens at least as likely, including itself. For a whole vocabulary, the logprobs of all tokens
+are listed by id, unsorted and without ids: half the bytes, and no sort delays the step.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _TOP = np.dtype([("id", "<i4"), ("logprob", "<f4")])
 
 
 class LogprobRows:
-    """The logprobs of rows, computed on the device and on their way to the host."""
+    """The logprobs of rows, computed on the device and copied to the host asynchronously."""
 
     def __init__(
         self, logprobs: Tensor, ids: Tensor, num_top: Sequence[int], listed: Sequence[Sequence[int]] = (),
         *, whole: Sequence[int] = (), ranks: bool = False,
     ) -> None:  # fmt: skip
-        """Launch the requested parts of `logprobs`, fp32 [n, V]; the host does not wait.
+        """Launch the computation and copy of the requested parts of `logprobs`, fp32 [n, V]; does not block.
 
-        ids: int64 [n] on the same device, the tokens chosen. num_top: for each row, how many of the most likely tokens
-        to list. listed: for each row, the tokens that are listed after these, whatever their logprobs; empty: none.
-        whole: for each row, the size of the vocabulary that is listed in place of these, 0 for none; empty: nowhere.
-        ranks: whether the records have those of the chosen tokens.
+        ids: int64 [n] on the same device, the chosen tokens. num_top: for each row, how many of the most likely tokens
+        to list. listed: for each row, further tokens to list, whatever their logprobs; empty: none. whole: for each
+        row, the vocabulary size if the whole vocabulary is listed instead, else 0; empty: for no row. ranks: whether
+        records include the ranks of the chosen tokens.
         """
         self._num_top, self._listed, self._has_ranks = num_top, listed or [()] * len(num_top), ranks
         self._whole = whole or [0] * len(num_top)
@@ -64,20 +64,20 @@ class LogprobRows:
 
 
 def _records(ids: Sequence[int], logprobs: np.ndarray) -> bytes:
-    """Return the end of a record that lists tokens with their logprobs, fp32 [n]."""
+    """Return the part of a record that lists requested tokens with their logprobs, fp32 [n]."""
     top = np.empty(len(ids), _TOP)
     top["id"], top["logprob"] = ids, logprobs
     return top.tobytes()
 
 
 class PromptLogprobs:
-    """The logprobs of one prompt's own tokens, each given those before it: recorded chunk by chunk.
+    """The logprobs of one prompt's own tokens, each given the tokens before it; recorded chunk by chunk.
 
-    Every chunk must be computed here: a block from the prefix cache has no logits.
+    Every chunk must be computed here: blocks from the prefix cache have no logits.
     """
 
     def __init__(self, prompt: np.ndarray, num_top: int, vocabulary: int = 0) -> None:
-        """prompt: int32 [P]. num_top: how many of the likeliest tokens to list for each; `WHOLE`: all `vocabulary`."""
+        """prompt: int32 [P]. num_top: number of most likely tokens to list for each; `WHOLE`: all `vocabulary`."""
         self.num_before = 0  # virtual tokens before the prompt, which have no logprobs
         self._prompt = prompt
         self._num_top, self._whole = (0, vocabulary) if num_top == WHOLE else (num_top, 0)
@@ -86,11 +86,11 @@ class PromptLogprobs:
         self._records[:4] = np.float32(np.nan).tobytes()
 
     def rows(self, start: int, end: int) -> range:
-        """Return those of the positions [start, end) whose token and the next are the prompt's."""
+        """Return the positions in [start, end) at which both this token and the next belong to the prompt."""
         return range(max(start, self.num_before), min(end, self.num_before + len(self._prompt) - 1))
 
     def record(self, position: int, logits: Tensor) -> None:
-        """Record the tokens at `position` + 1, … by logits [n, V] of those before. May be repeated."""
+        """Record the tokens from `position` + 1 on. logits: [n, V], each of the position before. May be repeated."""
         start, num = position - self.num_before, len(logits)
         ids = self._prompt[start + 1 : start + 1 + num].astype(np.int64)
         logprobs = logits.float().log_softmax(-1)
@@ -101,7 +101,7 @@ class PromptLogprobs:
 
     @property
     def records(self) -> bytes:
-        """One record per token of the prompt, once all of it is computed; the first token's is NaN and zeros."""
+        """One record per prompt token, once all are computed; the first token's is NaN and zeros."""
         return bytes(self._records)
 
 
@@ -115,7 +115,7 @@ class PromptRows(NamedTuple):
 
 
 def record_prompts(logits: Tensor, prompts: Sequence[PromptRows]) -> None:
-    """Record prompts by the last rows of a step's logits [n, V], in the order given."""
+    """Record prompts from the last rows of a step's logits [n, V], in the order given."""
     row = len(logits) - sum(prompt.num_rows for prompt in prompts)
     for prompt in prompts:
         prompt.recorder.record(prompt.start, logits[row : row + prompt.num_rows])

@@ -1,9 +1,9 @@
-"""Fills the masks of a step: which tokens the grammars of its sequences allow.
+"""Fills the masks of a step: the tokens that the grammars of its sequences allow.
 
-Most masks take some ten microseconds, a hostile grammar's 20 ms, and which it is shows only afterwards. So none is
-computed in the engine's thread: it waits for those of a step for a limited time, and a sequence whose mask is late
-takes part in a later step. Matchers that have proved quick are filled together; new ones, and those that were slow
-once, one at a time, so that the cost of each is known. Each kind has threads of its own: none delays another.
+Most masks take some ten microseconds, a hostile grammar's 20 ms, and the cost shows only afterwards. So no mask is
+computed in the engine's thread, which waits for a limited time; a sequence whose mask is late joins a later step.
+Matchers proven to be quick are filled together. New ones, and those that were ever slow, are filled one at a time, so
+that the cost of each is known. Each kind has its own threads, so that none delays another.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from protocol.wire.errors import BadRequest
 NUM_FILLERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 QUICK_S = 2e-3
-"""CPU time of a mask, its token's included, up to which it is quick."""
+"""Maximum CPU seconds of a quick mask, including that of its token."""
 
 NUM_PROOFS = 32
-"""Quick masks after which a matcher that was never slow counts as quick."""
+"""Quick masks after which a matcher that was never slow is proven."""
 
 
 class MaskCost:
-    """What the masks of one request have cost so far, and by that how its next one is filled."""
+    """The cost of one request's masks so far, which determines how the next is filled."""
 
     def __init__(self, max_s: float) -> None:
-        """max_s: CPU time of all of the request's masks together, as far as they are measured; then it fails."""
+        """max_s: maximum CPU seconds of all the request's measured masks together; beyond, the request fails."""
         self._max_s = max_s
         self._num_quick = 0
         self.spent_s = 0.0
-        self.is_slow = False  # permanent, once a mask was slow
+        self.is_slow = False  # permanent after one slow mask
 
     @property
     def is_proven(self) -> bool:
-        """Whether it may be filled together with others."""
+        """Whether its masks may be filled together with others."""
         return self._num_quick >= NUM_PROOFS and not self.is_slow
 
     @property
@@ -60,18 +60,18 @@ class MaskCost:
         )
 
     def note(self, seconds: float) -> None:
-        """Count a mask that was filled by itself."""
+        """Add the cost of a mask that was filled by itself."""
         self.spent_s += seconds
         self.is_slow = self.is_slow or seconds > QUICK_S
         self._num_quick += 1
 
     def doubt(self) -> None:
-        """Have the next masks filled by themselves: one of those it was filled with took long."""
+        """Require the next masks to be filled singly: one of the masks filled together was slow."""
         self._num_quick = 0
 
 
 class Filling:
-    """The mask of one sequence's next token, and of the tokens after its draft tokens, while it is computed."""
+    """A mask in progress: for one sequence's next token, and for the tokens after its draft tokens."""
 
     def __init__(self, state: LLMatcher, draft: list[int], cost: MaskCost, mask: np.ndarray) -> None:
         """mask: int32 [1 + draft tokens, W], all ones."""
@@ -81,7 +81,7 @@ class Filling:
         self.mask = mask
         self.job: Future[None] | None = None
         self.is_done = False
-        self.failure: BaseException | None = None  # why it was not filled
+        self.failure: BaseException | None = None  # the error that prevented filling
 
 
 class MaskFiller:
@@ -101,7 +101,7 @@ class MaskFiller:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def start(self, fillings: Sequence[Filling], whole: np.ndarray) -> None:
-        """Begin to fill masks, which lie in `whole`, int32 [n, W], one after the other."""
+        """Start filling masks, which are consecutive rows of `whole`, int32 [n, W]."""
         proven: list[tuple[Filling, int]] = []
         new: list[Filling] = []
         first = 0
@@ -119,7 +119,7 @@ class MaskFiller:
             self._submit(self._new, partial(self._fill_each, new), new)
 
     def wait(self, fillings: Iterable[Filling], timeout_s: float) -> None:
-        """Wait until all of these are filled, at most for `timeout_s`."""
+        """Wait until all of these are filled, for at most `timeout_s` seconds."""
         wait({filling.job for filling in fillings if filling.job is not None and not filling.is_done}, timeout_s)
         for filling in fillings:
             if not filling.is_done:
@@ -132,7 +132,7 @@ class MaskFiller:
         job.add_done_callback(lambda _: self._on_filled())
 
     def _fill_each(self, fillings: list[Filling]) -> None:
-        """Fill masks one after the other, and note what each costs."""
+        """Fill masks one after another, and record the cost of each."""
         for filling in fillings:
             started_s = time.thread_time()
             try:
@@ -147,7 +147,7 @@ class MaskFiller:
             filling.is_done = True
 
     def _fill_all(self, proven: list[tuple[Filling, int]], whole: np.ndarray) -> None:
-        """Fill masks together, on several cores. What fails here is tried again by itself."""
+        """Fill masks together, on several cores. On an error, each is filled again by itself."""
         plain = [(filling.state, first) for filling, first in proven if not filling.draft]
         drafting = [(filling.state, first, filling.draft) for filling, first in proven if filling.draft]
         try:
@@ -155,7 +155,7 @@ class MaskFiller:
                 fill_next_token_bitmask_par(self._threads(), plain, whole)
             if drafting:
                 fill_next_token_bitmask_par_with_draft_tokens(self._threads(), drafting, whole)
-        except BaseException:  # noqa: BLE001  not known whose fault it is
+        except BaseException:  # noqa: BLE001  unknown which one caused it
             self._fill_each([filling for filling, _ in proven])
         for filling, _ in proven:
             filling.is_done = True

@@ -1,16 +1,16 @@
-"""Choosing tokens for a mixed batch: every row of logits has settings of its own.
+"""Samples tokens for a mixed batch: every row of logits has its own settings.
 
 The order of one row's transformations:
 
     adjust   watermark, repetition, presence and frequency penalties, bias, banned tokens, ends of bad words
-    mask     what its grammar allows, and its list of allowed tokens
+    mask     tokens allowed by its grammar and by its list of allowed tokens
     warp     temperature, top-k, top-p, min-p, typical
-    draw     by noise that is a function of (seed, position) alone; greedy at temperature 0
+    draw     with noise that depends only on (seed, position); greedy at temperature 0
 
-So a token depends neither on the batch nor on the worker. Probabilities are added as integers (`_mass`): a GPU adds in
-any order, and of floats the sum would differ from run to run. Logprobs are those of the model's own distribution,
-before all of this, or, where a request wants that, of the one its token was drawn from. Names that end in an underscore
-change their tensor in place. n is the number of rows, V the size of the vocabulary.
+So a token depends neither on the batch nor on the worker. Probabilities are summed as integers (`_mass`): a GPU adds in
+any order, so float sums would vary from run to run. Logprobs are those of the model's own distribution, before all
+transformations, or, on request, of the distribution from which the token was drawn. Functions whose names end in an
+underscore change their tensor in place. n is the number of rows, V the vocabulary size.
 """
 
 from __future__ import annotations
@@ -29,42 +29,42 @@ from lora_kernels import ops
 from protocol.wire.messages import WHOLE, Sampling
 
 GREEDY_TEMPERATURE = 1e-5
-"""Below this a temperature is 0: dividing by it would overflow."""
+"""Temperatures below this count as 0: dividing by them would overflow."""
 
 DRAWN_AT_ONCE = 1 << 24
-"""Logits that tokens are drawn from together: each takes some 40 bytes for that time."""
+"""Maximum number of logits drawn from at once: each temporarily takes some 40 bytes."""
 
 TOP_P_CANDIDATES = 1024
-"""Most likely tokens looked at first for top-p; only of a flatter distribution all are."""
+"""Number of most likely tokens examined first for top-p; only flatter distributions need all tokens."""
 
 WATERMARK_KEY, WATERMARK_GAMMA, WATERMARK_DELTA = 15485863, 0.5, 2.0
-"""Generator's key, share of the vocabulary that is favoured, and by how much: TGI's and LoRAX's."""
+"""The generator's key, the share of favored tokens, and the amount added to their logits, as in TGI and LoRAX."""
 
 _DIGITS = ((20, 11), (10, 10), (0, 10))
-"""Shift and width of the digits of a float's bits without its sign."""
+"""Shift and width of the digits into which a float's bits, without sign, are split."""
 
 _MASS_BITS = 52
-"""A probability of 1 is 2 to this as a mass."""
+"""Probability 1 is a mass of 2 to this power."""
 
 _ONE_BITS = 0x3F800000
-"""The bits of 1.0."""
+"""The bit pattern of 1.0 in fp32."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(slots=True)  # a frozen one takes three times as long to make, and each row of each step has one
+@dataclass(slots=True)  # a frozen one takes three times as long to create, and each row of each step has one
 class SampleRow:
-    """What one row's token is chosen by. Never changed."""
+    """The settings by which one row's token is chosen. Never changed."""
 
     sampling: Sampling
-    output: np.ndarray  # int32; its length is the position of the token to choose
-    banned: Sequence[int] | np.ndarray = ()  # ids that may not be chosen now
-    mask: np.ndarray | None = None  # int32 [W], bits of the ids that may be chosen, none beyond; None: all ids
-    adjustment: Adjustment | None = None  # its sequence's, None for a request that changes no logit
+    output: np.ndarray  # int32; its length is the position of the next token
+    banned: Sequence[int] | np.ndarray = ()  # ids that may not be chosen here
+    mask: np.ndarray | None = None  # int32 [W], bits of the allowed ids; none beyond are allowed. None: all ids
+    adjustment: Adjustment | None = None  # its sequence's; None if its request changes no logit
 
 
 PLAIN = SampleRow(Sampling(temperature=0.0), np.empty(0, np.int32))
-"""What every row is chosen by whose request wants the likeliest token and nothing else."""
+"""The shared row for requests that want the most likely token without further settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,39 +72,39 @@ class Sampled:
     """The tokens chosen, on the host."""
 
     ids: np.ndarray  # int64 [n]
-    finite: list[bool]  # per choice; False: the logits have no usable maximum, and the id is meaningless
-    logprobs: list[bytes]  # one record of `logprobs.py` each, b"" where none were asked for
+    finite: list[bool]  # False: the logits have no finite maximum, and the id is meaningless
+    logprobs: list[bytes]  # a record of `logprobs.py` each, b"" if not requested
     failed: Mapping[int, BaseException] = field(default_factory=dict[int, BaseException])
-    """Rows whose own settings made something fail; their ids mean nothing."""
+    """Rows whose own settings caused an error; their ids are meaningless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The chosen tokens, on the device, and the logits they were chosen from."""
+    """The chosen tokens, on the device, and the logits from which they were chosen."""
 
     ids: Tensor  # int64 [n]
     finite: Tensor  # bool [n], as in `Sampled`
     logits: Tensor  # [n, V], adjusted and masked
-    warped: dict[int, Tensor]  # fp32 [V] by row, of those that are drawn and whose request asks for these numbers
+    warped: dict[int, Tensor]  # fp32 [V] by row, for sampled rows whose request needs these logprobs
     failed: dict[int, BaseException]  # see `Sampled`
 
     def drawn_from(self, row: int) -> Tensor:
-        """Return the logits [V] that a row's token was chosen by."""
+        """Return the logits [V] from which a row's token was chosen."""
         return self.warped.get(row, self.logits[row])
 
 
 class PendingSample:
-    """Tokens being chosen on the device. The next step may be launched with them before the host knows them."""
+    """Tokens being chosen on the device. The next step may use them before the host knows them."""
 
     def __init__(self, chosen: Chosen, num_rows: int, logprobs: LogprobRows | None, recorded: Sequence[int]) -> None:
-        """logprobs: of the rows in `recorded`, in that order; None: of none."""
-        self.ids = chosen.ids  # int64 [n], on the device; of a row that fails any id of the vocabulary
+        """logprobs: of the rows in `recorded`, in that order; None: no row has any."""
+        self.ids = chosen.ids  # int64 [n], on the device; an arbitrary valid id for failed rows
         self._failed, self._num_rows = chosen.failed, num_rows
         self._logprobs, self._recorded = logprobs, recorded
         self._arriving = Arriving([chosen.ids, chosen.finite])
 
     def result(self) -> Sampled:
-        """Return the tokens, as soon as they are on the host."""
+        """Wait until the tokens are on the host, and return them."""
         ids, finite = self._arriving.arrays()
         records = [b""] * self._num_rows
         if self._logprobs is not None:
@@ -114,14 +114,14 @@ class PendingSample:
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
-    """Choose one token per row of logits [n, V], which may change, and wait for them."""
+    """Choose one token per row of logits [n, V], which may be changed, and wait for the result."""
     return begin_sample(logits, rows).result()
 
 
 def begin_sample(logits: Tensor, rows: Sequence[SampleRow]) -> PendingSample:
-    """Launch the choice of one token per row of logits [n, V], which may change. The host does not wait."""
+    """Launch the choice of one token per row of logits [n, V], which may be changed. Does not block."""
     special = [i for i, row in enumerate(rows) if row is not PLAIN]
-    if not special:  # most steps
+    if not special:  # the most common case
         return PendingSample(Chosen(*ops.argmax(logits), logits, {}, {}), len(rows), None, [])
     wanting = [i for i in special if rows[i].sampling.num_logprobs is not None]
     raw = logits[_index(wanting, logits.device)].float() if wanting else None  # before `choose` changes them
@@ -142,9 +142,9 @@ def begin_sample(logits: Tensor, rows: Sequence[SampleRow]) -> PendingSample:
 
 
 def choose(logits: Tensor, rows: Sequence[SampleRow], special: Sequence[int]) -> Chosen:
-    """Choose a token per row of logits [n, V], on their device; what grammars do not allow becomes -inf in them.
+    """Choose a token per row of logits [n, V] on their device, setting logits of forbidden tokens to -inf.
 
-    special: the rows that are not `PLAIN`. The host does not wait for the device.
+    special: the rows that are not `PLAIN`. Does not wait for the device.
     """
     failed: dict[int, BaseException] = {}
     adjusted = [i for i in special if _is_adjusted(rows[i])]
@@ -153,7 +153,7 @@ def choose(logits: Tensor, rows: Sequence[SampleRow], special: Sequence[int]) ->
         for i in adjusted:
             try:
                 _adjust_(logits[i], rows[i])
-            except BaseException as error:  # noqa: BLE001  a request's edge: the others go on
+            except BaseException as error:  # noqa: BLE001  a request's edge: the others continue
                 failed[i] = error
     masks = {i: mask for i in special if (mask := rows[i].mask) is not None}
     if masks:
@@ -171,12 +171,12 @@ def choose(logits: Tensor, rows: Sequence[SampleRow], special: Sequence[int]) ->
 
 
 def _index(rows: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
-    """Return row numbers as an index on the device; the host would wait while a list is copied there."""
+    """Return row numbers as an index tensor on the device; indexing with a list would block the host."""
     return send(np.asarray(rows, np.int64), device)
 
 
 def _floats(values: Sequence[float], device: torch.device) -> Tensor:
-    """Return values as fp32 on the device."""
+    """Return values as an fp32 tensor on the device."""
     return send(np.array(values, np.float32), device)
 
 
@@ -207,7 +207,7 @@ def _apply_(adjustment: Adjustment, logits: Tensor, row: SampleRow) -> None:
         scores = logits[seen]
         logits[seen] = torch.where(scores > 0, scores / s.repetition_penalty, scores * s.repetition_penalty)
     if s.presence_penalty or s.frequency_penalty:
-        # OpenAI counts a token in the output; LoRAX takes its share of all text so far, the prompt included.
+        # OpenAI counts tokens in the output; LoRAX uses a token's share of prompt and output.
         is_share = s.penalties == "lorax"
         counted = adjustment.text_counts(row.output) if is_share else adjustment.output_counts(row.output)
         weights = counted.counts / counted.total if is_share else counted.counts
@@ -218,9 +218,9 @@ def _apply_(adjustment: Adjustment, logits: Tensor, row: SampleRow) -> None:
 
 
 def watermark_ids(last: int, vocab_size: int) -> Tensor:
-    """Return the tokens that a watermark favours after token `last`: int64 [vocab_size / 2].
+    """Return the tokens that a watermark favors after token `last`: int64 [vocab_size / 2].
 
-    Kirchenbauer et al., arXiv 2301.10226, with TGI's and LoRAX's key and generator, so that their detectors find it.
+    Kirchenbauer et al., arXiv 2301.10226, with the key and generator of TGI and LoRAX, so that their detectors work.
     """
     generator = torch.Generator().manual_seed(WATERMARK_KEY * last)
     return torch.randperm(vocab_size, generator=generator)[: int(vocab_size * WATERMARK_GAMMA)]
@@ -231,7 +231,7 @@ def watermark_ids(last: int, vocab_size: int) -> Tensor:
 
 @torch.inference_mode()
 def _mask_(logits: Tensor, masks: Mapping[int, np.ndarray]) -> None:
-    """Set what grammars do not allow to -inf in logits [n, V]. masks: by row."""
+    """Set the logits [n, V] of forbidden tokens to -inf. masks: by row."""
     words = np.zeros((len(masks), -(-logits.shape[-1] // 32)), np.int32)
     for own, mask in zip(words, masks.values(), strict=True):
         own[: len(mask)] = mask[: len(own)]
@@ -242,7 +242,7 @@ def _mask_(logits: Tensor, masks: Mapping[int, np.ndarray]) -> None:
 
 
 def _warp(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Return what tokens are drawn from, of fp32 logits [n, V]: tempered, and -inf where nothing may be drawn."""
+    """Return fp32 logits [n, V] divided by the temperature, and -inf for tokens that may not be drawn."""
     settings = [row.sampling for row in rows]
     logits = logits / _floats([s.temperature for s in settings], logits.device)[:, None]
     _keep_top_k_(logits, [s.top_k for s in settings])
@@ -253,7 +253,7 @@ def _warp(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 
 def _keep_top_k_(logits: Tensor, top_k: list[int]) -> None:
-    """Set all but the k largest of each row to -inf. Ties with the k-th stay. A k of 0 keeps all."""
+    """Set all but the k largest of each row to -inf. Ties with the k-th stay. k = 0 keeps all."""
     limited = [i for i, k in enumerate(top_k) if 0 < k < logits.shape[-1]]
     if not limited:
         return
@@ -264,7 +264,7 @@ def _keep_top_k_(logits: Tensor, top_k: list[int]) -> None:
 
 
 def _keep_top_p_(logits: Tensor, top_p: list[float]) -> None:
-    """Set all but the most likely tokens that together reach p to -inf. Ties with the last of them stay.
+    """Set all but the most likely tokens that together reach p to -inf. Ties with the last kept token stay.
 
     Holtzman et al., arXiv 1904.09751.
     """
@@ -278,10 +278,10 @@ def _keep_top_p_(logits: Tensor, top_p: list[float]) -> None:
 
 
 def _least_likely(probs: Tensor, p: Tensor) -> Tensor:
-    """Return the probability of the last token that top-p keeps: [n, 1], of probs [n, V] and p [n].
+    """Return the probability of the last token that top-p keeps: [n, 1], for probs [n, V] and p [n].
 
-    The likeliest tokens are looked at first, which on a CPU costs a tenth. The host then knows which rows are flat; on
-    another device it would have to wait for that.
+    Examines the most likely tokens first, which on a CPU takes a tenth of the time. This requires knowing on the host
+    which rows are flat; on another device the host would have to wait.
     """
     top = probs.topk(min(TOP_P_CANDIDATES, probs.shape[-1]), dim=-1).values
     threshold = _nucleus_threshold(top, p)
@@ -292,13 +292,13 @@ def _least_likely(probs: Tensor, p: Tensor) -> Tensor:
 
 
 def _least_likely_of_all(probs: Tensor, p: Tensor) -> Tensor:
-    """Return the same, to the bit, by the masses of all tokens."""
-    keys = _ONE_BITS - probs.view(torch.int32)  # the likelier, the smaller
+    """Return the same as `_least_likely`, bit for bit, from the masses of all tokens."""
+    keys = _ONE_BITS - probs.view(torch.int32)  # more likely tokens have smaller keys
     return (_ONE_BITS - _mass_threshold(keys, probs, p)).view(torch.float32)
 
 
 def _nucleus_threshold(probs: Tensor, p: Tensor) -> Tensor:
-    """Return the probability of the last token that top-p keeps: [n, 1], of descending probs [n, m] and p [n]."""
+    """Return the probability of the last token that top-p keeps: [n, 1], for descending probs [n, m] and p [n]."""
     mass = _mass(probs)
     before = mass.cumsum(-1) - mass
     num_kept = (before < _mass(p)[:, None]).sum(-1, keepdim=True).clamp(min=1)
@@ -306,15 +306,15 @@ def _nucleus_threshold(probs: Tensor, p: Tensor) -> Tensor:
 
 
 def _keep_min_p_(logits: Tensor, min_p: list[float]) -> None:
-    """Set tokens less likely than min_p times the likeliest to -inf. Nguyen et al., arXiv 2407.01082."""
+    """Set tokens less likely than min_p times the most likely to -inf. Nguyen et al., arXiv 2407.01082."""
     if not any(min_p):
         return
-    floor = _floats(min_p, logits.device).log()  # log 0 is -inf: keeps all
+    floor = _floats(min_p, logits.device).log()  # log 0 is -inf, which keeps all
     logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + floor[:, None], -torch.inf)
 
 
 def _keep_typical_(logits: Tensor, typical_p: list[float]) -> None:
-    """Keep the tokens whose surprise is closest to the entropy, until together they reach typical_p.
+    """Keep the tokens whose surprisal is closest to the entropy, until together they reach typical_p.
 
     Meister et al., arXiv 2202.00666.
     """
@@ -331,10 +331,10 @@ def _keep_typical_(logits: Tensor, typical_p: list[float]) -> None:
 
 
 def _mass_threshold(keys: Tensor, probs: Tensor, p: Tensor) -> Tensor:
-    """Return the least key of each row up to which its probabilities add up to p: int32 [n, 1]; all ones if none does.
+    """Return each row's smallest key up to which probabilities sum to p: int32 [n, 1]; all ones if they never do.
 
-    keys: int32 [n, V], not negative: bits of floats in their order. probs: fp32 [n, V]. p: fp32 [n]. The key is found
-    digit by digit, in a tenth of the time that sorting a vocabulary takes.
+    keys: int32 [n, V], not negative: bits of floats, which sort like the floats. probs: fp32 [n, V]. p: fp32 [n]. The
+    key is found digit by digit, in a tenth of the time of sorting a vocabulary.
     """
     wanted = _mass(p).clamp(min=1)[:, None]
     found = torch.zeros(len(keys), 1, dtype=torch.int32, device=keys.device)
@@ -352,7 +352,7 @@ def _mass_threshold(keys: Tensor, probs: Tensor, p: Tensor) -> Tensor:
 
 
 def _mass(probs: Tensor) -> Tensor:
-    """Return fp32 probabilities as integers, whose sums are exact: int64. A power of two scales floats exactly."""
+    """Return fp32 probabilities as int64, whose sums are exact. Scaling floats by a power of two is exact."""
     return (probs * float(1 << _MASS_BITS)).long()
 
 
@@ -360,9 +360,9 @@ def _mass(probs: Tensor) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Draw from fp32 logits [n, V] by inverting the cumulative distribution in the order of ids: int64 [n].
+    """Draw from fp32 logits [n, V] by inverting the cumulative distribution in id order: int64 [n].
 
-    A row that is not finite gives any id.
+    A row that is not finite yields an arbitrary id.
     """
     cumulative = _mass(logits.softmax(-1)).cumsum_(-1)
     seeds = np.array([row.sampling.seed & 0xFFFFFFFFFFFFFFFF for row in rows], np.uint64)
@@ -376,8 +376,7 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Return float64 [n] in [0, 1), a hash of (seed, position), uint64 [n] each.
 
-    Two rounds of the finalizer of splitmix64 (Steele et al. 2014, doi 10.1145/2660193.2660195), of which 48 bits are
-    kept.
+    Two rounds of the splitmix64 finalizer (Steele et al. 2014, doi 10.1145/2660193.2660195); 48 bits are used.
     """
     with np.errstate(over="ignore"):
         state = _mix(seeds.astype(np.uint64) + _GOLDEN)

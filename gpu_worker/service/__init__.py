@@ -1,1 +1,1 @@
-"""The asyncio side of a worker, and the thread that runs its engine."""
+"""The asyncio side of a worker: its process, and its work for the queue."""

@@ -1,4 +1,4 @@
-"""The bases that a worker's process may serve: those of its settings, and those that operators add while it runs."""
+"""The bases that a worker's process may serve: those in its settings, and those added while the fleet runs."""
 
 from __future__ import annotations
 
@@ -11,44 +11,47 @@ from protocol.runtime.settings import Settings
 
 
 class WorkerBases:
-    """The bases by name. An added one counts once its files are on this machine: no order waits for a download."""
+    """The bases by name.
+
+    An added base counts once its files are on this machine, so that no swap waits for a download.
+    """
 
     def __init__(self, settings: Settings, own: str, added: Mapping[str, str] | None = None) -> None:
-        """Begin with those of the settings.
+        """Start with the bases in the settings.
 
-        own: the base of this process. added: the models of added bases that the process before this one knew, by name.
+        own: the base of this process. added: models of the added bases that the previous process knew, by name.
         """
         self._settings = settings
         self._in_settings = worker_bases(settings)
         self._own = own
         self._given = dict(added or {})
-        self._added = self._given  # as of the last look
+        self._added = self._given  # as of the last `look`
 
     @property
     def fleet(self) -> list[str]:
-        """The names of the fleet's bases, its own first, as the settings say; none: it has one, whatever its name."""
+        """The names of the fleet's bases in the settings, its own first; empty if there is only one, under any name."""
         return list(dict.fromkeys([self._own, *self._in_settings])) if self._settings.more_models else []
 
     @property
     def others(self) -> list[str]:
-        """The names of the bases that the worker becomes when it is ordered to, those of the settings first."""
+        """The names of the bases that the worker can swap to, those in the settings first."""
         several = self._settings.more_models or self._own in self._given
         names = dict.fromkeys([*(self._in_settings if several else ()), *self._added])
         return [name for name in names if name != self._own] if self._settings.swaps else []
 
     def settings(self, name: str) -> Settings:
-        """Return the settings with which a base is served."""
+        """Return the settings for serving a base."""
         if name in self._in_settings:
             return self._in_settings[name]
         return settings_of_further(self._settings, self.models(name)[name], name)
 
     def models(self, *names: str) -> dict[str, str]:
-        """Return the models of those that were added, by name."""
+        """Return the models of those of `names` that were added, by name."""
         known = {**self._given, **self._added}
         return {name: known[name] for name in names if name in known}
 
     async def look(self, bus: Bus) -> None:
-        """Learn which bases are added now. Nothing is asked for a worker that becomes no other base.
+        """Update the set of added bases from the queue; does nothing for a worker that never swaps.
 
         Raises UnreadableRecord.
         """

@@ -1,4 +1,4 @@
-"""From the queue's messages to what engine and outbox hold. Pure."""
+"""Converts the queue's messages to the types of engine and outbox. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def assignments_in(entry: Entry) -> list[m.Assigned]:
 
 
 def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: bytes, logprobs: bytes) -> OwnedRequest:
-    """Return an assigned request as the outbox keeps it.
+    """Return an assigned request in the outbox's form.
 
     entry: id of the work entry. body: None if it has expired or cannot be read. log, logprobs: int32 ids and records
     written so far.
@@ -36,7 +36,7 @@ def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: byte
 
 
 def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
-    """Return an assigned request as the engine takes it; `log` holds the int32 ids written so far.
+    """Return an assigned request in the engine's form. log: the int32 ids written so far.
 
     Raises ProtocolError for a prompt that is not int32.
     """
@@ -65,6 +65,6 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
 
 
 def failure_reason(error: Exception) -> str:
-    """Return why a worker does not start, in one line."""
+    """Return the reason why a worker cannot start, as one line."""
     text = error.message if isinstance(error, LorafleetError) else f"{type(error).__name__}: {error}"
     return text.strip().partition("\n")[0]

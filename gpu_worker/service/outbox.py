@@ -1,6 +1,6 @@
-"""The requests that a worker owns, what of each is durable, and the step scripts that make the rest so. Pure.
+"""The requests that a worker owns, their durable output, and the step scripts that make new output durable. Pure.
 
-A token counts once the queue has accepted its step script. A refused row reports what became of its request
+A token is durable once the queue has accepted its step script. A refused row reports what happened to its request
 meanwhile. `service.py` sends the scripts.
 """
 
@@ -21,16 +21,16 @@ from protocol.wire import messages as m
 from protocol.wire.error_codec import error_json
 
 MAX_ROWS = 128
-"""Most rows of one script: 256 rows keep Redis from other clients for 1.3 ms (measured, 2 vCPU EPYC)."""
+"""Maximum rows of one script: 256 rows block other Redis clients for 1.3 ms (measured, 2 vCPU EPYC)."""
 
 
 _ID = struct.Struct("<i")
-"""A token as it is written: most outputs have one."""
+"""Packs a single token id: most outputs have one."""
 
 
 @dataclass(slots=True)
 class OutboxRecovery:
-    """What remains to be done about a step that the queue refused, before the rest is written."""
+    """The actions required after the queue refused a step, before the rest is written."""
 
     dropped: list[str] = field(default_factory=list)  # ids of requests that the engine must forget
     returned: list[str] = field(default_factory=list)  # rids among `dropped` that must be requeued
@@ -40,27 +40,27 @@ class OutboxRecovery:
 class Outbox:
     """The requests that one worker owns, and the steps to write for them.
 
-    A step is built, sent, and then committed or, if the queue refused it, recovered from and built again.
+    A step is built, sent, and then committed; if the queue refused it, it is recovered from and built again.
     """
 
     def __init__(self, wid: str, name: str = "") -> None:
-        """wid: the worker's id. name: the worker's, which stays when it joins again."""
+        """wid: the worker's id. name: the worker's name, which stays the same when it rejoins."""
         self.wid = wid
         self.name = name
         self.owned: dict[str, OwnedRequest] = {}  # by request id
         self.released: list[bytes] = []  # work entries emptied outside a step; the next step deletes them
-        self._left: dict[bytes, int] = {}  # work entry -> its requests that have not ended
-        self._built: dict[str, OwnedRequest] = {}  # requests of the last built step, as owned then
+        self._left: dict[bytes, int] = {}  # work entry -> number of its requests that have not ended
+        self._built: dict[str, OwnedRequest] = {}  # requests of the last built step, as they were owned then
 
     def knows(self, entry: bytes) -> bool:
-        """Return whether a work entry was taken and some request of it has not ended."""
+        """Return whether a work entry was taken and has requests that have not ended."""
         return entry in self._left
 
     def take(self, entry: bytes, requests: Sequence[OwnedRequest]) -> list[str]:
-        """Own requests of a work entry, all of them or more of them. Returns the ids of those that were owned already.
+        """Take ownership of some or all requests of a work entry. Return the ids of those that were owned already.
 
-        That happens when a queue has lost its last second and assigns them again. The engine must forget them: what it
-        makes of them does not continue the log as it is now.
+        That happens if the queue lost its last second of writes and assigns them again. The engine must forget these:
+        its output for them does not continue the log as it is now.
         """
         if not requests:
             return []
@@ -74,7 +74,7 @@ class Outbox:
         return again
 
     def drop(self, rid: str) -> None:
-        """Stop owning a request that ended elsewhere. Does nothing for one that is not owned."""
+        """Stop owning a request that ended elsewhere. Does nothing if it is not owned."""
         if request := self.owned.pop(rid, None):
             self._release(request.entry)
 
@@ -85,10 +85,9 @@ class Outbox:
             self.released.append(entry)
 
     def build(self, pending: dict[str, PendingOutput]) -> StepResult:
-        """Return the step that makes `pending` durable, by request id.
+        """Return the step that makes `pending` (by request id) durable.
 
-        It leaves out requests that are not owned any more, and outputs that do not continue the log of one that has
-        been assigned again since.
+        Leaves out requests that are no longer owned, and outputs that do not continue the log of a reassigned request.
         """
         step = StepResult(done_entries=list(self.released))
         self._built = {}
@@ -101,7 +100,7 @@ class Outbox:
             if new.seq0 != seq0 and not new.cut(request):
                 continue
             self._built[rid] = request
-            if not (new.finish or new.timing is not None or new.prompt_logprobs):  # most of all rows
+            if not (new.finish or new.timing is not None or new.prompt_logprobs):  # the most common case
                 step.rows.append(StepRow(rid, request.epoch, seq0, new.ids, new.logprobs))
                 delta = m.Delta(rid, request.epoch, seq0, new.ids, new.logprobs)
             else:
@@ -121,11 +120,11 @@ class Outbox:
         return step
 
     def commit(self, step: StepResult, pending: dict[str, PendingOutput]) -> None:
-        """Note that `step`, built from `pending` last, is durable."""
+        """Record that `step`, the last one built from `pending`, is durable."""
         for row in step.rows:
             request = self._built[row.rid]
             if self.owned.get(row.rid) is not request:
-                continue  # it was assigned again meanwhile; its next row is refused, and reports what it missed
+                continue  # reassigned meanwhile; its next row is refused, and the refusal reports what is missing
             request.log += row.ids
             request.logprobs += row.logprobs
             new, before = pending[row.rid], request.timing
@@ -141,10 +140,10 @@ class Outbox:
         self.released = [entry for entry in self.released if entry not in step.done_entries]
 
     def recover(self, pending: dict[str, PendingOutput], refused: Sequence[Refused]) -> OutboxRecovery:
-        """Change owned requests and `pending` by the reply to a refused step, so that the rest can be written.
+        """Update owned requests and `pending` from the reply to a refused step, so that the rest can be written.
 
-        A row that an earlier try wrote, although its reply was lost, is recognised by the log's length. What is told of
-        a request that was assigned again while the step was on its way says nothing of its new assignment.
+        A row that an earlier try wrote, with its reply lost, is recognized by the log's length. Refusals for a request
+        that was reassigned while the step was in transit are ignored: they do not concern the new assignment.
         """
         recovery = OutboxRecovery()
         for row in refused:
@@ -163,8 +162,8 @@ class Outbox:
             elif row.code == "length" and row.length == request.num_logged:
                 if not new.ids and not new.finish:
                     del pending[row.rid]
-            else:  # ended, fenced or expired: the request is another's now
-                if row.code == "length":  # the log is longer than this worker knows: start again from what it holds
+            else:  # ended, fenced or expired: this worker no longer owns it
+                if row.code == "length":  # the log is longer than this worker knows: requeue it to continue from there
                     recovery.returned.append(row.rid)
                 del pending[row.rid]
                 self.drop(row.rid)
@@ -197,7 +196,7 @@ class Outbox:
 
 
 def add_outputs(pending: dict[str, PendingOutput], outputs: Iterable[TokenOutput]) -> None:
-    """Add one engine step's outputs to those that wait to be published, by request id."""
+    """Add one engine step's outputs to the pending ones, by request id."""
     for output in outputs:
         ids = output.ids
         packed = _ID.pack(ids[0]) if len(ids) == 1 else array("i", ids).tobytes()
@@ -218,7 +217,7 @@ def add_outputs(pending: dict[str, PendingOutput], outputs: Iterable[TokenOutput
 
 
 def _adopt(request: OwnedRequest, new: PendingOutput, length: int) -> None:
-    """Count as durable what an earlier try of the same step wrote: the log holds `length` tokens."""
+    """Count as durable what an earlier try of the same step wrote. length: tokens in the log."""
     written = min(length - request.num_logged, len(new.ids) // 4)
     if written > 0:
         new.seq0 = request.num_logged

@@ -1,4 +1,4 @@
-"""The requests that a worker owns, and the output of each that is not durable yet. Pure."""
+"""The requests that a worker owns, and each one's output that is not durable yet. Pure."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ class OwnedRequest:
     queued_ms: int = 0  # ms from submission to this assignment
     trace: str = ""  # see `messages.Assigned`
     timing: m.Timing | None = None  # the latest that is durable
-    scored_prompt: bytes = b""  # its prompt (int32), if logprobs of it are wanted
+    scored_prompt: bytes = b""  # its prompt (int32), if its logprobs are requested
 
     @property
     def num_logged(self) -> int:
-        """Tokens that are durable."""
+        """The number of durable tokens."""
         return len(self.log) // 4
 
     def num_output(self, new: PendingOutput) -> int:
-        """Return the number of output tokens including `new`. An encoder's output has none."""
+        """Return the number of output tokens including `new`; 0 for tasks that generate no text."""
         return self.num_logged + len(new.ids) // 4 if self.task == "generate" else 0
 
 
-class PendingOutput(msgspec.Struct):  # a dataclass takes three times as long to make, and each row of each step has one
-    """The output of one request that is not durable yet, from one step or several."""
+class PendingOutput(msgspec.Struct):  # three times as fast to create as a dataclass; each row of each step has one
+    """Output of one request that is not durable yet, from one or several steps."""
 
-    seq0: int = -1  # index of ids[0] in the log; -1: at the log's end, wherever that is
+    seq0: int = -1  # index of ids[0] in the log; -1: append at its end, wherever that is
     ids: bytes = b""  # int32 token ids
-    logprobs: bytes = b""  # one record per id, if the request wants any
+    logprobs: bytes = b""  # one record per id, if requested
     prompt_logprobs: bytes = b""
     finish: str = ""  # messages.FinishReason; "" while the request runs
     error: LorafleetError | None = None
     num_cached_tokens: int = 0
-    timing: m.Timing | None = None  # the newest
+    timing: m.Timing | None = None  # the latest
 
     def cut(self, request: OwnedRequest) -> bool:
-        """Drop the ids that the log holds already. Returns whether anything is left that continues the log."""
+        """Drop the ids that the log holds already. Return whether anything that continues the log is left."""
         num_known = len(request.log) // 4 - self.seq0 if self.seq0 >= 0 else 0
         if num_known == 0:
             return True

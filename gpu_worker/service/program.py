@@ -1,9 +1,8 @@
-"""A worker's process: it loads a base, works for the queue, and starts itself again to serve another base.
+"""A worker's process: loads a base, works for the queue, and re-executes itself to serve another base.
 
-A worker that the scheduler has ordered to become another base leaves the fleet as one that is stopped does, closes
-everything, and executes its own program again with `SWAP_VARIABLE`, which names the base. So no two bases are ever in
-its memory, and whoever supervises the process sees no end of it. If it dies, it is started again with the base that its
-settings name.
+A worker that the scheduler orders to another base leaves the fleet as if stopped, closes everything, and executes its
+own program again with `SWAP_VARIABLE`, which names the base. So two bases are never in memory at once, and a process
+supervisor sees no exit. If the process dies, it restarts with the base in its settings.
 """
 
 from __future__ import annotations
@@ -42,23 +41,25 @@ from protocol.wire.errors import BadRequest, Conflict, UnreadableRecord
 logger = logging.getLogger(__name__)
 
 SWITCH_S = 0.0001
-"""How long the engine's thread waits until the event loop, which publishes, has to leave it the interpreter. In 5 ms,
-which is Python's own, the loop does all that it has to do for a step, and the engine would wait for that."""
+"""Python's switch interval, in seconds: how long the engine's thread waits for the GIL that the event loop holds.
+
+In Python's default of 5 ms, the loop finishes all its work for a step, and the engine would wait for that.
+"""
 
 
 class BaseStart(msgspec.Struct, frozen=True):
-    """Which base a process serves. Each start that fails has fewer fallbacks, so that starts come to an end."""
+    """The base that a process serves. Each failed start has fewer fallbacks, so that starts come to an end."""
 
     base: str
-    fallbacks: tuple[str, ...]  # the bases that it serves instead if this one does not start, the first one first
+    fallbacks: tuple[str, ...]  # bases to serve instead if this one does not start, in order
     began_ms: int  # unix time when the start began
-    added: dict[str, str] = {}  # the models of bases that operators have added, by name
+    added: dict[str, str] = {}  # models of bases added by operators, by name
 
     @classmethod
     def of(cls, settings: Settings, bases: Mapping[str, Settings]) -> BaseStart:
-        """Return what the process that this one has replaced has left, else what the settings say.
+        """Return the start handed over by the process that this one replaced, else the one in the settings.
 
-        The variable is read once. bases: of the settings. Raises BadRequest for one that is none of all.
+        The variable is read and removed. bases: those in the settings. Raises BadRequest for a base that is unknown.
         """
         if left := os.environ.pop(SWAP_VARIABLE, ""):
             try:
@@ -75,9 +76,9 @@ class BaseStart(msgspec.Struct, frozen=True):
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
-    """Serve a base until `stop`, or until another one is to be served. Returns the exit code. Raises LorafleetError.
+    """Serve a base until `stop`, or until another base must be served. Return the exit code. Raises LorafleetError.
 
-    Then, and if the base cannot be served but others can, the process starts itself again.
+    In the second case, and if the base fails to start but others may, the process re-executes itself.
     """
     start = BaseStart.of(settings, worker_bases(settings))
     with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
@@ -85,7 +86,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     if following is None:
         return code
     with _ended_by_signals():
-        await asyncio.sleep(0.01)  # a signal that came before lies with the loop, which reads it now
+        await asyncio.sleep(0.01)  # a pending signal is still in the event loop, which reads it now
         if not stop.is_set():
             start_again({SWAP_VARIABLE: msgspec.json.encode(following).decode()})
     return 0
@@ -94,8 +95,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> tuple[int, BaseStart | None]:
     """Load the model and work for the queue until `stop` or an order.
 
-    Returns the exit code and, if another base is to be served, its start. Raises what went wrong, where no other base
-    can be served or this one is not to blame. Everything is closed then.
+    Return the exit code and, if another base must be served, its start. Raises the error if no other base can be served
+    or the failure is not this base's. Everything is closed on return.
     """
     settings = bases.settings(start.base)
     secret = FleetSecret.of(settings)
@@ -106,7 +107,7 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
         asked_s = time.monotonic()
         if not await bus.server.reach(stop):
             return 0, None
-        waited_ms = round(1000 * (time.monotonic() - asked_s))  # none of what a start takes
+        waited_ms = round(1000 * (time.monotonic() - asked_s))  # not part of the start time
         WATCHDOG.require(None, LOADING_S)
         try:
             with _ended_by_signals():
@@ -115,12 +116,12 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
             if stop.is_set():
                 return 0, None
             sys.setswitchinterval(SWITCH_S)
-            # A thread that has ended cannot be stuck; what is left to do then is the loop's.
+            # Once the engine's thread has ended it cannot be stuck; the remaining work is the event loop's.
             WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
             service = WorkerService(bus, engine, served, settings, loader, start.began_ms + waited_ms, bases)
             if (code := await service.run(stop)) or not service.becomes:
                 return code, None
-            if service.becomes not in bases.others:  # taken away while the worker left
+            if service.becomes not in bases.others:  # removed while the worker left
                 return 0, msgspec.structs.replace(start, began_ms=now_ms())
             added = bases.models(service.becomes, start.base)
             return 0, BaseStart(service.becomes, (start.base,), now_ms(), added)
@@ -132,7 +133,7 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
             if not is_one_of_several and name not in (await bus.added_bases.get()).bases:
                 raise
             try:
-                await bus.members.note_failure(name, why)  # the others' calls go on
+                await bus.members.note_failure(name, why)  # calls to other bases continue
             except (*CONNECTION_ERRORS, UnreadableRecord) as away:
                 logger.warning("the reason why %s does not start cannot be recorded: %s", name, away)
             if not start.fallbacks:
@@ -146,7 +147,7 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let signals end the process at once meanwhile: it has nothing of the fleet's, and what it does may take long."""
+    """Let signals end the process at once: it holds nothing of the fleet, and the work inside may take long."""
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -156,7 +157,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _load(settings: Settings, loader: Loader) -> tuple[EngineThread, m.ServedModel]:
-    """Build the engine. Imports torch, so it runs in a thread and is not part of importing this module."""
+    """Build the engine. Runs in a thread and imports torch only here, so that importing this module is fast."""
     with importing():
         import_transformers(settings)
         from gpu_worker.build import load_engine

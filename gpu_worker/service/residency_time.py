@@ -1,6 +1,6 @@
-"""How long adapters are in this worker's pool, for the fleet's accounting. Pure.
+"""The time that adapters spend in this worker's pool, for the fleet's accounting. Pure.
 
-A worker looks once a second, so each stay is right to about a second; time not reported yet is lost when it dies.
+The worker samples once a second, so each stay is accurate to about a second; unreported time is lost if it dies.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Iterable
 from peft_adapters.recipe import is_merge
 
 TELL_S = 30.0
-"""s between reports. A killed worker loses at most this time per adapter."""
+"""Seconds between reports. A killed worker loses at most this much time per adapter."""
 
 
 class ResidencyTime:
-    """Adds up the time of each adapter between two tellings."""
+    """Sums up each adapter's time between two reports."""
 
     def __init__(self, now_s: float) -> None:
-        """now_s: monotonic, as everywhere here."""
+        """now_s: monotonic, as in all methods."""
         self._looked_s = now_s
         self._told_s = now_s
         self._seconds: dict[str, float] = {}
 
     def look(self, resident: Iterable[str], now_s: float) -> None:
-        """Count the time since the last look for the adapters that are in the pool now. Merges have no books."""
+        """Add the time since the last call to the adapters that are in the pool now. Merges are not accounted."""
         passed_s = now_s - self._looked_s
         self._looked_s = now_s
         for digest in resident:
@@ -31,7 +31,7 @@ class ResidencyTime:
                 self._seconds[digest] = self._seconds.get(digest, 0.0) + passed_s
 
     def take(self, now_s: float, *, at_once: bool = False) -> dict[str, int]:
-        """Return the times to report, ms by digest, and reset them; {} within `TELL_S`, unless `at_once`."""
+        """Return the times to report, ms by digest, and reset them; empty within `TELL_S`, unless `at_once`."""
         if not at_once and now_s - self._told_s < TELL_S:
             return {}
         found = {digest: round(seconds * 1000) for digest, seconds in self._seconds.items()}

@@ -1,6 +1,6 @@
-"""The asyncio side of a worker: assignments in, one step script per engine step out, beats, drain.
+"""The asyncio side of a worker: takes assignments, sends one step script per engine step and heartbeats, and drains.
 
-The engine runs in a thread of its own, behind `EngineThread`; this module never waits for a forward pass.
+The engine runs in its own thread, behind `EngineThread`; this module never waits for a forward pass.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from protocol.wire.messages.requests import KNOWN_FIELDS
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-"""Seconds between two heartbeats, and between two looks whether the queue was restarted."""
+"""Seconds between two heartbeats, and between two checks whether the queue was restarted."""
 
 END_BEAT_S = 0.5
-"""s; the end of a request sends another heartbeat if the last is older. The scheduler reads no more of them, and gets
-ends from the steps."""
+"""Seconds; the end of a request triggers another heartbeat if the last is older. More frequent ones would be useless:
+the scheduler learns of ends from the steps."""
 
 BEAT_TTL_MS = 4000
-"""Life of a heartbeat: a worker whose heartbeat has expired is dead to the fleet."""
+"""TTL of a heartbeat: a worker whose heartbeat has expired counts as dead."""
 
 STREAM_TTL_S = 3600
-"""Life of a worker's streams; each heartbeat renews it."""
+"""TTL of a worker's streams; each heartbeat renews it."""
 
 MAX_FAILURES = 8
-"""Failures of a loop in a row, a queue that is away aside, after which this process ends."""
+"""Consecutive failures of a loop, not counting an unreachable queue, after which this process ends."""
 
 
 class Fenced(Exception):
-    """The fleet took this worker for dead and gave its requests away; it may come back under a new id."""
+    """The fleet declared this worker dead and reassigned its requests; it may rejoin under a new id."""
 
 
 class WorkerService:
@@ -73,60 +73,60 @@ class WorkerService:
         began_ms: int | None = None,
         bases: WorkerBases | None = None,
     ) -> None:
-        """loader: fetches adapters, if the engine has any; it gets the stores' addresses.
+        """loader: the adapter loader, if the engine uses one; it is given the stores' addresses.
 
-        began_ms: unix time when its start began; None: with this program. bases: those that its process may serve.
+        began_ms: unix time of its start; None: that of this program. bases: the bases that its process may serve.
         """
         self.bus = bus
         self.engine = engine
         self.served = served
         self.settings = settings
         self.name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
-        self.wid = ""  # no two memberships of a fleet share one
+        self.wid = ""  # unique per membership
         self.outbox = Outbox("")
         self.loader = loader
         self.draining = False
         self.bases = bases or WorkerBases(settings, served.name)
-        self.becomes = ""  # the base that it has been ordered to become
-        self._ordered = asyncio.Event()  # to become it
+        self.becomes = ""  # the base that it was ordered to serve
+        self._ordered = asyncio.Event()  # set by that order
         self._began_ms = began_ms
         self._joined_ms, self._start_s = 0, 0.0
         self._pending: dict[str, PendingOutput] = {}  # by request id
-        self._unwritten: dict[str, PendingOutput] = {}  # taken out of `_pending`, but not yet written
+        self._unwritten: dict[str, PendingOutput] = {}  # taken out of `_pending`, but not written yet
         self._last_ids: dict[str, bytes] = {}  # by stream, the last processed entry id
-        self._restarted = False  # the queue was, and the work stream is still to be read from its beginning
-        self._look_s = 0.0  # when the next heartbeat looks after that, monotonic
+        self._restarted = False  # the queue was restarted, and the work stream must be read from its beginning
+        self._look_s = 0.0  # monotonic time of the next check for a restart
         self._num_unacked = 0  # engine steps in `_pending`
         self._publishing = asyncio.Lock()
-        self._publish_s = 0.0  # waited for step scripts, since the start
+        self._publish_s = 0.0  # seconds spent waiting for step scripts since the start
         self._has_outputs = asyncio.Event()
         self._beat_now = asyncio.Event()
-        self._end_beat_s = 0.0  # monotonic time from which on the end of a request sends a heartbeat
-        self._beaten_loads = 0  # adapters that had come to the pool by the last heartbeat
+        self._end_beat_s = 0.0  # monotonic time after which the end of a request triggers a heartbeat
+        self._beaten_loads = 0  # the engine's number of loads in the last heartbeat
         self._engine_died = asyncio.Event()
-        self._failure: BaseException | None = None  # why it died
+        self._failure: BaseException | None = None  # why the engine died
         self._residency = ResidencyTime(time.monotonic())
 
     # ------------------------------------------------------------ called from the engine, through the loop
 
     def on_outputs(self, outputs: list[TokenOutput]) -> None:
-        """Take the outputs of one engine step."""
+        """Add the outputs of one engine step to those to be published."""
         add_outputs(self._pending, outputs)
         self._num_unacked += 1
         self._has_outputs.set()
 
     def on_death(self, error: BaseException) -> None:
-        """Take note that the engine has crashed; every request goes back to the queue."""
+        """Record that the engine has crashed; every request goes back to the queue."""
         self._failure = error
         self._engine_died.set()
 
     # ------------------------------------------------------------ life
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Start the engine, work for the fleet, and hand over what runs. Returns the exit code.
+        """Start the engine, work for the fleet, and hand over what is unfinished. Return the exit code.
 
-        It works until `stop`, or an order to become another base, which is then in `becomes`. Raises Conflict when live
-        workers serve another base by its name.
+        Works until `stop`, or until an order to serve another base, which is then in `becomes`. Raises Conflict if live
+        workers serve a different base under its name.
         """
         loop = asyncio.get_running_loop()
         self.engine.start(
@@ -147,11 +147,11 @@ class WorkerService:
         return 0
 
     async def _be_member(self, stop: asyncio.Event) -> None:
-        """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in a group."""
+        """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in an exception group."""
         if not await self._joined(stop):
             self.engine.stop()
             return
-        self.engine.finish_start()  # the fleet has the heartbeat, so its first requests arrive meanwhile
+        self.engine.finish_start()  # the fleet has the heartbeat: first requests arrive meanwhile
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(guarded(loop)) for loop in self.loops()]
             ends = [group.create_task(event.wait()) for event in (stop, self._engine_died, self._ordered)]
@@ -159,26 +159,26 @@ class WorkerService:
             await self._drain()
             for task in (*loops, *ends):
                 task.cancel()
-        await self._leave()  # after the last heartbeat, since another one would find the streams gone
+        await self._leave()  # after the last heartbeat, which would find the streams gone
 
     def loops(self) -> list[Loop]:
-        """Return what runs while it is a member.
+        """Return the loops that run while it is a member.
 
-        What fails `MAX_FAILURES` times in a row ends the process: the fleet gives its requests to others, and counts
-        that against them, so that one that does so everywhere is given up.
+        A loop that fails `MAX_FAILURES` times in a row ends the process. The fleet then reassigns its requests and
+        counts an attempt for each, so that a request that crashes every worker is given up.
         """
         return [
             Loop("intake", self._intake, 0.0, backoff=BRISK, max_failures=MAX_FAILURES),
             Loop("publishing", self._publish, 0.0, backoff=BRISK, max_failures=MAX_FAILURES),
             Loop("beats", self._beats, BEAT_S, self._beat_now, BRISK, ends=(Fenced,), max_failures=MAX_FAILURES),
-            # Apart from the heartbeats, since a file system may not answer.
+            # Separate from the heartbeats, since a file system may hang.
             Loop("added bases", partial(self.bases.look, self.bus), BEAT_S, backoff=BRISK),
         ]
 
     async def _joined(self, stop: asyncio.Event) -> bool:
-        """Join as soon as the queue can be reached and has room; return whether that was before `stop`.
+        """Join as soon as the queue is reachable and has space; return whether that happened before `stop`.
 
-        The base is loaded by then, so that waiting costs less than another start.
+        The base is already loaded, so waiting is cheaper than a restart.
         """
         num = 0
         while not stop.is_set():
@@ -200,7 +200,7 @@ class WorkerService:
         self._last_ids = {keys.work(self.wid): b"0", keys.ctl(self.wid): b"0"}
         if self.loader is not None:
             self.loader.set_urls(await self.bus.members.store_urls())
-        await self.bus.restarted()  # compare with the queue as it is from now on
+        await self.bus.restarted()  # later calls compare with the queue's current state
         await self.bus.streams.create(keys.work(self.wid), STREAM_TTL_S)
         await self.bus.streams.create(keys.ctl(self.wid), STREAM_TTL_S)
         self._joined_ms = now_ms()
@@ -218,31 +218,31 @@ class WorkerService:
         logger.info("worker %s (%s) serves %s", self.wid, self.name, self.served.name)
 
     async def _drain(self) -> None:
-        """Take no more, and let the last step become durable."""
+        """Accept no more work, and make the last step durable."""
         self.draining = True
         await self._beat()
         try:
             await self._tell_adapter_events()
-        except (*CONNECTION_ERRORS, QueueError) as error:  # a full queue takes requests back, and no more than that
+        except (*CONNECTION_ERRORS, QueueError) as error:  # a full queue only accepts requests back
             logger.warning("the last use of adapters could not be reported: %s", error)
         if self._failure is None:
             await asyncio.wrap_future(self.engine.hand_over())
-            # The engine's last call_soon_threadsafe was made before the future was set.
+            # The engine's last call_soon_threadsafe preceded the future's result.
             await asyncio.sleep(0)
         await self._publish_once()
 
     async def _leave(self) -> None:
-        """Put everything back on the queue, deregister, end the engine."""
+        """Requeue everything, deregister, and end the engine."""
         if await self._requeue_all():
             await self.bus.members.leave(self.wid)
-        else:  # registered without a heartbeat: the scheduler finds it dead and ends what is left
+        else:  # registered without a heartbeat: the scheduler declares it dead and ends the rest
             await self.bus.members.silence(self.wid)
         self.engine.stop()
 
     async def _requeue_all(self) -> bool:
-        """Requeue all requests assigned to this worker, also those that arrive meanwhile, then close its stream.
+        """Requeue all requests assigned to this worker, including those that arrive meanwhile, then delete its stream.
 
-        Returns False when some of it can only be ended, which is for the scheduler to do.
+        Return False if some can only be ended, which is the scheduler's job.
         """
         stream = self.bus.keys.work(self.wid)
         crashed = self._failure is not None
@@ -263,7 +263,7 @@ class WorkerService:
                 return True
 
     async def _hand_back(self, rids: list[str]) -> None:
-        """Queue single requests again."""
+        """Requeue single requests."""
         outcomes = await self.bus.requeue(self.wid, rids, counts=False, max_attempts=self.settings.max_attempts)
         for rid, outcome in outcomes.items():
             if outcome == "cancelled":
@@ -272,10 +272,10 @@ class WorkerService:
     # ------------------------------------------------------------ in
 
     async def _intake(self) -> None:
-        """Read and execute assignments and orders, no faster than the engine accepts them."""
+        """Read and process assignments and orders, no faster than the engine accepts them."""
         keys = self.bus.keys
         room = self.engine.room()
-        if not room.done():  # to wait for one that is costs a round of the event loop, and a write to its pipe
+        if not room.done():  # awaiting a future takes an event loop iteration and a write to its pipe
             await asyncio.wrap_future(room)
         found = await self.bus.streams.read(dict(self._last_ids), block_ms=5000)
         for stream in (keys.work(self.wid), keys.ctl(self.wid)):
@@ -284,20 +284,20 @@ class WorkerService:
                 self._last_ids[stream] = entry[0]
 
     async def _handle(self, stream: str, entry: Entry) -> None:
-        """Do what an entry says; put it aside if it cannot be read, or is an order that cannot be carried out."""
+        """Process an entry; set it aside if it cannot be read, or is an order that cannot be carried out."""
         is_work = stream == self.bus.keys.work(self.wid)
         try:
             await (self._take if is_work else self._obey)(entry)
         except ProtocolError as error:
             await self.bus.streams.reject(stream, entry, error.message)
         except Exception as error:
-            if is_work or is_queue_away(error):  # work is somebody's: it is tried again, here or elsewhere
+            if is_work or is_queue_away(error):  # work must not be lost: retry it, here or elsewhere
                 raise
             FAILED.note("orders", error)
             await self.bus.streams.reject(stream, entry, repr(error))
 
     async def _take_again(self) -> None:
-        """Read the work stream from its beginning: a restarted queue may hold work again that had been done."""
+        """Read the work stream from its beginning: a restarted queue may hold completed work again."""
         work = self.bus.keys.work(self.wid)
         for entry in await self.bus.streams.entries(work):
             await self._handle(work, entry)
@@ -305,7 +305,7 @@ class WorkerService:
     async def _take(self, entry: Entry) -> None:
         """Give the engine one work entry's requests, unless it has them.
 
-        Of an entry that was taken before, these are the requests whose ends the queue has lost.
+        For an entry taken before, these are the requests whose ends the queue has lost.
         """
         items = assignments_in(entry)
         if was_taken := self.outbox.knows(entry[0]):
@@ -317,21 +317,21 @@ class WorkerService:
         owned: list[OwnedRequest] = []
         failed: dict[str, LorafleetError] = {}
         for item, found in zip(items, inputs, strict=True):
-            if was_taken and item.rid in self.outbox.owned:  # assigned again meanwhile
+            if was_taken and item.rid in self.outbox.owned:  # reassigned meanwhile
                 continue
             body: m.Body | None = None
             try:
                 body = found.body()
                 if body is not None:
                     requests.append(engine_request(item, body, found.log))
-                else:  # Its keys have expired: the step script refuses its row, and it is dropped.
+                else:  # Its keys have expired: the step script will refuse its row, and it is dropped.
                     failed[item.rid] = DeadlineExceeded("the request has expired")
-            except Exception as error:  # noqa: BLE001  the request's edge: it must not take others of its entry along
+            except Exception as error:  # noqa: BLE001  the request's edge: it must not fail others of its entry
                 FAILED.note("requests", error, item.rid)
                 why = error.message if isinstance(error, LorafleetError) else type(error).__name__
                 body, failed[item.rid] = None, Internal(f"the request could not be read: {why}")
             owned.append(owned_request(item, entry[0], body, found.log, found.logprobs))
-        if not was_taken and self.outbox.knows(entry[0]):  # by the other of the two loops that read the stream
+        if not was_taken and self.outbox.knows(entry[0]):  # taken by the other loop that reads the stream
             return
         if again := self.outbox.take(entry[0], owned):
             self.engine.cancel(again)
@@ -343,7 +343,7 @@ class WorkerService:
             self.engine.submit(request)
 
     async def _lost_ends(self, items: list[m.Assigned]) -> list[m.Assigned]:
-        """Return those of an entry's requests that ended here, but run for a queue that has lost its last second."""
+        """Return the requests of an entry that ended here but run for a queue that lost its last second of writes."""
         ended = [item for item in items if item.rid not in self.outbox.owned]
         return [
             item
@@ -380,16 +380,16 @@ class WorkerService:
     # ------------------------------------------------------------ out
 
     async def _publish(self) -> None:
-        """Publish what there is. Outputs that come while Redis is slow go into the next script together."""
+        """Publish pending outputs. Those that arrive while Redis is slow go into the next script together."""
         if not self._unwritten:
             await self._has_outputs.wait()
         self._has_outputs.clear()
         await self._publish_once()
 
     async def _publish_once(self) -> None:
-        """Make everything pending durable, in scripts of at most MAX_ROWS rows; retry until Redis answers."""
+        """Make all pending outputs durable, in scripts of at most MAX_ROWS rows; retry until Redis answers."""
         async with self._publishing:
-            if self._unwritten:  # left by a failed turn
+            if self._unwritten:  # left by a failed iteration
                 await self._write(self._unwritten)
                 self._unwritten = {}
             whole, self._pending = self._pending, {}
@@ -404,15 +404,15 @@ class WorkerService:
                     for start in range(0, len(rids), MAX_ROWS):
                         await self._write({rid: whole[rid] for rid in rids[start : start + MAX_ROWS]})
                 self._unwritten = {}
-            finally:  # also when they are given up with the membership: the engine must not wait for them
+            finally:  # even if they are abandoned with the membership: the engine must not wait for them
                 for _ in range(num_steps):
                     self.engine.ack_step()
-        # The scheduler lets a worker load few adapters at a time, and sends more when a heartbeat reports a loaded one.
+        # The scheduler limits a worker's concurrent loads, and sends more once a heartbeat reports a finished one.
         if self.engine.stats().num_loads != self._beaten_loads or (has_ends and time.monotonic() > self._end_beat_s):
             self._beat_now.set()
 
     async def _write(self, pending: dict[str, PendingOutput]) -> None:
-        """Make `pending` durable; whatever the queue refuses is recovered from, and the rest tried again."""
+        """Make `pending` durable; recover from refused rows and retry the rest."""
         pause_s = 0.02
         while True:
             step = self.outbox.build(pending)
@@ -432,7 +432,7 @@ class WorkerService:
                 pause_s = min(2 * pause_s, 1.0)
 
     async def _recover(self, recovery: OutboxRecovery) -> None:
-        if recovery.dropped:  # before anything is waited for: they may be assigned again meanwhile
+        if recovery.dropped:  # before any await: they may be reassigned meanwhile
             self.engine.cancel(recovery.dropped)
         for request in recovery.repairs:
             await self.bus.repair(request.rid, 0, bytes(request.log), bytes(request.logprobs), request.record_bytes)
@@ -444,7 +444,7 @@ class WorkerService:
     async def _beats(self) -> None:
         """Send heartbeats, once a second and on change, and check whether the queue was restarted."""
         await self._beat()
-        if time.monotonic() <= self._look_s:  # a heartbeat may also come with every end
+        if time.monotonic() <= self._look_s:  # ends of requests also trigger heartbeats
             return
         self._look_s = time.monotonic() + BEAT_S
         if self.loader is not None:
@@ -468,20 +468,20 @@ class WorkerService:
         )  # fmt: skip
 
     async def _beat(self) -> None:
-        """Send the worker's heartbeat. Raises Fenced when its streams are gone."""
+        """Send the worker's heartbeat. Raises Fenced if its streams are gone."""
         keys, beat = self.bus.keys, self._own_beat()
         streams = (keys.work(self.wid), keys.ctl(self.wid))
         key = keys.worker_beat(self.wid)
         if not await self.bus.members.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams):
             await self.bus.members.leave(self.wid)
             raise Fenced
-        if self.settings.metrics_port:  # else nobody reads them here
+        if self.settings.metrics_port:  # otherwise there is no reader
             WORKERS.show([beat])
 
     async def _tell_adapter_events(self) -> None:
         """Report adapter events to the fleet. A lost connection loses them: nothing depends on them.
 
-        Not with each heartbeat: ten are sent in a second while adapters load, and each event wakes every store and
+        Not sent with each heartbeat: while adapters load there are ten per second, and each event wakes every store and
         gateway.
         """
         events, uses = self.engine.take_adapter_events()

@@ -1,4 +1,4 @@
-"""A worker's spans of traced requests, exported once their subject is durable."""
+"""A worker's spans of traced requests, exported once the output they describe is durable."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from protocol.runtime.tracing import TRACING, Trace, run_place
 from protocol.wire import messages as m
 
 MS = 1_000_000
-"""Nanoseconds of a ms."""
+"""Nanoseconds per ms."""
 
 
 def tell_step(request: OwnedRequest, before: m.Timing | None, new: PendingOutput, worker: str) -> None:
-    """Export what a step that has just become durable has ended for a request: its prefill, or all of it.
+    """Export the spans that a newly durable step has completed for a request: up to its first token, or all of it.
 
-    before: its times as last exported. The parts up to the first token are exported at once, so that they survive
-    the worker.
+    before: its times as last exported. Spans up to the first token are exported at once, so that they survive the
+    worker.
     """
     place, timing = _place(request), request.timing
     if place is None:
@@ -29,7 +29,7 @@ def tell_step(request: OwnedRequest, before: m.Timing | None, new: PendingOutput
 
 
 def tell_handed_back(request: OwnedRequest, worker: str) -> None:
-    """Export this worker's part of a request, before another worker gets it."""
+    """Export this worker's span of a request, before the request is reassigned."""
     place = _place(request)
     if place is None:
         return
@@ -43,7 +43,7 @@ def _place(request: OwnedRequest) -> Trace | None:
 
 
 def _tell(name: str, place: Trace, timing: m.Timing, begin_ms: int, end_ms: int, **attributes: str | int) -> None:
-    """Export a part. begin_ms, end_ms: since it was taken."""
+    """Export a part of the run. begin_ms, end_ms: since the request was accepted."""
     assert TRACING.tracer is not None
     begin_ns, end_ns = (timing.taken_ms + begin_ms) * MS, (timing.taken_ms + end_ms) * MS
     TRACING.tracer.tell(name, place.child(), begin_ns, end_ns, attributes)
@@ -60,7 +60,7 @@ def _tell_start(place: Trace, timing: m.Timing) -> None:
 def _tell_end(request: OwnedRequest, place: Trace, timing: m.Timing | None, new: PendingOutput, worker: str) -> None:
     now_ns, tracer = time.time_ns(), TRACING.tracer
     error = new.error.message if new.error is not None else ""
-    if timing is None or tracer is None:  # it was cancelled before anything came of it
+    if timing is None or tracer is None:  # canceled before it had any times
         _tell_run(request, place, now_ns, now_ns, worker, error=error)
         return
     end_ms = max(timing.ended_ms, timing.first_ms)
@@ -76,7 +76,7 @@ def _tell_run(
     request: OwnedRequest, place: Trace, begin_ns: int, end_ns: int, worker: str, *, error: str = "",
     events: Sequence[tuple[str, int]] = (),
 ) -> None:  # fmt: skip
-    """Export an assignment's span; one that continues another's work links to it."""
+    """Export an assignment's span, with a link to the previous assignment's, if any."""
     assert TRACING.tracer is not None
     before = run_place(request.trace, request.rid, request.epoch - 2) if request.epoch > 1 else None
     attributes = {

@@ -1,1 +1,1 @@
-"""What a model is for besides text: embeddings, labels, scores."""
+"""Tasks of a model besides generating text: embeddings, labels, scores."""

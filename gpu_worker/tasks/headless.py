@@ -1,7 +1,7 @@
-"""Decoders that come without a language model's head: bare ones, sequence classifiers, and those of embeddings.
+"""Decoders without a language model's head: bare ones, sequence classifiers, and those for embeddings.
 
-Each is put into the causal LM of its type in which an identity takes the head's place, so that everything that is made
-for causal LMs holds for it, adapters' names too; what would be logits there are hidden states, which nobody asks for.
+Each is put into the causal LM of its type, with an identity as head, so that all code for causal LMs applies to it,
+including adapters' module names. Its logits would be hidden states, which are never used.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from protocol.wire.errors import BadRequest
 from protocol.wire.messages import MAX_LABELS
 
 BARE, CLASSIFIER = "Model", "ForSequenceClassification"
-"""Ends of the names of classes without a language model's head."""
+"""Suffixes of the names of classes without a language model's head."""
 
 
 def has_no_lm_head(architecture: str) -> bool:
-    """Return whether a class, by its name, has no language model's head."""
+    """Return whether a class, judging by its name, has no language model's head."""
     return architecture.endswith((BARE, CLASSIFIER)) and not architecture.endswith("LMHeadModel")
 
 
 def read_decoder(
     folder: Path, device: torch.device, dtype: torch.dtype, score_tokens: str = ""
 ) -> tuple[PreTrainedModel, ModelTasks]:
-    """Load a folder's decoder for its task. Raises BadRequest in one line.
+    """Load a folder's decoder for its task. Raises BadRequest, in one line.
 
     score_tokens: see `read_score_tokens`.
     """
@@ -80,7 +80,7 @@ def _classifier(module: PreTrainedModel, tasks: ModelTasks) -> tuple[PreTrainedM
 
 
 def in_causal_lm(decoder: nn.Module) -> PreTrainedModel:
-    """Return the causal LM of a decoder's type, around the decoder and without a head. Raises BadRequest."""
+    """Return the causal LM of a decoder's type, with this decoder and without a head. Raises BadRequest."""
     config: Any = decoder.config
     with torch.device("meta"):
         shell: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -1,4 +1,4 @@
-"""What a model's config says of the labels of whole texts: their names, and how scores are made of logits."""
+"""The labels of whole texts in a model's config: their names, and the activation that turns logits into scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OF_CLASSES: dict[str, Activation] = {"Sigmoid": "sigmoid", "Identity": "none", 
 
 
 def labels_of(config: PreTrainedConfig) -> list[str]:
-    """Return the names of a classifier's labels, by index. Raises BadRequest for more than are served."""
+    """Return the names of a classifier's labels, by index. Raises BadRequest if there are too many."""
     names: dict[Any, str] = config.id2label or {}
     if len(names) > MAX_LABELS:
         raise BadRequest(f"the model has {len(names)} labels; the limit is {MAX_LABELS}")
@@ -33,7 +33,7 @@ def labels_of(config: PreTrainedConfig) -> list[str]:
 
 
 def activation_of(config: PreTrainedConfig) -> Activation:
-    """Return what makes probabilities of a text's logits, by `problem_type`. Raises BadRequest for an unknown one."""
+    """Return the activation for a text's logits, by `problem_type`. Raises BadRequest for an unknown one."""
     problem: Any = getattr(config, "problem_type", None)
     if problem not in _OF_PROBLEMS:
         raise BadRequest(f"problem_type {problem!r} is not served")
@@ -41,10 +41,10 @@ def activation_of(config: PreTrainedConfig) -> Activation:
 
 
 def pair_activation_of(config: PreTrainedConfig) -> Activation:
-    """Return what makes the score of a pair of its logit, as a CrossEncoder of sentence-transformers does.
+    """Return the activation for the logit of a pair, as in a sentence-transformers CrossEncoder.
 
-    It writes the class's name into the config; before its version 4 under another name. Raises BadRequest for a
-    function that is not served.
+    That class writes the activation's class name into the config; before version 4 under another key. Raises BadRequest
+    for an unsupported function.
     """
     own: Any = getattr(config, "sentence_transformers", None) or {}
     path = own.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
@@ -52,9 +52,9 @@ def pair_activation_of(config: PreTrainedConfig) -> Activation:
 
 
 def folder_activation(folder: Path) -> Activation | None:
-    """Return the same by sentence-transformers' own file, which counts before the config; None where it says nothing.
+    """Return the activation in sentence-transformers' own file, which overrides the config; None if it has none.
 
-    Raises BadRequest for a file that is no JSON object, and as `pair_activation_of`.
+    Raises BadRequest for a file that is not a JSON object, and like `pair_activation_of`.
     """
     file = folder / SETTINGS
     if not file.is_file():

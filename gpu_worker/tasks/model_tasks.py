@@ -1,7 +1,7 @@
-"""What a decoder is asked for besides text: embeddings of its hidden states, and scores by a head or by tokens.
+"""A decoder's tasks besides text: embeddings of its hidden states, and scores by a head or by tokens.
 
-The head of a sequence classifier is the model's own (a `…ForSequenceClassification` folder), or an adapter's (PEFT's
-SEQ_CLS). A reranker such as Qwen3-Reranker has none: its score is the logit of one token less that of another.
+The head of a sequence classifier is the model's own (a `…ForSequenceClassification` folder) or an adapter's (PEFT's
+SEQ_CLS). A reranker such as Qwen3-Reranker has none: its score is one token's logit minus another's.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Task
 
 DEFAULT_POOLING = Pooling("lasttoken", unit_length=True)
-"""The pooling of decoders whose folder has no files of sentence-transformers; vLLM has the same."""
+"""The pooling of decoders without sentence-transformers' files in the folder; the same as in vLLM."""
 
 SCORE_MODULE = "LogitScore"
-"""sentence-transformers' module of a reranker that reads its score off the language model's head."""
+"""sentence-transformers' module for rerankers whose score comes from the language model's head."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTasks:
-    """What one decoder is asked for."""
+    """The tasks of one decoder."""
 
     generates: bool = True  # whether it has a language model's head
-    pooling: Pooling | None = DEFAULT_POOLING  # pooling of embeddings; None: no embeddings
-    head: Tensor | None = None  # [labels, D], of its own, for scores
-    head_name: str = ""  # linear layer that is this type's classification head; "": none
+    pooling: Pooling | None = DEFAULT_POOLING  # None: no embeddings
+    head: Tensor | None = None  # [labels, D], its own head for scores
+    head_name: str = ""  # linear layer that is this model type's classification head; "": none
     labels: list[str] = field(default_factory=list[str])  # labels of scores without an adapter's head, by index
-    score_tokens: tuple[int, int] | None = None  # score = logit of the first less that of the second, if that is >= 0
+    score_tokens: tuple[int, int] | None = None  # score = logit of the first minus that of the second, if this is >= 0
 
     @property
     def scores(self) -> bool:
-        """Whether a text is scored without an adapter's head."""
+        """Whether texts can be scored without an adapter's head."""
         return self.head is not None or self.score_tokens is not None
 
     @property
     def main(self) -> Task:
-        """What the model is for."""
+        """The model's main task."""
         return "generate" if self.generates else "score" if self.head is not None else "embed"
 
     @property
     def names(self) -> set[Task]:
-        """All that it, or it with some adapter, is asked for."""
+        """All tasks of the model, including those with an adapter."""
         wanted: dict[Task, bool] = {
             "generate": self.generates,
             "embed": self.pooling is not None,
@@ -72,9 +72,9 @@ class ModelTasks:
 
 
 def head_name_of(config: PreTrainedConfig) -> str:
-    """Return the name of the linear layer that turns a decoder of this type into a sequence classifier.
+    """Return the name of the linear layer that makes a decoder of this type a sequence classifier.
 
-    "" where transformers has no such class, or one that is more than a decoder and a linear layer without bias.
+    "" if transformers has no such class, or one with more than a decoder and a linear layer without bias.
     """
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return ""
@@ -87,7 +87,7 @@ def head_name_of(config: PreTrainedConfig) -> str:
 
 
 def head_in(module: PreTrainedModel) -> tuple[str, nn.Linear] | None:
-    """Return the head of a sequence classifier and its name; None if it is more than a matrix."""
+    """Return the name and head of a sequence classifier; None if the head is more than a matrix."""
     heads = [(name, child) for name, child in module.named_children() if name != module.base_model_prefix]
     if len(heads) != 1:
         return None
@@ -96,7 +96,7 @@ def head_in(module: PreTrainedModel) -> tuple[str, nn.Linear] | None:
 
 
 def decoder_of(module: PreTrainedModel) -> nn.Module | None:
-    """Return the part of a model that `AutoModel` would load by itself, None if it has no such part."""
+    """Return the part of a model that `AutoModel` would load on its own, None if there is none."""
     config, found = module.config, getattr(module, module.base_model_prefix, None)
     if found is module or type(config) not in MODEL_MAPPING:
         return None
@@ -106,7 +106,7 @@ def decoder_of(module: PreTrainedModel) -> nn.Module | None:
 
 @contextmanager
 def hidden_states(decoder: nn.Module) -> Iterator[list[Tensor]]:
-    """Gather the hidden states [1, T, D] of each of a decoder's passes."""
+    """Collect the hidden states [1, T, D] of each pass of a decoder inside the block."""
     found: list[Tensor] = []
 
     def hook(_: nn.Module, _args: Any, out: Any) -> None:
@@ -122,17 +122,17 @@ def hidden_states(decoder: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def read_decoder_pooling(folder: Path) -> Pooling:
-    """Return the pooling of a decoder's folder. Raises BadRequest for one that is not served."""
+    """Return the pooling for a decoder's folder. Raises BadRequest for an unsupported one."""
     if not (folder / MODULES).is_file() or SCORE_MODULE in module_kinds(folder):
         return DEFAULT_POOLING
     return read_pooling(folder)
 
 
 def read_score_tokens(folder: Path, named: str = "") -> tuple[int, int] | None:
-    """Return the tokens of a reranker's score, of a relevant document and of another; None if it is no reranker.
+    """Return the tokens of a reranker's score, (relevant, not relevant); None if the model is not a reranker.
 
-    The second is -1 where the first one's logit is all. named: the texts of both in the other order, as in "no,yes";
-    "": what sentence-transformers' files say. Raises BadRequest.
+    The second is -1 if the first token's logit is the score. named: the texts of both in reverse order, as in "no,yes";
+    "": use sentence-transformers' files. Raises BadRequest.
     """
     if named:
         return _named_tokens(folder, named)

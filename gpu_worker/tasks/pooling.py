@@ -1,4 +1,4 @@
-"""From the hidden states of a text to its embedding: as sentence-transformers' files say, else the first token's."""
+"""From a text's hidden states to its embedding: by sentence-transformers' files, else the first token's state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Mode = Literal["cls", "mean", "max", "lasttoken"]
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How one vector is made of a text's hidden states. The defaults are LoRAX's."""
+    """How a text's hidden states are combined into one vector. The defaults are LoRAX's."""
 
     mode: Mode = "cls"
     unit_length: bool = False
@@ -38,24 +38,24 @@ class Pooling:
 
 
 class TextPool:
-    """The hidden states of one text that is computed in chunks, as far as its result needs them.
+    """The hidden states of one text computed in chunks, reduced to what its result needs.
 
-    Of a text of which one token counts the last one is kept: it ends with that token. A text that is preempted begins
-    anew, with its first token.
+    If only one token counts, the last one is stored: the text ends with that token. A preempted text restarts with its
+    first token.
     """
 
     def __init__(self, mode: Mode) -> None:
         self.mode: Mode = mode
-        self._kept = torch.empty(0)  # fp32 [D]: of one token, or the sum or maximum of those so far
+        self._kept = torch.empty(0)  # fp32 [D]: one token's state, or the sum or maximum so far
         self._num = 0
 
     @property
     def needs_all(self) -> bool:
-        """Whether every token's hidden state counts, so that none may be left out because its block is cached."""
+        """Whether every token's hidden state counts, so that cached blocks cannot be used."""
         return self.mode in ("mean", "max")
 
     def add(self, hidden: Tensor, start: int) -> None:
-        """Take the hidden states [n, D] of the tokens from position `start` on."""
+        """Add the hidden states [n, D] of the tokens from position `start` on."""
         hidden = hidden.float()
         part = hidden.sum(0) if self.mode == "mean" else hidden.amax(0) if self.mode == "max" else hidden[-1].clone()
         if start == 0 or not self.needs_all:
@@ -66,12 +66,12 @@ class TextPool:
 
     @property
     def vector(self) -> Tensor:
-        """The vector that all tokens so far make, fp32 [D]."""
+        """The pooled vector of all tokens so far, fp32 [D]."""
         return self._kept / self._num if self.mode == "mean" else self._kept
 
 
 def read_pooling(folder: Path) -> Pooling:
-    """Return the pooling that sentence-transformers' files in a folder ask for. Raises BadRequest if not served."""
+    """Return the pooling in a folder's sentence-transformers files. Raises BadRequest if unsupported."""
     if not (folder / MODULES).is_file():
         return Pooling()
     modules, kinds = _modules(folder), module_kinds(folder)
@@ -91,12 +91,12 @@ def read_pooling(folder: Path) -> Pooling:
 
 
 def module_kinds(folder: Path) -> list[str]:
-    """Return the classes of a folder's modules, in order. Raises BadRequest for a list that cannot be read."""
+    """Return the classes of a folder's modules, in order. Raises BadRequest for an unreadable list."""
     return [str(module.get("type")).rpartition(".")[2] for module in _modules(folder)]
 
 
 def module_settings(folder: Path, kind: str) -> Mapping[str, Any]:
-    """Return the config of the first module of a class. Raises BadRequest where there is none that can be read."""
+    """Return the config of the first module of a class. Raises BadRequest if it cannot be read."""
     path = next(str(module.get("path")) for module in _modules(folder) if str(module.get("type")).endswith(f".{kind}"))
     return _object(folder / path / "config.json")
 
@@ -109,7 +109,7 @@ def _modules(folder: Path) -> list[dict[str, Any]]:
 
 
 def _mode(path: Path) -> Mode:
-    """Return the mode that a pooling config names in `pooling_mode` or switches on by a flag. Raises BadRequest."""
+    """Return the mode that a pooling config names in `pooling_mode` or enables by a flag. Raises BadRequest."""
     config = _object(path)
     named = config.get("pooling_mode")
     if named is None:

@@ -1,1 +1,1 @@
-"""LoRA and paged attention for steps of mixed-adapter batches. Knows slots and blocks, no requests, names or models."""
+"""LoRA and paged attention for steps of mixed-adapter batches. Knows slots and blocks, but no requests or models."""

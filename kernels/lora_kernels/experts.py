@@ -1,8 +1,8 @@
-"""LoRA on experts: a step's pairs of token and expert become rows of `ops.lora_add_`.
+"""LoRA on experts: turns a step's token-expert pairs into rows of `ops.lora_add_`.
 
-Each expert of an adapter is a virtual adapter of its own, with its rows in the pool. The pairs are sorted by expert, as
-the experts' products want them, and by adapter within an expert, so that the rows of a virtual adapter follow one
-another. Which they are is known to the device alone: all of this is torch, of fixed shapes, and waits for nothing.
+Each expert of an adapter is a virtual adapter with its own rows in the pool. Pairs are sorted by expert, as the
+experts' products require, and by adapter within an expert, so that a virtual adapter's rows are consecutive. Only the
+device knows the routing: all of this is torch with fixed shapes, and never waits.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lora_kernels.tables import AdapterTable, LoraSite
 
 @dataclass(frozen=True, slots=True)
 class ExpertPages:
-    """The pool rows of experts' layers of one shape: E experts of K inputs and N outputs.
+    """The pool rows of expert layers of one shape: E experts of K inputs and N outputs.
 
     A page has 16 rank rows of every expert: row j of expert e is row (page * E + e) * 16 + j of `site`'s tensors. A
-    virtual adapter has the number first_page * E + e in `table`. The last number is of what has no LoRA, of rank 0.
+    virtual adapter has the number first_page * E + e in `table`; the last number, of rank 0, stands for no LoRA.
     """
 
-    site: LoraSite  # its tensors have [pages * E * PAGE_ROWS, K] and [.., N]
-    table: AdapterTable  # of one site and one group, with pages * E + 1 virtual adapters
+    site: LoraSite  # with tensors of shape [pages * E * PAGE_ROWS, K] and [.., N]
+    table: AdapterTable  # one site, one group, and pages * E + 1 virtual adapters
     num_experts: int
 
     @property
@@ -37,32 +37,32 @@ class ExpertPages:
 
 @dataclass(frozen=True, slots=True)
 class ExpertOrder:
-    """The S = T * top_k pairs of a step, sorted by expert and by adapter within an expert; and their tiles."""
+    """The S = T * top_k pairs of a step, sorted by expert, then by adapter; and their tiles."""
 
-    pairs: Tensor  # int64 [S] which pair each place has; pair i is of token i // top_k
-    tokens: Tensor  # int64 [S] of each place
-    experts: Tensor  # int64 [S] of each place, ascending
-    ends: Tensor  # int32 [E] the place behind each expert's last
-    num_active: Tensor  # int32 [1] places whose token has an adapter
+    pairs: Tensor  # int64 [S], pair at each place; pair i is of token i // top_k
+    tokens: Tensor  # int64 [S], token at each place
+    experts: Tensor  # int64 [S], expert at each place, ascending
+    ends: Tensor  # int32 [E], end of each expert's places
+    num_active: Tensor  # int32 [1], number of places whose token has an adapter
     num_tiles: Tensor  # int32 [1]
-    rows: Tensor  # int32 [S] the places whose token has an adapter, ascending; the first num_active count
-    tile_slots: Tensor  # int64 [S] adapter slot of each tile; the first num_tiles count here and below
+    rows: Tensor  # int32 [S], places whose token has an adapter, ascending; the first num_active are valid
+    tile_slots: Tensor  # int64 [S], adapter slot of each tile; here and below the first num_tiles are valid
     tile_experts: Tensor  # int64 [S]
-    tile_firsts: Tensor  # int32 [S] first index into `rows`
+    tile_firsts: Tensor  # int32 [S], first index into `rows`
     tile_counts: Tensor  # int32 [S]
-    tile_rows: int  # of a full tile
+    tile_rows: int  # rows of a full tile
 
 
 def order_by_expert(expert_ids: Tensor, token_slots: Tensor, num_experts: int, num_slots: int) -> ExpertOrder:
-    """Sort a step's pairs, and cut those that have an adapter into tiles of one adapter and expert.
+    """Sort a step's pairs, and cut those with an adapter into tiles of one adapter and expert.
 
     expert_ids: int [T, top_k], each in [0, num_experts). token_slots: int32 [T] on the same device, -1: no adapter.
-    num_slots: of the pool.
+    num_slots: slots of the pool.
     """
     top_k, device = expert_ids.shape[1], expert_ids.device
     num_pairs = expert_ids.numel()
-    # Large tiles where each adapter's part of an expert has many rows if there is one adapter, which is all that the
-    # host knows. Where sums are fixed, a row's tile must not depend on how many rows there are.
+    # Large tiles if each expert would have many rows with a single adapter, which is all the host can tell. With fixed
+    # sums, a row's tile must not depend on the number of rows.
     large = num_pairs >= LARGE_TILE_ROWS_PER_SEGMENT * num_experts and not sums.are_fixed()
     tile_rows = TILE_LARGE if large else TILE_SMALL
     keys = expert_ids.long() * (num_slots + 1) + (token_slots.long() + 1)[:, None]
@@ -70,15 +70,15 @@ def order_by_expert(expert_ids: Tensor, token_slots: Tensor, num_experts: int, n
     experts, slots = keys // (num_slots + 1), keys % (num_slots + 1) - 1
     places = torch.arange(num_pairs, device=device)
     active = slots >= 0
-    row = active.cumsum(0) - 1  # index into `rows` of each place that has one
+    row = active.cumsum(0) - 1  # index into `rows` of each active place
     begins = torch.ones_like(active)
     begins[1:] = keys[1:] != keys[:-1]
-    run = torch.where(begins, places, 0).cummax(0).values  # where each place's run of one key begins
+    run = torch.where(begins, places, 0).cummax(0).values  # first place of each run of equal keys
     opens = active & ((places - run) % tile_rows == 0)
     tile = opens.cumsum(0) - 1
 
     def compacted(chosen: Tensor, at: Tensor, values: Tensor) -> Tensor:
-        found = torch.zeros(num_pairs + 1, dtype=torch.int64, device=device)  # the last is for what is not chosen
+        found = torch.zeros(num_pairs + 1, dtype=torch.int64, device=device)  # the last entry is for what is not chosen
         return found.scatter_add_(0, torch.where(chosen, at, num_pairs), values)[:num_pairs]
 
     tile_places = compacted(opens, tile, places)
@@ -99,10 +99,10 @@ def order_by_expert(expert_ids: Tensor, token_slots: Tensor, num_experts: int, n
 
 
 def expert_batch(order: ExpertOrder, pages: ExpertPages, first_pages: Tensor, token_scales: Tensor | None) -> LoraBatch:
-    """Return the work list of one layer of experts, to be given to `ops.lora_add_` with `pages`' site and table.
+    """Return the work list of one expert layer, for `ops.lora_add_` with the site and table of `pages`.
 
-    The rows it names are places of `order`. first_pages: int32 [num_slots], of each slot's adapter at this layer, -1
-    where it has none. token_scales: as of `LoraBatch`.
+    Its rows are places of `order`. first_pages: int32 [num_slots], first page of each slot's adapter in this layer, -1:
+    none. token_scales: see `LoraBatch`.
     """
     page = first_pages[order.tile_slots].long()
     virtual = torch.where(page >= 0, page * pages.num_experts + order.tile_experts, pages.none).int()
@@ -123,7 +123,7 @@ def expert_batch(order: ExpertOrder, pages: ExpertPages, first_pages: Tensor, to
         small_tiles=tiles,
         large_tiles=tiles,
         row_scales=scales,
-        # From here on the host's numbers, which bound a launch: there is at most a tile for each pair.
+        # The host's upper bounds for a launch: at most one tile per pair.
         num_rows=LARGE_TILE_ROWS_PER_SEGMENT * num_pairs if large else num_pairs,
         num_segments=num_pairs,
         num_small_tiles=num_pairs,

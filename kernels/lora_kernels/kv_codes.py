@@ -1,7 +1,7 @@
-"""A KV cache of int8 codes: a number is a code from -127 to 127 times a scale of its token and head.
+"""A KV cache of int8 codes: each number is a code from -127 to 127 times a scale of its token and head.
 
-Such a cache is an int8 tensor [blocks, Hkv, 16, D + 4]. For each block and head its bytes are the 16 x D codes, row by
-row, and behind them 16 scales in fp32.
+The cache is an int8 tensor [blocks, Hkv, 16, D + 4]. For each block and head, its bytes are the 16 x D codes, row by
+row, followed by 16 scales in fp32.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 SCALE_BYTES = 4
-"""What a scale takes, in int8 entries."""
+"""Size of a scale, in int8 entries."""
 
 
 def row_width(dim: int, dtype: torch.dtype) -> int:
-    """Return the last dimension of a cache of this dtype for keys or values of `dim` numbers."""
+    """Return a cache's last dimension, for a dtype and keys or values of `dim` numbers."""
     return dim + SCALE_BYTES if dtype == torch.int8 else dim
 
 
@@ -33,7 +33,7 @@ def parts(cache: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes, int8 [..., D], and scales, fp32 [...], of rows x [..., D]: the largest becomes 127.
+    """Return the codes, int8 [..., D], and scales, fp32 [...], of rows x [..., D]; the largest magnitude becomes 127.
 
     The scale of a row with a number that is not finite is not finite either.
     """
@@ -45,7 +45,7 @@ def encode(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(cache: Tensor) -> Tensor:
-    """Return the numbers of a cache [blocks, Hkv, 16, width]: of an int8 one in fp32 [blocks, Hkv, 16, D]."""
+    """Return the numbers of a cache [blocks, Hkv, 16, width]; an int8 one is decoded to fp32 [blocks, Hkv, 16, D]."""
     if cache.dtype != torch.int8:
         return cache
     codes, scales = parts(cache)

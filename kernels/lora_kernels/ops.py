@@ -1,8 +1,8 @@
-"""The operations of a worker's step: batched LoRA, paged attention, and what surrounds them.
+"""The operations of a worker's step: batched LoRA, paged attention, and the operations around them.
 
 Each docstring begins with the operation as torch would write it. `reference.py` is that definition in code; `cpu/` and
-`triton_ops/` are fast implementations of it. CUDA tensors use Triton. CPU tensors use the native kernels, or the
-reference where they cannot be built, which the log says once. An explicit `impl=` overrides the choice.
+`triton_ops/` are fast implementations. CUDA tensors use Triton. CPU tensors use the native kernels, or the reference if
+they cannot be built, which is logged once. An explicit `impl=` overrides the choice.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ Impl = Literal["reference", "cpu", "triton"]
 
 
 def fix_sums(is_fixed: bool) -> None:
-    """Choose whether every row's sums are added in one order, whatever rows are beside it: see `sums.py`.
+    """Choose whether every row's sums have a fixed order, independent of the other rows: see `sums.py`.
 
-    For the whole process, before weights are packed. It holds for `linear` with weights that are not quantised,
-    `lora_add_` and `paged_attention`; what else there is here computes row by row anyway.
+    Applies to the whole process; call it before weights are packed. Affects `linear` with unquantized weights,
+    `lora_add_` and `paged_attention`; the other operations compute row by row anyway.
     """
     from lora_kernels import cpu
 
@@ -125,17 +125,17 @@ def lora_add_(
 ) -> None:
     """outs[i][row] += scale * (x[row] @ A_i.T) @ B_i for every row of every segment of `batch`.
 
-    x: [T, K], contiguous rows, the input of all sites. outs[i]: [T, N_i] of x's dtype, changed in place; may be a
-    column slice of one fused output. bf16, fp16 or fp32 throughout; accumulates in fp32.
+    x: [T, K], contiguous rows, the input of all sites. outs[i]: [T, N_i] with x's dtype, changed in place; may be a
+    column slice of a fused output. All are bf16, fp16 or fp32; accumulates in fp32.
     """
     _choose(x, impl).lora_add_(outs, x, sites, table, batch)
 
 
 def copy_rows_(pools: Sequence[Tensor], buffer: Tensor, pieces: Tensor, impl: Impl | None = None) -> None:
-    """pools[p][row : row + num] = the bytes of `buffer` from `begin` on, for every (p, row, num, begin) of `pieces`.
+    """pools[p][row : row + num] = the bytes of `buffer` from `begin`, for every (p, row, num, begin) of `pieces`.
 
-    pools: matrices or vectors of contiguous rows, changed in place. buffer: uint8 [bytes], in which every piece begins
-    at a multiple of its pool's element size. pieces: int64 [n, 4]. All on the host.
+    pools: matrices or vectors of contiguous rows, changed in place. buffer: uint8 [bytes]; every piece begins at a
+    multiple of its pool's element size. pieces: int64 [n, 4]. All on the host.
     """
     _choose(buffer, impl).copy_rows_(pools, buffer, pieces)
 
@@ -145,9 +145,9 @@ def kv_write_(
 ) -> None:
     """k_cache[slot // 16, :, slot % 16] = k[token] with slot = batch.slot_mapping[token], and the same for v.
 
-    k: [T, Hkv, D]. v: [T, Hkv, Dv]. Their last stride is 1, the others are free. k_cache: [blocks, Hkv, 16, D].
-    v_cache: [blocks, Hkv, 16, Dv]. Both are changed in place, and contiguous; on a CPU each block is, and blocks lie at
-    any stride. Of k's dtype, or, on a CPU, int8 codes as `kv_codes.py` has them, for D and Dv that are multiples of 4.
+    k: [T, Hkv, D]. v: [T, Hkv, Dv]. Their last stride is 1, the others are arbitrary. k_cache: [blocks, Hkv, 16, D].
+    v_cache: [blocks, Hkv, 16, Dv]. Both are changed in place, and contiguous; on a CPU only each block must be
+    contiguous. Their dtype is k's or, on a CPU, int8 codes (see `kv_codes.py`) for D and Dv that are multiples of 4.
     """
     _choose(k, impl).kv_write_(k, v, k_cache, v_cache, batch)
 
@@ -167,9 +167,9 @@ def paged_attention(
     """softmax(softcap(scale * q @ k.T)) @ v for each sequence, causal by absolute position: [T, Hq, Dv].
 
     q: [T, Hq, D], last stride 1; head h reads KV head h // (Hq // Hkv). k_cache, v_cache: see `kv_write_`; they must
-    hold the step's own keys and values. window > 0: a query sees only the last `window` keys up to its own.
-    softcap > 0: logits become softcap * tanh(logits / softcap). sinks: [Hq], a logit of each head that joins the
-    softmax's denominator and has no value.
+    include the step's own keys and values. window > 0: a query sees only the last `window` keys up to its own. softcap
+    > 0: logits become softcap * tanh(logits / softcap). sinks: [Hq], a logit per head that joins the softmax's
+    denominator and has no value.
     """
     return _choose(q, impl).paged_attention(
         q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap, sinks=sinks
@@ -177,17 +177,17 @@ def paged_attention(
 
 
 def pack_linear(*weights: Tensor, impl: Impl | None = None) -> PackedLinear:
-    """Lay out a weight [N, K] for `linear`, or several [N_i, K] of one dtype as one, their rows one below the other.
+    """Pack a weight [N, K] for `linear`, or several [N_i, K] of one dtype as one, concatenated by rows.
 
-    The result shares the weight's memory or holds a copy of it.
+    The result shares the weight's memory or holds a copy.
     """
     return _choose(weights[0], impl).pack_linear(*weights)
 
 
 def pack_quantised(weights: Sequence[QuantisedWeight], impl: Impl | None = None) -> QuantisedLinear:
-    """Lay out weights [N_i, K] that read one input for `linear`, side by side. They need not be of one kind.
+    """Pack weights [N_i, K] with a common input for `linear`, concatenated by outputs. Their kinds may differ.
 
-    The result holds a copy of their memory, but for the reference.
+    The result holds a copy of their memory, except with the reference.
     """
     return _choose(weights[0].rows, impl).pack_quantised(weights)
 
@@ -198,23 +198,24 @@ def linear(
     """x @ weight.T + bias: [T, N].
 
     x: [T, K]. packed: the weight [N, K], from `pack_linear` or `pack_quantised` of the same implementation. bias: [N].
-    Quantised weights are multiplied as the numbers that they stand for, rounded to no dtype; with `int8_inputs` of
-    theirs, x is multiplied as `quantised.round_inputs` has it.
+    Quantized weights are multiplied with their exact dequantized values; if they have `int8_inputs`, x is first rounded
+    like `quantised.round_inputs`.
     """
     return _choose(x, impl).linear(x, packed, bias)
 
 
 def unpack_linear(packed: PackedLinear) -> Tensor:
-    """Return the weight [N, K] that was packed, bit for bit; a copy unless the layout is plain."""
+    """Return the original weight [N, K], bit for bit; a copy unless the layout is plain."""
     if packed.layout == "plain":
         return packed.weight
     return packed.weight.permute(0, 2, 1, 3).reshape(-1, packed.in_features)[: packed.out_features]
 
 
 def unpack_rows(packed: PackedLinear, index: Tensor) -> Tensor:
-    """Return the rows [..., K] of a packed weight that `index` int64 [...] names, bit for bit: `weight[index]`.
+    """Return rows of a packed weight, bit for bit: `weight[index]`, [..., K] for index int64 [...].
 
-    A row of a "vnni" weight is spread over its panel. For the few rows of a step, that is less than a thousandth of it.
+    A row of a "vnni" weight is scattered over its panel. For the few rows of a step, gathering takes less than a
+    thousandth of the step.
     """
     if packed.layout == "plain":
         return packed.weight[index]
@@ -234,9 +235,9 @@ def rms_norm(
 ) -> Tensor:
     """weight * (x / sqrt(mean(x ** 2, -1) + eps)): the shape of x.
 
-    x: [..., D]. weight: [D]. Computes in fp32 and rounds before it multiplies by the weight, as Llama does. residual:
-    the shape of x; residual += x comes first, in place, and the sum is normalized. plus_one: the weight is 1 + weight,
-    and rounding comes last, as in Gemma.
+    x: [..., D]. weight: [D]. Computes in fp32 and rounds before multiplying by the weight, as Llama does. residual: the
+    shape of x; first residual += x in place, then the sum is normalized. plus_one: multiplies by 1 + weight, and rounds
+    last, as in Gemma.
     """
     return _choose(x, impl).rms_norm(x, weight, eps, residual=residual, plus_one=plus_one)
 
@@ -244,8 +245,8 @@ def rms_norm(
 def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: Impl | None = None) -> None:
     """x = x * cos + rotate_half(x) * sin for q and k, in place, on the first cos.shape[-1] entries of each head.
 
-    q: [T, Hq, D]. k: [T, Hkv, D]. Their last stride is 1, the others are free. cos, sin: [T, R] with R <= D even,
-    the second half of each row repeating the first, as Hugging Face builds them.
+    q: [T, Hq, D]. k: [T, Hkv, D]. Their last stride is 1, the others are arbitrary. cos, sin: [T, R] with R <= D even;
+    the second half of each row repeats the first, as Hugging Face builds them.
     """
     _choose(q, impl).rotary_(q, k, cos, sin)
 
@@ -266,8 +267,8 @@ def mask_logits_(logits: Tensor, rows: Tensor, words: Tensor, impl: Impl | None 
 def argmax(x: Tensor, impl: Impl | None = None) -> tuple[Tensor, Tensor]:
     """x.max(-1).indices and isfinite(x.max(-1).values): int64 [n] and bool [n].
 
-    x: [n, V]. The first of equal numbers is taken; which of 0.0 and -0.0 is the larger is undefined. A row with a NaN
-    is not finite, and its index means nothing.
+    x: [n, V]. The first of equal numbers is taken; the order of 0.0 and -0.0 is undefined. A row with a NaN is not
+    finite, and its index is undefined.
     """
     return _choose(x, impl).argmax(x)
 
@@ -276,11 +277,11 @@ def selective_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, *, skip: Tensor | None = None,
     gate: Tensor | None = None, dt_bias: Tensor | None = None, softplus: bool = False, impl: Impl | None = None,
 ) -> Tensor:  # fmt: skip
-    """For one token after the other: state = exp(dt * a) * state + dt * x * b, and its output: (state @ c).
+    """For each token in turn: state = exp(dt * a) * state + dt * x * b; output = state @ c.
 
-    x: [T, C]. dt: [T, C], fp32 or of x's dtype. a: [C, N]. b, c: [T, N]. state: fp32 [C, N], what the tokens before
-    have left, changed in place. Returns [T, C] of x's dtype, computed in fp32 and rounded once. dt_bias: [C] is added
-    to dt; softplus: then dt = log(1 + exp(dt)). skip: [C], skip * x is added to the output. gate: [T, C], the output is
+    x: [T, C]. dt: [T, C], fp32 or x's dtype. a: [C, N]. b, c: [T, N]. state: fp32 [C, N], the state before the tokens,
+    changed in place. Returns [T, C] in x's dtype, computed in fp32 and rounded once. dt_bias: [C], added to dt.
+    softplus: then dt = log(1 + exp(dt)). skip: [C]; skip * x is added to the output. gate: [T, C]; the output is
     multiplied by silu(gate). Gu and Dao, Mamba, 2023.
     """
     return _choose(x, impl).selective_scan(
@@ -292,15 +293,15 @@ def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False,
     additive: bool = False, impl: Impl | None = None,
 ) -> Tensor:  # fmt: skip
-    """s = exp(g) * s; s += outer(k, beta * (v - k @ s)), and its output q @ s / sqrt(K), for one token after the other.
+    """For each token in turn: s = exp(g) * s; s += outer(k, beta * (v - k @ s)); output = q @ s / sqrt(K).
 
     q, k: [T, H, K]. v: [T, G, V], G a multiple of H: head g reads key head g // (G // H). g: [T, G], or [T, G, K] for a
-    decay of each channel of a key. beta: [T, G]. states: fp32 [slots, G, K, V], changed in place. runs: int64 [n, 5] on
-    the CPU, every token in one of them: first row, end, slot of the state to begin with, slot of the state that is
-    left, and another slot for that, or -1. Runs are computed in order. normalize: q and k are divided by their length,
-    sqrt(sum(x ** 2) + 1e-6). additive: s += outer(k, beta * v), which is Mamba2's scan (Dao and Gu, 2024). Returns
-    [T, G, V] of v's dtype, computed in fp32 and rounded once. Yang et al., Gated Delta Networks, 2024; with a decay for
-    each channel: Kimi Linear, 2025.
+    decay per channel of a key. beta: [T, G]. states: fp32 [slots, G, K, V], changed in place. runs: int64 [n, 5] on the
+    CPU, which cover every token: first row, end, slot of the initial state, slot of the final state, and another slot
+    for the final state, or -1. Runs are computed in order. normalize: q and k are divided by their length, sqrt(sum(x
+    ** 2) + 1e-6). additive: s += outer(k, beta * v), Mamba2's scan (Dao and Gu, 2024). Returns [T, G, V] in v's dtype,
+    computed in fp32 and rounded once. Yang et al., Gated Delta Networks, 2024; with a decay per channel: Kimi Linear,
+    2025.
     """
     return _choose(q, impl).delta_rule(q, k, v, g, beta, states, runs, normalize=normalize, additive=additive)
 
@@ -309,10 +310,10 @@ def causal_conv(
     x: Tensor, weight: Tensor, states: Tensor, runs: Tensor, *, bias: Tensor | None = None, silu: bool = False,
     impl: Impl | None = None,
 ) -> Tensor:  # fmt: skip
-    """out[t] = (weight * x[t - K + 1 : t + 1].T).sum(1) + bias for each run, whose first inputs its state has: [T, C].
+    """out[t] = (weight * x[t - K + 1 : t + 1].T).sum(1) + bias, continuing each run's state: [T, C].
 
     x: [T, C]. weight: [C, K]. bias: [C]. states: [slots, K, C], the last K inputs, oldest first, changed in place. All
-    of one dtype; computed in fp32 and rounded once. runs: see `delta_rule`. silu: the output is silu(out).
+    have one dtype; computed in fp32 and rounded once. runs: see `delta_rule`. silu: return silu(out).
     """
     return _choose(x, impl).causal_conv(x, weight, states, runs, bias=bias, silu=silu)
 
@@ -322,8 +323,8 @@ def gated_delta(
 ) -> Tensor:
     """delta_rule(*split(silu(causal_conv(qkv))), rates * softplus(a + dt_bias), sigmoid(b)): [T, G, V].
 
-    qkv: [T, C], queries, keys and values side by side, which are normalised after the convolution. b, a: [T, G]. runs:
-    see `delta_rule`. The states of both are changed in place.
+    qkv: [T, C], concatenated queries, keys and values; queries and keys are normalized after the convolution. b, a: [T,
+    G]. runs: see `delta_rule`. The states of both are changed in place.
     """
     return _choose(qkv, impl).gated_delta(qkv, b, a, layer, runs)
 
@@ -333,20 +334,20 @@ def gated_scan(
 ) -> Tensor:
     """norm((scan(*split(silu(causal_conv(xbc))), dt) + skip * x) * silu(gate)) * weight, Mamba2's scan: [T, I].
 
-    gate: [T, I]. xbc: [T, C], values, then keys and queries of each group of heads. dt: [T, H], which becomes
+    gate: [T, I]. xbc: [T, C], values, then keys and queries of each group of heads. dt: [T, H], transformed to
     softplus(dt + dt_bias). norm: x / rms(x) in groups of columns. runs: see `delta_rule`. The states of both are
-    changed in place. All between the convolution and the result is in fp32.
+    changed in place. Everything after the convolution is in fp32, up to the result.
     """
     return _choose(xbc, impl).gated_scan(gate, xbc, dt, layer, runs)
 
 
 def gate_heads_(x: Tensor, gate: Tensor, *, impl: Impl | None = None) -> None:
-    """x *= sigmoid(gate), in place. x, gate: [T, H, D], the heads' entries contiguous."""
+    """x *= sigmoid(gate), in place. x, gate: [T, H, D], each head's entries contiguous."""
     _choose(x, impl).gate_heads_(x, gate)
 
 
 def is_native(tensor: Tensor) -> bool:
-    """Return whether operations on such a tensor are native code: a CPU's, where it could be built."""
+    """Return whether operations on this tensor run in native code: CPU tensors, if the kernels could be built."""
     return tensor.device.type == "cpu" and _choose(tensor, None) is not reference
 
 
@@ -364,11 +365,11 @@ class DecoderStack(Protocol):
         changes: ChangedRows | None = None,
         runs: Tensor | None = None,
     ) -> None:
-        """Replace x [T, width] by the output of the last layer, in place.
+        """Replace x [T, width] with the output of the last layer, in place.
 
         cos, sin: see `rotary_`. attention, table, lora: see `paged_attention` and `lora_add_`; lora is None for a step
-        without adapters. changes: what adapters do to layers besides; LoRA is of inputs that none has changed, and
-        outputs are changed behind it. runs: see `delta_rule`; None where no layer has states.
+        without adapters. changes: other changes by adapters; LoRA reads the unchanged inputs, and outputs are changed
+        after it. runs: see `delta_rule`; None if no layer has states.
         """
         ...
 
@@ -377,19 +378,19 @@ class DecoderStack(Protocol):
         table: AdapterTable | None, lora: LoraBatch | None, head_lora: LoraBatch | None,
         changes: ChangedRows | None = None, head_changes: ChangedRows | None = None, runs: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return the logits [n, V] of some of the tokens, by the ends that the stack was made with.
+        """Return the logits [n, V] of selected tokens, through the ends that the stack was created with.
 
-        tokens: int64 [T] ids, or [T, width] rows in the embedding's place, which change. positions: int64 [T]. angles:
-        [positions, 2 * R], cos and sin of each. logit_rows: int64 [n], None for all tokens. head_lora, head_changes: of
-        the rows that go through the head.
+        tokens: int64 [T] ids, or embeddings [T, width], which are overwritten. positions: int64 [T]. angles:
+        [positions, 2 * R], cos and sin of each position. logit_rows: int64 [n], None for all tokens. head_lora,
+        head_changes: for the rows that go through the head.
         """
         ...
 
     def prepare(self, changes: Sequence[LayerChange]) -> AdapterChanges | None:
-        """Make an adapter's changes ready; those of one place are made in this order. Their tensors are on the CPU.
+        """Prepare an adapter's changes; those of one site are applied in this order. Their tensors are on the CPU.
 
-        None where one row's sums must not depend on others': the operations of torch that compute changes elsewhere
-        add them in another order.
+        Returns None if sums must have a fixed order: torch, which otherwise computes the changes, adds in another
+        order.
         """
         ...
 
@@ -397,15 +398,15 @@ class DecoderStack(Protocol):
 def decoder_stack(
     layers: Sequence[DecoderLayer], ends: ModelEnds | None = None, impl: Impl | None = None
 ) -> DecoderStack | None:
-    """Prepare layers to run as one call, which computes what the operations above compute one after the other.
+    """Prepare layers to run as one call, equivalent to the operations above in sequence.
 
-    ends: without them the stack has no logits. Returns None where the implementation has nothing faster than one after
-    the other.
+    ends: embedding and head; without them the stack has no logits. Returns None if the implementation has nothing
+    faster than the sequence of operations.
     """
     return _choose(layers[0].attention_norm.weight, impl).decoder_stack(layers, ends)
 
 
-# Filled on first use, so that an implementation is imported only once it is chosen. A dict, which torch.compile reads.
+# Filled on first use, so that only the chosen implementations are imported. A dict, because torch.compile reads it.
 _implementations: dict[str, ModuleType] = {"reference": reference}
 
 

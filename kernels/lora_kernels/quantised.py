@@ -1,7 +1,7 @@
-"""Quantised weights in the blocks of GGUF: what they are, which numbers they stand for, and how to make them.
+"""Weights quantized in GGUF's blocks: their layout, dequantization and quantization.
 
-A row of a weight is a row of blocks of 32 or 256 numbers, each with its own scales; a number is
-scale * code, or scale * code plus an addend. The formats are those of `ggml-common.h` in ggml.
+A row of a weight is a sequence of blocks of 32 or 256 numbers, each with its own scales; a number is scale * code, or
+scale * code plus an addend. The formats are those in ggml's `ggml-common.h`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, slots=True)
 class QuantisedWeight:
-    """A weight [N, K] in GGUF's blocks, which may be a mapped file's memory."""
+    """A weight [N, K] in GGUF's blocks; may be a mapped file's memory."""
 
     kind: Kind
     rows: Tensor  # uint8 [N, row_bytes(kind, K)], contiguous
@@ -29,11 +29,11 @@ class QuantisedWeight:
 
     @property
     def out_features(self) -> int:
-        """The rows, N."""
+        """The number of rows, N."""
         return len(self.rows)
 
     def dequantise(self, ids: Tensor | None = None) -> Tensor:
-        """Return the weight in fp32: [N, K], or the rows [*ids.shape, K] of `ids`."""
+        """Return the weight in fp32: [N, K], or its rows [*ids.shape, K] at `ids`."""
         if ids is None:
             return dequantise(self.kind, self.rows, self.in_features)
         found = dequantise(self.kind, self.rows[ids.reshape(-1)], self.in_features)
@@ -48,12 +48,12 @@ class _Format:
 
 
 def block_inputs(kind: Kind) -> int:
-    """Return how many neighbouring numbers of a row share a block."""
+    """Return how many consecutive numbers of a row share a block."""
     return _FORMATS[kind].inputs
 
 
 def row_bytes(kind: Kind, in_features: int) -> int:
-    """Return the bytes of a row of K numbers. Raises ValueError where K is not a number of whole blocks."""
+    """Return the bytes of a row of K numbers. Raises ValueError unless K is a multiple of the block size."""
     found = _FORMATS[kind]
     if in_features % found.inputs:
         raise ValueError(f"{kind} has blocks of {found.inputs} numbers: rows of {in_features} cannot be made of them")
@@ -61,15 +61,15 @@ def row_bytes(kind: Kind, in_features: int) -> int:
 
 
 def dequantise(kind: Kind, rows: Tensor, in_features: int) -> Tensor:
-    """Return the numbers that rows of blocks stand for: fp32 [N, K]. rows: uint8 [N, row_bytes(kind, K)]."""
+    """Return the dequantized rows: fp32 [N, K]. rows: uint8 [N, row_bytes(kind, K)]."""
     found = _FORMATS[kind]
     return found.read(rows.reshape(-1, found.num_bytes)).view(len(rows), in_features)
 
 
 def quantise(weight: Tensor, kind: Literal["q8_0", "q4_0"]) -> QuantisedWeight:
-    """Round a weight [N, K] to the nearest numbers of its blocks' scales, as llama.cpp does without statistics.
+    """Quantize a weight [N, K] by rounding to nearest, as llama.cpp does without an importance matrix.
 
-    Raises ValueError where K is not a multiple of 32.
+    Raises ValueError if K is not a multiple of 32.
     """
     row_bytes(kind, weight.shape[1])
     blocks = weight.float().reshape(-1, 32)
@@ -77,7 +77,7 @@ def quantise(weight: Tensor, kind: Literal["q8_0", "q4_0"]) -> QuantisedWeight:
         d = blocks.abs().amax(1, keepdim=True) / 127
         codes = _divide(blocks, d).round().to(torch.int8).view(torch.uint8)
     else:
-        # The number farthest from zero becomes -8, the one code that has no counterpart.
+        # The number farthest from zero maps to -8, the only code without a positive counterpart.
         d = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8
         levels = (_divide(blocks, d) + 8.5).floor().clamp(0, 15).to(torch.uint8)
         codes = levels[:, :16] | levels[:, 16:] << 4
@@ -86,9 +86,9 @@ def quantise(weight: Tensor, kind: Literal["q8_0", "q4_0"]) -> QuantisedWeight:
 
 
 def round_inputs(x: Tensor) -> Tensor:
-    """Return inputs [..., K] of products as int8 codes have them: fp32 numbers, each group of 32 with its own scale.
+    """Return inputs [..., K] rounded to int8 codes and back: fp32, each group of 32 with its own scale.
 
-    The largest of a group becomes 127. K is a multiple of 32.
+    The largest magnitude of a group becomes 127. K is a multiple of 32.
     """
     codes, scales = kv_codes.encode(x.unflatten(-1, (-1, 32)))
     return (codes.float() * scales[..., None]).flatten(-2)
@@ -99,17 +99,17 @@ def _divide(blocks: Tensor, d: Tensor) -> Tensor:
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
-    """Return the fp16 number at a byte of each block: fp32 [blocks, 1]."""
+    """Return the fp16 number at byte `at` of each block: fp32 [blocks, 1]."""
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
 def _nibbles(codes: Tensor) -> Tensor:
-    """Return the low nibbles of bytes, then the high ones, for each group of the last dimension."""
+    """Return the low nibbles of bytes, then the high ones, per group of the last dimension."""
     return torch.cat([codes & 15, codes >> 4], dim=-1)
 
 
 def _fifth_bits(codes: Tensor) -> Tensor:
-    """Return the bits of bytes [..., n], lowest first, as 16 [..., 8 n]."""
+    """Return the bits of bytes [..., n], lowest first, each as 0 or 16: [..., 8 n]."""
     shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
     return ((codes[..., None] >> shifts) & 1).flatten(-2) << 4
 
@@ -135,7 +135,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _factors(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the six-bit factors of scales and minima of the 8 groups of a block: fp32 [blocks, 8, 1] each."""
+    """Return the six-bit factors on the scales and minima of a block's 8 groups: fp32 [blocks, 8, 1] each."""
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=1)
     minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=1)
@@ -143,7 +143,7 @@ def _factors(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_factors(blocks: Tensor, codes: Tensor) -> Tensor:
-    """Return the numbers of codes [blocks, 8, 32] whose scales and minima the blocks begin with."""
+    """Return the numbers for codes [blocks, 8, 32] of blocks that begin with their scales and minima."""
     scales, minima = _factors(blocks[:, 4:16])
     return (_half(blocks, 0)[..., None] * scales * codes.float() - _half(blocks, 2)[..., None] * minima).flatten(1)
 

@@ -1,7 +1,7 @@
-"""The operations in plain torch: the definition of what is correct. It also serves CPUs without a compiler.
+"""The operations in plain torch: the definition of correctness, and the fallback for CPUs without a compiler.
 
-Accumulates in fp32 and rounds once, to the dtype of the output. Reads counts and ranks on the host, so on a GPU it
-waits for the device: there it is for checking, not for serving.
+Accumulates in fp32 and rounds once, to the output's dtype. Reads counts and ranks on the host, so on a GPU it waits for
+the device: there it is for checking, not for serving.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def copy_rows_(pools: Sequence[Tensor], buffer: Tensor, pieces: Tensor) -> None:
 
 
 def row_pieces(pools: Sequence[Tensor], buffer: Tensor, pieces: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield target and source, of one shape and dtype, of every copy that `ops.copy_rows_` makes."""
+    """Yield (target, source), of equal shape and dtype, for every copy that `ops.copy_rows_` makes."""
     for pool, row, num, begin in pieces.tolist():
         target = pools[pool][row : row + num]
         yield target, buffer[begin : begin + target.nbytes].view(target.dtype).view(target.shape)
@@ -288,7 +288,7 @@ def gated_scan(gate: Tensor, xbc: Tensor, dt: Tensor, layer: GatedScan, runs: Te
     x, key, query = mixed.split([heads * width, keys, keys], 1)
     x, key, query = (part.unflatten(1, (-1, dim)) for part, dim in ((x, width), (key, key_dim), (query, key_dim)))
     step = F.softplus(dt.float() + layer.dt_bias)
-    query = query * key_dim**0.5  # by which the rule divides
+    query = query * key_dim**0.5  # cancels the division in `delta_rule`
     out = delta_rule(query, key, x, layer.rates * step, step, layer.states, runs, additive=True)
     out = (out + layer.skip[:, None] * x).flatten(1) * F.silu(gate.float())
     groups = out.unflatten(1, (-1, layer.group))
@@ -308,4 +308,4 @@ def _leave(states: Tensor, state: Tensor, write: int, save: int) -> None:
 
 
 def decoder_stack(layers: Sequence[DecoderLayer], ends: ModelEnds | None) -> None:
-    """Return None: nothing here is faster than one layer after the other. See `ops.decoder_stack`."""
+    """Return None: the reference has nothing faster than one layer after another. See `ops.decoder_stack`."""

@@ -1,7 +1,7 @@
-"""A step's work lists: which token rows belong to which adapter, and where each token lies in the paged cache.
+"""A step's work lists: which token rows belong to which adapter, and the place of each token in the paged cache.
 
-They are built once per step on the host, with numpy, and sent in one copy; every layer reads the same lists. They know
-slots and blocks, not the adapters or requests that these belong to.
+They are built once per step on the host, with numpy, and sent in one copy; every layer reads the same lists. They refer
+to slots and blocks, not to adapters or requests.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ BLOCK_TOKENS = 16  # tokens in a KV block
 
 TILE_SMALL = 16  # rows of a decode tile: the smallest M of a tensor-core dot
 TILE_LARGE = 64  # rows of a prefill tile
-LARGE_TILE_ROWS_PER_SEGMENT = 32  # mean rows of a segment from which on a GPU's tiles are large
+LARGE_TILE_ROWS_PER_SEGMENT = 32  # mean rows per segment from which a GPU uses large tiles
 
 _COUNTS = 4  # num_rows, num_segments, num_small_tiles, num_large_tiles
 
 
 @dataclass(slots=True)
 class LoraBatch:
-    """A step's token rows that have an adapter, sorted by slot; rows of one slot keep their order.
+    """A step's token rows with an adapter, sorted by slot; rows of one slot keep their order.
 
-    Every tensor is a view of `buffer`, whose layout depends on `num_tokens` alone: a captured graph stays valid when
-    the next step's list is copied over it. Entries past the counts are zero.
+    Every tensor is a view of `buffer`, whose layout depends only on `num_tokens`: a captured graph stays valid when the
+    next step's list is copied over it. Entries past the counts are zero.
     """
 
     buffer: Tensor  # int32 [12 * T + 5]
-    counts: Tensor  # int32 [4] num_rows, num_segments, num_small_tiles, num_large_tiles: where kernels read them
-    rows: Tensor  # int32 [T] token rows by slot; the first num_rows count
-    seg_slots: Tensor  # int32 [T] slot of each segment; the first num_segments count
+    counts: Tensor  # int32 [4] num_rows, num_segments, num_small_tiles, num_large_tiles, for kernels
+    rows: Tensor  # int32 [T] token rows by slot; the first num_rows are valid
+    seg_slots: Tensor  # int32 [T] slot of each segment; the first num_segments are valid
     seg_starts: Tensor  # int32 [T + 1] segment g is rows[seg_starts[g]:seg_starts[g + 1]]
     small_tiles: Tensor  # int32 [T, 3] (slot, first index into rows, row count <= 16)
     large_tiles: Tensor  # int32 [T, 3] (slot, first index into rows, row count <= 64)
-    row_scales: Tensor | None  # float32 [T] per-request factor of rows[i]; None when all are 1
-    token_slots: Tensor | None  # int32 [T] slot of each token, -1 for the base model; None: of no step's tokens
-    token_scales: Tensor | None  # float32 [T] per-request factor of each token; None when all are 1
+    row_scales: Tensor | None  # float32 [T] request scale of rows[i]; None if all are 1
+    token_slots: Tensor | None  # int32 [T] slot of each token, -1 for the base model; None: not for a step's tokens
+    token_scales: Tensor | None  # float32 [T] request scale of each token; None if all are 1
     num_rows: int
     num_segments: int
     num_small_tiles: int
     num_large_tiles: int
     num_tokens: int  # T
-    uniform_slot: int | None  # the slot of a step whose only segment is all its rows; None: another step
-    host_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # each slot once, on the host
+    uniform_slot: int | None  # the slot, if one segment has all rows of the step; else None
+    host_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # distinct slots, on the host
 
 
 def build_lora_batch(
@@ -57,9 +57,9 @@ def build_lora_batch(
 ) -> LoraBatch | None:
     """Sort a step's tokens by adapter slot, and copy the list to a device.
 
-    token_slots: int [T], the pool slot of each token's adapter, -1 for the base model. token_scales: float32 [T],
-    multiplies the adapter's own scale. into: a recordable batch of T tokens that the list is written to, in the place
-    of a new one. Returns None, with nothing written, when no row has an adapter: such a step runs no LoRA kernel.
+    token_slots: int [T], pool slot of each token's adapter, -1 for the base model. token_scales: float32 [T],
+    multiplies the adapter's own scale. into: a recordable batch of T tokens to write to, instead of creating one.
+    Returns None, writing nothing, if no row has an adapter: such a step runs no LoRA kernel.
     """
     num_tokens = len(token_slots)
     order = np.argsort(token_slots, kind="stable").astype(np.int32)
@@ -86,7 +86,7 @@ def build_lora_batch(
     if batch.token_slots is not None:
         batch.token_slots.numpy()[:] = token_slots
     if batch.row_scales is not None and batch.token_scales is not None:
-        # Written even where all are 1, because a recorded batch always reads them.
+        # Written even if all are 1, because a captured graph always reads them.
         batch.row_scales.numpy()[:num_rows] = 1.0 if token_scales is None else token_scales[order]
         batch.token_scales.numpy()[:] = 1.0 if token_scales is None else token_scales
     if into is not None:
@@ -103,10 +103,10 @@ def build_lora_batch(
 
 
 def recordable_lora_batch(num_tokens: int, device: torch.device | str) -> LoraBatch:
-    """Return an empty batch to capture a graph with: `build_lora_batch` writes any step of num_tokens into it.
+    """Return an empty batch for graph capture: `build_lora_batch` writes any step of num_tokens into it.
 
-    Its counts on the host are the largest possible ones, so that a launch planned from them reaches every step's list.
-    For a step without LoRA rows the buffer must be zeroed.
+    Its counts on the host are upper bounds, so that a launch planned from them covers every step's list. For a step
+    without LoRA rows the buffer must be zeroed.
     """
     buffer = torch.zeros(_COUNTS + 12 * num_tokens + 1, dtype=torch.int32, device=device)
     batch = _view_lora_buffer(buffer, num_tokens)
@@ -115,7 +115,7 @@ def recordable_lora_batch(num_tokens: int, device: torch.device | str) -> LoraBa
 
 
 def _tiles(seg_slots: np.ndarray, seg_starts: np.ndarray, tile_rows: int) -> np.ndarray:
-    """Cut every segment into tiles of at most tile_rows rows. Returns int [tiles, 3]: slot, first row, row count."""
+    """Cut every segment into tiles of at most tile_rows rows. Return int [tiles, 3]: slot, first row, row count."""
     lengths = np.diff(seg_starts)
     per_segment = -(-lengths // tile_rows)
     segment = np.repeat(np.arange(len(lengths)), per_segment)
@@ -151,14 +151,15 @@ def _view_lora_buffer(buffer: Tensor, num_tokens: int) -> LoraBatch:
 
 @dataclass(slots=True)
 class AttentionBatch:
-    """Where a step's tokens lie in the paged cache: S sequences of T tokens in all, packed in order.
+    """The places of a step's tokens in the paged cache: S sequences with T tokens in total, packed in order.
 
-    Query i of a sequence is at absolute position kv_len - query_len + i, in a decode, a prefill chunk and a resumed
-    prefill alike. Every list but the tables is a view of `buffer`; on a CPU, where nothing is sent, each is by itself.
+    Query i of a sequence is at absolute position kv_len - query_len + i, for decodes, prefill chunks and resumed
+    prefills alike. Every list except the tables is a view of `buffer`; on a CPU, where nothing is sent, lists are
+    separate.
     """
 
     buffer: Tensor | None  # int32 [4 * T + 2 * S + 1]
-    block_tables: Tensor  # int32 [S, max_blocks] cache block of each 16 tokens of a sequence
+    block_tables: Tensor  # int32 [S, max_blocks], cache block of each 16 tokens of a sequence
     query_starts: Tensor  # int32 [S + 1] sequence s owns tokens [query_starts[s], query_starts[s + 1])
     kv_lens: Tensor  # int32 [S] tokens in the cache after this step's are written
     slot_mapping: Tensor  # int64 [T] block * BLOCK_TOKENS + offset of each token
@@ -176,15 +177,15 @@ def build_attention_batch(
     device: torch.device | str,
     into: AttentionBatch | None = None,
 ) -> AttentionBatch:
-    """Lay out a step's sequences, and copy the lists to a device.
+    """Build a step's attention lists, and copy them to a device.
 
     query_lens, kv_lens: int [S], new tokens, and tokens after this step, with 1 <= query_len <= kv_len. block_tables:
-    int [S, max_blocks], with at least ceil(kv_len / 16) valid entries a row; on a CPU the batch may share their memory.
-    into: a recordable batch of S sequences and T tokens that the lists are written to, in the place of a new one; its
-    tables may be wider, and sequences without new tokens, the padding, may follow the others.
+    int [S, max_blocks], with at least ceil(kv_len / 16) valid entries per row; on a CPU the batch may share their
+    memory. into: a recordable batch of S sequences and T tokens to write to, instead of creating one; its tables may be
+    wider, and sequences without new tokens, as padding, may follow the others.
     """
     num_seqs, max_blocks = block_tables.shape
-    # After a forward pass the processor's caches hold little of numpy: its reductions take longer than lists.
+    # After a forward pass the CPU caches hold little of numpy's code: its reductions take longer than lists.
     lens, longest, device = query_lens.tolist(), max(kv_lens.tolist()), torch.device(device)
     if max(lens) == min(lens) == 1:  # decodes: each sequence has one token
         starts = np.arange(num_seqs + 1, dtype=np.int32)
@@ -212,7 +213,7 @@ def build_attention_batch(
     num_listed = 4 * num_tokens + 2 * num_seqs + 1
     host = torch.empty(num_listed + num_seqs * max_blocks, dtype=torch.int32, pin_memory=device.type == "cuda")
     lists = host.numpy()
-    lists[: 4 * num_tokens].view(np.int64)[:] = np.concatenate((slots, positions))  # first, so that they are aligned
+    lists[: 4 * num_tokens].view(np.int64)[:] = np.concatenate((slots, positions))  # first, for alignment
     lists[4 * num_tokens :] = np.concatenate((starts, kv_lens, block_tables.reshape(-1)))
     if into is not None:
         assert into.buffer is not None
@@ -226,10 +227,10 @@ def build_attention_batch(
 
 
 def recordable_attention_batch(block_tables: Tensor, num_tokens: int = 0) -> AttentionBatch:
-    """Return a batch to capture a graph with: `build_attention_batch` writes steps of S sequences into it.
+    """Return a batch for graph capture: `build_attention_batch` writes steps of S sequences into it.
 
-    block_tables: int32 [S, max_blocks], as wide as the longest sequence needs; batches of several sizes may share it.
-    num_tokens: of every step, some of whose sequences may have none; 0: one for each sequence, a decode. Until a step
+    block_tables: int32 [S, max_blocks], wide enough for the longest sequence; batches of several sizes may share it.
+    num_tokens: tokens of every step, of which some sequences may have none; 0: one per sequence, a decode. Until a step
     is written, every sequence has one token, in block 0; or the first one has all, and its table must hold them.
     """
     num_seqs, decodes = len(block_tables), num_tokens in (0, len(block_tables))

@@ -1,6 +1,6 @@
-"""Whether every row's sums are added in an order that does not depend on the rows beside it: one choice a process.
+"""Process-wide choice whether every row's sums have a fixed order, independent of the other rows.
 
-Then a row has the same bits in any batch. Without it an implementation may choose tiles, splits and library products by
+A row then has the same bits in any batch. Otherwise an implementation may choose tiles, splits and library products by
 a step's shape, which is faster.
 """
 
@@ -11,24 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_ROWS = 16
-"""Rows of each product of `linear_in_blocks`. A library adds by the shape of the product, which is always this one."""
+"""Rows of each product in `linear_in_blocks`.
+
+A library's order of sums depends on the product's shape, which is thus fixed.
+"""
 
 _is_fixed = False
 
 
 def set_fixed(is_fixed: bool) -> None:
-    """Set it for what is written in Python; `ops.fix_sums` sets it for all."""
+    """Set the choice for code in Python; `ops.fix_sums` sets it everywhere."""
     global _is_fixed
     _is_fixed = is_fixed
 
 
 def are_fixed() -> bool:
-    """Return whether it is set."""
+    """Return whether sums have a fixed order."""
     return _is_fixed
 
 
 def linear_in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x @ weight.T + bias in products of the same number of rows. x: [T, K]. weight: [N, K]. bias: [N]."""
+    """Return x @ weight.T + bias, in products with a constant number of rows. x: [T, K]. weight: [N, K]. bias: [N]."""
     num_rows = len(x)
     padded = F.pad(x, (0, 0, 0, -num_rows % BLOCK_ROWS))
     return torch.cat([F.linear(block, weight, bias) for block in padded.split(BLOCK_ROWS)])[:num_rows]

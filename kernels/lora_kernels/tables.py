@@ -1,4 +1,4 @@
-"""The types of what stays in memory between steps: the adapter pool, packed weights, and layers made of these."""
+"""The types of data that stays in memory between steps: the adapter pool, packed weights, and layers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class LoraSite:
     """One linear layer's rows of the adapter pool. K and N are the layer's input and output widths."""
 
     index: int  # column of AdapterTable.ranks and .scales
-    group: int  # page space: which row of AdapterTable.pages addresses a_rows and b_rows
+    group: int  # page space: the row of AdapterTable.pages that addresses a_rows and b_rows
     a_rows: Tensor  # [pages * PAGE_ROWS, K] rank rows of A
     b_rows: Tensor  # [pages * PAGE_ROWS, N] rank rows of B transposed
     factors: Tensor | None = (
-        None  # float32 [pages * PAGE_ROWS], of int8 rows: what a row's A times its B is multiplied by
+        None  # float32 [pages * PAGE_ROWS], for int8 rows: factor on the product of a row's A and B
     )
 
 
@@ -42,60 +42,60 @@ class AdapterTable:
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A linear layer's weight, laid out for one implementation."""
+    """A linear layer's weight, packed for one implementation."""
 
     weight: Tensor
     out_features: int
     in_features: int
-    layout: Literal["plain", "vnni"]  # plain: [N, K] as torch has it; vnni: pairs of K interleaved over columns
+    layout: Literal["plain", "vnni"]  # plain: [N, K] as in torch; vnni: pairs of K interleaved over columns
 
 
 @dataclass(frozen=True, slots=True)
 class QuantisedLinear:
-    """Weights of linear layers that read one input, which stay quantised, laid out for one implementation."""
+    """Quantized weights of linear layers with a common input, packed for one implementation."""
 
-    weights: list[QuantisedWeight]  # of the reference alone; packed ones have taken their place elsewhere
-    panels: list[Tensor]  # uint8 [panels, bytes] of each weight, see csrc/quant_forms.h
-    forms: list[int]  # how each one's panels are laid out
-    sizes: list[int]  # output width of each
+    weights: list[QuantisedWeight]  # only for the reference; elsewhere `panels` replaces them
+    panels: list[Tensor]  # uint8 [panels, bytes] per weight, see csrc/quant_forms.h
+    forms: list[int]  # layout of each weight's panels
+    sizes: list[int]  # output width of each weight
     in_features: int
     int8_inputs: bool = False  # whether inputs are rounded to int8 codes, see `quantised.round_inputs`
 
 
 @dataclass(frozen=True, slots=True)
 class LayerChange:
-    """One thing that an adapter does to a linear layer's inputs or outputs x [n, D] besides adding rank rows.
+    """One change, other than rank rows, that an adapter makes to a linear layer's inputs or outputs x [n, D].
 
-    "add": x + first. "scale": x * first; with `second`, to which the numbers' partners times `second` are added: those
-    of the first half of each `group` are in the second half, with the sign changed, and the other way round. "around":
-    (x - second) * first + second, with zero for no second. "blocks": x in pieces of `size`, each times its matrix.
-    Computed in fp32 and rounded to x's dtype after each.
+    "add": x + first. "scale": x * first; if `second` is set, each number's partner times `second` is added: partners
+    are in the other half of each `group`, negated for the first half. "around": (x - second) * first + second, with
+    zero for no second. "blocks": x in pieces of `size`, each times its matrix. Computed in fp32 and rounded to x's
+    dtype after each change.
     """
 
     site: int  # `LoraSite.index`
     of_inputs: bool
     kind: Literal["add", "scale", "around", "blocks"]
-    first: Tensor  # fp32 [D]; of blocks [D / size, size, size]
+    first: Tensor  # fp32 [D]; for "blocks" [D / size, size, size]
     second: Tensor | None = None  # fp32 [D]
     group: int = 0
 
 
 class AdapterChanges(Protocol):
-    """What one adapter changes, made ready for a `DecoderStack`."""
+    """One adapter's changes, prepared for a `DecoderStack`."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class ChangedRows:
-    """Rows of a step whose adapters change layers, as a `DecoderStack` takes them."""
+    """Rows of a step whose adapters change layers, in the form of `DecoderStack`."""
 
-    owners: list[AdapterChanges]  # kept while the lists name them
-    lists: list[Tensor]  # int64: their numbers, how many rows each has, and these, ascending; empty: no rows
+    owners: list[AdapterChanges]  # kept alive while the lists refer to them
+    lists: list[Tensor]  # int64: the changes' numbers, the row count of each, and the rows, ascending; empty: no rows
 
 
 def changed_rows(own: Sequence[tuple[AdapterChanges, Tensor]]) -> ChangedRows:
-    """Return the rows of adapters that change layers, int64 [n] ascending on the CPU each."""
+    """Return the rows of adapters that change layers. own: for each, rows int64 [n], ascending, on the CPU."""
     if not own:
         return ChangedRows([], [])
     owners = [changes for changes, _ in own]
@@ -105,17 +105,17 @@ def changed_rows(own: Sequence[tuple[AdapterChanges, Tensor]]) -> ChangedRows:
 
 @dataclass(frozen=True, slots=True)
 class SiblingLinears:
-    """Linear layers that read one input, packed for one product, and their rows of the adapter pool."""
+    """Linear layers with a common input, packed for one product, and their rows of the adapter pool."""
 
     packed: PackedLinear | QuantisedLinear
     bias: Tensor | None
-    sizes: list[int]  # output width of each
-    sites: list[LoraSite]  # one each; empty: no adapter can change them
+    sizes: list[int]  # output width of each layer
+    sites: list[LoraSite]  # one per layer; empty: no adapter can change them
 
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """The arguments of `ops.rms_norm` that are the same in every step."""
+    """The arguments of `ops.rms_norm` that are constant over steps."""
 
     weight: Tensor
     eps: float
@@ -136,12 +136,12 @@ class PagedAttention:
     sinks: Tensor | None
     k_cache: Tensor  # [blocks, Hkv, 16, D]
     v_cache: Tensor  # [blocks, Hkv, 16, Dv]
-    is_gated: bool = False  # whether a head's queries have its gates behind them; see `ops.gate_heads_`
+    is_gated: bool = False  # whether a head's queries are followed by its gates; see `ops.gate_heads_`
 
 
 @dataclass(frozen=True, slots=True)
 class GatedDelta:
-    """A gated delta rule with its convolution. G: heads of values. See `ops.gated_delta`."""
+    """A gated delta rule with its convolution. G: number of value heads. See `ops.gated_delta`."""
 
     conv_weight: Tensor  # [C, K]
     conv_bias: Tensor | None  # [C]
@@ -153,7 +153,7 @@ class GatedDelta:
 
 @dataclass(frozen=True, slots=True)
 class GatedScan:
-    """Mamba2's mixer between its projections. H: heads; I: their width together. See `ops.gated_scan`."""
+    """Mamba2's mixer between its projections. H: number of heads; I: their total width. See `ops.gated_scan`."""
 
     conv_weight: Tensor  # [C, K]
     conv_bias: Tensor | None  # [C]
@@ -164,19 +164,19 @@ class GatedScan:
     states: Tensor  # fp32 [slots, H, N, P]
     norm_weight: Tensor  # [I]
     eps: float
-    group: int  # columns that are normed together, those of whole heads
+    group: int  # columns normalized together; spans whole heads
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """x += out(attention(rotary(qkv(norm(x))))); x += down(act(gate(norm(x))) * up(norm(x))).
 
-    A gated delta rule in the attention's place: out(norm(delta(qkv, b, a)) * silu(z)), of the siblings qkv, z, b, a.
+    With a gated delta rule in place of attention: out(norm(delta(qkv, b, a)) * silu(z)), for siblings qkv, z, b, a.
     """
 
     attention_norm: RmsNorm
     mlp_norm: RmsNorm
-    head_norms: tuple[RmsNorm, ...]  # of each head's queries, and keys; or of what a delta rule gives
+    head_norms: tuple[RmsNorm, ...]  # of each head's queries, and keys; or of a delta rule's output
     qkv: SiblingLinears
     attention: PagedAttention | GatedDelta
     out: SiblingLinears
@@ -187,8 +187,8 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class ModelEnds:
-    """What makes a model of decoder layers: head(norm(layers(embedding[ids])))."""
+    """The parts around decoder layers that make a model: head(norm(layers(embedding[ids])))."""
 
-    embedding: PackedLinear | None  # its rows by token id; None: layers are given rows, not ids
+    embedding: PackedLinear | None  # rows by token id; None: layers are given rows instead of ids
     norm: RmsNorm
     head: SiblingLinears

@@ -1,6 +1,6 @@
-"""The plan of a conversion into PEFT's files: which tensor is made of which part of the source, and the new config.
+"""A plan for converting an adapter into PEFT's files: the source of each tensor, and the new config.
 
-Numbers are moved, never computed: every tensor keeps its dtype and its bits, in another order.
+Conversion copies numbers but never computes any: every tensor keeps its dtype and bits, perhaps reordered.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 
 Order = Literal["same", "transposed", "unpaired"]
-"""How numbers of the source lie in the result: as they are; rows as columns; or rows of a rotary embedding that pairs
-neighbours, as rows of one that pairs halves of a head (llama.cpp's `permute`, undone)."""
+"""How a tensor is reordered: not at all; transposed; or with rows of a rotary embedding that pairs neighbors put in the
+order of one that pairs halves of a head (undoing llama.cpp's `permute`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
     """A tensor of the result."""
 
-    name: str  # name in PEFT's format
+    name: str  # PEFT's name
     source: TensorInfo  # its numbers in the source file
     order: Order = "same"
-    head_dim: int = 0  # head size of an unpaired one
+    head_dim: int = 0  # head dimension, if unpaired
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that PEFT gives it."""
+        """The tensor's shape in PEFT's file."""
         return self.source.shape[::-1] if self.order == "transposed" else self.source.shape
 
     def numbers(self, file: memoryview) -> NDArray[Any]:
-        """Return a copy of its numbers as unsigned integers with their bits, in the shape that PEFT gives it."""
-        import numpy as np  # here, since a store that has converted no adapter needs none of it
+        """Return a copy of the tensor in PEFT's shape, as unsigned integers with the bits of its numbers."""
+        import numpy as np  # imported here, since a store that has converted no adapter does not need it
 
         item = np.uint32 if ITEM_BYTES[self.source.dtype] == 4 else np.uint16
         bits = np.frombuffer(file[self.source.begin : self.source.end], item).reshape(self.source.shape)
@@ -54,13 +54,13 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A whole adapter as it is to be written."""
+    """A complete adapter to be written."""
 
     config: dict[str, Any]  # adapter_config.json
     tensors: tuple[Moved, ...]
 
     def header(self) -> bytes:
-        """Return the begin of the safetensors file, up to the first number."""
+        """Return the beginning of the safetensors file, up to the first number."""
         entries: dict[str, Any] = {}
         at = 0
         for tensor in self.tensors:
@@ -72,11 +72,11 @@ class Conversion:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of the safetensors file."""
+        """Size of the safetensors file, in bytes."""
         return len(self.header()) + sum(tensor.source.end - tensor.source.begin for tensor in self.tensors)
 
     def infos(self) -> dict[str, TensorInfo]:
-        """Return the tensors of the safetensors file, as `parse_header` does of it."""
+        """Return the tensors of the safetensors file, like `parse_header` of that file."""
         at, found = len(self.header()), dict[str, TensorInfo]()
         for tensor in self.tensors:
             num_bytes = tensor.source.end - tensor.source.begin
@@ -85,16 +85,16 @@ class Conversion:
         return found
 
     def weights(self, file: memoryview) -> Iterator[bytes | memoryview]:
-        """Yield the safetensors file in pieces, at most one tensor at a time. file: the whole source."""
+        """Yield the safetensors file in pieces, at most one tensor at a time. file: the whole source file."""
         yield self.header()
         for tensor in self.tensors:
             yield tensor.numbers(file).data.cast("B")
 
 
 def lora_pairs(names: Mapping[str, TensorInfo], ends: tuple[str, str], reasons: Reasons) -> dict[str, list[TensorInfo]]:
-    """Return A and B by the module that a tensor's name begins with. Adds a reason for what has no pair or other names.
+    """Return A and B by module. Adds reasons for tensors without a pair or with other names.
 
-    ends: of the names of A and of B.
+    ends: suffixes of the names of A and B; the rest is the module's name.
     """
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in names.items():
@@ -110,9 +110,9 @@ def lora_pairs(names: Mapping[str, TensorInfo], ends: tuple[str, str], reasons: 
 
 
 def config_of(ranks: Mapping[str, int], alphas: Mapping[str, float], **fields: Any) -> dict[str, Any]:
-    """Return the config of LoRA on modules with these ranks, and with these `lora_alpha`s.
+    """Return a LoRA config for modules with these ranks and `lora_alpha`s.
 
-    The commonest rank and alpha are the config's, the others those of patterns.
+    The most common rank and alpha are global, the others go into the patterns.
     """
     rank, alpha = _commonest(ranks), _commonest(alphas)
     config: dict[str, Any] = {

@@ -1,10 +1,9 @@
-"""LoRA in GGUF, as llama.cpp's `convert_lora_to_gguf.py` writes it.
+"""LoRA in GGUF, as written by llama.cpp's `convert_lora_to_gguf.py`.
 
-A matrix pair of a weight W is `W.lora_a` and `W.lora_b`, with PEFT's shapes. llama.cpp's factor of the product is
-`adapter.lora.alpha` over the pair's rank, or 1 where alpha is 0 (`llama_adapter_lora_weight::get_scale`). Names are
-those of gguf-py's `tensor_mapping.py`. For some architectures the converter reorders rows of q and k, with which
-llama.cpp rotates neighbours instead of halves of a head (`LlamaModel.permute`); that is undone here, and takes the
-base's head dimension to do so.
+The matrix pair of a weight W is `W.lora_a` and `W.lora_b`, with PEFT's shapes. llama.cpp scales the product by
+`adapter.lora.alpha` over the pair's rank, or 1 if alpha is 0 (`llama_adapter_lora_weight::get_scale`). Names are those
+in gguf-py's `tensor_mapping.py`. For some architectures the converter reorders rows of q and k, because llama.cpp
+rotates neighbors instead of halves of a head (`LlamaModel.permute`); undoing this requires the base's head dimension.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([\w.]{1,64})\.weight", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What GGUF calls an architecture."""
+    """A GGUF architecture."""
 
-    types: tuple[str, ...]  # model types of transformers
+    types: tuple[str, ...]  # transformers' model types
     layers: dict[str, str]  # GGUF's name of a weight in a layer -> the module
     is_paired: bool = False  # whether rows of q and k are reordered
 
@@ -89,11 +88,11 @@ ARCHITECTURES = {
         },
     ),
 }
-"""The architectures that are served. Others reorder their weights in other ways, as qwen35 those of its delta rules."""
+"""The supported architectures. Others reorder weights in other ways, such as qwen35 those of its delta rules."""
 
 
 def convert_gguf(file: GgufFile, base: ServedModel) -> Conversion:
-    """Return how to write LoRA in GGUF for PEFT, and for a base. Raises AdapterRefused with all reasons."""
+    """Return the plan for converting LoRA in GGUF for PEFT and a base. Raises AdapterRefused with all reasons."""
     reasons = Reasons()
     _check_kind(file, reasons)
     name = file.fields.get("general.architecture")
@@ -136,7 +135,7 @@ def convert_gguf(file: GgufFile, base: ServedModel) -> Conversion:
 
 
 def _check_kind(file: GgufFile, reasons: Reasons) -> None:
-    """Add reasons against a file that is no adapter with LoRA."""
+    """Add reasons against a file that is not a LoRA adapter."""
     kind, what = file.fields.get("general.type"), file.fields.get("adapter.type")
     if kind != "adapter":
         reasons.add(f"the GGUF file is of type {show(kind)}, not an adapter")
@@ -145,7 +144,7 @@ def _check_kind(file: GgufFile, reasons: Reasons) -> None:
 
 
 def _module_of(weight: str, architecture: Architecture) -> str:
-    """Return the module of a weight, as a text class of transformers names it; "" for one that is not served."""
+    """Return the module of a weight, as transformers' text classes name it; "" if it is not supported."""
     if weight == _HEAD:
         return "lm_head"
     match = _LAYER.fullmatch(weight)

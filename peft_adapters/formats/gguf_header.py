@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file that anybody may have written: bounded, strict, without the library.
+"""Reads the header of an untrusted GGUF file: bounded, strict, without the gguf library.
 
 The format is that of `docs/gguf.md` in ggml, versions 2 and 3, little-endian.
 """
@@ -17,7 +17,7 @@ from protocol.wire.errors import AdapterRefused
 MAGIC = b"GGUF"
 MAX_FIELDS = 256
 MAX_ITEMS = 4_096
-"""Entries of an array in a field."""
+"""Maximum entries of an array field."""
 MAX_TEXT_BYTES = 65_536
 MAX_DIMENSIONS = 4
 
@@ -35,9 +35,9 @@ class GgufFile:
 
 
 def parse_gguf(head: bytes, file_size: int) -> GgufFile:
-    """Read the header of a GGUF file of LoRA. Raises AdapterRefused.
+    """Parse the header of a GGUF file with LoRA. Raises AdapterRefused.
 
-    head: the file's first bytes, which must hold the whole header. file_size: in bytes.
+    head: the file's first bytes, which must include the whole header. file_size: in bytes.
     """
     if head[:4] != MAGIC:
         raise AdapterRefused(["the file does not begin as GGUF does"])
@@ -62,7 +62,7 @@ def parse_gguf(head: bytes, file_size: int) -> GgufFile:
 
 @dataclass(slots=True)
 class _Reader:
-    """Reads values one after the other. Raises AdapterRefused where the bytes end."""
+    """Reads consecutive values. Raises AdapterRefused if the bytes end."""
 
     head: bytes
     at: int = 4
@@ -115,7 +115,7 @@ class _Reader:
 
 
 def _begin(at: int, fields: dict[str, Any]) -> int:
-    """Return where the first tensor's numbers begin."""
+    """Return the offset of the first tensor's numbers."""
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or not 8 <= alignment <= 4_096 or alignment % 8:
         raise AdapterRefused([f"general.alignment {show(alignment)} is not a multiple of 8 from 8 to 4096"])
@@ -123,7 +123,7 @@ def _begin(at: int, fields: dict[str, Any]) -> int:
 
 
 def _tensors(entries: list[tuple[str, tuple[int, ...], int, int]], begin: int, size: int) -> dict[str, TensorInfo]:
-    """Return the tensors of a file by name. begin: of their numbers. size: of the file, in bytes."""
+    """Return a file's tensors by name. begin: offset of the tensor data. size: of the file, in bytes."""
     found: dict[str, TensorInfo] = {}
     reasons = Reasons()
     for name, shape, kind, offset in entries:
@@ -138,9 +138,9 @@ def _tensors(entries: list[tuple[str, tuple[int, ...], int, int]], begin: int, s
             reasons.add("tensors that reach beyond the end of the file", name)
         else:
             found[name] = TensorInfo(_DTYPES[kind], shape, begin + offset, begin + offset + num_bytes)
-    taken = 0  # up to here the file's bytes are some tensor's
+    taken = 0  # end of the bytes that belong to tensors so far
     for name, info in sorted(found.items(), key=lambda entry: (entry[1].begin, entry[1].end)):
-        if info.begin < taken:  # a small file would be converted into a large one
+        if info.begin < taken:  # would turn a small file into a large one
             reasons.add("tensors that share bytes with others", name)
         taken = max(taken, info.end)
     if reasons:

@@ -1,8 +1,8 @@
-"""Adapters of MLX-LM: `adapters.safetensors`, beside an `adapter_config.json` with `lora_parameters`.
+"""Adapters of MLX-LM: `adapters.safetensors`, with an `adapter_config.json` that has `lora_parameters`.
 
 MLX-LM (`mlx_lm/tuner/lora.py`, `dora.py`) computes `x @ lora_a @ lora_b` times `scale`, with lora_a [in, rank] and
-lora_b [rank, out]: the transposes of PEFT's A and B. `scale` is the whole factor, where PEFT has `lora_alpha / r`.
-DoRA's magnitude `m` is PEFT's. Modules have the names of transformers.
+lora_b [rank, out]: the transposes of PEFT's A and B. `scale` is the whole factor, which in PEFT is `lora_alpha / r`.
+DoRA's magnitude `m` is the same as PEFT's. Modules have transformers' names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TYPES = ("lora", "dora")
 
 
 def convert_mlx(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Conversion:
-    """Return how to write an adapter of MLX-LM for PEFT. Raises AdapterRefused with all reasons.
+    """Return the plan for converting an MLX-LM adapter for PEFT. Raises AdapterRefused with all reasons.
 
     config: its parsed `adapter_config.json`. tensors: from `parse_header`.
     """
@@ -39,7 +39,7 @@ def convert_mlx(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     moved: list[Moved] = []
     for module, (a, b) in pairs.items():
         if module.endswith("embed_tokens"):
-            # With tied weights MLX-LM adapts the head too, and PEFT does not.
+            # With tied weights, MLX-LM adapts the head too; PEFT does not.
             reasons.add("LoRA of MLX-LM on embeddings is not served", module)
         if a.shape[1] != b.shape[0]:
             reasons.add(f"lora_a of rank {a.shape[1]} and lora_b of rank {b.shape[0]} do not fit together", module)
@@ -60,12 +60,12 @@ def convert_mlx(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
 
 
 def _scale(parameters: Any, reasons: Reasons) -> float:
-    """Read the factor of the product, from the config's `lora_parameters`."""
+    """Read the scale of the product from the config's `lora_parameters`."""
     if not is_object(parameters):
         reasons.add("adapter_config.json has no lora_parameters of MLX-LM")
         return 0.0
     if "alpha" in parameters:
-        # Versions up to 0.18 multiply by alpha / rank; later ones ignore it.
+        # Versions up to 0.18 multiply by alpha / rank; later ones ignore alpha.
         reasons.add("lora_parameters has alpha, which versions of MLX-LM read differently: take it out, scale it in")
     scale: Any = parameters.get("scale")
     if not is_alpha(scale):

@@ -1,1 +1,1 @@
-"""Kinds of PEFT adapters besides LoRA: which fields and tensors each has, and the rank rows that it is on a layer."""
+"""Kinds of PEFT adapters besides LoRA: the fields and tensors of each, and its form as rank rows on a layer."""

@@ -1,4 +1,4 @@
-"""MiSS, GraLoRA and DeLoRA: low-rank products with a form of their own (`peft/tuners/miss`, `gralora`, `delora`).
+"""MiSS, GraLoRA and DeLoRA: low-rank products with special structure (`peft/tuners/miss`, `gralora`, `delora`).
 
 MiSS: Kang and Yin, "Balancing LoRA Performance and Efficiency with Simple Shard Sharing", 2024. GraLoRA: Jung et al.,
 2025. DeLoRA: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation", 2025.
@@ -18,7 +18,7 @@ from peft_adapters.kinds.kind import Kind, Layer, Numbers, Rows, Shape, Unfit, c
 
 
 def _miss(layer: Layer) -> Rows:
-    """Return sums of every r-th input, times one matrix: A holds ones, B the matrix."""
+    """Return a matrix B times sums of every r-th input: A has a one per summed input."""
     r, init, outputs = layer.options["r"], layer.options["init_weights"], layer.out_features
     if r > layer.in_features:
         raise Unfit(f"r is {r}, of a layer with {layer.in_features} inputs")
@@ -41,7 +41,7 @@ def _miss_rows(get: Numbers, *, inputs: int, repeats: int) -> tuple[NDArray[Any]
 
 
 def _gralora(layer: Layer) -> Rows:
-    """Return a product of rank r / k for each pair of k blocks of inputs and of outputs, and LoRA beside it."""
+    """Return a product of rank r / k for each pair of the k input and k output blocks, plus ordinary LoRA if hybrid."""
     r, k, hybrid = (layer.options[name] for name in ("r", "gralora_k", "hybrid_r"))
     for what, size in (("in_features", layer.in_features), ("out_features", layer.out_features), ("r", r)):
         if size % k:
@@ -80,7 +80,7 @@ _LEAST_NORM = np.float32(1e-4)
 
 
 def _delora(layer: Layer) -> Rows:
-    """Return LoRA whose rows are divided by their norms, and multiplied by the norms of the weight's columns."""
+    """Return LoRA with rows divided by their norms and multiplied by the column norms of the weight."""
     r = layer.options["r"]
     shapes: dict[str, Shape] = {
         "delora_A": (r, layer.in_features),

@@ -1,7 +1,7 @@
-"""What `lorafleet adapters convert` writes into the config of its result: what it approximates, and how far it is off.
+"""The record that `lorafleet adapters convert` writes into its result's config: the original kind and the errors.
 
-It is what a file says of itself, and shown to all who use it. So it counts only as far as the command may have written
-it, and the digest covers it: the same weights with another claim are another adapter.
+It is untrusted input that is shown to all users of the adapter. So it counts only if the command could have written it.
+The digest covers it: the same weights with another claim are another adapter.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from protocol.wire.messages import Converted
 CONVERTED_FIELD = "lorafleet_converted"
 
 MAX_LAYERS = 256
-"""Layers whose errors are kept, the largest: the catalogue, which every gateway holds a copy of, has them."""
+"""Maximum layers whose errors are stored, the largest errors first: every gateway holds a copy of the catalogue."""
 
 MAX_ERROR = 1e6
-"""The largest relative error that is told: any that PEFT's conversion leaves is far below 1."""
+"""Maximum accepted relative error; errors of PEFT's conversion are far below 1."""
 
 MAX_NAME = 160
-"""Characters of a layer's name."""
+"""Maximum characters of a layer's name."""
 
 
 KINDS = CONVERTIBLE | {"LORA", "ADALORA"}
-"""What PEFT can write as LoRA; LoRA itself too, with fewer ranks."""
+"""Kinds that PEFT can convert to LoRA; LoRA itself too, to a lower rank."""
 
 
 def read_converted(config: Mapping[str, Any], tensors: Container[str]) -> Converted | None:
-    """Return what a config says of its conversion; None where it says nothing, or what was never written so.
+    """Return the conversion record in a config; None if there is none, or the command cannot have written it.
 
-    tensors: the names in the adapter's file, which has rank rows for every layer whose error is told.
+    tensors: names in the adapter's file, which must have rank rows for every layer with an error.
     """
     value = config.get(CONVERTED_FIELD)
     if not is_object(value):
@@ -48,7 +48,7 @@ def read_converted(config: Mapping[str, Any], tensors: Container[str]) -> Conver
 
 
 def written_converted(config: Mapping[str, Any], tensors: Container[str]) -> dict[str, Any]:
-    """Return the field of a config as `read_converted` reads it, for a blob and its digest; {} where that is None."""
+    """Return the config field as `read_converted` reads it, for a blob and its digest; {} if that returns None."""
     found = read_converted(config, tensors)
     if found is None:
         return {}

@@ -1,4 +1,4 @@
-"""LoHa and LoKr, as LyCORIS made them and PEFT saves them (`peft/tuners/loha`, `peft/tuners/lokr`).
+"""LoHa and LoKr, from LyCORIS, as PEFT saves them (`peft/tuners/loha`, `peft/tuners/lokr`).
 
 LoHa: Hyeon-Woo et al., "FedPara", 2022. LoKr: Edalati et al., "KronA", 2022.
 """
@@ -21,7 +21,7 @@ _PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
 
 
 def _loha(layer: Layer) -> Rows:
-    """Return the product of two low-rank matrices, number by number: r² rows, the Khatri-Rao product of each half."""
+    """Return the elementwise product of two low-rank matrices as r² rank rows, by Khatri-Rao products."""
     r = layer.options["r"]
     shapes: dict[str, Shape] = {}
     for half in ("hada_w1", "hada_w2"):
@@ -41,7 +41,7 @@ def _loha_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
 
 @lru_cache(4096)
 def factorization(dimension: int, factor: int) -> tuple[int, int]:
-    """Return two factors of a dimension as PEFT's `factorization` does: near its root, or `factor` and the rest."""
+    """Return two factors of a dimension, like PEFT's `factorization`: near its root, or `factor` and the quotient."""
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor
     most = dimension if factor == -1 else factor
@@ -55,9 +55,9 @@ def factorization(dimension: int, factor: int) -> tuple[int, int]:
 
 
 def _lokr(layer: Layer) -> Rows:
-    """Return a Kronecker product of two matrices, either of which may be a product of rank r.
+    """Return a Kronecker product of two matrices, each of which may be a product of rank r.
 
-    If they have rank c and d, the whole has c * d: the Kronecker products of the factors.
+    If their ranks are c and d, the result has rank c * d: the Kronecker products of the factors.
     """
     r, factor = layer.options["r"], layer.options["decompose_factor"]
     (in_m, in_n), (out_l, out_k) = (factorization(size, factor) for size in (layer.in_features, layer.out_features))
@@ -82,7 +82,7 @@ def _lokr_rows(get: Numbers, *, whole_first: bool, whole_second: bool) -> tuple[
 
 
 def _factors(get: Numbers, name: str, *, is_whole: bool) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return B and A of one of LoKr's matrices; of a whole one, itself and the identity of its shorter side."""
+    """Return B and A of one of LoKr's matrices; for an undecomposed one, itself and an identity of its shorter side."""
     if not is_whole:
         return get(f"{name}_a"), get(f"{name}_b")
     matrix = get(name)

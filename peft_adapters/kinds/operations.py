@@ -1,4 +1,4 @@
-"""Kinds that scale or rotate what goes into or comes out of a layer, or change single numbers of its weight.
+"""Kinds that scale or rotate a layer's inputs or outputs, or change single numbers of its weight.
 
 IA3: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022. RoAd:
 Liao and Monz, "3-in-1: 2D Rotary Adaptation", 2024. OFT: Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal
@@ -34,11 +34,11 @@ from peft_adapters.targets import BadPattern, compile_pattern
 # ---------------------------------------------------------------- IA3
 
 MAX_FEEDFORWARD = 1_024
-"""Names in `feedforward_modules`, each of which is compared with every layer."""
+"""Maximum names in `feedforward_modules`, each of which is compared with every layer."""
 
 
 def _ia3(layer: Layer) -> Operation:
-    """Return a factor for each output of a layer; of those in `feedforward_modules` for each input."""
+    """Return a factor per output of a layer, or per input for those in `feedforward_modules`."""
     ends = layer.options["feedforward_modules"]
     if isinstance(ends, str):
         is_forward = _pattern(ends).fullmatch(layer.name) is not None
@@ -70,11 +70,11 @@ def _are_modules(value: Any) -> bool:
 # ---------------------------------------------------------------- RoAd
 
 _ANGLES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}
-"""Angles of a variant for each output, as a fraction."""
+"""A variant's number of angles per output, as a fraction."""
 
 
 def _road(layer: Layer) -> Operation:
-    """Return rotations and factors for pairs of outputs, half a group apart."""
+    """Return rotations and scalings of pairs of outputs, half a group apart."""
     variant, group, size = layer.options["variant"], layer.options["group_size"], layer.out_features
     if size % group or group % 2:
         raise Unfit(f"group_size is {group}, of {size} outputs: it must be even and divide them")
@@ -86,7 +86,7 @@ def _road(layer: Layer) -> Operation:
 
 def _road_change(get: Numbers, *, variant: str, group: int) -> Change:
     theta, alpha = get("road_theta"), get("road_alpha")
-    if variant == "road_1":  # both halves of a group have the same
+    if variant == "road_1":  # both halves of a group share values
         theta, alpha = (np.repeat(part.reshape(-1, group // 2), 2, axis=0).ravel() for part in (theta, alpha))
     if variant == "road_4":
         theta, alpha = theta.reshape(-1, 2, group), alpha.reshape(-1, 2, group)
@@ -99,7 +99,7 @@ def _road_change(get: Numbers, *, variant: str, group: int) -> Change:
 
 
 def _beft(layer: Layer) -> Operation:
-    """Return a bias."""
+    """Return a bias that is added to the output."""
     shape = (1, layer.out_features)
     return Operation({"beft_bias": shape}, _beft_change, layer.out_features, zero_if=("beft_bias",))
 
@@ -112,7 +112,7 @@ def _beft_change(get: Numbers) -> Change:
 
 
 def _nearest_divisor(size: int, wanted: int) -> int:
-    """Return the divisor of a size that PEFT takes for a wanted one (`adjust_oft_parameters`)."""
+    """Return the divisor of a size that PEFT uses for a requested one (`adjust_oft_parameters`)."""
     if wanted >= size:
         return size
     higher = next(number for number in range(wanted, size + 1) if size % number == 0)
@@ -121,7 +121,7 @@ def _nearest_divisor(size: int, wanted: int) -> int:
 
 
 def _oft(layer: Layer) -> Operation:
-    """Return rotations of blocks of the inputs, each from a skew-symmetric matrix by Cayley's transform."""
+    """Return rotations of blocks of the inputs, each the Cayley transform of a skew-symmetric matrix."""
     options, inputs = layer.options, layer.in_features
     r, size = options["r"], options["oft_block_size"]
     if bool(r) == bool(size):
@@ -132,7 +132,7 @@ def _oft(layer: Layer) -> Operation:
     eps = options["eps"] if options["coft"] else None
     make = partial(_oft_change, size=size, repeats=inputs // size // num, terms=terms, eps=eps)
     shapes: dict[str, Shape] = {"oft_R.weight": (num, size * (size - 1) // 2)}
-    num_products = num * size**3 * max(terms, 2)  # by Cayley's transform as many as two products have
+    num_products = num * size**3 * max(terms, 2)  # the Cayley transform costs as much as two products
     return Operation(shapes, make, inputs * size, zero_if=tuple(shapes), num_products=num_products)
 
 
@@ -141,7 +141,7 @@ def _oft_change(get: Numbers, *, size: int, repeats: int, terms: int, eps: float
     skew = np.zeros((len(values), size, size), np.float32)
     skew[:, *np.triu_indices(size, 1)] = values
     skew -= skew.transpose(0, 2, 1)
-    if eps is not None:  # no further than this from no rotation at all
+    if eps is not None:  # limits the distance from the identity
         norms = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
         most = np.float32(eps / np.sqrt(len(values)))
         skew = np.where(norms <= most, skew, most * (skew / norms))
@@ -156,10 +156,10 @@ def _cayley(skew: NDArray[Any]) -> NDArray[Any]:
 
 
 def _boft(layer: Layer) -> Operation:
-    """Return rotations of blocks of the inputs, each from a matrix by Cayley's transform, and factors of the outputs.
+    """Return rotations of blocks of the inputs, by Cayley transforms, and factors of the outputs.
 
-    PEFT has further butterfly factors, between which numbers change their places, only on a GPU with a compiler. Files
-    with these have other shapes, and are refused for that.
+    PEFT supports further butterfly factors, with permutations between them, only on a GPU with a compiler. Files with
+    these have other shapes, and are refused for that.
     """
     options, inputs, outputs = layer.options, layer.in_features, layer.out_features
     size, num = options["boft_block_size"], options["boft_block_num"]
@@ -182,7 +182,7 @@ def _boft_change(get: Numbers) -> Change:
 
 
 def _series(skew: NDArray[Any], terms: int) -> NDArray[Any]:
-    """Return the first terms of (I + Q)(I - Q)⁻¹ as PEFT adds them: the powers of Q twice, but for the last."""
+    """Return the first terms of (I + Q)(I - Q)⁻¹ as PEFT sums them: powers of Q twice, except the last."""
     total = np.broadcast_to(np.eye(skew.shape[-1], dtype=np.float32), skew.shape).copy()
     if terms == 1:
         return total
@@ -201,7 +201,7 @@ def _series(skew: NDArray[Any], terms: int) -> NDArray[Any]:
 
 
 def _shira(layer: Layer) -> Operation:
-    """Return numbers at a few places of the weight, as many as LoRA of this rank has."""
+    """Return numbers at a few places of the weight, as many as LoRA of the same rank has."""
     num = layer.options["r"] * (layer.in_features + layer.out_features)
     if num > layer.in_features * layer.out_features:
         raise Unfit(f"r is {layer.options['r']}, of which a layer has more numbers than its weight")
@@ -217,7 +217,7 @@ def _shira_change(get: Numbers, *, shape: tuple[int, int]) -> Change:
         raise Unfit(f"shira_indices are outside a weight of {shape[0]} x {shape[1]}")
     flat, where = np.unique(places[0] * shape[1] + places[1], return_inverse=True)
     numbers = np.zeros(len(flat), np.float32)
-    np.add.at(numbers, where, get("shira_weight"))  # a place may be named twice
+    np.add.at(numbers, where, get("shira_weight"))  # a place may occur twice
     return Change(places=np.stack(np.divmod(flat, shape[1])), numbers=numbers)
 
 

@@ -1,7 +1,7 @@
-"""HRA and DEFT: changes of the base model's weight that have a low rank (`peft/tuners/hra`, `peft/tuners/deft`).
+"""HRA and DEFT: low-rank changes that depend on the base model's weight (`peft/tuners/hra`, `peft/tuners/deft`).
 
-Their A or B is computed from the weight itself, so that quantised layers cannot have them. HRA: Yuan et al., "Bridging
-The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation", 2024.
+Their A or B is computed from the weight, which rules out quantized layers. HRA: Yuan et al., "Bridging The Gap between
+Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation", 2024.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from peft_adapters.kinds.kind import (
 
 
 _LEAST_PART = np.float32(1e-6)
-"""The least share of a vector's length that must be orthogonal to those before it: less is rounding error in fp32."""
+"""Minimum share of a vector's length that is orthogonal to the previous vectors: less is rounding error in fp32."""
 
 
 def _hra(layer: Layer) -> Rows:
-    """Return the weight times r reflections, W (H - I): each reflection adds one rank row."""
+    """Return the change by r reflections H of the weight, W (H - I): each reflection adds one rank row."""
     r, orthogonal, inputs = layer.options["r"], layer.options["apply_GS"], layer.in_features
     if orthogonal and r > inputs:
         raise Unfit(f"r is {r}, of a layer with {inputs} inputs, which have no more orthogonal vectors")
@@ -44,10 +44,10 @@ def _hra(layer: Layer) -> Rows:
 
 
 def _hra_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return Uᵀ and -W U T, where I - U T Uᵀ is the product of the reflections I - 2 u uᵀ in their order.
+    """Return Uᵀ and -W U T, where I - U T Uᵀ is the product of the reflections I - 2 u uᵀ, in order.
 
-    T is the inverse of the upper half of UᵀU with 1/2 on its diagonal: Schreiber and Van Loan, "A Storage-Efficient WY
-    Representation for Products of Householder Transformations", 1989.
+    T is the inverse of the upper triangle of UᵀU with 1/2 on its diagonal: Schreiber and Van Loan, "A Storage-Efficient
+    WY Representation for Products of Householder Transformations", 1989.
     """
     u = get("hra_u")
     u = u / np.linalg.norm(u, axis=0)
@@ -58,7 +58,7 @@ def _hra_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _orthogonal_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the rows of reflections along orthogonal vectors, Gram and Schmidt's, whose signs do not count."""
+    """Return the rows of reflections along Gram-Schmidt vectors, whose signs do not matter."""
     given = get("hra_u")
     u, own = np.linalg.qr(given)
     if (np.abs(np.diag(own)) <= _LEAST_PART * np.linalg.norm(given, axis=0)).any():
@@ -70,7 +70,7 @@ def _orthogonal_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _deft(layer: Layer) -> Rows:
-    """Return the weight without a subspace of its outputs and, but for PaRa, with a product in its place."""
+    """Return the removal of a subspace of the weight's outputs and, except for PaRa, a product that replaces it."""
     r, para, alpha = min(layer.options["r"], layer.out_features), layer.options["para"], layer.options["alpha"]
     shapes: dict[str, Shape] = {"deft_P": (layer.out_features, r)}
     if not para:

@@ -1,4 +1,4 @@
-"""Reads the layers of an adapter that is not LoRA: the tensors that its kind has there, and what they make."""
+"""Reads the layers of an adapter that is not LoRA: the kind's tensors on each, and their form."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _TOKENS = "trainable_tokens_delta"
 
 @dataclass(slots=True)
 class KindParts:
-    """What an adapter of a kind changes, by its form."""
+    """An adapter's changes, by form."""
 
     sites: list[LoraWeights] = field(default_factory=list[LoraWeights])
     operations: list[LayerOperation] = field(default_factory=list[LayerOperation])
     replaced: list[ReplacedWeights] = field(default_factory=list[ReplacedWeights])
-    num_numbers: int = 0  # that are made of the file
-    num_products: int = 0  # multiplications that this takes
+    num_numbers: int = 0  # numbers computed from the file
+    num_products: int = 0  # multiplications for that
 
 
 def read_kind(
     matcher: TensorMatcher, kind: Kind, targeted: Mapping[str, SiteShape], replaced: Collection[str] = ()
 ) -> KindParts:
-    """Return what a kind changes of the targeted layers; less, with reasons, where anything is wrong.
+    """Return a kind's changes of the targeted layers; incomplete, with reasons, if anything is wrong.
 
-    replaced: modules whose weight the file brings, such as a head of another vocabulary. Nothing is made of the tensors
-    here: what it would take is known from config and shapes, and refused where it is too much.
+    replaced: modules whose weight the file replaces, such as a head for another vocabulary. Tensors are not processed
+    here: the cost of that is known from config and shapes, and refused if excessive.
     """
     sizes = [matcher.size(site) for site in targeted.values()]
     widest = (max((rows for rows, _ in sizes), default=0), max((width for _, width in sizes), default=0))
@@ -58,7 +58,7 @@ def read_kind(
 
 
 def take_tokens(matcher: TensorMatcher, targeted: Mapping[str, SiteShape]) -> None:
-    """Give the matcher trainable tokens as LoRA names them: the targeted modules' tokens, and their tensors."""
+    """Rewrite trainable tokens in LoRA's form: the targeted modules' tokens and tensors."""
     indices = read_ids("token_indices", matcher.config.options["token_indices"], matcher.reasons)
     matcher.config = replace(matcher.config, tokens=dict.fromkeys(targeted, indices))
     matcher.tensors.tokens |= {module: own[_TOKENS] for module, own in matcher.tensors.of_kind.items()}
@@ -77,7 +77,7 @@ def _read_norm(matcher: TensorMatcher, site: SiteShape) -> Iterator[ReplacedWeig
 def _read_layer(
     matcher: TensorMatcher, kind: Kind, site: SiteShape, layer: Layer, found: KindParts, *, is_replaced: bool
 ) -> None:
-    """Enter what a kind does to a layer, and count what this takes; with reasons if anything is wrong."""
+    """Add a kind's change of one layer to `found`, with its costs; adds reasons if anything is wrong."""
     config, reasons, before = matcher.config, matcher.reasons, len(matcher.reasons)
     inputs, outputs = layer.in_features, layer.out_features
     options = dict(config.options)

@@ -1,4 +1,4 @@
-"""Why kinds of adapters are refused, and what their users can do."""
+"""Why kinds of adapters are refused, and the remedies."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 _FULL_RANK = "what it adds to a weight has full rank"
 
 CONVERT = "`lorafleet adapters convert SRC DST --base MODEL --rank auto` approximates it by LoRA"
-"""What can be done about a kind that PEFT itself can write as LoRA."""
+"""Remedy for a kind that PEFT itself can convert to LoRA."""
 
 SETTING = ", as does a store with --convert-adapters"
-"""What else can be done about a kind that is not served at all."""
+"""Further remedy for a kind that is not supported at all."""
 
 CONVERTIBLE = frozenset(
     {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
      "VBLORA", "VERA", "WAVEFT"}
 )  # fmt: skip
-"""Kinds of which PEFT says so."""
+"""Kinds that PEFT can convert to LoRA."""
 
 REFUSED = {
     "ADAMSS": "its subspaces are found by clustering when it is loaded",
@@ -40,12 +40,12 @@ REFUSED = {
 
 
 def is_converted(kind: Any) -> bool:
-    """Return whether a store with `convert_adapters` converts this `peft_type`: PEFT can, and it is not served."""
+    """Return whether a store with `convert_adapters` converts this `peft_type`: refused, but convertible by PEFT."""
     return isinstance(kind, str) and kind in REFUSED and kind in CONVERTIBLE
 
 
 def why_refused(kind: Any) -> str:
-    """Return what follows "is not served" in the reason against a `peft_type`: why, or nothing for an unknown one."""
+    """Return the text after "is not served" in the refusal of a `peft_type`: the reason, "" for an unknown kind."""
     reason = REFUSED.get(kind) if isinstance(kind, str) else None
     if not reason:
         return ""
@@ -53,5 +53,5 @@ def why_refused(kind: Any) -> str:
 
 
 def what_to_do(kind: str) -> str:
-    """Return what can be done about an adapter of a kind, to be put behind a reason; "" if nothing can."""
+    """Return the remedy for an adapter of a kind, as the end of a reason; "" if there is none."""
     return f"; {CONVERT}" if kind in CONVERTIBLE else ""

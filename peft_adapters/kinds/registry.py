@@ -1,4 +1,4 @@
-"""Finds a kind by PEFT's name for it. A family of kinds is imported when an adapter of one is read."""
+"""Finds a kind by PEFT's name. The module of a kind is imported when an adapter of it is first read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _FAMILIES = {
     "IA3": "operations", "OFT": "operations", "ROAD": "operations", "SHIRA": "operations",
     "LN_TUNING": "replacing", "TRAINABLE_TOKENS": "replacing",
 }  # fmt: skip
-"""The module of each kind, of which `KINDS` holds it."""
+"""The module of each kind, which has it in `KINDS`."""
 
 NAMES = tuple(_FAMILIES)
 
 
 def kind_of(peft_type: Any) -> Kind | None:
-    """Return the kind of a config's `peft_type`; None for LoRA, AdaLoRA, and what is not served."""
+    """Return the kind of a config's `peft_type`; None for LoRA, AdaLoRA and unsupported kinds."""
     family = _FAMILIES.get(peft_type) if isinstance(peft_type, str) else None
     if family is None:
         return None

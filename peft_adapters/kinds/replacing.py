@@ -1,4 +1,4 @@
-"""LN tuning and trainable tokens: kinds whose tensors take the place of a norm's, or of rows of an embedding."""
+"""LN tuning and trainable tokens: kinds whose tensors replace a norm's parameters or rows of an embedding."""
 
 from __future__ import annotations
 

@@ -48,11 +48,11 @@ SERVED = {
     "VBLORA": (ROWS, "its rank, from logits or from the best weights alone"),
     "VERA": (ROWS, "its rank, with its projections saved (`save_projection`, PEFT's default)"),
 }
-"""What each kind gets that is served, and of which form it is then."""
+"""For each supported kind: how it is served, and its form."""
 
 
 def rows() -> dict[str, str]:
-    """Return a line of the table for each kind, in the order of their names."""
+    """Return the table's line for each kind, in order of name."""
     lines = {kind: f"| `{kind}` | {gets} | {form} |\n" for kind, (gets, form) in SERVED.items()}
     lines |= {
         kind: f"| `{kind}` | {CONVERTED if kind in CONVERTIBLE else 'refused'} | {reason} |\n"
@@ -71,7 +71,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Write the table between its marks."""
+    """Write the table between its markers in docs/peft.md."""
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}{table()}{END}{rest.split(END)[1]}")
 

@@ -1,7 +1,7 @@
 """Kinds whose layers share matrices or vectors: VeRA, PVeRA, VB-LoRA, UniLoRA and TinyLoRA.
 
-VeRA: Kopiczko et al., 2024. PVeRA: a probabilistic VeRA, which answers with its means. VB-LoRA: Li et al., 2024.
-TinyLoRA: Morris et al., "Learning to Reason in 13 Parameters", 2026.
+VeRA: Kopiczko et al., 2024. PVeRA: a probabilistic VeRA, served with its means. VB-LoRA: Li et al., 2024. TinyLoRA:
+Morris et al., "Learning to Reason in 13 Parameters", 2026.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peft_adapters.kinds.kind import Field, Kind, Layer, Numbers, Rows, Shape, U
 
 
 def _vera(layer: Layer, *, prefix: str, halves: int) -> Rows:
-    """Return two matrices that all layers share, cut to the layer's size, with rank rows and outputs scaled."""
+    """Return two matrices shared by all layers, cut to the layer's size, with scaled rank rows and outputs."""
     r = layer.options["r"]
     shapes: dict[str, Shape] = {
         f"{prefix}_A": (halves * r, layer.widest[0]),
@@ -40,7 +40,7 @@ def _vera_rows(get: Numbers, *, prefix: str, r: int, inputs: int, outputs: int) 
 
 
 def _vblora(layer: Layer) -> Rows:
-    """Return A and B of pieces, each a weighted sum of a few vectors of one bank: those with the largest logits."""
+    """Return A and B assembled from pieces, each a weighted sum of the bank's vectors with the largest logits."""
     r, num_vectors, length, topk, best = (
         layer.options[name] for name in ("r", "num_vectors", "vector_length", "topk", "save_only_topk_weights")
     )
@@ -72,7 +72,7 @@ def _vblora_rows(get: Numbers, *, topk: int, best: bool) -> tuple[NDArray[Any], 
 
 
 def _sums(bank: NDArray[Any], index: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
-    """Return weighted sums [.., length] of the bank's vectors that index [.., topk] names, one vector at a time."""
+    """Return weighted sums [.., length] of the bank's vectors at index [.., topk], adding one vector at a time."""
     found = np.zeros((*index.shape[:-1], bank.shape[1]), np.float32)
     for k in range(index.shape[-1]):
         found += weights[..., k, None] * bank[index[..., k]]
@@ -80,7 +80,7 @@ def _sums(bank: NDArray[Any], index: NDArray[Any], weights: NDArray[Any]) -> NDA
 
 
 def _chosen_weights(get: Numbers, name: str, topk: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the indices of the largest logits of each piece, and their softmax."""
+    """Return the indices of each piece's largest logits, and their softmax."""
     logits = get(name)
     index = np.argpartition(logits, logits.shape[-1] - topk, axis=-1)[..., logits.shape[-1] - topk :]
     chosen = np.take_along_axis(logits, index, axis=-1)
@@ -89,7 +89,7 @@ def _chosen_weights(get: Numbers, name: str, topk: int) -> tuple[NDArray[Any], N
 
 
 def _kept_weights(get: Numbers, name: str, num_vectors: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the saved indices and weights of each piece, of which the last weight is what is left to one."""
+    """Return each piece's saved indices and weights; the last weight is 1 minus the others."""
     index, first = get(f"{name}_topk_indices"), get(f"{name}_topk_weights")
     if index.size and not 0 <= index.min() <= index.max() < num_vectors:
         raise Unfit(f"{name}_topk_indices name vectors outside the {num_vectors} of the bank")
@@ -100,7 +100,7 @@ def _kept_weights(get: Numbers, name: str, num_vectors: int) -> tuple[NDArray[An
 
 
 def _unilora(layer: Layer) -> Rows:
-    """Return A and B whose numbers are numbers of one vector, by indices that the file has, times factors."""
+    """Return A and B with elements of one vector, picked by the file's indices and multiplied by its factors."""
     r = layer.options["r"]
     shapes: dict[str, Shape] = {"unilora_theta_d": (layer.options["theta_d_length"],)}
     for half, shape in (("A", (r, layer.in_features)), ("B", (layer.out_features, r))):
@@ -125,10 +125,10 @@ def _picked(vector: NDArray[Any], index: NDArray[Any]) -> NDArray[Any]:
 
 
 def _tinylora(layer: Layer) -> Rows:
-    """Return singular vectors of the layer's weight, which the file has, with a matrix between them.
+    """Return the saved singular vectors of the layer's weight, with a matrix between them.
 
-    The matrix is a sum of random ones, weighted by a short vector. A vector belongs to some layers that follow each
-    other in the model (`TinyLoraModel._create_and_replace`).
+    The matrix is a sum of random ones, weighted by a short vector. Consecutive layers of the model share a vector
+    (`TinyLoraModel._create_and_replace`).
     """
     options, (number, num_layers) = layer.options, layer.place
     rank = min(options["r"], layer.in_features, layer.out_features)

@@ -1,9 +1,9 @@
-"""Reads kinds that put virtual tokens before a text: their embeddings, or their keys and values.
+"""Reads kinds that put virtual tokens before a text, as embeddings or as keys and values.
 
 Prompt tuning: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021. P-tuning: Liu et al.,
 "GPT Understands, Too", 2021. Multitask prompt tuning: Wang et al., 2023. CPT: Blau et al., 2024. Prefix tuning: Li and
-Liang, 2021. Cartridges: Eyuboglu et al., 2025. PEFT runs encoders and projections when it saves, so that a file has
-nothing but their results.
+Liang, 2021. Cartridges: Eyuboglu et al., 2025. PEFT runs encoders and projections when saving, so that files contain
+only their results.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from peft_adapters.spec import AdapterSpec, VirtualTokens
 from protocol.wire.messages import ServedModel, SiteShape
 
 CLASSIFIES = "SEQ_CLS"
-"""The task type of sequence classifiers, which save their head whole."""
+"""The task type of sequence classifiers, which save their head as a whole module."""
 
 TENSOR = "prompt_embeddings"
 COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
 SAVED_PREFIX = "base_model."
-"""What PEFT puts before the names of modules that are saved whole beside virtual tokens."""
+"""PEFT's prefix for the names of whole modules saved beside virtual tokens."""
 
 _SIZES = ("token_dim", "num_layers", "num_attention_heads")
-"""Fields that PEFT fills in from the base model."""
+"""Fields that PEFT sets from the base model."""
 
 _MAYBE_WHOLE = Field(
     None, lambda value: value is None or whole(1).valid(value), f"null or a whole number from 1 to {MAX_WHOLE}"
@@ -40,7 +40,7 @@ _FIELDS: dict[str, Field] = {
     "task_type": choice(None, "CAUSAL_LM", CLASSIFIES),
 }
 _TASKS = {
-    "num_tasks": choice(1),  # a request cannot choose among several
+    "num_tasks": choice(1),  # requests cannot choose among several
     "num_ranks": whole(1),
 }
 
@@ -61,31 +61,31 @@ NO_EFFECT: dict[str, frozenset[str]] = {
     "PREFIX_TUNING": frozenset({"init_weights", "encoder_hidden_size", "prefix_projection"}),
     "CARTRIDGE": frozenset({"num_frozen_tokens"}),
 }  # fmt: skip
-"""The kinds, and the fields of each that only training reads, or whose effect the tensors have."""
+"""The kinds, with the fields of each that only training reads, or whose effect is in the tensors."""
 
 PREFIXES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
-"""Kinds whose virtual tokens are keys and values; those of the others are embeddings."""
+"""Kinds whose virtual tokens are keys and values; the others have embeddings."""
 
 
 _CLASSIFIERS = frozenset({"PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"})
-"""Kinds with which PEFT computes sequence classifiers: CPT is for text alone, and prefixes find no cache there."""
+"""Kinds that PEFT supports for sequence classifiers: CPT is only for text, and prefixes need a cache."""
 
 _NOT_OF_PEFT = frozenset({"deepseek_v4"})
-"""Model types on which PEFT's own forward fails with embeddings, because layers look at ids."""
+"""Model types on which PEFT's own forward fails with embeddings, because layers read the ids."""
 
 
 def is_virtual(peft_type: Any) -> bool:
-    """Return whether a config's `peft_type` is a kind of virtual tokens."""
+    """Return whether a config's `peft_type` is a kind with virtual tokens."""
     return isinstance(peft_type, str) and peft_type in NO_EFFECT
 
 
 def fields_of(kind: str) -> dict[str, Field]:
-    """Return the fields of a kind that count."""
+    """Return the significant fields of a kind."""
     return _FIELDS | _TASKS if kind == "MULTITASK_PROMPT_TUNING" else _FIELDS
 
 
 def canonical_virtual(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config that count, without those at their defaults."""
+    """Return the significant fields of a config, without those at their defaults."""
     fields = fields_of(config["peft_type"])
     given = {key: config[key] for key, field in fields.items() if key in config and config[key] != field.default}
     saved: Any = config.get("modules_to_save")
@@ -95,14 +95,14 @@ def canonical_virtual(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def virtual_tensors(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """Return the tensors of a file that are of virtual tokens, and those of modules that are saved whole."""
+    """Return a file's tensors of virtual tokens, and those of whole saved modules."""
     own = {name: info for name, info in tensors.items() if not name.startswith(SAVED_PREFIX)}
     return own, {name: info for name, info in tensors.items() if name not in own}
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads one adapter, and collects what is wrong with it."""
+    """Reads one adapter, and collects the reasons against it."""
 
     kind: str
     config: Mapping[str, Any]
@@ -124,13 +124,13 @@ class _Reader:
                 self.reasons.add(f"{key} {show(value)} of {self.kind} is not {field.wants}")
 
     def check_size(self, name: str, wanted: int) -> None:
-        """Add a reason against a field that says otherwise than the base."""
+        """Add a reason if a field contradicts the base."""
         value = self.config.get(name)
         if value is not None and value != wanted:
             self.reasons.add(f"{name} is {value} where the base model has {wanted}")
 
     def check_tensors(self, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
-        """Add a reason for each tensor that is missing, too many, or of another shape (None: any size) or dtype."""
+        """Add a reason for each tensor that is missing, unknown, or has a wrong dtype or shape (None: any size)."""
         for name, shape in shapes.items():
             info = self.tensors.get(name)
             if info is None:
@@ -155,10 +155,10 @@ def read_virtual(
     reasons: Reasons,
     ignored: frozenset[str],
 ) -> AdapterSpec:
-    """Return the virtual tokens of an adapter; meaningless when there are reasons against it.
+    """Return an adapter's virtual tokens; meaningless if reasons were added.
 
-    base: None where there is no model to read it for. ignored: fields without effect that every kind has. Nothing is
-    made here: what a worker makes has the size of the file's own tensors.
+    base: None to check without a model. ignored: fields without effect in every kind. Tensors are not processed here:
+    what a worker computes from them is as large as the file's own tensors.
     """
     kind: str = config["peft_type"]
     reader = _Reader(kind, config, tensors, reasons)
@@ -206,7 +206,7 @@ def _input_of(base: ServedModel) -> SiteShape | None:
 
 
 def _read_prompt(reader: _Reader, num: int, base: ServedModel | None) -> VirtualTokens:
-    """Read embeddings [num, width]; of multitask prompt tuning with two matrices whose product multiplies them."""
+    """Read embeddings [num, width]; for multitask prompt tuning also two matrices whose product multiplies them."""
     site = None if base is None else _input_of(base)
     width = None if site is None else site.out_features
     if width is not None:
@@ -225,7 +225,7 @@ def _read_prompt(reader: _Reader, num: int, base: ServedModel | None) -> Virtual
 
 
 def _read_prefix(reader: _Reader, num: int, base: ServedModel | None) -> VirtualTokens:
-    """Read keys and values [num, layers * 2 * heads * entries], each layer's keys before its values."""
+    """Read keys and values [num, layers * 2 * heads * entries]; each layer's keys precede its values."""
     shape = None if base is None else base.prefix
     if shape is None:
         reader.check_tensors({TENSOR: (num, None)})

@@ -1,1 +1,1 @@
-"""Adapters whose tensors are named otherwise than the base model's modules: mapped exactly, or refused."""
+"""Adapters whose tensor names differ from the base model's modules: mapped exactly, or refused."""

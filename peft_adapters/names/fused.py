@@ -1,9 +1,9 @@
 """Projections that one model computes as one layer and another as several: `qkv_proj`, `gate_up_proj`.
 
-The rows of a fused layer are its parts' rows, one after the other. So LoRA of the fused layer is, on each part, the
-same A and the part's rows of B. LoRA of the parts is, on the fused layer, their A stacked, and their B as blocks on a
-diagonal; its rank is the sum of theirs. A bias of LoRA and DoRA's magnitudes have a number for each row, and are cut
-and joined as rows are: the length of a row of the weight is the same in both forms.
+The rows of a fused layer are its parts' rows in sequence. So LoRA of the fused layer is, on each part, the same A with
+the part's rows of B. LoRA of the parts is, on the fused layer, their A stacked and their B as diagonal blocks, with the
+sum of their ranks. LoRA biases and DoRA magnitudes have one number per row and are split and joined like rows: the norm
+of a weight's row is the same in both forms.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from peft_adapters.spec import LoraBlock, LoraWeights
 from protocol.wire.messages import SiteShape
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Fused layers by name, with their parts in the order of their rows."""
+"""Fused layers by name, with their parts in row order."""
 
 _FAMILIES = {
     "qkv_proj": ("phi3", "phi4_multimodal"),
     "gate_up_proj": ("phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "glm4v_text", "glm_ocr", "glm_ocr_text"),
 }
-"""Model types whose fused layers have this order of rows. Others interleave them by head, or mean something else."""
+"""Model types whose fused layers have this row order. Others interleave rows by head, or differ in meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class FusedPart:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The base's layers in the place of which the adapter has others."""
+    """Layers of the base that the adapter has fused or split."""
 
-    is_fused: bool  # True: fused in the adapter
+    is_fused: bool  # True: the adapter has them fused
     fused: str  # name of the fused module
     parts: tuple[FusedPart, ...]
 
@@ -46,9 +46,9 @@ class Cut:
 def cut_sites(
     sites: Mapping[str, SiteShape], outputs: Mapping[str, int], model_type: str
 ) -> tuple[dict[str, SiteShape], list[Cut]]:
-    """Return a base's sites by name, fused and split as an adapter has them, and what was cut how.
+    """Return a base's sites by name, fused and split as in an adapter, and the cuts that were made.
 
-    outputs: the modules with LoRA in the adapter's file, with the rows of their B.
+    outputs: modules with LoRA in the adapter's file, with the number of rows of B.
     """
     found, cuts = dict(sites), list[Cut]()
     for fused, parts in FUSED.items():
@@ -56,7 +56,7 @@ def cut_sites(
         if not own or own <= sites.keys():
             continue
         parents = [name.rpartition(".")[0] for name in sites if name.rpartition(".")[2] in (fused, parts[0])]
-        # One way for the whole model, so that a layer without tensors is found missing under the adapter's name.
+        # Same for the whole model, so that a layer without tensors is reported missing under the adapter's name.
         if {name.rpartition(".")[2] for name in own} == {fused}:
             made = [_fuse(found, parent, fused, parts) for parent in parents]
         elif model_type in _FAMILIES[fused] and not any(name.endswith(f".{fused}") for name in own):
@@ -68,7 +68,7 @@ def cut_sites(
 
 
 def _fuse(found: dict[str, SiteShape], parent: str, fused: str, parts: tuple[str, ...]) -> Cut | None:
-    """Put a fused site in the place of a parent's parts; None if it does not have them all as linear layers."""
+    """Replace a parent's parts with a fused site; return None if it lacks any of them as a linear layer."""
     own = [found.get(f"{parent}.{part}") for part in parts]
     sites = [site for site in own if site is not None and site.kind == "linear"]
     if len(sites) < len(parts) or len({site.in_features for site in sites}) > 1:
@@ -85,7 +85,7 @@ def _fuse(found: dict[str, SiteShape], parent: str, fused: str, parts: tuple[str
 def _split(
     found: dict[str, SiteShape], parent: str, fused: str, parts: tuple[str, ...], widths: Mapping[int, list[int]]
 ) -> Cut | None:
-    """Put sites for its parts in the place of a parent's fused layer; None if their rows are not known."""
+    """Replace a parent's fused layer with sites for its parts; return None if their sizes are unknown."""
     site = found.get(f"{parent}.{fused}")
     sizes = widths.get(site.out_features) if site is not None else None
     if site is None or sizes is None or site.kind != "linear":
@@ -102,9 +102,9 @@ def _split(
 def _widths(
     sites: Mapping[str, SiteShape], outputs: Mapping[str, int], fused: str, parts: tuple[str, ...]
 ) -> dict[int, list[int]]:
-    """Return the rows of each part by those of the fused layer.
+    """Return the rows of each part, by the rows of the fused layer.
 
-    gate and up have half each. Of q, k and v, the last two are alike, so that the file's rows of any say all.
+    gate and up have half each. k and v have equally many rows, so any of the file's parts determines all.
     """
     found: dict[int, list[int]] = {}
     for name, site in sites.items():
@@ -123,7 +123,7 @@ def _widths(
 
 
 def uncut(lora: Iterable[LoraWeights], cuts: Sequence[Cut], reasons: Reasons) -> list[LoraWeights]:
-    """Return an adapter's LoRA on the base's own layers. Adds reasons for what cannot be cut."""
+    """Return an adapter's LoRA on the base's own layers. Adds reasons for LoRA that cannot be split or joined."""
     parts = {part.name: (cut, part) for cut in cuts if not cut.is_fused for part in cut.parts}
     whole = {cut.fused: cut for cut in cuts if cut.is_fused}
     found: list[LoraWeights] = []
@@ -152,7 +152,7 @@ def uncut(lora: Iterable[LoraWeights], cuts: Sequence[Cut], reasons: Reasons) ->
 
 
 def _join(cut: Cut, own: list[tuple[FusedPart, LoraWeights]]) -> LoraWeights:
-    """Return one LoRA for a fused layer. The first part's scale holds for all; the others' B make up for it."""
+    """Return one LoRA for a fused layer, with the first part's scale; factors on the others' B compensate."""
     scale = next((lora.scale for _, lora in own if lora.scale), 0.0)
     blocks = tuple(
         LoraBlock(

@@ -1,8 +1,8 @@
-"""Tensor names as other savers than PEFT's write them, and the names that PEFT's own saver gives the same tensors.
+"""Tensor names as written by savers other than PEFT's, and PEFT's names for the same tensors.
 
-What is dropped says nothing of the maths: the prefix of PEFT's wrapper, the name of the adapter (which PEFT leaves out
-when it saves, and raw state dicts of trainers do not), and the parts that FSDP, DDP, `torch.compile` and activation
-checkpointing put into names.
+Dropped parts do not affect results: the prefix of PEFT's wrapper, the adapter's name (which PEFT omits when saving, but
+trainers' raw state dicts contain), and the parts that FSDP, DDP, `torch.compile` and activation checkpointing insert
+into names.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 PREFIX = "base_model.model."
-"""With this PEFT begins the name of every tensor that belongs to a module."""
+"""PEFT's prefix for the name of every tensor of a module."""
 MODEL_PREFIX = "base_model."
-"""With this PEFT begins the names of the others, which layers share."""
+"""PEFT's prefix for other tensors, which layers share."""
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
 _NAMED = re.compile(
@@ -23,23 +23,23 @@ _NAMED = re.compile(
     re.DOTALL,
 )
 _USUAL = (".lora_A.weight", ".lora_B.weight")
-"""Ends of names, of which most files have no others."""
+"""Suffixes of names; most files have no others."""
 _WITH_WEIGHT = ("lora_A", "lora_B")
 """Kinds of modules with their own weight; the rest are parameters, or `modules_to_save`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """The tensors of a file by the names that PEFT would give them."""
+    """The tensors of a file under PEFT's names."""
 
     files: dict[str, str]  # PEFT's name -> the file's
     rules: dict[str, str]  # renaming applied to all names, old -> new, for display
 
 
 def peft_keys(names: Iterable[str]) -> TensorNames:
-    """Return PEFT's name for each tensor of a file. A file that mixes ways to name keeps its own names.
+    """Return PEFT's name for each tensor of a file. A file with mixed naming schemes keeps its own names.
 
-    names: the file's own.
+    names: the file's names.
     """
     own = list(names)
     if all(name.startswith(PREFIX) and name.endswith(_USUAL) and "._" not in name for name in own):
@@ -61,7 +61,7 @@ def peft_keys(names: Iterable[str]) -> TensorNames:
 
 
 def _adapter_in(name: str) -> re.Match[str] | None:
-    """Return the match of a name that holds the adapter's; None for a name as PEFT saves it."""
+    """Return the match of a name that includes the adapter's name; None for a name as PEFT saves it."""
     match = _NAMED.fullmatch(name)
     if match is None or match["adapter"] in ("weight", "bias"):
         return None

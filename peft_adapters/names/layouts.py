@@ -1,7 +1,7 @@
-"""Where a model has its decoder: text classes, multimodal wrappers and bare decoders name the same layers differently.
+"""The place of a model's decoder: text classes, multimodal wrappers and bare decoders name the same layers differently.
 
 transformers 4.52 moved the decoders of its wrappers from `language_model.model` to `model.language_model`; text classes
-have `model`, and `AutoModel` has no prefix. Adapters of each are found for bases of each.
+have `model`, and `AutoModel` has no prefix. Adapters trained on any of these are mapped to bases of any other.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Layout:
     head: str
 
     def rest_of(self, module: str) -> str | None:
-        """Return a module's name inside the decoder, None if it lies outside."""
+        """Return a module's name inside the decoder, None if it is outside."""
         if not self.decoder:
             return module
         return module.removeprefix(f"{self.decoder}.") if module.startswith(f"{self.decoder}.") else None
 
     def inside(self, rest: str) -> str:
-        """Return the whole name of a module inside the decoder."""
+        """Return the full name of a module inside the decoder."""
         return f"{self.decoder}.{rest}" if self.decoder else rest
 
 
@@ -40,15 +40,15 @@ LAYOUTS = {
         Layout("", "lm_head"),  # AutoModel of a text class
     )
 }
-"""The layouts by decoder."""
+"""The layouts by decoder name."""
 
 _LAYER = re.compile(r"(?:(?P<decoder>.+?)\.)?layers\.\d+\..+", re.DOTALL)
 _PARTS = ("embed_tokens", "norm")
-"""Parts of a decoder outside its layers, by which it is known where nothing in its layers is adapted."""
+"""Parts of a decoder outside its layers, which identify it if nothing in its layers is adapted."""
 
 
 def layout_of(modules: Iterable[str]) -> Layout | None:
-    """Return the layout of a model or file with these modules, None if it is none or not one of LAYOUTS."""
+    """Return the layout of a model or file with these modules, None if it is unknown or ambiguous."""
     names = list(modules)
     found = {match["decoder"] or "" for name in names if (match := _LAYER.fullmatch(name))}
     if not found & LAYOUTS.keys():
@@ -58,9 +58,9 @@ def layout_of(modules: Iterable[str]) -> Layout | None:
 
 
 def rename(module: str, own: Layout, theirs: Layout) -> str | None:
-    """Return the name that a module of one layout has in another, None for what the other does not have.
+    """Return the name of a module of one layout in another, None if the other has no such module.
 
-    A head of another kind, such as a classifier's, is named alike everywhere.
+    Other heads, such as a classifier's, have the same name in all layouts.
     """
     if module == own.head:
         return theirs.head

@@ -1,7 +1,7 @@
-"""Reads an adapter under its own names: the base is renamed and cut as the adapter's model was, the result mapped back.
+"""Reads an adapter under its own names: renames and cuts the base like the adapter's model, and maps the result back.
 
-So every field of the config (patterns, layers, ranks by pattern) means what it meant where the adapter was trained,
-and no field needs a translation. Pure: names and shapes in, a mapping or reasons out.
+So every config field (patterns, layers, ranks by pattern) keeps its meaning from training, and none needs translation.
+Pure: names and shapes in, a mapping or reasons out.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from protocol.wire.messages import ServedModel, SiteShape
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """A base model as an adapter names it, and the way back."""
+    """A base model under an adapter's names, and the way back."""
 
     base: ServedModel  # with the adapter's names
     names: Mapping[str, str]  # the adapter's name of a module or parameter -> the base's, where they differ
-    cuts: Sequence[Cut]  # cuts by the adapter's names
+    cuts: Sequence[Cut]  # with the adapter's names
     rules: Mapping[str, str]  # name patterns and what they were mapped to, for display
 
     def back(self, spec: AdapterSpec, order: Iterable[SiteShape], reasons: Reasons) -> AdapterSpec:
-        """Return what the adapter changes of the base under the base's own names. Adds reasons for what cannot be said.
+        """Return the adapter's changes under the base's own names. Adds reasons for changes that cannot be mapped.
 
         order: the base's own sites.
         """
@@ -54,9 +54,9 @@ class Translation:
 
 
 def translate(outputs: Mapping[str, int], modules: Iterable[str], base: ServedModel) -> Translation | None:
-    """Return a base model under the names of an adapter's file; None if it has the base's names, or none that fit.
+    """Return a base model under the names in an adapter's file; None if these are the base's own, or no mapping fits.
 
-    outputs: the modules with LoRA in the file, with the rows of their B. modules: all modules with tensors in it.
+    outputs: modules with LoRA in the file, with the number of rows of B. modules: all modules with tensors in it.
     """
     sites = {site.name: site for site in base.sites}
     theirs = set(modules)

@@ -1,1 +1,1 @@
-"""The texts that adapters bring: which files, which tokenizers, and what each of these may cost."""
+"""Texts that adapters bring: supported files and tokenizers, and limits on their cost."""

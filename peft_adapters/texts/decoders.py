@@ -1,4 +1,4 @@
-"""What a tokenizer.json's decoder makes of a token: in characters, then in bytes, then at the ends of the text."""
+"""The decoder in a tokenizer.json: turns a token into characters, then bytes, then trims the ends of the text."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from protocol.wire.errors import AdapterRefused
 
 
 def refusal(place: str, what: str) -> AdapterRefused:
-    """Return the error that names a place in a tokenizer.json, "" for all of it, and what is wrong with it."""
+    """Return the error that names a place in a tokenizer.json ("" for the whole file) and the problem there."""
     return AdapterRefused([f"tokenizer.json: {place} {what}" if place else f"tokenizer.json {what}"])
 
 
 Place = Literal["", "first", "last"]
-"""Where a token stands in a text, if that matters; "" elsewhere."""
+"""A token's place in a text, if it matters; "" elsewhere."""
 
 Stage = Callable[[str, Place], str]
-"""A decoder's work on one token."""
+"""One step of a decoder, applied to one token."""
 
 
 class Decoder(Struct):
-    """A decoder: the fields of all kinds that are known."""
+    """A decoder, with the fields of all supported kinds."""
 
     type: str
     decoders: list[Decoder] = []
@@ -42,28 +42,28 @@ class Decoder(Struct):
 
     @property
     def prepends(self) -> bool:
-        """Whether, of a Metaspace, a text begins with a mark that stands for nothing."""
+        """Whether, for Metaspace, a text begins with a mark that is not part of it."""
         default = "never" if self.add_prefix_space is False else "always"
         return (self.prepend_scheme or default) != "never"
 
 
 @dataclass(slots=True)
 class Decoding:
-    """What a decoder does: to each token, then to bytes, then to the whole text."""
+    """A decoder's operations: on each token, then on bytes, then on the whole text."""
 
     stages: list[Stage]
-    special_places: set[Place] = field(default_factory=set[Place])  # where a token becomes something else
+    special_places: set[Place] = field(default_factory=set[Place])  # where a token has another text
     bytes_as: str = ""  # "ByteLevel" or "ByteFallback"
     strip: tuple[str, int] = ("", 0)
 
     def piece(self, token: str, place: Place) -> bytes:
-        """Return what a token adds to a text."""
+        """Return the bytes that a token adds to a text."""
         for stage in self.stages:
             token = stage(token, place)
         if self.bytes_as == "ByteLevel":
             try:
                 return token.translate(_BYTE_LEVEL).encode("latin-1")
-            except UnicodeEncodeError:  # an added token, which is not in the alphabet of bytes
+            except UnicodeEncodeError:  # an added token with characters outside the byte alphabet
                 return token.encode()
         if self.bytes_as == "ByteFallback" and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(byte[1], 16)])
@@ -71,11 +71,11 @@ class Decoding:
 
 
 def decoding_of(decoder: Decoder | None) -> Decoding:
-    """Return what a decoder does. Raises AdapterRefused for components and orders that are not known."""
+    """Return a decoder's operations. Raises AdapterRefused for unknown components and orders."""
     if decoder is None:
         return Decoding([lambda token, place: token if place == "first" else f" {token}"], {"first"})
     decoding = Decoding([])
-    is_whole = False  # all tokens are one text now
+    is_whole = False  # all tokens have been joined
     parts = _flat(decoder)
     for part in parts:
         kind = part.type
@@ -151,9 +151,9 @@ _BYTE_TOKEN = re.compile(r"<0x(\+?[0-9A-Fa-f]|[0-9A-Fa-f]{2})>")
 
 
 def _byte_level() -> dict[int, int]:
-    """Return the byte that each character of byte-level BPE's alphabet stands for, and no byte for the others.
+    """Return the byte for each character in byte-level BPE's alphabet; other Latin-1 characters map to no byte.
 
-    Printable Latin-1 characters stand for themselves, the other 68 bytes are moved to U+0100 and up, in order.
+    Printable Latin-1 characters stand for themselves; the other 68 bytes are shifted to U+0100 and up, in order.
     """
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [value for value in range(256) if value not in kept]

@@ -1,7 +1,7 @@
-"""The texts an adapter may bring beside its weights: a chat template, special tokens, and tokens that it adds.
+"""The texts that an adapter may bring beside its weights: a chat template, special tokens, and added tokens.
 
-The store keeps what counts of them as one file, whose hash is a field of the adapter's config and so part of its
-digest: the same weights with another template are another adapter.
+The store keeps their significant content as one file. Its hash is a field of the adapter's config and therefore part of
+its digest: the same weights with another template are another adapter.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from protocol.wire.messages import ServedModel
 
 TEXTS_FILE = "texts.json"
 TEXTS_FIELD = "lorafleet_texts"
-"""The config's field with the file's sha256 (hex). The store writes it, whatever a source has there."""
+"""The config field with the file's SHA-256 (hex). The store sets it, whatever a source has there."""
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 TEXT_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", TEMPLATE)
-"""The files that are taken from a source, where it has them."""
+"""The files that are read from a source, if present."""
 
 MAX_TOKENIZER_BYTES = 64 << 20
 MAX_TEMPLATE_BYTES = 128 << 10
 MAX_CONFIG_BYTES = 4 << 20
-"""Largest size of any other text file. One that repeats all the added tokens of a large vocabulary has 1.2 MB."""
+"""Maximum bytes of any other text file. One that repeats all added tokens of a large vocabulary has 1.2 MB."""
 
 _MAX_BYTES = {TOKENIZER: MAX_TOKENIZER_BYTES, TEMPLATE: MAX_TEMPLATE_BYTES}
 
 MAX_TEXTS_BYTES = 8 << 20
-"""Largest size of the file that the store keeps: with all tokens that an adapter may add it has 5 MB."""
+"""Maximum bytes of the file that the store keeps; with the maximum of added tokens it has 5 MB."""
 
 MAX_TEMPLATES = 64
 MAX_SPECIAL_TOKENS = 64
@@ -41,14 +41,14 @@ MAX_TOKEN_CHARS = 1_024
 
 
 class OwnTexts(msgspec.Struct, forbid_unknown_fields=True):
-    """What is kept of an adapter's text files."""
+    """The significant content of an adapter's text files."""
 
     template: str | None = None
     special_tokens: dict[str, str] = {}  # by the names that templates use, such as "eos_token"
     tokenizer: OwnTokenizer | None = None
 
     def check(self) -> None:
-        """Raise AdapterRefused for what no adapter may bring."""
+        """Raise AdapterRefused if a limit for adapters is exceeded."""
         _check_size(TEMPLATE, len((self.template or "").encode()))
         num = len(self.special_tokens)
         if num > MAX_SPECIAL_TOKENS:
@@ -60,15 +60,15 @@ class OwnTexts(msgspec.Struct, forbid_unknown_fields=True):
             self.tokenizer.check()
 
     def check_base(self, base: ServedModel) -> None:
-        """Raise AdapterRefused if the adapter brings another tokenizer than a base has."""
+        """Raise AdapterRefused if the adapter's tokenizer does not match the base's."""
         if self.tokenizer is not None:
             self.tokenizer.check_base(base.tokenizer)
 
 
 def read_texts(files: Mapping[str, bytes]) -> OwnTexts | None:
-    """Return what counts of an adapter's text files, by name; None if neither tokenizer nor template is among them.
+    """Return the significant content of an adapter's text files, given by name; None without tokenizer or template.
 
-    Raises AdapterRefused for a file that is not UTF-8, is too large, or holds what no adapter may bring.
+    Raises AdapterRefused for a file that is not UTF-8, is too large, or has content that adapters may not bring.
     """
     texts: dict[str, str] = {}
     for name in TEXT_FILES:
@@ -91,9 +91,9 @@ def read_texts(files: Mapping[str, bytes]) -> OwnTexts | None:
 
 
 def parse_texts(raw: bytes, digest: str) -> OwnTexts:
-    """Return what a store keeps of an adapter's texts.
+    """Return the texts in the file that a store keeps for an adapter.
 
-    Raises AdapterRefused if the sha256 (hex) is not `digest`, or if it holds what no adapter may bring.
+    Raises AdapterRefused unless the SHA-256 (hex) is `digest` and the content is allowed for adapters.
     """
     if len(raw) > MAX_TEXTS_BYTES:
         raise AdapterRefused([f"{TEXTS_FILE} has {len(raw)} bytes; the limit is {MAX_TEXTS_BYTES}"])
@@ -108,7 +108,7 @@ def parse_texts(raw: bytes, digest: str) -> OwnTexts:
 
 
 def max_bytes(name: str) -> int:
-    """Return the most bytes that a text file of this name may have."""
+    """Return the maximum size of a text file of this name, in bytes."""
     return _MAX_BYTES.get(name, MAX_CONFIG_BYTES)
 
 
@@ -118,7 +118,7 @@ def _check_size(name: str, num_bytes: int) -> None:
 
 
 def template_of(texts: Mapping[str, str]) -> str | None:
-    """Return the chat template among text files, None if there is none; of several named ones the default."""
+    """Return the chat template among text files, None if there is none; the default one if there are several."""
     if TEMPLATE in texts:
         return texts[TEMPLATE]
     source = _config(texts, "tokenizer_config.json").get("chat_template")
@@ -129,7 +129,7 @@ def template_of(texts: Mapping[str, str]) -> str | None:
 
 
 def _config(texts: Mapping[str, str], name: str) -> dict[str, Any]:
-    """Return a text file as a JSON object, {} if it is not among them. Raises AdapterRefused if it is none."""
+    """Return a text file as a JSON object, {} if it is missing. Raises AdapterRefused if it is not an object."""
     try:
         return msgspec.json.decode(texts.get(name, "{}"), type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeError) as error:
@@ -139,7 +139,7 @@ def _config(texts: Mapping[str, str], name: str) -> dict[str, Any]:
 
 
 def special_tokens(texts: Mapping[str, str]) -> dict[str, str]:
-    """Return the texts of special tokens by the names that templates use, such as "eos_token"."""
+    """Return the texts of special tokens, by the names that templates use, such as "eos_token"."""
     older = _config(texts, "special_tokens_map.json")
     tokens: dict[str, str] = {}
     for name, value in {**older, **_config(texts, "tokenizer_config.json")}.items():

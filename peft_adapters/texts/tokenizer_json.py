@@ -1,8 +1,8 @@
-"""A tokenizer.json: what tells two of them apart, the tokens that an adapter's adds, and tokens as bytes.
+"""Reads tokenizer.json: digests for comparing two of them, the tokens that an adapter adds, and tokens as bytes.
 
-An adapter is served with its base's tokenizer and the tokens that its own file adds to that. Nothing of its file is
-run: the store reads it (`OwnTokenizer`), holds the digests of its parts against the base's, and keeps the added tokens
-alone. Decoding needs no library: `BaseTokens` works out once what each token adds to a text.
+An adapter is served with its base's tokenizer plus the tokens that its own file adds. Nothing in that file is executed:
+the store parses it (`OwnTokenizer`), compares the digests of its parts with the base's, and keeps only the added
+tokens. Decoding needs no library: `BaseTokens` precomputes the bytes that each token adds to a text.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from protocol.wire.errors import AdapterRefused
 from protocol.wire.tokens import TokenTable
 
 MAX_ENTRIES = 1 << 20
-"""Tokens of a vocabulary, and merges; ids are below it."""
+"""Maximum tokens of a vocabulary, and maximum merges; ids are below it."""
 
 MAX_COMMAS = 3 << 20
-"""Bounds the values of a file before any is made: two a token, and two a merge, of the largest files there are."""
+"""Bounds the values in a file before parsing: two per token and two per merge in the largest files."""
 
 MAX_ADDED = 16_384
-"""Most added tokens of any tokenizer.json: a base's own, which an operator has chosen, may be as many."""
+"""Maximum added tokens in any tokenizer.json; a base's own, chosen by an operator, may reach it."""
 
 MAX_OWN_ADDED = 8_192
-"""Most of an adapter's: the library takes them in one call, which holds the interpreter for 0.1 s."""
+"""Maximum added tokens of an adapter: the library takes them in one call, which holds the GIL for 0.1 s."""
 
 MAX_ADDED_BYTES = 512 << 10
-"""Bytes of UTF-8 that all tokens which an adapter's file adds have together; Gemma's 6,400 have 60,000."""
+"""Maximum UTF-8 bytes of all tokens that an adapter adds together; Gemma's 6,400 have 60,000."""
 
 MAX_TOKEN_CHARS = 1_024
 MAX_COMPONENT_BYTES = 2 << 20
@@ -48,7 +48,7 @@ _Merges = Annotated[list[str | tuple[str, str]], Meta(max_length=MAX_ENTRIES)]
 
 
 class AddedToken(Struct):
-    """A token beside the model's vocabulary, or one of it that is looked for as a whole."""
+    """A token outside the model's vocabulary, or one of it that is matched as a whole."""
 
     id: Annotated[int, Meta(ge=0, lt=MAX_ENTRIES + MAX_ADDED)]
     content: _Token
@@ -72,23 +72,23 @@ class _File(Struct):
 
 
 class _Model(Struct):
-    """The tokens of a model: their ids, or a Unigram's scores. Merges, which take as long to read, are left unread."""
+    """The tokens of a model: their ids, or a Unigram's scores. Merges, which take as long to parse, are skipped."""
 
     vocab: _Ids | _Scores
 
 
 class OwnTokenizer(Struct, forbid_unknown_fields=True):
-    """What is kept of the tokenizer.json that an adapter brings."""
+    """The parts of an adapter's tokenizer.json that are kept."""
 
     parts: dict[str, str]
     """The digest of each part, as `parts_of` returns them."""
 
     added: AddedTokens
-    """The added tokens, the base's among them, with the ids that `tokenizers` gives them."""
+    """All added tokens, including the base's, with the ids that `tokenizers` assigns."""
 
     @classmethod
     def read(cls, text: str | bytes) -> OwnTokenizer:
-        """Read and check an adapter's tokenizer.json. Raises AdapterRefused."""
+        """Parse and check an adapter's tokenizer.json. Raises AdapterRefused."""
         file = _read(text)
         vocab = _vocab(file)
         own = cls(_parts(file, vocab), _numbered(file.added_tokens, vocab))
@@ -96,7 +96,7 @@ class OwnTokenizer(Struct, forbid_unknown_fields=True):
         return own
 
     def check(self) -> None:
-        """Raise AdapterRefused for added tokens that no adapter may bring."""
+        """Raise AdapterRefused if the added tokens exceed a limit or repeat."""
         if len(self.added) > MAX_OWN_ADDED:
             raise refusal("added_tokens", f"has {len(self.added)} tokens; the limit is {MAX_OWN_ADDED}")
         if len({token.content for token in self.added}) < len(self.added):
@@ -106,9 +106,9 @@ class OwnTokenizer(Struct, forbid_unknown_fields=True):
             raise refusal("added_tokens", f"has tokens of {num_bytes} bytes; the limit is {MAX_ADDED_BYTES}")
 
     def check_base(self, parts: Mapping[str, str]) -> None:
-        """Raise AdapterRefused unless this is a base's tokenizer with other added tokens at most.
+        """Raise AdapterRefused unless this tokenizer differs from a base's only in its added tokens.
 
-        parts: of the base's, as `parts_of` returns them; none where it has no tokenizer.json.
+        parts: the base's, as `parts_of` returns them; empty if it has no tokenizer.json.
         """
         if not parts:
             raise refusal("", "cannot be served: the base model has none")
@@ -124,17 +124,17 @@ class OwnTokenizer(Struct, forbid_unknown_fields=True):
 
 
 def parts_of(text: str) -> dict[str, str]:
-    """Return a digest (hex) of each part of a tokenizer.json but its added tokens, by the part's name.
+    """Return a digest (hex) of each part of a tokenizer.json except its added tokens, by the part's name.
 
-    Equal parts have equal digests however they are written: merges as texts or as pairs, defaults or nothing in their
-    place, sequences within sequences. Padding, truncation and what changes nothing do not count. Raises AdapterRefused.
+    Equivalent parts have equal digests: merges as strings or pairs, explicit or omitted defaults, nested sequences.
+    Padding, truncation and settings without effect do not count. Raises AdapterRefused.
     """
     file = _read(text)
     return _parts(file, _vocab(file))
 
 
 def ids_of(text: str) -> dict[str, int]:
-    """Return the id of each token of a tokenizer.json, its added tokens' among them, by its text.
+    """Return the id of each token of a tokenizer.json, including added tokens, by its text.
 
     Raises AdapterRefused for a file that cannot be read.
     """
@@ -150,7 +150,7 @@ def _parts(file: _File, vocab: dict[str, int] | list[tuple[str, float]]) -> dict
     is_bpe = "merges" in fields
     merges = _parsed(fields.pop("merges", Raw(b"[]")), _Merges, "model.merges")
     settings = {name: _value(raw, f"model.{name}") for name, raw in fields.items()}
-    if not settings.get("type"):  # a file of before 2021
+    if not settings.get("type"):  # a file from before 2021
         words = "WordPiece" if "max_input_chars_per_word" in settings else "WordLevel"
         settings["type"] = "BPE" if is_bpe else "Unigram" if isinstance(vocab, list) else words
     found = {
@@ -166,7 +166,7 @@ def _parts(file: _File, vocab: dict[str, int] | list[tuple[str, float]]) -> dict
 
 
 def _components(value: Any, part: str, depth: int = 0) -> list[Any]:
-    """Return the components of a part, in order, in their one form. Raises AdapterRefused."""
+    """Return the components of a part, in order, in canonical form. Raises AdapterRefused."""
     if depth > MAX_NESTING:
         raise refusal(part, f"is nested deeper than {MAX_NESTING}")
     if value is None:
@@ -176,14 +176,14 @@ def _components(value: Any, part: str, depth: int = 0) -> list[Any]:
         lists: list[list[Any]] = [value[name] for name in _SEQUENCES if is_list(value.get(name))]
         return [found for one in (lists[0] if lists else []) for found in _components(one, part, depth + 1)]
     if part == "post_processor" and (kind == "ByteLevel" or _adds_nothing(value)):
-        return []  # of which the first moves offsets, and changes no token
-    if kind == "ByteLevel" and part == "decoder":  # its fields mean nothing here
+        return []  # neither changes a token; ByteLevel only moves offsets
+    if kind == "ByteLevel" and part == "decoder":  # its fields have no effect here
         return [kind]
     return [_canonical(value, part, depth)]
 
 
 def _adds_nothing(value: Any) -> bool:
-    """Return whether a post-processor is the template that transformers 5 writes where there was none."""
+    """Return whether a post-processor is the template that transformers 5 writes in place of none."""
     first, second = ({"Sequence": {"id": id_, "type_id": i}} for i, id_ in enumerate("AB"))
     return is_object(value) and (value.get("single"), value.get("pair")) == ([first], [first, second])
 
@@ -192,7 +192,7 @@ _SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
 def _canonical(value: Any, part: str, depth: int = 0) -> Any:
-    """Return a JSON value without fields that have their default, or that older releases wrote otherwise."""
+    """Return a JSON value without fields at their defaults, and with older spellings replaced."""
     if depth > MAX_NESTING:
         raise refusal(part, f"is nested deeper than {MAX_NESTING}")
     if is_list(value):
@@ -203,7 +203,7 @@ def _canonical(value: Any, part: str, depth: int = 0) -> Any:
     if kind == "Metaspace":
         scheme = value.get("prepend_scheme") or ("never" if value.get("add_prefix_space") is False else "always")
         return [kind, value.get("replacement"), scheme, value.get("split") is not False]
-    dropped = "trim_offsets" if kind == "ByteLevel" else ""  # means something in post-processors alone
+    dropped = "trim_offsets" if kind == "ByteLevel" else ""  # only has an effect in post-processors
     return {
         name: _canonical(one, part, depth + 1)
         for name, one in value.items()
@@ -212,7 +212,7 @@ def _canonical(value: Any, part: str, depth: int = 0) -> Any:
 
 
 def _is_default(name: str, value: Any) -> bool:
-    """Return whether a field says what its absence says."""
+    """Return whether a field's value is the same as its absence."""
     if name == "use_regex":
         return value is True
     return value is None or value is False or value == "" or (name == "behavior" and value == "Isolated")
@@ -252,9 +252,9 @@ def _value(raw: Raw, place: str, kind: Any = Any) -> Any:
 
 
 def _numbered(added: Sequence[AddedToken], vocab: dict[str, int] | list[tuple[str, float]]) -> list[AddedToken]:
-    """Return added tokens with the ids that `tokenizers` gives them, whatever the file says, and none without text.
+    """Return added tokens with the ids that `tokenizers` assigns, ignoring the file's; drops those without text.
 
-    A token of the vocabulary keeps its id, others are counted on from its size.
+    A token in the vocabulary keeps its id; others are numbered from the vocabulary's size.
     """
     ids = {token: i for i, (token, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
     found: list[AddedToken] = []
@@ -271,13 +271,13 @@ def _numbered(added: Sequence[AddedToken], vocab: dict[str, int] | list[tuple[st
 
 
 class BaseTokens:
-    """What the tokens of a base model's tokenizer.json add to a text, and those of adapters that add others to it.
+    """The bytes that tokens of a base's tokenizer.json add to a text, and the same with adapters' added tokens.
 
     Usable from several threads.
     """
 
     def __init__(self, text: str) -> None:
-        """Read the tokens, which takes a second for a large vocabulary. Raises AdapterRefused."""
+        """Precompute the tokens' bytes, which takes a second for a large vocabulary. Raises AdapterRefused."""
         file = _read(text)
         vocab = _vocab(file)
         try:
@@ -296,14 +296,14 @@ class BaseTokens:
         self._gaps = frozenset(range(size)) - names.keys()
         self._added = list({token.content: token for token in _numbered(file.added_tokens, vocab)}.values())
         self._lock = threading.Lock()
-        self._tables: WeakValueDictionary[str, TokenTable] = WeakValueDictionary()  # of adapters, while one is held
+        self._tables: WeakValueDictionary[str, TokenTable] = WeakValueDictionary()  # for adapters, while in use
         self.table = self._table(self._added, self._found(self._added), self._key)
 
     def with_added(self, added: Sequence[AddedToken]) -> TokenTable:
-        """Return the tokens where these are added in place of the base's own: one table for equal ones.
+        """Return the token table with these added tokens in place of the base's; equal ones share a table.
 
-        added: all of them, as `OwnTokenizer` has them; for the base's own it is the base's table. Raises AdapterRefused
-        for tokens of which normalizing leaves nothing, or the same.
+        added: all added tokens, as in `OwnTokenizer`; the base's own give the base's table. Raises AdapterRefused if
+        normalizing makes tokens empty or equal.
         """
         if list(added) == self._added:
             return self.table
@@ -318,14 +318,14 @@ class BaseTokens:
             return table
 
     def _found(self, added: Sequence[AddedToken]) -> dict[str, str]:
-        """Return by their texts what `tokenizers` looks for, and decodes, in the place of added tokens.
+        """Return, by content, the text under which `tokenizers` matches and decodes each added token.
 
-        Recent releases decode, of those that are normalized, what the normalizer makes of them; earlier ones do not.
+        Recent releases decode normalized tokens to the normalizer's output; earlier ones do not.
         """
         found = {token.content: token.content for token in added}
         if self._normalizer == b"null" or not any(token.normalized for token in added):
             return found
-        from tokenizers import AddedToken as Token  # here, because most processes never need it
+        from tokenizers import AddedToken as Token  # imported here, because most processes never need it
         from tokenizers import Tokenizer
 
         library: Any = Tokenizer.from_buffer(_NORMALIZING % self._normalizer)

@@ -1,8 +1,8 @@
-"""Fetches, checks and packs adapters in a process of its own, at low priority.
+"""Fetches, checks and packs adapters in a separate process, at low priority.
 
-Each adapter takes some ten milliseconds of Python, during which the engine's thread would wait for the interpreter
-after every operation of its steps. The result lies in shared memory and costs the worker one message. The process ends
-when its socket closes, however the worker ends; if it dies first, it is started and asked again.
+Each adapter takes some ten milliseconds of Python, during which the engine's thread would wait for the GIL after every
+operation. The result is in shared memory and costs the worker one message. The process ends when its socket closes,
+however the worker ends. If it dies first, it is restarted and the request repeated.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from protocol.wire.messages import ServedModel
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
-"""Loader processes that may die while they fetch one adapter, before it is given up."""
+"""Loader processes that may die during the fetch of one adapter before the fetch fails."""
 
 
 class _Died(Exception):
@@ -54,10 +54,10 @@ class Loader:
     """A `StoreClient` in another process. Methods may be called from any thread."""
 
     def __init__(self, bearer: str = "") -> None:
-        """Start nothing yet: the process starts with its first message, so that it is ready when it is needed.
+        """Do not start the process yet: its first message starts it, in time to be ready when needed.
 
-        Until then the worker reads its model, and the machine's cores have enough to do. bearer: the token that the
-        stores ask for, `FleetSecret.bearer`.
+        Until then the worker reads its model, which keeps the cores busy. bearer: the token for the stores,
+        `FleetSecret.bearer`.
         """
         self._bearer = bearer
         self._told: dict[type[Message], Message] = {}  # state messages to replay to a new process
@@ -72,11 +72,11 @@ class Loader:
         return process.popen.pid
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
-        """Say which stores are alive."""
+        """Set the URLs of the stores that are alive."""
         self._tell(Urls(urls))
 
     def describe(self, sites: list[RowSite], served: ServedModel) -> None:
-        """Say for which model to pack adapters."""
+        """Set the model for which adapters are packed."""
         self._tell(Describe(sites, served))
 
     def _tell(self, message: Message) -> None:
@@ -89,14 +89,14 @@ class Loader:
                     self._start()
 
     def fetch(self, digest: str) -> FetchedAdapter | PackedRows:
-        """Return an adapter's rows, or its files if it has more than rows or the model is not described yet.
+        """Return an adapter's rows, or its files if it has more than rows or no model is set yet.
 
         Blocks. Raises Unavailable when no store answers, NotFound when none has the adapter, AdapterRefused, Internal.
         """
         return self._ask(digest, whole=False)
 
     def fetch_files(self, digest: str) -> FetchedAdapter:
-        """Return an adapter's files. Blocks, and raises as `fetch` does."""
+        """Return an adapter's files. Blocks and raises like `fetch`."""
         files = self._ask(digest, whole=True)
         assert isinstance(files, FetchedAdapter)
         return files
@@ -110,7 +110,7 @@ class Loader:
         raise Internal(f"the loader process died {MAX_DEATHS} times while it fetched adapter {digest:.12}")
 
     def _living(self) -> _Process:
-        """Return the process, a new one if the last has ended. Raises Unavailable after `close`."""
+        """Return the process, starting a new one if the last has ended. Raises Unavailable after `close`."""
         with self._lock:
             if self._closed:
                 raise Unavailable("the worker is stopping")
@@ -127,7 +127,7 @@ class Loader:
         return self._process
 
     def close(self) -> None:
-        """End the process and wait for its end; fetches under way raise Unavailable."""
+        """End the process and wait for it; fetches in progress raise Unavailable."""
         with self._lock:
             self._closed = True
             if self._process is not None:
@@ -135,7 +135,7 @@ class Loader:
 
 
 class _Process:
-    """One loader process, as the worker sees it."""
+    """One loader process, seen from the worker."""
 
     def __init__(self, bearer: str) -> None:
         self._socket, theirs = socket.socketpair()
@@ -154,7 +154,7 @@ class _Process:
         self.tell(Start(bearer, logging.getLogger().getEffectiveLevel(), log_format()))
 
     def tell(self, message: Message) -> None:
-        """Send a message. Nothing is raised if the process has ended: `ended` shows that."""
+        """Send a message. Raises nothing if the process has ended: check `ended`."""
         with self._sending:
             try:
                 send(self._socket, message)
@@ -162,7 +162,7 @@ class _Process:
                 logger.debug("the loader process accepts no more messages: %r", error)
 
     def ask(self, digest: str, *, whole: bool) -> Future[FetchedAdapter | PackedRows]:
-        """Ask for an adapter. Raises `_Died`, or the future does, if the process ends before it answers."""
+        """Request an adapter. `_Died` is raised, here or by the future, if the process ends before it answers."""
         future: Future[FetchedAdapter | PackedRows] = Future()
         number = next(self._numbers)
         with self._asking:
@@ -173,7 +173,7 @@ class _Process:
         return future
 
     def _receive(self) -> None:
-        """Settle futures until the process ends or says what nobody understands, then fail those that are left."""
+        """Resolve futures until the process ends or sends an unreadable message, then fail the remaining ones."""
         try:
             while received := receive(self._socket):
                 self._settle(*received)
@@ -196,12 +196,15 @@ class _Process:
             future.set_result(self._content(message, fd))
         except LorafleetError as error:
             future.set_exception(error)
-        except BaseException as error:  # such as no room to map it: this adapter's requests must hear of it
+        except BaseException as error:  # such as failure to map it: the adapter's requests must get the error
             logger.exception("cannot receive an adapter from the loader process")
             future.set_exception(Internal(f"cannot receive an adapter from the loader process: {error!r}"))
 
     def _content(self, message: Fetched | PackedAdapter | Failed, fd: int | None) -> FetchedAdapter | PackedRows:
-        """Return the loader process's answer. Raises its error, or that its memory cannot be mapped."""
+        """Return the loader process's answer.
+
+        Raises the error that it sent, or OSError if its memory cannot be mapped.
+        """
         if isinstance(message, Failed):
             raise _rebuild(message)
         assert fd is not None
@@ -216,7 +219,7 @@ class _Process:
 
     def close(self) -> None:
         """End the process and wait for its end."""
-        with self._sending, suppress(OSError):  # raised where it has ended already
+        with self._sending, suppress(OSError):  # raised if it has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
         self.popen.wait()
         self._receiver.join()
@@ -224,7 +227,7 @@ class _Process:
 
 
 def _rebuild(failed: Failed) -> LorafleetError:
-    """Return the error that was raised in the loader's process."""
+    """Return the error that was raised in the loader process."""
     kind = getattr(errors, failed.error)
     if kind is errors.AdapterRefused:
         return errors.AdapterRefused([failed.message])

@@ -1,4 +1,4 @@
-"""Fetches adapters from the stores by digest and checks them against it. Blocking: for loader threads only."""
+"""Fetches adapters from the stores by digest and verifies them. Blocking: for loader threads only."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ SILENCE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class FetchedAdapter:
-    """An adapter as the store keeps it."""
+    """An adapter as stored by the store."""
 
     config: dict[str, Any]
     weights: bytes | bytearray | memoryview | mmap.mmap  # a safetensors file
-    added: list[AddedToken] | None = None  # to the base's tokenizer, if it brings that
+    added: list[AddedToken] | None = None  # tokens added to the base's tokenizer, if it has its own
 
 
 Allocate = Callable[[int], Any]
-"""Returns memory of so many bytes, as a buffer that can be written to, for the weights of an adapter."""
+"""Returns writable memory of the given number of bytes, as a buffer, for an adapter's weights."""
 
 
 Turn = Callable[[int], AbstractContextManager[object]]
-"""Returns the lock for checking an adapter with weights of so many bytes, which is CPU-bound."""
+"""Returns the lock for checking an adapter, which is CPU-bound; called with the bytes of its weights."""
 
 
 class StoreClient:
-    """Fetches from any of the stores that are alive."""
+    """Fetches adapters from any of the stores that are alive."""
 
     def __init__(self, bearer: str = "") -> None:
-        """bearer: the token that the stores ask for, `FleetSecret.bearer`."""
+        """bearer: the token for the stores, `FleetSecret.bearer`."""
         self.urls: tuple[str, ...] = ()
-        self._elsewhere: set[str] = set()  # stores that gave wrong content: their folders may be another machine's
+        self._elsewhere: set[str] = set()  # stores that returned wrong content: their folders may be another machine's
         self._known = threading.Event()
         self._memory = MemoryBudget(FETCH_TIMEOUT_S)
         self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
-        """Say which stores are alive. Fetches under way try these next."""
+        """Set the URLs of the stores that are alive. Fetches in progress try these next."""
         self.urls = urls
         if urls:
             self._known.set()
@@ -68,10 +68,10 @@ class StoreClient:
     def fetch(
         self, digest: str, allocate: Allocate = bytearray, turn: Turn = lambda _: nullcontext()
     ) -> FetchedAdapter:
-        """Return an adapter's files, from the first store that gives them. Blocks for about FETCH_TIMEOUT_S at most.
+        """Return an adapter's files, from the first store that has them. Blocks for up to about FETCH_TIMEOUT_S.
 
-        allocate: gives the memory that the weights are read into, and stay in: large ones are held once. turn: waited
-        for before they are checked. Raises Unavailable when no store answers, NotFound when none has the adapter,
+        allocate: returns the memory into which the weights are read, so that large ones are in memory once. turn: the
+        lock held while they are checked. Raises Unavailable when no store answers, NotFound when none has the adapter,
         AdapterRefused, Internal.
         """
         deadline = time.monotonic() + FETCH_TIMEOUT_S
@@ -102,16 +102,16 @@ class StoreClient:
             pause_s = min(2 * pause_s, 2.0)
 
     def _is_right(self, files: FetchedAdapter, url: str, digest: str) -> bool:
-        """Return whether a store's files have a digest. Raises AdapterRefused where they are no adapter at all."""
+        """Return whether a store's files match a digest. Raises AdapterRefused if they are not an adapter at all."""
         try:
             return digest_of(files) == digest
         except AdapterRefused:
             if url in self._elsewhere:
                 raise
-            return False  # perhaps of another machine's folder: the store itself is asked next
+            return False  # perhaps from another machine's folder: the store is asked over HTTP next
 
     def _fetch_from(self, url: str, digest: str, allocate: Allocate) -> FetchedAdapter:
-        """Return an adapter's files from one store, unchecked. Raises NotFound, Internal, OSError, HTTPException."""
+        """Return an adapter's files from one store, unverified. Raises NotFound, Internal, OSError, HTTPException."""
         with closing(_connect(url)) as connection:
             folder = f"{urlsplit(url).path.rstrip('/')}/adapters/{digest}"
             content, headers = self._get(connection, f"{folder}/{CONFIG_FILE}")
@@ -126,10 +126,10 @@ class StoreClient:
             return FetchedAdapter(config, weights, own.added if own is not None else None)
 
     def _read(self, path: str, allocate: Allocate) -> Any:
-        """Return a file of a store on this machine, None if it cannot be read here. Raises Unavailable.
+        """Return a file of a store on the same machine, None if it cannot be read here. Raises Unavailable.
 
-        That takes a third of what the same bytes take through two ends of a connection. Nothing but a regular file is
-        read, and nothing is believed before its digest is checked: another machine may have other things there.
+        This takes a third of the CPU time of a connection. Only regular files are read, and content is not trusted
+        until its digest is checked: the path may mean something else on this machine.
         """
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -140,12 +140,15 @@ class StoreClient:
                 with self._memory.hold(status.st_size):
                     memory = allocate(status.st_size)
                     return memory if _fill(memory, file.readinto, status.st_size) == status.st_size else None
-        except (OSError, ValueError) as error:  # ValueError: a path that no system has, with a zero byte
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             logger.debug("%r cannot be read here: %r", path, error)
             return None
 
     def _get(self, connection: HTTPConnection, path: str, allocate: Allocate = bytearray) -> tuple[Any, HTTPMessage]:
-        """Return what a store has under a path, and the headers. Raises NotFound, Internal, OSError, HTTPException."""
+        """Return the content of a path of a store, and the headers.
+
+        Raises NotFound, Internal, OSError, HTTPException.
+        """
         connection.request("GET", path, headers=self._headers)
         response = connection.getresponse()
         if response.status == 404:
@@ -164,7 +167,7 @@ class StoreClient:
 
 
 def _fill(memory: Any, read_into: Callable[[memoryview], int | None], num_bytes: int) -> int:
-    """Read into the first bytes of memory until there are `num_bytes` or no more come. Returns how many came."""
+    """Read up to `num_bytes` into the beginning of memory. Return the number of bytes read, fewer only at the end."""
     num_read = 0
     with memoryview(memory) as view:
         while num_read < num_bytes and (num := read_into(view[num_read:num_bytes])):
@@ -173,7 +176,7 @@ def _fill(memory: Any, read_into: Callable[[memoryview], int | None], num_bytes:
 
 
 def _connect(url: str) -> HTTPConnection:
-    # The standard library's client takes a third of the CPU of clients with more features; steps need it.
+    # The standard library's client takes a third of the CPU time of richer clients; steps need the CPU.
     parts = urlsplit(url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT_S)
@@ -183,7 +186,7 @@ def _connect(url: str) -> HTTPConnection:
 
 
 def digest_of(files: FetchedAdapter) -> str:
-    """Return the digest of an adapter's files. Raises AdapterRefused when the weights are no safetensors file."""
+    """Return the digest of an adapter's files. Raises AdapterRefused if the weights are not a safetensors file."""
     return adapter_digest(files.config, read_header(files.weights), files.weights)
 
 

@@ -1,6 +1,6 @@
-"""Memory that the loader's process reads adapters into: files without a name, whose descriptors can be sent.
+"""Memory into which the loader process reads adapters: anonymous files whose descriptors can be sent.
 
-The first write to a page of such a file takes about as long as ten later ones. So small files are kept and used again.
+The first write to a page of such a file takes about ten times as long as a later one, so small files are reused.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import threading
 from contextlib import suppress
 
 KEPT_BYTES = 32 << 20
-"""Maximum bytes cached for later adapters."""
+"""Maximum total bytes of files kept for reuse."""
 
 ROUND_BYTES = 1 << 20
-"""Sizes are rounded up to this: adapters of nearly one size use each other's memory."""
+"""File sizes are rounded up to multiples of this, so that adapters of similar size can reuse a file."""
 
 
 def rounded(num_bytes: int) -> int:
-    """Return the size of a file that has room for some bytes."""
+    """Return the size of a file for `num_bytes`."""
     return max(1, -(-num_bytes // ROUND_BYTES)) * ROUND_BYTES
 
 
 def copy_of(content: memoryview, to: int | None = None) -> int:
-    """Return the descriptor of a file without a name that has this content and nothing more. Raises OSError.
+    """Return the descriptor of an anonymous file with exactly this content. Raises OSError.
 
-    to: a descriptor of such a file, to be used and closed on errors; None: of a new one.
+    to: the descriptor of an anonymous file to fill, closed on errors; None: create one.
     """
     fd = new_file() if to is None else to
     try:
@@ -40,7 +40,7 @@ def copy_of(content: memoryview, to: int | None = None) -> int:
 
 
 def new_file() -> int:
-    """Return the descriptor of an empty file without a name, in memory where the system can do that."""
+    """Return the descriptor of an empty anonymous file, in memory if the system supports that."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("lorafleet-adapter")
     with tempfile.TemporaryFile() as file:
@@ -48,10 +48,10 @@ def new_file() -> int:
 
 
 class AnonymousFile:
-    """A mapped file without a name, of zeros until something is written to it."""
+    """A mapped anonymous file, initially all zeros."""
 
     def __init__(self, num_bytes: int) -> None:
-        """Make one. Raises OSError where there is no room for it."""
+        """Create the file. Raises OSError if there is no space for it."""
         self.fd = new_file()
         try:
             os.truncate(self.fd, num_bytes)
@@ -62,23 +62,23 @@ class AnonymousFile:
         self.num_bytes = num_bytes
 
     def view(self, num_bytes: int) -> memoryview:
-        """Return the first bytes."""
+        """Return a view of the first `num_bytes` bytes."""
         return memoryview(self.memory)[:num_bytes]
 
     def drop(self, begin: int, end: int) -> None:
-        """Give the whole pages between two places back to the system; they are zeros then."""
+        """Return the whole pages in [begin, end) to the system; they read as zeros afterwards."""
         first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if first < last and hasattr(mmap, "MADV_REMOVE"):
-            with suppress(OSError):  # a file system that cannot
+            with suppress(OSError):  # the file system may not support it
                 self.memory.madvise(mmap.MADV_REMOVE, first, last - first)
 
     def handed_over(self, num_bytes: int) -> int:
-        """Cut the file to its first bytes, and return a duplicate descriptor for its receiver."""
+        """Truncate the file to `num_bytes`, and return a duplicate descriptor for its receiver."""
         os.truncate(self.fd, num_bytes)
         return os.dup(self.fd)
 
     def close(self) -> None:
-        """Close the descriptor and unmap the file; where views of it are left, it is unmapped when these end."""
+        """Close the descriptor and unmap the file; if views of it remain, it is unmapped when they are released."""
         os.close(self.fd)
         with suppress(BufferError):
             self.memory.close()
@@ -88,13 +88,13 @@ class KeptFiles:
     """A pool of files for reuse. Methods may be called from any thread."""
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
-        """max_bytes: of all files that wait to be used."""
+        """max_bytes: maximum total size of the files kept."""
         self._max_bytes = max_bytes
         self._kept: list[AnonymousFile] = []
         self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> AnonymousFile:
-        """Return a file of `num_bytes` or more, with any content. The caller closes it or gives it back."""
+        """Return a file of at least `num_bytes`, with arbitrary content. The caller closes it or gives it back."""
         with self._lock:
             fitting = [file for file in self._kept if num_bytes <= file.num_bytes <= 2 * num_bytes + ROUND_BYTES]
             if fitting:
@@ -108,7 +108,7 @@ class KeptFiles:
         return file.num_bytes <= self._max_bytes
 
     def give_back(self, file: AnonymousFile) -> None:
-        """Keep a file that nobody uses any more, if it is small; the oldest go where there are too many."""
+        """Keep an unused file if it is small enough; the oldest files are closed if the total is too large."""
         if not self.keeps(file):
             file.close()
             return

@@ -1,7 +1,7 @@
-"""The messages between a worker and its loader process, and how they travel over a Unix socket.
+"""The messages between a worker and its loader process, and their encoding on a Unix socket.
 
-Each is four bytes of length, then msgpack. An adapter's numbers do not travel: the message comes with the descriptor of
-a file in memory that holds them.
+Each is four bytes of length, then msgpack. An adapter's data is not in the message: a descriptor of an in-memory file
+accompanies it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from protocol.wire.messages import ServedModel
 class Start(msgspec.Struct, tag=True):
     """The first message to a process."""
 
-    bearer: str  # token that the stores ask for, `FleetSecret.bearer`
+    bearer: str  # the token for the stores, `FleetSecret.bearer`
     log_level: int
     log_format: str
 
@@ -31,22 +31,22 @@ class Urls(msgspec.Struct, tag=True):
 
 
 class Describe(msgspec.Struct, tag=True):
-    """The model to pack adapters for. Adapters asked for before it come as files."""
+    """The model for which adapters are packed. Adapters requested before it are returned as files."""
 
     sites: list[RowSite]
     served: ServedModel
 
 
 class Fetch(msgspec.Struct, tag=True):
-    """A request for an adapter. One answer comes back: `Fetched`, `PackedAdapter` or `Failed`."""
+    """A request for an adapter, answered by one `Fetched`, `PackedAdapter` or `Failed`."""
 
     number: int  # request number, repeated in the answer
     digest: str
-    whole: bool = False  # the files themselves are wanted, not rows
+    whole: bool = False  # return the files themselves, not rows
 
 
 class Fetched(msgspec.Struct, tag=True):
-    """An adapter's files; the descriptor is of the weights file."""
+    """An adapter's files; the descriptor is the weights file's."""
 
     number: int
     config: dict[str, Any]
@@ -54,7 +54,7 @@ class Fetched(msgspec.Struct, tag=True):
 
 
 class PackedAdapter(msgspec.Struct, tag=True):
-    """An adapter's rows; the descriptor is of their buffer, see `packing.rows`."""
+    """An adapter's rows; the descriptor is their buffer's, see `packing.rows`."""
 
     number: int
     ranks: bytes  # int32 [sites]
@@ -64,10 +64,10 @@ class PackedAdapter(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """Why an adapter cannot be had."""
+    """The error for which an adapter cannot be provided."""
 
     number: int
-    error: str  # the name of its class in protocol.wire.errors
+    error: str  # class name in protocol.wire.errors
     message: str
     param: str | None
 
@@ -78,14 +78,14 @@ _decoder = msgspec.msgpack.Decoder(Message)
 
 
 def send(to: socket.socket, message: Message, fd: int | None = None) -> None:
-    """Send a message, and a descriptor with it, which stays open here. Raises OSError."""
+    """Send a message, with a copy of a descriptor if given. Raises OSError."""
     payload = msgspec.msgpack.encode(message)
     socket.send_fds(to, [len(payload).to_bytes(4, "little")], [] if fd is None else [fd])
     to.sendall(payload)
 
 
 def receive(source: socket.socket) -> tuple[Message, int | None] | None:
-    """Return the next message and the descriptor that came with it, None at the end. Raises OSError."""
+    """Return the next message and its descriptor, if any; None at the end of the stream. Raises OSError."""
     head, fds, _, _ = socket.recv_fds(source, 4, 1)
     if not head:
         return None

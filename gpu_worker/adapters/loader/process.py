@@ -1,4 +1,4 @@
-"""The loader's process: it fetches and packs adapters for one worker until the worker's end of the socket closes."""
+"""The loader process: fetches and packs adapters for one worker until the worker closes its socket."""
 
 from __future__ import annotations
 
@@ -38,24 +38,26 @@ from protocol.wire.errors import LorafleetError
 logger = logging.getLogger(__name__)
 
 NUM_FETCHES = 16
-"""Adapters fetched at once: slow ones delay no fast one. They are checked and packed one by one, in the order in which
-the worker asked, but small ones wait for no large one."""
+"""Maximum concurrent fetches, so that slow ones do not delay fast ones.
+
+Checking and packing is done one adapter at a time, in request order, but small adapters do not wait for large ones.
+"""
 
 SMALL_BYTES = 64 << 20
-"""Size of the largest file of weights that counts as small."""
+"""Maximum size of a weights file that counts as small."""
 
 
 class Stores(Protocol):
-    """Where adapters come from: a `StoreClient`."""
+    """The source of adapters: a `StoreClient`."""
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
-        """Say which stores are alive."""
+        """Set the URLs of the stores that are alive."""
         ...
 
     def fetch(self, digest: str, allocate: Allocate = ..., turn: Turn = ...) -> FetchedAdapter:
-        """Return an adapter's files, whose weights lie in what `allocate` returns. Raises LorafleetError.
+        """Return an adapter's files, with the weights in memory from `allocate`. Raises LorafleetError.
 
-        turn: waited for before they are checked.
+        turn: the lock held while they are checked.
         """
         ...
 
@@ -70,11 +72,11 @@ class LoaderServer:
         small_bytes: int = SMALL_BYTES,
         reserve: MemoryReserve | None = None,
     ) -> None:
-        """worker: where answers are sent; its messages are given to `take`. small_bytes: of files that are small.
+        """worker: socket for answers; the worker's messages are given to `take`.
 
-        reserve: of memory for rows, if there is any.
+        small_bytes: maximum size of a small file. reserve: preallocated memory for rows, if any.
         """
-        self.packer: RowPacker | None = None  # None: no model is described, adapters are only fetched
+        self.packer: RowPacker | None = None  # None: no model is set, adapters are only fetched
         self._worker = worker
         self._stores = stores
         self._small_bytes = small_bytes
@@ -86,7 +88,7 @@ class LoaderServer:
         self._sending = threading.Lock()
 
     def take(self, message: Message) -> None:
-        """Act on a message; a `Fetch` is answered later, from another thread."""
+        """Process a message; a `Fetch` is answered later, from another thread."""
         if isinstance(message, Urls):
             self._stores.set_urls(message.urls)
         elif isinstance(message, Describe):
@@ -95,13 +97,13 @@ class LoaderServer:
             self._fetchers.submit(self.answer, message)
 
     def answer(self, request: Fetch) -> None:
-        """Fetch an adapter, pack it if it is plain, and send the answer. Raises OSError when the worker is gone."""
+        """Fetch an adapter, pack it if it is plain, and send the answer. Raises OSError if the worker is gone."""
         fd: int | None = None
         try:
             message, fd = self._load(request)
         except LorafleetError as error:
             message = Failed(request.number, type(error).__name__, error.message, error.param)
-        except BaseException:  # a thread's edge, also for panics of libraries in Rust: the worker must hear of it
+        except BaseException:  # a thread's top level, also for panics in Rust: the worker must get the error
             logger.exception("fetching adapter %.12s failed", request.digest)
             message = Failed(request.number, "Internal", f"fetching adapter {request.digest:.12} failed", None)
         try:
@@ -134,11 +136,11 @@ class LoaderServer:
             return Fetched(request.number, files.config, files.added), file.handed_over(len(weights))
 
     def _turn(self, number: int, num_bytes: int) -> AbstractContextManager[object]:
-        """Serialise CPU-bound work (check, pack) in request order; large and small files queue separately."""
+        """Serialize CPU-bound work (check, pack) in request order; large and small files queue separately."""
         return self._turns[num_bytes > self._small_bytes].take(number)
 
     def _take(self, num_bytes: int, undo: ExitStack) -> tuple[memoryview, AnonymousFile]:
-        """Return memory with any content, and the file it is of, which `undo` closes."""
+        """Return memory with arbitrary content, and its file; `undo` closes both."""
         file = self._kept.take(num_bytes)
         undo.callback(file.close)
         view = file.view(num_bytes)
@@ -150,7 +152,7 @@ class LoaderServer:
     ) -> tuple[PackedAdapter, int] | None:
         """Return a plain adapter's rows and the descriptor of their buffer, None for any other adapter.
 
-        file: what the weights lie in, from its begin on. Raises Unavailable where there is no memory for its rows.
+        file: the file that begins with the weights. Raises Unavailable if there is no memory for the rows.
         """
         is_large = len(weights) > self._small_bytes
         with ExitStack() as held, ExitStack() as undo:
@@ -167,7 +169,7 @@ class LoaderServer:
             if rows is None:
                 return None
             ((view, to),) = packed
-            if self._kept.keeps(to):  # a page that is written as a whole costs less than one that is mapped first
+            if self._kept.keeps(to):  # writing whole pages costs less than mapping them first
                 fd = copy_of(view, self._reserve.take(len(view)))
                 undo.pop_all()
                 _release(view)
@@ -178,18 +180,18 @@ class LoaderServer:
 
 
 def _release(view: memoryview) -> None:
-    """Give up a view of memory, unless an error's traceback still has an array in it; then it ends with that."""
+    """Release a view of memory; if an error's traceback still has an array in it, the view ends with that."""
     with suppress(BufferError):
         view.release()
 
 
 def _keep(_begin: int, _end: int) -> None:
-    """Give nothing back of a file that is used again."""
+    """Do nothing: a file that is reused keeps its pages."""
 
 
 def main() -> None:
-    """Serve the worker whose socket is the descriptor given as the argument, until it ends."""
-    # Signals to the process group are for the worker: when it ends, the loader does.
+    """Serve the worker on the socket whose descriptor is the argument, until the worker ends."""
+    # Signals to the process group are meant for the worker; the loader ends when the worker does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lower_priority()
@@ -201,13 +203,13 @@ def main() -> None:
         set_up_logging("loader", logging.getLevelName(received[0].log_level), received[0].log_format)
         reserve = MemoryReserve()
         if sys.platform == "linux":
-            reserve.start(worker.close)  # the worker hears of the end of this process by that of its socket
+            reserve.start(worker.close)  # so that the worker sees this process's end by its socket
         server = LoaderServer(worker, StoreClient(received[0].bearer), reserve=reserve)
         while received := receive(worker):
             server.take(received[0])
     except ConnectionError as error:
         logger.debug("the worker has ended: %r", error)
-    os._exit(0)  # fetches under way end too
+    os._exit(0)  # ends fetches in progress too
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Memory for the rows of adapters that will come, taken from the system while no processor has anything else to do.
+"""Memory for the rows of future adapters, allocated while a core is idle.
 
-Memory that nobody has used before costs much more than other memory, above all in a virtual machine, whose host must
-find it: 10 ms for an adapter of 4.9 MB, which then takes 1 ms to write. So a process that the system runs only where a
-processor is idle (SCHED_IDLE) makes files that have their memory. It is no thread, because a thread that held the
-interpreter's lock while it is not run would keep all others from it.
+First use of memory is expensive, above all in a virtual machine, whose host must find the pages: 10 ms for an adapter
+of 4.9 MB, whose rows are then written in 1 ms. So a process that runs only on idle cores (SCHED_IDLE) creates files
+with allocated pages. It is not a thread: a descheduled thread that held the GIL would block all others.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from contextlib import suppress
 from gpu_worker.adapters.loader.memory import new_file, rounded
 
 RESERVE_BYTES = 32 << 20
-"""All that is in reserve or asked for, at most."""
+"""Maximum total bytes in reserve and requested."""
 
 NUM_ASKED = 2
-"""Files that are asked for when one is taken, so that the reserve grows while adapters come."""
+"""Files requested when one is taken, so that the reserve grows while adapters are loaded."""
 
 _SIZE_BYTES = 8  # message: a file's size; the answer repeats it, with the file
 
@@ -30,10 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryReserve:
-    """Files without a name whose memory is there. Methods may be called from any thread."""
+    """Anonymous files with allocated memory. Methods may be called from any thread."""
 
     def __init__(self, max_bytes: int = RESERVE_BYTES) -> None:
-        """Start no process yet: until then there is nothing in reserve. max_bytes: of files, and of those asked for."""
+        """Do not start the process yet; the reserve is empty until then.
+
+        max_bytes: limit for files in reserve and requested.
+        """
         self.pid = 0  # id of the helper process
         self._max_bytes = max_bytes
         self._files: list[tuple[int, int]] = []  # (size, descriptor), oldest first
@@ -42,10 +44,10 @@ class MemoryReserve:
         self._lock = threading.Lock()
 
     def start(self, in_child: Callable[[], object] = lambda: None) -> None:
-        """Start the process, a fork of this one, which ends with it. Linux only.
+        """Start the process, a fork that ends with this process. Linux only.
 
-        in_child: called there at first, to close what must close when this process ends. Where the system allows no
-        further process, there is nothing in reserve.
+        in_child: called first in the child, to close what must close when this process ends. If the system allows no
+        more processes, the reserve stays empty.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -67,13 +69,13 @@ class MemoryReserve:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in reserve or asked for."""
+        """Bytes in reserve or requested."""
         return sum(size for size, _ in self._files) + sum(size * num for size, num in self._asked.items())
 
     def take(self, num_bytes: int) -> int | None:
         """Return the descriptor of a file with memory for `num_bytes`, which the caller closes; None if there is none.
 
-        The file has zeros, up to a size that `rounded` says. More of this size are asked for.
+        The file holds zeros and has the size that `rounded` returns. More files of this size are requested.
         """
         size = rounded(num_bytes)
         own: tuple[int, int] | None = None
@@ -90,7 +92,7 @@ class MemoryReserve:
             return None if own is None else own[1]
 
     def _receive(self) -> None:
-        """Take the files that have come. Raises OSError when the process is gone."""
+        """Collect the files that have arrived. Raises OSError if the process has ended."""
         while self._socket is not None:
             try:
                 message, fds, *_ = socket.recv_fds(self._socket, _SIZE_BYTES, 1)
@@ -100,12 +102,12 @@ class MemoryReserve:
                 raise ConnectionResetError("the process that makes files has ended")
             size = int.from_bytes(message, "little")
             self._asked[size] -= 1
-            self._files += [(size, fd) for fd in fds]  # none where the system had no memory
+            self._files += [(size, fd) for fd in fds]  # none if the system had no memory
 
     def _ask(self, size: int) -> None:
-        """Ask for files of a size, as far as there is room. Where there is none of it, others give way to it.
+        """Request files of a size within the limit; files of other sizes are closed if there is none of this size.
 
-        Raises OSError when the process is gone.
+        Raises OSError if the process has ended.
         """
         if self._socket is None or size > self._max_bytes:
             return
@@ -135,7 +137,7 @@ class MemoryReserve:
 
 
 def _make_files(asked: socket.socket) -> None:
-    """Make a file for each size that is asked for, until the socket closes."""
+    """Create a file for each requested size, until the socket closes."""
     with suppress(PermissionError):  # a container may forbid it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     while message := asked.recv(_SIZE_BYTES):

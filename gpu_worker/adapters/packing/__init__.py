@@ -1,1 +1,1 @@
-"""Turns an adapter's files, or several adapters, into what the pool holds."""
+"""Turns one or several adapters' files into the form that the pool holds."""

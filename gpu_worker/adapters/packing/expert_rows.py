@@ -1,6 +1,6 @@
-"""An adapter's rows for experts on the host, and how they are packed where the adapter has extras as well.
+"""An adapter's rows for experts on the host, and their packing for adapters with other extras.
 
-Those of plain adapters are packed by the loader's process, see `gpu_worker.adapters.packing.rows`.
+The loader process packs those of plain adapters, see `gpu_worker.adapters.packing.rows`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ExpertRows:
 
     @property
     def num_pages(self) -> int:
-        """The pages that it takes of its layer's shape."""
+        """The number of pages it takes, of its layer's shape."""
         return -(-self.a.shape[1] // PAGE_ROWS)
 
 
@@ -38,12 +38,12 @@ def expert_sites(experts: Mapping[str, GroupedExperts]) -> list[ExpertSite]:
 
 
 def expert_shapes(sites: Iterable[ExpertSite]) -> list[ExpertShape]:
-    """Return the shapes of sites, each once: those whose rows share pages."""
+    """Return the distinct shapes of sites; rows of one shape share pages."""
     return list(dict.fromkeys(site.shape for site in sites))
 
 
 def pages_by_shape(rows: Iterable[ExpertRows], sites: Sequence[ExpertSite]) -> list[int]:
-    """Return the pages that rows take of each of `expert_shapes`."""
+    """Return the number of pages that rows take, for each of `expert_shapes`."""
     shapes = expert_shapes(sites)
     counts = [0] * len(shapes)
     for part in rows:
@@ -54,9 +54,9 @@ def pages_by_shape(rows: Iterable[ExpertRows], sites: Sequence[ExpertSite]) -> l
 def pack_experts(
     parts: Sequence[LoraWeights], get: Callable[[str], Tensor], experts: Mapping[str, GroupedExperts]
 ) -> tuple[list[ExpertRows], list[LoraWeights]]:
-    """Return an adapter's rows for experts, in their dtype, and the parts that are not for rows.
+    """Return an adapter's rows for experts, in their dtype, and the remaining parts.
 
-    parts: LoRA on parameters. Of a module with anything else, such as LoRA on a bias, nothing is.
+    parts: LoRA on parameters. If a module has anything else, such as LoRA on a bias, all its parts remain.
     """
     sites = {site.name: i for i, site in enumerate(expert_sites(experts))}
     others = {_module_of(part) for part in parts if part.site not in sites or _rank_of(part, get) > MAX_EXPERT_RANK}
@@ -71,14 +71,14 @@ def _module_of(part: LoraWeights) -> str:
 
 
 def _rank_of(part: LoraWeights, get: Callable[[str], Tensor]) -> int:
-    """Return the rows of A of one expert: those of all layers that the parameter fuses."""
+    """Return the number of rows of A of one expert, over all layers that the parameter fuses."""
     return sum(len(get(name)) for name, _ in part.experts[0]) if part.experts else part.rank
 
 
 def _rows(part: LoraWeights, get: Callable[[str], Tensor], site: int, shape: ExpertShape) -> ExpertRows:
     num, dtype = shape.num_experts, shape.dtype
     if not part.experts:
-        # PEFT keeps A as [E * rank, in], and B as [out, rank * E], in which the experts' columns alternate.
+        # PEFT stores A as [E * rank, in], and B as [out, rank * E] with interleaved columns of the experts.
         a = get(part.a).to(dtype).reshape(num, -1, shape.in_features)
         b = get(part.b).to(dtype).reshape(shape.out_features, -1, num).permute(2, 1, 0)
         return ExpertRows(site, a.contiguous(), b.contiguous(), part.scale)
@@ -87,7 +87,7 @@ def _rows(part: LoraWeights, get: Callable[[str], Tensor], site: int, shape: Exp
     b = torch.zeros(num, rank, shape.out_features, dtype=dtype)
     for expert, layers in enumerate(part.experts):
         row = column = 0
-        for name_a, name_b in layers:  # beside each other in A; in B each has outputs of its own
+        for name_a, name_b in layers:  # stacked in A; in B each layer has its own outputs
             own_a, own_b = get(name_a), get(name_b)
             a[expert, row : row + len(own_a)] = own_a
             b[expert, row : row + len(own_a), column : column + len(own_b)] = own_b.T

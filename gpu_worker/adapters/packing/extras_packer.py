@@ -1,4 +1,4 @@
-"""Packs an adapter's extras: what its tensors change of a model beyond pooled LoRA rows, on the host."""
+"""Packs an adapter's extras on the host: its changes of a model besides pooled LoRA rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, Trai
 from peft_adapters.spec import LayerOperation, VirtualTokens
 
 GetTensor = Callable[[str], Tensor]
-"""Returns a tensor of the adapter by name, in the file's dtype."""
+"""Return a tensor of the adapter by name, in the file's dtype."""
 
 
 def pack_extras(
@@ -37,16 +37,16 @@ def pack_extras(
 ) -> Extras:
     """Return an adapter's extras in the model's dtypes. sites: linear layers by name.
 
-    int8: whether the pool keeps rows so: what is computed of them here is of what they stand for then. Raises
-    AdapterRefused for what needs the weights of quantised layers.
+    int8: whether the pool holds int8 rows; results computed from rows here then use the rounded values. Raises
+    AdapterRefused for changes that need the weights of quantized layers.
     """
     return _ExtrasPacker(sites, adaptable, get, int8=int8).pack(spec)
 
 
 def matrices_of(part: LoraWeights, get: GetTensor, adaptable: AdaptableModules) -> tuple[Tensor, Tensor]:
-    """Return A [rank, in] and B [out, rank] of one module as `lora_matrices` does, of other kinds than LoRA in fp32.
+    """Return A [rank, in] and B [out, rank] of one module like `lora_matrices`; for kinds other than LoRA in fp32.
 
-    Raises AdapterRefused for a kind that needs the weights of quantised layers.
+    Raises AdapterRefused for a kind that needs the weights of quantized layers.
     """
     if part.of_kind is None:
         return lora_matrices(part, get)
@@ -76,7 +76,7 @@ def lora_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
 
 
 def _block_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
-    """Return A and B of a layer that the adapter's model fuses or splits otherwise; B in fp32 where it is scaled."""
+    """Return A and B of a layer that the adapter's model fuses or splits differently; B in fp32 if it is scaled."""
     a = torch.cat([get(block.a) for block in part.blocks])
     rows = [get(block.b)[block.begin : block.end] for block in part.blocks]
     if any(block.factor != 1.0 for block in part.blocks):
@@ -90,13 +90,13 @@ def _block_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(rows: Tensor) -> Tensor:
-    """Return what rows stand for in int8, in fp32."""
+    """Return the values that rows have after int8 rounding, in fp32."""
     numbers, steps = quantise(rows.float().contiguous().numpy())
     return torch.from_numpy(numbers * steps[:, None])
 
 
 class _ExtrasPacker:
-    """Packs the extras of one adapter. Weights are replaced first: DoRA and LoRA refer to those in force."""
+    """Packs the extras of one adapter. Replaced weights come first, because DoRA and LoRA refer to them."""
 
     def __init__(self, sites: dict[str, SiteInfo], adaptable: AdaptableModules, get: GetTensor, *, int8: bool) -> None:
         self._int8 = int8
@@ -140,7 +140,7 @@ class _ExtrasPacker:
     # ------------------------------------------------------------ by kind of change
 
     def _replace(self, part: ReplacedWeights) -> None:
-        """Take a replaced parameter, unless it is the base model's own: PEFT saves those too."""
+        """Store a replaced parameter, unless it equals the base model's: PEFT saves those too."""
         base = self._adaptable.parameter(part.site, part.parameter)
         assert base is not None
         tensor = self._get(part.tensor).to(base.dtype)
@@ -157,10 +157,11 @@ class _ExtrasPacker:
             self._norms[part.site][part.parameter] = tensor
 
     def _pack_linear(self, part: LoraWeights) -> None:
-        """Take what LoRA on a linear layer has beyond rows for the pool."""
+        """Store the parts of a linear layer's LoRA that are not rows for the pool."""
         site = self._sites[part.site]
         width = part.width or len(self._get(part.b))
-        # Pooled rows are added to the output of the base's weight: not to another one's, nor in another vocabulary.
+        # Pooled rows are added to the output of the base's weight, so they fit neither a replaced weight nor another
+        # vocabulary.
         if width != site.out_features or "weight" in self._linear.get(part.site, {}):
             a, b = matrices_of(part, self._get, self._adaptable)
             self._linear[part.site]["lora"] = LowRank(a.to(site.dtype), b.T.to(site.dtype).contiguous(), part.scale)
@@ -170,7 +171,7 @@ class _ExtrasPacker:
             self._linear[part.site]["dora"] = self._dora(part, self._weight(part.site))
 
     def _pack_operation(self, part: LayerOperation) -> None:
-        """Take what an adapter does to a linear layer besides adding rank rows."""
+        """Store an adapter's changes of a linear layer other than rank rows."""
         change = part.change(lambda name: _as_numpy(self._get(name)))
         fields = self._linear[part.site]
         for name, own in (("inputs", change.inputs), ("outputs", change.outputs)):
@@ -197,7 +198,7 @@ class _ExtrasPacker:
         fields[part.site]["tokens"] = Tokens(indices, rows, lora)
 
     def _columns(self, part: LoraWeights, indices: Tensor) -> LowRank:
-        """Return the LoRA of a linear layer for some of its outputs."""
+        """Return the LoRA of a linear layer, limited to some of its outputs."""
         a, b = (tensor.to(self._dtype(part.site)) for tensor in self._added(part))
         return LowRank(a, b[indices].T.contiguous(), part.scale)
 
@@ -217,20 +218,20 @@ class _ExtrasPacker:
         return ParameterLora(parameter, b.contiguous(), a.contiguous(), part.scale)
 
     def _experts(self, part: LoraWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return b [experts, out, rank] and a [experts, rank, in] of experts whose layers have their own matrices."""
+        """Return b [experts, out, rank] and a [experts, rank, in] of experts whose layers have separate matrices."""
         a = [torch.cat([self._get(name) for name, _ in pairs]) for pairs in part.experts]
         b = [torch.block_diag(*(self._get(name) for _, name in pairs)) for pairs in part.experts]
         return torch.stack(b).to(dtype), torch.stack(a).to(dtype)
 
     def _added(self, part: LoraWeights) -> tuple[Tensor, Tensor]:
-        """Return the A and B that steps will add: what rows of the pool stand for, where it has them in int8."""
+        """Return the A and B that steps will add: with int8 rounding if the pool holds them in int8."""
         a, b = matrices_of(part, self._get, self._adaptable)
         if not self._int8 or part.site not in self._sites or "lora" in self._linear[part.site]:
             return a, b
         return _rounded(a), _rounded(b.T).T
 
     def _pack_virtual(self, part: VirtualTokens) -> Tensor | None:
-        """Take virtual tokens. Returns their keys and values [layers, 2, num, Hkv, D], None of embeddings."""
+        """Store virtual tokens. Return their keys and values [layers, 2, num, Hkv, D], None if they are embeddings."""
         values = self._get(part.tensor)
         if part.shape:
             layers, heads, entries = part.shape
@@ -245,14 +246,14 @@ class _ExtrasPacker:
     # ------------------------------------------------------------ weights in force
 
     def _weight(self, site: str) -> Tensor:
-        """Return the weight that is in force under the adapter, its own or the base model's."""
+        """Return a site's effective weight: the adapter's own, else the base model's."""
         own = (self._linear if site in self._sites else self._embeddings)[site].get("weight")
         base = own if own is not None else self._adaptable.parameter(site, "weight")
         assert base is not None
         return base
 
     def _dtype(self, site: str) -> torch.dtype:
-        """Return the dtype of `_weight`, without unpacking one."""
+        """Return the dtype of `_weight`, without dequantizing."""
         own = (self._linear if site in self._sites else self._embeddings)[site].get("weight")
         if own is not None:
             return own.dtype
@@ -261,7 +262,7 @@ class _ExtrasPacker:
         return self._adaptable.embeddings[site].module.weight.dtype
 
     def _bias(self, part: LoraWeights) -> Tensor:
-        """Return LoRA's bias [N] in fp32, zero where no block has any."""
+        """Return LoRA's bias [N] in fp32, zero for outputs without one."""
         if not part.blocks:
             return self._get(part.bias).float()
         found = torch.zeros(part.width)
@@ -271,7 +272,10 @@ class _ExtrasPacker:
         return found
 
     def _magnitude(self, part: LoraWeights, weight: Tensor) -> Tensor:
-        """Return DoRA's magnitudes [N] in fp32, those of the weight [N, K] itself where no block has any."""
+        """Return DoRA's magnitudes [N] in fp32; for outputs without one, the norm of the weight's row.
+
+        weight: [N, K].
+        """
         if not part.blocks:
             return self._get(part.magnitude).float()
         found = torch.linalg.norm(weight, dim=1).cpu()
@@ -281,7 +285,7 @@ class _ExtrasPacker:
         return found
 
     def _dora(self, part: LoraWeights, weight: Tensor) -> Dora:
-        """Compute DoRA's factors as PEFT does: in fp32, from the weight [N, K] in force and what LoRA adds to it."""
+        """Compute DoRA's factors as PEFT does: in fp32, from the effective weight [N, K] and LoRA's change of it."""
         a, b = (tensor.to(weight.device).float() for tensor in self._added(part))
         weight = weight.float()
         delta = b @ a

@@ -1,7 +1,7 @@
-"""Merges several adapters into one, as PEFT's `add_weighted_adapter` or LoRAX does. Runs in threads for merges.
+"""Merges several adapters into one, like PEFT's `add_weighted_adapter` or LoRAX. Runs in merge threads.
 
-The strategies that prune products and end with `_svd` need each layer's whole matrix, because PEFT prunes its numbers
-one by one: seconds to minutes for a large layer. `svd`, and the others where nothing is pruned, work on the factors.
+The pruning strategies that end with `_svd` need each layer's whole matrix, because PEFT prunes its elements: seconds to
+minutes for a large layer. `svd`, and these where nothing is pruned, work on the factors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from protocol.wire.messages import ServedModel
 
 
 def check_bytes(num_bytes: int, max_bytes: int) -> None:
-    """Raise AdapterRefused when a merge would take more memory than it may."""
+    """Raise AdapterRefused if a merge would exceed its memory limit."""
     if num_bytes > max_bytes:
         raise AdapterRefused(
             [
@@ -40,7 +40,7 @@ def check_bytes(num_bytes: int, max_bytes: int) -> None:
 
 @cache
 def _svd_s_per_operation(size: int = 384) -> float:
-    """Return the seconds that decomposing a square matrix of `size` takes here, by the cube of its size; measured."""
+    """Measure and return this machine's SVD time of a square matrix of `size`, divided by the cube of its size."""
     matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     times_s: list[float] = []
     for _ in range(2):  # the first one also loads the library
@@ -61,7 +61,7 @@ class MergeInput:
 
     @property
     def rank(self) -> int:
-        """The rank that PEFT takes the adapter to have: the largest one in its config."""
+        """The rank that PEFT assumes for the adapter: the largest one in its config."""
         return max((self.config.r, *self.config.ranks.numbers.values()))
 
 
@@ -75,7 +75,7 @@ class _Factor:
     weight: float
 
     def delta(self, *, transposed: bool) -> Tensor:
-        """Return its delta of the weight [out, in], or of the transposed weight."""
+        """Return its change of the weight [out, in], or of the transposed weight."""
         product = self.b @ self.a
         return (product.T if transposed else product) * self.scale
 
@@ -91,9 +91,9 @@ def merge_adapters(
 ) -> HostAdapter:
     """Merge the adapters in `files` as `merge` says, and pack the result under `digest`.
 
-    order: names of all the model's modules in its own order, in which random pruning draws. max_bytes: memory that the
-    merge of one layer may take. Raises AdapterRefused for adapters that cannot be merged, in the time and memory that
-    there is; and GivenUp.
+    order: names of all modules in the model's own order, in which random pruning draws numbers. max_bytes: memory limit
+    for the merge of one layer. Raises AdapterRefused for adapters that cannot be merged, at all or within the time and
+    memory limits; and GivenUp.
     """
     parts = [_read(file, packer, weight) for file, weight in zip(files, merge.weights, strict=True)]
     merger = Merger(merge, parts, watch, max_bytes)
@@ -118,14 +118,14 @@ def merge_adapters(
 
 
 def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
-    """Read one adapter. Raises AdapterRefused if it is more than LoRA on linear layers and embeddings."""
+    """Read one adapter. Raises AdapterRefused if it has more than LoRA on linear layers and embeddings."""
     spec, get = packer.read(files.config, files.weights)
     if spec.virtual is not None:
         raise AdapterRefused(
             [f"merging supports plain LoRA only; one of the adapters has peft_type {spec.virtual.kind}"]
         )
     config = read_config(files.config, Reasons())
-    assert config is not None  # `Packer.read` refuses a config with anything wrong
+    assert config is not None  # `Packer.read` refuses an invalid config
     loras = (*spec.sites, *spec.embeddings)
     more = {
         f"peft_type {config.kind}": config.own is not None,
@@ -136,7 +136,7 @@ def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
         "target_parameters": bool(config.parameters),
         "trained tokens": bool(spec.tokens),
         "another vocabulary": bool(spec.vocab_size),
-        "names that are not the base model's": bool(spec.mapped),  # the merge finds layers by the names in the config
+        "names that are not the base model's": bool(spec.mapped),  # the merge finds layers by names in the config
         "LoRA on experts": bool(spec.parameters and not config.parameters),
         "whole modules or biases": bool(
             packer.pack_spec("", replace(spec, sites=(), embeddings=(), parameters=()), get).extras
@@ -151,7 +151,7 @@ def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
 
 
 def _targets(parts: Sequence[MergeInput]) -> _JointTargets:
-    """Return the targets of the merged adapter. Raises AdapterRefused where PEFT cannot join them."""
+    """Return the targets of the merged adapter. Raises AdapterRefused if PEFT cannot join them."""
     if len({part.config.targets.targets.pattern is None for part in parts}) > 1:
         raise AdapterRefused(["target_modules of some merged adapters are lists, of others patterns"])
     return _JointTargets(parts)
@@ -159,7 +159,7 @@ def _targets(parts: Sequence[MergeInput]) -> _JointTargets:
 
 @dataclass(frozen=True, slots=True)
 class _JointTargets:
-    """The targets of all adapters together, under the other fields of the first one's config."""
+    """The union of all adapters' targets, with the other fields of the first adapter's config."""
 
     parts: Sequence[MergeInput]
 
@@ -171,13 +171,13 @@ class _JointTargets:
 
 
 class Merger:
-    """Merges module by module, in the model's order, because random pruning draws numbers in that order."""
+    """Merges module by module in the model's order, because random pruning draws numbers in that order."""
 
     def __init__(self, merge: Merge, parts: Sequence[MergeInput], watch: MergeWatch, max_bytes: int) -> None:
         # PEFT merges a single adapter linearly, whatever the strategy.
         self.strategy = "linear" if len(parts) == 1 and merge.arithmetic == "peft" else merge.strategy
         if self.strategy in ("dare_linear_svd", "magnitude_prune_svd") and merge.density >= 1:
-            self.strategy = "svd"  # nothing is pruned: the same sum
+            self.strategy = "svd"  # nothing is pruned: the sum is the same
         self._merge = merge
         self._watch = watch
         self._max_bytes = max_bytes
@@ -194,7 +194,7 @@ class Merger:
             raise AdapterRefused(
                 [f"merge_strategy {self.strategy} needs equal ranks; these have {shown}: take cat or svd"]
             )
-        # PEFT gives the result the first one's rsLoRA, with alpha = rank.
+        # PEFT gives the result the first adapter's rsLoRA, with alpha = rank.
         self._scale = math.sqrt(self._rank) if parts[0].config.use_rslora else 1.0
 
     @property
@@ -203,25 +203,25 @@ class Merger:
         return self.strategy.endswith("_svd")
 
     def check_cost(self, layers: Sequence[tuple[str, Sequence[LoraWeights]]], served: ServedModel) -> None:
-        """Raise AdapterRefused when whole matrices would take more memory or time than there is. layers: by name."""
+        """Raise AdapterRefused if whole matrices would exceed the memory or time limit. layers: by name."""
         if not self._is_whole:
             return
         sizes = {site.name: (site.in_features, site.out_features) for site in served.sites}
         num_operations = 0.0
         for name, loras in layers:
             rows, columns = sizes[name]
-            # The products of all, one stack of them, its weights and its signs, and what is decomposed.
+            # All products, one stack of them, its weights and signs, and the matrix that is decomposed.
             check_bytes((4 * len(loras) + 4) * rows * columns * 4, self._max_bytes)
             num_operations += rows * columns * min(rows, columns)
-        # The estimate may be wrong by a factor: what takes longer than that is found out between layers.
+        # The estimate may be off by a factor; actual overruns are detected between layers.
         self._watch.check(0.5 * num_operations * _svd_s_per_operation())
 
     def merge(
         self, found: Sequence[tuple[MergeInput, LoraWeights]], *, transposed: bool
     ) -> tuple[Tensor, Tensor, float]:
-        """Return A [rank, in], B [out, rank] and scale on one module.
+        """Return A [rank, in], B [out, rank] and the scale for one module.
 
-        found: the LoRA of each adapter that has any there. transposed: whether the base stores the weight as [in, out].
+        found: the LoRA of each adapter that has one here. transposed: whether the base stores the weight as [in, out].
         """
         factors = []
         for part, lora in found:
@@ -241,7 +241,7 @@ class Merger:
         return self._elementwise(factors)
 
     def _svd(self, factors: Sequence[_Factor]) -> tuple[Tensor, Tensor]:
-        """Return A, B of the best approximation of the weighted sum B @ A, from decompositions of the thin factors."""
+        """Return A, B of the best approximation of the weighted sum of B @ A, by decomposing the thin factors."""
         qb, rb = torch.linalg.qr(torch.cat([factor.b for factor in factors], dim=1))
         qa, ra = torch.linalg.qr(torch.cat([factor.a * (factor.weight * factor.scale) for factor in factors]).T)
         u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
@@ -264,9 +264,9 @@ class Merger:
         return a, b, scale
 
     def _combine(self, tensors: Sequence[Tensor], weights: Sequence[float], strategy: str) -> Tensor:
-        """Return the weighted sum of tensors of one shape, pruned as the strategy says.
+        """Return the weighted sum of equally shaped tensors, pruned by the strategy.
 
-        With "ties", numbers whose sign is not the elected one do not count (TIES-Merging, Yadav et al., 2023).
+        With "ties", only elements with the elected sign count (TIES-Merging, Yadav et al., 2023).
         """
         if strategy.startswith("dare"):
             tensors = [self._prune_random(tensor) for tensor in tensors]
@@ -281,7 +281,7 @@ class Merger:
         return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1.0)
 
     def _prune_small(self, tensor: Tensor) -> Tensor:
-        """Keep the share `density` of the numbers with the largest magnitudes."""
+        """Keep the share `density` of the elements, those with the largest magnitudes."""
         if self._merge.density >= 1:
             return tensor
         flat = tensor.reshape(-1)
@@ -290,7 +290,7 @@ class Merger:
         return tensor * kept.view(tensor.shape)
 
     def _prune_random(self, tensor: Tensor) -> Tensor:
-        """Keep each number with probability `density` (DARE, Yu et al., 2023)."""
+        """Keep each element with probability `density` (DARE, Yu et al., 2023)."""
         density = self._merge.density
         if density >= 1:
             return tensor

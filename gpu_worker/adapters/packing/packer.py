@@ -30,11 +30,11 @@ from protocol.wire.messages import ServedModel
 from protocol.wire.tokens import TokenTable
 
 EXTRA_PAGE_BYTES = 1 << 16
-"""Extras are counted in pages of this size; they are not stored in pages."""
+"""Extras are accounted in pages of this size; they are not stored in pages."""
 
 _WHOLE_WEIGHTS = threading.Semaphore(2)
-"""Adapters packed at once for which whole weights of the base are computed with, as for DoRA: several times the memory
-of the base's largest layer each."""
+"""Maximum adapters packed at once that compute with whole weights of the base, as DoRA does: each needs several times
+the memory of the base's largest layer."""
 
 _DTYPES = {
     "F32": torch.float32,
@@ -49,16 +49,16 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class LinearRows:
-    """An adapter's rows for linear layers, in the pool's dtypes, as `packing.rows` lays them out."""
+    """An adapter's rows for linear layers, in the pool's dtypes, in the layout of `packing.rows`."""
 
     buffer: Tensor  # uint8 [bytes]
-    spans: np.ndarray  # int64 [n, 5], see `RowLayout.spans`; of linear layers alone
+    spans: np.ndarray  # int64 [n, 5], see `RowLayout.spans`; linear layers only
 
     @classmethod
     def of(cls, sites: Sequence[RowSite], ranks: np.ndarray, rows: Mapping[int, Sequence[Tensor]]) -> LinearRows:
         """Copy rows into a buffer.
 
-        ranks: int32 [sites]. rows: A [rank, K], B transposed [rank, N] and, in int8, factors [rank], by site.
+        ranks: int32 [sites]. rows: by site, A [rank, K], B transposed [rank, N] and, for int8, factors [rank].
         """
         spans = RowLayout(sites).spans(ranks)
         buffer = torch.zeros(int(spans[-1, -1]) if len(spans) else 0, dtype=torch.uint8)
@@ -68,9 +68,9 @@ class LinearRows:
         return cls(buffer, spans)
 
     def parts(self, sites: Sequence[RowSite], ranks: np.ndarray) -> list[tuple[int, Tensor, Tensor, Tensor]]:
-        """Return (site, A [rank, K], B transposed [rank, N], factors [rank], none but in int8) of each site with rows.
+        """Return (site, A [rank, K], B transposed [rank, N], factors [rank]) of each site with rows.
 
-        sites, ranks: as `of` takes them. The tensors are views of the buffer.
+        Factors are empty except for int8. sites, ranks: as in `of`. The tensors are views of the buffer.
         """
         found: list[tuple[int, Tensor, Tensor, Tensor]] = []
         for index, *bounds in self.spans.tolist():
@@ -96,7 +96,7 @@ class HostAdapter:
     extras: Extras = field(default_factory=Extras)
     experts: tuple[ExpertRows, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    tokens: TokenTable | None = None  # the base's with those that it adds, if it brings a tokenizer
+    tokens: TokenTable | None = None  # the base's tokens and the added ones, if it has a tokenizer
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class Packer:
     sites: Sequence[SiteInfo]
     served: ServedModel
     adaptable: AdaptableModules
-    int8: bool = False  # whether the pool keeps the rows of linear layers in int8
+    int8: bool = False  # whether the pool holds rows of linear layers in int8
 
     @cached_property
     def row_sites(self) -> list[RowSite]:
-        """All sites for rows, linear layers first, as `RowPacker` takes them."""
+        """All sites for rows, linear layers first, as `RowPacker` expects."""
         return row_sites(self.sites, self.expert_sites, int8=self.int8)
 
     @cached_property
@@ -133,12 +133,12 @@ class Packer:
         tensors = read_header(view)
         spec = read_adapter(config, tensors, self.served)
         check_idle(spec, tensors, view)
-        # What cannot be written to is copied, since a tensor can be. The loader's memory can.
+        # A tensor is writable, so that read-only memory must be copied. The loader's memory is writable.
         file = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
         return spec, lambda name: _read(file, tensors[name])
 
     def wrap(self, digest: str, packed: PackedRows) -> HostAdapter:
-        """Return an adapter whose rows are packed already; they stay where they are."""
+        """Return an adapter whose rows are already packed, without copying them."""
         memory, num_linear = torch.frombuffer(packed.buffer, dtype=torch.uint8), len(self.sites)
         spans = self.layout.spans(packed.ranks)
         is_linear = spans[:, 0] < num_linear
@@ -167,7 +167,7 @@ class Packer:
         )
 
     def pack_spec(self, digest: str, spec: AdapterSpec, get: GetTensor) -> HostAdapter:
-        """Pack an adapter's tensors. get: returns the spec's tensors by name. Raises AdapterRefused."""
+        """Pack an adapter's tensors. get: returns a tensor of the spec by name. Raises AdapterRefused."""
         if spec.rank > MAX_RANK:
             raise AdapterRefused([f"rank {spec.rank} is over this worker's limit of {MAX_RANK}"])
         by_name = {site.name: site for site in self.sites}
@@ -182,7 +182,7 @@ class Packer:
                 site = by_name[part.site]
                 own = extras.linear.get(site.index)
                 if own is not None and own.lora is not None:
-                    continue  # the pool cannot hold it
+                    continue  # the pool cannot hold its rows
                 a, b = matrices_of(part, get, self.adaptable)
                 dtype = torch.float32 if self.int8 else site.dtype
                 rows.append((site.index, a.to(dtype), b.T.to(dtype).contiguous()))
@@ -209,7 +209,7 @@ class Packer:
         )
 
     def _row_pages(self, ranks: np.ndarray) -> list[int]:
-        """Return the pages that rows of ranks, int32 [sites], take of each group: enough for its largest rank."""
+        """Return the pages that rows take in each group, enough for its largest rank. ranks: int32 [sites]."""
         group_ranks = [0] * len(GROUPS)
         for index in ranks.nonzero()[0].tolist():
             group = self.sites[index].group
@@ -218,9 +218,9 @@ class Packer:
 
 
 def row_sites(sites: Sequence[SiteInfo], experts: Sequence[ExpertSite] = (), *, int8: bool = False) -> list[RowSite]:
-    """Return a model's sites for rows as `RowPacker` takes them: linear layers, then products of experts.
+    """Return a model's sites for rows, as `RowPacker` expects: linear layers, then products of experts.
 
-    int8: whether the pool keeps the rows of linear layers so.
+    int8: whether the pool holds rows of linear layers in int8.
     """
     linear = [RowSite(s.name, s.in_features, s.out_features, "int8" if int8 else name_of(s.dtype)) for s in sites]
     shapes = [(site.name, site.shape) for site in experts]
@@ -229,13 +229,13 @@ def row_sites(sites: Sequence[SiteInfo], experts: Sequence[ExpertSite] = (), *, 
 
 
 def _quantised(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A and B of a site, fp32, in int8, and their factors, float32 [rank]."""
+    """Return A and B of a site in int8, and their factors, float32 [rank]. a, b: fp32."""
     (numbers_a, steps_a), (numbers_b, steps_b) = quantise(a.numpy()), quantise(b.numpy())
     return torch.from_numpy(numbers_a), torch.from_numpy(numbers_b), torch.from_numpy(steps_a * steps_b)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Return a dtype's name, without torch's."""
+    """Return a dtype's name without the prefix "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -243,15 +243,15 @@ def _read(file: Tensor, info: TensorInfo) -> Tensor:
     """Return one tensor of a file (uint8 [bytes])."""
     part = file[info.begin : info.end]
     if info.begin % _DTYPES[info.dtype].itemsize:
-        part = part.clone()  # a view needs aligned numbers
+        part = part.clone()  # a view must be aligned
     return part.view(_DTYPES[info.dtype]).view(info.shape)
 
 
 def _check_finite(
     rows: Sequence[tuple[int, Tensor, Tensor]], names: Sequence[str], experts: Sequence[ExpertRows], extras: Extras
 ) -> None:
-    """Raise AdapterRefused when a number is not finite in the pool's dtype. names: of the rows' tensors."""
-    # On bf16, isfinite is twenty times slower than aminmax, whose results NaN and infinity reach as well.
+    """Raise AdapterRefused if a number is not finite in the pool's dtype. names: of the rows' tensors."""
+    # On bf16, isfinite is twenty times slower than aminmax, whose results also show NaN and infinity.
     tensors = [tensor for _, a, b in rows for tensor in (a, b)]
     others = [*tensors_of(extras), *(tensor for part in experts for tensor in (part.a, part.b))]
     extremes = [torch.stack(torch.aminmax(tensor)).float() for tensor in (*tensors, *others) if tensor.numel()]

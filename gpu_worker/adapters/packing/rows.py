@@ -1,8 +1,8 @@
-"""Packs plain adapters, which have nothing but low-rank rows, into one buffer as the pool holds them.
+"""Packs plain adapters, which have only low-rank rows, into one buffer in the pool's format.
 
-Pure numpy, because the loader's process has no torch. The buffer holds, for each site with rows in ascending order, A
-[rank, in] and then B transposed [rank, out], in the site's dtype; for layers of fused experts [experts, rank, in] and
-[experts, rank, out]. Rows in int8 are followed by a float32 factor for each rank row.
+Pure numpy, because the loader process has no torch. For each site with rows, in ascending order, the buffer holds A
+[rank, in], then B transposed [rank, out], in the site's dtype; for fused experts [experts, rank, in] and [experts,
+rank, out]. Rows in int8 are followed by one float32 factor per rank row.
 """
 
 from __future__ import annotations
@@ -31,27 +31,30 @@ from protocol.wire.messages import ServedModel
 
 MAX_RANK = 4096
 MAX_EXPERT_RANK = 256
-"""Kernels have room for this many rank products of each pair of token and expert."""
+"""Kernels have space for this many rank products per pair of token and expert."""
 
 ALIGN_BYTES = 64
 NUM_OUTLINES = 8
-"""Outlines that are kept, of headers that `read_header` keeps, so that one has some 1 MB at most. Making one takes a
-third of packing, and most adapters of a fleet were trained alike."""
+"""Maximum cached outlines.
+
+Their headers are limited by `read_header`, so that one takes at most some 1 MB. Making an outline takes a third of the
+packing time, and most adapters of a fleet were trained with the same config.
+"""
 
 PIECE_BYTES = 1 << 20
-"""Numbers are converted and checked in pieces of about this size: what that takes besides stays in the cache."""
+"""Numbers are converted and checked in pieces of about this size, so that temporaries stay in the CPU caches."""
 
 _Item = type[np.uint16] | type[np.uint32]
 _ITEMS: dict[str, _Item] = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 _EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
-"""The exponent's bits, which are all set in infinities and NaN alone."""
+"""Mask of the exponent bits, which are all set in infinities and NaN only."""
 
 _FILE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WHOLE = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "U8": np.uint8}
 
 
 class RowSite(msgspec.Struct, frozen=True):
-    """A linear layer, or one product of fused experts, as far as packing its rows needs to know it."""
+    """The facts of a linear layer, or of one product of fused experts, that packing its rows needs."""
 
     name: str
     in_features: int
@@ -66,23 +69,23 @@ class RowSite(msgspec.Struct, frozen=True):
 
     @property
     def num_matrices(self) -> int:
-        """How many pairs of A and B an adapter has here."""
+        """The number of A and B pairs that an adapter has here."""
         return self.num_experts or 1
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """A plain adapter, packed."""
+    """A packed plain adapter."""
 
-    buffer: Any  # a writable buffer, laid out as the module's docstring says
+    buffer: Any  # a writable buffer, with the layout in the module's docstring
     ranks: NDArray[np.int32]  # [sites]; 0: the adapter does not change the site
     scales: NDArray[np.float32]  # [sites]
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    added: list[AddedToken] | None = None  # to the base's tokenizer, if it brings that
+    added: list[AddedToken] | None = None  # tokens added to the base's tokenizer, if it has its own
 
 
 class RowLayout:
-    """Where the rows of sites lie in a buffer."""
+    """The offsets of sites' rows in a buffer."""
 
     def __init__(self, sites: Sequence[RowSite]) -> None:
         sizes = [(s.in_features * s.item_bytes, s.out_features * s.item_bytes, 4 * (s.dtype == "int8")) for s in sites]
@@ -92,7 +95,7 @@ class RowLayout:
     def spans(self, ranks: NDArray[np.int32]) -> NDArray[np.int64]:
         """Return (site index, begin of A, of B, of factors, end) for every site with rows: int64 [n, 5], in bytes.
 
-        ranks: int32 [sites]. There are factors of rows in int8 only: those of others end where they begin.
+        ranks: int32 [sites]. Only int8 rows have factors; for others that span is empty.
         """
         sites = ranks.nonzero()[0]
         sizes = self._bytes[sites] * ranks[sites, None]
@@ -102,9 +105,9 @@ class RowLayout:
 
 
 def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Return rows [n, width] as int8 numbers, and the step [n] of each row: its largest number is 127 of them.
+    """Return rows [n, width] as int8 numbers, and each row's step [n]: its largest magnitude divided by 127.
 
-    A step is not finite where a number of its row is not.
+    The step of a row with a number that is not finite is not finite either.
     """
     steps = np.abs(rows).max(1, initial=0) / np.float32(127)
     with np.errstate(invalid="ignore"):
@@ -114,18 +117,18 @@ def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
 
 @dataclass(frozen=True, slots=True)
 class _Outline:
-    """What packing takes of an adapter's config and header: the same for all that differ in numbers and alpha alone."""
+    """The part of packing that depends only on header and config without alpha; shared by adapters equal in these."""
 
-    tensors: Mapping[str, TensorInfo]  # the header, which `read_header` gives as one object to all that have the same
+    tensors: Mapping[str, TensorInfo]  # the header; `read_header` returns one object for equal headers
     ranks: NDArray[np.int32]  # [sites]
-    divisors: NDArray[np.float64]  # [sites]; a scale is alpha by this, see `AdapterConfig.scale`
+    divisors: NDArray[np.float64]  # [sites]; scale = alpha / divisor, see `AdapterConfig.scale`
     parts: dict[int, LoraWeights]  # weights by site
     spans: list[list[int]]  # see `RowLayout.spans`
     invocation: tuple[int, ...]
 
 
 def _key_of(config: Mapping[str, Any]) -> bytes:
-    """Return a hash of all of a config that counts but alpha."""
+    """Return a hash of all significant fields of a config except alpha."""
     return hashlib.sha256(json.dumps(canonical_config({**config, "lora_alpha": None})).encode()).digest()
 
 
@@ -149,11 +152,11 @@ class RowPacker:
     ) -> PackedRows | None:
         """Pack an adapter into a buffer.
 
-        config: its `adapter_config.json`. file: its weights, a safetensors file. allocate: returns a buffer of as many
-        bytes, of any content, as it is asked for; called at most once. release: told of bytes of the file that nobody
-        needs again. Returns None if the adapter is not plain, or if anything is wrong with its config or the shapes of
-        its tensors: `Packer`, which packs any adapter, packs it or says what is wrong. Raises AdapterRefused for
-        numbers that are not finite.
+        config: its `adapter_config.json`. file: its weights, a safetensors file. allocate: returns a buffer of the
+        given number of bytes, with arbitrary content; called at most once. release: called with a span of the file that
+        is no longer needed. Returns None if the adapter is not plain or its config or tensor shapes are invalid;
+        `Packer`, which handles all adapters, then packs it or reports the error. Raises AdapterRefused for numbers that
+        are not finite.
         """
         try:
             tensors = read_header(file)
@@ -162,14 +165,14 @@ class RowPacker:
             return None
         ranks, parts, spans = outline.ranks, outline.parts, outline.spans
         buffer = allocate(spans[-1][-1])
-        bad: list[str] = []  # tensors with numbers that are not finite, of those that become int8
+        bad: list[str] = []  # int8 sites' tensors with numbers that are not finite
         for index, *begins, end in spans:
             site, rank = self._sites[index], int(ranks[index])
             shapes = [(site.num_matrices, rank, width) for width in (site.in_features, site.out_features)]
             item = _ITEMS.get(site.dtype, np.int8)
             a, b = (np.ndarray(shape, item, buffer, begin) for shape, begin in zip(shapes, begins, strict=False))
             of_kind = parts[index].of_kind
-            if site.num_experts or a.nbytes + b.nbytes < end - begins[0]:  # with bytes that no number is written to
+            if site.num_experts or a.nbytes + b.nbytes < end - begins[0]:  # some bytes are not written below
                 np.ndarray(end - begins[0], np.uint8, buffer, begins[0]).fill(0)
             if site.dtype == "int8":
                 wide_a, wide_b = (np.zeros(shape, np.uint32) for shape in shapes)
@@ -192,9 +195,9 @@ class RowPacker:
         return PackedRows(buffer, ranks, scales, outline.invocation)
 
     def _outline(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[_Outline, NDArray[Any]]:
-        """Return what an adapter has in common with others that were trained alike, and its scales, float32 [sites].
+        """Return an adapter's outline, cached if possible, and its scales, float32 [sites].
 
-        Raises AdapterRefused where the adapter is not plain, or anything is wrong with it.
+        Raises AdapterRefused if the adapter is not plain or is invalid.
         """
         alpha: Any = config.get("lora_alpha")
         key = _key_of(config)
@@ -214,7 +217,7 @@ class RowPacker:
         divisors[ranks == 0] = np.inf
         spans: list[list[int]] = self._layout.spans(ranks).tolist()
         outline = _Outline(tensors, ranks, divisors, parts, spans, spec.invocation)
-        # An alpha of 0 makes every scale 0, so that it does not show whether the divisors are right for other alphas.
+        # An alpha of 0 makes every scale 0, which does not show whether the divisors hold for other alphas.
         can_show = is_alpha(alpha) and alpha != 0 and not config.get("alpha_pattern")
         is_known_again = min(info.begin for info in tensors.values()) <= MAX_KEPT_HEADER_BYTES
         if can_show and is_known_again and np.array_equal(scales, alpha / divisors):
@@ -225,9 +228,9 @@ class RowPacker:
         return outline, scales.astype(np.float32)
 
     def _check_finite(self, buffer: Any, spans: Sequence[Sequence[int]], parts: Mapping[int, LoraWeights]) -> None:
-        """Raise AdapterRefused unless all numbers in a buffer are finite, those of neighbours looked at together.
+        """Raise AdapterRefused unless all numbers in a buffer are finite; checks adjacent rows of one dtype together.
 
-        Rows in int8 always are.
+        Rows in int8 are always finite.
         """
         for dtype, run in itertools.groupby(spans, lambda span: self._sites[span[0]].dtype):
             same = list(run)
@@ -264,7 +267,7 @@ class RowPacker:
         )
 
     def _fits(self, site: RowSite, part: LoraWeights, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Return whether the pool can hold a part's rows: of few enough rank rows, or in the base's vocabulary."""
+        """Return whether the pool can hold a part's rows: few enough for experts, else as many outputs as the base."""
         if site.num_experts:
             return _rank_of(part, tensors) <= MAX_EXPERT_RANK
         if part.of_kind is not None:
@@ -272,19 +275,19 @@ class RowPacker:
         return tensors[part.b].shape[0] == site.out_features
 
     def _known(self, part: LoraWeights) -> RowSite | None:
-        """Return the site of a part; None for a parameter that has no rows, such as a router."""
+        """Return the site of a part; None for a parameter without rows, such as a router."""
         index = self._index.get(part.site)
         return None if index is None else self._sites[index]
 
 
 def _refuse(bad: Iterable[str], dtype: str) -> None:
-    """Raise AdapterRefused if any names of tensors that are not finite in a dtype are given."""
+    """Raise AdapterRefused if `bad` names any tensors: they have numbers that are not finite in `dtype`."""
     if names := list(dict.fromkeys(bad)):
         raise AdapterRefused([f"numbers that are not finite in {dtype}: {', '.join(names[:5])}"])
 
 
 def _is_finite(buffer: Any, begin: int, end: int, dtype: str) -> bool:
-    """Return whether all numbers in a part of a buffer are finite."""
+    """Return whether all numbers in [begin, end) of a buffer are finite."""
     for at in range(begin, end, PIECE_BYTES):
         numbers = np.frombuffer(memoryview(buffer)[at : min(at + PIECE_BYTES, end)], _ITEMS[dtype])
         if (numbers << 1).max() >= _EXPONENTS[dtype] << 1:  # the shift drops the signs
@@ -293,12 +296,12 @@ def _is_finite(buffer: Any, begin: int, end: int, dtype: str) -> bool:
 
 
 def _rank_of(part: LoraWeights, tensors: Mapping[str, TensorInfo]) -> int:
-    """Return the rows of A at a layer, or of one expert: those of all layers that its parameter fuses."""
+    """Return the rows of A of a layer or of one expert, summed over all layers that its parameter fuses."""
     return sum(tensors[name].shape[0] for name, _ in part.experts[0]) if part.experts else part.rank
 
 
 def _labels(part: LoraWeights) -> tuple[str, str]:
-    """Return by which names A and B of a site are reported."""
+    """Return the names under which A and B of a site are reported."""
     return part.tensors[0] if len(part.tensors) == 1 else (part.site, part.site)
 
 
@@ -310,7 +313,7 @@ def _write_kind(
     file: bytes | memoryview,
     dtype: str,
 ) -> None:
-    """Write the rows that another kind than LoRA has on a layer, as bits: a [1, rank, in], b [1, rank, out]."""
+    """Write a layer's rows of a kind other than LoRA, as bits. a: [1, rank, in], b: [1, rank, out]."""
     rows, columns = of_kind.matrices(lambda name: read_numbers(file, tensors[name]))
     for to, numbers in ((a[0], rows), (b[0], columns.T)):
         step = max(1, PIECE_BYTES // max(1, 4 * to.shape[1]))
@@ -320,7 +323,7 @@ def _write_kind(
 
 
 def read_numbers(file: bytes | memoryview, info: TensorInfo) -> NDArray[Any]:
-    """Return a tensor of a safetensors file in fp32; whole numbers as they are."""
+    """Return a tensor of a safetensors file in fp32; integers keep their dtype."""
     if info.dtype not in FLOATS:
         return np.ndarray(info.shape, _WHOLE[info.dtype], file, info.begin)
     return _convert(_numbers(file, info), _FILE_DTYPES[info.dtype], "float32").view(np.float32)
@@ -333,18 +336,18 @@ def _pack_site(
     tensors: Mapping[str, TensorInfo],
     copy: Callable[[TensorInfo, NDArray[Any]], object],
 ) -> None:
-    """Write the rows of one site: a [matrices, rank, in], and b [matrices, rank, out], which is zero.
+    """Write the rows of one site. a: [matrices, rank, in]. b: [matrices, rank, out], zero before.
 
-    copy: writes a tensor into an array that has as many numbers in the same order.
+    copy: writes a tensor into an array with the same number of elements, in the same order.
     """
     if not part.experts:
-        # PEFT keeps A of experts as [E * rank, in], and B as [out, rank * E], in which the experts' columns alternate.
+        # PEFT stores A of experts as [E * rank, in], and B as [out, rank * E] with interleaved columns of the experts.
         copy(tensors[part.a], a.reshape(-1, a.shape[-1]))
         copy(tensors[part.b], b.transpose(2, 1, 0))
         return
     for own_a, own_b, layers in zip(a, b, part.experts, strict=True):
         row = column = 0
-        for name_a, name_b in layers:  # beside each other in A; in B each has outputs of its own
+        for name_a, name_b in layers:  # stacked in A; in B each layer has its own outputs
             rank, width = tensors[name_a].shape[0], tensors[name_b].shape[0]
             copy(tensors[name_a], own_a[row : row + rank])
             copy(tensors[name_b], own_b[row : row + rank, column : column + width].T)
@@ -352,7 +355,7 @@ def _pack_site(
 
 
 def _copy(file: bytes | memoryview, dtype: str, info: TensorInfo, to: NDArray[Any]) -> None:
-    """Write a tensor of a safetensors file, in another dtype, into an array with as many numbers in the same order."""
+    """Write a tensor of a safetensors file into an array of `dtype` bits with as many elements, in the same order."""
     numbers = _numbers(file, info).reshape(to.shape)
     if _FILE_DTYPES[info.dtype] == dtype:
         to[:] = numbers
@@ -363,19 +366,19 @@ def _copy(file: bytes | memoryview, dtype: str, info: TensorInfo, to: NDArray[An
 
 
 def _numbers(file: bytes | memoryview, info: TensorInfo) -> NDArray[Any]:
-    """Return a tensor of a safetensors file as unsigned integers with the bits of its numbers."""
+    """Return a tensor of a safetensors file as the bits of its numbers, in unsigned integers."""
     return np.ndarray(info.shape, _ITEMS[_FILE_DTYPES[info.dtype]], file, info.begin)
 
 
 def _convert(numbers: NDArray[Any], source: str, dtype: str) -> NDArray[Any]:
-    """Return numbers, as bits, in another dtype: rounded to nearest even, infinite where they are too large for it."""
+    """Convert numbers, given and returned as bits: rounded to nearest even, infinite where they overflow."""
     if source == "bfloat16":
         wide = (numbers.astype(np.uint32) << 16).view(np.float32)
     else:
         wide = numbers.view(np.float16).astype(np.float32) if source == "float16" else numbers.view(np.float32)
     if dtype == "bfloat16":
         bits = wide.view(np.uint32)
-        # Rounding a NaN could carry into its exponent and make it a number.
+        # Rounding a NaN could carry into its exponent and turn it into a number.
         rounded = np.where(np.isfinite(wide), bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (rounded >> 16).astype(np.uint16)
     if dtype == "float32":

@@ -1,7 +1,7 @@
-"""The operations in native C++, for the best of the instruction sets of build.py that the processor has.
+"""The operations in native C++, for the best instruction set in build.py that the processor supports.
 
-The functions of `reference`, as `torch.library` operators. `load` must be called first: it returns whether they can be
-used on this machine.
+The functions of `reference`, as `torch.library` operators. `load` must be called first: it returns whether they are
+available on this machine.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _log = logging.getLogger(__name__)
 _ops = torch.ops.lorafleet
 
 _CHANGE_KINDS = ("add", "scale", "around", "blocks")
-"""In the order of csrc/kernels.h."""
+"""In the order in csrc/kernels.h."""
 
 _PANEL = 32  # columns, see csrc/products/linear.h
 
 
 @functools.cache
 def load() -> bool:
-    """Load the kernels, after building them where that is needed.
+    """Load the kernels, building them first if necessary.
 
-    Returns False, with a warning in the log, where this machine cannot use them.
+    Returns False, and logs a warning, if this machine cannot run them.
     """
     try:
         torch.ops.load_library(str(build_library()))
@@ -64,7 +64,7 @@ def load() -> bool:
 
 
 def fix_sums(is_fixed: bool) -> None:
-    """Tell the kernels, if they are loaded; `load` does it otherwise."""
+    """Pass the setting to the kernels if they are loaded; otherwise `load` will."""
     if load.cache_info().currsize and load():
         _ops.fix_sums(is_fixed)
 
@@ -75,19 +75,19 @@ def isa() -> str:
 
 
 def isas() -> list[str]:
-    """Return the instruction sets that this processor has kernels for, the best one first; none if none can be used."""
+    """Return the instruction sets that this processor has kernels for, best first; empty if there are none."""
     return _ops.isas().split() if load() else []
 
 
 def tried_isas() -> list[str]:
-    """Return those of `isas` that tests try by default: the best one, which is used, and the lowest one."""
+    """Return the sets of `isas` that tests run by default: the best one, which is used, and the lowest."""
     return list(dict.fromkeys([*isas()[:1], *isas()[-1:]]))
 
 
 def set_isa(name: str) -> None:
-    """Use an instruction set instead of the best one, after building its kernels where that is needed.
+    """Use an instruction set instead of the best one, building its kernels first if necessary.
 
-    Raises ValueError where there are no kernels for it here.
+    Raises ValueError if there are no kernels for it on this machine.
     """
     if name not in isas():
         raise ValueError(f"this processor has no {name}, or no native kernels run here")
@@ -169,7 +169,7 @@ def paged_attention(
 def pack_linear(*weights: Tensor) -> PackedLinear:
     """See `ops.pack_linear`."""
     in_features, dtype = weights[0].shape[1], weights[0].dtype
-    if dtype != torch.bfloat16 or in_features % 2:  # torch serves fp32, fp16 and odd widths
+    if dtype != torch.bfloat16 or in_features % 2:  # torch handles fp32, fp16 and odd widths
         return reference.pack_linear(*weights)
     out_features = sum(map(len, weights))
     packed = large_pages.weights.empty((-(-out_features // _PANEL), in_features // 2, _PANEL, 2), dtype)
@@ -227,7 +227,7 @@ def selective_scan(
     gate: Tensor | None = None, dt_bias: Tensor | None = None, softplus: bool = False,
 ) -> Tensor:  # fmt: skip
     """See `ops.selective_scan`."""
-    ours = state.T.contiguous()  # channels last: they are the lanes
+    ours = state.T.contiguous()  # channels last: they are the vector lanes
     out = _ops.selective_scan.default(
         _rows(x), _floats(dt), _floats(a.T), _floats(b), _floats(c), ours, None if skip is None else _floats(skip),
         None if gate is None else _rows(gate.to(x.dtype)), None if dt_bias is None else _floats(dt_bias), softplus,
@@ -399,7 +399,7 @@ def _lora(lora: LoraBatch | None) -> tuple[list[Tensor], Tensor | None]:
 
 
 def decoder_stack(layers: Sequence[DecoderLayer], ends: ModelEnds | None) -> NativeDecoderStack | None:
-    """See `ops.decoder_stack`. None where sums are fixed, but the library would add those of plain weights."""
+    """See `ops.decoder_stack`. Return None if sums are fixed but torch would compute plain weights in another order."""
     linears = [part for layer in layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     if sums.are_fixed() and any(_is_plain(part) for part in (*linears, *([] if ends is None else [ends.head]))):
         return None
@@ -432,7 +432,7 @@ def _factors(sites: Sequence[LoraSite]) -> list[Tensor]:
 
 
 def _register_fakes() -> None:
-    """Tell torch.compile the shapes of results; of operators that only mutate, that there are none."""
+    """Register the result shapes of operators for torch.compile; operators that only mutate have none."""
     fake = torch.library.register_fake
 
     @fake("lorafleet::linear")

@@ -1,8 +1,8 @@
-"""Compiles the native kernels: for a wheel, which carries them, or once per machine into the user's cache.
+"""Compiles the native kernels: for a wheel, which ships them, or once per machine into the user's cache.
 
-One library has the operations, and one for each instruction set has its kernels: of these a machine compiles only what
-it uses. The name of a file in the cache contains a hash of everything that it is built from, so no version ever uses
-another one's build. Run `python -m lora_kernels.cpu` to build ahead of time.
+One library has the operations; another per instruction set has its kernels, of which a machine compiles only those it
+uses. File names in the cache contain a hash of all inputs of the build, so that no version uses another's build. Run
+`python -m lora_kernels.cpu` to build ahead of time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SHIPPED = Path(__file__).parent
-"""Where the libraries of a wheel are that carries them; they are not there in a source tree."""
+"""Folder of the libraries that a wheel ships; a source tree has none there."""
 
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 _SOURCE_DIR = Path(__file__).parent / "csrc"
 _HOST_PARTS = ("bind", "core", "stack")
-_ISA_PARTS = ("products", "attention", "quantised", "rows")  # what takes longest first, so that all cores end together
+_ISA_PARTS = ("products", "attention", "quantised", "rows")  # slowest first, so that all cores finish together
 _WRITTEN_BY_OTHERS = 0o022
-_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, as pyproject.toml demands
+_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, as pyproject.toml requires
 _AVX512 = "-march=skylake-avx512"
 ISA_FLAGS = {
     "x86_64": {
@@ -45,7 +45,7 @@ ISA_FLAGS = {
     },
     "aarch64": {"neon": ()},
 }
-"""Family of processors -> instruction set -> the compiler's flags for the files of csrc/isa."""
+"""Processor family -> instruction set -> compiler flags for the files in csrc/isa."""
 _log = logging.getLogger(__name__)
 
 
@@ -54,10 +54,10 @@ class BuildError(Exception):
 
 
 def build_library(isa: str = "", flags: Sequence[str] = COMMON_FLAGS, machine: str = "") -> Path:
-    """Return a library: a shipped one, else that of the cache, which is built if it is not there (half a minute).
+    """Return a library: a shipped one, else the cached one, which is built if missing (half a minute).
 
-    isa: the instruction set whose kernels it has, or "" for the operations. flags: of the compiler, for every source.
-    machine: the processor's family, "" for this machine's. Raises BuildError.
+    isa: the instruction set of its kernels, or "" for the operations. flags: compiler flags for every source. machine:
+    the processor family, "" for this machine's. Raises BuildError.
     """
     if (shipped := SHIPPED / library_name(isa)).exists():
         return shipped
@@ -77,16 +77,16 @@ def build_library(isa: str = "", flags: Sequence[str] = COMMON_FLAGS, machine: s
             begin = time.monotonic()
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 built = compile_library(Path(folder) / library.name, machine, isa, operations, flags)
-                built.chmod(0o755)  # a umask may let a group write new files, and `_is_own` refuses these
+                built.chmod(0o755)  # the umask may let a group write new files, which `_is_own` refuses
                 os.replace(built, library)
             _log.info("compiled %s in %.0f s", what, time.monotonic() - begin)
     return library
 
 
 def library_name(isa: str, version: str = "") -> str:
-    """Return the name of the file of an instruction set's kernels, or of the operations if it is "".
+    """Return the file name of an instruction set's kernels, or of the operations if `isa` is "".
 
-    version: what tells it from others in one folder.
+    version: distinguishes several in one folder.
     """
     return f"{'-'.join(filter(None, ('lora_kernels', version, isa)))}.so"
 
@@ -94,8 +94,8 @@ def library_name(isa: str, version: str = "") -> str:
 def cache_dir() -> Path:
     """Return the folder of compiled kernels: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache.
 
-    Nobody else may write it, for what lies there is run: in a folder of somebody else's, or of everybody, it is one of
-    this user's own, and if that is taken as well one that is new at each start.
+    No other user may be able to write it, because its files are executed. If the folder is someone else's or
+    world-writable, a private subfolder is used; if that is not safe either, a new temporary folder per start.
     """
     chosen = os.environ.get("LORAFLEET_CACHE_DIR")
     home = os.environ.get("XDG_CACHE_HOME")
@@ -121,7 +121,7 @@ def _new_folder() -> Path:
 
 
 def _is_own(path: Path) -> bool:
-    """Return whether a file or folder is there that this user or root owns, and nobody else may write. No link is."""
+    """Return whether a path exists, is not a link, is owned by this user or root, and only writable by its owner."""
     try:
         found = path.lstat()
     except OSError:
@@ -134,9 +134,9 @@ def _is_closed(found: os.stat_result) -> bool:
 
 
 def fingerprint(machine: str, flags: Sequence[str]) -> str:
-    """Hash all that the library depends on, but for the compiler: a machine with a finished build needs none.
+    """Hash everything the library depends on except the compiler: a machine with a finished build needs none.
 
-    Machines of several families may share a home, and so a cache.
+    Machines of several families may share a home, and thus a cache.
     """
     digest = hashlib.sha256(repr((machine, *flags)).encode())
     sources = sorted(path for path in _SOURCE_DIR.rglob("*") if path.is_file())
@@ -148,12 +148,10 @@ def fingerprint(machine: str, flags: Sequence[str]) -> str:
 def compile_library(
     library: Path, machine: str, isa: str = "", operations: Path | None = None, flags: Sequence[str] = COMMON_FLAGS
 ) -> Path:
-    """Compile a library for a family of processors, in a folder that has nothing else; return its path.
+    """Compile a library for a processor family, in an otherwise empty folder; return its path.
 
-    isa: as for `build_library`; its library needs that of the `operations`. Raises BuildError.
-
-    The operations depend on torch's stable ABI alone, so neither on the version of torch, from 2.10 on, nor on that of
-    Python.
+    isa: as in `build_library`; its library links to that of the `operations`. Raises BuildError. The operations depend
+    only on torch's stable ABI, not on the version of torch (from 2.10) or Python.
     """
     default = "g++" if machine == platform.machine() else f"{machine}-linux-gnu-g++"
     compiler = shutil.which(os.environ.get("CXX", default))
@@ -166,8 +164,8 @@ def compile_library(
         jobs[0] += [_TORCH_TARGET, "-isystem", str(_torch_headers())]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(lambda job: _run([compiler, *flags, "-c", *job]), jobs))
-    # The loader needs no more than the name of a library that is there already and has the functions: torch's, which an
-    # empty one stands for, or that of the operations, which opens the one of an instruction set.
+    # The dynamic loader needs only the name of a library that is already loaded and has the symbols: torch's, which an
+    # empty library stands for, or the operations', which opens that of an instruction set.
     needed = operations or library.with_name("libtorch_cpu.so")
     if operations is None:
         empty = ["-nostdlib", f"-Wl,-soname,{needed.name}", "-x", "c++", os.devnull]

@@ -1,8 +1,8 @@
 """The operations as Triton kernels, for CUDA and HIP tensors. Needs triton; `ops.py` imports this on first use.
 
-Matrix products with the base weights, unless sums are fixed, scans, delta rules, convolutions, masks and argmax are
-torch's own. With TRITON_INTERPRET=1 in the environment before the first import the same kernels run on CPU tensors,
-which is how they are tested without a GPU.
+Products with base weights (unless sums are fixed), scans, delta rules, convolutions, masks and argmax use torch. With
+TRITON_INTERPRET=1 in the environment before the first import, the same kernels run on CPU tensors, which is how they
+are tested without a GPU.
 """
 
 from lora_kernels.reference import (

@@ -1,9 +1,9 @@
-"""Attention over the paged cache: one kernel for decodes and prefill chunks, and the reduce that joins split decodes.
+"""Attention over the paged cache: one kernel for decodes and prefill chunks, and the reduction of split decodes.
 
-A tile's rows are (query, head) pairs of one sequence and one kv head, so that a decode of grouped heads fills a
-tensor-core dot by itself. Decodes split their keys over programs into a number of parts that depends on the batch's
-shape alone; the parts are joined in order, so the result has the same bits every time and a captured graph serves any
-length. Chunks are not split: they have rows enough to fill a device.
+A tile's rows are (query, head) pairs of one sequence and one KV head, so that a decode with grouped heads fills a
+tensor-core dot by itself. Decodes split their keys over programs; the number of parts depends only on the batch's
+shape. Parts are joined in order, so the result is always bit-identical and a captured graph serves any length. Chunks
+are not split: they have enough rows to fill a device.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lora_kernels import sums
 from lora_kernels.segments import BLOCK_TOKENS, AttentionBatch
 from lora_kernels.triton_ops.launch import Device, Launch, device_of, pad_to_power_of_2, require_rows
 
-_LOG2_E = tl.constexpr(1.4426950408889634)  # logits are kept in base 2: exp2 is what the hardware has
-MAX_DECODE_ROWS = 64  # (query, head) rows up to which a step of short queries is served as decodes
+_LOG2_E = tl.constexpr(1.4426950408889634)  # logits are in base 2, because the hardware has exp2
+MAX_DECODE_ROWS = 64  # maximum (query, head) rows of a step of short queries that runs as decodes
 
-# Arguments whose value changes from step to step must not pick a kernel variant: a variant is a compilation.
+# Arguments that change from step to step must not select a kernel variant: each variant is a compilation.
 _PER_STEP = ("num_seqs", "tables_stride", "window")
 _UNALIGNED = ("block_tables", "query_starts", "kv_lens", "part_max", "part_sum")
 
 
 @triton.jit
 def _find_sequence(tile, query_starts, num_seqs, QUERIES: tl.constexpr):
-    """Return the sequence that a tile of QUERIES queries belongs to, and which of the sequence's tiles it is.
+    """Return the sequence of a tile of QUERIES queries, and the tile's index in it.
 
     Sequence s has the tiles from query_starts[s] // QUERIES + s on: always enough of them, found without a scan.
     """
@@ -50,19 +50,19 @@ def _find_sequence(tile, query_starts, num_seqs, QUERIES: tl.constexpr):
 
 @triton.jit
 def _logits(q, k, scale, softcap, SOFTCAP: tl.constexpr):
-    """Return attention logits before the mask, in base 2."""
+    """Return attention logits before masking, in base 2."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if SOFTCAP:
-        # tanh by exp2, exact at both ends: the exponential overflows to inf or vanishes, and the quotient to 0 or 2.
+        # tanh via exp2, exact at both ends: the exponential overflows to inf or vanishes, and the quotient to 0 or 2.
         logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * _LOG2_E / softcap)) + 1.0))
     return logits * _LOG2_E
 
 
 @triton.jit(do_not_specialize=_PER_STEP, do_not_specialize_on_alignment=_UNALIGNED)
 def attention_kernel(
-    out,  # [num_tokens, heads, HEAD_DIM_V]; the unnormalized parts (see reduce_kernel) when SPLIT
+    out,  # [num_tokens, heads, HEAD_DIM_V]; the unnormalized parts (see reduce_kernel) if SPLIT
     part_max,  # float32 [splits, num_seqs, DECODE_QUERIES, heads] or None
-    part_sum,  # as part_max
+    part_sum,  # like part_max
     q,  # [num_tokens, heads, HEAD_DIM]
     k_cache,  # [blocks, kv heads, BLOCK_TOKENS, HEAD_DIM]
     v_cache,  # [blocks, kv heads, BLOCK_TOKENS, HEAD_DIM_V]
@@ -93,7 +93,7 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write the attention of a tile of queries over its keys, by an online softmax; a part of it when SPLIT."""
+    """Write the attention of a tile of queries over its keys, or part of its keys if SPLIT, by an online softmax."""
     kv_head = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     split = tl.program_id(2)
@@ -105,7 +105,7 @@ def attention_kernel(
     query_start = tl.load(query_starts + seq)
     query_len = tl.load(query_starts + seq + 1) - query_start
     first_query = seq_tile * QUERIES
-    # A mixed step runs both forms of this kernel over all sequences; each form computes its own.
+    # A mixed step runs both variants of this kernel over all sequences; each variant computes its own.
     if DECODE:
         if query_len == 0 or query_len > DECODE_QUERIES:
             return
@@ -171,7 +171,7 @@ def attention_kernel(
             visible &= key[None, :] > position[:, None] - window
         logits = tl.where(visible, logits, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
-        # A row that has seen no key yet has -inf as its maximum; 0 takes its place, so that -inf - -inf never occurs.
+        # A row that has seen no key yet has maximum -inf; it is replaced by 0, so that -inf - -inf never occurs.
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(logits - safe_max[:, None])
         shrink = tl.exp2(row_max - safe_max)
@@ -196,7 +196,7 @@ def reduce_kernel(
     out,  # [num_tokens, heads, HEAD_DIM_V]
     parts,  # float32 [SPLITS, num_seqs, DECODE_QUERIES, heads, HEAD_DIM_V]
     part_max,  # float32 [SPLITS, num_seqs, DECODE_QUERIES, heads]
-    part_sum,  # as part_max
+    part_sum,  # like part_max
     sinks,  # [heads] or None
     query_starts,  # int32 [num_seqs + 1]
     num_seqs,
@@ -205,7 +205,7 @@ def reduce_kernel(
     DECODE_QUERIES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Join the parts of split decodes, in order: their sums weighted by exp2 of their maxima, and the sinks."""
+    """Join the parts of split decodes, in order: sums weighted by exp2 of their maxima, plus sinks."""
     seq = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
@@ -222,7 +222,7 @@ def reduce_kernel(
         values = tl.load(
             parts + part_row[:, None] * HEAD_DIM_V + dv_range[None, :], mask=(dv_range < HEAD_DIM_V)[None, :], other=0.0
         )
-        # A sink is one more part, of weight 1 at its own logit and without a value.
+        # A sink is a further part, with weight 1 at its logit and no value.
         sink = float("-inf")
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * _LOG2_E
@@ -247,7 +247,7 @@ def paged_attention(
 ) -> Tensor:
     """Return the causal attention of new tokens over their sequences' keys: [T, Hq, Dv]. See `ops.paged_attention`.
 
-    Sequences without queries, the padding of a captured graph, are skipped; their rows of the result are undefined.
+    Sequences without queries, the padding of a captured graph, are skipped; their rows in the result are undefined.
     """
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     logits = Logits(scale, window, softcap, sinks)
@@ -258,7 +258,7 @@ def paged_attention(
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What is done between q @ k.T and the softmax: the keyword arguments of `ops.paged_attention`."""
+    """The operations between q @ k.T and the softmax: keyword arguments of `ops.paged_attention`."""
 
     scale: float
     window: int = 0
@@ -275,14 +275,14 @@ def plan_attention(
     logits: Logits,
     device: Device,
 ) -> Iterator[Launch]:
-    """Yield the launches of one call: the decodes with their reduce, the chunks, or both. Runs nothing.
+    """Yield the launches of one call: decodes with their reduction, chunks, or both. Runs nothing.
 
-    Raises ValueError for tensors that the kernels would read wrongly.
+    Raises ValueError for tensors that the kernels would misread.
     """
     require_rows(q, k_cache, v_cache)
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError(f"caches of strides {k_cache.stride()} and {v_cache.stride()} must be contiguous")
-    if sums.are_fixed():  # decodes as chunks, whose keys are added in blocks that no step changes
+    if sums.are_fixed():  # decodes as chunks, whose keys are added in blocks independent of the step
         args = _shared_args(q, k_cache, v_cache, batch, logits)
         yield _plan_prefill(out, args | {"DECODE_QUERIES": 0, "UPCAST": device.upcast}, batch, device)
         return
@@ -301,7 +301,7 @@ def plan_attention(
 
 
 def _decode_rows(max_query_len: int, group: int) -> int:
-    """Return the rows of a decode tile. In a step of short queries alone (speculation) it holds a whole query."""
+    """Return the rows of a decode tile; with only short queries (speculation), a tile holds a whole query."""
     rows = max_query_len * group if max_query_len * group <= MAX_DECODE_ROWS else group
     return pad_to_power_of_2(rows, at_least=16)
 

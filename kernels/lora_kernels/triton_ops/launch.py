@@ -1,7 +1,7 @@
-"""A kernel launch before it runs, and the facts about a device that launches depend on.
+"""A kernel launch before it runs, and the properties of a device on which launches depend.
 
-Operations first plan their launches and then run them, so that the ahead-of-time report, which plans with tensors on
-the meta device, compiles exactly what a GPU would run.
+Operations first plan launches and then run them, so that the ahead-of-time report, which plans with tensors on the meta
+device, compiles exactly what a GPU would run.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The facts about a GPU that decide grids and block sizes."""
+    """The properties of a GPU that determine grids and block sizes."""
 
     backend: Literal["cuda", "hip"]
     num_sms: int  # streaming multiprocessors, or compute units
-    capability: int  # CUDA compute capability times ten; without meaning on HIP
+    capability: int  # CUDA compute capability times ten; unused on HIP
     upcast: bool = False  # whether to cast to fp32 after loads: the interpreter's bf16 arithmetic is wrong
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The resources that the compiler may give a program."""
+    """The resources that the compiler may use for a program."""
 
     num_warps: int = 4
-    num_stages: int = 1  # loop iterations whose loads may be in flight together
-    max_registers: int = 0  # of a thread; 0: the compiler's choice
+    num_stages: int = 1  # loop iterations whose loads may be in flight at once
+    max_registers: int = 0  # per thread; 0: the compiler's choice
 
     def options(self) -> dict[str, int]:
-        """Return them as keyword arguments of a launch."""
-        # Triton has always fused products and sums; from 3.9 on it warns where the choice is not made.
+        """Return the limits as keyword arguments of a launch."""
+        # Triton has always fused products and sums; from 3.9 it warns unless this is explicit.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         if self.max_registers:
             options["maxnreg"] = self.max_registers
@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel launch, with all arguments; calling it runs it."""
+    """One kernel launch with all arguments; calling it runs it."""
 
     kernel: Any  # a @triton.jit function: a JITFunction, or its interpreted twin
     grid: tuple[int, int, int]
@@ -57,7 +57,7 @@ class Launch:
 
 
 def device_of(tensor: Tensor) -> Device:
-    """Return the facts about a tensor's device. CPU tensors run in Triton's interpreter."""
+    """Return the properties of a tensor's device. CPU tensors run in Triton's interpreter."""
     if tensor.is_cuda:
         return _gpu(tensor.get_device())
     return Device(backend="cuda", num_sms=4, capability=80, upcast=True)
@@ -74,9 +74,9 @@ def _gpu(index: int) -> Device:
 
 
 def require_rows(*tensors: Tensor, same_dtype: bool = True) -> None:
-    """Raise ValueError unless the entries of a row lie side by side in every tensor, and all have one dtype.
+    """Raise ValueError unless each tensor's rows are contiguous, and all have one dtype.
 
-    Kernels are given the other strides only. same_dtype: False where a kernel converts.
+    Kernels are only given the other strides. same_dtype: False if a kernel converts.
     """
     for tensor in tensors:
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -88,5 +88,5 @@ def require_rows(*tensors: Tensor, same_dtype: bool = True) -> None:
 
 
 def pad_to_power_of_2(size: int, at_least: int = 1) -> int:
-    """Return the smallest power of two that is not below a size, nor below `at_least`."""
+    """Return the smallest power of two that is at least `size` and at least `at_least`."""
     return max(at_least, triton.next_power_of_2(size))

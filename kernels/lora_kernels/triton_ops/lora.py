@@ -1,12 +1,12 @@
 """Batched LoRA in two launches per set of sibling layers: shrink (hidden = x @ A.T) and expand (out += hidden @ B).
 
-The tile list comes from the host (segments.py), the true ranks and the pages from the adapter table. Programs stride
-over the tiles up to a count read on the device, so a grid's size says nothing about the mix of adapters and one
-captured graph serves them all. Split-K writes partial planes which expand sums in order: no memset, no atomics, and
-the same bits every time. Nothing waits for the device.
+The tile list comes from the host (segments.py), ranks and pages from the adapter table. Programs stride over the tiles
+up to a count read on the device, so that the grid does not depend on the mix of adapters and one captured graph serves
+all mixes. Split-K writes partial planes, which expand sums in order: no memset, no atomics, and bit-identical results.
+Nothing waits for the device.
 """
 
-# The kernel language has other types than Python: a loop that is unrolled has no iterator, for example.
+# The kernel language's types differ from Python's: for example, an unrolled loop has no iterator.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from lora_kernels.triton_ops.launch import Device, Launch, device_of, require_ro
 
 MAX_SITES = 4  # siblings in one launch; a site's column and group are packed into one integer each
 _SITE_BITS = 15
-MAX_RANK_PROGRAMS = 4  # programs that share one tile's rank blocks; higher ranks loop
+MAX_RANK_PROGRAMS = 4  # programs that share one tile's rank blocks; they loop over higher ranks
 
-# Arguments whose value changes from step to step must not pick a kernel variant: a variant is a compilation.
+# Arguments that change from step to step must not select a kernel variant: each variant is a compilation.
 _PER_STEP = ("num_tokens", "site_columns", "site_groups")
 _UNALIGNED = ("rows", "tiles", "num_tiles", "row_scales")
 
 
 @triton.jit
 def _pick(site, values, NUM_SITES: tl.constexpr):
-    """Return values[site] of a tuple with one value for each site."""
+    """Return values[site] from a tuple with one value per site."""
     chosen = values[0]
     for other in tl.static_range(1, NUM_SITES):
         chosen = tl.where(site == other, values[other], chosen)
@@ -50,7 +50,7 @@ def _unpack(packed, site, SITE_BITS: tl.constexpr):
 
 @triton.jit
 def _pool_rows(pages, rank_rows, rank, PAGE_ROWS: tl.constexpr):
-    """Return the rows of the pool that hold an adapter's rank rows; 0 for those beyond its rank, which are not read."""
+    """Return the pool rows of an adapter's rank rows; 0 for those beyond its rank, which are not read."""
     page = tl.load(pages + rank_rows // PAGE_ROWS, mask=rank_rows < rank, other=0)
     return page.to(tl.int64) * PAGE_ROWS + rank_rows % PAGE_ROWS
 
@@ -100,7 +100,7 @@ def shrink_kernel(
         first = tl.load(tiles + tile * 3 + 1)
         count = tl.load(tiles + tile * 3 + 2)
         rank = tl.load(ranks + slot * ranks_stride + column)
-        # Rows past the tile's count read its last row again: cheaper than a mask on every load, and never stored.
+        # Rows past the tile's count reread its last row: cheaper than masking every load, and never stored.
         token = tl.load(rows + first + tl.minimum(tile_rows, count - 1)).to(tl.int64)
         x_row = x + token[:, None] * x_stride
         for rank_block in range(rank_program, tl.cdiv(rank, BLOCK_R), num_rank_programs):
@@ -122,7 +122,7 @@ def shrink_kernel(
                     x_block = x_block.to(tl.float32)
                     a_block = a_block.to(tl.float32)
                 acc = tl.dot(x_block, tl.trans(a_block), acc, input_precision="ieee")
-            # Columns past the rank are zeros, written so that expand may read whole blocks.
+            # Columns past the rank are written as zeros, so that expand may read whole blocks.
             target = plane + (first + tile_rows)[:, None].to(tl.int64) * plane_width + rank_rows[None, :]
             tl.store(target, acc, mask=(tile_rows < count)[:, None])
 
@@ -158,7 +158,7 @@ def expand_kernel(
     UPCAST: tl.constexpr,
 ):
     """outs[site][rows[i]] += scale * planes[:, site, i].sum(0) @ B, for every row of every tile."""
-    # Axis 1 runs over the column blocks of all sites one after the other: no program is empty for a narrow sibling.
+    # Axis 1 runs over the column blocks of all sites in sequence, so that narrow siblings leave no program idle.
     block = tl.program_id(1)
     site = 0
     site_start = 0
@@ -214,12 +214,12 @@ def expand_kernel(
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
-    """The tile list that a step uses, and how many entries its launches must be able to reach."""
+    """The tile list of a step, and the maximum number of tiles its launches must cover."""
 
     tiles: Tensor
     num_tiles: Tensor  # on the device
     max_tiles: int
-    rows: int  # of a full tile
+    rows: int  # rows of a full tile
 
 
 def lora_add_(
@@ -243,9 +243,9 @@ def plan_lora(
     batch: LoraBatch,
     device: Device,
 ) -> tuple[Launch, Launch]:
-    """Return the shrink and the expand of up to MAX_SITES siblings. Allocates the planes between them; runs nothing.
+    """Return the shrink and expand launches of up to MAX_SITES siblings. Allocates the planes; runs nothing.
 
-    Raises ValueError for tensors that the kernels would read wrongly.
+    Raises ValueError for tensors that the kernels would misread.
     """
     require_rows(x, *outs, *(rows for site in sites for rows in (site.a_rows, site.b_rows)))
     k = x.shape[1]
@@ -332,10 +332,10 @@ def _tile_programs(tiles: _Tiles, programs_per_tile: int, device: Device) -> int
 
 
 def _pack(values: list[int]) -> int:
-    """Pack one small integer for each site into one argument.
+    """Pack one small integer per site into one argument.
 
-    Of a tuple, Triton would compile a variant for every pattern of ones and multiples of 16. The bit above the sites'
-    makes the argument a 64-bit integer, whatever the values.
+    For a tuple, Triton would compile a variant for every pattern of ones and multiples of 16. The bit above the sites'
+    bits makes the argument a 64-bit integer, whatever the values.
     """
     assert len(values) <= MAX_SITES
     assert all(0 <= value < 1 << _SITE_BITS for value in values), values
@@ -345,10 +345,9 @@ def _pack(values: list[int]) -> int:
 def _uniform_gemms_(
     outs: Sequence[Tensor], x: Tensor, sites: Sequence[LoraSite], table: AdapterTable, batch: LoraBatch
 ) -> bool:
-    """Compute a long step of one adapter with two library products a site; False, with nothing done, in other steps.
+    """Compute a long step of one adapter with two library products per site; return False, doing nothing, otherwise.
 
-    Needs the table's host copy (to know rank, scale and pages without waiting for the device) and an adapter whose
-    pages follow one another in the pool.
+    Needs the table's host copy (to read rank, scale and pages without waiting for the device), and consecutive pages.
     """
     host, slot = table.host, batch.uniform_slot
     if host is None or slot is None or batch.row_scales is not None or sums.are_fixed():
@@ -366,7 +365,7 @@ def _uniform_gemms_(
 
 
 def _pool_run(host: AdapterTable, slot: int, site: LoraSite) -> slice | None:
-    """Return the pool rows of an adapter at a site, empty where it has none; None when they are not consecutive."""
+    """Return an adapter's pool rows at a site, empty if it has none there; None if they are not consecutive."""
     rank = int(host.ranks[slot, site.index])
     pages = host.pages[slot, site.group, : -(-rank // PAGE_ROWS)].tolist()
     if not pages:

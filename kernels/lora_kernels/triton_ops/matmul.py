@@ -1,6 +1,6 @@
-"""A linear layer whose rows have the same bits whatever rows are beside them: one tile for every number of rows.
+"""A linear layer whose rows have the same bits in any batch: it uses one tile size for every number of rows.
 
-Libraries choose tiles, and parts of K that are added later, by the shape of a product. Only `fix_sums` uses this one.
+Libraries choose tiles, and splits of K, by the shape of a product. Only used with `fix_sums`.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -33,7 +33,7 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out = x @ weight.T + bias: K in order, in fp32, rounded once."""
+    """out = x @ weight.T + bias: sums over K in order, in fp32, rounded once."""
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_rows = rows < num_rows
@@ -57,7 +57,7 @@ def linear_kernel(
 
 
 def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | None = None) -> Tensor:
-    """See `ops.linear`: torch's product, unless sums are fixed."""
+    """See `ops.linear`: uses torch's product, unless sums are fixed."""
     if not sums.are_fixed() or isinstance(packed, QuantisedLinear):
         return reference.linear(x, packed, bias)
     out = x.new_empty(len(x), packed.out_features)
@@ -66,7 +66,7 @@ def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | Non
 
 
 def plan_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, device: Device) -> Launch:
-    """Return the launch of a product with fixed sums. Raises ValueError for tensors that it would read wrongly."""
+    """Return the launch of a product with fixed sums. Raises ValueError for tensors that it would misread."""
     require_rows(out, x, weight)
     blocks = tuning.linear_blocks(x.element_size(), device)
     args = {

@@ -1,4 +1,4 @@
-"""The memory-bound operations of a layer: the cache write, RMS norm, rotary embedding and the gated activation.
+"""The memory-bound operations of a layer: KV cache write, RMS norm, rotary embedding and gated activation.
 
 Each reads and writes every element once, computes in fp32 and rounds once; RMS norm rounds where Llama does.
 """
@@ -14,7 +14,7 @@ from lora_kernels.segments import BLOCK_TOKENS, AttentionBatch
 from lora_kernels.tables import Activation
 from lora_kernels.triton_ops.launch import Launch, Limits, pad_to_power_of_2, require_rows
 
-_TILE_ELEMENTS = 4096  # of one program: 32 a thread with 4 warps
+_TILE_ELEMENTS = 4096  # per program: 32 per thread with 4 warps
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 
@@ -132,7 +132,7 @@ def gated_act_kernel(
     ACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute a block of one row of outputs. See `ops.gated_act`."""
+    """Compute a block of one output row. See `ops.gated_act`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
@@ -157,7 +157,7 @@ def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Att
 
 
 def plan_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> Launch:
-    """Return the launch of `kv_write_`. Raises ValueError for tensors that the kernel would read wrongly."""
+    """Return the launch of `kv_write_`. Raises ValueError for tensors that the kernel would misread."""
     require_rows(k, v, same_dtype=False)
     num_tokens, num_heads, head_dim = k.shape
     block_d = pad_to_power_of_2(max(head_dim, v.shape[2]))
@@ -196,7 +196,10 @@ def rms_norm(
 def plan_rms_norm(
     out: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, plus_one: bool
 ) -> Launch:
-    """Return the launch that writes `rms_norm` of x to `out`."""
+    """Return the launch that writes `rms_norm` of x to `out`.
+
+    Raises ValueError for a residual that is not contiguous.
+    """
     if residual is not None and not residual.is_contiguous():
         raise ValueError(f"residual of strides {residual.stride()} must be contiguous: it is changed in place")
     if x.dim() != 3 or x.stride(2) != 1:
@@ -229,7 +232,7 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 def plan_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Launch:
     """Return the launch that rotates the heads of x, queries or keys, in place.
 
-    Raises ValueError for tensors that the kernel would read wrongly.
+    Raises ValueError for tensors that the kernel would misread.
     """
     require_rows(x, cos, sin, same_dtype=False)
     num_tokens, num_heads, _ = x.shape
@@ -260,7 +263,7 @@ def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu") -> Tensor:
 
 
 def plan_gated_act(out: Tensor, gate: Tensor, up: Tensor, act: Activation) -> Launch:
-    """Return the launch that writes act(gate) * up to `out`. Raises ValueError for tensors it would read wrongly."""
+    """Return the launch that writes act(gate) * up to `out`. Raises ValueError for tensors that it would misread."""
     require_rows(gate, up)
     num_tokens, size = gate.shape
     block = min(1024, pad_to_power_of_2(size))

@@ -1,8 +1,8 @@
-"""Selective scan on a GPU, by torch's own kernels: a chunk of tokens in a few steps, each of all of its tokens.
+"""Selective scan on a GPU with torch's kernels: processes a chunk of tokens in a few steps over all its tokens.
 
-What two neighbouring spans of tokens do to a state, (decay, gain) each, is again such a pair, so that spans can be
-doubled: after log2(n) rounds every token has the pair of all tokens up to it (Hillis and Steele, 1986). Token by token
-a chunk would take n rounds of small kernels.
+The effect of consecutive tokens on a state is a (decay, gain) pair, and two adjacent effects compose to another such
+pair. So spans can be doubled: after log2(n) rounds every token has the pair of all tokens up to it (Hillis and Steele,
+1986). Token by token, a chunk would take n rounds of small kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_TOKENS = 64
-"""Tokens of a chunk: their states are held together, 4 × CHUNK_TOKENS × C × N bytes and the same for their decays."""
+"""Tokens per chunk; their states take 4 × CHUNK_TOKENS × C × N bytes, and their decays as much again."""
 
 
 def selective_scan(

@@ -1,7 +1,7 @@
 """Block sizes by operation, rank class and width.
 
-MEASURED_ON names the measurement behind the numbers. They were chosen from the arithmetic in docs/triton.md and checked
-by ahead-of-time compilation (no spills, shared memory within the card's limit). No GPU has timed them yet.
+MEASURED_ON names the measurement behind the numbers. They were derived from the arithmetic in docs/triton.md and
+checked by ahead-of-time compilation (no spills, shared memory within the card's limit). No GPU has timed them yet.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from lora_kernels.triton_ops.launch import Device, Limits
 
 MEASURED_ON: str | None = None  # card and date of the measurement behind this table
 
-SPLIT_WAVES = 2  # programs to aim at where a reduction may be split, in multiples of the device's SMs
-GRID_WAVES = 16  # most programs of a launch over tiles, in multiples of SMs: bounds the idle ones of a captured graph
+SPLIT_WAVES = 2  # target number of programs if a reduction may be split, in multiples of the device's SMs
+GRID_WAVES = 16  # maximum programs of a launch over tiles, in multiples of SMs: bounds idle programs of captured graphs
 MAX_LORA_SPLITS = 16
 MAX_KV_SPLITS = 32
-UNIFORM_GEMM_ROWS = 256  # rows of a one-adapter step from which on two library products a site replace the launches
+UNIFORM_GEMM_ROWS = 256  # rows from which a one-adapter step uses two library products per site instead of the kernels
 
 
 @dataclass(frozen=True, slots=True)
 class ShrinkBlocks:
-    """Blocks of rank rows and of K, for x [tile_rows, K] @ A.T [K, rank]."""
+    """Block sizes in rank rows and K, for x [tile_rows, K] @ A.T [K, rank]."""
 
     rank: int
     k: int
@@ -31,7 +31,7 @@ class ShrinkBlocks:
 
 @dataclass(frozen=True, slots=True)
 class ExpandBlocks:
-    """Blocks of rank rows and of N, for hidden [tile_rows, rank] @ B [rank, N]."""
+    """Block sizes in rank rows and N, for hidden [tile_rows, rank] @ B [rank, N]."""
 
     rank: int
     n: int
@@ -40,7 +40,7 @@ class ExpandBlocks:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBlocks:
-    """Rows of a tile, which are pairs of a query and a head of its group, and keys of a block."""
+    """Rows of a tile, which are (query, head of its group) pairs, and keys of a block."""
 
     rows: int
     keys: int
@@ -49,7 +49,7 @@ class AttentionBlocks:
 
 @dataclass(frozen=True, slots=True)
 class LinearBlocks:
-    """Blocks of rows, columns and K of a product with fixed sums."""
+    """Block sizes in rows, columns and K of a product with fixed sums."""
 
     rows: int
     n: int
@@ -58,7 +58,7 @@ class LinearBlocks:
 
 
 def linear_blocks(element_bytes: int, device: Device) -> LinearBlocks:
-    """Return the blocks of every product with fixed sums, whatever its number of rows."""
+    """Return the block sizes of every product with fixed sums, for any number of rows."""
     if element_bytes == 4:
         return LinearBlocks(16, 64, 32, _on(device, Limits(num_warps=4, num_stages=2), element_bytes))
     return LinearBlocks(32, 64, 64, _on(device, Limits(num_warps=4, num_stages=3), element_bytes))
@@ -69,8 +69,8 @@ def rank_class(max_rank: int) -> int:
     return 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64
 
 
-# Decode reads each weight once, so a block is wide in K or N to keep many bytes in flight. Prefill is a GEMM whose
-# rank dimension is short: the row tile does the work, and 128 columns halve the number of times hidden is read.
+# Decode reads each weight once, so a block is wide in K or N to keep many bytes in flight. Prefill is a GEMM with a
+# short rank dimension: the row tile does the work, and 128 columns halve the reads of hidden.
 _SHRINK = {
     (TILE_SMALL, 16): ShrinkBlocks(rank=16, k=256, limits=Limits(num_warps=4, num_stages=3)),
     (TILE_SMALL, 32): ShrinkBlocks(rank=32, k=128, limits=Limits(num_warps=4, num_stages=4)),
@@ -90,9 +90,9 @@ _EXPAND = {
 
 
 def shrink_blocks(tile_rows: int, max_rank: int, k: int, element_bytes: int, device: Device) -> ShrinkBlocks:
-    """Return the blocks of a shrink whose input has k columns."""
+    """Return the block sizes of a shrink whose input has k columns."""
     blocks = _SHRINK[tile_rows, rank_class(max_rank)]
-    # A block of K never exceeds what K fills, and fp32 halves it so that a stage keeps its size in bytes.
+    # A block of K is at most as wide as K; fp32 halves it, so that a stage keeps its size in bytes.
     block_k = max(16, min(blocks.k * 2 // element_bytes, _power_of_2_below(k)))
     rank = min(blocks.rank, 32) if element_bytes == 4 else blocks.rank
     return ShrinkBlocks(rank, block_k, _on(device, blocks.limits, element_bytes))
@@ -101,18 +101,18 @@ def shrink_blocks(tile_rows: int, max_rank: int, k: int, element_bytes: int, dev
 def expand_blocks(
     tile_rows: int, max_rank: int, n: int, element_bytes: int, splits: int, device: Device
 ) -> ExpandBlocks:
-    """Return the blocks of an expand to n columns, which sums the planes of `splits` parts of K."""
+    """Return the block sizes of an expand to n columns, which sums the planes of `splits` parts of K."""
     blocks = _EXPAND[tile_rows, rank_class(max_rank)]
     block_n = max(16, min(blocks.n, _power_of_2_below(n)))
     if splits == 1:
         return ExpandBlocks(blocks.rank, block_n, _on(device, blocks.limits, element_bytes))
-    # All planes of a block are in registers at once; buffering ahead would put them all in shared memory.
+    # All planes of a block are in registers at once; software pipelining would put them all in shared memory.
     limits = replace(blocks.limits, num_stages=1)
     return ExpandBlocks(blocks.rank if splits < 16 else 16, block_n, _on(device, limits, element_bytes))
 
 
 def prefill_rows(head_dim: int, element_bytes: int, device: Device) -> int:
-    """Return the rows of a prefill chunk's tile: as many as leave the fp32 accumulator in registers."""
+    """Return the rows of a prefill chunk's tile: the maximum with the fp32 accumulator in registers."""
     if element_bytes == 4:
         return 16
     rows = 128 if head_dim <= 128 else 64 if head_dim <= 256 else 32
@@ -120,20 +120,20 @@ def prefill_rows(head_dim: int, element_bytes: int, device: Device) -> int:
 
 
 def attention_blocks(rows: int, head_dim: int, element_bytes: int, device: Device) -> AttentionBlocks:
-    """Return the blocks of an attention tile.
+    """Return the block sizes of an attention tile.
 
-    rows: a power of two of at least 16, decided by the step. head_dim: of keys or values, the larger one, padded to a
+    rows: a power of two of at least 16, decided by the step. head_dim: the larger of keys' and values', padded to a
     power of two.
     """
     num_warps = 4 if rows < 128 and rows * head_dim <= 64 * 128 else 8
     limits = Limits(num_warps, num_stages=2)
-    if element_bytes == 4:  # products without tensor cores: many registers to an output element
+    if element_bytes == 4:  # products without tensor cores: many registers per output element
         keys, limits = 16, replace(limits, num_stages=1)
     elif device.backend == "hip":
         keys = 64 if head_dim <= 128 else 32 if head_dim <= 256 else 16
         limits = Limits(num_warps=4, num_stages=1)
     else:
-        # Ampere keeps both operands of a product in registers; Hopper reads them from shared memory.
+        # Ampere holds both operands of a product in registers; Hopper reads them from shared memory.
         keys = 64 if rows < 128 or device.capability >= 90 else 32
         keys = keys if head_dim <= 128 else 32 if head_dim <= 256 else 16
     return AttentionBlocks(rows, keys, _on(device, limits, element_bytes, crowded=rows >= 64 or head_dim > 256))
@@ -145,13 +145,13 @@ def reduce_limits(device: Device) -> Limits:
 
 
 def lora_splits(programs: int, num_k_blocks: int, device: Device) -> int:
-    """Return how many parts K is cut into, so that a small shrink fills the device: 1, 4 or 16, for few variants."""
+    """Return the number of parts of K with which a small shrink fills the device: 1, 4 or 16, for few variants."""
     splits = _splits(programs, min(MAX_LORA_SPLITS, num_k_blocks), device)
     return 16 if splits >= 16 else 4 if splits >= 4 else 1
 
 
 def kv_splits(programs: int, device: Device) -> int:
-    """Return how many parts a decode's keys are cut into: the same for any length, so that a graph serves them all."""
+    """Return the number of parts of a decode's keys; independent of length, so that one graph serves all lengths."""
     return _splits(programs, MAX_KV_SPLITS, device)
 
 
@@ -165,11 +165,11 @@ def _power_of_2_below(size: int) -> int:
 
 
 def _on(device: Device, limits: Limits, element_bytes: int, crowded: bool = False) -> Limits:
-    """Return limits that fit a device. crowded: whether the accumulator takes more registers than the cap leaves."""
+    """Return limits that fit a device. crowded: whether the accumulator needs more registers than the cap allows."""
     if element_bytes == 4 or device.backend == "hip":
         # fp32 products use no tensor cores and need the registers; AMD's 64 KiB of LDS hold two stages.
         limits = replace(limits, num_stages=min(limits.num_stages, 2))
     if device.backend == "hip":
         return limits
-    # 168 let three blocks of four warps share an SM. Left to itself ptxas stops at lower steps and spills a few.
+    # 168 registers let three blocks of four warps share an SM. By default ptxas stops at lower steps and spills a few.
     return replace(limits, max_registers=255 if crowded or element_bytes == 4 else 168)

@@ -1,5 +1,5 @@
-// The operations as torch operators, by torch's stable ABI: a library that is built once loads in every torch from the
-// version in TORCH_TARGET_VERSION (build.py) on, whatever Python it is for. Only this file knows torch.
+// The operations as torch operators, through torch's stable ABI: a library built once loads in any torch from the
+// version in TORCH_TARGET_VERSION (build.py) on, with any Python. Only this file depends on torch.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -14,7 +14,7 @@ void check(AOTITorchError error) {
   LORAFLEET_CHECK(error == AOTI_TORCH_SUCCESS, "torch refused a call of the native kernels; it says above why");
 }
 
-// A tensor of torch's, which the result keeps alive.
+// A view of a torch tensor; the result keeps it alive.
 Tensor adopt(AtenTensorHandle handle) {
   Tensor t;
   t.memory = std::shared_ptr<void>(handle, [](void* own) {
@@ -37,7 +37,7 @@ Tensor adopt(AtenTensorHandle handle) {
   return t;
 }
 
-// Another reference to what a whole tensor keeps, for torch.
+// A new reference, for torch, to the tensor that a whole tensor keeps alive.
 AtenTensorHandle release(const Tensor& t) {
   AtenTensorHandle handle;
   check(aoti_torch_new_tensor_handle(static_cast<AtenTensorHandle>(t.memory.get()), &handle));
@@ -46,7 +46,7 @@ AtenTensorHandle release(const Tensor& t) {
 
 namespace stable = torch::stable::detail;
 
-// How a parameter of a type is read from torch's stack, and kept while the operation runs.
+// How a parameter of a type is read from torch's stack, and held while the operation runs.
 template <typename T>
 struct Parameter {
   using Kept = T;
@@ -127,7 +127,7 @@ Tensor gated_scan_of(const Tensor& gate, const Tensor& xbc, const Tensor& dt, co
       gate, xbc, dt, {conv_weight, conv_bias, conv_states, rates, dt_bias, skip, states, norm_weight, eps, group}, runs);
 }
 
-// An operation as torch calls it: it takes its arguments from the stack and leaves its results there.
+// An operation in torch's calling convention: takes arguments from the stack and leaves results there.
 template <auto function>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
   call<function>(stack, function);
@@ -152,7 +152,7 @@ int num_threads() {
 }
 
 Tensor plain_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  AtenTensorHandle rows;  // of x as it is seen here, which may have another shape than what keeps its memory
+  AtenTensorHandle rows;  // for x as seen here, whose shape may differ from that of the tensor behind it
   check(aoti_torch_create_tensor_from_blob(x.data, x.dims, x.shape.data(), x.steps.data(), 0,
                                            static_cast<int32_t>(x.type), aoti_torch_device_type_cpu(), 0, &rows));
   StableIValue stack[] = {stable::from(rows), stable::from(release(weight)),

@@ -1,5 +1,5 @@
-// What adapters do to inputs and outputs of layers besides adding rank rows. What one adapter does is put together once,
-// and known by a number from then on: a step names it with the rows that have it.
+// Adapters' changes to inputs and outputs of layers besides rank rows. One adapter's changes are assembled once and
+// then referred to by number: a step lists the number with the rows that have it.
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -10,8 +10,8 @@ namespace lorafleet {
 namespace {
 
 constexpr int64_t kMaxSites = 1 << 20;
-constexpr int64_t kTaskRows = 16;      // of one adapter; threads share more rows
-constexpr int64_t kRunNumbers = 16384;  // that a thread reads, about: less is not worth waking one
+constexpr int64_t kTaskRows = 16;      // rows of one adapter per task; threads share more rows
+constexpr int64_t kRunNumbers = 16384;  // numbers read per thread, approximately: less is not worth waking one
 
 std::mutex changes_mutex;
 std::map<int64_t, std::shared_ptr<Changes>> all_changes;

@@ -1,8 +1,8 @@
-// Changes that adapters make to vectors: numbers added or multiplied, rotations, products with blocks. Included inside
-// the instruction set's namespace.
+// Changes that adapters make to vectors: addition, multiplication, rotation, products with blocks. Included inside the
+// instruction set's namespace.
 #pragma once
 
-// Rows that share a block while the first-level cache has it, in registers.
+// Rows that share a block, in registers, while the L1 cache holds it.
 constexpr int64_t kBlockRows = 4;
 
 template <typename T>
@@ -38,11 +38,11 @@ inline void change_row(const ChangeOp& op, T* x) {
         store_n(x + j, add(mul(sub(load_n(x + j, n), middle), load_n(op.first + j, n)), middle), n);
       });
     case ChangeKind::kBlocks:
-      return;  // of several rows together
+      return;  // handled for several rows together
   }
 }
 
-// rows: where each of N rows begins.
+// rows: pointers to N rows.
 template <int N, typename T>
 inline void multiply_block(const float* block, int64_t size, T* const* rows, float* from) {
   for (int r = 0; r < N; ++r)

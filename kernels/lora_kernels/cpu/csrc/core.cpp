@@ -1,4 +1,4 @@
-// These files as one unit: each alone spends about half of its compile time on headers that all of them read.
+// These files as one translation unit: separately, each spends about half of its compile time on the common headers.
 #include "changes.cpp"
 #include "lora.cpp"
 #include "operations.cpp"

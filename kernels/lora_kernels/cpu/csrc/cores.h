@@ -1,4 +1,4 @@
-// Which cores the threads that help an operation's caller may run on.
+// The cores on which an operation's helper threads may run.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace lorafleet {
 
 constexpr int kMaxThreads = 256;
 
-// Leaves the core's other thread, if it has one, more to compute with.
+// Leaves more execution resources to the core's other hardware thread, if any.
 inline void pause() {
 #ifdef __x86_64__
   _mm_pause();
@@ -27,9 +27,9 @@ inline void pause() {
 }
 
 #ifdef __linux__
-// Keeps helpers off the caller's core, where one of the two would wait for the other while another core has nothing to
-// do, and gives that core to a helper that the caller waits for. Does neither with more threads than cores: which of
-// them share one is then the system's to decide. All methods are for the caller, whoever that is at the time.
+// Keeps helpers off the caller's core, where one of the two would wait for the other while another core is idle, and
+// gives that core to a helper that the caller waits for. Does neither with more threads than cores: the system then
+// decides which of them share a core. All methods are for the current caller.
 class HelperCores {
  public:
   void add(pthread_t helper) {
@@ -37,7 +37,7 @@ class HelperCores {
     caller_core_ = kUnknown;
   }
 
-  // Let the helpers run on all cores that the calling thread may use, but for the one that it is on.
+  // Let the helpers run on all cores allowed for the calling thread, except its current one.
   void leave_to_caller() {
     const int core = sched_getcpu();
     if (core == caller_core_) return;
@@ -52,11 +52,11 @@ class HelperCores {
       for (int i = 0; i < num_helpers_; ++i) move(i, cores);
   }
 
-  // Let a helper run on the calling thread's core alone, unless it has a core: then its processor time goes on. Returns
-  // whether it was moved.
+  // Restrict a helper to the calling thread's core, unless it is running, which its CPU clock shows. Returns whether it
+  // was moved.
   bool give_to(int helper) {
     if (!can_move_) {
-      caller_core_ = kUnknown;  // the caller waits, so it has the time to look next time whether it may use more cores
+      caller_core_ = kUnknown;  // the caller waits anyway: recheck next time whether it may use more cores
       return false;
     }
     const int64_t before = processor_ns(helper);

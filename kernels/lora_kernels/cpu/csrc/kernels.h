@@ -1,5 +1,5 @@
-// The native kernels as plain C++: raw pointers, element strides, no torch. operations.cpp checks and calls them;
-// the files of isa/ are compiled once per instruction set, to a library that fills a Kernels table.
+// The native kernels as plain C++: raw pointers, element strides, no torch. operations.cpp checks arguments and calls
+// the kernels; the files of isa/ are compiled once per instruction set, into a library that fills a Kernels table.
 #pragma once
 
 #include <array>
@@ -24,20 +24,20 @@ enum class Dtype { kF32, kBf16, kF16 };
 constexpr int kPageRows = 16;     // rank rows in an adapter-pool page
 constexpr int kBlockTokens = 16;  // tokens in a KV block
 constexpr int kPanel = 32;        // output columns in a packed weight panel
-constexpr int kXChunk = 256;      // inputs of a chunk of rows that bf16 products read
+constexpr int kXChunk = 256;      // inputs per chunk of rows in bf16 products
 
 // Rows of a matrix whose last dimension is contiguous.
 struct Matrix {
   void* data;
-  int64_t stride;  // elements from row to row
+  int64_t stride;  // elements between rows
 };
 
-// Rows in chunks of kXChunk entries, or a matrix. bf16 products read [chunks, rows, kXChunk]: a chunk of a few rows lies
-// in neighbouring cache lines at constant distances; rows whose length is a power of two would all want the same few
-// places of the cache.
+// Rows in chunks of kXChunk entries, or a matrix. bf16 products read [chunks, rows, kXChunk]: a chunk of a few rows
+// lies in adjacent cache lines at constant distances. Rows whose length is a power of two would compete for the same
+// few cache sets.
 struct Chunked {
   void* data;
-  int64_t stride, chunk;  // elements from row to row, and from chunk to chunk of a row
+  int64_t stride, chunk;  // elements between rows, and between chunks of a row
 };
 
 struct LinearArgs {
@@ -57,12 +57,12 @@ struct QuantPart {
 struct QuantArgs {
   Dtype dtype;  // of x, bias and out
   Matrix x;     // [rows, in_features]
-  const float* x32;     // x in fp32, where products are; null: they are of bf16
+  const float* x32;     // x in fp32, for fp32 products; null: products are bf16
   int64_t x32_stride;
-  const uint16_t* x_chunks;  // x as LinearArgs has it, where products are of bf16
-  const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is there
-  // x as int8 codes, laid out as x_chunks, each eight in the order 0, 4, 1, 5, 2, 6, 3, 7; or null. A row of x is the sum of
-  // `digits` rows of codes, each times its scales: one that is rounded, or several that are exact.
+  const uint16_t* x_chunks;  // x as in LinearArgs, for bf16 products
+  const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is set
+  // x as int8 codes, laid out as x_chunks, every eight in the order 0, 4, 1, 5, 2, 6, 3, 7; or null. A row of x is the
+  // sum of `digits` rows of codes, each times its scales: one rounded row, or several exact ones.
   const int8_t* x_codes;
   const float* x_scales;    // of x_codes' groups: [rows * digits, in_features / 32]
   const int32_t* x_halves;  // sums of x_codes' halves of groups: [rows * digits, in_features / 16]
@@ -72,16 +72,16 @@ struct QuantArgs {
   const void* bias;  // [out_features of all parts] or null
   Matrix out;
   int64_t rows, in_features;
-  bool fixed_sums;  // whether a row's sums must not depend on how many rows there are
+  bool fixed_sums;  // whether a row's sums must not depend on the number of rows
 };
 
 struct LoraSiteArgs {
   Matrix out;  // [tokens, width]
   const void* a_rows;
   const void* b_rows;
-  const float* factors;  // of rank rows that are int8, each of the product of its A and its B; null: they are of dtype
+  const float* factors;  // of int8 rank rows, each for the product of its A and its B; null: rank rows have dtype
   int64_t width;
-  int64_t index, group;  // column of ranks and scales; row of pages
+  int64_t index, group;  // column in ranks and scales; row in pages
 };
 
 struct LoraArgs {
@@ -100,15 +100,15 @@ struct LoraArgs {
   const int32_t* rows;
   int64_t num_rows;
   const float* row_scales;  // by index into rows, or null
-  bool fixed_sums;          // whether a row's sums must not depend on how many rows its tile has
-  float* apart;             // of linear_lora: what is to be added, for each site [num_rows, width]
+  bool fixed_sums;          // whether a row's sums must not depend on the number of rows in its tile
+  float* apart;             // for linear_lora: what to add, for each site [num_rows, width]
 };
 
-// LoRA that a product adds. Each task asks for the rows of some tiles' adapters while it multiplies some panels, and
-// multiplies these tiles by them when it is done with the panels.
+// LoRA that a matrix product adds. Each task prefetches the rank rows for some tiles while it multiplies some panels,
+// then multiplies these tiles by them.
 struct LinearLora {
   const LoraArgs& lora;
-  int64_t num_tasks;  // at most as many as panels
+  int64_t num_tasks;  // at most the number of panels
 };
 
 struct KvWriteArgs {
@@ -122,14 +122,15 @@ struct KvWriteArgs {
   int64_t num_tokens, kv_heads, k_dim, v_dim;
 };
 
-// Queries [first_query, first_query + num_queries) of a sequence, kv heads [kv_head, kv_head + num_kv_heads), keys
+// Queries [first_query, first_query + num_queries) of a sequence, KV heads [kv_head, kv_head + num_kv_heads), keys
 // [first_key, end_key).
-// Consecutive tasks that differ only in their keys form a split: each leaves its partial result in a slot of
+//
+// Consecutive tasks that differ only in their keys form a split: each writes its partial result to a slot of
 // AttentionArgs.partials, and the rows are merged afterwards.
 struct AttentionTask {
   int32_t seq, kv_head, num_kv_heads, first_query, num_queries;
   int32_t first_key, end_key;  // first_key is a multiple of kBlockTokens
-  int32_t partial;             // slot, or -1: the task sees all keys of its queries and writes the output
+  int32_t partial;             // slot, or -1: the task covers all keys of its queries and writes the output
 };
 struct AttentionMerge {
   int32_t first_task, num_tasks;
@@ -139,13 +140,13 @@ struct AttentionArgs {
   Dtype dtype;
   const void* q;
   int64_t q_token, q_head;  // strides in elements
-  // [blocks, kv_heads] of block bytes: kBlockTokens rows of k_dim or v_dim entries; if they are int8 codes, then an fp32
-  // scale of each row.
+  // [blocks, kv_heads] of block bytes: kBlockTokens rows of k_dim or v_dim entries; for int8 codes, followed by an fp32
+  // scale per row.
   const void *k_cache, *v_cache;
-  int64_t k_stride, v_stride;  // bytes from block to block
+  int64_t k_stride, v_stride;  // bytes between blocks
   int64_t k_block_bytes, v_block_bytes;
   bool is_coded;
-  bool fixed_sums;  // whether a row's sums must not depend on how many rows its task has
+  bool fixed_sums;  // whether a row's sums must not depend on the number of rows in its task
   void* out;  // [tokens, heads, v_dim] contiguous
   const int32_t* block_tables;
   int64_t max_blocks;
@@ -208,8 +209,8 @@ struct ArgmaxArgs {
   bool* finite;  // [rows]
 };
 
-// h[c, n] = exp(dt * a[c, n]) * h[c, n] + dt * x * b[n] for one token after the other; out is sum(h * c[n]) + skip * x,
-// times silu(gate). dt is softplus(dt + bias) where softplus is true.
+// Per token: h[c, n] = exp(dt * a[c, n]) * h[c, n] + dt * x * b[n]; out is sum(h * c[n]) + skip * x, times silu(gate).
+// If softplus is true, dt is softplus(dt + bias).
 struct ScanArgs {
   Dtype dtype;
   Matrix x, gate, out;       // [tokens, channels]; gate.data may be null
@@ -222,13 +223,13 @@ struct ScanArgs {
   bool softplus;
 };
 
-// Consecutive tokens of one sequence. Runs are computed in order: one may begin with the state that another leaves.
+// Consecutive tokens of one sequence. Runs are computed in order: one may begin with the state that another wrote.
 struct StateRun {
   int64_t start, end;         // rows
-  int64_t read, write, save;  // slots of the states that it begins with and leaves; another for the latter, or -1
+  int64_t read, write, save;  // slots of the initial and the final state; another copy of the latter, or -1
 };
 
-// s = exp(decay) * s; s += k (x) beta * (v - s^T k); out = s^T q / sqrt(key_dim) for one token after the other.
+// Per token: s = exp(decay) * s; s += k (x) beta * (v - s^T k); out = s^T q / sqrt(key_dim).
 struct DeltaArgs {
   Dtype dtype;
   const void *q, *k, *v;
@@ -239,13 +240,13 @@ struct DeltaArgs {
   float* states;                                              // [slots, heads, key_dim, width]
   const StateRun* runs;
   int64_t num_runs, heads, key_heads, key_dim, width;
-  bool per_channel;  // the decay
-  bool normalize;    // q and k, to length 1
-  bool additive;     // whether values are added as they are, not what the state lacks of them
+  bool per_channel;  // whether decay is per channel of a key
+  bool normalize;    // whether q and k are scaled to length 1
+  bool additive;     // whether s += k (x) beta * v, without subtracting s^T k
 };
 
-// What a delta rule's two smallest projections a and b mean: decay = rates * softplus(a + bias), beta = sigmoid(b) as b's
-// dtype has it.
+// The gates of a delta rule, computed from two small projections a and b: decay = rates * softplus(a + bias), beta =
+// sigmoid(b) rounded to b's dtype.
 struct DeltaGatesArgs {
   Dtype dtype;
   Matrix a, b;                // [tokens, heads]
@@ -254,7 +255,7 @@ struct DeltaGatesArgs {
   int64_t tokens, heads;
 };
 
-// What Mamba2's scan reads, in fp32: its convolution's output, of which the columns from `scaled_from` on are times
+// The fp32 inputs of Mamba2's scan: wide is the convolution's output, with the columns from `scaled_from` on times
 // `scale`; steps = softplus(dt + bias), decay = rates * steps.
 struct ScanInputsArgs {
   Dtype dtype;
@@ -265,20 +266,20 @@ struct ScanInputsArgs {
   float scale;
 };
 
-// out = y * weight / rms(y) in groups of columns, for y = (y + skip * x) * silu(gate); y is overwritten.
+// out = y * weight / rms(y) per group of columns, for y = (y + skip * x) * silu(gate); y is overwritten.
 struct ScanNormArgs {
   Dtype dtype;         // of gate, weight and out
   Matrix gate, out;    // [tokens, heads * width]
   float* y;            // [tokens, heads, width]
-  const float* x;      // [tokens, heads, width] at a stride
+  const float* x;      // [tokens, heads, width], tokens x_stride apart
   int64_t x_stride;
   const float* skip;   // [heads]
   const void* weight;  // [heads * width]
-  int64_t tokens, heads, width, group;  // a group has whole heads
+  int64_t tokens, heads, width, group;  // a group consists of whole heads
   float eps;
 };
 
-// out[t] = sum(weight[:, j] * x[t - taps + 1 + j]) + bias, of each run from its state: its last `taps` inputs.
+// out[t] = sum(weight[:, j] * x[t - taps + 1 + j]) + bias. A run starts from its state: its last `taps` inputs.
 struct ConvArgs {
   Dtype dtype;
   Matrix x, out;       // [tokens, channels]
@@ -290,20 +291,20 @@ struct ConvArgs {
   bool silu;
 };
 
-// What an adapter does to vectors of a layer, its inputs or its outputs, besides adding rank rows. All numbers are fp32.
+// How an adapter changes vectors of a layer, its inputs or its outputs, besides adding rank rows. All numbers are fp32.
 enum class ChangeKind {
   kAdd,     // x + first
-  kScale,   // x * first; with a second, in groups of `size`, plus that times the other half of the group, the first
-            // half's with the sign changed: rotations
-  kAround,  // (x - second) * first + second; no second: zero
-  kBlocks,  // each `size` numbers, a row, times their matrix of first [width / size, size, size]
+  kScale,   // x * first; with a second, rotations: plus the second times the other half of each group of `size`,
+            // negated for the group's first half
+  kAround,  // (x - second) * first + second; without a second: x * first
+  kBlocks,  // every `size` numbers, as a row, times their matrix from first [width / size, size, size]
 };
 struct ChangeOp {
   ChangeKind kind;
-  const float *first, *second;  // [width] but for kBlocks; the second may be null
+  const float *first, *second;  // [width] except for kBlocks; the second may be null
   int64_t width, size;
 };
-struct ChangeTask {  // changes of some rows, one after the other
+struct ChangeTask {  // changes of some rows, in order
   const ChangeOp* ops;
   int64_t num_ops;
   const int64_t* rows;
@@ -311,9 +312,9 @@ struct ChangeTask {  // changes of some rows, one after the other
 };
 struct ChangeArgs {
   Dtype dtype;
-  Matrix x;  // changed in place, each change rounded to its dtype
+  Matrix x;  // changed in place; every change rounds to its dtype
   const ChangeTask* tasks;
-  int64_t num_tasks, num_runs;  // of tasks, each of which a thread does; so few that each has enough to do
+  int64_t num_tasks, num_runs;  // runs: of tasks, one thread each; few enough to be worth a thread
 };
 
 // The kernels of one instruction set.
@@ -322,7 +323,7 @@ struct Kernels {
   void (*linear_lora)(const LinearArgs&, const LinearLora&);
   bool (*quant_uses_integers)(Dtype);
   void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
-  int64_t (*quant_digits)(const QuantArgs&);  // rows of codes that x is to be written as; 0: its numbers are multiplied
+  int64_t (*quant_digits)(const QuantArgs&);  // rows of codes to write x as; 0: use x's numbers
   void (*quant_encode)(const QuantArgs&, int8_t* x_codes, float* x_scales, int32_t* x_halves);
   void (*quant_linear)(const QuantArgs&);
   void (*lora_add)(const LoraArgs&);
@@ -340,29 +341,29 @@ struct Kernels {
   void (*scan_norm)(const ScanNormArgs&);
   void (*delta_rule)(const DeltaArgs&);
   void (*causal_conv)(const ConvArgs&);
-  int64_t attention_rows;  // of a task: enough to share keys that are packed
-  // Of a block of rows that one thread computes between two attentions, about: what it writes stays in its second-level
-  // cache. A block reads all weights. 0: products are so fast that threads had better share these.
+  int64_t attention_rows;  // per task: enough to amortize packing keys
+  // Approximate rows in a block that one thread computes between two attentions: results stay in its second-level
+  // cache. Every block reads all weights. 0: products are so fast that threads should share them.
   int64_t block_rows;
-  // Whether there is linear_lora, and it is a gain. Products in tile registers end too soon to ask for adapters' rows
+  // Whether linear_lora exists and is faster. Products in tile registers finish too soon to prefetch adapters' rows
   // meanwhile.
   bool has_slow_products;
 };
 
-// What the library of an instruction set finds in the library that opens it.
+// What the library of an instruction set uses from the library that opens it.
 #define LORAFLEET_SHARED __attribute__((visibility("default")))
 
-// Whether the processor is one of AMD's.
+// Whether the processor is made by AMD.
 extern const LORAFLEET_SHARED bool is_amd;
 
-// Runs task(context, i) for i in [0, num_tasks), on as many threads as torch would use or on up to num_threads;
-// neighbouring tasks mostly on one thread, in order.
+// Runs task(context, i) for i in [0, num_tasks), on torch's number of threads or on up to num_threads; neighboring
+// tasks mostly run on one thread, in order.
 LORAFLEET_SHARED void run_tasks(int64_t num_tasks, void (*task)(const void* context, int64_t index), const void* context);
 void run_tasks(int num_threads, int64_t num_tasks, void (*task)(const void* context, int64_t index),
                const void* context);
 
-// Memory that the next operation reads from end to end, shared among threads as run_tasks shares tasks. Threads that wait
-// for that operation fetch the beginning of theirs meanwhile. A hint: nothing depends on what it says.
+// Memory that the next operation reads completely, split among threads as run_tasks splits tasks. Threads waiting for
+// that operation prefetch the beginning of their part. Only a hint: results do not depend on it.
 struct ReadAhead {
   const void* data = nullptr;
   int64_t bytes = 0;
@@ -370,10 +371,10 @@ struct ReadAhead {
 constexpr int kMaxAheadParts = 4;
 void announce(const std::array<ReadAhead, kMaxAheadParts>& parts);
 
-// The calling thread's scratch memory, 64-byte aligned; valid until its next call of scratch.
+// The calling thread's scratch memory, 64-byte aligned, valid until its next call to scratch.
 LORAFLEET_SHARED float* scratch(int64_t num_floats);
 
 }  // namespace lorafleet
 
-// Of the library of an instruction set: its kernels.
+// In the library of an instruction set: its kernels.
 extern "C" LORAFLEET_SHARED const lorafleet::Kernels* lorafleet_kernels();

@@ -1,14 +1,14 @@
-// LoRA of sibling linear layers: an operation of its own, or together with their product.
+// LoRA of sibling linear layers: as a separate operation, or together with their product.
 #include "operations.h"
 
 namespace lorafleet {
 namespace {
 
-// Few adapters' rows take less time after a product than it takes a product to ask for them.
+// For fewer tiles, LoRA after a product takes less time than prefetching during the product.
 constexpr int32_t kFewestTiles = 8;
-// With fewer rows a product waits for its own weights; with more of them asking takes more time than it saves.
+// With fewer rows a product waits for its own weights; with more rows prefetching costs more than it saves.
 constexpr int64_t kFewestRows = 15, kMostRows = 56;
-// Tasks for each thread, at least: threads that others hold up compute fewer of them.
+// Minimum tasks per thread: threads that are delayed can then compute fewer of them.
 constexpr int64_t kThreadTasks = 4;
 
 struct LoraCall {
@@ -47,7 +47,7 @@ LoraCall lora_call(const LoraSites& own, const LoraStep& step, const Tensor& x, 
                           own.groups[i]});
   }
   const int32_t *num_rows = entries_of<int32_t>(step.counts, "counts"), *num_tiles = num_rows + 2;
-  const bool large = num_tiles[1] >= 2 * num_threads();  // else there are too few for all threads
+  const bool large = num_tiles[1] >= 2 * num_threads();  // else too few tiles for all threads
   call.args = {
       .dtype = dtype_of(x),
       .x = rows_of(x, "x"),

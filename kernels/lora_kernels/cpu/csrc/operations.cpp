@@ -1,4 +1,4 @@
-// The operations on tensors: what they check, the plan of attention, scratch memory.
+// The operations on tensors: argument checks, the plan of attention, scratch memory.
 #include "operations.h"
 
 #include <cstdlib>
@@ -24,7 +24,7 @@ float* scratch(int64_t num_floats) {
   return memory.get();
 }
 
-// Whether a row's sums are added in an order that does not depend on the rows beside it. See sums.py.
+// Whether a row's sums are added in an order that does not depend on the other rows. See sums.py.
 bool fixed_sums = false;
 
 void fix_sums(bool is_fixed) { fixed_sums = is_fixed; }
@@ -90,7 +90,7 @@ Tensor chunk_rows(const Tensor& x) {
   return chunked;
 }
 
-// Memory for rows of another width.
+// Allocates rows of another width.
 Tensor empty_rows(const Tensor& x, int64_t width) {
   std::array<int64_t, kMaxDims> shape = x.shape;
   shape[x.dim() - 1] = width;
@@ -147,14 +147,14 @@ Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
   return out;
 }
 
-// An int8 cache: an fp32 scale for each row of a block lies behind the block's codes, as four more entries a row.
+// In an int8 cache, an fp32 scale per row of a block follows the block's codes, as four more entries per row.
 bool is_coded(const Tensor& cache) { return cache.type == Scalar::kChar; }
 int64_t bytes_to_next_block(const Tensor& cache) { return cache.stride(0) * cache.element_size(); }
 int64_t cache_dim(const Tensor& cache) {
   return cache.size(3) - (is_coded(cache) ? static_cast<int64_t>(sizeof(float)) : 0);
 }
 
-// Blocks may lie anywhere apart; each is contiguous.
+// Blocks may lie at any distance; each is contiguous.
 void check_cache(const Tensor& cache, int64_t kv_heads, int64_t dim, const Tensor& like, const char* name) {
   LORAFLEET_CHECK(cache.dim() == 4 && cache.size(1) == kv_heads && cache.size(2) == kBlockTokens && cache_dim(cache) == dim,
               name, " must be [blocks, ", kv_heads, ", ", kBlockTokens, ", ", dim, "], with scales if int8");
@@ -213,8 +213,8 @@ void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
   });
 }
 
-constexpr int64_t kTaskBytes = 8192;   // of a block's keys: longer runs of memory are read no faster
-constexpr int64_t kSplitKeys = 256;    // no task is split into runs of fewer keys
+constexpr int64_t kTaskBytes = 8192;   // of a block's keys: longer contiguous reads are no faster
+constexpr int64_t kSplitKeys = 256;    // minimum keys per part of a split task
 
 struct AttentionPlan {
   std::vector<AttentionTask> tasks;
@@ -223,12 +223,12 @@ struct AttentionPlan {
   int64_t task_queries, task_rows;  // at most
 };
 
-// Queries that share their keys, and the keys that they see, from the begin of a block on.
+// Queries that share their keys, and the keys that they read, starting at a block boundary.
 struct AttentionTile {
   int64_t seq, first_query, num_queries, first_key, end_key;
 };
 
-// Prefill chunks stand last in a step and make the longest tasks, so sequences are taken from the end.
+// Prefill chunks come last in a step and make the longest tasks, so sequences are taken from the end.
 std::vector<AttentionTile> attention_tiles(const AttentionArgs& args, int64_t most_queries) {
   std::vector<AttentionTile> tiles;
   for (int64_t s = args.num_seqs - 1; s >= 0; --s) {
@@ -243,13 +243,13 @@ std::vector<AttentionTile> attention_tiles(const AttentionArgs& args, int64_t mo
   return tiles;
 }
 
-// A task has as many kv heads as leave every thread some tasks, and no more keys than its share of all: a block's heads
-// lie side by side, and memory that is read in long runs comes up to twice as fast as one head's 2 KB here and there.
+// A task gets as many KV heads as leave several tasks per thread, and no more keys than its share of all. Heads of a
+// block are adjacent, and long contiguous reads are up to twice as fast as reads of one head's 2 KB each.
 AttentionPlan plan_attention(const AttentionArgs& args) {
   AttentionPlan plan;
   const int64_t group = args.heads / args.kv_heads;
   plan.task_queries = std::max<int64_t>(1, active->attention_rows / group);
-  if (fixed_sums && args.window > 0) plan.task_queries = 1;  // rounds of keys begin where the first query's window does
+  if (fixed_sums && args.window > 0) plan.task_queries = 1;  // rounds of keys start at the first query's window
   plan.task_rows = std::max(active->attention_rows, group);
   const std::vector<AttentionTile> tiles = attention_tiles(args, plan.task_queries);
   int64_t work = 0;
@@ -343,7 +343,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
-// Makes memory for the result of an operation on rows [n, width], in chunks or as they are.
+// Allocates the result of an operation on rows [n, width], in chunks or as plain rows.
 std::tuple<Tensor, Chunked> empty_result(const Tensor& x, bool in_chunks) {
   const int64_t width = x.size(-1);
   if (!in_chunks) {

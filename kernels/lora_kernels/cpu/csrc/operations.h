@@ -1,4 +1,4 @@
-// The operations on tensors, checked; stack.cpp strings them together, bind.cpp registers them for torch.
+// The operations on tensors, with checks; stack.cpp combines them, bind.cpp registers them with torch.
 #pragma once
 
 #include <string>
@@ -11,9 +11,9 @@
 namespace lorafleet {
 
 Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features);
-// Into `out`, rows as x has them, of the weight's output width.
+// Writes to `out`: the rows of x, with the weight's output width.
 void linear_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias);
-// The same for rows in chunks, as LinearArgs::x has them.
+// The same for rows in chunks, in the layout of LinearArgs::x.
 void linear_of_chunks(const Tensor& out, const Tensor& chunks, const Tensor& packed, const OptionalTensor& bias);
 void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices,
                Ints groups, const Tensor& ranks, const Tensor& scales, const Tensor& pages, const Tensor& rows,
@@ -26,7 +26,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
                        const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window, double softcap,
                        const OptionalTensor& sinks);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual, bool plus_one);
-// in_chunks: the result is for `linear_of_chunks`.
+// in_chunks: returns the layout that `linear_of_chunks` reads.
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual, bool plus_one,
                 bool in_chunks);
 void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin);
@@ -38,27 +38,27 @@ void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words)
 std::tuple<Tensor, Tensor> argmax(const Tensor& x);
 
 // lora.cpp
-struct LoraSites {  // where the pool has the adapters' rows of sibling linear layers
+struct LoraSites {  // where the pool holds adapters' rows for sibling linear layers
   Tensors a_rows, b_rows, factors;
   Ints indices, groups;
 };
-struct LoraStep {  // which adapter each of a step's rows has
+struct LoraStep {  // the adapter of every row of a step
   const Tensor &ranks, &scales, &pages, &rows, &small_tiles, &large_tiles, &counts;
   const OptionalTensor& row_scales;
 };
-// Whether linear_lora_to takes less time than linear_to and lora_add_ one after the other.
+// Whether linear_lora_to takes less time than linear_to followed by lora_add_.
 bool linear_lora_pays(const Tensor& x, const LoraStep& step);
-// linear_to and LoRA of its siblings, whose outputs are outs.
+// linear_to with LoRA of its sibling layers, whose outputs are outs.
 void linear_lora_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias, Tensors outs,
                     const LoraSites& sites, const LoraStep& step);
 
-// changes.cpp: what an adapter does to layers besides adding rank rows is known by its number.
+// changes.cpp: an adapter's changes besides rank rows, identified by a number.
 struct Changes {
   struct Site {
-    std::vector<ChangeOp> inputs, outputs;  // in the order in which they are made
+    std::vector<ChangeOp> inputs, outputs;  // in the order of their application
   };
   std::vector<Site> sites;    // by index
-  std::vector<Tensor> kept;  // which have the numbers
+  std::vector<Tensor> kept;  // tensors that own the numbers
 
   const std::vector<ChangeOp>& at(int64_t site, bool of_inputs) const {
     static const Site none;
@@ -75,20 +75,20 @@ void changes_free(int64_t changes);
 // kind: a ChangeKind. The changes must not be in use.
 void changes_add(int64_t changes, int64_t site, bool of_inputs, int64_t kind, const Tensor& first,
                  const OptionalTensor& second, int64_t size);
-// lists: numbers of changes, how many rows each has, and these rows of num_rows; or none.
+// lists: numbers of changes, the count of rows for each, and these rows, below num_rows; or empty.
 std::vector<ChangedRows> changed_rows(Tensors lists, int64_t num_rows);
-// Those of rows [first, first + count), which are numbered from 0.
+// The changes of rows [first, first + count), renumbered from 0.
 std::vector<ChangedRows> changed_rows_of(const std::vector<ChangedRows>& all, int64_t first, int64_t count);
-// Those that change a site's inputs or outputs.
+// Those with changes to a site's inputs or outputs.
 std::vector<ChangedRows> changed_at(const std::vector<ChangedRows>& all, int64_t site, bool of_inputs);
-// Changes rows of x, inputs or outputs of a site, in place.
+// Changes rows of x, the inputs or outputs of a site, in place.
 void change_(const Tensor& x, const std::vector<ChangedRows>& changed, int64_t site, bool of_inputs);
 
 // pack.cpp and quantised.cpp
 void pack_linear_(const Tensor& packed, Tensors weights);
 std::tuple<int64_t, int64_t> quantised_form(std::string_view kind, int64_t in_features);
 std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view kind, int64_t in_features);
-// int8_inputs: x is rounded to int8 codes, each group of 32 inputs with a scale of its own.
+// int8_inputs: x is rounded to int8 codes, with a scale per group of 32 inputs.
 Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes, const OptionalTensor& bias,
                     bool int8_inputs);
 void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints forms, Ints sizes,
@@ -103,7 +103,7 @@ Tensor delta_rule(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 Tensor causal_conv(const Tensor& x, const Tensor& weight, const Tensor& states, const Tensor& runs,
                    const OptionalTensor& bias, bool silu);
 
-// A gated delta rule's layer between its projections, but for the norm of its output.
+// A gated delta rule's layer between its projections, without the norm of its output.
 struct DeltaLayer {
   Tensor conv_weight;          // [channels, taps]
   OptionalTensor conv_bias;    // [channels]
@@ -111,7 +111,7 @@ struct DeltaLayer {
   Tensor rates, dt_bias;       // fp32 [heads]
   Tensor states;               // fp32 [slots, heads, key_dim, width]
 };
-// qkv: [T, channels], which the convolution reads; b, a: [T, heads]. Returns [T, heads, width].
+// qkv: [T, channels], the convolution's input; b, a: [T, heads]. Returns [T, heads, width].
 Tensor gated_delta(const Tensor& qkv, const Tensor& b, const Tensor& a, const DeltaLayer& layer, const Tensor& runs);
 
 // Mamba2's mixer between its projections.
@@ -123,12 +123,12 @@ struct ScanLayer {
   Tensor states;                  // fp32 [slots, heads, key_dim, width]
   Tensor norm_weight;             // [heads * width]
   double eps;
-  int64_t group;  // columns that are normed together
+  int64_t group;  // columns per group of the norm
 };
-// gate: [T, heads * width]; xbc: [T, channels], which the convolution reads; dt: [T, heads]. Returns the shape of gate.
+// gate: [T, heads * width]; xbc: [T, channels], the convolution's input; dt: [T, heads]. Returns the shape of gate.
 Tensor gated_scan(const Tensor& gate, const Tensor& xbc, const Tensor& dt, const ScanLayer& layer, const Tensor& runs);
 
-// stack.cpp: a stack is known by its number. What belongs to a layer is added part by part before the layer itself.
+// stack.cpp: a stack is identified by a number. The parts of a layer are added one by one before the layer itself.
 int64_t stack_new();
 void stack_free(int64_t stack);
 void stack_norm(int64_t stack, const Tensor& weight, double eps, bool plus_one);
@@ -136,7 +136,7 @@ void stack_linears(int64_t stack, Tensors weights, Ints forms, bool int8_inputs,
                    Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices, Ints groups);
 void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const Tensor& k_cache, const Tensor& v_cache,
                  const OptionalTensor& sinks, std::string_view act);
-// The layer's third norm is that of the delta rule's output.
+// The layer's third norm is the one of the delta rule's output.
 void stack_delta(int64_t stack, const Tensor& conv_weight, const OptionalTensor& conv_bias, const Tensor& conv_states,
                  const Tensor& rates, const Tensor& dt_bias, const Tensor& states, std::string_view act);
 void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
@@ -147,16 +147,16 @@ Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions
                     const OptionalTensor& row_scales, Tensors changes, Tensors head_lora,
                     const OptionalTensor& head_scales, Tensors head_changes);
 
-// The kernels in use; null until there are some.
+// The kernels in use; null until use_isa sets them.
 extern const Kernels* active;
 // The name of their instruction set.
 std::string isa();
-// The instruction sets that the processor has kernels for, the best one first, with spaces between them.
+// The instruction sets that the processor has kernels for, best first, separated by spaces.
 std::string isas();
-// Uses the kernels of an instruction set, which a library has. Returns "", or why not.
+// Switches to the kernels of an instruction set in a library. Returns "" or an error message.
 std::string use_isa(std::string_view name, std::string_view library);
 
-// Sets whether a row's sums are added in an order that does not depend on the rows beside it. See sums.py.
+// Sets whether a row's sums are added in an order that does not depend on the other rows. See sums.py.
 void fix_sums(bool is_fixed);
 
 bool sums_are_fixed();
@@ -165,17 +165,17 @@ Dtype dtype_of(const Tensor& t);
 int64_t rows_in(const Tensor& t);
 void check_same_dtype(const Tensor& t, const Tensor& like, const char* name);
 
-// Rows of a bf16 tensor as LinearArgs::x has them; a single row is its own chunks.
+// Rows of a bf16 tensor in the layout of LinearArgs::x; a single row needs no copy.
 Tensor chunk_rows(const Tensor& x);
 
-// A product's arguments, checked, and the memory of theirs that nobody else keeps.
+// A product's checked arguments, and the memory that only they refer to.
 struct LinearCall {
   Tensor chunks;
   LinearArgs args;
 };
 LinearCall linear_call(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias);
 
-// Memory for rows as x has them, of another width.
+// Allocates rows in the shape of x, with another width.
 Tensor empty_rows(const Tensor& x, int64_t width);
 
 // A tensor of any number of dimensions as rows of its last one.

@@ -1,4 +1,4 @@
-// Lays out bf16 weights for `linear`: panels of columns, in each the pairs of inputs of all its columns side by side.
+// Lays out bf16 weights for `linear`: panels of columns, each with the pairs of inputs of all its columns side by side.
 #include <cstring>
 
 #include "operations.h"
@@ -7,7 +7,7 @@ namespace lorafleet {
 
 namespace {
 
-// Transposes a panel's rows of pairs to pairs of its columns; columns beyond the rows become 0.
+// Transposes rows of pairs to a panel; columns beyond the rows become 0.
 void pack_panel(const uint32_t* const* rows, int64_t num_rows, int64_t pairs, uint32_t* to) {
   typedef uint32_t Four __attribute__((vector_size(16)));
   const int64_t whole = num_rows < kPanel ? 0 : pairs / 4 * 4;

@@ -2,7 +2,8 @@
 // the instruction set's namespace.
 #pragma once
 
-// Rows are handed out in even runs of at most about this many elements, so that a small step stays on the calling thread.
+// Rows are split evenly into runs of about this many elements at most, so that a small step stays on the calling
+// thread.
 constexpr int64_t kRunElements = 16384;
 
 template <typename F>
@@ -23,8 +24,8 @@ inline void copy_row(const T* from, int64_t dim, char* block, int64_t row) {
   __builtin_memcpy(block + row * dim * sizeof(T), from, dim * sizeof(T));
 }
 
-// Codes are from / scale, rounded, for a scale with which the largest becomes 127. A NaN or an infinity makes the scale
-// NaN, so that it is not lost.
+// Codes are from / scale, rounded, with a scale that maps the largest to 127. A NaN or an infinity makes the scale NaN,
+// so that it is not lost.
 template <typename T>
 inline void code_row(const T* from, int64_t dim, char* block, int64_t row) {
   Vec largest = zero(), poison = zero();
@@ -34,7 +35,7 @@ inline void code_row(const T* from, int64_t dim, char* block, int64_t row) {
     poison = fma(x, zero(), poison);
   }
   float scale = max_lane(largest) / 127.0f;
-  if (scale < 1.1754944e-38f) scale = 0;  // so small that dividing by it would overflow
+  if (scale < 1.1754944e-38f) scale = 0;  // otherwise dividing by it would overflow
   const Vec divisor = set1(scale > 0 ? scale : 1.0f);
   int8_t* codes = reinterpret_cast<int8_t*>(block) + row * dim;
   for (int64_t d = 0; d < dim; d += kLanes) {
@@ -51,7 +52,7 @@ inline void kv_write_row(const KvWriteArgs& args, const T* from, char* block, in
 }
 
 void kv_write(const KvWriteArgs& args) {
-  // Calls f with each head's block of a cache, and the row in it, of a token.
+  // Calls f with every head's block of a cache and the token's row in it.
   const auto places = [&]<typename T>(char* cache, int64_t block_stride, int64_t dim, int64_t t, const auto& f) {
     const int64_t block = args.slots[t] / kBlockTokens, offset = args.slots[t] % kBlockTokens;
     const int64_t bytes = kBlockTokens * (args.is_coded ? dim + sizeof(float) : dim * sizeof(T));
@@ -71,7 +72,7 @@ void kv_write(const KvWriteArgs& args) {
   };
   run_runs(args.num_tokens, args.kv_heads * (args.k_dim + args.v_dim), [&](int64_t first, int64_t end) {
     with_dtype(args.dtype, [&]<typename T>() {
-      // The places lie anywhere in memory: all are asked for before the first is written.
+      // The rows are scattered in memory: all are prefetched before the first is written.
       for (int64_t t = first; t < end; ++t) {
         ask.template operator()<T>(args.k_cache, args.k_stride, args.k_dim, t);
         ask.template operator()<T>(args.v_cache, args.v_stride, args.v_dim, t);
@@ -84,7 +85,7 @@ void kv_write(const KvWriteArgs& args) {
   });
 }
 
-// each_vector, where f gets the place of the vector in a row that may lie in chunks, too.
+// each_vector for a row that may be in chunks: f also gets the vector's place.
 template <typename T, typename F>
 inline void each_vector_to(const Chunked& out, int64_t row, int64_t width, const F& f) {
   T* to = static_cast<T*>(out.data) + row * out.stride;
@@ -209,7 +210,7 @@ void mask_logits(const MaskArgs& args) {
   });
 }
 
-// Compared as integers: the bits of a number above zero order as it does, of one below zero the other way round.
+// Compared as integers: the bits of a positive number order as the number does, those of a negative one in reverse.
 template <typename Int>
 constexpr Int kNoSign = static_cast<Int>(~(Int{1} << (8 * sizeof(Int) - 1)));
 
@@ -220,7 +221,7 @@ inline Int order(Int bits) {
 
 template <typename Int>
 inline void argmax_row(const Int* x, int64_t width, Int infinity, int64_t* id, bool* finite) {
-  constexpr int64_t kRun = 2048;  // numbers whose maximum is found first, and its place later
+  constexpr int64_t kRun = 2048;  // entries to find a maximum in before locating it
   Int best = order(x[0]), largest = 0;
   int64_t best_run = 0;
   for (int64_t first = 0; first < width; first += kRun) {
@@ -235,7 +236,7 @@ inline void argmax_row(const Int* x, int64_t width, Int infinity, int64_t* id, b
   }
   *id = best_run;
   while (order(x[*id]) != best) ++*id;
-  *finite = largest <= infinity && (x[*id] & kNoSign<Int>) < infinity;  // larger than infinity: a NaN
+  *finite = largest <= infinity && (x[*id] & kNoSign<Int>) < infinity;  // above infinity: a NaN
 }
 
 void argmax(const ArgmaxArgs& args) {

@@ -1,4 +1,4 @@
-// Which instruction sets the processor has kernels for, and which of these are in use.
+// The instruction sets that the processor has kernels for, and the one in use.
 #include <dlfcn.h>
 
 #include "operations.h"
@@ -19,7 +19,7 @@ struct Leaf {
   explicit Leaf(unsigned part) { __get_cpuid_count(7, part, &a, &b, &c, &d); }
 };
 
-// Whether the processor multiplies bf16 in tile registers (AMX) and the system lets this process use them.
+// Whether the processor multiplies bf16 in tile registers (AMX) and the system permits this process to use them.
 bool may_use_tiles() {
   constexpr unsigned kBf16 = 1 << 22, kTile = 1 << 24;
   constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -46,14 +46,14 @@ std::string isas() {
 #ifdef __aarch64__
   return "neon";
 #else
-  __builtin_cpu_init();  // of registers that the system does not save, it reports nothing
+  __builtin_cpu_init();  // omits registers that the system does not save
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool avx512_vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const bool avx512_bf16 = avx512_vnni && __builtin_cpu_supports("avx512bf16");
   constexpr unsigned kAvxVnni = 1 << 4;
-  // Intel's processors take longer for a product of pairs of bf16 than for as many in fp32.
+  // Intel's processors take longer for a product of bf16 pairs than for the same products in fp32.
   const std::pair<const char*, bool> found[] = {
       {"amx_bf16", avx512_bf16 && may_use_tiles()},
       {"avx512_bf16", avx512_bf16 && is_amd},
@@ -71,7 +71,7 @@ std::string isas() {
 }
 
 std::string use_isa(std::string_view name, std::string_view library) {
-  void* const handle = dlopen(std::string(library).c_str(), RTLD_NOW | RTLD_LOCAL);  // stays open: its kernels may run
+  void* const handle = dlopen(std::string(library).c_str(), RTLD_NOW | RTLD_LOCAL);  // stays open: kernels may run
   void* const kernels = handle ? dlsym(handle, "lorafleet_kernels") : nullptr;
   if (!kernels) return dlerror();
   active = reinterpret_cast<decltype(&lorafleet_kernels)>(kernels)();

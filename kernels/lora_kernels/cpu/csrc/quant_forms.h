@@ -1,10 +1,12 @@
-// How quantised weights are packed for the matrix product: in panels of kPanel output columns, read from end to end.
+// The packed layout of quantized weights for matrix products: panels of kPanel output columns, read sequentially.
 //
-// A panel is a sequence of groups of 32 inputs: their scales (and minima), then their codes. In a super form 256 inputs
-// have fp16 scales in front of their groups, which then have 8-bit factors of these. Bytes lie [inputs, columns].
-// Nibbles lie in 16-bit words, for each of four runs of 8 inputs [columns, 2]: word (c, odd) holds the inputs odd,
-// odd + 2, odd + 4, odd + 6 of column c, lowest bits first, as pairs of bf16 want them. Codes of six bits are their
-// nibbles and then, in such words for two runs of 16 inputs, their upper two bits at the places of `upper_place`.
+// A panel is a sequence of groups of 32 inputs: their scales (and minima), then their codes. A super form has fp16
+// scales for 256 inputs before their groups, which then contain 8-bit factors of these scales. Bytes are laid out
+// [inputs, columns].
+//
+// Nibbles are in 16-bit words, [columns, 2] for each of four runs of 8 inputs: word (c, odd) holds inputs odd, odd + 2,
+// odd + 4, odd + 6 of column c, lowest bits first, matching bf16 pairs. Codes of six bits consist of their nibbles and
+// then, in such words for two runs of 16 inputs, their upper two bits at the places given by `upper_place`.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +16,11 @@ namespace lorafleet {
 constexpr int64_t kSuperInputs = 256;
 
 struct QuantForm {
-  int bits;    // of a code: 4, 6, or 8 for signed bytes
+  int bits;    // per code: 4, 6, or 8 for signed bytes
   bool super;
   bool min;    // weight = scale * code + addend, else scale * code
   int group;   // inputs that share a scale: 32 or 16
-  int offset;  // subtracted from a code of 4 or 6 bits
+  int offset;  // subtracted from codes of 4 or 6 bits
 };
 
 constexpr QuantForm kQuantForms[] = {
@@ -42,12 +44,12 @@ constexpr int64_t panel_bytes(const QuantForm& f, int64_t in_features) {
   return in_features / 32 * group_bytes(f) + (f.super ? in_features / kSuperInputs * super_head_bytes(f) : 0);
 }
 
-// Where the upper two bits of the code of pair i (0 to 7) of a run of 16 inputs lie: 4 + 2 i bits up, the last two at
-// the bottom of the word. Most are one shift to the right away from bits 4 and 5.
+// The bit place of the upper two bits of pair i (0 to 7) in a run of 16 inputs: 4 + 2 i, the last two pairs at the
+// bottom of the word. Most are one right shift away from bits 4 and 5.
 constexpr int upper_place(int i) { return (4 + 2 * i) % 16; }
 
-// The bf16 integers of all codes of up to six bits. A permutation by words of one register looks at five bits, so that
-// nibbles find theirs twice.
+// The bf16 integers of all codes of up to six bits. A word permutation of one register uses five index bits, so the
+// table of nibbles repeats.
 struct CodeTable {
   uint16_t bits[64];
 };

@@ -1,4 +1,4 @@
-// Linear layers whose weights stay quantised: the checks of quant.h, and the packing of GGUF's blocks for it.
+// Linear layers with weights that stay quantized: argument checks for quant.h, and the packing of GGUF blocks for it.
 #include <cstring>
 
 #include "operations.h"
@@ -6,11 +6,11 @@
 namespace lorafleet {
 namespace {
 
-// 32 inputs of one row: their codes, and what they are scaled with.
+// 32 inputs of one row: their codes and scales.
 struct Group {
-  uint8_t codes[32];       // of 4 or 6 bits, or signed bytes
-  uint16_t d, min;         // fp16 bits; of a super-block in super forms
-  uint8_t scales[2], sub;  // super forms only: factors of d (for 16 inputs each, or the first for all), and of min
+  uint8_t codes[32];       // 4 or 6 bits each, or signed bytes
+  uint16_t d, min;         // fp16 bits; of the super-block in super forms
+  uint8_t scales[2], sub;  // super forms only: factors of d (per 16 inputs, or the first for all), and of min
 };
 
 uint16_t half_at(const uint8_t* at) { return static_cast<uint16_t>(at[0] | at[1] << 8); }
@@ -130,7 +130,7 @@ void put_column(const QuantForm& form, const Group& g, int c, uint8_t* super, ui
 
 }  // namespace
 
-// How weights of a kind are packed, and the bytes of a panel.
+// The packed form of weights of a kind, and the bytes of a panel.
 std::tuple<int64_t, int64_t> quantised_form(std::string_view kind, int64_t in_features) {
   const int64_t form = kind_of(kind).form;
   return {form, panel_bytes(kQuantForms[form], in_features)};
@@ -209,7 +209,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       .in_features = in_features,
       .fixed_sums = sums_are_fixed(),
   };
-  Tensor chunks, prepared;  // keep the memory of what is made of x
+  Tensor chunks, prepared;  // own the memory of data computed from x
   args.digits = int8_inputs ? 1 : active->quant_digits(args);
   if (args.digits) {
     const int64_t code_rows = rows * args.digits, groups = code_rows * (in_features / 32);

@@ -1,4 +1,4 @@
-// Consecutive pre-norm decoder layers as one call. Run layer by layer from Python, a step crosses between the
+// Consecutive pre-norm decoder layers as one call. Run layer by layer from Python, a step switches between the
 // interpreter and the kernels some two hundred times, and each time another thread may take the interpreter.
 #include <algorithm>
 #include <cstring>
@@ -18,9 +18,9 @@ int64_t width_of(const Sites& sites) {
   return width;
 }
 
-constexpr int64_t kPairBytes = 4;  // two entries of a packed row, which lie together
+constexpr int64_t kPairBytes = 4;  // two adjacent entries of a packed row
 
-// With few rows the weights come from memory, and other operations give the threads but one something to do.
+// With few rows weights come from memory, and other operations occupy only one thread.
 constexpr int64_t kFewRows = 4;
 
 // Tells idle threads which weights are read next.
@@ -37,7 +37,8 @@ bool changes_inputs(const Sites& sites, const Rows& rows) {
   });
 }
 
-// Whether a product takes its input in chunks, and nothing else reads that: what gives it need not be copied then.
+// Whether an input is read only by a product that takes it in chunks: the preceding operation can then write chunks
+// directly.
 bool takes_chunks(const Sites& sites, const Rows& rows) {
   return sites.forms.empty() && !sites.is_plain() && (rows.lora.empty() || sites.a_rows.empty()) &&
          !changes_inputs(sites, rows);
@@ -57,7 +58,7 @@ void copy_rows(const Tensor& to, const Tensor& from) {
     std::memcpy(to.rows(row, 1).data, from.rows(row, 1).data, from.size(1) * from.element_size());
 }
 
-// Returns the outputs of one of several siblings, which begin at `first`: [n, size].
+// The outputs of one of several siblings, whose columns start at `first`: [n, size].
 Tensor product_of(const Sites& sites, size_t sibling, int64_t first, const Tensor& x) {
   const int64_t size = sites.sizes[sibling];
   const OptionalTensor bias = sites.bias ? OptionalTensor(sites.bias->rows(first, size)) : std::nullopt;
@@ -67,7 +68,7 @@ Tensor product_of(const Sites& sites, size_t sibling, int64_t first, const Tenso
     own.weights = {sites.weights[sibling]}, own.forms = {sites.forms[sibling]};
   } else if (first % kPanel == 0) {
     own.weights = {sites.weights[0].rows(first / kPanel, (size + kPanel - 1) / kPanel)};
-  } else {  // it begins within a panel
+  } else {  // it starts within a panel
     const Tensor all = empty({x.size(0), width_of(sites)}, x.type);
     multiply_to(all, x, sites);
     return all.columns(first, size);
@@ -77,7 +78,7 @@ Tensor product_of(const Sites& sites, size_t sibling, int64_t first, const Tenso
   return out;
 }
 
-// Overwrites outputs of siblings, where adapters change these siblings' inputs x.
+// Overwrites siblings' outputs in rows where adapters change their inputs x.
 void multiply_changed(const Sites& sites, const Tensor& x, const Rows& rows, const std::vector<Tensor>& outs) {
   int64_t first = 0;
   for (size_t i = 0; i < sites.sizes.size(); first += sites.sizes[i++]) {
@@ -94,7 +95,7 @@ void multiply_changed(const Sites& sites, const Tensor& x, const Rows& rows, con
   }
 }
 
-// Returns x as adapters change it for a layer without siblings.
+// x with adapters' changes, for a layer without siblings.
 Tensor changed_inputs(const Sites& sites, const Tensor& x, const Rows& rows) {
   const Tensor changed = empty({x.size(0), x.size(1)}, x.type);
   copy_rows(changed, x);
@@ -102,8 +103,8 @@ Tensor changed_inputs(const Sites& sites, const Tensor& x, const Rows& rows) {
   return changed;
 }
 
-// Returns the outputs of all siblings side by side: [n, sum of sizes]. x: [n, width] or [chunks, n, kXChunk]. out:
-// where they are put, if it is given; not for plain weights.
+// The outputs of all siblings side by side: [n, sum of sizes]. x: [n, width] or [chunks, n, kXChunk]. out: memory for
+// the outputs, if given; unused for plain weights.
 Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows& rows, OptionalTensor out = {}) {
   const bool has_lora = !rows.lora.empty() && !sites.a_rows.empty(), is_changed = changes_inputs(sites, rows);
   const Tensor inputs = is_changed && sites.sizes.size() == 1 ? changed_inputs(sites, x, rows) : x;
@@ -134,7 +135,7 @@ Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows
   return change_outputs();
 }
 
-// Normalises heads [n, H, D] in place; it knows rows that lie one after the other.
+// Normalizes heads [n, H, D] in place, through a copy: Norm needs rows at one stride.
 void norm_heads(const Norm& norm, const Tensor& x) {
   const Tensor packed = empty(x.sizes(), x.type);
   const int64_t bytes = x.size(2) * x.element_size(), heads = x.size(1);
@@ -146,7 +147,7 @@ void norm_heads(const Norm& norm, const Tensor& x) {
   each_head(norm(packed), [&](char* own, char* other) { std::memcpy(own, other, bytes); });
 }
 
-// Queries, keys and values as they lie side by side in [n, width].
+// Queries, keys and values, adjacent in [n, width].
 struct Heads {
   Tensor q, k, v;
 
@@ -158,9 +159,10 @@ struct Heads {
   }
 };
 
-// What a layer computes of rows before its attention: queries, keys and values, the latter two also in the cache; or what
-// a delta rule reads.
-// update: what the layer before has yet to add to x. out: as of `project`.
+// A layer's computations before its attention: queries, keys and values, with the latter two also written to the cache;
+// or the inputs of a delta rule.
+//
+// update: what the preceding layer still has to add to x. out: see `project`.
 Tensor before_attention(const Layer& layer, const OptionalTensor& update, const Step& step, const Rows& rows,
                         const OptionalTensor& out) {
   announce_weights(layer.qkv(), rows.x);
@@ -176,7 +178,7 @@ Tensor before_attention(const Layer& layer, const OptionalTensor& update, const 
   return qkv;
 }
 
-// Heads [T, H, D] that lie one after the other, as [T, H * D].
+// Adjacent heads [T, H, D] as [T, H * D].
 Tensor as_rows(Tensor heads) {
   const int64_t width = heads.size(1) * heads.size(2);
   heads.dims = 2, heads.shape = {heads.size(0), width}, heads.steps = {width, 1};
@@ -195,7 +197,7 @@ Tensor attend(const Attention& a, const Tensor& qkv, const Step& step) {
   return as_rows(attended);
 }
 
-// Returns the outputs of a delta rule, normed and gated: [T, heads * width]. projected: what `before_attention` gives.
+// The outputs of a delta rule, normed and gated: [T, heads * width]. projected: result of `before_attention`.
 Tensor mix(const Layer& layer, const Tensor& projected, const Step& step) {
   const std::vector<int64_t>& sizes = layer.qkv().sizes;
   const int64_t gate = sizes[0], b = gate + sizes[1], a = b + sizes[2];
@@ -204,7 +206,7 @@ Tensor mix(const Layer& layer, const Tensor& projected, const Step& step) {
   return gated_act(projected.columns(gate, sizes[1]), as_rows(layer.norms[2](out)), "silu");
 }
 
-// What a layer computes of rows behind its attention; returns what is yet to be added to x.
+// A layer's computations after its attention; returns what still has to be added to x.
 Tensor behind_attention(const Layer& layer, const Tensor& attended, const Step& step, const Rows& rows) {
   const Tensor projected = project(layer.out(), attended, step, rows);
   announce_weights(layer.gate_up(), rows.x);
@@ -217,7 +219,7 @@ Tensor behind_attention(const Layer& layer, const Tensor& attended, const Step& 
   return project(layer.down(), activated, step, rows);
 }
 
-// Adapters' tiles of the rows of a block.
+// Restricts adapters' tiles to the rows of a block.
 void cut_lora(const Rows& whole, Rows& block) {
   const int32_t* from = entries_of<int32_t>(whole.lora[0], "rows");
   const int32_t* tiles = entries_of<int32_t>(whole.lora[2], "tiles");
@@ -249,7 +251,8 @@ void cut_lora(const Rows& whole, Rows& block) {
   if (scales) block.row_scales = row_scales;
 }
 
-// Returns even blocks, as many for every thread; the whole, if there are too few rows for that or blocks are no gain.
+// Splits rows into even blocks, the same number for every thread. Returns the whole if there are too few rows for that
+// or blocks bring no gain.
 std::vector<Rows> cut(const Rows& whole) {
   const int64_t rows = whole.count(), rows_at_once = active->block_rows * num_threads();
   if (rows_at_once == 0 || rows < rows_at_once) return {whole};
@@ -265,13 +268,13 @@ std::vector<Rows> cut(const Rows& whole) {
   return blocks;
 }
 
-// Whether torch computes some product, in bits that may depend on the rows beside, with threads of its own.
+// Whether torch computes some product, in its own threads, with bits that may depend on the other rows.
 bool is_plain(const std::vector<Layer>& layers) {
   return std::ranges::any_of(
       layers, [](const Layer& layer) { return std::ranges::any_of(layer.sites, &Sites::is_plain); });
 }
 
-// Calls f with each block, one after the other or by several threads, each of which computes its block alone.
+// Calls f for each block; several blocks run in parallel, each computed by one thread.
 template <typename F>
 void each(const std::vector<Rows>& blocks, const F& f) {
   if (blocks.size() == 1) return f(blocks[0]);
@@ -288,9 +291,9 @@ void each(const std::vector<Rows>& blocks, const F& f) {
   if (error) std::rethrow_exception(error);
 }
 
-// What makes a model of layers: head(norm(rows)) of their output.
+// Turns layers into a model: head(norm(rows)) of their output.
 struct Ends {
-  OptionalTensor embedding;  // [V, width], packed as a linear layer's weight or not; none: rows are given, not ids
+  OptionalTensor embedding;  // [V, width], packed like a linear layer's weight or not; none: inputs are rows, not ids
   Norm norm;
   Sites head;
 };
@@ -298,10 +301,10 @@ struct Ends {
 struct Stack {
   std::vector<Layer> layers;
   std::optional<Ends> ends;
-  Layer next;  // its parts, or those of the ends, until `stack_layer` or `stack_ends` has the rest
+  Layer next;  // parts of the next layer, or of the ends, until `stack_layer` or `stack_ends` completes it
 };
 
-// Rows of a matrix [N, K], packed as a linear layer's weight or not, by number: [n, K].
+// Rows of a matrix [N, K], packed like a linear layer's weight or not, by number: [n, K].
 Tensor rows_at(const Tensor& matrix, const Tensor& numbers) {
   const bool is_packed = matrix.dim() == 4;
   const int64_t lanes = is_packed ? matrix.size(2) : 1, most = matrix.size(0) * lanes;
@@ -314,7 +317,7 @@ Tensor rows_at(const Tensor& matrix, const Tensor& numbers) {
     for (size_t i = 0; i < rows.size(); ++i) std::memcpy(out.data + i * bytes, matrix.data + rows[i] * bytes, bytes);
     return out;
   }
-  run_tasks(rows.size(), [&](int64_t i) {  // each pair of entries lies in a cache line of its own
+  run_tasks(rows.size(), [&](int64_t i) {  // every pair of entries is in another cache line
     const char* from = matrix.data + rows[i] / lanes * lanes * bytes + rows[i] % lanes * kPairBytes;
     for (int64_t at = 0; at < bytes; at += kPairBytes)
       std::memcpy(out.data + i * bytes + at, from + at * lanes, kPairBytes);
@@ -384,7 +387,7 @@ void stack_delta(int64_t stack, const Tensor& conv_weight, const OptionalTensor&
   found->layers.push_back(std::move(layer));
 }
 
-// Only after this a stack can be asked for logits. Its norm and its linear layer, the head, were added before.
+// Required for computing logits. The norm and the linear layer (the head) were added before.
 void stack_ends(int64_t stack, const OptionalTensor& embedding) {
   const std::shared_ptr<Stack> found = stack_at(stack);
   const Layer parts = std::exchange(found->next, {});
@@ -392,7 +395,7 @@ void stack_ends(int64_t stack, const OptionalTensor& embedding) {
   found->ends = {embedding, parts.norms[0], parts.sites[0]};
 }
 
-// Runs layers up to the last one's attention: x is changed in place, what attention gives is returned.
+// Runs layers up to the last one's attention: changes x in place and returns the attention's output.
 Tensor run_to_last_attention(const std::vector<Layer>& layers, const Tensor& x, const Step& step) {
   Tensor attended;
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -419,7 +422,7 @@ Step step_of(const std::vector<Layer>& layers, Rows whole, Tensors attention, Te
   return {attention, table, is_plain(layers) ? std::vector<Rows>{whole} : cut(whole)};
 }
 
-// x [T, width] becomes, in place, what the last layer gives.
+// Replaces x [T, width] in place by the last layer's output.
 void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
                Tensors lora, const OptionalTensor& row_scales, Tensors changes) {
   const std::shared_ptr<Stack> found = stack_at(stack);
@@ -428,14 +431,16 @@ void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& 
   const Step step = step_of(layers, whole, attention, table);
   const Tensor attended = run_to_last_attention(layers, x, step);
   each(step.blocks, [&](const Rows& rows) {
-    // For the sum that the norm leaves in x.
+    // The norm is called for the sum that it writes to x.
     layers.back().norms[1](behind_attention(layers.back(), rows.of(attended), step, rows), rows.x);
   });
 }
 
-// Returns the logits [n, V] of some tokens, or of all. tokens: ids [T], or rows [T, width], which change. angles: cos
-// and sin by position, [positions, 2 * R]. Behind the last attention no other rows are computed; but for plain weights,
-// whose products may have other bits then.
+// The logits [n, V] of some tokens, or of all. tokens: ids [T], or rows [T, width], which change. angles: cos and sin
+// by position, [positions, 2 * R].
+//
+// After the last attention only the rows for logits are computed, except with plain weights, whose products could then
+// have other bits.
 Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions, const Tensor& angles,
                     const OptionalTensor& logit_rows, Tensors attention, Tensors table, Tensors lora,
                     const OptionalTensor& row_scales, Tensors changes, Tensors head_lora,

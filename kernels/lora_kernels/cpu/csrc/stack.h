@@ -1,4 +1,4 @@
-// What a stack of decoder layers is made of, and what it is given of a step.
+// The parts of a stack of decoder layers, and its inputs for a step.
 #pragma once
 
 #include <string>
@@ -8,14 +8,14 @@
 
 namespace lorafleet {
 
-// What reads one input: sibling linear layers as one product, and their places in the adapter pool.
+// The layers that read one input: sibling linear layers as one product, and their places in the adapter pool.
 struct Sites {
-  std::vector<Tensor> weights;  // one, packed [panels, K / 2, 32, 2] or [N, K]; or panels of quantised ones
-  std::vector<int64_t> forms;   // of quantised ones; none: they are not
-  bool int8_inputs;             // of quantised ones
+  std::vector<Tensor> weights;  // one, packed [panels, K / 2, 32, 2] or [N, K]; or panels of quantized ones
+  std::vector<int64_t> forms;   // of quantized weights; empty: not quantized
+  bool int8_inputs;             // for quantized weights
   OptionalTensor bias;
   std::vector<int64_t> sizes;  // output widths of the siblings
-  std::vector<Tensor> a_rows, b_rows;  // none: no adapter touches these layers
+  std::vector<Tensor> a_rows, b_rows;  // empty: no adapter has these layers
   std::vector<Tensor> factors;         // of int8 rows
   std::vector<int64_t> indices, groups;
 
@@ -35,7 +35,7 @@ struct Norm {
 
 struct Attention {
   int64_t heads, kv_heads, head_dim, value_dim, window;
-  bool is_gated;  // a head's queries have its gates behind them
+  bool is_gated;  // a head's queries are followed by its gates
   double scale, softcap;
   Tensor k_cache, v_cache;
   OptionalTensor sinks;
@@ -44,10 +44,10 @@ struct Attention {
 };
 
 struct Layer {
-  std::vector<Norm> norms;   // before attention and MLP; of queries and keys, if there are any, or of a delta rule's output
-  std::vector<Sites> sites;  // qkv, out, gate_up, down; of a delta rule the first has qkv, its output's gate, b and a
+  std::vector<Norm> norms;   // before attention and MLP; optionally of queries and keys, or of a delta rule's output
+  std::vector<Sites> sites;  // qkv, out, gate_up, down; for a delta rule the first has qkv, its output's gate, b and a
   Attention attention;
-  std::optional<DeltaLayer> delta;  // in the attention's place
+  std::optional<DeltaLayer> delta;  // replaces attention
   std::string act;
 
   const Sites& qkv() const { return sites[0]; }
@@ -56,22 +56,22 @@ struct Layer {
   const Sites& down() const { return sites[3]; }
 };
 
-// Rows of a step, all or a block of them, with what is known of these rows.
+// Rows of a step, all or a block of them, with their data.
 struct Rows {
   int64_t first;
   Tensor x;                  // [n, width]
   Tensor cos, sin, slots;    // [n, rotary_dim], and the places in the KV cache
-  std::vector<Tensor> lora;  // rows, small_tiles, large_tiles, counts; none: no row has an adapter
+  std::vector<Tensor> lora;  // rows, small_tiles, large_tiles, counts; empty: no row has an adapter
   OptionalTensor row_scales;
   std::vector<ChangedRows> changes;
 
   int64_t count() const { return x.size(0); }
-  // The same rows of a matrix that has all of the step's.
+  // The same rows of a matrix with all rows of the step.
   Tensor of(const Tensor& matrix) const { return matrix.rows(first, count()); }
 };
 
 struct Step {
-  Tensors attention;  // block_tables, query_starts, kv_lens, slot_mapping, and runs of states where a layer has any
+  Tensors attention;  // block_tables, query_starts, kv_lens, slot_mapping, and runs of states if a layer has any
   Tensors table;      // of adapters: ranks, scales, pages
   std::vector<Rows> blocks;
 

@@ -1,4 +1,4 @@
-// The operations of layers that keep a state: what they check.
+// Argument checks for the operations of layers with a state.
 #include <cmath>
 
 #include "operations.h"
@@ -14,7 +14,7 @@ const float* floats(const OptionalTensor& t, std::initializer_list<int64_t> size
   return entries_of<float>(*t, name);
 }
 
-// Runs int64 [n, 5] of a step's tokens, whose rows and slots are all there.
+// Checks runs, int64 [n, 5]: a step's rows and state slots must exist.
 const StateRun* runs_of(const Tensor& runs, int64_t tokens, int64_t slots) {
   static_assert(sizeof(StateRun) == 5 * sizeof(int64_t));
   LORAFLEET_CHECK(runs.dim() == 2 && runs.size(1) == 5, "runs must be int64 [n, 5]");
@@ -182,7 +182,7 @@ Tensor gated_scan(const Tensor& gate, const Tensor& xbc, const Tensor& dt, const
       .channels = channels,
       .heads = heads,
       .scaled_from = inner + keys,
-      .scale = std::sqrt(static_cast<float>(key_dim)),  // by which the rule divides
+      .scale = std::sqrt(static_cast<float>(key_dim)),  // cancels the rule's division
   });
   const Tensor x = wide.heads(0, heads, width), into = wide.heads(inner, groups, key_dim);
   const Tensor y = delta_rule(wide.heads(inner + keys, groups, key_dim), into, x, decay, steps, states, runs, false, true);

@@ -1,9 +1,9 @@
 // The threads that share an operation's tasks.
 //
 // Tasks are claimed one by one from a published job, and the caller waits for claimed tasks only. With OpenMP every
-// operation ends in a barrier that all threads must reach: a thread whose core another process holds stops the step
-// until it is scheduled again. Here such a thread claims no task. One that loses its core in the middle of a task, for
-// up to some milliseconds, is given the core of the caller, who has nothing left to do but to wait for it.
+// operation ends in a barrier that all threads must reach: a thread whose core is taken by another process stops the
+// step until it is scheduled again. Here such a thread claims no task. A thread that loses its core during a task, for
+// up to some milliseconds, gets the core of the caller, which only waits for it.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -18,34 +18,35 @@ namespace lorafleet {
 namespace {
 
 constexpr int64_t kMaxTasks = 1 << 20;  // of one job
-// A helper that waits for work keeps its core this long: the next operation of a step comes within microseconds.
+// A helper that waits for work keeps its core for this time: the next operation of a step comes within microseconds.
 constexpr auto kSpin = std::chrono::microseconds(100);
-// Of what the next operation reads, a helper that waits for it fetches this much: it fits beside the rest into the
-// second-level cache.
+// A waiting helper prefetches this much of the next operation's data: it fits into the second-level cache beside the
+// rest.
 constexpr int64_t kMaxAhead = 256 * 1024;
 constexpr int kPatience = 2000;  // pauses after which a waiting caller yields its core
 
-// A run of neighbouring tasks: job number << 40 | next task << 20 | end. A claim is one compare-and-swap of the word,
-// so a helper that wakes up late cannot claim from a job that is over. (Job numbers repeat after 16 million jobs.)
+// A run of neighboring tasks: job number << 40 | next task << 20 | end. A claim is one compare-and-swap of the word,
+// so a helper that wakes up late cannot claim from a finished job. (Job numbers repeat after 16 million jobs.)
 struct alignas(64) Run {
   std::atomic<uint64_t> word{0};
-  std::atomic<bool> is_working{false};  // whether the helper whose run it is may hold a claimed task
+  std::atomic<bool> is_working{false};  // whether the run's helper may hold a claimed task
 };
 
-// The fields of a job are written before its runs and read after a claim, which is when they cannot change.
+// A job's fields are written before its runs and read after a claim; they cannot change then.
 struct Team {
   std::mutex busy;
   int num_helpers = 0;
   Run runs[kMaxThreads];
   HelperCores cores;
-  // Whether the caller has given its core to a helper, which is to leave it as soon as it holds no task.
+  // Whether the caller has given its core to a helper, which must leave it as soon as it holds no task.
   std::atomic<bool> is_given{false};
   alignas(64) std::atomic<int> number{0};
   std::atomic<int> num_runs{1};
   std::atomic<void (*)(const void*, int64_t)> task{nullptr};
   std::atomic<const void*> context{nullptr};
   alignas(64) std::atomic<int64_t> num_done{0};
-  // What the next operation reads. A helper may see parts of two announcements: it fetches what nobody needs then.
+  // The data that the next operation reads. A helper may see parts of two announcements: it then prefetches useless
+  // data.
   alignas(64) std::atomic<int> num_announced{0};
   std::atomic<const char*> ahead[kMaxAheadParts] = {};
   std::atomic<int64_t> ahead_bytes[kMaxAheadParts] = {};
@@ -69,7 +70,7 @@ int64_t claim(Run& run, uint64_t number) {
   return -1;
 }
 
-// Do the thread's own run, in order, so that what one task prefetches is used by the next; then help the others.
+// Runs the thread's own tasks in order, so that what one task prefetches is used by the next; then helps the others.
 void work(Team& team, int self, int number) {
   const uint64_t tag = number & 0xffffff;
   const int num_runs = team.num_runs.load(std::memory_order_relaxed);
@@ -88,7 +89,7 @@ struct Span {
   const char *at = nullptr, *end = nullptr;
 };
 
-// The bytes that a thread's run of the announced operation begins with.
+// The bytes at the start of a thread's run of the announced operation.
 Span ahead_of(const Team& team, int self) {
   int64_t total = 0;
   for (const auto& bytes : team.ahead_bytes) total += bytes.load(std::memory_order_relaxed);
@@ -136,7 +137,7 @@ void add_helper(Team& team) {
   helper.detach();
 }
 
-// Give the caller's core to a helper if it holds a task and has no core.
+// Gives the caller's core to a helper that holds a task but has no core.
 void give_core(Team& team, int helper) {
   if (team.runs[helper + 1].is_working.load(std::memory_order_relaxed) && team.cores.give_to(helper))
     team.is_given.store(true, std::memory_order_relaxed);
@@ -148,7 +149,7 @@ void wait_for_end(Team& team, int64_t num_tasks) {
       pause();
       continue;
     }
-    give_core(team, i % team.num_helpers);  // one at a time: looking at all of many would delay the end
+    give_core(team, i % team.num_helpers);  // one at a time: checking many would delay the end
     std::this_thread::yield();
   }
   if (team.is_given.exchange(false, std::memory_order_relaxed)) team.cores.take_back();
@@ -186,7 +187,7 @@ void announce(const std::array<ReadAhead, kMaxAheadParts>& parts) {
 void run_tasks(int num_threads, int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
   num_threads = std::min<int64_t>({num_threads, num_tasks, kMaxThreads});
   Team& shared = team();
-  // A task that has tasks of its own, or a second thread that computes: alone.
+  // A task that starts tasks itself, or a second caller while the team is busy: on one thread.
   if (num_threads <= 1 || num_tasks >= kMaxTasks || in_task || !shared.busy.try_lock()) {
     for (int64_t i = 0; i < num_tasks; ++i) task(context, i);
     return;

@@ -1,5 +1,5 @@
-// Tensors as the operations see them: memory with a type, sizes and strides. Nothing of torch is known here; bind.cpp
-// makes these of torch's tensors, and the other way round.
+// Tensors as the operations see them: memory with a type, sizes and strides. Nothing here depends on torch; bind.cpp
+// converts from and to torch's tensors.
 #pragma once
 
 #include <algorithm>
@@ -17,10 +17,10 @@
 
 namespace lorafleet {
 
-// The types of elements that operations take, by torch's numbers.
+// The element types that operations accept, with torch's numbers.
 enum class Scalar : int32_t { kByte = 0, kChar = 1, kInt = 3, kLong = 4, kHalf = 5, kFloat = 6, kBool = 11, kBFloat16 = 15 };
 
-// Returns torch's name of a type, also of those that no operation takes.
+// Returns torch's name of a type, also for those that no operation accepts.
 std::string_view name_of(Scalar type);
 
 inline void add_text(std::string& text, std::string_view part) { text += part; }
@@ -34,18 +34,18 @@ template <typename... Parts>
   throw std::runtime_error(text);
 }
 
-// Throws what torch reports as RuntimeError.
+// Throws an exception that torch reports as RuntimeError.
 #define LORAFLEET_CHECK(condition, ...) \
   if (!(condition)) [[unlikely]] lorafleet::fail(__VA_ARGS__)
 
 constexpr int64_t kMaxDims = 8;
 
 struct Tensor {
-  std::shared_ptr<void> memory;  // keeps the data
+  std::shared_ptr<void> memory;  // owns the data
   char* data = nullptr;
   Scalar type = Scalar::kFloat;
   int64_t dims = 0;
-  std::array<int64_t, kMaxDims> shape, steps;  // sizes and strides, of elements; the first `dims` of each
+  std::array<int64_t, kMaxDims> shape, steps;  // sizes and strides, in elements; the first `dims` entries are used
 
   int64_t dim() const { return dims; }
   // Negative dimensions count from the last one.
@@ -89,7 +89,7 @@ struct Tensor {
   }
   int64_t nbytes() const { return numel() * element_size(); }
 
-  // Another view of a matrix's columns [first, first + length).
+  // A view of a matrix's columns [first, first + length).
   Tensor columns(int64_t first, int64_t length) const {
     Tensor part = *this;
     part.data += first * element_size();
@@ -97,7 +97,7 @@ struct Tensor {
     return part;
   }
 
-  // Another view of entries [first, first + length) of the first dimension.
+  // A view of entries [first, first + length) of the first dimension.
   Tensor rows(int64_t first, int64_t length) const {
     Tensor part = *this;
     part.data += first * steps[0] * element_size();
@@ -143,8 +143,8 @@ T* entries_of(const Tensor& t, const char* name) {
   return reinterpret_cast<T*>(t.data);
 }
 
-// What torch gives: memory for a contiguous tensor, the number of threads, and the product with a weight [N, K] that is
-// not packed.
+// Provided by torch: memory for a contiguous tensor, the number of threads, and the product with a weight [N, K] that
+// is not packed.
 Tensor empty(Ints sizes, Scalar type);
 inline Tensor empty(std::initializer_list<int64_t> sizes, Scalar type) {
   return empty(Ints(sizes.begin(), sizes.size()), type);

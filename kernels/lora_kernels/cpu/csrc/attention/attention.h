@@ -1,17 +1,17 @@
 // Paged attention by online softmax. Included inside the instruction set's namespace.
 //
-// A kv head's rows are a task's queries times the query heads that share it, so that a decode with grouped heads reads
-// each key and value once. The products of a round, 64 keys of one kv head, are in attention_rounds.h, where keys and
-// values are packed into scratch memory first, and in attention_direct.h, where few rows read them as they lie.
+// The rows of a KV head are a task's queries times the query heads that share it, so that a decode with grouped heads
+// reads each key and value once. A round is 64 keys of one KV head. Its products are in attention_rounds.h, which first
+// packs keys and values into scratch memory, and in attention_direct.h, which reads them in place, for few rows.
 #pragma once
 
 constexpr int64_t kKeys = 64;        // keys per round
-constexpr float kMasked = -1.0e30f;  // the logit of a key that a row does not read
-constexpr float kLowest = -1.0e29f;  // the first peak: exp(kMasked - kLowest) is zero
-constexpr float kSlack = 8.0f;       // how far logits may be above their peak: not every new maximum moves it
+constexpr float kMasked = -1.0e30f;  // the logit of a masked key
+constexpr float kLowest = -1.0e29f;  // the initial peak: exp(kMasked - kLowest) is zero
+constexpr float kSlack = 8.0f;       // how far logits may exceed the peak before it moves
 constexpr int kSoftmaxRows = kLanes == 16 ? 4 : 1;  // rows at once: their logits fill half the registers
 
-// Weights of what was added up so far are exp(logit - peak).
+// Weights accumulated so far are exp(logit - peak).
 struct SoftmaxState {
   float *acc, *peak, *total;  // [rows, v_dim], [rows], [rows]
 
@@ -22,7 +22,7 @@ inline SoftmaxState softmax_state(float* memory, int64_t rows, int64_t v_dim) {
   return {memory, memory + rows * v_dim, memory + rows * v_dim + rows};
 }
 
-// The entries of a task's kv head, counted from its first, in the block of a key.
+// The entries, in the block of a key, of the task's KV head with index `head`.
 inline const char* k_block(const AttentionArgs& args, const AttentionTask& task, int64_t head, int64_t key) {
   const int64_t block = args.block_tables[task.seq * args.max_blocks + key / kBlockTokens];
   return static_cast<const char*>(args.k_cache) + block * args.k_stride + (task.kv_head + head) * args.k_block_bytes;
@@ -32,20 +32,20 @@ inline const char* v_block(const AttentionArgs& args, const AttentionTask& task,
   return static_cast<const char*>(args.v_cache) + block * args.v_stride + (task.kv_head + head) * args.v_block_bytes;
 }
 
-// The blocks that are read kKeys after a round's, of this task and those after it, as many as the round has: so memory is
-// asked for as evenly as it is used. Rounds prefetch them little by little, in the order of memory: a core waits for some
-// twenty lines at a time, so that memory would be idle while it computes, and it while they come.
+// The blocks that are read kKeys after a round's, in this task and the following ones; as many as the round has, so
+// that memory is requested as evenly as it is used. Rounds prefetch them step by step, in memory order: a core has some
+// twenty outstanding lines at most, so prefetching all at once would alternate between idle memory and an idle core.
 struct Ahead {
   static constexpr int64_t kBlocks = kKeys / kBlockTokens;
-  static constexpr int kLines = 4;  // of one step
+  static constexpr int kLines = 4;  // lines per step
   struct Piece {
     const char *at, *end;
   };
-  Piece pieces[2 * kBlocks + 1];  // keys and values in turns, and one that is only looked at
+  Piece pieces[2 * kBlocks + 1];  // keys and values alternately, and an end marker
   Piece *piece = pieces, *last = pieces;
   const char* at;  // within the piece
 
-  // A round of num_keys keys, from `key` on, of tasks[0].
+  // For a round of num_keys keys of tasks[0], starting at `key`.
   Ahead(const AttentionArgs& args, const AttentionTask* task, int64_t key, int64_t num_keys) {
     const AttentionTask* end = args.tasks + args.num_tasks;
     const int64_t wanted = ceil_div(num_keys, kBlockTokens);
@@ -81,7 +81,7 @@ struct KeyRange {
   bool is_whole() const { return begin <= 0 && end >= kKeys; }
 };
 
-// Measures a row's weights from another peak: what was added up so far shrinks.
+// Rebases a row's weights to another peak: the sums accumulated so far shrink.
 inline void move_peak(const SoftmaxState& state, int64_t row, int64_t v_dim, float peak) {
   const Vec decay = exp(set1(state.peak[row] - peak));
   float* acc = state.acc + row * v_dim;
@@ -90,9 +90,9 @@ inline void move_peak(const SoftmaxState& state, int64_t row, int64_t v_dim, flo
   state.peak[row] = peak;
 }
 
-// One step of some rows: turns products [Rows, kKeys] into weights, of which only those of `keys` are not zero, and rescales
-// the state. Several rows at once, since each waits for its largest logit, and for its sum, longer than it computes. Not
-// inlined: all kinds of rounds share its code, and it is long to compile.
+// One step for some rows: turns products [Rows, kKeys] into weights, zero outside `keys`, and rescales the state.
+// Several rows at once, since computing each row's maximum and sum takes latency rather than throughput. Not inlined:
+// all kinds of rounds share the code, and it takes long to compile.
 template <int Rows, typename Weight>
 __attribute__((noinline)) void softmax_rows(const AttentionArgs& args, const float* products, const KeyRange* keys,
                                             Weight* weights, const SoftmaxState& state) {
@@ -127,7 +127,7 @@ __attribute__((noinline)) void softmax_rows(const AttentionArgs& args, const flo
   const auto added_to = [&](int r) { return r < Rows ? added[r] : zero(); };
   if constexpr (kSoftmaxRows == 1)
     totals[0] = sum(added[0]);
-  else  // also of fewer rows: with fixed sums these have the same bits
+  else  // also for fewer rows, for the same bits with fixed sums
     store_sums(totals, added[0], added_to(1), added_to(2), added_to(3));
   for (int r = 0; r < Rows; ++r) state.total[r] += totals[r];
 }
@@ -157,7 +157,7 @@ inline void write_rows(const AttentionArgs& args, const AttentionTask& task, con
 #include "attention_direct.h"
 #endif
 
-// T: of queries and outputs. Rounds: how the products are computed, see attention_rounds.h.
+// T: type of queries and outputs. Rounds: how products are computed, see attention_rounds.h.
 template <typename T, typename Rounds>
 void attention_task(const AttentionArgs& args, const AttentionTask& task) {
   const int64_t group = args.heads / args.kv_heads;

@@ -1,26 +1,26 @@
-// The products of a round of attention for a few rows, which read keys and values as they lie in the cache. Included
-// inside the instruction set's namespace, where it has the instructions.
+// The products of a round of attention for few rows, which read keys and values in place in the cache. Included inside
+// the instruction set's namespace, if it has the instructions.
 //
-// To pack 64 keys for three rows takes longer than to multiply them. Here 16 bytes of a key are at once in all four
-// quarters of a vector, and each quarter multiplies them by another row; values of neighbouring keys are interleaved in
-// registers.
+// Packing 64 keys for three rows takes longer than multiplying them. Instead, 16 bytes of a key are broadcast to all
+// four quarters of a vector, and each quarter multiplies them by another row; values of adjacent keys are interleaved
+// in registers.
 #pragma once
 
 constexpr int kQuarters = 4;
-constexpr int64_t kDirectAttentionRows = 8;  // up to here packing costs more than it saves
+constexpr int64_t kDirectAttentionRows = 8;  // maximum rows for which packing costs more than it saves
 
-// Lane r * 4 + j of the sum: the four lanes of quarter r of keys[j], added up.
+// Lane r * 4 + j of the result: the sum of the four lanes of quarter r of keys[j].
 template <typename V, typename Add>
 inline V sum_quarters(V a, V b, V c, V d, const Add& add_up) {
   const auto low = [](V x, V y) { return (V)_mm512_unpacklo_ps((Vec)x, (Vec)y); };
   const auto high = [](V x, V y) { return (V)_mm512_unpackhi_ps((Vec)x, (Vec)y); };
-  const V ab = add_up(low(a, b), high(a, b)), cd = add_up(low(c, d), high(c, d));  // a b a b, c d c d of each quarter
+  const V ab = add_up(low(a, b), high(a, b)), cd = add_up(low(c, d), high(c, d));  // a b a b, c d c d in each quarter
   const auto lows = [](V x, V y) { return (V)_mm512_shuffle_ps((Vec)x, (Vec)y, 0x44); };
   const auto highs = [](V x, V y) { return (V)_mm512_shuffle_ps((Vec)x, (Vec)y, 0xee); };
   return add_up(lows(ab, cd), highs(ab, cd));
 }
 
-// Stores quarter r of a vector at products + r * kKeys, of the first `rows`.
+// Stores quarter r of a vector at products + r * kKeys, for the first `rows` quarters.
 inline void store_quarters(float* products, Vec v, int64_t rows) {
   _mm_storeu_ps(products, _mm512_castps512_ps128(v));
   if (rows > 1) _mm_storeu_ps(products + kKeys, _mm512_extractf32x4_ps(v, 1));
@@ -33,15 +33,15 @@ inline __m512i in_all_quarters(const void* p) {
 }
 
 #ifdef __AVX512VNNI__
-// SplitRounds, to the bit, of keys and values that are multiples of 64 wide. Loops over sums are unrolled: a compiler that
-// has to look one of them up by number, or that runs out of registers, keeps them in memory.
+// Bit-identical to SplitRounds, for keys and values whose widths are multiples of 64. Loops over sums are unrolled: the
+// compiler keeps an array that is indexed by a variable, or exceeds the registers, in memory.
 template <typename T>
 struct DirectSplitRounds : SplitRounds<T> {
   using Base = SplitRounds<T>;
   using Base::args, Base::rows, Base::num_heads, Base::products, Base::weights, Base::k_scales, Base::v_scales;
   static constexpr int kAheadOfRow = 0;
 
-  const int64_t sets, steps;  // of a kv head: fours of rows; 16 entries of keys
+  const int64_t sets, steps;  // per KV head: groups of four rows; groups of 16 entries of keys
   __m512i *high, *low;        // [num_heads, sets, steps]: bytes of 16 entries of four queries
   const uint8_t *keys[kKeys / kBlockTokens], *values[kKeys / kBlockTokens];  // codes of the round
 
@@ -104,7 +104,7 @@ struct DirectSplitRounds : SplitRounds<T> {
         for (int i = 0; i < 4; ++i) above[s][i] = below[s][i] = _mm512_setzero_si512();
       for (int64_t d = 0; d < steps; d += 4) {
         ahead();
-        // Four entries of the loop at once: with a call inside, sums were copied from register to register.
+        // Four entries per iteration: with a call inside, the compiler copied sums between registers.
 #pragma GCC unroll 4
         for (int e = 0; e < 4; ++e) {
 #pragma GCC unroll 4
@@ -141,7 +141,7 @@ struct DirectSplitRounds : SplitRounds<T> {
     }
   }
 
-  // Weights are not negative, so that they are the unsigned bytes of products, and codes the signed ones as they lie.
+  // Weights are not negative, so they are the products' unsigned bytes, and codes the signed ones, unchanged.
   template <int Rows>
   void put_weights(int64_t first, const KeyRange* keys, const SoftmaxState& state) {
     softmax_rows<Rows>(args, products + first * kKeys, keys, this->weight_rows, state);
@@ -158,8 +158,8 @@ struct DirectSplitRounds : SplitRounds<T> {
     }
   }
 
-  // Adds the columns that `half` picks, eight of each sixteen in [d, d + 64), of rows [first, first + Rows). All 64 at
-  // once would need more registers than there are.
+  // Adds the columns that `half` selects, eight of each sixteen in [d, d + 64), to rows [first, first + Rows). All 64
+  // at once would need too many registers.
   template <int Rows, typename Half>
   void add_tile(int64_t first, int64_t d, int64_t num_keys, float* acc, Ahead& ahead, const Half& half) {
     __m512i above[Rows][2], below[Rows][2];
@@ -190,7 +190,7 @@ struct DirectSplitRounds : SplitRounds<T> {
       Vec parts[2];
       for (int p = 0; p < 2; ++p)
         parts[p] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(above[r][p], 8), below[r][p]));
-      // Quarters 0 and 1 of both, and 2 and 3: each quarter of parts[0] stands before that of parts[1].
+      // Quarters 0 and 1 of both, and 2 and 3: each quarter of parts[0] precedes that of parts[1].
       const __m512i lows = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
       const __m512i highs = _mm512_add_epi64(lows, _mm512_set1_epi64(4));
       const auto pick = [&](__m512i places) {
@@ -209,12 +209,12 @@ struct DirectSplitRounds : SplitRounds<T> {
 #endif
 
 #ifdef __AVX512F__
-// Of bf16 caches whose keys and values are multiples of 32 wide.
+// For bf16 caches whose keys and values have widths that are multiples of 32.
 struct DirectRounds {
   static constexpr int kAheadOfRow = 0;
 
   const AttentionArgs& args;
-  const int64_t rows, num_heads, sets;  // of a kv head: rows; fours of rows
+  const int64_t rows, num_heads, sets;  // per KV head: rows; groups of four rows
   Pairs* q;               // [num_heads, sets, k_dim / 8]: 8 entries of four rows
   bf16* weights;          // [rows, kKeys]
   float *products, *state;  // [rows, kKeys], [num_heads * rows, v_dim + 2]
@@ -301,7 +301,7 @@ struct DirectRounds {
     }
   }
 
-  // Adds columns [d, d + Parts * 32) of rows [first, first + Rows).
+  // Adds columns [d, d + Parts * 32) to rows [first, first + Rows).
   template <int Rows, int Parts>
   void add_tile(int64_t first, int64_t d, int64_t num_keys, float* acc, Ahead& ahead) {
     Vec sums[Rows][2 * Parts];
@@ -328,9 +328,9 @@ struct DirectRounds {
         ahead();
         add_pair(j, from, ~__mmask32{0});
       }
-      if (j < end) add_pair(j, from, 0);  // the value past an odd last one may be anything
+      if (j < end) add_pair(j, from, 0);  // the value after an odd last one is undefined
     }
-    // Interleaved, a half has columns 0 to 3, 8 to 11, ... of 32, the other half the others.
+    // Interleaved, one half has columns 0 to 3, 8 to 11, ... of 32, the other half the rest.
     const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
     for (int r = 0; r < Rows; ++r) {

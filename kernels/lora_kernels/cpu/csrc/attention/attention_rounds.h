@@ -1,11 +1,11 @@
 // The products of a round of attention: 64 keys and values, packed into scratch memory. Included inside the instruction
 // set's namespace.
 //
-// An int8 cache holds codes, and an fp32 scale for each token and head. Codes are multiplied as they are: a key's scale
-// is applied to its logits, a value's to its weights.
+// An int8 cache holds codes, and an fp32 scale per token and head. Codes are multiplied directly: a key's scale is
+// applied to its logits, a value's scale to its weights.
 #pragma once
 
-// The query of one of a task's rows, which are those of its first kv head, then of its second...
+// The query of one of a task's rows: first the rows of its first KV head, then those of its second, and so on.
 template <typename T>
 inline const T* query_of(const AttentionArgs& args, const AttentionTask& task, int64_t row) {
   const int64_t group = args.heads / args.kv_heads, rows = task.num_queries * group;
@@ -23,7 +23,7 @@ inline void load_task_queries(const AttentionArgs& args, const AttentionTask& ta
   }
 }
 
-// Parts of the thread's scratch memory, each of at least so many floats and from a cache line on.
+// Splits the thread's scratch memory into parts of at least the given number of floats, each aligned to a cache line.
 template <int N>
 inline void carve(const int64_t (&sizes)[N], float* (&parts)[N]) {
   int64_t total = 0;
@@ -39,7 +39,7 @@ inline const float* block_scales(const char* block, int64_t dim) {
   return reinterpret_cast<const float*>(block + kBlockTokens * dim);
 }
 
-// Codes as fp32: what pack_rows and pack_columns of Product<float> read.
+// Codes as fp32, for pack_rows and pack_columns of Product<float>.
 struct Code {
   uint8_t bits;
 };
@@ -56,8 +56,8 @@ inline void scale_products(float* products, const float* scales, float scale) {
     store(products + j, mul(load(products + j), mul(load(scales + j), set1(scale))));
 }
 
-// weights[j] *= scales[j] of `keys`; the others, whose scales may be anything, become zero. Returns the largest, or NaN if
-// one is not finite.
+// weights[j] *= scales[j] for keys in `keys`; others, whose scales are undefined, become zero. Returns the largest, or
+// NaN if any is not finite.
 inline float scale_weights(float* weights, const float* scales, const KeyRange& keys) {
   Vec largest = zero(), total = zero();
   for (int64_t j = 0; j < kKeys; j += kLanes) {
@@ -77,19 +77,19 @@ struct TypedRounds {
   using Left = typename P::Left;
   using Right = typename P::Right;
 
-  static constexpr int kAheadOfRow = 4;  // how often memory is asked for at a row's softmax
+  static constexpr int kAheadOfRow = 4;  // number of prefetch steps in a row's softmax
 
   const Tiles registers;
   const AttentionArgs& args;
-  const int64_t rows, num_heads;  // rows of a kv head, kv heads
+  const int64_t rows, num_heads;  // rows per KV head, KV heads
   Left *q, *weights;       // [num_heads * rows, k_dim], [rows, kKeys]
   Right *keys, *values;    // [k_dim / kDepth, kKeys], [kKeys / kDepth, v_dim]
   float *products, *state;  // [rows, kKeys], [num_heads * rows, v_dim + 2]
-  float *k_scales, *v_scales;  // [kKeys], of codes
+  float *k_scales, *v_scales;  // [kKeys], for codes
 
   TypedRounds(const AttentionArgs& args, int64_t rows, int64_t num_heads)
       : registers(rows), args(args), rows(rows), num_heads(num_heads) {
-    // Every part is counted in floats, the widest entry.
+    // Every part is sized in floats, the widest entry.
     float* parts[8];
     carve<8>({num_heads * rows * args.k_dim, rows * kKeys, args.k_dim * kKeys, kKeys * args.v_dim, rows * kKeys,
               num_heads * rows * (args.v_dim + 2), kKeys, kKeys},
@@ -102,7 +102,7 @@ struct TypedRounds {
   void load_queries(const AttentionTask& task) { load_task_queries<T>(args, task, num_heads * rows, q); }
 
   void pack(const AttentionTask& task, int64_t head, int64_t key, int64_t num_keys, Ahead& ahead) {
-    // Weights of keys past the round's are zero, but zero times what is no number is not.
+    // Weights of keys past the round's are zero, but zero times NaN is not zero.
     for (int64_t d = ceil_div(num_keys, P::kDepth); d < packed_depth<P>(num_keys); ++d)
       __builtin_memset(static_cast<void*>(values + d * args.v_dim), 0, args.v_dim * sizeof(Right));
     for (int64_t b = 0; b < num_keys; b += kBlockTokens) {
@@ -143,15 +143,15 @@ struct TypedRounds {
 };
 
 #ifdef __AVX512VNNI__
-// Four codes of each of a tile's columns, times four parts of 16-bit integers of each row, which are split into two
-// bytes. Codes are packed with their sign bit turned, as unsigned numbers, which are larger by 128.
+// Products of four codes per column of a tile with four 16-bit integers per row, which are split into two bytes. Codes
+// are packed with the sign bit flipped, as unsigned numbers, larger by 128.
 struct SplitRow {
   int8_t *high, *low;
-  float scale;  // what the integers are multiples of
-  int32_t excess;  // by how much a product with packed codes is larger
+  float scale;  // the unit of the integers
+  int32_t excess;  // by how much a product with packed codes is too large
 };
 
-// Splits x [n], n a multiple of 4, into integers up to about `largest_integer`. largest: of the absolute values.
+// Splits x [n], n a multiple of 4, into integers of magnitude up to about `largest_integer`. largest: max |x|.
 inline void split_row(const float* x, int64_t n, float largest, float largest_integer, SplitRow* row) {
   row->scale = largest / largest_integer;
   const Vec inverse = set1(row->scale > 0 ? 1.0f / row->scale : 0.0f);
@@ -161,13 +161,13 @@ inline void split_row(const float* x, int64_t n, float largest, float largest_in
     const __m512i whole = _mm512_cvtps_epi32(mul(load_n(x + j, num), inverse));
     const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
     _mm512_mask_cvtepi32_storeu_epi8(row->high + j, first_lanes(num), high);
-    _mm512_mask_cvtepi32_storeu_epi8(row->low + j, first_lanes(num), whole);  // its low byte, with the sign that is left
+    _mm512_mask_cvtepi32_storeu_epi8(row->low + j, first_lanes(num), whole);  // its low byte, as a signed number
     total = _mm512_add_epi32(total, whole);
   }
   row->excess = 128 * _mm512_reduce_add_epi32(total);
 }
 
-// The largest absolute value, or NaN if one is not finite.
+// The largest absolute value, or NaN if any is not finite.
 inline float largest_of(const float* x, int64_t n) {
   Vec largest = zero(), total = zero();
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -178,7 +178,7 @@ inline float largest_of(const float* x, int64_t n) {
   return max_lane(largest) + 0 * sum(total);
 }
 
-// put(r, j, sums) for columns j to j + kLanes of rows [first, first + Rows): sums of `depth` products of four.
+// Calls put(r, j, sums) for columns j to j + kLanes of rows [first, first + Rows): sums of `depth` products of four.
 template <int Rows, int Vecs, typename Put>
 inline void split_tile(const SplitRow* left, const int32_t* right, int64_t stride, int64_t depth, const Put& put,
                        Ahead& ahead) {
@@ -223,20 +223,20 @@ inline void split_products(const SplitRow* left, int64_t rows, const int32_t* ri
   }
 }
 
-// Over int8 codes, for queries in bf16: products of integers, exact but for queries and weights, which become integers
-// of 16 bits.
+// For int8 codes and queries in bf16: products of integers, exact except that queries and weights are rounded to 16-bit
+// integers.
 template <typename T>
 struct SplitRounds {
   static constexpr int kAheadOfRow = 4;
 
   const AttentionArgs& args;
-  const int64_t rows, num_heads, v_stride;  // columns of packed values: v_dim in whole vectors
-  SplitRow *q, *weights;          // of num_heads * rows, of rows
+  const int64_t rows, num_heads, v_stride;  // columns of packed values: v_dim rounded up to vectors
+  SplitRow *q, *weights;          // for num_heads * rows, for rows
   float* weight_rows;             // [kSoftmaxRows, kKeys]
   int32_t *keys, *values;         // [k_dim / 4, kKeys], [kKeys / 4, v_stride]
   float *products, *state;        // [rows, kKeys], [num_heads * rows, v_dim + 2]
   float *k_scales, *v_scales;     // [kKeys]
-  float* more;                    // memory for more_floats
+  float* more;                    // scratch memory of more_floats
 
   SplitRounds(const AttentionArgs& args, int64_t rows, int64_t num_heads, int64_t more_floats = 0)
       : args(args), rows(rows), num_heads(num_heads), v_stride(ceil_div(args.v_dim, kLanes) * kLanes) {
@@ -260,7 +260,7 @@ struct SplitRounds {
   }
 
   void load_queries(const AttentionTask& task) {
-    // Sums of k_dim products of such an integer and a code stay below 2^31.
+    // Keeps sums of k_dim products of such an integer and a code below 2^31.
     const float most = static_cast<float>(min(32512, (int64_t{1} << 31) / (128 * args.k_dim) - 1));
     for (int64_t i = 0; i < num_heads * rows; ++i) {
       const T* from = query_of<T>(args, task, i);
@@ -291,11 +291,12 @@ struct SplitRounds {
   // values[i / 4][d] = code d of rows i to i + 3, for kBlockTokens rows
   void pack_values(const uint8_t* codes, int32_t* out) {
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    // Lane r has 16 codes of row r. First each lane gets four codes of every row, then each four bytes one of each.
+    // Lane r has 16 codes of row r. First each lane gets four codes of every row, then each four bytes one code per
+    // row.
     const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i ones = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     for (int64_t i = 0; i < kBlockTokens; i += 4, out += v_stride) {
-      for (int64_t d = 0; d < v_stride; d += kLanes) {  // past v_dim lie other codes or scales: no one reads the sums
+      for (int64_t d = 0; d < v_stride; d += kLanes) {  // past v_dim are other codes or scales; their sums are not read
         const auto row = [&](int64_t r) {
           return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + (i + r) * args.v_dim + d));
         };
@@ -320,7 +321,7 @@ struct SplitRounds {
   }
 
   void multiply_keys(int64_t first_row, int64_t, Ahead& ahead) {
-    // Columns past the round's keys are of the round before; their logits are not read.
+    // Columns past the round's keys are left from the previous round; their logits are not read.
     const auto put = [&](int64_t r, int64_t j, Vec sums) { store(products + r * kKeys + j, sums); };
     split_products(q + first_row, rows, keys, kKeys, args.k_dim / 4, put, ahead);
     for (int64_t r = 0; r < rows; ++r) scale_products(products + r * kKeys, k_scales, q[first_row + r].scale);

@@ -1,5 +1,5 @@
-// What the kernels of an instruction set are built from: the compiler's flags say which instructions there are. Each file of
-// this folder includes this first, and then its kernels in the same namespaces.
+// The base of an instruction set's kernels: the compiler's flags determine the instructions. Each file in this folder
+// includes this first, then its kernels in the same namespaces.
 #pragma once
 
 #ifdef __x86_64__
@@ -12,7 +12,7 @@
 
 namespace lorafleet {
 
-// Each puts its part of the kernels into the table.
+// Each enters its part of the kernels into the table.
 void put_attention(Kernels& kernels);
 void put_products(Kernels& kernels);
 void put_quantised(Kernels& kernels);

@@ -1,25 +1,26 @@
 // bf16 matrix product with a packed weight. Included inside the instruction set's namespace.
 //
-// A panel holds kPanel output columns for every pair of inputs, so one pass over a panel needs one load per vector of
-// weights and one broadcast per row. Rows are cut evenly into tiles that fill the register file. Weights come from
-// memory and are asked for in advance: a single tile asks for lines and pages shortly before it multiplies them; of
-// several tiles, each asks for its part of the next panel, evenly, since one that asks for all of it waits for memory
-// while memory waits for the others.
+// A panel holds kPanel output columns for every pair of inputs, so a pass over a panel needs one load per vector of
+// weights and one broadcast per row. Rows are split evenly into tiles that fill the register file. Weights come from
+// memory and are prefetched. A single tile prefetches lines and pages shortly before it multiplies them. Of several
+// tiles, each prefetches its part of the next panel, evenly: a tile that prefetched all of it would wait for memory
+// while memory idles during the others.
 #pragma once
 
 #if defined(__AVX512BF16__)
 constexpr int kMaxRows = 14;  // 28 accumulators, 2 vectors of weights, 1 of inputs
 #elif defined(__AVX512F__)
-constexpr int kMaxRows = 12;  // products in fp32 need the even and odd halves of weights apart
+constexpr int kMaxRows = 12;  // fp32 products split weights into even and odd halves
 #else
 constexpr int kMaxRows = 5;
 #endif
-// Of a tile that computes all columns of a panel at once; more rows leave vectors of eight lanes room for half of them.
+// Maximum rows of a tile that computes all columns of a panel at once; with more rows, vectors of eight lanes leave
+// registers for half of the columns.
 constexpr int kWideRows = kLanes == 16 ? kMaxRows : 2;
 
-constexpr int64_t kPairBytes = kPanel * 4;  // of a panel, for a pair of inputs
+constexpr int64_t kPairBytes = kPanel * 4;  // per pair of inputs in a panel
 
-// The part of the next panel that one of several tiles asks for, `step` bytes further at each pair of inputs.
+// The part of the next panel that one of several tiles prefetches, `step` bytes per pair of inputs.
 struct PanelAhead {
   const char* at;
   int64_t step;
@@ -27,11 +28,11 @@ struct PanelAhead {
 
 constexpr int64_t kLine = 64;
 
-// Asks for pieces of memory, `step` bytes further each time; behind the last one for what nobody needs.
+// Prefetches pieces of memory, `step` bytes per call; after the last piece, unneeded memory.
 struct PiecesAhead {
   const Piece *piece, *last;
   const char* at;
-  int64_t step, second;  // second: where the second line of a step begins that has two, else 0
+  int64_t step, second;  // second: offset of the second line of a step with two, else 0
 
   void operator()() {
     prefetch_line(at);
@@ -41,7 +42,7 @@ struct PiecesAhead {
   }
 };
 
-// Writes a tile's totals as rows of out that begin at `to`, from output column `col` on.
+// Writes a tile's totals to rows of out that start at `to`, which is output column `col`.
 template <int Rows>
 inline void store_tile(const LinearArgs& args, bf16* to, int64_t col, const Vec (&acc)[Rows][kPanelVecs]) {
   const auto* bias = reinterpret_cast<const bf16*>(args.bias);
@@ -59,7 +60,7 @@ inline void store_tile(const LinearArgs& args, bf16* to, int64_t col, const Vec 
   }
 }
 
-// A chunk of a tile's rows, and how pairs of a panel are multiplied by them.
+// A chunk of a tile's rows, and how a panel's pairs are multiplied by it.
 #ifdef __AVX512BF16__
 template <int Rows>
 struct RowsOfChunk {
@@ -80,8 +81,8 @@ struct RowsOfChunk {
   }
 };
 #else
-// In fp32 once for all columns: a number that is broadcast from memory takes no instruction of those that multiply, and
-// the halves of a pair that is broadcast take two.
+// Converted to fp32 once for all columns: broadcasting a number from memory takes no arithmetic instruction, while
+// extracting the halves of a broadcast pair takes two.
 template <int Rows>
 struct RowsOfChunk {
   alignas(64) float x[Rows][kXChunk];
@@ -112,8 +113,8 @@ struct RowsOfChunk {
 };
 #endif
 
-// Rows of a panel's columns. also: called for each pair of inputs by one of several tiles. All loops over totals are
-// unrolled: a compiler that has to look one of them up by number keeps all of them in memory.
+// Rows of a panel's columns. also: called for every pair of inputs if there are several tiles. All loops over totals
+// are unrolled: the compiler keeps an array that is indexed by a variable in memory.
 template <int Rows, bool IsOnly, typename Also>
 inline void panel_tile(const LinearArgs& args, int64_t row, int64_t col, const uint16_t* panel, PanelAhead ahead,
                        Also& shared) {
@@ -125,7 +126,8 @@ inline void panel_tile(const LinearArgs& args, int64_t row, int64_t col, const u
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVecs; ++v) totals[i][v] = zero();
   }
-  // Asked for before they are written: of an output that no cache holds, as logits, all rows' lines come from memory.
+  // Prefetched before they are written: for an output that no cache holds, such as logits, all rows' lines come from
+  // memory.
   auto* to = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) __builtin_prefetch(to + i * args.out.stride, 1, 3);
@@ -171,7 +173,7 @@ inline void panel_tile(const LinearArgs& args, int64_t row, int64_t col, const u
   store_tile<Rows>(args, to, col, totals);
 }
 
-// The part of the next panel that one of several tiles asks for.
+// The part of the next panel that one of several tiles prefetches.
 inline PanelAhead part_of_next(const LinearArgs& args, int64_t panel, int64_t tile, int64_t tiles) {
   const int64_t bytes = args.in_features / 2 * kPairBytes;
   const bool is_last = (panel + 1) * kPanel >= args.out_features;
@@ -182,7 +184,7 @@ inline PanelAhead part_of_next(const LinearArgs& args, int64_t panel, int64_t ti
 // Rows [first, first + rows) times one panel.
 template <typename Also>
 inline void panel_rows(const LinearArgs& args, int64_t first, int64_t rows, int64_t panel, Also& also) {
-  // Weights of few rows come from memory, which a pass over half of each line would read at half the speed.
+  // Weights for few rows come from memory, where a pass over half of each line would run at half the speed.
   const int64_t most_rows = rows <= 3 * kWideRows ? kWideRows : kMaxRows;
   const int64_t col = panel * kPanel, tiles = ceil_div(rows, most_rows);
   const uint16_t* weights = args.panels + col * args.in_features;
@@ -206,7 +208,7 @@ void linear(const LinearArgs& args) {
   if (fits_tiles(args)) return linear_in_tiles(args);
 #endif
   const int64_t panels = ceil_div(args.out_features, kPanel);
-  // Rows of x that stay in the second-level cache while all panels are read; more of them are no gain.
+  // Rows of x that stay in the second-level cache while all panels are read; more rows bring no gain.
   const int64_t most_rows = max(8 * kMaxRows, min(192, 320 * 1024 / args.in_features));
   const int64_t row_blocks = ceil_div(args.rows, most_rows);
   run(row_blocks * panels, [&](int64_t task) {
@@ -216,9 +218,9 @@ void linear(const LinearArgs& args) {
   });
 }
 
-// Multiplies panels [first, last) and asks for pieces of memory meanwhile, evenly.
+// Multiplies panels [first, last) and prefetches pieces of memory meanwhile, evenly.
 inline void multiply_and_ask(const LinearArgs& args, int64_t first, int64_t last, Pieces& pieces) {
-  pieces.add(args.x, 0);  // so that there is one
+  pieces.add(args.x, 0);  // so that the list is not empty
   const int64_t panel_steps = ceil_div(args.rows, kMaxRows) * (args.in_features / 2);
   const int64_t step = min(2 * kLine, ceil_div(pieces.bytes, (last - first) * panel_steps));
   PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, step, step > kLine ? kLine : 0};

@@ -1,26 +1,26 @@
-// bf16 matrix product with a packed weight in tile registers: a panel's pairs of inputs lie as these take them. Included
-// by linear.h.
+// bf16 matrix product with a packed weight in tile registers, which take a panel's pairs of inputs as they are stored.
+// Included by linear.h.
 //
-// Of many rows, all are multiplied by a part of a panel while the first-level cache has it, and by that part of several
-// panels while the second-level cache has the rows' inputs; sums wait in memory for the next part.
+// With many rows, all are multiplied by a part of a panel while the first-level cache holds it, and by that part of
+// several panels while the second-level cache holds the rows' inputs. Partial sums wait in memory for the next part.
 #pragma once
 
 static_assert(kPanel == kTwoTiles);
-constexpr int64_t kPartInputs = 512;       // about, of a part of a panel
+constexpr int64_t kPartInputs = 512;       // approximate, per part of a panel
 constexpr int64_t kRowsAtOnce = 256;       // at most
-constexpr int64_t kPanelsAtOnce = 8;       // whose sums wait, of inputs that do not fit the second-level cache
-constexpr int64_t kKeptInputs = 512 * 1024;  // that fit it
-constexpr int64_t kStepBytes = kTileInputs / 2 * kPairBytes;  // of a panel, for the inputs of an instruction
+constexpr int64_t kPanelsAtOnce = 8;       // whose sums wait in memory, if inputs exceed the second-level cache
+constexpr int64_t kKeptInputs = 512 * 1024;  // that fit into it
+constexpr int64_t kStepBytes = kTileInputs / 2 * kPairBytes;  // of a panel, per instruction
 
 inline bool fits_tiles(const LinearArgs& args) { return args.in_features % kTileInputs == 0; }
 
-// Inputs [begin, end) of rows times as many of a panel.
+// Inputs [begin, end) of rows times the same inputs of a panel.
 struct PanelPart {
   const LinearArgs& args;
   const uint16_t* panel;
   int64_t begin, end;
 
-  // Adds the products of up to 16 rows, or of up to 32 if Heights is 2. between: called for each 32 inputs.
+  // Adds the products of up to 16 rows, or up to 32 if Heights is 2. between: called every 32 inputs.
   template <int Heights, bool KeepsRows, typename Between>
   void add(int64_t row, int64_t rows, Between& between) const {
     const TileRows x(args.x + row * kXChunk, rows, kXChunk * sizeof(bf16));
@@ -32,7 +32,7 @@ struct PanelPart {
   }
 };
 
-// Writes sums [rows, kTwoTiles] as rows of out, from column col on.
+// Writes sums [rows, kTwoTiles] to rows of out, starting at column col.
 inline void write_sums(const LinearArgs& args, int64_t row, int64_t rows, int64_t col, const float* sums) {
   auto* to = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
   const auto* bias = reinterpret_cast<const bf16*>(args.bias);
@@ -44,7 +44,7 @@ inline void write_sums(const LinearArgs& args, int64_t row, int64_t rows, int64_
   }
 }
 
-// Asks for a panel's lines and pages shortly before they are multiplied. Passes: the second-level cache for the lines.
+// Prefetches a panel's lines and pages shortly before they are multiplied. Passes: lines go to the second-level cache.
 template <bool Passes>
 struct SamePanelAhead {
   const char* at;
@@ -58,10 +58,10 @@ struct SamePanelAhead {
   }
 };
 
-// Asks the second-level cache for a tile's share of what is multiplied next.
+// Prefetches a tile's share of the data for the next products to the second-level cache.
 struct NextPartAhead {
   const char* at;
-  int64_t bytes;  // for each step
+  int64_t bytes;  // per step
 
   void operator()() {
     prefetch_to_second_level(at, bytes);
@@ -69,8 +69,8 @@ struct NextPartAhead {
   }
 };
 
-// Rows [first, first + rows) times panels [panel, last). memory: for TileSums of each tile of each panel; null if there are
-// few rows.
+// Rows [first, first + rows) times panels [panel, last). memory: TileSums for each tile of each panel; null for few
+// rows.
 inline void multiply_in_tiles(const LinearArgs& args, int64_t first, int64_t rows, int64_t panel, int64_t last,
                               TileSums* memory) {
   const int64_t tiles = ceil_div(rows, kTwoTiles), steps = args.in_features / kTileInputs;
@@ -91,7 +91,7 @@ inline void multiply_in_tiles(const LinearArgs& args, int64_t first, int64_t row
           TileSums here, *kept = is_last_part ? &here : memory + (p - panel) * tiles + tile;
           part == 0 ? zero_tiles<Heights>() : load_tiles<Heights>(memory[(p - panel) * tiles + tile]);
           if (tiles == 1) {
-            // The rows of two tiles fill the first-level cache, and are read again with each panel.
+            // The rows of two tiles fill the first-level cache and are read again for every panel.
             constexpr bool kKeepsRows = Heights == 2;
             SamePanelAhead<kKeepsRows> ahead = {reinterpret_cast<const char*>(own.panel) + kLinesAhead};
             own.add<Heights, kKeepsRows>(first + in.row, in.num, ahead);

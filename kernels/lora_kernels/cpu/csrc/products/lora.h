@@ -1,18 +1,18 @@
-// Shrink and expand of every site of one input, fused. Included inside the instruction set's namespace.
+// Shrink and expand for every site of one input, fused. Included inside the instruction set's namespace.
 //
 // A task is a tile: rows of one adapter. Its rank products stay in the thread's scratch memory, so there is no barrier
-// between shrink and expand and no buffer shared by threads. Beside a product (linear_lora) tiles are computed while its
-// outputs are not there yet, into args.apart, and added afterwards.
+// between shrink and expand and no buffer shared by threads. Together with a product (linear_lora), tiles are computed
+// before the product's outputs exist, into args.apart, and added afterwards.
 #pragma once
 
 constexpr int64_t kMaxTileRows = 64;
-constexpr int64_t kDirectRows = 3;  // up to here B is read in place
-constexpr int64_t kFewestPacked = 8, kPackedInputs = 32;  // rows whose inputs are packed; so many inputs at a time
+constexpr int64_t kDirectRows = 3;  // maximum rows for reading B in place
+constexpr int64_t kFewestPacked = 8, kPackedInputs = 32;  // minimum rows for packing inputs; inputs per step
 
 template <typename Y>
 constexpr bool is_int8 = sizeof(Y) == 1;
 
-// out[i] = in[i], which every T represents.
+// out[i] = in[i], which every T represents exactly.
 template <typename T>
 inline void to_numbers(const i8* in, int64_t n, T* out) {
   int64_t i = 0;
@@ -20,7 +20,7 @@ inline void to_numbers(const i8* in, int64_t n, T* out) {
   if (i < n) store_n(out + i, load_n(in + i, n - i), n - i);
 }
 
-// Pieces of memory that are asked for evenly, line by line, while something else is computed.
+// Pieces of memory to prefetch evenly, line by line, during other computations.
 struct Piece {
   const char *at, *end;
 };
@@ -55,26 +55,26 @@ struct LoraTile {
     return args.scales[slot * args.table_sites + site.index] * (args.row_scales ? args.row_scales[first + i] : 1.0f);
   }
 
-  // The pool's row of an adapter's rank row.
+  // The pool's row that holds an adapter's rank row.
   int64_t pool_row(const LoraSiteArgs& site, int64_t j) const {
     const int64_t page = args.pages[(slot * args.groups + site.group) * args.max_pages + j / kPageRows];
     return page * kPageRows + j % kPageRows;
   }
 
-  // An adapter's rank rows from j to the end of its page, in a pool of rows `width` wide.
+  // An adapter's rank rows from j to the end of its page, in a pool with rows of `width` entries.
   template <typename Y>
   const Y* rows(const LoraSiteArgs& site, const void* pool, int64_t j, int64_t width) const {
     return static_cast<const Y*>(pool) + pool_row(site, j) * width;
   }
 
-  // Int8 rows are read in place for few rows of x, and are numbers of type T first for more: both are exact.
+  // For few rows of x, int8 rows are read in place; for more they are first converted to T. Both are exact.
   bool is_direct() const { return count <= kDirectRows && !args.fixed_sums; }
 
-  // hidden[i][j] = x[i] . a[j]; hidden: [count, stride], columns from rank on stay as they are. AsksForB: for the rows of
-  // B, which expand reads next.
+  // hidden[i][j] = x[i] . a[j]; hidden: [count, stride], columns from rank on stay unchanged. AsksForB: prefetch the
+  // rows of B, which expand reads next.
   template <typename Y, bool AsksForB>
   void multiply_rows(const LoraSiteArgs& site, float* hidden, int64_t stride, T* memory) const {
-    constexpr int64_t kStep = 4;  // rank rows of A between two requests for B
+    constexpr int64_t kStep = 4;  // rank rows of A between two prefetches of B
     const int64_t num_rows = rank(site), width = args.in_features;
     for (int64_t j = 0; j < num_rows; j += kStep) {
       const int64_t n = min(kStep, num_rows - j);
@@ -96,8 +96,8 @@ struct LoraTile {
     }
   }
 
-  // Inputs of so many rows are packed, in pairs of them, for tile registers; not where sums are fixed, as those of few rows
-  // have other bits.
+  // With enough rows, inputs are packed in pairs for tile registers; not if sums are fixed, since few rows' sums have
+  // other bits.
   bool packs_inputs() const {
     return kHasTiles && P::kDepth == 2 && kFewestPacked <= count && !args.fixed_sums &&
            args.in_features % kPackedInputs == 0;
@@ -108,7 +108,7 @@ struct LoraTile {
 #ifdef __AMX_BF16__
   static_assert(kPackedInputs == kTileInputs && kPackedInputs == kTwoTiles);
 
-  // packed[k][i] = inputs 2 k and 2 k + 1 of row i, what the products of all sites read; rows past the last repeat it.
+  // packed[k][i] = inputs 2 k and 2 k + 1 of row i, for the products of all sites; rows past the last repeat it.
   void pack_inputs(float* packed) const {
     for (int64_t i = 0; i < packed_stride(); i += kLanes) {
       for (int64_t k = 0; k < args.in_features / 2; k += kLanes) {
@@ -121,7 +121,7 @@ struct LoraTile {
     }
   }
 
-  // multiply_rows by 16 rank rows of A, which lie in a page, and 32 rows of x.
+  // multiply_rows for 16 rank rows of A, which are in one page, and 32 rows of x at a time.
   template <typename Y, bool AsksForB>
   void multiply_packed(const LoraSiteArgs& site, float* hidden, int64_t stride, const float* packed, T* memory) const {
     const Tiles registers(kTileSide);
@@ -154,7 +154,7 @@ struct LoraTile {
   }
 #endif
 
-  // hidden[i][j] = scale * x[i] . a[j], as multiply_rows. packed: of pack_inputs, or null.
+  // hidden[i][j] = scale * x[i] . a[j], see multiply_rows. packed: from pack_inputs, or null.
   template <typename Y, bool AsksForB>
   void shrink(const LoraSiteArgs& site, float* hidden, int64_t stride, const float* packed, T* memory) const {
 #ifdef __AMX_BF16__
@@ -167,7 +167,7 @@ struct LoraTile {
     }
   }
 
-  // Adds hidden[i] times b to out_row(i), or writes it there if IsFirst: in runs of columns that stay in the first-level
+  // Adds hidden[i] times b to out_row(i), or writes it if IsFirst, in runs of columns that stay in the first-level
   // cache.
   template <typename Y, bool IsFirst, typename OutRow>
   void expand(const LoraSiteArgs& site, const float* hidden, int64_t stride, float* memory,
@@ -180,7 +180,7 @@ struct LoraTile {
     }
     const Tiles registers(count);
     const int64_t depth = packed_depth<P>(num_rows), width = max(stride, depth * P::kDepth);
-    auto* left = reinterpret_cast<typename P::Left*>(memory);  // [count, width]: no more bytes than hidden has
+    auto* left = reinterpret_cast<typename P::Left*>(memory);  // [count, width]: no more bytes than hidden
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t j = 0; j < stride; j += kLanes) store(left + i * width + j, load(hidden + i * stride + j));
       for (int64_t j = stride; j < width; j += kLanes) store(left + i * width + j, zero());
@@ -207,7 +207,7 @@ struct LoraTile {
     }
   }
 
-  // AsksForB and IsFirst: as of shrink and expand. hidden: memory for add_floats.
+  // AsksForB and IsFirst: see multiply_rows and expand. hidden: memory of add_floats entries.
   template <typename Y, bool AsksForB, bool IsFirst, typename OutRow>
   void add_as(const LoraSiteArgs& site, const float* packed, float* hidden, const OutRow& out_row) const {
     const int64_t stride = hidden_stride(site);
@@ -232,7 +232,7 @@ struct LoraTile {
 
   int64_t hidden_stride(const LoraSiteArgs& site) const { return ceil_div(rank(site), kPageRows) * kPageRows; }
 
-  // Calls f with packed inputs, or null, and the memory for `floats` more.
+  // Calls f with packed inputs, or null, and with memory for `floats` more entries.
   template <typename F>
   void with_inputs(int64_t floats, const F& f) const {
     float* packed = scratch(packed_floats() + floats);
@@ -252,7 +252,7 @@ struct LoraTile {
   }
   void touch(const LoraSiteArgs& site) const { site.factors ? touch_rows<i8>(site) : touch_rows<T>(site); }
 
-  // Calls f(site, packed, memory) for each site, with memory for add_floats.
+  // Calls f(site, packed, memory) for each site, with memory of add_floats entries.
   template <typename F>
   void each_site(const F& f) const {
     int64_t floats = 0;
@@ -262,7 +262,7 @@ struct LoraTile {
     });
   }
 
-  // next: the tile that comes after this one, or null.
+  // next: the following tile, or null.
   void run(const LoraTile* next) const {
     each_site([&](const LoraSiteArgs& site, const float* packed, float* memory) {
       if (&site + 1 < args.sites + args.num_sites)
@@ -273,14 +273,14 @@ struct LoraTile {
     });
   }
 
-  // Where the tile's row i of a site is kept apart: args.apart has [rows, width] of each site.
+  // The place in args.apart for the tile's row i of a site; apart is [rows, width] for every site.
   float* apart_of(const LoraSiteArgs& site, int64_t i) const {
     int64_t before = 0;
     for (const LoraSiteArgs* s = args.sites; s < &site; ++s) before += s->width;
     return args.apart + before * args.num_rows + (first + i) * site.width;
   }
 
-  // The rows of all sites, as they lie.
+  // The rank rows of all sites, in memory order.
   template <typename Y>
   void list_rows(const LoraSiteArgs& site, const void* pool, int64_t width, Pieces& pieces) const {
     for (int64_t j = 0, num_rows = rank(site); j < num_rows; j += kPageRows)
@@ -297,7 +297,7 @@ struct LoraTile {
   }
   static int64_t most_pieces(const LoraArgs& args) { return 2 * args.num_sites * args.max_pages; }
 
-  // What is to be added to the outputs, into args.apart.
+  // Computes what is added to the outputs later, into args.apart.
   void keep_apart() const {
     each_site([&](const LoraSiteArgs& site, const float* packed, float* memory) {
       add_site<false, true>(site, packed, memory, [&](int64_t i) { return apart_of(site, i); });

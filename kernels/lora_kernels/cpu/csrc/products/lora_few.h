@@ -1,14 +1,14 @@
-// LoRA of a tile of up to kDirectRows rows, which waits for the adapter's rows to come from memory: they are read in the
-// order in which they lie there, A and then B, and asked for in that order shortly before. Included by lora.h.
+// LoRA for a tile of up to kDirectRows rows, which waits for the adapter's rows to arrive from memory: they are read in
+// memory order, A and then B, and prefetched in that order shortly before. Included by lora.h.
 //
-// A core fetches ahead by itself what is read from one end to the other. Four rows of A side by side, or some columns of
-// all rows of B, it does not: an Intel core waited for memory and computed in turns.
+// A core itself prefetches only what is read sequentially, not four rows of A side by side or some columns of all rows
+// of B: an Intel core then alternated between waiting for memory and computing.
 #pragma once
 
-constexpr int64_t kBytesAhead = 8192;  // between what is read and what is asked for
-constexpr int kRankRows = 4;           // whose totals are added up together
+constexpr int64_t kBytesAhead = 8192;  // from the read position to the prefetched one
+constexpr int kRankRows = 4;           // whose totals are computed together
 
-// Where the rows of a tile's sites and, behind them, the next tile's lie, in the order in which they are read.
+// The places of the rank rows of a tile's sites and then of the next tile's, in reading order.
 template <typename T>
 struct RowsAhead {
   const LoraTile<T>*tile, *next;  // next: or null
@@ -21,7 +21,8 @@ struct RowsAhead {
       prefetch_to_second_level(at, 64);
   }
 
-  // Returns what is to be asked for, so many bytes of a page, while as many are read; `read` itself behind the last page.
+  // Returns where to prefetch `bytes` bytes of a page while the same number is read; behind the last page, `read`
+  // itself.
   template <typename Y>
   const char* take(const Y* read, int64_t bytes) {
     if (end - at < bytes) {
@@ -32,7 +33,7 @@ struct RowsAhead {
     return at - bytes;
   }
 
-  // Goes to the next page of rows; returns whether there is one.
+  // Moves to the next page of rows; returns whether there is one.
   bool find_page() {
     for (;; row = 0, site += is_b, is_b = !is_b) {
       if (site == tile->args.num_sites) {
@@ -50,7 +51,7 @@ struct RowsAhead {
   }
 };
 
-// Totals whose sum is x . y. Asks for as many bytes from `next` on.
+// A vector of totals whose sum is x . y. Prefetches as many bytes as y has, starting at `next`.
 template <typename T, typename Y>
 inline Vec dot(const T* x, const Y* y, int64_t depth, const char* next) {
   constexpr bool kIsPairs = Product<T>::kDepth == 2 && sizeof(Y) == sizeof(T);
@@ -76,7 +77,7 @@ inline Vec dot(const T* x, const Y* y, int64_t depth, const char* next) {
   return add(add(acc[0], acc[1]), add(acc[2], acc[3]));
 }
 
-// hidden[i][j] = scale * x[i] . a[j], as LoraTile::shrink.
+// hidden[i][j] = scale * x[i] . a[j], like LoraTile::shrink.
 template <typename Y, typename T>
 inline void multiply_few(const LoraTile<T>& tile, const LoraSiteArgs& site, float* hidden, int64_t stride,
                          RowsAhead<T>& ahead) {
@@ -97,7 +98,8 @@ inline void multiply_few(const LoraTile<T>& tile, const LoraSiteArgs& site, floa
   }
 }
 
-// Adds hidden[i] times b to out[rows[i]]. sums: [site.width, up to whole vectors], for totals of the rows of B so far.
+// Adds hidden[i] times b to out[rows[i]]. sums: [count, site.width rounded up to whole vectors], running totals over
+// rows of B.
 template <typename Y, typename T>
 inline void add_few(const LoraTile<T>& tile, const LoraSiteArgs& site, const float* hidden, int64_t stride, float* sums,
                     RowsAhead<T>& ahead) {
@@ -134,7 +136,7 @@ inline void add_site_of_few(const LoraTile<T>& tile, const LoraSiteArgs& site, R
   add_few<Y>(tile, site, hidden, stride, hidden + tile.count * stride, ahead);
 }
 
-// As LoraTile::run.
+// Like LoraTile::run.
 template <typename T>
 inline void add_to_few(const LoraTile<T>& tile, const LoraTile<T>* next) {
   RowsAhead<T> ahead(tile, next);

@@ -1,14 +1,15 @@
-// Matrix product with quantised weights. Included inside the instruction set's namespace.
+// Matrix product with quantized weights. Included inside the instruction set's namespace.
 //
-// With bf16 products the codes become integers in registers, and each group's sum is scaled in fp32: a table look-up
-// between packed codes and products takes less time than widened codes take to be stored and loaded. Otherwise a code
-// becomes its weight in fp32, a chunk of inputs at a time in the thread's scratch memory, where all rows use them.
-// Either way no weight is rounded to bf16. Where inputs are int8 codes, or few rows are written as sums of such ones,
-// quant_int8.h has the products.
+// With bf16 products, codes become integers in registers, and each group's sum is scaled in fp32: a table look-up
+// between packed codes and products takes less time than storing and loading widened codes. Otherwise codes become fp32
+// weights, a chunk of inputs at a time in the thread's scratch memory, and all rows use them. Either way no weight is
+// rounded to bf16.
+//
+// If inputs are int8 codes, or few rows are written as sums of int8 codes, the products are in quant_int8.h.
 #pragma once
 
-constexpr int64_t kQuantRows = 128;  // rows that share a chunk of codes
-constexpr int kIntegerRows = 7;      // of a tile: 14 sums and 14 totals, codes, their table, inputs
+constexpr int64_t kQuantRows = 128;  // that share a chunk of codes
+constexpr int kIntegerRows = 7;      // per tile: 14 sums and 14 totals, codes, their table, inputs
 
 // sums[i] += x[i] . weights in fp32.
 template <int Rows>
@@ -51,16 +52,16 @@ inline void float_panel(const QuantArgs& args, const QuantPart& part, const uint
 }
 
 #ifdef __AVX512BF16__
-// What integer products of a tile of rows read, but for the rows' number.
+// The operands of a tile's integer products, without the number of rows.
 struct IntegerTile {
   const uint16_t* x;    // [rows, kXChunk]
-  const float* x_sums;  // of each row's groups of 32 inputs, where there are addends
+  const float* x_sums;  // per row and group of 32 inputs, if there are addends
   int64_t x_sums_stride;
   float* sums;          // [rows, kPanel]
 };
 
-// totals += the integer products of parts [part, part + Chains), each scaled. Parts are added one after the other, and
-// the products within one too, so that a row's total depends neither on Chains nor on the rows beside it.
+// totals += the integer products of parts [part, part + Chains), each scaled. Parts are added in order, and so are the
+// products within one, so that a row's total depends neither on Chains nor on the other rows.
 template <int F, int Rows, int Chains>
 __attribute__((always_inline)) inline void integer_parts(const PackedChunk<F>& chunk, const IntegerTile& t, int64_t part,
                                                          Vec (&totals)[Rows][kPanelVecs]) {
@@ -101,8 +102,9 @@ __attribute__((always_inline)) inline void integer_parts(const PackedChunk<F>& c
   });
 }
 
-// sums[i] += the products of `inputs` inputs. Where arithmetic is what takes the time, few rows compute two parts at once:
-// a sum would wait for itself. Where memory is, that would only be a second place to read from.
+// sums[i] += the products of `inputs` inputs. With 4-bit codes arithmetic is the limit, and few rows compute two parts
+// at once: a sum would otherwise wait for its own previous addition. With larger codes memory is the limit, and two
+// parts would only mean reading from two places.
 template <int F, int Rows>
 inline void integer_tile(const PackedChunk<F>& chunk, const IntegerTile& t, int64_t inputs) {
   constexpr int kChains = kQuantForms[F].bits == 4 && 2 <= Rows && Rows <= 4 ? 2 : 1;
@@ -167,7 +169,7 @@ inline void store_panel(const QuantArgs& args, const float* sums, int64_t row, i
   }
 }
 
-// sums [rows, kPanel] = the sums of each row's digits in [rows, kDigits, kPanel], the least significant first.
+// sums [rows, kPanel] = the sums of each row's digits in [rows, kDigits, kPanel], adding the last digit first.
 inline void add_digits(float* sums, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < kPanel; j += kLanes) {
@@ -179,11 +181,11 @@ inline void add_digits(float* sums, int64_t rows) {
   }
 }
 
-// Rows [row, row + rows) times one panel. width: columns of the panel that there are.
+// Rows [row, row + rows) times one panel. width: number of the panel's columns in use.
 inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint8_t* panel, int64_t row, int64_t rows,
                         int64_t col, int64_t width) {
   float* memory = scratch(kQuantRows * kPanel + kChunk * kPanel);
-  float* sums = memory + kChunk * kPanel;  // behind what is widened
+  float* sums = memory + kChunk * kPanel;  // after the widened codes
   const int64_t digits = args.x_codes ? args.digits : 1;
   for (int64_t i = 0; i < rows * digits * kPanel; i += kLanes) store(sums + i, zero());
   if (args.x_codes) {
@@ -199,7 +201,7 @@ inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint
   with_dtype(args.dtype, [&]<typename T>() { store_panel<T>(args, sums, row, rows, col, width); });
 }
 
-// What the tasks read of x besides or in place of it: itself in fp32, or the sums of its groups.
+// Computes what tasks read besides x or in place of it: x in fp32, or the sums of its groups.
 void quant_prepare(const QuantArgs& args, float* x32, float* x_sums) {
   const auto row = [&]<typename T>(int64_t i) {
     const T* x = static_cast<const T*>(args.x.data) + i * args.x.stride;

@@ -13,7 +13,7 @@ __attribute__((always_inline)) inline void repeat(const F& f) {
   }
 }
 
-// Asks for the pages that follow the chunk at `at` by kPagesAhead: kLinesAhead is too near for their addresses.
+// Touches the pages kPagesAhead after the chunk at `at`: kLinesAhead is too near for address translation.
 template <int F>
 inline void touch_ahead(const uint8_t* at) {
   touch_pages(at + kPagesAhead, panel_bytes(kQuantForms[F], kChunk));
@@ -33,7 +33,7 @@ inline void load_super(const uint8_t* head, SuperScales* super) {
   }
 }
 
-// The scale of half `half` of a group of 32 inputs; both halves have one where form.group is 32.
+// The scale of half `half` of a group of 32 inputs; if form.group is 32, both halves share it.
 template <int F>
 inline Vec load_scale(const uint8_t* group, const SuperScales& super, int half, int v) {
   constexpr QuantForm form = kQuantForms[F];
@@ -56,7 +56,7 @@ inline Vec load_addend(const uint8_t* group, const SuperScales& super, int v) {
   }
 }
 
-// The weights of 32 inputs in fp32: [32, kPanel], of which this writes the vectors v.
+// The weights of 32 inputs in fp32: writes vectors v of [32, kPanel].
 template <int F>
 inline void widen_weights(const uint8_t* group, const SuperScales& super, int v, float* out) {
   constexpr QuantForm form = kQuantForms[F];
@@ -86,8 +86,8 @@ inline void widen_weights(const uint8_t* group, const SuperScales& super, int v,
   }
 }
 
-// Widens `inputs` of a panel to weights in fp32, [inputs, kPanel], and returns where the next ones lie. first: the
-// input that the first of them is.
+// Widens `inputs` inputs of a panel to fp32 weights [inputs, kPanel]; returns the position of the next ones. first:
+// index of the first input.
 template <int F>
 const uint8_t* widen_chunk(const uint8_t* at, int64_t first, int64_t inputs, float* out) {
   constexpr QuantForm form = kQuantForms[F];
@@ -122,7 +122,7 @@ struct PackedQuad {
     if constexpr (form.bits == 6) upper = _mm512_loadu_si512(codes + 512 + (quad / 2 * 2 + v) * 64);
   }
 
-  // Inputs 2 I and 2 I + 1 as integers. odd: whether the quad is the second of its run of 16 inputs.
+  // Inputs 2 I and 2 I + 1 as integers. Odd: whether the quad is the second in its run of 16 inputs.
   template <int I, bool Odd>
   Pairs pair() const {
     if constexpr (form.bits == 8) {
@@ -142,7 +142,7 @@ struct PackedQuad {
   }
 };
 
-// A chunk of a panel whose codes are read where they lie. Its parts are the groups of inputs that share a scale.
+// A chunk of a panel whose codes are read in place. Its parts are the groups of inputs that share a scale.
 template <int F>
 struct PackedChunk {
   static constexpr QuantForm form = kQuantForms[F];
@@ -152,7 +152,7 @@ struct PackedChunk {
   const uint8_t* groups;
   SuperScales super;
 
-  // at: of the chunk, whose first input is the first of a super-block.
+  // at: start of the chunk, whose first input is the first of a super-block.
   explicit PackedChunk(const uint8_t* at) : groups(at + super_head_bytes(form)) {
     touch_ahead<F>(at);
     if constexpr (form.super) {
@@ -161,7 +161,8 @@ struct PackedChunk {
     }
   }
   const uint8_t* group(int64_t part) const { return groups + part * kGroup / 32 * group_bytes(form); }
-  // What lies kLinesAhead behind quad Q of a part. Lines that are asked for all at once hold each other up.
+  // Prefetches the memory kLinesAhead after quad Q of a part. Prefetching all lines of a part at once would make them
+  // delay each other.
   template <int Q>
   void prefetch(int64_t part) const {
     constexpr int64_t bytes = group_bytes(form) * kGroup / 32, lines = (bytes + 63) / 64, quads = kGroup / 8;

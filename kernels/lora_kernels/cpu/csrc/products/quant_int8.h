@@ -1,21 +1,22 @@
-// Products of quantised weights with int8 codes: of inputs that are rounded to these, or of few rows whose inputs are
+// Products of quantized weights with int8 codes: for inputs that are rounded to codes, or for few rows whose inputs are
 // exact sums of three codes. Included inside the instruction set's namespace.
 //
-// Codes are read where they lie, and become bytes in registers, four inputs of a column side by side as integer products
-// want them: however few rows there are, nothing is stored on the way. A group's integer sum is exact, and groups are
-// added one after the other, so that a row's product does not depend on the rows beside it.
+// Codes are read in place and become bytes in registers, with four inputs of a column adjacent, as integer products
+// need them: nothing is stored in between, even for few rows. A group's integer sum is exact, and groups are added in
+// order, so that a row's product does not depend on the other rows.
 #pragma once
 
-constexpr int kInt8Rows = kLanes == 16 ? 6 : 4;  // of a tile
-constexpr int kInt8Vecs = kLanes == 16 ? 2 : 1;  // of columns of a tile
+constexpr int kInt8Rows = kLanes == 16 ? 6 : 4;  // per tile
+constexpr int kInt8Vecs = kLanes == 16 ? 2 : 1;  // of columns per tile
 
-// Of eight inputs, the packed nibbles have 0, 4, 1, 5 in the lower halves of their bytes and 2, 6, 3, 7 in the upper
-// ones. So have codes of other sizes, and inputs (`store_eights`).
-// What is subtracted from codes as they are multiplied.
+// The number subtracted from codes during multiplication.
+//
+// All codes and inputs (`store_eights`) have the order of packed nibbles: of every eight inputs, 0, 4, 1, 5 in the
+// lower halves of their bytes and 2, 6, 3, 7 in the upper halves.
 constexpr int int8_offset(const QuantForm& form) { return form.bits < 8 ? form.offset : kUnsignedBytes ? 128 : 0; }
 
-// The codes of inputs 0, 4, 1, 5 of a quad of eight, and those of 2, 6, 3, 7, for kInt8Vecs vectors of columns.
-// codes: of a group of 32 inputs.
+// The codes of inputs 0, 4, 1, 5 of a quad of eight, and those of 2, 6, 3, 7, for kInt8Vecs vectors of columns. codes:
+// those of a group of 32 inputs.
 template <int Bits, int Quad>
 __attribute__((always_inline)) inline void load_quad(const uint8_t* codes, int64_t col, Words (&out)[2][kInt8Vecs]) {
   if constexpr (Bits == 8) {
@@ -29,7 +30,7 @@ __attribute__((always_inline)) inline void load_quad(const uint8_t* codes, int64
       } else {
         Words upper;
         __builtin_memcpy(&upper, codes + 512 + Quad / 2 * 128 + (col + v * kLanes) * 4, sizeof(upper));
-        // Bits 4 and 5 of each byte; the second quad of a run finds them in the other byte.
+        // Bits 4 and 5 of each byte; for the second quad of a run they are in the other byte.
         const Words low = Quad % 2 ? select(0x00ff, upper >> 8, upper << 12) : select(0x00ff, upper, upper << 4);
         const Words high = Quad % 2 ? select(0x00ff, upper >> 10, upper << 10) : select(0x00ff, upper >> 2, upper << 2);
         out[0][v] = select(0x0f0f, words, low) & 0x3f3f, out[1][v] = select(0x0f0f, words >> 4, high) & 0x3f3f;
@@ -38,16 +39,16 @@ __attribute__((always_inline)) inline void load_quad(const uint8_t* codes, int64
   }
 }
 
-// A chunk of a panel, and what its codes are scaled with.
+// A chunk of a panel, and the scales of its codes.
 struct Int8Chunk {
-  const uint8_t* codes;  // of the first group of 32 inputs
-  int64_t group_bytes;   // from group to group
-  const float* scales;   // [inputs that share a scale, kPanel]
+  const uint8_t* codes;  // the first group of 32 inputs
+  int64_t group_bytes;   // between groups
+  const float* scales;   // [groups of inputs that share a scale, kPanel]
   const float* addends;  // [groups, kPanel] or null
-  int64_t head_ahead;    // from a group's codes to the scales that are to be asked for meanwhile
+  int64_t head_ahead;    // from a group's codes to the scales to prefetch
 };
 
-// What a tile of rows reads of x, and adds to.
+// A tile's rows of x, and the sums it adds to.
 struct Int8Rows {
   const int8_t* x;        // [rows, kXChunk]
   const float* scales;    // [rows, groups of all inputs]
@@ -57,12 +58,12 @@ struct Int8Rows {
   float* sums;  // [rows, kPanel]
 };
 
-// sums[i] += the products of a chunk's groups, for kInt8Vecs vectors of columns from `col` on. Group: the inputs that
-// share a scale.
+// sums[i] += the products of a chunk's groups, for kInt8Vecs vectors of columns starting at `col`. Group: number of
+// inputs that share a scale.
 template <int Bits, int Group, int Rows>
 void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t groups) {
   constexpr int kParts = 32 / Group;
-  constexpr int kChains = Rows <= 2 ? 2 : 1;  // a sum of few rows would wait for itself
+  constexpr int kChains = Rows <= 2 ? 2 : 1;  // with few rows a sum would wait for its own previous addition
   Vec totals[Rows][kInt8Vecs];
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kInt8Vecs; ++v) totals[i][v] = load(t.sums + i * kPanel + col + v * kLanes);
@@ -116,14 +117,14 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
     for (int v = 0; v < kInt8Vecs; ++v) store(t.sums + i * kPanel + col + v * kLanes, totals[i][v]);
 }
 
-// Writes what `inputs` inputs of a panel are scaled with, and moves `at` behind them. first: the input that the first of
-// them is. memory: kChunk * kPanel floats.
+// Writes the scales of `inputs` inputs of a panel, and moves `at` past them. first: index of the first input. memory:
+// kChunk * kPanel floats.
 template <int F>
 Int8Chunk scales_of(const uint8_t*& at, int64_t first, int64_t inputs, float* memory) {
   constexpr QuantForm form = kQuantForms[F];
   constexpr int kParts = 32 / form.group;
   float *scales = memory, *addends = memory + kChunk / 16 * kPanel;
-  // All scales of a chunk are read at its start, so they are asked for earlier than its codes.
+  // All scales of a chunk are read at its start, so they are prefetched earlier than its codes.
   constexpr int64_t kAhead = panel_bytes(form, 2 * kChunk);
   SuperScales super = {};
   touch_ahead<F>(at);
@@ -149,7 +150,7 @@ constexpr ScalesOf kScalesOf[] = {scales_of<0>, scales_of<1>, scales_of<2>, scal
 static_assert(sizeof(kScalesOf) / sizeof(ScalesOf) == kNumQuantForms && kXChunk % kChunk == 0 &&
               kSuperInputs % kChunk == 0);
 
-// sums [rows, kPanel] += rows [row, row + rows) of all rows of codes times one panel. memory: kChunk * kPanel floats.
+// sums [rows, kPanel] += rows [row, row + rows) of all code rows times one panel. memory: kChunk * kPanel floats.
 template <int Bits, int Group>
 void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64_t row, int64_t rows, float* sums,
                 float* memory) {
@@ -180,12 +181,12 @@ inline void int8_panel(const QuantArgs& args, int64_t form, const uint8_t* panel
   }
 }
 
-// 32 inputs, which are coded together.
+// 32 inputs that share a scale.
 struct InputGroup {
   static constexpr int kVecs = 32 / kLanes;
   Vec x[kVecs];
 
-  // Loads a group, and returns the largest magnitude in it. No NaN counts.
+  // Loads a group and returns its largest magnitude, ignoring NaN.
   template <typename T>
   float load_from(const T* from) {
     Vec largest = zero();
@@ -201,7 +202,7 @@ struct InputGroup {
     Vec own[kVecs], sums[2] = {zero(), zero()};
     for (int v = 0; v < kVecs; ++v) {
       sums[v * 2 / kVecs] = add(sums[v * 2 / kVecs], x[v]);
-      own[v] = max(x[v], set1(-127.0f));  // a NaN becomes a code, too
+      own[v] = max(x[v], set1(-127.0f));  // also turns a NaN into a code
     }
     store_eights(codes, own);
     float found[4];
@@ -212,8 +213,8 @@ struct InputGroup {
   }
 };
 
-// Does for a group of 32 inputs what `code_row` does, and writes the sums of the codes of its halves. A NaN or an infinity
-// among the inputs makes the scale that this returns NaN.
+// Like `code_row`, for a group of 32 inputs; also writes the sums of the codes of its halves. Returns the scale, which
+// is NaN if an input is NaN or infinite.
 template <typename T>
 inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
   InputGroup group;
@@ -224,10 +225,10 @@ inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
   return scale + group.store_to(codes, halves);
 }
 
-constexpr int64_t kDigits = 3;  // of an input
+constexpr int64_t kDigits = 3;  // per input
 
-// Rows whose inputs are written as digits: up to so many, integer products of three digits take less time than products
-// in fp32, or than those of pairs of bf16 where these are slow, or than codes that are widened for tile registers.
+// Maximum rows for writing inputs as digits. Up to here, integer products of three digits take less time than the
+// alternative: products in fp32, slow products of bf16 pairs, or codes widened for tile registers.
 inline int64_t most_digit_rows([[maybe_unused]] const QuantForm& form) {
 #if defined(__AMX_BF16__)
   return 2;
@@ -253,15 +254,17 @@ int64_t quant_digits(const QuantArgs& args) {
   return kDigits;
 }
 
-// Writes 32 inputs as the sum of kDigits codes each, the most significant first: x = scales[d] * codes[d] in sum, exactly
-// for numbers of eight bits down to 2^-14 of the group's largest one, else to 2^-22 of that, or of 2^-100 if that is larger.
-// Of digit d: codes + d * kXChunk, halves + d * 2 * groups (the sums of the codes' halves), scales + d * groups: NaN if a NaN
-// or an infinity is among the inputs.
+// Writes each of 32 inputs as the sum of kDigits codes, the most significant first: x is the sum of scales[d] *
+// codes[d]. Relative to the group's largest magnitude, or to 2^-100 if that is larger, numbers of eight bits down to
+// 2^-14 are exact, and the error of others is at most 2^-22.
+//
+// Digit d is at codes + d * kXChunk; the sums of its halves at halves + d * 2 * groups; its scale at scales + d *
+// groups, NaN if an input is NaN or infinite.
 template <typename T>
 inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* halves, float* scales) {
   constexpr float kBase = 254;  // digits are -127 to 127
   InputGroup rest, digit;
-  // The largest power of two that is no larger than the largest number, and not so small that its inverse is infinite.
+  // The largest power of two up to the largest magnitude, but at least 2^-100, so that its inverse is finite.
   const float size = rest.load_from(from);
   uint32_t bits;
   __builtin_memcpy(&bits, &size, 4);
@@ -282,7 +285,7 @@ inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* h
   }
 }
 
-// Writes x as QuantArgs has its codes.
+// Writes x as codes, in the layout of QuantArgs.
 void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32_t* x_halves) {
   const int64_t groups = args.in_features / 32;
   const auto row = [&]<typename T>(int64_t i) {

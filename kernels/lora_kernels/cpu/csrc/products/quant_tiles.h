@@ -1,23 +1,23 @@
-// Integer products of quantised weights in tile registers. Included by quant.h.
+// Integer products of quantized weights in tile registers. Included by quant.h.
 //
-// Codes of a chunk become bf16 integers in memory once for all rows. Each group of inputs that shares a scale is one
-// instruction's worth, so its sum leaves the registers to be scaled.
+// Codes of a chunk become bf16 integers in memory once for all rows. Each group of inputs that shares a scale takes one
+// instruction, and its sum then leaves the registers to be scaled.
 #pragma once
 
-// Of fewer rows the codes are multiplied where they lie. Groups of 16 inputs leave half of a tile empty.
+// For fewer rows, codes are multiplied in place. Groups of 16 inputs leave half of a tile empty.
 constexpr int64_t fewest_tile_rows(const QuantForm& form) { return form.group == 32 ? 3 : 8; }
 
-// The integers of 32 inputs and 32 columns, as tiles take them: [16 pairs, kPanel].
+// The integers of 32 inputs and 32 columns in tile layout: [16 pairs, kPanel].
 struct CodeTile {
   alignas(64) Pair pairs[kTileInputs / 2][kPanel];
 };
 
-// Whether rows are multiplied here: if sums are fixed always, since few rows have other bits in quant.h.
+// Whether rows are multiplied here: always if sums are fixed, since sums in quant.h have other bits.
 inline bool quant_in_tiles(const QuantArgs& args, const QuantForm& form) {
   return args.fixed_sums || args.rows >= fewest_tile_rows(form);
 }
 
-// The codes of part `part` of a chunk. Parts of 16 inputs are half a tile; its other half is of zeros.
+// The codes of part `part` of a chunk. Parts of 16 inputs fill half a tile; the other half is zero.
 template <int F>
 inline void widen_part(const PackedChunk<F>& chunk, int64_t part, CodeTile* tile) {
   constexpr int kGroup = PackedChunk<F>::kGroup;
@@ -35,7 +35,7 @@ inline void widen_part(const PackedChunk<F>& chunk, int64_t part, CodeTile* tile
   });
 }
 
-// A chunk of a panel whose codes are widened part by part, and the numbers that the products of its parts are scaled with.
+// A chunk of a panel whose codes are widened part by part, and the scales and addends of its parts.
 template <int F>
 struct WideChunk {
   using Chunk = PackedChunk<F>;
@@ -44,13 +44,13 @@ struct WideChunk {
 
   const Chunk packed;
   CodeTile* const codes;  // [kParts]
-  const int64_t parts;    // that there are
+  const int64_t parts;    // existing ones
   Vec scales[kParts][kPanelVecs], addends[Chunk::kHasAddends ? kParts : 1][kPanelVecs];
 
   WideChunk(const uint8_t* at, int64_t inputs, float* memory)
       : packed(at), codes(reinterpret_cast<CodeTile*>(memory)), parts(inputs / Chunk::kGroup) {}
 
-  // Widens parts [first, first + num), or as many as there are.
+  // Widens the existing ones of parts [first, first + num).
   void widen(int64_t first, int64_t num) {
     for (int64_t part = first; part < min(first + num, parts); ++part) {
       widen_part<F>(packed, part, codes + part);
@@ -62,16 +62,17 @@ struct WideChunk {
   }
 };
 
-// Rows of a chunk's inputs, what they are added to, and which of them a tile is to add: the others were in one before.
+// Rows of a chunk's inputs, their sums, and the range of rows that a tile adds: an earlier tile added the others.
 struct QuantRows {
   const uint16_t* x;    // [num, kXChunk]
-  const float* x_sums;  // of each row's groups, where there are addends
+  const float* x_sums;  // per row and group, if there are addends
   int64_t x_sums_stride;
   float* sums;  // [num, kPanel]
   int64_t first, num;
 };
 
-// Adds to tiles 2 and 3 the products of a tile of rows and a part of a chunk; `add_products` had the part before it.
+// Adds the products of a tile of rows and a part of a chunk to tiles 2 and 3, after `add_products` for the previous
+// part.
 inline void add_next_part(const TileRows& x, int64_t at, const CodeTile& codes) {
   constexpr int64_t stride = sizeof(codes.pairs[0]);
   _tile_stream_loadd(5, static_cast<const char*>(x.first) + at, x.stride);
@@ -81,9 +82,9 @@ inline void add_next_part(const TileRows& x, int64_t at, const CodeTile& codes) 
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// Adds the products of up to 16 rows (one Height) with two parts at once, of up to 32 rows with one part. Products are long
-// in coming. Meanwhile the next codes are widened (widens: the first rows do that for all), and sums of up to 16 rows are
-// scaled a turn later.
+// Adds the products of up to 16 rows (one Height) with two parts at a time, or of up to 32 rows with one part. Products
+// have a long latency. Meanwhile the next codes are widened (widens: the first rows do that for all), and sums of up to
+// 16 rows are scaled one turn later.
 template <int F, int Heights>
 void add_chunk(WideChunk<F>& chunk, const QuantRows& rows, bool widens) {
   constexpr bool kHasAddends = PackedChunk<F>::kHasAddends, kScalesLater = Heights == 1;

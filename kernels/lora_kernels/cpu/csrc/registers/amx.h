@@ -1,24 +1,24 @@
 // Products in tile registers (AMX): 16 rows times 16 columns, 32 bf16 inputs at a time. Included inside the instruction
 // set's namespace.
 //
-// The sums of an instruction are added up before they join those of its tile, even inputs apart from odd ones, so they
-// have other bits than a chain of dot_pairs. A row's sum does not depend on the rows beside it.
+// An instruction first sums its own products, even inputs separately from odd ones, and then adds them to those of its
+// tile, so sums have other bits than a chain of dot_pairs. A row's sum does not depend on the other rows.
 #pragma once
 
 #ifdef __AMX_BF16__
 
 constexpr int64_t kTileSide = 16;    // rows and columns of a tile of sums
-constexpr int64_t kTileInputs = 32;  // of an instruction
+constexpr int64_t kTileInputs = 32;  // per instruction
 constexpr int64_t kTwoTiles = 2 * kTileSide;
 
-// What was written before must be in memory: the compiler does not know that tiles are loaded from it.
+// Earlier writes must be in memory: the compiler does not know that tiles are loaded from it.
 inline void finish_writes() { asm volatile("" ::: "memory"); }
 
-// The calling thread's tile registers: 0 to 3 for sums, 4 and 5 for rows of the left operand, 6 and 7 for columns of the
-// right one. They are released at the end: the system saves registers that are in use whenever it switches threads.
+// The calling thread's tile registers: 0 to 3 for sums, 4 and 5 for rows of the left operand, 6 and 7 for columns of
+// the right one. The destructor releases them: the system saves registers in use whenever it switches threads.
 class Tiles {
  public:
-  // rows: of left operands, if those are fewer than a tile has.
+  // rows: number of rows of left operands, if a tile has more.
   explicit Tiles(int64_t rows) {
     const auto num = static_cast<uint8_t>(min(rows, kTileSide));
     alignas(64) const Config config = {.rows = {num, num, num, num, num, num, kTileSide, kTileSide}};
@@ -37,21 +37,22 @@ class Tiles {
   };
 };
 
-// Sums of two tiles below each other and two side by side.
+// Sums of 2 x 2 tiles.
 struct TileSums {
   alignas(64) float rows[kTwoTiles][kTwoTiles];
 
-  // Row i of `num` rows, of which two tiles have the last 16 in the second.
+  // Row i of `num`; two tiles hold the last 16 rows in the second.
   template <int Heights>
   float* row(int64_t i, int64_t num) {
     return rows[i < kTileSide || Heights == 1 ? i : i + kTwoTiles - num];
   }
 };
 
-// Rows of a left operand in one or two tiles. If they do not fill two, these overlap: rows in both are computed twice.
+// Rows of a left operand in one or two tiles. If they do not fill two, the tiles overlap: shared rows are computed
+// twice.
 struct TileRows {
   const void* first;
-  int64_t second, stride;  // bytes to the second tile's rows, and from row to row
+  int64_t second, stride;  // bytes to the second tile's rows, and between rows
 
   TileRows(const void* first, int64_t rows, int64_t stride)
       : first(first), second(second_of(rows) * stride), stride(stride) {}
@@ -69,12 +70,12 @@ inline void zero_tiles() {
   }
 }
 
-// Adds the products of 32 inputs, `at` bytes from the rows' first on, of the rows of one or two tiles and 32 columns.
-// KeepsRows: whether the first-level cache keeps the rows, and columns pass by it; else the other way round.
+// Adds the products of 32 inputs, `at` bytes after the start of each row, for the rows of one or two tiles and 32
+// columns. KeepsRows: the first-level cache keeps the rows, and columns bypass it; else vice versa.
 template <int Heights, bool KeepsRows = false>
 inline void add_products(const TileRows& left, int64_t at, const void* right, int64_t right_stride) {
   const char *rows = static_cast<const char*>(left.first) + at, *columns = static_cast<const char*>(right);
-  // Numbers of tiles are part of an instruction's name here.
+  // Tile numbers are part of an instruction's name here.
   if constexpr (KeepsRows) {
     _tile_loadd(4, rows, left.stride);
     _tile_stream_loadd(6, columns, right_stride);
@@ -96,7 +97,7 @@ inline void add_products(const TileRows& left, int64_t at, const void* right, in
   }
 }
 
-// Sums of tiles from memory and back to it: rows `stride` entries apart.
+// Loads or stores the sums of tiles: rows `stride` entries apart.
 template <int Heights>
 inline void load_tiles(const float* rows, int64_t stride) {
   const int64_t bytes = stride * sizeof(float);
@@ -127,8 +128,8 @@ inline void store_tiles(TileSums& sums) {
   store_tiles<Heights>(sums.rows[0], kTwoTiles);
 }
 
-// Tile number `tile` of rows: of up to 32 in two tiles, or of the last 16. If there are so many rows, the last ones begin
-// early enough to be whole.
+// Tile number `tile` of rows: up to 32 in two tiles, or up to 16 in one. If there are enough rows, the last tiles start
+// early enough to be full.
 struct RowsOfTile {
   int64_t row, num;
 
@@ -139,8 +140,8 @@ struct RowsOfTile {
   }
 };
 
-// What `update` does, but for the last depth % 16 pairs; returns how many it did. In memory, the rows of the right operand
-// must be followed by so much that 32 columns can be read.
+// Like `update`, but without the last depth % 16 pairs; returns the number of pairs done. The right operand's rows must
+// be followed by enough memory to read 32 columns.
 template <bool IsFirst, typename OutRow, typename Between>
 inline int64_t update_in_tiles(const bf16* left, int64_t left_stride, const Pair* right, int64_t right_stride,
                                const OutRow& out_row, int64_t rows, int64_t depth, int64_t cols, Between& between) {
@@ -184,7 +185,7 @@ inline int64_t update_in_tiles(const bf16* left, int64_t left_stride, const Pair
           if (in_place) store_tiles<Heights>(out_row(in.row) + col, out_row.stride);
         if (in_place) continue;
         store_tiles<Heights>(sums);
-        // The other rows are those of the tile before, too.
+        // The previous tile already stored the other rows.
         each_sum(tile * kTwoTiles - in.row, in.num, col,
                  [](auto* out, float* sum, int64_t n) { store_n(out, load_n(sum, n), n); });
       }

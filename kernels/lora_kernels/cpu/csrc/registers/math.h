@@ -2,8 +2,8 @@
 #pragma once
 
 inline Vec exp(Vec x) {
-  // exp(x) = 2^n * exp(r), |r| <= ln2 / 2; a Taylor polynomial of degree 7 leaves 2e-9.
-  // Infinite from 88.73. Zero below -86: numbers that are not normal take a processor a hundred times as long.
+  // exp(x) = 2^n * exp(r), |r| <= ln2 / 2; a Taylor polynomial of degree 7 leaves an error of 2e-9. Infinite from 88.73
+  // on. Zero below -86: denormal numbers take a processor a hundred times as long.
   constexpr float kLeast = -86.0f;
   const Vec kept = max(min(x, set1(89.0f)), set1(kLeast));
   const Vec n = round(mul(kept, set1(1.44269504f)));

@@ -1,4 +1,4 @@
-// Register tiles the kernels are built from. Included inside the instruction set's namespace.
+// Register tiles that the kernels use. Included inside the instruction set's namespace.
 #pragma once
 
 constexpr int kPanelVecs = kPanel / kLanes;
@@ -21,7 +21,7 @@ inline void with_size(int64_t n, const F& f) {
   f.template operator()<Max>();
 }
 
-// The number of entries of a whole vector, which is loaded and stored without masks.
+// The number of entries of a whole vector, loaded and stored without masks.
 struct Whole {
   constexpr operator int64_t() const { return kLanes; }
 };
@@ -51,11 +51,11 @@ inline void prefetch_to_second_level(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
-// Bytes between weights that are read, what is prefetched of them, and their pages that are touched.
+// Bytes from weights being read to the lines that are prefetched, and to the pages that are touched.
 constexpr int64_t kLinesAhead = 8192, kPagesAhead = 32768;
 
-// Asks for a line of each page of memory that is read soon. What lies here and there waits longer for its addresses to be
-// looked up than for its bytes, and a core fetches ahead no further than to the end of a page.
+// Prefetches a line of each page that is read soon. Scattered data waits longer for address translation than for its
+// bytes, and a core itself prefetches only up to the end of a page.
 inline void touch_pages(const void* from, int64_t bytes) {
   constexpr int64_t kPageBytes = 4096;
   const auto* at = static_cast<const char*>(from);
@@ -63,8 +63,8 @@ inline void touch_pages(const void* from, int64_t bytes) {
   if (bytes > 0) prefetch_line(at + bytes - 1);
 }
 
-// Asks for lines that are read once. An AMD core keeps them out of its second-level cache and is quicker for it. An Intel
-// core would have one way of its first-level cache for them, of which most were replaced before they are read.
+// Prefetches lines that are read once. An AMD core keeps them out of its second-level cache and is faster for it. An
+// Intel core would use only one way of its first-level cache for them, and replace most before they are read.
 template <int64_t Bytes>
 inline void prefetch_once(const uint8_t* from) {
 #ifdef __x86_64__
@@ -78,7 +78,7 @@ inline void prefetch_once(const uint8_t* from) {
   for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(from + i, 0, 0);
 }
 
-// How left [rows, depth] times right [depth, columns] is computed. Left rows are broadcast, right rows are vectors.
+// The multiplication of left [rows, depth] by right [depth, columns]. Left rows are broadcast, right rows are vectors.
 // A packed right operand has an entry per column for every kDepth rows.
 template <typename T>
 struct Product {  // in fp32
@@ -117,7 +117,7 @@ struct Pair {
 };
 
 template <>
-struct Product<bf16> {  // two bf16 products per lane and instruction, added up in fp32
+struct Product<bf16> {  // two bf16 products per lane and instruction, summed in fp32
   using Left = bf16;
   using Right = Pair;
   static constexpr int kDepth = 2;
@@ -130,7 +130,7 @@ struct Product<bf16> {  // two bf16 products per lane and instruction, added up 
   static Pairs load_right_n(const Right* right, int64_t n) { return _mm512_maskz_loadu_epi32(first_lanes(n), right); }
   static Vec add_product(Vec acc, Pairs left, Pairs right) { return dot_pairs(acc, right, left); }
 
-  // out[i / 2][j] = (rows[i][j], rows[i + 1][j]), zero in place of a row past the last
+  // out[i / 2][j] = (rows[i][j], rows[i + 1][j]), with zero for a row past the last
   static void pack_rows(const bf16* rows, int64_t stride, int64_t num_rows, int64_t cols, Right* out,
                         int64_t out_stride) {
     for (int64_t i = 0; i < num_rows; i += 2) {
@@ -154,7 +154,7 @@ struct Product<bf16> {  // two bf16 products per lane and instruction, added up 
 };
 #endif
 
-// In fp32, the right operand as it lies in memory: for so few rows that packing would cost more than it saves.
+// In fp32, with the right operand in place: for few rows, where packing would cost more than it saves.
 template <typename T>
 struct DirectProduct {
   using Left = float;
@@ -174,7 +174,7 @@ struct Nothing {
   void operator()() const {}
 };
 
-// between: called now and then, to prefetch.
+// between: called regularly, to prefetch.
 template <typename P, bool IsFirst, int Rows, int Vecs, typename OutRow, typename Between>
 inline void update_tile(const typename P::Left* left, int64_t left_stride, const typename P::Right* right,
                         int64_t right_stride, const OutRow& out_row, int64_t depth, int64_t cols, Between& between) {
@@ -203,7 +203,7 @@ inline void update_tile(const typename P::Left* left, int64_t left_stride, const
   }
 }
 
-// Rows in fp32 at a constant distance, as `update` takes them.
+// fp32 rows at a constant distance, an OutRow of `update`.
 struct FloatRows {
   float* first;
   int64_t stride;
@@ -217,7 +217,7 @@ constexpr bool is_float_rows<FloatRows> = true;
 #ifdef __AMX_BF16__
 #include "amx.h"
 constexpr bool kHasTiles = true;
-constexpr int64_t kWholeDepth = kTileInputs / 2;  // pairs that bf16 products multiply at once
+constexpr int64_t kWholeDepth = kTileInputs / 2;  // pairs that a bf16 product multiplies at once
 #else
 constexpr bool kHasTiles = false;
 constexpr int64_t kWholeDepth = 1;
@@ -226,15 +226,15 @@ struct Tiles {
 };
 #endif
 
-// How many entries a column of a packed right operand has for `rows` rows of it: what is behind them must be zero.
+// Entries per column of a packed right operand with `rows` rows: entries past the rows must be zero.
 template <typename P>
 constexpr int64_t packed_depth(int64_t rows) {
   const int64_t depth = ceil_div(rows, P::kDepth);
   return P::kDepth == 2 ? ceil_div(depth, kWholeDepth) * kWholeDepth : depth;
 }
 
-// out_row(r)[j] += left[r, depth * kDepth] times column j of a right operand with `depth` entries a column. IsFirst: what
-// was there does not count. Where there are tile registers, bf16 products need a `Tiles` of so many rows.
+// out_row(r)[j] += left[r, depth * kDepth] times column j of a right operand with `depth` entries per column. IsFirst:
+// = instead of +=. With tile registers, bf16 products need an object `Tiles` for that many rows.
 template <typename P, bool IsFirst = false, typename OutRow, typename Between = const Nothing>
 inline void update(const typename P::Left* left, int64_t left_stride, const typename P::Right* right,
                    int64_t right_stride, const OutRow& out_row, int64_t rows, int64_t depth, int64_t cols,

@@ -36,7 +36,7 @@ inline Vec times_pow2(Vec a, Vec n) {  // a * 2^n, n integral from -125 to 128
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126));
   return mul(mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))), set1(2.0f));
 }
-// a, but zero where x is less than `least`.
+// a where x is at least `least`, else zero.
 inline Vec zero_below(Vec a, Vec x, float least) { return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(least), _CMP_LT_OQ), a); }
 // Lanes outside [begin, end) replaced; both may lie outside the vector.
 inline Vec keep_range(Vec a, int64_t begin, int64_t end, float other) {
@@ -56,7 +56,7 @@ inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Vec load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
-// kLanes integers as fp32: bytes, and bits above `shift` of 32-bit words, as many as `mask` has.
+// kLanes integers as fp32: bytes, or the bits of `mask` in 32-bit words shifted right by `shift`.
 inline Vec widen_i8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
@@ -71,7 +71,7 @@ inline Vec widen_bits(const uint8_t* p, int shift, int mask) {
 inline Vec load(const i8* p) { return widen_i8(reinterpret_cast<const uint8_t*>(p)); }
 
 inline __m128i narrow(Vec v) {
-  // Round to nearest even; a NaN would round to infinity, so it is put back.
+  // Round to nearest even; NaN would round to infinity and is restored.
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
@@ -139,7 +139,7 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
 #ifdef __AVXVNNI__
   return _mm256_dpbusd_avx_epi32(acc, own, all);
 #else
-  // Two products of 128 and 127 fit into 16 bits.
+  // The sum of two products of 128 and 127 fits into 16 bits.
   const __m256i products = Bits < 8 ? _mm256_maddubs_epi16(own, all)
                                     : _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(all, own));
   return add_ints(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));

@@ -36,7 +36,7 @@ inline void store_maxima(float* p, Vec a, Vec b, Vec c, Vec d) {
 }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec times_pow2(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n integral from -125 to 128
-// a, but zero where x is less than `least`.
+// a where x is at least `least`, else zero.
 inline Vec zero_below(Vec a, Vec x, float least) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(least), _CMP_NLT_UQ), a);
 }
@@ -58,7 +58,7 @@ inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
-// kLanes integers as fp32: bytes, and bits above `shift` of 32-bit words, as many as `mask` has.
+// kLanes integers as fp32: bytes, or the bits of `mask` in 32-bit words shifted right by `shift`.
 inline Vec widen_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
@@ -82,7 +82,7 @@ inline __m256i narrow(Vec v) {
 #ifdef __AVX512BF16__
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
 #else
-  // Round to nearest even; a NaN would round to infinity, so it is put back.
+  // Round to nearest even; NaN would round to infinity and is restored.
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -149,7 +149,7 @@ inline void transpose(Vec rows[kLanes]) {
   }
 }
 
-// Codes of weights as integer products want them: bytes, four inputs of each of kLanes columns.
+// Codes of weights in the layout of integer products: bytes, four inputs for each of kLanes columns.
 typedef uint16_t Words __attribute__((vector_size(64)));
 using Ints = __m512i;
 inline Ints set1_int(int x) { return _mm512_set1_epi32(x); }
@@ -166,14 +166,14 @@ constexpr bool kUnsignedBytes = true;  // signed bytes are multiplied as unsigne
 #else
 constexpr bool kUnsignedBytes = false;
 #endif
-// Bytes of rows [columns], of which the first two and the fifth and sixth are read: 0, 4, 1, 5 of each column.
+// From rows of bytes [columns], reads the first, second, fifth and sixth: 0, 4, 1, 5 of each column.
 inline void load_fours(const uint8_t* rows, Words (&out)[2]) {
   __m512i first = _mm512_loadu_si512(rows), second = _mm512_loadu_si512(rows + 4 * kPanel);
   if constexpr (kUnsignedBytes) {
     const __m512i flipped = _mm512_set1_epi8(static_cast<char>(128));
     first = _mm512_xor_si512(first, flipped), second = _mm512_xor_si512(second, flipped);
   }
-  // Pairs of 0 and 4 in the lower half, of 1 and 5 in the upper one; columns 0 to 7, 16 to 23, then the other ones.
+  // Pairs of 0 and 4 in the lower half, of 1 and 5 in the upper half; columns 0 to 7, 16 to 23, then the others.
   const __m512i low = _mm512_unpacklo_epi8(first, second), high = _mm512_unpackhi_epi8(first, second);
   alignas(64) static constexpr uint16_t kPlaces[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        32, 48, 33, 49, 34, 50, 35, 51, 36, 52, 37, 53, 38, 54, 39, 55};
@@ -189,7 +189,7 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
 #ifdef __AVX512VNNI__
   return _mm512_dpbusd_epi32(acc, own, all);
 #else
-  // Two products of 128 and 127 fit into 16 bits.
+  // The sum of two products of 128 and 127 fits into 16 bits.
   const __m512i products =
       Bits < 8 ? _mm512_maddubs_epi16(own, all)
                : _mm512_maddubs_epi16(_mm512_abs_epi8(own), _mm512_mask_sub_epi8(all, _mm512_movepi8_mask(own),
@@ -197,7 +197,7 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
   return add_ints(acc, _mm512_madd_epi16(products, _mm512_set1_epi16(1)));
 #endif
 }
-// Writes 32 integers as int8 codes, each eight of them in the order 0, 4, 1, 5, 2, 6, 3, 7.
+// Writes 32 integers as int8 codes, every eight in the order 0, 4, 1, 5, 2, 6, 3, 7.
 inline void store_eights(int8_t* p, const Vec (&integers)[2]) {
   const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
   for (int v = 0; v < 2; ++v) {

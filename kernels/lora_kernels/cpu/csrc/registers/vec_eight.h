@@ -1,10 +1,10 @@
-// What all vectors of eight lanes share, in memory and in the compiler's own vector types. vec_avx2.h and vec_neon.h
-// include it behind their `load`, `store` and `store_codes`.
+// Common code for vectors of eight lanes, using memory and the compiler's own vector types. vec_avx2.h and vec_neon.h
+// include it after their `load`, `store` and `store_codes`.
 #pragma once
 
 template <typename T>
 inline Vec load_n(const T* p, int64_t n) {
-  if (n == kLanes) return load(p);  // as nearly always: a copy of so many bytes takes a call
+  if (n == kLanes) return load(p);  // nearly always: copying n entries takes a call
   T lanes[kLanes] = {};
   __builtin_memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
@@ -18,7 +18,7 @@ inline void store_n(T* p, Vec v, int64_t n) {
   __builtin_memcpy(p, lanes, n * sizeof(T));
 }
 
-// Codes of weights as integer products want them: bytes, four inputs of each of kLanes columns.
+// Codes of weights in the layout of integer products: bytes, four inputs for each of kLanes columns.
 typedef uint16_t Words __attribute__((vector_size(32)));
 #ifdef __AVXVNNI__
 constexpr bool kUnsignedBytes = true;  // signed bytes are multiplied as unsigned ones, 128 larger
@@ -27,11 +27,11 @@ constexpr bool kUnsignedBytes = false;
 #endif
 // mask ? a : b, bit by bit.
 inline Words select(uint16_t mask, Words a, Words b) { return (a & mask) | (b & static_cast<uint16_t>(~mask)); }
-// Bytes of rows [columns], of which the first two and the fifth and sixth are read: 0, 4, 1, 5 of each column.
+// From rows of bytes [columns], reads the first, second, fifth and sixth: 0, 4, 1, 5 of each column.
 inline void load_fours(const uint8_t* rows, Words (&out)[1]) {
   typedef uint8_t Bytes __attribute__((vector_size(16)));
   typedef int64_t Long __attribute__((vector_size(16)));
-  const auto eight = [](const uint8_t* from) {  // into a register at once, not by way of memory
+  const auto eight = [](const uint8_t* from) {  // directly into a register, not through memory
     int64_t bytes;
     __builtin_memcpy(&bytes, from, 8);
     return reinterpret_cast<Bytes>(Long{bytes, 0});
@@ -45,7 +45,7 @@ inline void load_fours(const uint8_t* rows, Words (&out)[1]) {
   out[0] = __builtin_shufflevector(pairs, pairs, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
   if constexpr (kUnsignedBytes) out[0] ^= 0x8080;
 }
-// Writes 32 integers as int8 codes, each eight of them in the order 0, 4, 1, 5, 2, 6, 3, 7.
+// Writes 32 integers as int8 codes, every eight in the order 0, 4, 1, 5, 2, 6, 3, 7.
 inline void store_eights(int8_t* p, const Vec (&integers)[4]) {
   constexpr int kOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
   int8_t codes[kLanes];

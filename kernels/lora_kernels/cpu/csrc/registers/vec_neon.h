@@ -1,5 +1,5 @@
 // Eight fp32 lanes in two registers. Included inside the instruction set's namespace; vec_avx512.h offers the same
-// functions. What every 64-bit Arm processor has: products of bf16 are computed in fp32.
+// functions. Uses only what every 64-bit Arm processor has: products of bf16 are computed in fp32.
 #pragma once
 
 constexpr int kLanes = 8;
@@ -13,7 +13,7 @@ inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.lo, b.lo), vaddq_f32(a.hi, b.
 inline Vec sub(Vec a, Vec b) { return {vsubq_f32(a.lo, b.lo), vsubq_f32(a.hi, b.hi)}; }
 inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.lo, b.lo), vmulq_f32(a.hi, b.hi)}; }
 inline Vec div(Vec a, Vec b) { return {vdivq_f32(a.lo, b.lo), vdivq_f32(a.hi, b.hi)}; }
-// The second operand where one of them is NaN, as on x86.
+// If one of the operands is NaN, the second operand, as on x86.
 inline Vec max(Vec a, Vec b) {
   return {vbslq_f32(vcgtq_f32(a.lo, b.lo), a.lo, b.lo), vbslq_f32(vcgtq_f32(a.hi, b.hi), a.hi, b.hi)};
 }
@@ -38,7 +38,7 @@ inline float32x4_t times_pow2(float32x4_t a, float32x4_t n) {
 inline Vec times_pow2(Vec a, Vec n) {  // a * 2^n, n integral from -125 to 128
   return {times_pow2(a.lo, n.lo), times_pow2(a.hi, n.hi)};
 }
-// a, but zero where x is less than `least`.
+// a where x is at least `least`, else zero.
 inline Vec zero_below(Vec a, Vec x, float least) {
   const auto keep = [&](float32x4_t half, float32x4_t by) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(half), vcltq_f32(by, vdupq_n_f32(least))));
@@ -72,7 +72,7 @@ inline Vec load(const f16* p) {
   return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_f32_f16(vget_high_f16(halves))};
 }
 
-// kLanes integers as fp32: bytes, and bits above `shift` of 32-bit words, as many as `mask` has.
+// kLanes integers as fp32: bytes, or the bits of `mask` in 32-bit words shifted right by `shift`.
 inline Vec widen_i8(const uint8_t* p) {
   const int16x8_t codes = vmovl_s8(vreinterpret_s8_u8(vld1_u8(p)));
   return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(codes))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(codes)))};
@@ -92,7 +92,7 @@ inline Vec widen_bits(const uint8_t* p, int shift, int mask) {
 inline Vec load(const i8* p) { return widen_i8(reinterpret_cast<const uint8_t*>(p)); }
 
 inline uint16x4_t narrow(float32x4_t v) {
-  // Round to nearest even; a NaN would round to infinity, so it is put back.
+  // Round to nearest even; NaN would round to infinity and is restored.
   const uint32x4_t bits = vreinterpretq_u32_f32(v);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
   const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);

@@ -1,12 +1,13 @@
-// Gated delta rules and causal convolutions, each run of tokens from its sequence's state. A task is some columns of a
-// state, or some channels, of all runs in order. Included inside the instruction set's namespace, after pointwise.h.
+// Gated delta rules and causal convolutions, starting each run of tokens from its sequence's state. A task is some
+// columns of a state, or some channels, of all runs in order. Included inside the instruction set's namespace, after
+// pointwise.h.
 #pragma once
 
 constexpr int kDeltaVecs = 4;
-constexpr int64_t kDeltaColumns = kDeltaVecs * kLanes;  // of a task: what lies in registers
-constexpr int64_t kConvChannels = 128;                  // of a task
-constexpr int64_t kGateWork = 8;                        // a gate takes as long as so many entries of other rows
-constexpr int64_t kConvAhead = 8;                       // tokens between what is read and what is fetched
+constexpr int64_t kDeltaColumns = kDeltaVecs * kLanes;  // per task: these stay in registers
+constexpr int64_t kConvChannels = 128;                  // per task
+constexpr int64_t kGateWork = 8;                        // a gate takes as long as this many entries of other rows
+constexpr int64_t kConvAhead = 8;                       // tokens between reading and prefetching
 
 template <typename T>
 inline float length_of(const T* x, int64_t dim) {
@@ -18,10 +19,10 @@ inline float length_of(const T* x, int64_t dim) {
   return __builtin_sqrtf(sum(squares) + 1e-6f);
 }
 
-// What a token does to the rows of a head's state, each [key_dim] in fp32.
+// The effect of a token on the rows of a head's state, each [key_dim] in fp32.
 struct DeltaKeys {
   float *decay, *decayed, *key, *query;
-  int64_t known_rows;  // whose values are subtracted from the token's: all or none
+  int64_t known_rows;  // number of rows whose values are subtracted from the token's: all or none
 };
 
 template <typename T>
@@ -45,7 +46,7 @@ inline void prepare_keys(const DeltaArgs& args, int64_t token, int64_t head, con
   }
 }
 
-// Moves `columns` columns of a state on by a token: rows `from` become rows `to`, and `next` is fetched meanwhile.
+// Updates `columns` columns of a state for one token, from rows `from` to rows `to`, and prefetches `next` meanwhile.
 template <int Vecs, typename T>
 inline void delta_token(const DeltaKeys& keys, int64_t rows, const float* from, int64_t from_stride, float* to,
                         int64_t to_stride, const T* v, float beta, T* out, int64_t columns, const float* next,
@@ -217,13 +218,13 @@ inline void conv_channels(const ConvArgs& args, int64_t first, int64_t n) {
     const StateRun& run = args.runs[i];
     const T* x = static_cast<const T*>(args.x.data) + run.start * args.x.stride + first;
     const T* before = state(run.read);
-    // The input of a token of the run, or of one before it, which is negative.
+    // The input of token t of the run, or, for negative t, of a token before the run.
     const auto input = [&](int64_t t) {
       return t >= 0 ? x + t * args.x.stride : before + (taps + t) * args.channels;
     };
     for (int64_t t = 0; t < run.end - run.start; ++t) {
       T* out = static_cast<T*>(args.out.data) + (run.start + t) * args.out.stride + first;
-      prefetch(input(t + kConvAhead), n * sizeof(T));  // rows are too far apart for a core to fetch ahead by itself
+      prefetch(input(t + kConvAhead), n * sizeof(T));  // rows are too far apart for a core to prefetch them itself
       each_vector(n, [&](int64_t c, auto m) {
         Vec y = args.bias ? load_n(static_cast<const T*>(args.bias) + first + c, m) : zero();
         for (int64_t j = 0; j < taps; ++j)
@@ -231,7 +232,7 @@ inline void conv_channels(const ConvArgs& args, int64_t first, int64_t n) {
         store_n(out + c, args.silu ? activate(y, Activation::kSilu) : y, m);
       });
     }
-    // In order, because the slots may be one: an input moves to where an older one was.
+    // In order, because slots may be equal: an input moves to the place of an older one.
     for (int64_t j = 0; j < taps; ++j) {
       T* to = state(run.write) + j * args.channels;
       __builtin_memmove(to, input(run.end - run.start - taps + j), n * sizeof(T));

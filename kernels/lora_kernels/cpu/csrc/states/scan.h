@@ -1,13 +1,14 @@
-// Selective scan: each lane is a channel, so that nothing is summed across lanes, and a task is some channels for all
-// tokens, whose states stay in the first cache. Included inside the instruction set's namespace, after pointwise.h.
+// Selective scan: each lane is a channel, so that nothing is summed across lanes, and a task is some channels of all
+// tokens, whose states stay in the first-level cache. Included inside the instruction set's namespace, after
+// pointwise.h.
 #pragma once
 
-constexpr int64_t kScanChannels = 32;  // of a task: a cache line of bf16 for each token
+constexpr int64_t kScanChannels = 32;  // per task: a cache line of bf16 per token
 
 // log(1 + exp(x)), without overflow: max(x, 0) + log1p(exp(-|x|)).
 inline Vec softplus(Vec x) {
   const Vec y = exp(min(x, sub(zero(), x)));
-  // log1p(y) = 2 artanh(s) with s = y / (2 + y), which is at most a third: an odd series, good to a few ulp.
+  // log1p(y) = 2 artanh(s) with s = y / (2 + y) <= 1/3: an odd series, accurate to a few ulp.
   const Vec s = div(y, add(y, set1(2.0f))), square = mul(s, s);
   constexpr float kSeries[] = {1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3, 1.0f};
   Vec p = set1(1.0f / 13);
