@@ -102,7 +102,7 @@ def tables() -> str:
 def _scopes_table(table: RouteTable) -> str:
     methods: dict[tuple[str, RouteAccess], list[str]] = {}  # methods by path and required scopes
     for method, match in table.matches:
-        access: RouteAccess = getattr(match.route, "access")  # noqa: B009 - defined by JsonRoute, not by FastAPI's class
+        access: RouteAccess = getattr(match.route, "access")  # noqa: B009 - only JsonRoute has it
         methods.setdefault((match.path, replace(access, kind="plain")), []).append(method)
     lines = [f"| route | no key | {' | '.join(f'`{scope}`' for scope in SCOPES)} |", "| --- " * (2 + len(SCOPES)) + "|"]
     for (path, access), names in sorted(methods.items(), key=lambda item: item[0][0]):

@@ -63,7 +63,7 @@ class RouteMatch:
     params: Mapping[str, str] = field(default_factory=dict)
     scopes: (
         tuple[Scope, ...] | None
-    ) = ()  # as in `RouteAccess`; unknown paths need a key too, so that clients without one cannot probe for routes
+    ) = ()  # as in `RouteAccess`; unknown paths need a key, so that strangers cannot probe for routes
     kind: Kind = "plain"
     any_token: bool = False  # whether any bearer may be an adapter source's token
     allowed: tuple[str, ...] = ()  # the path's other methods, if this one is not among them
@@ -112,9 +112,7 @@ class RouteTable:
         Raises TypeError for a route without access rules, so that no gateway starts with one.
         """
         self._fixed: dict[str, dict[str, RouteMatch]] = {}  # path -> method -> match
-        self._with_params: list[
-            tuple[str, re.Pattern[str], RouteMatch]
-        ] = []  # method, path's pattern, match
+        self._with_params: list[tuple[str, re.Pattern[str], RouteMatch]] = []  # method, path's pattern, match
         self.matches: list[tuple[str, RouteMatch]] = []  # one per method and route
         for route in routes:
             access = getattr(route, "access", None)
