@@ -101,7 +101,7 @@ class PrometheusCharts:
             problem = f"it takes longer than {self._timeout_s:g} s"
         except UnreadReply as error:
             problem = str(error)
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ExceptionGroup) as error:  # ExceptionGroup: an invalid port
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ExceptionGroup) as error:  # last: invalid port
             problem = f"it can't be reached ({type(error).__name__})"
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
             problem = "its reply is not that of a Prometheus"

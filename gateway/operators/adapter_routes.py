@@ -38,7 +38,7 @@ class RegisterRequest(JsonBody):
 
     name: Annotated[str, Field(min_length=1, max_length=1100)]
     source: Annotated[str, Field(max_length=1100)] = ""  # default: the name
-    token: Annotated[str, Field(max_length=1000)] = ""  # access token for the source; default: the bearer, if it is a Hub token
+    token: Annotated[str, Field(max_length=1000)] = ""  # for the source; default: the bearer, if a Hub token
     replace: bool = False
     pin: bool = False
     preload: bool = False
