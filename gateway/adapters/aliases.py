@@ -75,7 +75,7 @@ class Aliases:
                     waiter.set()
                 for listener in self.listeners:
                     listener(event)
-            except Exception as error:  # noqa: BLE001  the event's boundary: later events must be processed
+            except Exception as error:  # noqa: BLE001  later events must still be processed
                 FAILED.note("adapter events", error, f"the event {entry.decode()}")
 
     def fail_all(self, error: LorafleetError) -> None:

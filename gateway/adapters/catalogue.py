@@ -67,7 +67,7 @@ class Copy:
 
 
 class CatalogueCopy:
-    """The names that a caller sees."""
+    """Serves lists of the names that a caller sees, from a copy of the catalogue."""
 
     def __init__(self, bus: Bus, max_age_s: float = MAX_AGE_S) -> None:
         """max_age_s: maximum age of the copy if its stamp does not change."""

@@ -149,7 +149,7 @@ class AdapterOperations:
         raise ModelNotFound(name)
 
     async def _show(self, aliases: Sequence[m.Alias], caller: Caller) -> list[dict[str, Any]]:
-        """Return the objects of aliases. Only admins see the workers' state, as tenants may share a content."""
+        """Return the objects of aliases. Only admins see the workers' state: tenants may share an adapter's content."""
         digests = sorted({alias.digest for alias in aliases if alias.digest})
         records = await self._bus.adapters.records(digests)
         if not caller.is_admin:

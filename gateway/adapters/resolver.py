@@ -81,7 +81,7 @@ class Resolver:
         )
 
     def is_of(self, alias: m.Alias, base: m.ServedModel) -> bool:
-        """Return whether an adapter belongs to a base. If no store has named its base, it belongs to an only one."""
+        """Return whether an adapter belongs to a base. If no store has named its base, it is the gateway's only one."""
         if alias.base:
             return alias.base == base.name
         return not self.bases.several_in_settings and base.name not in self.bases.names

@@ -88,7 +88,7 @@ def parse(request: MessagesRequest, caller: Caller, settings: Settings, sent: Se
 
 
 def rules_of(request: CountTokensRequest, settings: Settings) -> MessagesRules:
-    """Return the rules of a request."""
+    """Return the checks for a request."""
     thinks = request.thinking is not None and request.thinking.type == "enabled"
     return MessagesRules("messages", settings.max_choices, thinks)
 

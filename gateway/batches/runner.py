@@ -101,7 +101,7 @@ class BatchRunner:
                     await asyncio.sleep(self._pace.retry.pause_s(num_away))
                     with suppress(*CONNECTION_ERRORS):
                         going_on = await self._claim(batch_id, claimed.batch.tenant)
-        except Exception as error:  # noqa: BLE001  the batch's boundary: its lease expires, and it is retried
+        except Exception as error:  # noqa: BLE001  its lease expires, and it is retried
             FAILED.note("batches", error, batch_id)
         finally:
             del self._running[batch_id], self._tenants[batch_id]

@@ -101,7 +101,7 @@ class PrometheusCharts:
             problem = f"it takes longer than {self._timeout_s:g} s"
         except UnreadReply as error:
             problem = str(error)
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ExceptionGroup) as error:  # last: invalid port
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ExceptionGroup) as error:  # the last: invalid port
             problem = f"it can't be reached ({type(error).__name__})"
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
             problem = "its reply is not that of a Prometheus"
@@ -131,7 +131,7 @@ class PrometheusCharts:
         """Return a reply's body. Raises UnreadReply for an error or a long reply, and the client's errors."""
         client = await self._client.get()
         data = {name: str(value) for name, value in form.items()} | {"timeout": f"{self._timeout_s:g}s"}
-        whole = {"accept-encoding": "identity"}  # compression could hide any size
+        whole = {"accept-encoding": "identity"}  # a few compressed bytes may expand without limit
         raw = bytearray()
         async with client.stream("POST", self._url + path, data=data, headers=whole, timeout=self._timeout_s) as reply:
             if reply.status_code != 200:

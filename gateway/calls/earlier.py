@@ -65,7 +65,7 @@ class EarlierCalls:
         if not _is_void(facts):
             return EarlierCall(record, facts)
         await self._bus.free_idem(key, record)
-        record = await self._bus.get(key, m.Idempotent)  # another gateway may have used it meanwhile
+        record = await self._bus.get(key, m.Idempotent)  # another gateway may have used it in between
         return EarlierCall(record) if record is not None else None
 
     async def attach(self, call: ParsedCall, earlier: EarlierCall) -> SubmittedCall:
@@ -95,7 +95,7 @@ class EarlierCalls:
         """Rebuild an earlier call without resolving or tokenizing it again. facts: of its requests, in order.
 
         Raises NotFound if the result has expired, the adapter's texts are gone, or this gateway does not serve its
-        base; Unavailable while the base is unknown whose sizes are needed to decode numbers.
+        base; Unavailable while the base, whose sizes are needed to decode numbers, is unknown.
         """
         if self._fleet.base is None:
             await self._fleet.refresh()

@@ -34,10 +34,8 @@ RECONNECT_S = 0.2
 
 TEXT_TOKENS, MATCHED_TOKENS, REGEX_TOKENS = 1024, 128, 32
 """Tokens read from a log at a time, without logprobs: one or two milliseconds of work, after which other tasks run.
-
-MATCHED_TOKENS: with stop strings, whose search takes one or two µs per character. REGEX_TOKENS: with expressions, up to
-40 µs.
-"""
+MATCHED_TOKENS: with stop strings, whose search takes one or two µs per character. REGEX_TOKENS: with expressions, which
+take up to 40 µs per character."""
 
 
 class ClientGoneError(Exception):

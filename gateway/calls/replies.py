@@ -1,7 +1,7 @@
 """Reads this gateway's out stream, and delivers every token of a request exactly once.
 
-A delta may arrive twice, overlap delivered tokens, or be missing. The log holds every token that a client may see: such
-a delta is dropped, cut, or replaced by tokens read from the log.
+A delta may arrive twice, overlap delivered tokens, or be missing. The log holds every token that a client may see, so
+such deltas are dropped, cut, or replaced by tokens read from the log.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ class Subscription:
         self._max_pending = max_pending(len(rids))
         self._pending: list[m.Delta] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._until_s = 0.0  # end of the present wait, in the loop's time
+        self._until_s = 0.0  # loop time of the end of the current wait
         self._timer: asyncio.Handle | None = None
-        self._timer_s = 0.0  # when the timer fires
+        self._timer_s = 0.0  # loop time at which the timer fires
         self._timeout_s = 0.0  # timeout of the current wait
         self.at_once: Callable[[m.Delta], bool] | None = None
         """Receives each delta that arrives while the call waits. Returns True if it has handled the delta, so that the
@@ -116,7 +116,7 @@ class Subscription:
                 if self.at_once(delta):
                     self._until_s = self._waiter.get_loop().time() + self._timeout_s
                     return
-            except Exception as error:  # noqa: BLE001  the call's edge: the reader serves all calls
+            except Exception as error:  # noqa: BLE001  ends this call only: the reader serves all
                 self.fail(error)
                 return
         pending.append(delta)
@@ -261,7 +261,7 @@ class Replies:
         for _, fields in found.get(self._stream, ()):
             try:
                 self._deliver(fields.get(b"b", b""))
-            except Exception as error:  # noqa: BLE001  the entry's edge: calls without deltas read the log
+            except Exception as error:  # noqa: BLE001  calls without deltas read the log
                 FAILED.note("replies", error, "an entry of the out stream")
 
     async def keep(self) -> None:

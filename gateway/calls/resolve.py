@@ -130,7 +130,7 @@ class CallResolver:
         names = models.names
         if models.adapter and all(is_base(name, base) for name in names):
             names = [models.adapter] * len(names)
-        targets = [await of(names[0])] if len(names) == 1 else await asyncio.gather(*map(of, names))  # no task for one
+        targets = [await of(names[0])] if len(names) == 1 else await asyncio.gather(*map(of, names))  # saves a task
         if models.adapter and names is models.names:
             named = await of(models.adapter)
             if other := [target.name for target in targets if target.name != named.name]:

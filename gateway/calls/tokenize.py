@@ -67,12 +67,12 @@ class TokenizedCall(msgspec.Struct, frozen=True):
 
     @property
     def parsed(self) -> ParsedCall:
-        """What the body asks for."""
+        """The parsed call."""
         return self.resolved.parsed
 
     @property
     def options(self) -> CallOptions:
-        """The parameters."""
+        """The call's parameters."""
         return self.resolved.parsed.options
 
 

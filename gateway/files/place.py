@@ -20,6 +20,6 @@ def open_storage(place: str, default: Path, s3_endpoint: str = "", keep_free: in
     bucket, _, prefix = place.removeprefix("s3://").rstrip("/").partition("/")
     if not bucket:
         raise BadRequest(f"files: {place!r} has no bucket; the form is s3://BUCKET/PREFIX")
-    from gateway.files.s3_storage import S3Storage, make_client  # boto3 takes a gateway a third of a second more
+    from gateway.files.s3_storage import S3Storage, make_client  # importing boto3 takes a third of a second
 
     return S3Storage(make_client(s3_endpoint), bucket, f"{prefix}/" if prefix else "", Reserve(keep_free))

@@ -58,7 +58,7 @@ ADMIN_PAGE = RouteAccess(("admin",), is_page=True)
 class RouteMatch:
     """The route of a request, with its access rules."""
 
-    path: str  # normalised path of the request
+    path: str  # normalized path of the request
     route: APIRoute | None = None  # None: no route has the path, or none has it with this method
     params: Mapping[str, str] = field(default_factory=dict)
     scopes: (

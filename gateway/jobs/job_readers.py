@@ -140,7 +140,7 @@ class SharedReader:
                     self.waiting_for = await events.waiting_for()
                 if not events.is_behind and not events.is_over:
                     await asyncio.sleep(self._pause_s(POLL_S if events.has_begun else WAITING_POLL_S))
-        except Exception as error:  # noqa: BLE001  the job's boundary: all its readers get the error
+        except Exception as error:  # noqa: BLE001  all readers of the job get the error
             self._failure = error
             self._tell()
 

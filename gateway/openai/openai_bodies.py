@@ -90,7 +90,7 @@ class GenerationRequest(JsonBody):
     ebnf: str | None = None
     stop_regex: str | Strings | None = None
     lora_path: Name | None = None  # SGLang's: the adapter, if `model` is the base
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # this and what follows are vLLM's
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # this and the next ones are vLLM's
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
     allowed_token_ids: Annotated[Ids, Field(min_length=1)] | None = None

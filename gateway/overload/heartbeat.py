@@ -104,7 +104,7 @@ class Heartbeat:
                 loop.run_until_complete(task)
             except asyncio.CancelledError as error:
                 self._failure = None if is_leaving else error
-            except BaseException as error:  # noqa: BLE001  the thread's edge: `tick` raises it
+            except BaseException as error:  # noqa: BLE001  `tick` raises it in the main loop
                 self._failure = error
 
         thread = threading.Thread(target=run, name="heartbeat", daemon=True)
@@ -134,7 +134,7 @@ class Heartbeat:
         try:
             await self._beat_once(bus, address)
             self.disk_full = False
-        except Exception as error:  # noqa: BLE001  the turn's edge: the next heartbeat follows in a second
+        except Exception as error:  # noqa: BLE001  the next heartbeat follows in a second
             self.disk_full = isinstance(error, DiskFull)
             FAILED.note("heartbeat", error)
 

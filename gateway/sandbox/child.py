@@ -117,7 +117,7 @@ class SandboxWorker:
             message = _refusal(error.message)
         except MemoryError:
             message = _refusal(f"{what} wants more than {MAX_MEMORY_BYTES} bytes", worn=True)
-        except Exception as error:  # noqa: BLE001  the loop's edge
+        except Exception as error:  # noqa: BLE001  untrusted code may raise anything
             message = _refusal(f"{what} failed: {type(error).__name__}: {error}", worn=True)
         except BaseException as error:  # noqa: BLE001  panics of native libraries, which may be broken afterwards
             message = _refusal(f"{what} failed: {error}", worn=True)

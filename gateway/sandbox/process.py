@@ -112,7 +112,7 @@ class SandboxProcess(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._received = bytearray()
         self._job: QueuedJob | None = None
-        self._begun_s = 0.0  # the loop's time
+        self._begun_s = 0.0  # loop time
         self._cpu_before_s: float | None = None
         self._is_slow = False  # runs at `SLOW_NICENESS`, permanently
         self._is_ending = False

@@ -18,7 +18,7 @@ from gateway.tools.styles import ToolStyle
 from gateway.tools.xml_calls import XmlArguments
 from protocol.wire.text import overlap
 
-re2: Any = _re2  # it has no types
+re2: Any = _re2  # untyped
 
 Thought = tuple[str, str]
 """The marks before and after a model's reasoning."""

@@ -125,7 +125,7 @@ class GatewayBases:
                 continue
             try:
                 found = await self._read(name, base.model)
-            except Exception as error:  # noqa: BLE001  the base's boundary: its files may be broken, others are read
+            except Exception as error:  # noqa: BLE001  broken files of one base must not affect others
                 found = _why(name, error)
             self._added[name], self._further[name] = base, found
 
