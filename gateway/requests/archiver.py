@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # its packages are optional
     from gateway.requests.database import Database
 
 PAUSE_S, SWEEP_S = 1.0, 60.0
-"""Seconds between two looks for new ends, and between two deletions of rows beyond the limits."""
+"""Seconds between two searches for new ends, and between two deletions of rows beyond the limits."""
 
 TENANTS_AT_ONCE, ENDS_AT_ONCE = 16, 32
 """Tenants whose histories are read at once, and maximum entries per read of each of a tenant's two streams."""
@@ -35,10 +35,10 @@ ROWS_AT_ONCE, TEXTS_AT_ONCE = 32, 8
 """Rows written at once, without and with texts."""
 
 DELETIONS_AT_ONCE, TRIMMED_AT_ONCE = 100, 8
-"""Texts deleted, and tenants trimmed, per look."""
+"""Texts deleted, and tenants trimmed, per run."""
 
 RECENT_MS = 60_000 + MAINTAIN_MS
-"""Tenants are looked at for this time after their last noted end; after a failure, all tenants are."""
+"""Tenants are checked for this time, in ms, after their last recorded end; after a failure, all tenants are."""
 
 LOST = ("request", "text", "gap")
 

@@ -1,6 +1,6 @@
 """The list of the fleet's requests: running, queued, and the history of ended ones.
 
-A page looks at MAX_LOOKED_AT requests at most: it may be shorter than its limit, even empty, without being the last.
+A page examines at most MAX_LOOKED_AT requests: it may be shorter than its limit, even empty, without being the last.
 """
 
 from __future__ import annotations

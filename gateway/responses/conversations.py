@@ -82,7 +82,7 @@ class Conversations:
         self._stored = stored
         self.sweep_s = sweep_s
         self._turns = Items("conversations", backoff=retry)
-        ttl_s = max(settings.conversation_ttl_s, settings.job_ttl_s + KEPT_AFTER_EXPIRY_S)  # not before its turns
+        ttl_s = max(settings.conversation_ttl_s, settings.job_ttl_s + KEPT_AFTER_EXPIRY_S)  # outlives its turns
         self._limits = ConversationLimits(
             int(ttl_s * 1000),
             settings.tenant_conversations,

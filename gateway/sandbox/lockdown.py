@@ -43,7 +43,7 @@ def lock_down(parent: int, max_memory_bytes: int) -> bool:
     of additional address space.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    os.setpgid(0, 0)  # no signals from the terminal; an own session would get as much CPU as the whole gateway
+    os.setpgid(0, 0)  # no signals from the terminal; a separate session would get as much CPU as the whole gateway
     memory = address_space_bytes() + max_memory_bytes
     num_files = 1 + max(map(int, os.listdir("/proc/self/fd")))
     limits = {

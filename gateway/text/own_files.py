@@ -31,7 +31,7 @@ MAX_KEPT_BYTES = 128 << 20
 """Maximum bytes of cached added tokens; the newest set is always kept."""
 
 NUM_READ, NUM_WAITING = 2, 64
-"""Adapters' texts read concurrently, one per tenant, and maximum that wait for it."""
+"""Adapters' texts read concurrently, at most one per tenant, and the maximum number of readings that wait."""
 
 READ_BYTES = 4 * MAX_TEXTS_BYTES
 """Memory of one reading: the text as fetched, and as parsed."""
