@@ -87,7 +87,7 @@ class RequestEndpoints:
         return await self._answers.respond(self._replay(request_id, caller_of(request)))
 
     async def cancel(self, request_id: str, request: Request) -> Response:
-        """Answer `POST /v1/requests/{id}/cancel`. The id of a call means all its choices."""
+        """Answer `POST /v1/requests/{id}/cancel`. The id of a call means all its choices; `ID-2` names one."""
         rid, _ = await self._find(request_id, caller_of(request))
         bus, rids = self._pipeline.bus, [rid]
         if rid not in request_id:  # the id is a call's, and rid its first choice
