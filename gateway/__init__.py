@@ -1,1 +1,1 @@
-"""The gateway: HTTP in, answers out. Each choice of a call becomes one request on the queue."""
+"""The gateway: an HTTP server that submits each choice of a call as a request to the queue."""

@@ -1,7 +1,7 @@
-"""The gateway process: its parts, its loops, and how it ends.
+"""The gateway process: its parts, its loops, and its shutdown.
 
-It ends in this order: refuse new calls (the port stays open, so that they get a 503), let running ones finish within
-`grace_s`, fail the rest with an error their clients may retry, close the port, stop the loops, leave the fleet.
+Shutdown: refuse new calls (the port stays open, so that they get a 503), wait up to `grace_s` for running ones, fail
+the rest with a retryable error, close the port, stop the loops, leave the fleet.
 """
 
 from __future__ import annotations
@@ -88,34 +88,34 @@ from protocol.runtime.settings import Settings
 from protocol.runtime.tracing import tracing
 from protocol.wire.errors import BadRequest, Unavailable
 
-if TYPE_CHECKING:  # it needs packages that most fleets do not have
+if TYPE_CHECKING:  # its packages are optional
     from gateway.requests.database import Database
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_S = 5  # s, for error frames to reach clients after the grace period
+LAST_WORDS_S = 5  # seconds for error frames to reach clients after the grace period
 KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, so that they close first
 
 
 SWITCH_S = 0.0001
-"""How long a thread that reads a body, or checks it, keeps the interpreter once the event loop wants it. In 5 ms, which
-is Python's own, the loop passes on the tokens of a hundred streams."""
+"""Switch interval of the GIL, in seconds: how long a thread that reads or checks a body keeps it from the event loop.
+In Python's default of 5 ms, the loop passes on the tokens of a hundred streams."""
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayTimings:
-    """What operators do not set, but tests."""
+    """Timings that tests set, not operators."""
 
     overload: OverloadLimits = field(default_factory=OverloadLimits)
     pace: Pace = field(default_factory=Pace)
     batches: BatchPace = field(default_factory=BatchPace)
     webhooks: SenderPace = field(default_factory=SenderPace)
     conversation_sweep_s: float = CONVERSATION_SWEEP_S
-    alias_poll_s: float = 2.0  # pause after which an awaited alias is looked up, in case its event was lost
+    alias_poll_s: float = 2.0  # seconds after which an awaited alias is read, in case its event was lost
 
 
 async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings | None = None) -> int:
-    """Run a gateway until `stop`, then drain. Returns the exit code. Raises BadRequest on a wrong model."""
+    """Run a gateway until `stop`, then drain. Return the exit code. Raises BadRequest for an invalid model."""
     timings = timings or GatewayTimings()
     secret = FleetSecret.of(settings)
     gid = uuid.uuid4().hex
@@ -126,11 +126,10 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
 async def _serve(
     settings: Settings, stop: asyncio.Event, timings: GatewayTimings, secret: FleetSecret | None, gid: str
 ) -> int:
-    """Run a gateway of this id; see `serve`."""
+    """Run a gateway with this id; see `serve`."""
     sys.setswitchinterval(SWITCH_S)
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
-    # What happens once a second has connections of its own: it would be late behind hundreds of calls that wait for a
-    # connection of `bus`.
+    # Periodic work has its own connections: on those of `bus`, it would wait behind hundreds of calls.
     beats = Bus(settings.queue_url())
     try:
         if not await bus.server.reach(stop):
@@ -231,7 +230,7 @@ async def _serve(
 
 
 def _database(settings: Settings) -> Database | None:
-    """Return the database that the settings name for the history. Raises BadRequest for one that cannot be used."""
+    """Return the history's database by the settings. Raises BadRequest if it cannot be used."""
     if not settings.history:
         if settings.history_text:
             raise BadRequest("--history-text needs --history: prompts and outputs are kept in a database only")
@@ -246,7 +245,7 @@ def _database(settings: Settings) -> Database | None:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Background loops, and the parts that take part in shutdown."""
+    """Background loops, and the parts involved in shutdown."""
 
     app: Envelope
     answers: Answers
@@ -264,15 +263,15 @@ class _Parts:
     bases: GatewayBases
 
     def loops(self) -> list[Loop]:
-        """Return what runs until the end, beside `batches.loop`, which ends before."""
+        """Return the loops that run until the end; `batches.loop` ends earlier."""
         return [
-            Loop("replies", self.replies.read, 0.0, backoff=BRISK),  # each waits for entries itself
+            Loop("replies", self.replies.read, 0.0, backoff=BRISK),  # blocks until there are entries
             Loop("out stream", self.replies.keep, KEEP_S, backoff=BRISK),
             Loop("fleet view", self.fleet.refresh, REFRESH_S, backoff=BRISK),
             Loop("added bases", self.bases.read, REFRESH_S, backoff=BRISK),
             Loop("time series", self.sampler.sample, SAMPLE_S, backoff=BRISK),
             Loop("adapter events", self.aliases.listen, 0.0, backoff=BRISK),
-            # Its thread is what others take this gateway for alive by: without it all calls are cancelled.
+            # Its thread sends the heartbeats: without them the scheduler cancels all calls.
             Loop("event loop", self.heartbeat.tick, ends=(HeartbeatDied,)),
             Loop("expired files", self.files.sweep, SWEEP_S),
             Loop("conversations", self.conversations.add_due_turns, self.conversations.sweep_s),
@@ -285,7 +284,7 @@ class _Parts:
 async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:
     async with asyncio.TaskGroup() as group:
         loops = [group.create_task(guarded(loop)) for loop in parts.loops()]
-        # Nobody reaches a gateway that serves no more: the process ends, and is started again.
+        # If the server stops, the process ends, so that its supervisor restarts it.
         serving = group.create_task(unending(partial(server.serve, [listener]), until=stop))
         batches = group.create_task(guarded(parts.batches.loop()))
         await stop.wait()
@@ -340,12 +339,12 @@ def _server(app: Envelope, settings: Settings, memory: MemoryAccount) -> HttpSer
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, port 0: on a free one. Raises OSError."""
+    """Return a listening socket; for port 0, on a free port. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     listener.setblocking(False)
-    # Accepted connections inherit it. asyncio sets it only where a socket names its protocol, unlike uvloop; without it
-    # an answer in two parts waits 40 ms for the client's acknowledgement of the first.
+    # Accepted connections inherit the option. Unlike uvloop, asyncio sets it only on sockets created with a protocol.
+    # Without it, the second part of an answer waits 40 ms for the client's acknowledgement of the first.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 

@@ -1,7 +1,7 @@
-"""From the name in a request to its alias, once a store has settled it: the adapter is on disk, or it failed.
+"""Resolves the name in a call to its alias, once a store has settled it: the adapter is on disk, or it failed.
 
-Asks the stores for adapters that a request names by their source, waits for them without holding up other requests, and
-answers with a known failure until it may be tried again.
+Asks the stores for adapters that a call names by source, waits for them without delaying other calls, and repeats a
+known failure until it may be retried.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ logger = logging.getLogger(__name__)
 
 LISTEN_MS = 1000
 STORE_TIMEOUT_MS = 10_000
-"""Silence of all stores after which requests stop waiting for one."""
+"""Milliseconds without a heartbeat from any store after which calls stop waiting."""
 
 _ERRORS: dict[int, type[LorafleetError]] = {400: BadRequest, 403: PermissionDenied, 404: NotFound, 409: Conflict}
 
 
 class Aliases:
-    """Looks aliases up, and waits for those that are not settled."""
+    """Looks up aliases, and waits for those that are not settled."""
 
     def __init__(
         self, bus: Bus, settings: Settings, secret: FleetSecret | None, on_wait: Callable[[], object], poll_s: float
     ) -> None:
-        """`on_wait` is called when a request begins to wait for a store, `poll_s` is the pause between looks then."""
+        """on_wait: called when a call begins to wait for a store; poll_s: seconds between checks while it waits."""
         self._bus = bus
         self._on_wait = on_wait
         self._poll_s = poll_s
         self._policy = SourcePolicy.of(settings)
         self._refresh_ms = int(1000 * settings.refresh_s)
         self._access_ms = int(1000 * settings.access_check_s)
-        self._asking: set[asyncio.Task[object]] = set()  # looks that nobody waits for
+        self._asking: set[asyncio.Task[object]] = set()  # background access checks
         self._secret = secret
         self._max_own, self._max_per_minute = settings.max_tenant_adapters, settings.max_registrations_per_minute
         self._waiters: dict[str, set[asyncio.Event]] = {}
-        self._asked: dict[str, int] = {}  # private name -> unix ms, when a look that is still awaited was asked for
+        self._asked: dict[str, int] = {}  # private name -> unix ms of a pending request to the stores
         self._failure: LorafleetError | None = None
-        self._last_ids: dict[str, bytes] = {}  # how far the events are read
+        self._last_ids: dict[str, bytes] = {}  # id of the last event read
         self.listeners: list[Callable[[m.AdapterEvent], object]] = []  # called with every event
 
     async def listen(self) -> None:
-        """Wait for the fleet's adapter events; wake the waiters of an alias that has changed."""
+        """Read the fleet's adapter events; wake the waiters of changed aliases."""
         stream = self._bus.keys.adapter_events
         self._last_ids = self._last_ids or {stream: await self._bus.streams.last_id(stream)}
         for entry, fields in (await self._bus.streams.read(self._last_ids, block_ms=LISTEN_MS)).get(stream, []):
@@ -75,22 +75,22 @@ class Aliases:
                     waiter.set()
                 for listener in self.listeners:
                     listener(event)
-            except Exception as error:  # noqa: BLE001  the event's edge: those behind it are not kept waiting
+            except Exception as error:  # noqa: BLE001  later events must still be processed
                 FAILED.note("adapter events", error, f"the event {entry.decode()}")
 
     def fail_all(self, error: LorafleetError) -> None:
-        """Raise an error in all who wait, now and later."""
+        """Raise an error in all waiting calls, now and later."""
         self._failure = error
         for waiter in [waiter for waiters in self._waiters.values() for waiter in waiters]:
             waiter.set()
 
-    # ------------------------------------------------------------ for requests
+    # ------------------------------------------------------------ for calls
 
     async def served(self, name: str, timeout_s: float, caller: Caller = EVERYBODY) -> m.Alias:
-        """Return the alias of a name once its adapter is on disk: the caller's own, or else everybody's.
+        """Return the alias of a name once its adapter is on disk: the caller's own, else the shared one.
 
-        Raises ModelNotFound; PermissionDenied, AdapterRefused and others with the reason why it is not served; and
-        Unavailable if that takes longer than `timeout_s`.
+        Raises ModelNotFound; PermissionDenied, AdapterRefused and others if it cannot be served; and Unavailable if
+        that takes longer than `timeout_s`.
         """
         own = await self._bus.adapters.alias(name, caller.name) if caller.name else None
         if own is not None:
@@ -109,10 +109,10 @@ class Aliases:
         if as_fleet and not caller.may_use(reference.place):
             raise ModelNotFound(
                 name
-            )  # the fleet's credentials are lent for what the tenant sees, however it is spelled
+            )  # the fleet's credentials are only used for adapters that the tenant sees, however the source is spelled
         self._policy.check(reference, on_request=True, as_fleet=as_fleet)
         if alias is not None and alias.state == "on_disk":
-            caller = replace(caller, token="")  # everybody's is there already
+            caller = replace(caller, token="")  # the shared one is there, so no token is needed
         return await self._from_source(name, reference, caller, timeout_s)
 
     async def _once_settled(self, alias: m.Alias, timeout_s: float) -> m.Alias:
@@ -125,14 +125,14 @@ class Aliases:
         return _or_raise(found)
 
     async def _from_source(self, name: str, reference: Reference, caller: Caller, timeout_s: float) -> m.Alias:
-        """Return the alias of a source; the stores check it again unless they did recently."""
+        """Return the alias of a source, after the stores have checked the source, unless they did so recently."""
         token = caller.token
         tenant = owner_of(token, self._secret)
         alias = await self._bus.adapters.alias(name, tenant)
         now = now_ms()
         if alias is not None and alias.state == "failed" and now < alias.retry_ms:
             raise error_of(alias)
-        # What anyone may read at a commit is read by anyone for ever. A token's rights may change.
+        # Public content at a fixed commit never changes; the rights of a token may.
         is_fresh = alias is not None and ((reference.is_fixed and not token) or now < alias.asked_ms + self._refresh_ms)
         if alias is not None and alias.state == "on_disk" and is_fresh:
             return await self.confirmed(alias, timeout_s)
@@ -141,11 +141,11 @@ class Aliases:
         return self._unless_unconfirmed(looked)
 
     async def confirmed(self, alias: m.Alias, timeout_s: float) -> m.Alias:
-        """Return the alias of a name on disk, once its source has lately let the token read it that opens the name.
+        """Return an alias on disk, once its source has recently confirmed that the tenant's token may read it.
 
-        What no tenant's token opens is returned at once. Otherwise the source is asked again every `access_check_s`:
-        ahead of time while it is asked for often, so that nobody waits. Raises what the source answers; Unavailable
-        when it does not answer.
+        An alias without such a token is returned at once. Otherwise the source is asked again every `access_check_s`;
+        for names in use ahead of time, so that no call waits. Raises the source's refusal; Unavailable if it does not
+        respond.
         """
         age_ms = now_ms() - alias.confirmed_ms
         if not alias.confirmed_ms or age_ms < self._access_ms // 2:
@@ -162,7 +162,7 @@ class Aliases:
         return alias
 
     def _unless_unconfirmed(self, alias: m.Alias) -> m.Alias:
-        """Return an alias after a look, unless the source did not answer and had confirmed its token too long ago.
+        """Return an alias after a check, unless the source did not respond and its last confirmation is too old.
 
         Raises Unavailable.
         """
@@ -175,7 +175,7 @@ class Aliases:
         return alias
 
     async def _look_quietly(self, alias: m.Alias) -> None:
-        """Have the stores look at the source of an alias; who asks for it later hears of the outcome."""
+        """Have the stores check an alias's source in the background; the outcome is stored in the alias."""
         try:
             await self._look(alias.name, alias.tenant, lambda: self._ask_again(alias), self._access_ms / 1000)
         except LorafleetError as error:
@@ -184,9 +184,9 @@ class Aliases:
             logger.warning("adapter %s cannot be confirmed: %s", alias.name, error)
 
     async def _look(self, name: str, tenant: str, ask: Callable[[], Awaitable[int]], timeout_s: float) -> m.Alias:
-        """Have the stores look at a name's source, all who wait by one look; return the alias after it.
+        """Have the stores check a name's source, once for all concurrent callers; return the alias afterwards.
 
-        `ask` asks the stores, and returns the time. Raises the reason why the name is not served.
+        ask: asks the stores, and returns the time in unix ms. Raises the error of an alias that failed.
         """
         key = private_name(name, tenant)
         asked_ms = self._asked.get(key, 0) or await ask()
@@ -203,7 +203,7 @@ class Aliases:
         return _or_raise(found)
 
     async def _ask(self, name: str, reference: Reference, caller: Caller) -> int:
-        """Have the stores look at a source; return when that was, unix ms.
+        """Have the stores fetch a source; return the time of the request in unix ms.
 
         Raises BadRequest, Overloaded, Conflict, Unavailable.
         """
@@ -228,7 +228,7 @@ class Aliases:
         return asked_ms
 
     async def _ask_again(self, alias: m.Alias) -> int:
-        """Have the stores look at a registered name's source; return when that was. Raises ModelNotFound."""
+        """Have the stores check a registered name's source; return the time in unix ms. Raises ModelNotFound."""
         key = private_name(alias.name, alias.tenant)
         asked_ms = self._asked[key] = now_ms()
         if not await self._bus.adapters.ask_again(alias.name, alias.tenant, asked_ms):
@@ -237,13 +237,16 @@ class Aliases:
         return asked_ms
 
     async def register(self, registration: m.Registration, caller: Caller) -> None:
-        """Write a registration that a caller asks for, within its limits. Raises Overloaded, Conflict, Unavailable."""
+        """Write a caller's registration, within the caller's limits. Raises Overloaded, Conflict, Unavailable."""
         limits = None if caller.is_admin else NameLimits(caller.name, self._max_own, self._max_per_minute)
         if not await self._bus.adapters.register(registration, limits=limits):
             raise Unavailable("too many adapters are registered", code="too_many_adapters")
 
     def sealed(self, token: str, key: str) -> str:
-        """Return a token encrypted for Redis, under a private name. Raises BadRequest if this fleet has no secret."""
+        """Return a token encrypted for the queue, bound to a private name.
+
+        Raises BadRequest if the fleet has no secret.
+        """
         if token and self._secret is None:
             raise BadRequest("this fleet has no secret, which is needed to store tokens: set LORAFLEET_SECRET_FILE")
         return self._secret.seal(token, key) if self._secret is not None else ""
@@ -253,9 +256,9 @@ class Aliases:
     async def wait(
         self, name: str, tenant: str, is_over: Callable[[m.Alias | None], bool], timeout_s: float
     ) -> m.Alias | None:
-        """Wait until a name's alias is as wanted, and return it.
+        """Wait until `is_over` holds for a name's alias, and return it.
 
-        Raises Unavailable if that takes longer than `timeout_s` or no store is alive, and the error of `fail_all`.
+        Raises Unavailable after `timeout_s` or if no store is alive, and the error of `fail_all`.
         """
         deadline_s = time.monotonic() + timeout_s
         with self._waiter(name) as waiter:
@@ -278,7 +281,7 @@ class Aliases:
 
     @contextmanager
     def _waiter(self, name: str) -> Iterator[asyncio.Event]:
-        """Yield an event that is set when a name's alias may have changed."""
+        """Yield an event that is set when the name's alias may have changed."""
         waiter = asyncio.Event()
         waiters = self._waiters.setdefault(name, set())
         waiters.add(waiter)
@@ -291,7 +294,7 @@ class Aliases:
 
 
 def is_settled(alias: m.Alias) -> bool:
-    """Return whether the stores are done with an alias for now: its adapter is on disk, or failed."""
+    """Return whether the stores have finished with an alias: its adapter is on disk, or failed."""
     return alias.state in ("on_disk", "failed")
 
 
@@ -302,7 +305,7 @@ def _or_raise(alias: m.Alias) -> m.Alias:
 
 
 def error_of(alias: m.Alias) -> LorafleetError:
-    """Return the error of an alias that failed, as clients see it."""
+    """Return the error for clients of an alias that failed."""
     text = f"the adapter `{alias.name}` cannot be served: {alias.reason}"
     if alias.status >= 500:
         error: LorafleetError = Unavailable(text, param="model", code="adapter_unavailable")

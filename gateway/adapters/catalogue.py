@@ -1,8 +1,8 @@
-"""What everybody may list of the catalogue, which may have ten thousand names: from a copy in the order of names.
+"""Lists of the catalogue, which may have ten thousand names, served from a sorted copy.
 
-A gateway reads the catalogue when somebody lists it and it has changed: some hundreds of names at a time, once for all
-who ask meanwhile, and for no more than a tenth of the time. What a list shows, whole, is written once for all who see
-the same names. So a list costs one page, or one look-up in the cache, for any number of callers.
+A gateway reads the catalogue when a list is requested and it has changed: some hundreds of names at a time, once for
+all concurrent callers, and for at most a tenth of the time. A complete list is serialized once for all callers that see
+the same names. So a list costs one page, or one cache lookup, for any number of callers.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from protocol.wire import messages as m
 T = TypeVar("T")
 
 OBJECTS_AT_ONCE = 64
-"""Objects that are read from the queue, and written, at a time."""
+"""Objects read from the queue, and serialized, at a time."""
 
 MAX_AGE_S = 10.0
-"""Age at which a copy is read again though its stamp is the same: a store of an older version writes none."""
+"""Maximum seconds for which a copy with an unchanged stamp is used: stores of older versions write no stamp."""
 
 REST, MAX_REST_S = 9, 2.0
-"""Pause between two reads, in times of what the last one took; and its most."""
+"""Pause between two reads, as a multiple of the last one's duration; and its maximum in seconds."""
 
 MAX_KEPT = 64
 MAX_KEPT_BYTES = 16 << 20
-"""Maximum number, and bytes, of cached lists of all tenants, as written."""
+"""Maximum number, and bytes, of cached lists of all tenants, as serialized."""
 
 
 class Copy:
-    """All names as they were at one time, in order: by name, everybody's before tenants'."""
+    """A snapshot of all names, sorted by name; shared ones come before tenants'."""
 
     def __init__(self, number: int, stamp: bytes) -> None:
         self.number = number  # serial number of the read
-        self.stamp = stamp  # stamp of the catalogue before the read
-        self.read_s = 0.0  # when it ended, in the loop's time
+        self.stamp = stamp  # the catalogue's stamp before the read
+        self.read_s = 0.0  # loop time of its end
         self.keys: list[str] = []
         self.tenants: set[str] = set()
         self._aliases: dict[str, m.Alias] = {}
 
     def add(self, aliases: list[m.Alias]) -> None:
-        """Add some hundreds. Sorted runs are merged in a time that grows with the length of the list alone."""
+        """Add some hundreds of aliases. Merging sorted runs takes time linear in the length of the list."""
         some = {f"{alias.name}\0{alias.tenant}": alias for alias in aliases}
         self._aliases |= some
         self.tenants |= {alias.tenant for alias in aliases}
@@ -58,7 +58,7 @@ class Copy:
         self.keys.sort()
 
     async def after(self, name: str, tenant: str | None) -> AsyncIterator[m.Alias]:
-        """Make the aliases after a name of a tenant in order, or after all of that name; others have their turns."""
+        """Yield the aliases after a tenant's name (None: after all tenants') in order, in slices of the event loop."""
         begin = bisect_right(self.keys, f"{name}\0{tenant}" if tenant is not None else f"{name}\0\U0010ffff")
         turn = LoopSlice()
         for number in range(begin, len(self.keys)):
@@ -67,10 +67,10 @@ class Copy:
 
 
 class CatalogueCopy:
-    """The names that a caller sees."""
+    """Serves lists of the names that a caller sees, from a copy of the catalogue."""
 
     def __init__(self, bus: Bus, max_age_s: float = MAX_AGE_S) -> None:
-        """`max_age_s`: maximum age of the copy, where no event invalidates it."""
+        """max_age_s: maximum age of the copy if its stamp does not change."""
         self._bus = bus
         self._max_age_s = max_age_s
         self._turns = FairSlots(1)
@@ -78,11 +78,11 @@ class CatalogueCopy:
         self._num_begun = 0
         self._reading: asyncio.Task[None] | None = None
         self._rested_s = 0.0  # loop time (s) of the next allowed read
-        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()  # values and their bytes, oldest first
+        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()  # values and bytes, oldest use first
         self._kept_bytes = 0
 
     async def copy(self) -> Copy:
-        """Return all names, with every change that was made before this was called. Raises a connection error."""
+        """Return all names, including every change made before this call. Raises a connection error."""
         loop, asked = asyncio.get_running_loop(), self._num_begun
         while True:
             stamp, copy = await self._bus.adapters.stamp(), self._copy
@@ -115,7 +115,7 @@ class CatalogueCopy:
     # ------------------------------------------------------------ pages
 
     async def page(self, after: str, limit: int, shows: Callable[[m.Alias], bool]) -> tuple[list[m.Alias], bool]:
-        """Return the next `limit` aliases that are to be shown, and whether there are more.
+        """Return the next `limit` aliases for which `shows` is true, and whether there are more.
 
         after: `NAME,TENANT`, the end of the previous page. A bare name skips every tenant's adapter of that name.
         """
@@ -132,7 +132,7 @@ class CatalogueCopy:
     # ------------------------------------------------------------ whole lists
 
     async def served(self, caller: Caller) -> list[m.Alias]:
-        """Return the aliases of adapters that can be asked now, as `visible` does."""
+        """Return the aliases of adapters on disk that a caller sees, as `_visible` does."""
 
         async def make(copy: Copy) -> list[m.Alias]:
             return [alias for alias in await self._visible(copy, caller) if alias.state == "on_disk"]
@@ -140,7 +140,7 @@ class CatalogueCopy:
         return await self._made(caller, "served", make, lambda made: 64 + 8 * len(made))
 
     async def records(self, aliases: Sequence[m.Alias]) -> AsyncIterator[tuple[m.Alias, m.AdapterRecord | None]]:
-        """Make aliases with the records of their contents, None for one that has just left, a few at a time."""
+        """Yield aliases with their adapters' records, None for a record that has just been removed."""
         async for pairs in self._with_records(aliases):
             for pair in pairs:
                 yield pair
@@ -148,18 +148,18 @@ class CatalogueCopy:
     async def _with_records(
         self, aliases: Sequence[m.Alias]
     ) -> AsyncIterator[list[tuple[m.Alias, m.AdapterRecord | None]]]:
-        """Make what `records` makes in lists of OBJECTS_AT_ONCE, each of one reading of the queue."""
+        """Yield the pairs of `records` in lists of OBJECTS_AT_ONCE, each from one read of the queue."""
         for begin in range(0, len(aliases), OBJECTS_AT_ONCE):
             some = aliases[begin : begin + OBJECTS_AT_ONCE]
             records = await self._bus.adapters.records(sorted({alias.digest for alias in some if alias.digest}))
             yield [(alias, records.get(alias.digest)) for alias in some]
 
     async def _visible(self, copy: Copy, caller: Caller) -> list[m.Alias]:
-        """Return the aliases that a caller sees, by name. A tenant's hides everybody's of the same name."""
+        """Return the aliases that a caller sees, by name. A tenant's adapter hides a shared one of the same name."""
         by_name: dict[str, m.Alias] = {}
         async for alias in copy.after("", ""):
             if alias.tenant in ("", caller.name) and caller.sees(alias):
-                by_name[alias.name] = alias  # everybody's comes before the tenant's
+                by_name[alias.name] = alias  # shared ones come before the tenant's
         return list(by_name.values())
 
     async def listed(
@@ -169,10 +169,10 @@ class CatalogueCopy:
         first: Sequence[dict[str, Any]],
         show: Callable[[m.Alias, m.AdapterRecord | None], dict[str, Any] | None],
     ) -> bytes:
-        """Return the JSON list of some objects and, by name, the views of all adapters visible to a caller.
+        """Return a JSON list of `first`, then the objects of all adapters that a caller sees, by name.
 
-        view: what `first` and `show` depend on, besides the adapters. show: None for what is left out. Raises as
-        `cost.hold` when there is no room for it.
+        view: cache key of what `first` and `show` depend on besides the adapters. show: returns an adapter's object,
+        None to omit it. Raises as `cost.hold` if there is no memory for it.
         """
 
         async def make(copy: Copy) -> bytes:
@@ -193,7 +193,7 @@ class CatalogueCopy:
     async def _made(
         self, caller: Caller, view: Hashable, make: Callable[[Copy], Awaitable[T]], num_bytes: Callable[[T], int]
     ) -> T:
-        """Return `make` of the copy, from the cache if it was computed for a caller with equal rights."""
+        """Return `make(copy)`, cached for all callers with equal rights."""
         copy = await self.copy()
         own = caller.name if caller.name in copy.tenants else ""
         seen = None if caller.tenant is None or caller.is_admin else caller.tenant.adapters
@@ -202,7 +202,7 @@ class CatalogueCopy:
             self._kept.move_to_end(key)
             return self._kept[key][0]
         async with self._turns.held(caller.name):
-            if key in self._kept:  # it was made while this one waited
+            if key in self._kept:  # made in the meantime
                 return self._kept[key][0]
             made = await make(copy)
             if copy is self._copy:

@@ -1,6 +1,6 @@
-"""The memory and disk that adapters take in the fleet, and how it is given back.
+"""The memory and disk space that adapters use in the fleet, and how it is freed.
 
-Workers get orders and answer with events; stores are asked over HTTP.
+Workers get orders through streams and answer with events; stores are called over HTTP.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from protocol.wire.keys import CLASSES
 
 POLL_S = 0.25
 REST = 9
-"""Least pause between two looks through the queue, in times of what the last one took."""
+"""Minimum pause between two scans of the queue, as a multiple of the last one's duration."""
 
 AT_ONCE = 256
-"""Requests of the queue that are looked at at a time: a millisecond's work."""
+"""Queued requests scanned at a time: a millisecond's work."""
 
 STORE_TIMEOUT_S = 30.0
-UPLOAD_TIMEOUT = httpx2.Timeout(60.0, read=600.0)  # a store unpacks before it answers
+UPLOAD_TIMEOUT = httpx2.Timeout(60.0, read=600.0)  # a store unpacks the zip before it answers
 
 
 @dataclass(slots=True)
 class Freed:
-    """Bytes given back, and the workers that will give back more when their requests have ended."""
+    """Freed bytes, and the workers that will free more when their requests have ended."""
 
     pool_bytes: int = 0
     host_bytes: int = 0
@@ -44,25 +44,25 @@ class Freed:
 
 
 class AdapterMemory:
-    """What workers and stores hold of adapters."""
+    """Controls the memory that workers and stores use for adapters."""
 
     def __init__(self, bus: Bus, stores: HttpClient) -> None:
         self._bus = bus
         self._stores = stores
-        self._open: dict[str, asyncio.Queue[m.AdapterEvent]] = {}  # id of an order -> the answers to it
+        self._open: dict[str, asyncio.Queue[m.AdapterEvent]] = {}  # id of an order -> queue of its answers
         self._look: asyncio.Task[list[m.WorkerBeat]] | None = None
 
     def on_event(self, event: m.AdapterEvent) -> None:
-        """Take an adapter event; it may answer an order."""
+        """Process an adapter event, which may answer an order."""
         if event.order in self._open:
             self._open[event.order].put_nowait(event)
 
     async def beats(self) -> list[m.WorkerBeat]:
-        """Return the latest heartbeats of the workers that are alive."""
+        """Return the latest heartbeats of live workers."""
         return [beat for beat in (await self._bus.members.worker_beats()).values() if beat is not None]
 
     async def next_beats(self) -> list[m.WorkerBeat]:
-        """Return the heartbeats in POLL_S at most: one look for all who wait, however many do."""
+        """Return the heartbeats in at most POLL_S, with one read for all concurrent callers."""
         if self._look is None or self._look.done():
             self._look = asyncio.create_task(self._after_pause())
         look = self._look
@@ -74,14 +74,14 @@ class AdapterMemory:
         return await self.beats()
 
     async def prefetch(self, digest: str, base: str) -> None:
-        """Have every worker of a base fetch an adapter, and load it where no other has to leave the pool for it."""
+        """Have every worker of a base fetch an adapter, and load it if no other must be evicted for it."""
         order = m.Control(kind="prefetch", digest=digest)
         await self._bus.streams.tell([(beat.wid, order) for beat in await self.beats() if beat.is_of(base)])
 
     async def evict(self, digest: str, wait_s: float) -> Freed:
-        """Have all workers evict an adapter and the merges made with it; wait up to `wait_s` for their answers.
+        """Have all workers evict an adapter and the merges with it; wait up to `wait_s` seconds for their answers.
 
-        A worker answers as soon as no request uses the adapter or waits for it there.
+        A worker answers once no request on it uses the adapter or waits for it.
         """
         freed = Freed()
         beats = await self.beats()
@@ -110,10 +110,7 @@ class AdapterMemory:
         return freed
 
     async def requests(self, digest: str, tenant: str | None = None) -> list[str]:
-        """Return the ids of the requests for an adapter, or for merges with it, that have not ended.
-
-        `tenant`: only those of one tenant.
-        """
+        """Return the ids of unfinished requests for an adapter, or for merges with it. tenant: only that tenant's."""
 
         def counts(request: m.RequestHead | m.Assigned) -> bool:
             return tenant in (None, request.tenant) and involves(request.digest, digest)
@@ -129,12 +126,12 @@ class AdapterMemory:
         for wid in await self._bus.members.ids(self._bus.keys.workers):
             on_workers += [item.rid for item in await self._bus.work_of(wid) if counts(item)]
             await asyncio.sleep(0)
-        # The entries of a batch stay until all of its requests have ended.
+        # Entries of an assigned batch remain until all of its requests have ended.
         facts = await self._bus.requests(on_workers) if on_workers else []
         return rids + [rid for rid, fact in zip(on_workers, facts, strict=True) if fact and not fact.is_terminal]
 
     async def wait_unused(self, digest: str, wait_s: float) -> bool:
-        """Wait up to `wait_s` until no request for an adapter is queued or runs; return whether that came true."""
+        """Wait up to `wait_s` until no request for an adapter is queued or running; return whether that is so."""
         deadline_s = time.monotonic() + wait_s
         begun_s = time.monotonic()
         while await self.requests(digest):
@@ -146,12 +143,12 @@ class AdapterMemory:
         return True
 
     async def end_requests(self, digest: str, error: LorafleetError, tenant: str | None = None) -> int:
-        """Fail all requests for an adapter, or those of one tenant, with an error; return how many there were."""
+        """Fail all requests for an adapter, or one tenant's, with an error; return their number."""
         ended = [await self._bus.finish(rid, "failed", "error", error) for rid in await self.requests(digest, tenant)]
         return sum(ended)
 
     async def drop_blob(self, digest: str) -> int:
-        """Delete an adapter's blob from every store; return the bytes freed. Raises Conflict, Unavailable."""
+        """Delete an adapter's blob from every store; return the freed bytes. Raises Conflict, Unavailable."""
         freed, http = 0, await self._stores.get()
         for url in await self._bus.members.store_urls():
             try:
@@ -166,9 +163,9 @@ class AdapterMemory:
         return freed
 
     async def send_upload(self, body: AsyncIterator[bytes], length: int) -> tuple[str, str]:
-        """Stream a zip to a store. Returns the source that now names its adapter, and the store's URL.
+        """Stream a zip to a store. Return the source that now names its adapter, and the store's URL.
 
-        Raises what the store refuses it with, and Unavailable.
+        Raises the store's refusal, and Unavailable.
         """
         urls = await self._bus.members.store_urls()
         if not urls:
@@ -183,14 +180,14 @@ class AdapterMemory:
         return msgspec.json.decode(answer.content, type=dict[str, str])["source"], urls[0]
 
     async def drop_upload(self, source: str, url: str) -> None:
-        """Delete an upload from the store that took it; one that cannot be asked deletes it by itself later."""
+        """Delete an upload from its store; an unreachable store deletes it by itself later."""
         http = await self._stores.get()
         with suppress(httpx2.HTTPError):
             await http.delete(f"{url}/uploads/{source.rpartition('/')[2]}", timeout=STORE_TIMEOUT_S)
 
 
 def involves(held: str, digest: str) -> bool:
-    """Return whether the digest `held` is an adapter's, or that of a merge made with it."""
+    """Return whether the digest `held` is the adapter's, or that of a merge with it."""
     if held == digest:
         return True
     merge = merge_of(held)
@@ -208,7 +205,7 @@ def _message(answer: httpx2.Response) -> str:
 
 
 def _refusal(answer: httpx2.Response) -> LorafleetError:
-    """Return why a store has refused an upload."""
+    """Return the error of a store that refused an upload."""
     try:
         error = msgspec.json.decode(answer.content, type=dict[str, dict[str, str | None]])["error"]
     except (msgspec.DecodeError, KeyError):

@@ -1,4 +1,4 @@
-"""`merged_adapters` of a request, with LoRAX's field names: an adapter that is merged from others for it."""
+"""`merged_adapters` of a request, in LoRAX's format: an adapter merged from others for this request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MergedAdapters(JsonBody):
 
 
 def merge_of_request(request: MergedAdapters, digests: Sequence[str]) -> Merge:
-    """Return the merge that a request describes; `digests` are those of its ids, in order. Raises BadRequest."""
+    """Return the merge that a request describes. digests: of its ids, in order. Raises BadRequest."""
     prunes = needs_density(request.merge_strategy)
     if prunes and request.density is None:
         text = (

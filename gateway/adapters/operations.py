@@ -1,6 +1,6 @@
-"""What operators do with adapters: list, register, preload, pin, evict, unload. `operator_routes.py` is its HTTP.
+"""The operations on adapters: list, register, preload, pin, evict, unload. `operator_routes.py` has the routes.
 
-Stores and workers carry an operation out; here it is checked, written to Redis and waited for.
+An operation is checked here and written to Redis; stores and workers execute it, while this waits for the result.
 """
 
 from __future__ import annotations
@@ -50,49 +50,49 @@ from protocol.wire.records import AdapterUse
 logger = logging.getLogger(__name__)
 
 REMOVAL_S = 10.0
-"""Least time for which the removal of a name by a store is waited for."""
+"""Minimum seconds to wait for a store to remove a name."""
 
 MAX_FREEING, FREEING_AT_ONCE, FREEING_S = 100, 2, 30.0
-"""Contents that tenants have unloaded whose memory is freed afterwards: most that wait for it, most at once, and the
-longest wait for the requests that use one. What is not freed leaves when others need its room."""
+"""Contents unloaded by tenants are freed in the background: maximum pending, maximum concurrent, and maximum seconds to
+wait for the requests that use one. Others are evicted when their memory is needed."""
 
 OTHERS = "(another tenant's)"
-"""Shown in place of a name that its caller may not see."""
+"""Shown instead of a name that the caller may not see."""
 
 API = "api"
 SETTINGS = "settings"
-"""Origins of a pin: a call of the API, or the settings."""
+"""Origins of a pin: an API call, or the settings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A name to register."""
+    """A registration to be made."""
 
     name: str
     source: str  # "": the name is its source
     caller: Caller
     tenant: str  # owner of the name; "": shared by all tenants
     token: str = ""  # access token for the source
-    replace: bool = False  # also if the name stands for another source now
+    replace: bool = False  # also if the name has another source now
     wait_s: float = 60.0
-    base: str = ""  # name of the base to serve it with; "": as it says itself, or fits
+    base: str = ""  # name of its base; "": the one that it names, or that fits
 
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """A name that is no longer served, and what that gave back."""
+    """A name that is no longer served, and the memory freed by that."""
 
     name: str
     digest: str
     freed: Freed
-    kept_by: list[str]  # other names of the same content, which therefore stays
-    num_ended: int  # requests that were failed for it
+    kept_by: list[str]  # other names of the same content, which is therefore kept
+    num_ended: int  # number of requests that were failed
 
 
 class AdapterOperations:
     """The operations of `/v1/adapters`.
 
-    Each that changes something checks its caller before anything else, though a route has done so before.
+    Those that change something first check the caller's rights, even though the routes do too.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class AdapterOperations:
     # ------------------------------------------------------------ list
 
     async def list(self, caller: Caller, tenant: str | None, after: str, limit: int) -> dict[str, Any]:
-        """Return a page of at most `limit` adapters by name: those the caller sees, or a tenant's own.
+        """Return a page of at most `limit` adapters by name: those that the caller sees, or a tenant's own.
 
         after: `last_id` of the previous page. A bare name skips every tenant's adapter of that name.
         """
@@ -137,7 +137,7 @@ class AdapterOperations:
         return (await self._show([await self.seen(name, caller, tenant)], caller))[0]
 
     async def seen(self, name: str, caller: Caller, tenant: str | None) -> m.Alias:
-        """Return the alias that a caller sees under a name: its own, else everybody's; or that of a tenant it names.
+        """Return the alias that a caller sees under a name: its own, else the shared one; or that of a given tenant.
 
         Raises ModelNotFound, PermissionDenied.
         """
@@ -149,7 +149,7 @@ class AdapterOperations:
         raise ModelNotFound(name)
 
     async def _show(self, aliases: Sequence[m.Alias], caller: Caller) -> list[dict[str, Any]]:
-        """Return the objects of aliases. What workers do with a content that tenants share is for admins only."""
+        """Return the objects of aliases. Only admins see the workers' state: tenants may share an adapter's content."""
         digests = sorted({alias.digest for alias in aliases if alias.digest})
         records = await self._bus.adapters.records(digests)
         if not caller.is_admin:
@@ -162,10 +162,10 @@ class AdapterOperations:
     # ------------------------------------------------------------ register, preload, pin
 
     async def register(self, wanted: Wanted) -> tuple[bool, bool]:
-        """Have a name served from a source, and wait for it. Returns whether it is served, and whether the name is new.
+        """Serve a source under a name, and wait for it. Return whether it is served, and whether the name is new.
 
-        The stores look at the source again if the name is registered for it already. When they refuse it, everything
-        stays as before. Raises Conflict, BadRequest, PermissionDenied, Unavailable, and the reason of a refusal.
+        If the name has this source already, the stores check the source again. If they refuse it, everything stays
+        unchanged. Raises Conflict, BadRequest, PermissionDenied, Unavailable, and the stores' refusal.
         """
         wanted.caller.require_names_of(wanted.tenant)
         reference = self.reference_of(wanted.source or wanted.name)
@@ -204,17 +204,17 @@ class AdapterOperations:
                 raise
             return False, not is_known
         assert found is not None
-        if found.status:  # refused, or another content stays in its place
-            with suppress(Unavailable):  # the reason of the refusal matters more
+        if found.status:  # refused; possibly the previous content stays
+            with suppress(Unavailable):  # the refusal is the more important error
                 await self._take_back(registration, before)
             raise error_of(found)
         return True, not is_known
 
     async def upload(self, wanted: Wanted, body: AsyncIterator[bytes], length: int) -> tuple[bool, bool]:
-        """Keep the adapter in a zip at a store and serve it under the wanted name. Returns and raises as `register`.
+        """Store the adapter in a zip and serve it under a name. Returns and raises as `register`.
 
-        What is refused is not kept. Raises also PermissionDenied but for an operator, BadRequest for a bad zip,
-        TooLarge, Overloaded, and Conflict where the name is taken or the store takes no uploads.
+        A refused adapter is deleted. Also raises PermissionDenied unless the caller is an operator, BadRequest for an
+        invalid zip, TooLarge, Overloaded, and Conflict if the name is taken or the store accepts no uploads.
         """
         wanted.caller.require("admin")
         check_name(wanted.name)
@@ -228,9 +228,9 @@ class AdapterOperations:
             raise
 
     def _check_place(self, reference: Reference, caller: Caller) -> bool:
-        """Return whether a place is read for a caller with the fleet's own credentials. Raises PermissionDenied.
+        """Return whether a source is read with the fleet's own credentials. Raises PermissionDenied.
 
-        They are lent to a tenant for no place that it does not see, whatever the name that it registers.
+        A tenant may use them only for sources that it sees, whatever name it registers.
         """
         if reference.path.startswith("/") and caller.tenant is not None and not caller.is_admin:
             text = "only keys with the scope admin may load from --adapter-roots, whose adapters belong to no tenant"
@@ -245,7 +245,7 @@ class AdapterOperations:
         return as_fleet
 
     async def _take_back(self, registration: m.Registration, before: m.Registration | None) -> None:
-        """Undo a registration unless a newer one has come. Raises Unavailable if no store removes a new name."""
+        """Undo a registration unless there is a newer one. Raises Unavailable if no store removes a new name."""
         if before is None:
             name, tenant, asked_ms = registration.name, registration.tenant, registration.asked_ms
             if await self._bus.adapters.unregister(name, tenant, unless_asked_after=asked_ms):
@@ -259,7 +259,7 @@ class AdapterOperations:
             await self._bus.adapters.register(msgspec.structs.replace(before, asked_ms=now_ms()))
 
     def reference_of(self, source: str) -> Reference:
-        """Parse an adapter's source, its path under a root of adapters, or its folder's name.
+        """Parse an adapter's source, its path under an adapter root, or its folder's name.
 
         Raises BadRequest, and NotFound for a path under no root.
         """
@@ -276,7 +276,7 @@ class AdapterOperations:
         return reference
 
     def _of_path(self, path: str) -> Reference:
-        """Return the folder of a whole path: by its name in the first root, by its path in a further one."""
+        """Return the reference of an absolute path: relative to the first root, or absolute in a further root."""
         place = PurePosixPath(path)
         for number, root in enumerate(self._roots):
             real = PurePosixPath(os.path.realpath(root))
@@ -306,9 +306,9 @@ class AdapterOperations:
         return await self._wait_workers(alias, lambda beat: alias.digest in (*beat.resident, *beat.host), wait_s)
 
     async def pin(self, name: str, caller: Caller, wait_s: float) -> bool:
-        """Have every worker load and keep an adapter; return whether all do within `wait_s`.
+        """Have every worker load and keep an adapter; return whether all have within `wait_s`.
 
-        Raises ModelNotFound, and PermissionDenied but for an operator.
+        Raises ModelNotFound, and PermissionDenied unless the caller is an operator.
         """
         caller.require("admin")
         alias = await self._served(name, wait_s)
@@ -318,14 +318,14 @@ class AdapterOperations:
         )
 
     async def pin_when_served(self, name: str, caller: Caller) -> None:
-        """Have every worker load and keep the adapter of a name, as soon as it is served. Raises PermissionDenied."""
+        """Have every worker load and keep a name's adapter once it is served. Raises PermissionDenied."""
         caller.require("admin")
         await self._bus.adapters.pin(name, API)
 
     async def refresh(self, name: str, caller: Caller, tenant: str | None, wait_s: float) -> bool:
-        """Have the stores look at a registered name's source again; return whether they have within `wait_s`.
+        """Have the stores check a registered name's source again; return whether they have within `wait_s`.
 
-        Raises ModelNotFound, Conflict for a folder of the adapter root, and the reason of a refusal.
+        Raises ModelNotFound, Conflict for a folder of the adapter root, and the stores' refusal.
         """
         caller.require("adapters")
         known = await self.seen(name, caller, tenant)
@@ -354,7 +354,7 @@ class AdapterOperations:
         return True
 
     async def is_registered(self, name: str, tenant: str = "") -> bool:
-        """Return whether a name is registered or a folder; not, if only a request has named its source."""
+        """Return whether a name is registered or a folder; False if only calls have used it as a source."""
         alias, registration = (
             await self._bus.adapters.alias(name, tenant),
             await self._bus.adapters.registration(name, tenant),
@@ -362,9 +362,9 @@ class AdapterOperations:
         return any(known is not None and not known.on_request for known in (alias, registration))
 
     async def unpin(self, name: str, caller: Caller) -> None:
-        """Let workers evict an adapter again.
+        """Allow workers to evict an adapter again.
 
-        Raises ModelNotFound, Conflict if the settings pin it, and PermissionDenied but for an operator.
+        Raises ModelNotFound, Conflict if the settings pin it, and PermissionDenied unless the caller is an operator.
         """
         caller.require("admin")
         by = (await self._bus.adapters.pins()).get(name)
@@ -396,9 +396,9 @@ class AdapterOperations:
     # ------------------------------------------------------------ evict, unload
 
     async def evict(self, name: str, caller: Caller, wait_s: float) -> Freed:
-        """Free what an adapter takes in workers; it is still served.
+        """Free an adapter's memory in workers; it is still served.
 
-        Raises ModelNotFound, Conflict if it is pinned, and PermissionDenied but for an operator.
+        Raises ModelNotFound, Conflict if it is pinned, and PermissionDenied unless the caller is an operator.
         """
         caller.require("admin")
         alias = await self._served(name, wait_s)
@@ -411,11 +411,12 @@ class AdapterOperations:
     async def unload(
         self, name: str, caller: Caller, tenant: str, *, force: bool, blob: bool, wait_s: float
     ) -> Unloaded:
-        """Stop serving a tenant's name, and free what its content takes unless another name stands for it.
+        """Stop serving a tenant's name, and free its content's memory unless another name refers to it.
 
-        New requests are refused at once; those accepted before end first, or with `force` are failed. `blob`: free the
-        stores' disks too. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store,
-        PermissionDenied for another tenant's name. A tenant's come one after another, so that a name is unloaded once.
+        New requests are refused at once; accepted ones end first, or are failed with `force`. blob: free the stores'
+        disks too. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store,
+        PermissionDenied for another tenant's name. A tenant's unloads run one at a time, so that a name is unloaded
+        once.
         """
         caller.require_names_of(tenant)
         if caller.is_admin:
@@ -449,7 +450,7 @@ class AdapterOperations:
         if not digest or (kept_by if caller.is_admin else kept_by and kept_by != [OTHERS]):
             return Unloaded(name, digest, Freed(), [one for one in kept_by if one != OTHERS or caller.is_admin], 0)
         if not caller.is_admin:
-            # Whether other tenants have this content is not revealed, neither by freed bytes nor by the duration.
+            # Neither freed bytes nor the duration may reveal whether other tenants have this content.
             num_ended = await self.memory.end_requests(digest, error, caller.name) if force else 0
             if not others and len(self._freeing) < MAX_FREEING:
                 task = asyncio.create_task(self._free_later(digest, blob=blob, wait_s=min(wait_s, FREEING_S)))
@@ -460,7 +461,7 @@ class AdapterOperations:
         return Unloaded(name, digest, await self._free(digest, blob=blob, wait_s=wait_s), [], num_ended)
 
     async def _free(self, digest: str, *, blob: bool, wait_s: float) -> Freed:
-        """Free what a content takes once no request uses it, after `wait_s` where one still does."""
+        """Free a content's memory once no request uses it, or after `wait_s` if one still does."""
         deadline_s = time.monotonic() + wait_s
         await self.memory.wait_unused(digest, wait_s)
         freed = await self.memory.evict(digest, max(deadline_s - time.monotonic(), 2.0))
@@ -487,7 +488,7 @@ def _not_a_folder(path: str) -> BadRequest:
 
 
 def check_name(name: str) -> None:
-    """Raise BadRequest unless a text can be an adapter's name."""
+    """Raise BadRequest unless a text is a valid adapter name."""
     if name == BASE or not (FOLDER.fullmatch(name) or parse_reference(name)):
         raise BadRequest(
             f"{brief(name, 200)} is not a valid adapter name: use NAME or ORG/NAME of letters, digits, dots, dashes and"

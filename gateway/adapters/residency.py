@@ -1,4 +1,4 @@
-"""Where the fleet's adapters are, by name, as metrics: for dashboards, and for routers that choose between fleets."""
+"""Metrics of where the fleet's adapters are, by name, for dashboards and for routers that choose between fleets."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
 MAX_HOLDINGS = 1000
-"""Adapters of a worker that are shown: those in the pool first, then those that load, then those in host memory."""
+"""Maximum adapters shown per worker: those in the pool first, then loading ones, then those in host memory."""
 
 NameOf = Callable[[str], str | None]
-"""Returns a name of an adapter by its digest, None if none is known."""
+"""Returns an adapter's name by its digest, None if unknown."""
 
 
 async def look(bus: Bus, fleet: FleetView, beats: Sequence[m.WorkerBeat], name_of: NameOf) -> Seen:
-    """Return where adapters are. Reads the records of those shown. Raises a connection error."""
+    """Return where adapters are; read the records of those shown. Raises a connection error."""
     held = {beat.name: _levels(beat) for beat in beats}
     status = fleet.status
     asked = (status.running_adapters, status.waiting_adapters) if status is not None else ([], [])
@@ -29,7 +29,7 @@ async def look(bus: Bus, fleet: FleetView, beats: Sequence[m.WorkerBeat], name_o
         return name_of(digest) or name_in(records, digest)
 
     total, free = (sum(getattr(beat, f"kv_blocks_{what}") for beat in beats) for what in ("total", "free"))
-    # They have a worker, and so are among those that run. Heartbeats are of the last second.
+    # They are assigned, so they count as running. min(): heartbeats may be a second old.
     deferred = min(sum(beat.waiting_adapter for beat in beats), fleet.num_running)
     return Seen(
         fleet.base.name if fleet.base is not None else "",
@@ -51,7 +51,7 @@ async def look(bus: Bus, fleet: FleetView, beats: Sequence[m.WorkerBeat], name_o
 
 
 def _levels(beat: m.WorkerBeat) -> dict[str, str]:
-    """Return the level of each adapter of a worker that is shown."""
+    """Return the level of each shown adapter of a worker."""
     levels: dict[str, str] = {}
     for level, digests in (("resident", beat.resident), ("loading", beat.loading), ("host", beat.host)):
         for digest in digests:
@@ -62,7 +62,7 @@ def _levels(beat: m.WorkerBeat) -> dict[str, str]:
 
 
 def name_in(records: Mapping[str, m.AdapterRecord], digest: str) -> str:
-    """Return an adapter's name at its source, without kind and version; the beginning of its digest if that is gone."""
+    """Return an adapter's name at its source, without scheme and version; if unknown, the start of its digest."""
     record = records.get(digest)
     if record is None or not record.source:
         return digest[:12]
@@ -75,6 +75,6 @@ def _rank_in(records: Mapping[str, m.AdapterRecord], digest: str) -> int:
 
 
 def _room(beat: m.WorkerBeat) -> int:
-    """Return about how many adapters fit a worker's pool: of the size of those that are in it."""
+    """Return the estimated number of adapters that fit into a worker's pool, by the mean size of its adapters."""
     used = beat.pool_bytes_total - beat.pool_bytes_free
     return round(len(beat.resident) * beat.pool_bytes_total / used) if used and beat.resident else len(beat.resident)

@@ -1,4 +1,4 @@
-"""From the model name in a request to who answers it, and the model objects that `/v1/models` shows."""
+"""Resolves the model name in a call to its target, and makes the model objects of `/v1/models`."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from protocol.wire import messages as m
 from protocol.wire.errors import ClientError, ModelNotFound, Unavailable
 
 SOURCES = ("hub", "local", "s3")
-"""Kinds of sources of adapters, as LoRAX's `adapter_source` names them."""
+"""Kinds of adapter sources, as named in LoRAX's `adapter_source`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallTarget:
-    """The model that answers a request: the base model, an adapter, or a merge of adapters."""
+    """The model that answers a call: the base model, an adapter, or a merge of adapters."""
 
     name: str  # name shown by the API
     digest: str  # "" for the base model
-    files: ModelFiles  # the base's, with its own tokens and chat template
-    texts: str = ""  # hash of its own files, "" if it has none
-    vocab_size: int = 0  # tokens it knows; 0: those of the base
+    files: ModelFiles  # the base's, possibly with its own tokens and chat template
+    texts: str = ""  # hash of its own text files, "" if it has none
+    vocab_size: int = 0  # size of its vocabulary; 0: the base's
     source: str = ""  # kind of its source, one of SOURCES; "" for the base model
     num_labels: int = 0  # labels of its own head; 0: no head
-    num_virtual: int = 0  # virtual tokens that it puts before every prompt
+    num_virtual: int = 0  # virtual tokens before every prompt
 
     def within(self, base: m.ServedModel) -> m.ServedModel:
-        """Return a base model with the part of its context that the target leaves to prompts and outputs."""
+        """Return the base model with its context reduced to what the target leaves for prompts and outputs."""
         return base.less(self.num_virtual)
 
     def payer(self, caller: Caller) -> str:
-        """Return the tenant that a request of a caller counts for: its own or, without API keys, the model."""
+        """Return the tenant charged for a caller's request: its own or, without API keys, the model."""
         return caller.name or self.digest or BASE
 
 
 class Resolver:
-    """Resolves names of the base model and of adapters."""
+    """Resolves names of base models and adapters."""
 
     def __init__(
         self, bus: Bus, aliases: Aliases, bases: GatewayBases, folder: Path | None, *, shows_paths: bool = False
     ) -> None:
-        """`bases`: their files, and those of adapters. `folder`: the root whose sub-folders are served as adapters.
+        """bases: files of the bases and of adapters. folder: root whose subfolders are served as adapters.
 
-        `shows_paths`: models' objects show an adapter's path on this machine.
+        shows_paths: model objects include an adapter's path on this machine.
         """
         self._bus = bus
         self._folder = folder
@@ -62,9 +62,9 @@ class Resolver:
         self.catalogue = CatalogueCopy(bus)
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> CallTarget:
-        """Return the target of `base`, the base's own name or "", of an adapter's name or source, or of `base:adapter`.
+        """Return the target of `base`, a base's own name or "", of an adapter's name or source, or of `base:adapter`.
 
-        Waits up to `timeout_s` while the adapter is being fetched. `caller`: sees the name, and has the token for its
+        Waits up to `timeout_s` while the adapter is being fetched. caller: must see the name; has the token for its
         source. Raises ModelNotFound, PermissionDenied, AdapterRefused, Unavailable.
         """
         if is_base(name, base):
@@ -81,18 +81,18 @@ class Resolver:
         )
 
     def is_of(self, alias: m.Alias, base: m.ServedModel) -> bool:
-        """Return whether an adapter was checked for a base. One whose base no store has named is of an only one."""
+        """Return whether an adapter belongs to a base. If no store has named its base, it is the gateway's only one."""
         if alias.base:
             return alias.base == base.name
         return not self.bases.several_in_settings and base.name not in self.bases.names
 
     async def _served(self, name: str, timeout_s: float, caller: Caller) -> m.Alias:
-        """Return an adapter's alias once it is on disk. Raises as `resolve`, also while it is of an unknown base."""
+        """Return an adapter's alias once it is on disk. Raises as `resolve`, also while its base is unknown."""
         try:
             alias = await self._aliases.served(name, timeout_s, caller)
         except ModelNotFound:
             if gone := _named(name, self.bases.removed):
-                self.bases.of(gone)  # says that it was taken away
+                self.bases.of(gone)  # raises NotFound: it was removed
             raise
         if self.bases.several_in_settings and not alias.base:
             text = f"the base of `{name}` is not known yet: an adapter store of several bases has to look at it first"
@@ -100,7 +100,7 @@ class Resolver:
         return alias
 
     async def base_of(self, name: str, timeout_s: float, caller: Caller) -> str:
-        """Return the name of the base that a model is, or is an adapter of; "" for the default one, and of no adapter.
+        """Return the base that a name is, or whose adapter it is; "" for the default base.
 
         Waits up to `timeout_s` while the adapter is being fetched. Raises as `resolve`.
         """
@@ -120,7 +120,7 @@ class Resolver:
         return "" if alias.base == default else alias.base
 
     async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:
-        """Return the name under which an adapter of LoRAX's `adapter_source` is resolved; its id without a source.
+        """Return the name by which an adapter of LoRAX's `adapter_source` is resolved; without a source, its id.
 
         Raises ClientError for an unknown source, and ModelNotFound for a folder that is not served.
         """
@@ -140,7 +140,7 @@ class Resolver:
         return adapter_id if adapter_id.startswith(scheme) else f"{scheme}{adapter_id}"
 
     def _in_folder(self, adapter_id: str) -> str:
-        """Return the name of an adapter whose folder was named by its path; what lies elsewhere keeps its id."""
+        """Return the name of an adapter given by its folder's path; other ids are returned unchanged."""
         if self._folder is None or not adapter_id.startswith("/"):
             return adapter_id
         try:
@@ -149,14 +149,17 @@ class Resolver:
             return adapter_id
 
     async def known(self, name: str, caller: Caller) -> m.Alias | None:
-        """Return the alias that a caller sees under a name, in any state: its tenant's, else everybody's, else None."""
+        """Return the alias that a caller sees under a name, in any state: its tenant's, else the shared one.
+
+        None if there is neither.
+        """
         alias = await self._bus.adapters.alias(name, caller.name) if caller.name else None
         if alias is None:
             alias = await self._bus.adapters.alias(name)
         return alias if alias is not None and caller.sees(alias) else None
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
-        """Return an adapter's name without the base's name as its prefix. Raises ModelNotFound if nothing is left."""
+        """Return an adapter's name without the prefix `base:`. Raises ModelNotFound if nothing is left."""
         prefixes = (f"{base.name}:",) if base.name in self.bases.names else (f"{base.name}:", f"{BASE}:")
         for prefix in prefixes:
             if name == prefix:
@@ -166,7 +169,7 @@ class Resolver:
         return name
 
     async def models(self, bases: Sequence[m.ServedModel], caller: Caller) -> bytes:
-        """Return as a JSON list the model objects that a caller sees: the bases, then the adapters by name."""
+        """Return a JSON list of the model objects that a caller sees: the bases, then the adapters by name."""
         default = self._default(bases)
         return await self.catalogue.listed(
             caller,
@@ -176,12 +179,12 @@ class Resolver:
         )
 
     def listed(self, name: str, bases: Sequence[m.ServedModel]) -> m.ServedModel | None:
-        """Return which of the bases that are listed a name is; None for none, also for `base` without the default."""
+        """Return the listed base of a name; None if there is none, or for `base` while the default one is unknown."""
         wanted = self._default(bases) if name in ("", BASE) else name
         return next((base for base in bases if base.name == wanted), None)
 
     def _default(self, bases: Sequence[m.ServedModel]) -> str:
-        """Return the name of the default base, which is the first of `bases` unless it has not been reported yet."""
+        """Return the name of the default base: the first of `bases`, unless it has not been reported yet."""
         return self.bases.default.files.name if self.bases.names else bases[0].name
 
     async def model(self, name: str, bases: Sequence[m.ServedModel], caller: Caller) -> dict[str, Any]:
@@ -199,8 +202,8 @@ class Resolver:
 
 
 def _named(name: str, bases: Sequence[str]) -> str:
-    """Return the base that a name is, or begins with and a colon; "" for none."""
-    longest_first = sorted(bases, key=len, reverse=True)  # one name may begin with another and a colon
+    """Return the base that a name is, or that it begins with before a colon; "" for none."""
+    longest_first = sorted(bases, key=len, reverse=True)  # one may begin with another and a colon
     return next((base for base in longest_first if name == base or name.startswith(f"{base}:")), "")
 
 

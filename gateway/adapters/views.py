@@ -1,4 +1,4 @@
-"""Models and adapters as JSON: the objects of `/v1/models`, and those of `/v1/adapters`, which say more. Pure."""
+"""Models and adapters as JSON: the objects of `/v1/models`, and the more detailed ones of `/v1/adapters`. Pure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from protocol.wire import messages as m
 from protocol.wire.records import AdapterUse
 
 TIERS = ("resident", "loading", "host", "on_disk")
-"""Tiers of an adapter, seen from a worker, the nearest first; on disk means at the store."""
+"""Tiers of an adapter from a worker's view, nearest first; `on_disk` means at the store."""
 
 NO_EFFECT = "no_effect"
-"""The state, in place of where it is, of an adapter that is served and gives what the base model gives."""
+"""State of a served adapter whose outputs equal the base model's, shown instead of its tier."""
 
 
 class AdapterObjects:
     """Makes the objects of `/v1/adapters` from the workers' latest heartbeats."""
 
     def __init__(self, beats: Iterable[m.WorkerBeat], pins: Mapping[str, str], *, shows_paths: bool = True) -> None:
-        """`pins`: name -> who pinned it. `shows_paths`: whether the caller may see paths of this machine."""
+        """pins: name -> origin of its pin. shows_paths: whether the caller may see paths of this machine."""
         self._shows_paths = shows_paths
         self._pins = pins
         self._tiers: dict[str, dict[str, str]] = {}  # digest -> worker -> tier
@@ -31,7 +31,7 @@ class AdapterObjects:
                     self._tiers.setdefault(digest, {})[beat.name] = tier
 
     def of(self, alias: m.Alias, record: m.AdapterRecord | None, use: AdapterUse | None) -> dict[str, Any]:
-        """Return the object of an alias; `state` is the nearest tier of any worker, else the alias's own."""
+        """Return the object of an alias; `state` is the nearest tier on any worker, else the alias's state."""
         workers = self._workers(alias.digest) if alias.state == "on_disk" else {}
         tiers = {worker["tier"] for worker in workers.values()}
         nearest = next((tier for tier in TIERS if tier in tiers), alias.state)
@@ -84,9 +84,9 @@ def _use_object(use: AdapterUse) -> dict[str, Any]:
 
 
 def converted_object(record: m.AdapterRecord | None, num_layers: int | None = None) -> dict[str, Any] | None:
-    """Return what an adapter approximates by LoRA, and how far it is off; None for one that is what was trained.
+    """Return how LoRA approximates an adapter, with the errors; None for an adapter that was not converted.
 
-    num_layers: whose errors are told, the largest; None: of all that are known.
+    num_layers: number of layers whose errors are shown, largest first; None: all known.
     """
     converted = record.converted if record is not None else None
     if converted is None:
@@ -96,7 +96,7 @@ def converted_object(record: m.AdapterRecord | None, num_layers: int | None = No
 
 
 def told_source(source: str) -> str:
-    """Return a source as everybody may know it: without a path of this machine."""
+    """Return a source for any client: without a path of this machine."""
     return f"local:{PurePosixPath(source).name}" if source.startswith("local:/") else source
 
 
@@ -121,10 +121,10 @@ def adapter_object(
     *,
     shows_paths: bool = False,
 ) -> dict[str, Any]:
-    """Return the object of an adapter in `/v1/models`; `root` is its source, or its path where that may be known.
+    """Return the object of an adapter in `/v1/models`; `root` is its source, or its path if clients may see it.
 
-    default: name of the default base. folder: the root of adapters, None in a fleet without one, which may have
-    further roots. shows_paths: clients may know paths of this machine.
+    default: name of the default base. folder: the first adapter root, None without one; there may be further roots.
+    shows_paths: clients may see paths of this machine.
     """
     root, path = told_source(alias.source), alias.source.removeprefix("local:")
     if shows_paths and path != alias.source and (folder is not None or path.startswith("/")):

@@ -1,1 +1,1 @@
-"""Answers on their way to clients: kept alive until they begin, then sent whole or as a stream."""
+"""Sends answers to clients: keeps the connection alive until they begin, then sends them whole or as a stream."""

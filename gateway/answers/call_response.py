@@ -1,7 +1,7 @@
-"""The response to a call: it waits for the answer, sends it, and knows whether the client is still there.
+"""The response to a call: waits for the answer, sends it, and detects when the client leaves.
 
-An answer that is ready soon is sent as it is. While a later one is awaited the connection is kept alive. One task
-watches the client, from the first time that it matters until the end.
+An answer that is ready soon is sent at once; otherwise the connection is kept alive. One task watches the client from
+the first time that this matters until the end.
 """
 
 from __future__ import annotations
@@ -24,34 +24,37 @@ from protocol.runtime.guarded import is_failure
 from protocol.wire.errors import LorafleetError
 
 RAW_SEND = "lorafleet.send"
-"""Scope key of the server's own `send`: wrappers between server and route need only the start of a response."""
+"""Scope key of the server's own `send`: the layers between server and route process only the start of a response."""
 
 
 class SentAnswer(ABC):
-    """An answer that comes part by part, and is sent by the response to its call."""
+    """An answer that is produced part by part, and sent by the response to its call."""
 
     @abstractmethod
     async def send(self, to: CallResponse) -> None:
-        """Send all of the answer. Raises what goes wrong: an HTTP error before the headers, `failed` after them."""
+        """Send the whole answer.
+
+        Raises errors; before the headers they become an HTTP error, after them `failed` is sent.
+        """
 
     @abstractmethod
     def failed(self, error: LorafleetError) -> bytes:
-        """Return what an answer ends with that fails after its headers."""
+        """Return the end of an answer that fails after its headers."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Give up what still runs for the answer, whether it was sent or not."""
+        """Stop the work for the answer, whether it was sent or not."""
 
 
 CallResult = Response | SentAnswer
-"""What a call comes to."""
+"""The result of a call: a complete response, or an answer to be sent."""
 
 
 class CallResponse(Response):
-    """Sends what a call comes to.
+    """Waits for the result of a call and sends it.
 
-    Nothing is sent for `keepalive_s`, nor while the call is inbound, so that what goes wrong until then is raised and
-    becomes an HTTP error. After that a stream gets its headers, an idle part each `keepalive_s`, and errors as parts.
+    Nothing is sent during the first `keepalive_s`, nor while the call is inbound, so that errors until then become HTTP
+    errors. After that a stream gets its headers, an idle part every `keepalive_s`, and errors as parts.
     """
 
     def __init__(
@@ -63,18 +66,18 @@ class CallResponse(Response):
         errors: ErrorShape = OPENAI_ERRORS,
         framing: Framing = SSE,
     ) -> None:
-        """`coming` is awaited once the response is sent; `errors` writes an error in a stream, `framing` its parts."""
+        """coming: awaited while the response is sent; errors: format of errors in a stream; framing: of its parts."""
         self._coming = coming
         self._stream = stream
         self.keepalive_s = keepalive_s
         self._errors = errors
         self._framing = framing
-        self._client: asyncio.Task[None] | None = None  # ends when the client leaves
-        self.has_begun = False  # the headers of a stream are sent
+        self._client: asyncio.Task[None] | None = None  # done when the client has left
+        self.has_begun = False  # the headers of a stream have been sent
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response. Raises what goes wrong before anything is sent."""
+        """Send the response. Raises errors that occur before anything was sent."""
         self.scope, self._receive, self._send = scope, receive, send
         self._send_body: Send = scope.get(RAW_SEND, send)
         coming, failed = asyncio.create_task(self._coming), self._failed
@@ -89,7 +92,7 @@ class CallResponse(Response):
                 failed = result.failed
                 await result.send(self)
             else:
-                self._unwatch()  # it watches the client itself, if it takes long to send
+                self._unwatch()  # a long response watches the client itself
                 await self.send_response(result)
         except BaseException as failure:
             if not self.has_begun or not is_failure(failure):
@@ -101,18 +104,18 @@ class CallResponse(Response):
                 if not coming.cancelled() and coming.exception() is None:
                     result = coming.result()
                     if isinstance(result, SentAnswer):
-                        await result.close()  # before anything else is waited for, in which this may be cancelled
+                        await result.close()  # first, because any other await may be cancelled
             finally:
                 self._unwatch()
 
     def client(self) -> asyncio.Task[None]:
-        """Return the task that ends when the client leaves."""
+        """Return the task that is done when the client has left."""
         if self._client is None:
             self._client = asyncio.create_task(disconnected(self._receive))
         return self._client
 
     async def begin(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """Send the headers of a stream, if none have been sent."""
+        """Send the headers of a stream, unless they have been sent."""
         if not self.has_begun:
             self.has_begun = True
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -122,13 +125,13 @@ class CallResponse(Response):
         await self._send_body({"type": "http.response.body", "body": part, "more_body": more})
 
     async def send_response(self, response: Response) -> None:
-        """Send a response of its own in place of a stream. Raises RuntimeError once that has begun."""
+        """Send a complete response instead of a stream. Raises RuntimeError if the stream has begun."""
         if self.has_begun:
             raise RuntimeError("a call whose stream has begun came to a whole response")
         await response(self.scope, self._receive, self._send)
 
     async def _keep_alive(self, coming: asyncio.Task[CallResult]) -> bool:
-        """Wait until the answer is there; False when the client leaves first."""
+        """Wait until the answer is ready; return False if the client leaves first."""
         client = self.client()
         while not coming.done():
             if client.done():
@@ -140,18 +143,18 @@ class CallResponse(Response):
         return True
 
     def _failed(self, error: LorafleetError) -> bytes:
-        """Return what a stream ends with whose answer never came."""
+        """Return the end of a stream that fails before its answer."""
         return self._framing.event(self._errors.body(error))
 
     def _unwatch(self) -> None:
-        """Watch the client no more. A watch that is begun now comes after the end of this one."""
+        """Stop watching the client, without waiting: a watch that is started now begins after the old one has ended."""
         client, self._client = self._client, None
         if client is not None and not client.cancel() and not client.cancelled():
-            client.exception()  # of no interest any more
+            client.exception()  # retrieved, so that it is not logged
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
-    """Cancel a task unless it is done, and wait for its end. Its result or failure is of no interest any more."""
+    """Cancel a task unless it is done, and wait for its end. Its result or error is ignored."""
     if not task.done():
         task.cancel()
         await asyncio.wait([task])

@@ -1,4 +1,4 @@
-"""What every handler of a call begins and ends with: the body as it came, and the answer as a response."""
+"""Shared by the handlers of calls: the body as received, and the answer as a response."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gateway.http.errors import OPENAI_ERRORS, ErrorShape
 from protocol.wire.errors import BadRequest, Unavailable
 
 MAX_KEY_CHARACTERS = 255
-"""Longest Idempotency-Key."""
+"""Maximum characters of an Idempotency-Key."""
 
 
 class Answers:
-    """Makes responses of answers that take time, until the gateway drains."""
+    """Makes responses of calls, until the gateway drains."""
 
     def __init__(self, keepalive_s: float) -> None:
-        """keepalive_s: time without a byte after which the client gets one, so that no proxy gives up."""
+        """keepalive_s: seconds without output after which keep-alive bytes are sent, against timeouts of proxies."""
         self._keepalive_s = keepalive_s
         self.draining = False
 
@@ -35,7 +35,7 @@ class Answers:
         errors: ErrorShape = OPENAI_ERRORS,
         framing: Framing = SSE,
     ) -> Response:
-        """Return the response that a call comes to, kept alive until then. Raises Unavailable while draining."""
+        """Return the response to a call, kept alive until its result is ready. Raises Unavailable while draining."""
         if self.draining:
             answer.close()
             raise Unavailable(
@@ -44,7 +44,7 @@ class Answers:
         return CallResponse(answer, stream=stream, keepalive_s=self._keepalive_s, errors=errors, framing=framing)
 
     def show(self, answer: SentAnswer) -> Response:
-        """Return the response that sends an answer which is there, as of a call that began earlier."""
+        """Return the response that sends an existing answer, such as that of an earlier call."""
         return CallResponse(_ready(answer), stream=True, keepalive_s=self._keepalive_s)
 
 
@@ -53,7 +53,7 @@ async def _ready(answer: SentAnswer) -> SentAnswer:
 
 
 async def sent_of(endpoint: str, request: Request) -> Sent:
-    """Return a body as it came. Raises BadRequest for an Idempotency-Key that is too long."""
+    """Return a body as received. Raises BadRequest for an Idempotency-Key that is too long."""
     headers = request.headers
     key, request_id = headers.get("idempotency-key", ""), headers.get("x-request-id", "")
     if len(key) > MAX_KEY_CHARACTERS:

@@ -1,4 +1,4 @@
-"""The answer of a call that generates: a stream or one JSON object, until its client leaves."""
+"""Sends the answer of a generation, as a stream or one JSON object, until its client leaves."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from protocol.wire.errors import LorafleetError
 T = TypeVar("T")
 
 FEW_LOGPROB_BYTES = 1 << 14
-"""Logprobs up to which an answer is written in one piece: that takes a few milliseconds."""
+"""Maximum bytes of logprobs of an answer that is written in one piece, which takes a few milliseconds."""
 
 
 class GenerationAnswer(SentAnswer):
-    """The answer of a running generation, which is closed in every case."""
+    """The answer of a running generation, which is always closed."""
 
     errors = OPENAI_ERRORS
     framing = SSE
@@ -41,7 +41,7 @@ class GenerationAnswer(SentAnswer):
         self.writer = writer
         self.options = generation.call.parsed.options
         self._growth = TextGrowth(self.options, generation.call.prompts)
-        self._last_s = 0.0  # when a frame was sent last, in the loop's time
+        self._last_s = 0.0  # loop time of the latest frame
         self._connection: Connection | None = None
 
     async def send(self, to: CallResponse) -> None:
@@ -58,10 +58,10 @@ class GenerationAnswer(SentAnswer):
                 await to.send_response(response)
         except ClientGoneError:
             observe.client_gone()
-        except BaseException as failure:  # the edge of a call: every failure is sent or logged
+        except BaseException as failure:  # every failure of a call is sent or logged
             if not is_failure(failure):
                 raise
-            if to.has_begun or response is not None:  # an error would be no part of it: the connection is cut
+            if to.has_begun or response is not None:  # too late for an error: the connection is cut
                 observe.cut_off(self.generation.call.parsed.caller.owner)
                 raise
             await to.send_response(self.errors.response(error_of(failure)))
@@ -75,7 +75,7 @@ class GenerationAnswer(SentAnswer):
             self.generation.hang_up()
 
     async def _send_stream(self) -> None:
-        """Send frames as they come. The headers are sent with the first one, so that earlier errors are HTTP errors."""
+        """Send frames as they arrive. The headers are sent with the first, so that earlier errors are HTTP errors."""
         loop = asyncio.get_running_loop()
         self._last_s = loop.time()
         generation = self.generation
@@ -97,9 +97,9 @@ class GenerationAnswer(SentAnswer):
         await self._send_frames(frames + await self.last_frames(), more=False)
 
     async def _send_pieces(self, pieces: Sequence[Piece]) -> bytes:
-        """Return the frames of pieces or, where they are long, the last of them, once those before are sent.
+        """Return the frames of pieces; if they are long, send all but the last ones first.
 
-        Between two parts of these others have their turn.
+        Other tasks run in between.
         """
         gathered: list[bytes] = []
         num_bytes, turn = 0, LoopSlice()
@@ -119,9 +119,9 @@ class GenerationAnswer(SentAnswer):
         return b"".join(gathered)
 
     def _pass_on(self, delta: m.Delta) -> bool:
-        """Send a delta's tokens without waking the call's task, which costs more than to write and send them.
+        """Send a delta's tokens without waking the call's task, which would cost more than writing and sending them.
 
-        Returns False for what that task is for: a delta that is more than tokens, a client that has to be waited for.
+        Return False if the task is needed: for a delta with more than tokens, or a client that does not keep up.
         """
         connection = self._connection
         assert connection is not None
@@ -139,16 +139,16 @@ class GenerationAnswer(SentAnswer):
         return True
 
     async def last_frames(self) -> bytes:
-        """Return what a stream ends with."""
+        """Return the end of a stream."""
         usage = self.writer.usage_frame(self.generation.usage) if self.options.include_usage else b""
         return usage + self.done
 
     def failed(self, error: LorafleetError) -> bytes:
-        """Return the last frames of a stream that fails: without [DONE], so that no client takes it for the end."""
+        """Return the last frames of a stream that fails: without [DONE], so that no client takes it as complete."""
         return self.framing.event(self.errors.body(error))
 
     async def _advance(self) -> list[Piece]:
-        """Wait for progress. Raises as `Generation.advance`, and for a text that there is no room for."""
+        """Wait for output. Raises as `Generation.advance`, and if there is no memory for its text."""
         pieces = await self.generation.advance(self._to.keepalive_s)
         for piece in pieces:
             self._growth.add(piece.text)
@@ -172,22 +172,22 @@ class GenerationAnswer(SentAnswer):
 
     @property
     def _in_thread(self) -> bool:
-        """Whether a token's logprobs take so long to write that this is done in a thread, by turns of tenants."""
+        """Whether writing a token's logprobs is so slow that it is done in a thread, round-robin by tenant."""
         return self.options.sampling.vocabulary > 0
 
     @property
     def is_large(self) -> bool:
-        """Whether the answer of a call that is not streamed takes long to write."""
+        """Whether an answer that is not streamed takes long to write."""
         num_bytes = self.generation.usage.completion_tokens * self.options.record_bytes
         return num_bytes > FEW_LOGPROB_BYTES or self.options.sampling.prompt_logprobs is not None
 
     async def _whole_response(self) -> Response:
-        """Return the response of an answer that is not streamed, once it has ended. Raises as `_advance`."""
+        """Return the response of a call that is not streamed, once it has ended. Raises as `_advance`."""
         whole = [Piece(choice.index) for choice in self.generation.choices]
         while True:
             for piece in await self._advance():
                 if self.options.by_token:
-                    self.writer.frames(piece)  # it keeps what it has read
+                    self.writer.frames(piece)  # the writer collects the pieces
                 whole[piece.index].add(piece)
             if self.generation.is_done:
                 break

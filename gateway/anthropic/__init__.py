@@ -1,1 +1,1 @@
-"""Anthropic's Messages API, on the base model and its adapters."""
+"""Anthropic's Messages API, on base models and adapters."""

@@ -1,4 +1,4 @@
-"""The HTTP bodies of Anthropic's routes. What messages and tools hold is read in `content.py`."""
+"""The HTTP bodies of Anthropic's routes. `content.py` validates messages and tools."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ThinkingConfig(JsonBody):
 
 
 class OutputConfig(JsonBody):
-    """The form of the answer, and how much work it is worth."""
+    """The format of the answer, and the effort for it."""
 
     OBJECT = "output_config"
 
@@ -42,7 +42,7 @@ class ToolChoiceConfig(JsonBody):
 
 
 class CountTokensRequest(JsonBody):
-    """`POST /v1/messages/count_tokens`: what a prompt is made of."""
+    """`POST /v1/messages/count_tokens`: the fields that determine a prompt."""
 
     OBJECT = "count_tokens"
 
@@ -53,7 +53,7 @@ class CountTokensRequest(JsonBody):
     tool_choice: ToolChoiceConfig | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
-    output_format: dict[str, Any] | None = None  # output_config.format, as clients of its trial send it
+    output_format: dict[str, Any] | None = None  # output_config.format under its name in the beta API
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
 
 

@@ -1,6 +1,6 @@
-"""Errors as Anthropic writes them, before a stream and in it.
+"""Errors in Anthropic's format, before a stream and within it.
 
-`details.error_code` names the cause, `details.param` the field that is wrong; both are left out where there is none.
+`details.error_code` names the cause, `details.param` the invalid field; an unknown one is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gateway.http.errors import REQUEST_ID_OF, cut, retry_headers, traced
 from protocol.wire.errors import LorafleetError
 
 OVERLOADED = 529
-"""Anthropic's status in place of 503."""
+"""Anthropic's status for 503."""
 
 _STATUS = {503: OVERLOADED}
 
@@ -28,17 +28,17 @@ _TYPES = {
     504: "timeout_error",
     OVERLOADED: "overloaded_error",
 }
-"""Status -> `type`. Other statuses below 500 are invalid requests, and those from it failures."""
+"""Status -> `type`. Other statuses are `invalid_request_error` below 500 and `api_error` from there."""
 
 _CODES = {("unsupported_parameter", "thread"): "thread_unsupported_request"}
-"""Our code and the parameter -> Anthropic's code, where its client acts on it: it sends whole conversations then."""
+"""Code and parameter -> Anthropic's code, on which its client acts by sending whole conversations from then on."""
 
 
 class AnthropicErrors:
-    """Anthropic's shape of errors."""
+    """Anthropic's error format."""
 
     def body(self, error: LorafleetError) -> bytes:
-        """Return the JSON of an error."""
+        """Return an error's body as JSON."""
         status = _STATUS.get(error.status, error.status)
         kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "api_error")
         code = _CODES.get((error.code or "", error.param or ""), error.code)
@@ -48,7 +48,7 @@ class AnthropicErrors:
         return orjson.dumps(traced({"type": "error", "error": content, "request_id": REQUEST_ID_OF.get() or None}))
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
-        """Return the response that an error is."""
+        """Return an error's response."""
         all_headers = {**retry_headers(error), **(headers or {})}
         return Response(self.body(error), _STATUS.get(error.status, error.status), all_headers, "application/json")
 

@@ -1,4 +1,4 @@
-"""The base model and its adapters as models of Anthropic's API. Pure."""
+"""Base models and adapters as models of Anthropic's API. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 DEFAULT_LIMIT, MAX_LIMIT = 20, 1000
-"""Models of a page, as Anthropic has them."""
+"""Models per page, default and maximum, as in Anthropic's API."""
 
 
 def shown(base: m.ServedModel, alias: m.Alias | None, record: m.AdapterRecord | None = None) -> dict[str, Any]:
-    """Return the object of the base (None) or of an adapter. record: what is known of its content."""
+    """Return the object of a base (alias None) or an adapter. record: of the adapter."""
     name, created_ms = (base.name, base.created_ms) if alias is None else (alias.name, alias.created_ms)
     created = datetime.fromtimestamp(created_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     most = max(base.less(record.num_virtual if record is not None else 0).max_model_len - 1, 0)
@@ -31,7 +31,7 @@ def shown(base: m.ServedModel, alias: m.Alias | None, record: m.AdapterRecord | 
 
 
 def base_of(alias: m.Alias, bases: Sequence[m.ServedModel]) -> m.ServedModel:
-    """Return the base of an adapter, the first where none has its name."""
+    """Return an adapter's base, the first one if no base has its name."""
     return next((base for base in bases if base.name == alias.base), bases[0])
 
 
@@ -45,9 +45,9 @@ def cut(
 ) -> tuple[Sequence[m.ServedModel], Sequence[m.Alias], bool]:
     """Return the bases and the adapters of a page, and whether there are more. Bases come before adapters.
 
-    aliases: by name. after, before: the model beside which the page begins, or ends. lifecycle: the stages that are
-    wanted, of which models here are in `active`; None for all. Raises BadRequest for `after` with `before`, and for
-    unknown names.
+    aliases: sorted by name. after, before: the model after which the page begins, or before which it ends. lifecycle:
+    requested stages, where all models here are `active`; None for all. Raises BadRequest for `after` with `before`, and
+    for unknown names.
     """
     if lifecycle and "active" not in lifecycle:
         return [], [], False
@@ -70,6 +70,6 @@ def cut(
 
 
 def page(models: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
-    """Return a page of the objects of models."""
+    """Return a page of model objects."""
     first, last = (models[0]["id"], models[-1]["id"]) if models else (None, None)
     return {"data": models, "has_more": has_more, "first_id": first, "last_id": last}

@@ -1,6 +1,6 @@
-"""*Parse* for Anthropic's API: from a body to a `ParsedCall`. Pure.
+"""*Parse* for Anthropic's API: convert a body to a `ParsedCall`. Pure.
 
-Defaults are Anthropic's; what is not done as there is refused by name (`bodies/parameters.toml`, `content.py`).
+Defaults are Anthropic's; unsupported features are refused by name (`bodies/parameters.toml`, `content.py`).
 """
 
 from __future__ import annotations
@@ -36,25 +36,28 @@ DEFAULT_TEMPERATURE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class MessagesRules(Rules):
-    """What later stages refuse a call for, or shorten it to, as Anthropic does."""
+    """The checks of later stages, and Anthropic's way to limit the output to the context."""
 
-    thinks: bool = False  # reasoning is asked of the model
+    thinks: bool = False  # reasoning is requested
 
     def check_form(self, form: AnswerForm | None) -> Sequence[str]:
-        """Return what answers go without: reasoning, if the model's template has no marks of it."""
+        """Return `thinking` as ignored if the model's template has no marks of reasoning."""
         return ["thinking"] if self.thinks and (form is None or form.thought is None) else ()
 
     def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
-        """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
+        """Return the maximum output tokens, limited by the context's remaining room.
+
+        Raises BadRequest without any room.
+        """
         room = max_model_len - num_prompt_tokens
         if room < 1:
-            # Agents look for these words, and shorten their conversation.
+            # Agents recognize this wording, and shorten their conversation.
             message = f"prompt is too long: {num_prompt_tokens} tokens > {max_model_len - 1} maximum"
             raise BadRequest(message, param=self.param, code="context_length_exceeded")
         return min(options.max_tokens or room, room)
 
     def limit_headers(self, standing: Standing) -> dict[str, str]:
-        """Return the headers with the rest of the tenant's limits. Times are in RFC 3339."""
+        """Return the headers that report the tenant's remaining limits, with times in RFC 3339."""
         headers: dict[str, str] = {}
         for what, allowance in (("requests", standing.requests), ("tokens", standing.tokens)):
             if allowance is not None:
@@ -66,7 +69,7 @@ class MessagesRules(Rules):
 
 
 def parse(request: MessagesRequest, caller: Caller, settings: Settings, sent: Sent | None = None) -> ParsedCall:
-    """Return what a body asks for. Raises BadRequest naming the parameter."""
+    """Return the call that a body describes. Raises BadRequest naming the parameter."""
     return ParsedCall(
         caller=caller,
         models=Models([request.model]),
@@ -85,13 +88,13 @@ def parse(request: MessagesRequest, caller: Caller, settings: Settings, sent: Se
 
 
 def rules_of(request: CountTokensRequest, settings: Settings) -> MessagesRules:
-    """Return the rules of a request."""
+    """Return the checks for a request."""
     thinks = request.thinking is not None and request.thinking.type == "enabled"
     return MessagesRules("messages", settings.max_choices, thinks)
 
 
 def conversation_of(request: CountTokensRequest, settings: Settings) -> ChatPrompt:
-    """Return what a prompt is made of. Raises BadRequest naming the place."""
+    """Return the prompt of a request. Raises BadRequest naming the place."""
     check_num(len(request.messages), min(settings.max_messages, MAX_ENTRIES), "entries", "messages")
     messages, variables = messages_of(request.system, request.messages), _variables(request)
     left_out = list(islice(unread_results(request.messages), MAX_NAMED))
@@ -100,7 +103,7 @@ def conversation_of(request: CountTokensRequest, settings: Settings) -> ChatProm
     last, place = messages[-1], f"messages[{len(request.messages) - 1}]"
     if "tool_calls" in last:
         raise BadRequest(f"{place}: the calls of the last message have no results yet", param=place)
-    if not last["content"] and len(messages) > 1:  # no text that the answer could continue
+    if not last["content"] and len(messages) > 1:  # nothing to continue
         return ChatPrompt(messages[:-1], variables, left_out=left_out)
     if not last["content"]:
         raise BadRequest(f"{place} is empty, and the only message", param=place)
@@ -108,7 +111,7 @@ def conversation_of(request: CountTokensRequest, settings: Settings) -> ChatProm
 
 
 def tools_in(request: CountTokensRequest, settings: Settings) -> Tools | None:
-    """Return the tools that a request may call, None for none. Raises BadRequest."""
+    """Return the tools that may be called, None if none. Raises BadRequest."""
     tools, choice, parallel = request.tools or [], request.tool_choice, None
     check_num(len(tools), MAX_TOOLS, "entries", "tools")
     leaves = settings.hosted_tools == "leave_out"
@@ -128,10 +131,10 @@ def _options(request: MessagesRequest, settings: Settings) -> CallOptions:
     thinking, top_p = request.thinking, request.top_p
     budget = thinking.budget_tokens if thinking is not None else None
     if budget is not None and budget >= request.max_tokens:
-        if not request.tools:  # else it may be one for all answers between which tools are called, as at Anthropic
+        if not request.tools:  # with tools it may span several answers, as in Anthropic's API
             limit = f"it must be less than max_tokens, {request.max_tokens}, unless tools are given"
             raise BadRequest(f"thinking.budget_tokens is {budget}; {limit}", param="thinking.budget_tokens")
-        budget = None  # max_tokens ends this answer before
+        budget = None  # max_tokens ends this answer earlier
     return CallOptions(
         sampling=m.Sampling(
             temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
@@ -139,7 +142,7 @@ def _options(request: MessagesRequest, settings: Settings) -> CallOptions:
             top_k=request.top_k or 0,
             seed=secrets.randbits(SEED_BITS),
         ),
-        # Computing a prompt yields its next token: one is the least, which is not shown where none is wanted.
+        # A prefill yields one token, so 1 is the minimum; it is not shown if none is requested.
         max_tokens=max(request.max_tokens, 1),
         scores_only=not request.max_tokens,
         stop=stop_strings(request.stop_sequences, settings, "stop_sequences"),
@@ -151,7 +154,7 @@ def _options(request: MessagesRequest, settings: Settings) -> CallOptions:
 
 
 def _variables(request: CountTokensRequest) -> dict[str, Any]:
-    """Return the template variables that set reasoning and its effort; each model family has its own."""
+    """Return the template variables that set reasoning and its effort; model families use different ones."""
     variables = _thinking_variables(request.thinking)
     if request.output_config is not None and request.output_config.effort is not None:
         variables["reasoning_effort"] = request.output_config.effort
@@ -173,7 +176,7 @@ def _thinking_variables(thinking: ThinkingConfig | None) -> dict[str, Any]:
 
 
 def _constraint(request: MessagesRequest, settings: Settings) -> Constraint | None:
-    """Return the grammar that `output_config.format`, or `output_format`, demands, None for none. Raises BadRequest."""
+    """Return the constraint of `output_config.format` or `output_format`, None if unconstrained. Raises BadRequest."""
     form, place = request.output_config.format if request.output_config is not None else None, "output_config.format"
     if request.output_format is not None:
         if form is not None:

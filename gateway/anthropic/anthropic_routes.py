@@ -1,4 +1,4 @@
-"""Anthropic's routes: `/v1/messages`, the count of its tokens, and models for who asks in its way."""
+"""Anthropic's routes `/v1/messages` and `/v1/messages/count_tokens`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""*Write* for Anthropic's API: an answer as a message of content blocks, whole or as the events that build it.
+"""*Write* for Anthropic's API: a message of content blocks, or the events that build it.
 
-Both are made of the same steps, so that a message which a client builds of a stream is the whole one.
+Both are made from the same steps, so that a message assembled from a stream equals the whole one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
 def event(kind: bytes, body: bytes) -> bytes:
-    """Return a JSON text as an event of a kind."""
+    """Return a JSON text as a server-sent event of a kind."""
     return b"event: " + kind + b"\ndata: " + body + b"\n\n"
 
 
@@ -38,15 +38,15 @@ def _ping(text: str) -> bytes:
 
 
 FRAMING = Framing(SSE.media_type, lambda body: event(b"error", body), _ping)
-"""How errors, and what only keeps the connection alive, stand in a stream."""
+"""Frames errors and keep-alive parts in a stream."""
 
 
 class BlockStep(NamedTuple):
-    """One change of a message's blocks: one begins, gains a text of a kind, or ends."""
+    """One change of a message's blocks: a block begins, gets a delta, or ends."""
 
     kind: str  # open, text_delta, thinking_delta, signature_delta, input_json_delta or close
     text: str = ""
-    block: Any = None  # content block of an open step, before its deltas
+    block: Any = None  # initial content block of an `open` step
 
 
 _GAINS = {
@@ -55,28 +55,28 @@ _GAINS = {
     "signature_delta": "signature",
     "input_json_delta": "partial_json",
 }
-"""Kind of a delta -> the field of it, and of a block, that has the text."""
+"""Kind of a delta -> the field with its text, in the delta and the block."""
 
 
 class Blocks:
-    """The content blocks of one answer as its text comes: reasoning, text, and calls of tools."""
+    """Builds the content blocks of one answer from its text: reasoning, text, and tool calls."""
 
     def __init__(self, form: AnswerForm | None, rid: str, *, shows_thinking: bool) -> None:
-        """form: None for nothing but text. rid: of the answer's request. shows_thinking: else that is left out."""
+        """form: None for plain text. rid: id of the request. shows_thinking: False leaves out reasoning."""
         self._form = form
         self._rid = rid
         self._shows_thinking = shows_thinking
         self._splitter = form.splitter() if form is not None else None
-        self._open = ""  # the type of the block that may still gain
+        self._open = ""  # type of the unfinished block, "" if there is none
         self._signed = hashlib.sha256()
 
     @property
     def num_calls(self) -> int:
-        """Calls begun so far."""
+        """Number of calls begun so far."""
         return self._splitter.num_calls if self._splitter is not None else 0
 
     def read(self, text: str, *, ended: bool) -> Iterator[BlockStep]:
-        """Yield what further text changes, and with the end of it what ends."""
+        """Yield the steps of further text. ended: it is the last text."""
         if self._splitter is None:
             parts = [Part("text", text)] if text else []
         else:
@@ -91,7 +91,7 @@ class Blocks:
             yield from self._begin("text", {"type": "text", "text": ""})
             yield BlockStep("text_delta", part.text)
         elif part.kind == "reasoning":
-            # White space alone is what templates and models write for no reasoning.
+            # White space alone means no reasoning.
             text = part.text if self._open == "thinking" else part.text.lstrip()
             if text:
                 yield from self._begin("thinking", {"type": "thinking", "thinking": "", "signature": ""})
@@ -121,9 +121,9 @@ class Blocks:
 
 
 def content_of(steps: Iterator[BlockStep]) -> list[Any]:
-    """Return the blocks that all steps of an answer build. Raises Internal for arguments that are no JSON object."""
+    """Return the blocks built by all steps of an answer. Raises Internal for arguments that are not a JSON object."""
     content: list[Any] = []
-    gained: defaultdict[str, list[str]] = defaultdict(list)  # by kind of step, deltas of the last block
+    gained: defaultdict[str, list[str]] = defaultdict(list)  # kind of step -> deltas of the last block
     for step in steps:
         if step.kind == "open":
             content.append(dict(step.block))
@@ -141,9 +141,9 @@ def content_of(steps: Iterator[BlockStep]) -> list[Any]:
 
 
 def _input(arguments: str) -> bytes:
-    """Return arguments as they were written or, of an object that was cut off, what there is of it.
+    """Return a call's arguments as written or, if they are incomplete, the complete part of the object.
 
-    That is what Anthropic's client makes of the stream.
+    Anthropic's client reads a stream in the same way.
     """
     raw = arguments.encode()
     try:
@@ -161,7 +161,7 @@ def _input(arguments: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class MessageHead:
-    """The fields that a message begins with."""
+    """The first fields of a message."""
 
     id: str
     model: str
@@ -174,7 +174,7 @@ class MessageHead:
 
 
 def usage_json(usage: CallUsage) -> dict[str, Any]:
-    """Return the `usage` of a message. Its input is what the prefix cache did not have; nothing is stored for a fee."""
+    """Return the `usage` of a message. Its input tokens exclude cached ones; creating cache entries is not counted."""
     return {
         "input_tokens": max(usage.prompt_tokens - usage.cached_tokens, 0),
         "cache_creation_input_tokens": 0,
@@ -184,12 +184,12 @@ def usage_json(usage: CallUsage) -> dict[str, Any]:
 
 
 class MessagesWriter(Writer):
-    """The message of `/v1/messages`, and the events of its stream."""
+    """Writes the message of `/v1/messages`, and the events of its stream."""
 
     def __init__(
         self, head: MessageHead, form: AnswerForm | None, rid: str, *, max_tokens: int, shows_thinking: bool
     ) -> None:
-        """form, rid: of the one choice, see `openai.write`. max_tokens: of the body; 0: no token is wanted."""
+        """form, rid: of the only choice. max_tokens: of the body; 0: no output is requested."""
         self._head = head
         self._max_tokens = max_tokens
         self._make_blocks = lambda: Blocks(form, rid, shows_thinking=shows_thinking)
@@ -199,7 +199,7 @@ class MessagesWriter(Writer):
         self._last = Piece(0)
 
     def frames(self, piece: Piece) -> list[bytes]:
-        """Return the events of a piece, those that begin the message before the first."""
+        """Return the events of a piece, preceded at first by the message's start."""
         out = [] if self._begun else [self._start()]
         if piece.finish:
             self._last = piece
@@ -226,7 +226,7 @@ class MessagesWriter(Writer):
         return [event(b"content_block_delta", body)]
 
     def last_frames(self, usage: CallUsage) -> bytes:
-        """Return the events that end a stream, after those of all blocks."""
+        """Return the final events, after those of all blocks."""
         delta = self._stop(self._last, self._blocks, usage)
         ended = {"type": "message_delta", "delta": delta, "usage": usage_json(usage)}
         return event(b"message_delta", orjson.dumps(ended)) + event(b"message_stop", b'{"type":"message_stop"}')
@@ -245,7 +245,7 @@ class MessagesWriter(Writer):
             reason = "tool_use" if blocks.num_calls else "end_turn"
         elif usage.completion_tokens >= self._max_tokens:
             reason = "max_tokens"
-        else:  # the context ended before
+        else:  # the context was full
             reason = "model_context_window_exceeded"
         return {"stop_reason": reason, "stop_sequence": piece.stop}
 
@@ -257,7 +257,7 @@ class MessagesAnswer(GenerationAnswer):
     framing = FRAMING
 
     def __init__(self, generation: Generation, *, shows_thinking: bool) -> None:
-        """shows_thinking: else blocks of reasoning are empty."""
+        """shows_thinking: False empties reasoning blocks."""
         [choice] = generation.choices
         parsed = generation.call.parsed
         head = MessageHead(f"msg_{generation.call.id}", parsed.model_name, choice.prompt.num_tokens)
@@ -269,5 +269,5 @@ class MessagesAnswer(GenerationAnswer):
         self._made = writer
 
     async def last_frames(self) -> bytes:
-        """Return what a stream ends with."""
+        """Return the end of a stream."""
         return self._made.last_frames(self.generation.usage)

@@ -1,6 +1,7 @@
-"""Tools of Anthropic's that clients run and of which they send no more than a type: what Anthropic documents of each.
+"""Anthropic's tools that clients run and declare only by type, with their documented parameters.
 
-Its own models know them by heart; others are shown a description, and calls are held to a schema, as with any tool.
+Anthropic's own models are trained on them; other models get a description, and calls are constrained by a schema, as
+for any tool.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
 
 
 def _commands(what: str, commands: Sequence[str], fields: Sequence[str], required: Sequence[str]) -> dict[str, Any]:
-    """Return the definition of a tool with an argument that says what it is to do."""
+    """Return the definition of a tool whose argument `command` selects what it does."""
     command = {"type": "string", "enum": list(commands)}
     return {
         "description": f"{what} The argument command is one of {', '.join(commands)}.",
@@ -66,7 +67,7 @@ _BASH = {
 _EDITOR = "Views, creates and edits text files."
 _EDITS = ("view", "create", "str_replace", "insert")
 _EDITED = ("path", "view_range", "file_text", "old_str", "new_str", "insert_line", "insert_text")
-_FIRST_EDITED = _EDITED[:-1]  # fields of the first editor, whose insert takes new_str
+_FIRST_EDITED = _EDITED[:-1]  # fields of the first editor, whose insert uses new_str
 
 CLIENT_TOOLS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

@@ -1,7 +1,7 @@
-"""Messages, system texts and tools of Anthropic's API in OpenAI's form, which is what chat templates know. Pure.
+"""Converts messages, system texts and tools of Anthropic's API to OpenAI's form, which chat templates use. Pure.
 
-A message of Anthropic's is a list of blocks: calls are blocks of the assistant's, their results blocks of the user's,
-and messages of one role that follow each other are one turn. Which fields blocks have is in `bodies/parameters.toml`.
+A message of Anthropic's is a list of blocks: tool calls are blocks of the assistant, their results blocks of the user,
+and consecutive messages of a role are one turn. `bodies/parameters.toml` has the fields of blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from protocol.wire.errors import BadRequest
 WORDS = ToolWords(name=".name", schema=".input_schema", max_name=128)
 
 ERROR = "Error: "
-"""What the text of a result with `is_error` begins with, as templates know no such mark."""
+"""Prefix of the text of a result with `is_error`, for which templates have no mark."""
 
 _BLOCKS_OF = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use"), "system": ("text",)}
 
@@ -36,19 +36,19 @@ _NOT_READ = {
     "server_tool_use": _AT_ANTHROPIC,
     "tool_reference": "it refers to a tool search, but all tools are given to the model here",
 }
-"""Type of a block that is not served -> why."""
+"""Type of a block that is not supported -> why."""
 
 _HOSTED = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "mcp_toolset", "advisor_")
-"""What the types of tools begin with that Anthropic runs."""
+"""Type prefixes of tools that Anthropic runs."""
 
 _TRAINED_ON = ("bash_", "text_editor_", "computer_", "browser_", "memory_")
-"""What the types of tools begin with that clients run and whose parameters no definition says: `client_tools` does."""
+"""Type prefixes of tools that clients run and declare without parameters; `client_tools` has some of them."""
 
 
 def messages_of(system: str | list[dict[str, Any]] | None, given: Sequence[dict[str, Any]]) -> list[Message]:
-    """Return messages in OpenAI's form, the system text before them. Raises BadRequest naming the place."""
+    """Return messages in OpenAI's form, preceded by the system text. Raises BadRequest naming the place."""
     made: list[Message] = []
-    calls: set[str] = set()  # ids of those so far
+    calls: set[str] = set()  # ids of the calls so far
     if system:
         _add(made, {"role": "system", "content": _texts(system, "system")})
     for i, message in enumerate(given):
@@ -69,7 +69,7 @@ def messages_of(system: str | list[dict[str, Any]] | None, given: Sequence[dict[
 
 
 def unread_results(given: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the places in messages, which are right, of what a text stands in for in results of tools."""
+    """Yield the places of replaced parts in the tool results of valid messages."""
     for i, message in enumerate(given):
         content, place = message["content"], f"messages[{i}].content"
         if message["role"] != "user" or not _has_results(content):
@@ -81,13 +81,13 @@ def unread_results(given: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def is_beyond(tool: Mapping[str, Any]) -> bool:
-    """Return whether a tool is one that Anthropic runs, or whose parameters its models alone know."""
+    """Return whether Anthropic runs a tool, or only its models know the tool's parameters."""
     kind = tool.get("type")
     return isinstance(kind, str) and kind.startswith((*_HOSTED, *_TRAINED_ON)) and kind not in CLIENT_TOOLS
 
 
 def definition_of(tool: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return a tool in OpenAI's form. Raises BadRequest for one that is not the client's own."""
+    """Return a tool in OpenAI's form. Raises BadRequest for an unsupported tool."""
     kind = tool.get("type")
     if isinstance(kind, str) and kind in CLIENT_TOOLS:
         tool = {**CLIENT_TOOLS[kind], **{name: value for name, value in tool.items() if value is not None}}
@@ -111,7 +111,7 @@ def definition_of(tool: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _blocks(content: Any, place: str, allowed: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a content as blocks, whose types are among those allowed."""
+    """Return a content as blocks of allowed types. Raises BadRequest."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
@@ -132,7 +132,7 @@ def _blocks(content: Any, place: str, allowed: Sequence[str]) -> list[dict[str, 
 
 
 def _texts(content: Any, place: str) -> list[dict[str, str]]:
-    """Return a content that may only be text as text parts."""
+    """Return a content as text parts. Raises BadRequest for other blocks."""
     return [_text(block, f"{place}[{i}]") for i, block in enumerate(_blocks(content, place, ("text",)))]
 
 
@@ -170,7 +170,7 @@ def _call(block: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _of_others(role: str, blocks: Sequence[dict[str, Any]], place: str, calls: set[str]) -> Iterator[Message]:
-    """Yield what the user, or the system, says: texts, and results of calls between them."""
+    """Yield the messages of a user or system: texts, and the results of calls between them."""
     if not blocks:
         raise BadRequest(f"{place} is empty", param=place)
     for i, block in enumerate(blocks):
@@ -197,14 +197,14 @@ def _result(block: Mapping[str, Any], place: str, calls: set[str]) -> Message:
 
 
 def _has_results(content: Any) -> TypeGuard[list[Any]]:
-    """Return whether a user's content has results of tools: what stands beside them, as a PDF, may be theirs."""
+    """Return whether a user's content has tool results: then other blocks, such as a PDF, may belong to them."""
     return isinstance(content, list) and any(
         isinstance(block, dict) and block.get("type") == "tool_result" for block in content
     )
 
 
 def _with_stand_in(block: Any) -> Any:
-    """Return a block of a result, or beside one, or the text in place of one that is no text."""
+    """Return a block, replaced by a text if it is not text."""
     instead = stand_in(block.get("type")) if isinstance(block, dict) else None
     return block if instead is None else {"type": "text", "text": instead}
 
@@ -213,7 +213,7 @@ def _with_stand_in(block: Any) -> Any:
 
 
 def _add(made: list[Message], message: Message) -> None:
-    """Add a message, or what it says to the last one if that is of the same role."""
+    """Append a message, or merge it into the last one if that has the same role."""
     last = made[-1] if made else None
     if last is None or last["role"] != message["role"] or message["role"] == "tool":
         made.append(message)
@@ -226,7 +226,7 @@ def _add(made: list[Message], message: Message) -> None:
 
 
 def _plain(message: Message) -> Message:
-    """Return a message whose content is a text if it has one part, and absent beside calls if it has none."""
+    """Return a message with a single text part as a text, and without empty content besides calls."""
     content = message["content"]
     if "reasoning_content" in message:
         message = {**message, "reasoning_content": "".join(message["reasoning_content"])}

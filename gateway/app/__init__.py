@@ -1,1 +1,1 @@
-"""The application: every room's routes put together, and what wraps them. Nothing in the gateway imports from here."""
+"""The application: all routes and the layers around them. No other package of the gateway imports from here."""

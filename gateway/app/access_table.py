@@ -1,6 +1,6 @@
-"""The tables of `docs/keys.md`, made of the routes: `python -m gateway.app.access_table` writes them.
+"""Generates the tables of `docs/keys.md` from the routes: `python -m gateway.app.access_table`.
 
-The first says which key each route answers, the second what becomes of other spellings of its path.
+The first table shows which keys each route accepts, the second how other spellings of its path are handled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTROLS = tuple(f"%{number:02X}" for number in (*range(0x20), 0x7F))
 
 
 def _each(*marks: str) -> Callable[[str], list[str]]:
-    """Return what puts each of some marks behind the path's first slash, into its middle, and at its end."""
+    """Return a function that inserts each mark after a path's first slash, in its middle, and at its end."""
 
     def spell(path: str) -> list[str]:
         places = (1, (len(path) + 1) // 2, len(path))
@@ -40,7 +40,7 @@ def _each(*marks: str) -> Callable[[str], list[str]]:
 
 
 def _wide(path: str) -> list[str]:
-    """Return the path with its letters, then its slashes, in the full width that NFKC makes plain again."""
+    """Return the path with full-width letters, and with full-width slashes: NFKC would normalize both."""
     letters = "".join(quote(chr(ord(one) + 0xFEE0)) if one.isalnum() else one for one in path)
     return [letters, path[0] + path[1:].replace("/", quote("\uff0f"))]
 
@@ -67,26 +67,26 @@ SPELLINGS: dict[str, Callable[[str], list[str]]] = {
     "matrix parameters (`;x=1`)": lambda path: [f"{path};x=1", f"{path};", *_slashes(path, ";x=1/"), f"/;x=1{path}"],
     "backslashes": lambda path: [*_slashes(path, "\\", "%5C", "/\\"), f"{path}%5C", f"/%5C{path[1:]}"],
 }  # fmt: skip
-"""What a stranger might write in place of a path -> how, from a path as it stands in a request line."""
+"""Description -> function that returns such spellings of a path, as in a request line."""
 
 
 def _slashes(path: str, *marks: str) -> list[str]:
-    """Return the path with each of some marks in place of all slashes but the first."""
+    """Return the path once per mark, with all slashes but the first replaced by it."""
     return [path[0] + path[1:].replace("/", mark) for mark in marks]
 
 
 def unserved() -> FastAPI:
-    """Return the routes of a gateway with handlers that nobody can ask: what they need is not there."""
+    """Return the routes of a gateway, with handlers that cannot be called because they were not initialized."""
     return routed(Handlers(**{name: object.__new__(kind) for name, kind in get_type_hints(Handlers).items()}))
 
 
 def example_of(path: str) -> str:
-    """Return a path that a route has: with a name for each of its parameters."""
+    """Return a path that matches a route: each parameter is replaced by a name."""
     return _PARAMETER.sub("name", path)
 
 
 def found(table: RouteTable, method: str, raw: str) -> RouteMatch | None:
-    """Return the route of a path in a request line, None where it is refused, as `Envelope` does."""
+    """Return the match of a path in a request line, None if `Envelope` refuses the path."""
     try:
         return table.match(method, normal_path(unquote(raw), ""))
     except BadRequest:
@@ -100,9 +100,9 @@ def tables() -> str:
 
 
 def _scopes_table(table: RouteTable) -> str:
-    methods: dict[tuple[str, RouteAccess], list[str]] = {}  # methods by required keys, whatever the body
+    methods: dict[tuple[str, RouteAccess], list[str]] = {}  # methods by path and required scopes
     for method, match in table.matches:
-        access: RouteAccess = getattr(match.route, "access")  # noqa: B009 - JsonRoute's, which FastAPI's class lacks
+        access: RouteAccess = getattr(match.route, "access")  # noqa: B009 - only JsonRoute has it
         methods.setdefault((match.path, replace(access, kind="plain")), []).append(method)
     lines = [f"| route | no key | {' | '.join(f'`{scope}`' for scope in SCOPES)} |", "| --- " * (2 + len(SCOPES)) + "|"]
     for (path, access), names in sorted(methods.items(), key=lambda item: item[0][0]):
@@ -150,7 +150,7 @@ def _outcome(meant: RouteMatch, got: RouteMatch | None) -> str:
 
 
 def with_tables(page: str) -> str:
-    """Return the page with the tables of now."""
+    """Return the page with up-to-date tables."""
     before, rest = page.split(BEGIN)
     return before + BEGIN + "\n" + tables() + "\n" + END + rest.split(END)[1]
 

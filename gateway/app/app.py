@@ -1,7 +1,7 @@
-"""The ASGI application: the routes, and what wraps them.
+"""The ASGI application: the routes, and the layers around them.
 
-From the outside in: envelope, browsers, CORS, gate, reads, dispatch. The envelope finds the route of a request, and
-everything within goes by it (`access.py`).
+From the outside in: envelope, browsers, CORS, gate, reads, dispatch. The envelope finds a request's route, which all
+inner layers use (`access.py`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ logger = logging.getLogger(__name__)
 
 
 DISCARDED_BODIES = 8
-"""Multiple of the limit up to which a too large body is read and discarded, so that its client reads the error."""
+"""A body that is too large is read and discarded up to this multiple of the limit, so that its client reads the
+error."""
 
 EXPOSED_HEADERS = (
     "x-request-id", "request-id", "x-trace-id", "openai-processing-ms", "retry-after", "x-should-retry", IGNORED_HEADER,
@@ -88,12 +89,12 @@ EXPOSED_HEADERS = (
 
 
 SLICE_BYTES = 1 << 16
-"""Bytes of an answer that are handed to the server at once."""
+"""Bytes of an answer passed to the server at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """What answers: an object for each module of routes."""
+    """One object of handlers per module of routes."""
 
     endpoints: Endpoints
     openai: OpenAIEndpoints
@@ -119,7 +120,7 @@ class Handlers:
 
 def routed(handlers: Handlers) -> FastAPI:
     """Return the routes of a gateway."""
-    # Without redirects to URLs with or without a slash: the one place where paths are read takes both.
+    # No redirects for trailing slashes: `RouteTable` accepts both forms.
     app = FastAPI(
         title="Lorafleet",
         openapi_url=None,
@@ -152,7 +153,7 @@ def routed(handlers: Handlers) -> FastAPI:
 
     async def api_page() -> Response:
         nonlocal page
-        async with turn:  # made once, in a thread: it takes half a second
+        async with turn:  # generated once, in a thread: it takes half a second
             page = page or await asyncio.to_thread(lambda: orjson.dumps(app.openapi()))
         return Response(page, media_type="application/json")
 
@@ -169,10 +170,10 @@ def build_app(
     keys: ApiKeys | None,
     secret: FleetSecret | None = None,
 ) -> tuple[Envelope, InnerCalls]:
-    """Return the application, and the way to ask it from within.
+    """Return the application, and an interface for requests made by the gateway itself.
 
-    `keys`: None where the fleet asks for none. `secret`: the fleet's, None without one. Raises TypeError for a route
-    that does not say who may ask it.
+    keys: None if API keys are off. secret: the fleet's, None without one. Raises TypeError for a route without access
+    rules.
     """
     app = routed(handlers)
     app.state.settings = settings
@@ -195,10 +196,10 @@ def build_app(
 
 
 class Envelope:
-    """Gives every request its route, an id and a limit of its body's size; counts, measures it, logs its failure."""
+    """Outermost layer: gives requests their route, id and body limit; counts and measures them, and logs failures."""
 
     def __init__(self, app: ASGIApp, settings: Settings, table: RouteTable, refusals: Refusals | None = None) -> None:
-        """`table`: the routes of `app`. `refusals`: takes refused calls, None to keep none."""
+        """table: the routes of `app`. refusals: records refused calls; None: they are not recorded."""
         self._refusals = refusals
         self._app = app
         self._table = table
@@ -214,7 +215,7 @@ class Envelope:
         await self._idle.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on under its one path, or refuse a path that could be read in two ways."""
+        """Pass on a request under its normalized path, or refuse an ambiguous path."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -272,7 +273,7 @@ class Envelope:
             else:
                 await self._app(scope, self._limited(match, headers, receive), send_marked)
         except asyncio.CancelledError:
-            if not status:  # The server is closing and waits no longer; uvicorn would answer in plain text.
+            if not status:  # The server's grace period is over; uvicorn would answer in plain text.
                 error = Unavailable(
                     "this gateway is shutting down; retry, so that another one can take it", code="shutting_down"
                 )
@@ -300,7 +301,7 @@ class Envelope:
             lorax_metrics.answered(status, time.monotonic() - started_s)
 
     def _limited(self, match: RouteMatch, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
-        """Return a `receive` that refuses a body once it has become too large."""
+        """Return a `receive` that raises once a body exceeds its limit."""
         limit = self._max_body_bytes
         if match.kind == "file":
             limit = self._max_form_bytes
@@ -312,12 +313,12 @@ class Envelope:
             nonlocal num_bytes
             waits = not num_bytes and header_of(headers, b"expect") is not None
             if waits and int(header_of(headers, b"content-length") or 0) > limit:
-                raise _too_large(limit)  # the client has not begun to send, and need not
+                raise _too_large(limit)  # the client waits for permission to send
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes <= limit:
                 return message
-            # A client that is still sending would meet a closed connection instead of the answer.
+            # Discard some of the rest: a client still sending would see a closed connection instead of the answer.
             while message.get("more_body") and num_bytes < DISCARDED_BODIES * self._max_body_bytes:
                 message = await receive()
                 num_bytes += len(message.get("body", b""))
@@ -327,7 +328,7 @@ class Envelope:
 
 
 async def send_in_slices(message: Message, send: Send) -> None:
-    """Send a part of an answer, a large one in slices: the server copies each, and others have their turn between."""
+    """Send a message, with a large body in slices: the server copies each, and other tasks run in between."""
     body = message.get("body", b"")
     for at in range(0, max(len(body) - SLICE_BYTES, 0), SLICE_BYTES):
         await send({**message, "body": body[at : at + SLICE_BYTES], "more_body": True})
@@ -338,12 +339,12 @@ async def send_in_slices(message: Message, send: Send) -> None:
 
 @cache
 def _count_of(route: str, method: str, status: int) -> Counter:
-    """Return the series of a route's answers, which prometheus_client would look for under a lock each time."""
+    """Return the counter of a route's answers; prometheus_client's own lookup takes a lock each time."""
     return HTTP_REQUESTS.labels(route, method, str(status))
 
 
 def _trace_of(scope: Scope) -> CallTrace | None:
-    """Return the trace of a call, None where it is none or is not traced; log lines and errors name it from now on."""
+    """Start a call's trace, used by its log lines and errors; None if it is not a call or not sampled."""
     if TRACING.tracer is None:
         return None
     trace = None

@@ -1,8 +1,8 @@
-"""From a request whose route is known to that route: scopes are checked here, and errors become answers.
+"""Passes a request to its route: checks scopes, and turns errors into responses.
 
-Every request comes to its route this way, also those that a gateway asks of itself for a batch, which do not pass
-authentication. Calls, which are nearly all that a gateway is asked, go to their route at once: FastAPI's wrappers and
-router would take a sixth of the gateway's CPU, to find what is known.
+Requests that a gateway makes itself for a batch skip authentication, but pass through here too. Calls, which are nearly
+all requests, go directly to their route: FastAPI's wrappers and router would use a sixth of the gateway's CPU for a
+known result.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from protocol.wire.errors import PermissionDenied
 
 
 class Dispatch:
-    """Hands calls to their routes, and everything else to FastAPI."""
+    """Passes calls to their routes, and all other requests to FastAPI."""
 
     def __init__(self, app: FastAPI, shape_of: ShapeOf) -> None:
-        """`app`: has its routes already; `shape_of`: how errors of a request are written."""
+        """app: has its routes already; shape_of: the error format of a request's API."""
         self._app = app
         self._shape_of = shape_of
 
@@ -43,7 +43,7 @@ class Dispatch:
         if match.kind != "call" or not isinstance(match.route, JsonRoute):
             await self._app(scope, receive, send)
             return
-        scope["app"], scope["route"] = self._app, match.route  # set as FastAPI's router does
+        scope["app"], scope["route"] = self._app, match.route  # as FastAPI's router sets them
         has_begun = False
 
         async def send_noting(message: Message) -> None:
@@ -58,5 +58,5 @@ class Dispatch:
                 raise
             await response_to(error, Request(scope), self._shape_of)(scope, receive, send)
             if not is_foreseen(error):
-                raise  # it is logged outside
+                raise  # an outer layer logs it
             let_go(error)

@@ -1,4 +1,4 @@
-"""The routes that are about the whole gateway: models, health, and the state of the fleet."""
+"""The routes about the gateway as a whole: models, health, and the state of the fleet."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Endpoints:
         disk_full: Callable[[], bool],
         no_history: Callable[[], bool],
     ) -> None:
-        """disk_full: returns whether the queue's server cannot write to its disk; no_history: its database is away."""
+        """disk_full: whether the queue's server cannot write to its disk; no_history: whether its database is down."""
         self._answers = answers
         self._pipeline = pipeline
         self._admission = admission
@@ -53,7 +53,7 @@ class Endpoints:
         before_id: str | None = None,
         lifecycle: Annotated[list[str] | None, Query(alias="lifecycle[]")] = None,
     ) -> Response:
-        """Answer `/v1/models`: OpenAI's list whole, or a page of Anthropic's, which the parameters are for."""
+        """Answer `/v1/models`: OpenAI's whole list, or a page in Anthropic's format, to which the parameters apply."""
         bases = await self._bases()
         if speaks_anthropic(request.scope):
             catalogue = self._pipeline.resolver.catalogue
@@ -82,7 +82,7 @@ class Endpoints:
         return json_response(shown(base_of(alias, bases), alias, records.get(alias.digest)))
 
     async def _bases(self) -> list[ServedModel]:
-        """Return the bases that are listed, the default one first. Raises Unavailable while none is known."""
+        """Return the listed bases, the default one first. Raises Unavailable while none is known."""
         fleet = self._pipeline.fleet
         await fleet.require_any(worker=False)
         return fleet.bases
@@ -93,30 +93,30 @@ class Endpoints:
         """Answer `/health`: 200 while requests are served, 503 otherwise."""
         fleet = self._pipeline.fleet
         await fleet.refresh()
-        disk_full = self._disk_full()  # then heartbeats of workers cannot be written either
+        disk_full = self._disk_full()  # workers' heartbeats cannot be written either
         ready = fleet.is_ready and not self._answers.draining and not disk_full
         waits = "queue_disk_full" if disk_full else "no_worker"
         state = "draining" if self._answers.draining else "ready" if ready else waits
         body: dict[str, Any] = {"status": state, "workers": fleet.num_workers}
-        if self._no_history():  # calls are served without it
+        if self._no_history():  # calls do not need it
             body["history"] = "unavailable"
         if ready:
             return json_response(body)
         return json_response({**body, "error": "unhealthy", "error_type": "healthcheck"}, 503)
 
     async def root(self, request: Request) -> Response:
-        """Answer `/`: send a browser to the console, and tell a program the health.
+        """Answer `/`: redirect a browser to the console, and report the health to other clients.
 
-        The address is relative, so that it is right behind a proxy that adds a prefix.
+        The location is relative, so that it is correct behind a proxy that adds a prefix.
         """
         if "text/html" in request.headers.get("accept", ""):
             return Response(None, 307, {"location": f"{CONSOLE.removeprefix('/')}/", "vary": "accept"})
         return await self.health()
 
     async def fleet(self, request: Request) -> Response:
-        """Answer `/v1/fleet`: what a program asks that starts and stops workers.
+        """Answer `/v1/fleet`: the state of the fleet, for autoscalers.
 
-        Why a base has not started may name paths of a machine: where the page is open, nobody reads that.
+        Why a base has not started may reveal local paths, so only admins see it.
         """
         fleet = self._pipeline.fleet
         await fleet.refresh()
@@ -143,7 +143,7 @@ class Endpoints:
 
 
 def _shown_base(name: str, fleet: FleetView) -> dict[str, Any]:
-    """Return what `/v1/fleet` says of one of several bases, by its name."""
+    """Return the entry of one of several bases in `/v1/fleet`."""
     base, load = fleet.named(name), fleet.load(name)
     found: dict[str, Any] = {"name": name, "task": None, "fingerprint": None, "weights": None}
     if base is not None:
@@ -153,7 +153,7 @@ def _shown_base(name: str, fleet: FleetView) -> dict[str, Any]:
 
 
 def _compute(base: ServedModel | None) -> dict[str, str | None] | None:
-    """Return in what numbers, by which kernels, why, and with which drafts workers compute; None without a worker."""
+    """Return the workers' dtype with its reason, kernels and draft model; None without a worker."""
     if base is None:
         return None
     found = {"reason": base.dtype_reason, "kernels": base.kernels, "draft_model": base.draft_model}
@@ -161,7 +161,7 @@ def _compute(base: ServedModel | None) -> dict[str, str | None] | None:
 
 
 def _queue(status: SchedulerStatus | None) -> dict[str, Any] | None:
-    """Return what the leading scheduler says of the queue, None without one."""
+    """Return the state of the queue as the leading scheduler reports it, None without one."""
     if status is None:
         return None
     return {
@@ -190,4 +190,4 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     for path in (PING, "/health"):
         routes.get(path, OPEN, responses=openapi.HEALTH)(endpoints.health)
         routes.head(path, OPEN, include_in_schema=False)(endpoints.health)
-    routes.post(PING, OPEN, responses=openapi.HEALTH)(endpoints.health)  # also served by SageMaker and vLLM
+    routes.post(PING, OPEN, responses=openapi.HEALTH)(endpoints.health)  # as SageMaker and vLLM do

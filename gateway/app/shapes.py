@@ -1,4 +1,4 @@
-"""Which API a request speaks, and so how its errors are written."""
+"""Finds the API of a request, and so its error format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERSION_HEADER = b"anthropic-version"
 
 
 def speaks_anthropic(scope: Mapping[str, Any]) -> bool:
-    """Return whether a request, given by its path and headers as in an ASGI scope, is of Anthropic's API."""
+    """Return whether a request, given its path and headers as in an ASGI scope, uses Anthropic's API."""
     path: str = scope["path"]
     if path.startswith(MODELS) and path[len(MODELS) : len(MODELS) + 1] in ("", "/"):
         return header_of(scope["headers"], VERSION_HEADER) is not None
@@ -24,7 +24,7 @@ def speaks_anthropic(scope: Mapping[str, Any]) -> bool:
 
 
 def shape_of(scope: Mapping[str, Any]) -> ErrorShape:
-    """Return how errors of a request are written."""
+    """Return the error format for a request."""
     path: str = scope["path"]
     if path.startswith(OLLAMA_PREFIX):
         return OLLAMA_ERRORS

@@ -1,1 +1,1 @@
-"""The callers of requests: API keys, scopes, and the limits of tenants."""
+"""The callers of requests: API keys, scopes, and tenants' limits."""

@@ -1,7 +1,7 @@
-"""Authentication: who the caller of a request is, by its API key, if keys are on.
+"""Authentication: finds the caller of a request by its API key, if keys are on.
 
-With keys on, `Authorization: Bearer` is the key. The token for an adapter's source is then LoRAX's `api_token`; or the
-key comes as `x-api-key`, and the bearer is the token as without keys.
+With keys on, `Authorization: Bearer` is the key, and an adapter source's token comes as LoRAX's `api_token`.
+Alternatively the key comes as `x-api-key`, and the bearer is the token, as without keys.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ HUB_TOKEN_PREFIX = "hf_"
 
 
 class Authentication:
-    """Finds the caller of a request."""
+    """Authenticates requests."""
 
     def __init__(self, keys: ApiKeys | None, secret: FleetSecret | None = None) -> None:
-        """`keys`: None where the fleet asks for none. `secret`: the fleet's, None where it has none."""
+        """keys: None if API keys are off. secret: the fleet's, None without one."""
         self._keys = keys
         self._secret = secret
 
     async def caller(self, match: RouteMatch, headers: Sequence[tuple[bytes, bytes]]) -> Caller:
-        """Return who sent a request for a route. Raises Unauthorized, PermissionDenied and Unavailable."""
+        """Return the caller of a request for a route. Raises Unauthorized, PermissionDenied and Unavailable."""
         bearer = _bearer(headers)
         if self._keys is None:
             return Caller(token=source_token(bearer, match), secret=self._secret)
@@ -53,9 +53,9 @@ class Authentication:
 
 
 def source_token(bearer: str, match: RouteMatch) -> str:
-    """Return a bearer as the token for an adapter's source: any on LoRAX's routes, only Hub tokens on the others.
+    """Return the bearer if it may be an adapter source's token: any on LoRAX's routes, only Hub tokens elsewhere.
 
-    An API key of this fleet is never such a token, so that no Hub is shown one.
+    An API key of this fleet is never used as one, so that it is not sent to a Hub.
     """
     if bearer.startswith(PREFIX):
         return ""
@@ -68,12 +68,12 @@ def _bearer(headers: Sequence[tuple[bytes, bytes]]) -> str:
 
 
 def _shown(key: str) -> str:
-    """Return a key shortened to what its owner recognizes."""
+    """Return a key shortened to a form that its owner recognizes."""
     return f"{key[:6]}…{key[-4:]}" if len(key) > 16 else "given"
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a listener on `host` can only be reached from this machine."""
+    """Return whether a listener on `host` can be reached only from this machine."""
     if host == "localhost":
         return True
     try:

@@ -1,8 +1,8 @@
-"""What web pages may ask of a gateway without API keys: nothing, unless the operator allows their origin.
+"""Protects a gateway without API keys from web pages, unless the operator allows their origin.
 
-A browser sends requests for any page that it shows, to this machine too. Two things tell such requests apart. `Origin`
-and `Sec-Fetch-Site` say that a page of another site asks. And a page whose own name was made to point here (DNS
-rebinding) has that name in `Host`. Clients that are no browsers send neither header, and see nothing of this.
+A browser sends requests for any page that it shows, also to this machine. `Origin` and `Sec-Fetch-Site` reveal a page
+of another site. A page whose own domain name resolves to this machine (DNS rebinding) has that name in `Host`. Clients
+other than browsers send neither header, and are not affected.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import PermissionDenied
 
 PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa", ".svc.cluster.local", ".test")
-"""Ends of names that nobody can register, so that no page of a stranger can have them."""
+"""Suffixes of names that cannot be registered, so that no foreign page can have one."""
 
 _ANY = "*"
 
 _LOOKED_AT = frozenset({b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"user-agent"})
-"""The headers that tell the requests of web pages apart."""
+"""The headers that identify requests of web pages."""
 
 
 class Browsers:
-    """Refuses with 403 what pages of other sites ask, and requests under names that are not the gateway's."""
+    """Refuses requests of other sites' pages, and requests under host names that are not the gateway's, with 403."""
 
     def __init__(self, app: ASGIApp, settings: Settings, shape_of: ShapeOf) -> None:
-        """`shape_of`: how errors of a request are written."""
+        """shape_of: the error format of a request's API."""
         self._app = app
         self._shape_of = shape_of
         self._host = settings.host.strip("[]").lower()
@@ -40,7 +40,7 @@ class Browsers:
         self._origins = {origin.rstrip("/").lower() for origin in names_of(settings.cors_origins)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
+        """Pass on a request, or refuse it."""
         if scope["type"] == "http":
             try:
                 self._check(scope["method"], scope["headers"])
@@ -50,7 +50,7 @@ class Browsers:
         await self._app(scope, receive, send)
 
     def _check(self, method: str, raw: Sequence[tuple[bytes, bytes]]) -> None:
-        """Raise PermissionDenied for what a foreign page may have sent."""
+        """Raise PermissionDenied for a request that a foreign page may have sent."""
         headers = Headers(raw=[pair for pair in raw if pair[0] in _LOOKED_AT])
         is_browser = _is_browser(headers)
         for host in headers.getlist("host"):
@@ -65,23 +65,23 @@ class Browsers:
         for origin in headers.getlist("origin"):
             if origin.lower() not in self._origins and not _is_same(origin, headers.get("host", "")):
                 raise _foreign(f"pages of {origin:.200}")
-        # A link to a page of the gateway is harmless: who follows it sees the answer, the other site does not.
+        # A link to the gateway is harmless: the user sees the answer, the other site does not.
         is_link = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
         if "origin" not in headers and headers.get("sec-fetch-site") == "cross-site" and not is_link:
             raise _foreign("pages of other sites")
 
     def _is_own(self, host: str, *, is_browser: bool) -> bool:
-        """Return whether a name is the gateway's.
+        """Return whether a host name is the gateway's.
 
-        Where it listens for this machine alone, that are this machine's names. Elsewhere others know it by names that
-        it cannot know; of these a browser may use those that no stranger's page can have. Where the operator has named
-        any, that holds for all clients: a page can hide that a browser sends its requests.
+        A loopback listener accepts only this machine's names. Otherwise clients use names that the gateway cannot know;
+        of these, browsers may use only names that cannot be registered. Once the operator has set names, this applies
+        to all clients: a page can hide that a browser sends its requests.
         """
         name = _name_of(host)
         if _ANY in self._hosts or name in self._hosts or name == self._host:
             return True
         if name == "localhost" or name.endswith(".localhost") or _is_address(name):
-            return True  # no page of a stranger has an address or this machine as its name
+            return True  # no foreign page has an IP address or this machine's name
         if is_loopback(self._host):
             return False
         is_program = not is_browser and not self._hosts
@@ -100,7 +100,7 @@ def _is_browser(headers: Headers) -> bool:
 
 
 def _is_same(origin: str, host: str) -> bool:
-    """Return whether a page of an origin was served by the host that it asks."""
+    """Return whether a page's origin is the requested host."""
     try:
         return urlsplit(origin).netloc.lower() == host.lower() != ""
     except ValueError:

@@ -1,4 +1,4 @@
-"""The caller of a request, and what it is allowed. Without API keys there is one caller, to whom all is allowed."""
+"""The caller of a request and its permissions. Without API keys there is one caller with all permissions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import PermissionDenied
 
 CALLER = "lorafleet.caller"
-"""Key of an ASGI scope under which its `Caller` is."""
+"""ASGI scope key of a request's `Caller`."""
 
 PUBLIC = "public"
-"""Owner of jobs, idempotency keys and conversations where there are no API keys."""
+"""Owner of jobs, idempotency keys and conversations if there are no API keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Caller:
     scopes: Sequence[str] = SCOPES
     key_id: str = ""  # id of the API key; "" without keys
     token: str = field(default="", repr=False)  # access token for the source of an adapter
-    secret: FleetSecret | None = field(default=None, repr=False)  # the fleet's secret, which hashes tokens
+    secret: FleetSecret | None = field(default=None, repr=False)  # the fleet's secret, with which tokens are hashed
     headers: dict[str, str] = field(default_factory=dict)  # response headers about limits; set on submission
-    until_ms: int = 0  # unix time until which its calls, the lines of a batch, may take; 0: it is no batch
+    until_ms: int = 0  # unix ms of the deadline of a batch's calls; 0: not a batch
 
     @property
     def owner(self) -> str:
@@ -40,12 +40,12 @@ class Caller:
 
     @property
     def name(self) -> str:
-        """The tenant's name, "" for everybody: whose names of adapters and whose prefix cache are used."""
+        """The tenant's name, "" without keys; it selects adapter names and prefix cache."""
         return self.tenant.name if self.tenant is not None else ""
 
     @property
     def is_batch(self) -> bool:
-        """Whether its calls are the lines of a batch."""
+        """Whether its calls are lines of a batch."""
         return self.until_ms > 0
 
     @property
@@ -55,17 +55,17 @@ class Caller:
 
     @property
     def token_owner(self) -> str:
-        """Owner of the names that its token for a source opens, "" without a token."""
+        """Owner of adapter names that were registered with its source token, "" without a token."""
         return owner_of(self.token, self.secret)
 
     @property
     def names(self) -> frozenset[str]:
-        """Owners of the names that the caller sees: everybody, its tenant, and who has its token for a source."""
+        """Owners of the adapter names that the caller sees: "" (shared), its tenant, and its source token's owner."""
         return frozenset(("", self.name, self.token_owner))
 
     @property
     def quota(self) -> Quota | None:
-        """The tenant and its limits, None without keys."""
+        """The tenant's limits, None without keys."""
         tenant = self.tenant
         if tenant is None:
             return None
@@ -75,7 +75,7 @@ class Caller:
         return Quota(tenant.name, *limits)
 
     def may_use(self, name: str) -> bool:
-        """Return whether the caller may use everybody's adapter of a name."""
+        """Return whether the caller may use the shared adapter of a name."""
         return self.tenant is None or self.is_admin or self.tenant.sees(name)
 
     def sees(self, alias: m.Alias) -> bool:
@@ -85,9 +85,9 @@ class Caller:
         return self.may_use(alias.name)
 
     def namespace(self, asked: str | None) -> str:
-        """Return whose names an operation is about: the tenant's own, or who an admin `asked` for; "" for everybody.
+        """Return the owner of the names that an operation concerns: the tenant, or for an admin `asked`; "" is shared.
 
-        Raises PermissionDenied for another tenant's.
+        Raises PermissionDenied for another tenant.
         """
         if self.is_admin:
             return asked or ""
@@ -96,7 +96,10 @@ class Caller:
         return self.name
 
     def require(self, *scopes: str) -> None:
-        """Raise PermissionDenied unless the key has one of these scopes, or `admin`. Without any, every key will do."""
+        """Raise PermissionDenied unless the key has one of these scopes or `admin`.
+
+        Without arguments, any key suffices.
+        """
         if scopes and not self.is_admin and not any(scope in self.scopes for scope in scopes):
             raise PermissionDenied(
                 f"this needs a key with the scope {' or '.join(scopes)}; the one given has {', '.join(self.scopes)}",
@@ -104,7 +107,7 @@ class Caller:
             )
 
     def require_names_of(self, tenant: str) -> None:
-        """Raise PermissionDenied unless the caller may change the adapters of a tenant, "" for everybody's."""
+        """Raise PermissionDenied unless the caller may change the adapters of a tenant; "" for shared ones."""
         self.require("adapters")
         if tenant != self.name:
             self.require("admin")
@@ -113,9 +116,9 @@ class Caller:
 EVERYBODY = Caller()
 
 NOBODY = Caller(scopes=())
-"""Who asks without a key, where the fleet has keys, for what needs none."""
+"""The caller of requests without a key to routes that need none, if API keys are on."""
 
 
 def caller_of(request: Request) -> Caller:
-    """Return who sent a request."""
+    """Return the caller of a request."""
     return request.scope[CALLER]

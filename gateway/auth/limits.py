@@ -1,4 +1,4 @@
-"""A tenant's limits as its clients see them: errors, headers, texts. Pure."""
+"""A tenant's limits as clients see them: errors, headers, messages. Pure."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from protocol.queue.books.quota import Quota, Standing
 from protocol.wire.errors import BadRequest, LorafleetError, Overloaded
 
 RETRY_S = 1.0
-"""Retry-After of a tenant with too many choices at once: when one will end is not known."""
+"""Retry-After, in seconds, at the limit of concurrent choices: a guess at when one ends."""
 
 BYTES_RETRY_S = 5.0
-"""Retry-After of a tenant that keeps too much in the queue."""
+"""Retry-After, in seconds, at the limit of bytes stored in the queue."""
 
 
 def check_quota(quota: Quota, num: int, num_tokens: int) -> None:
-    """Raise BadRequest for a call of `num` choices and `num_tokens` that its tenant's limits could never let in."""
+    """Raise BadRequest for a call of `num` choices and `num_tokens` that exceeds its tenant's limits at any load."""
     if 0 < quota.concurrency < num:
         raise BadRequest(
             f"the call makes {num} choices; the limit of tenant {quota.tenant} is {quota.concurrency} at once",
@@ -30,7 +30,7 @@ def check_quota(quota: Quota, num: int, num_tokens: int) -> None:
 
 
 def refusal(quota: Quota, standing: Standing, num: int, num_tokens: int) -> LorafleetError:
-    """Return the error of a call of `num` choices and `num_tokens` that a limit has refused."""
+    """Return the error for a call of `num` choices and `num_tokens` that a limit refused."""
     if standing.over == "bytes" and standing.added_bytes > quota.max_bytes:
         return BadRequest(
             f"the call may take {standing.added_bytes} bytes of the queue; the limit of tenant {quota.tenant} is"
@@ -42,7 +42,7 @@ def refusal(quota: Quota, standing: Standing, num: int, num_tokens: int) -> Lora
 
 
 def limit_headers(standing: Standing) -> dict[str, str]:
-    """Return OpenAI's headers with the rest of each limit."""
+    """Return OpenAI's headers with the remainder of each limit."""
     headers: dict[str, str] = {}
     for what, allowance in (("requests", standing.requests), ("tokens", standing.tokens)):
         if allowance is not None:
@@ -53,7 +53,7 @@ def limit_headers(standing: Standing) -> dict[str, str]:
 
 
 def limit_text(quota: Quota, standing: Standing, num: int, num_tokens: int) -> str:
-    """Return the message for a call that a limit has refused."""
+    """Return the message for a call that a limit refused."""
     if standing.over == "bytes":
         return (
             f"tenant {quota.tenant} keeps {standing.kept_bytes} bytes in the queue, in requests, answers and jobs, and"
@@ -73,7 +73,7 @@ def limit_text(quota: Quota, standing: Standing, num: int, num_tokens: int) -> s
 
 
 def duration(ms: int) -> str:
-    """Return a time as OpenAI's headers write it: 12ms, 1s, 6m0s."""
+    """Return a duration in the format of OpenAI's headers: 12ms, 1s, 6m0s."""
     if ms < 1000:
         return f"{ms}ms"
     minutes, seconds = divmod(-(-ms // 1000), 60)

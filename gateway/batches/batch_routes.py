@@ -1,4 +1,4 @@
-"""OpenAI's routes of batches."""
+"""OpenAI's routes for batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BatchEndpoints:
     """The routes' handlers."""
 
     def __init__(self, batches: BatchService, wake: Callable[[], None]) -> None:
-        """wake: called when there is a new batch."""
+        """wake: called after a batch was created."""
         self._batches = batches
         self._wake = wake
 

@@ -1,4 +1,4 @@
-"""What clients do with batches: create, look, list, cancel."""
+"""Operations of clients on batches: create, get, list, cancel."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from protocol.wire.errors import BadRequest, Conflict, NotFound, Overloaded
 
 ID_PREFIX = "batch_"
 WINDOWS = {"24h": 86_400}
-"""completion_window -> seconds."""
+"""`completion_window` -> seconds."""
 
-_RETRY_S = 60.0  # s, until one of too many batches may have ended
+_RETRY_S = 60.0  # Retry-After, in seconds, at the limit of unfinished batches
 
 
 class BatchService:
@@ -33,7 +33,7 @@ class BatchService:
         self._settings = settings
 
     async def create(self, request: BatchRequest, caller: Caller) -> dict[str, Any]:
-        """Take a batch. Its lines are looked at later. Raises BadRequest, Overloaded."""
+        """Create a batch. Its lines are checked later. Raises BadRequest, Overloaded."""
         if request.endpoint not in BATCH_ENDPOINTS:
             text = f"endpoint is {brief(request.endpoint)}; batches support {', '.join(sorted(BATCH_ENDPOINTS))}"
             raise BadRequest(text, param="endpoint")
@@ -78,7 +78,7 @@ class BatchService:
         return batch
 
     async def cancel(self, batch_id: str, caller: Caller) -> m.Batch:
-        """Ask for the end of a batch; return it. A second time does nothing more. Raises NotFound, Conflict."""
+        """Request the cancellation of a batch; return it. Idempotent. Raises NotFound, Conflict."""
         batch = await self.get(batch_id, caller)
         if batch.status in m.ENDED_BATCH and batch.status != "cancelled":
             raise Conflict(f"batch {batch_id} is {batch.status}: it can no longer be cancelled")

@@ -1,6 +1,6 @@
-"""Calls that no client waits for: each goes the way of a request over HTTP, within the gateway.
+"""Calls made by the gateway itself, without a client: each is processed like an HTTP request.
 
-So every endpoint may stand in a batch, and answers and refuses there as it does elsewhere.
+So a batch may use every endpoint, with the same answers and errors as elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from protocol.runtime.guarded import is_failure
 logger = logging.getLogger(__name__)
 
 FEW_PARTS = 8
-"""Parts of an answer that are joined in the event loop: large ones come in parts of some kilobytes."""
+"""Maximum parts of an answer joined on the event loop: large answers have parts of some kilobytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +34,23 @@ class CallAnswer:
 
     @property
     def retry_after_s(self) -> float:
-        """After how many seconds another try may succeed."""
+        """Seconds after which a retry may succeed."""
         given = self.headers.get("retry-after", "")
         return float(given) if given.isdecimal() else 1.0
 
 
 class InnerCalls:
-    """Asks the endpoints of this gateway."""
+    """Calls this gateway's endpoints."""
 
     def __init__(self, app: ASGIApp, table: RouteTable) -> None:
-        """`app`: the application behind the gate's first questions. `table`: its routes."""
+        """app: the application, without admission and authentication. table: its routes."""
         self._app = app
         self._table = table
 
     async def post(self, path: str, body: bytes, caller: Caller, key: str) -> CallAnswer:
-        """Return the response to a body, JSON, that was sent with an Idempotency-Key.
+        """Return the response to a JSON body sent with an Idempotency-Key.
 
-        An answer that is given up, by cancelling, goes on in the queue; the same key finds it again.
+        A cancelled call continues in the queue; the same key finds it again.
         """
         scope: Scope = {
             "type": "http", "method": "POST", "path": path, "root_path": "", "query_string": b"", "client": None,
@@ -86,7 +86,7 @@ class InnerCalls:
         except BaseException as failure:
             if not is_failure(failure) or not start:
                 raise
-            logger.exception("%s failed for a batch, x-request-id %s", path, request_id)  # its client has the answer
+            logger.exception("%s failed for a batch, x-request-id %s", path, request_id)  # the answer is complete
         finally:
             has_ended.set()
         headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}

@@ -1,11 +1,11 @@
-"""The lines of a batch's input file: where each is, whether it can be run, and in which order. Pure.
+"""The lines of a batch's input file: where each is, whether it is valid, and the order in which they run. Pure.
 
-A line is read twice: first by itself, to find out that it is a call and of which model, later to be run. Between the
-two nothing of it is held but its place, a hash of its name and what it is sorted by, some 640 bytes at most.
+A line is read twice: first to check that it is a call and for which model, later to run it. In between, only its
+position, a hash of its name and its sort key are kept: at most some 640 bytes.
 
-No values are made of a line's body here: it is passed over, and what it may hold is checked by the endpoint that it is
-for, as with any body. So what is wrong with a body is an error of its line, not of the batch. A large line is read in a
-thread, at turns of tenants, in pieces that let others have the interpreter between them (`json_outline`).
+The line's body is not parsed here, but skipped: the endpoint checks its contents, so an invalid body is an error of its
+line, not of the batch. A large line is read in a thread, round-robin by tenant, in pieces between which other threads
+run (`json_outline`).
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ from protocol.wire.brief import brief
 
 MAX_LINES = 50_000
 MAX_NUMBER = 2 * MAX_LINES
-"""Lines of a file, including empty ones."""
+"""Maximum lines of a file, including empty ones."""
 
 BYTES_AT_ONCE = 1 << 16
-"""Bytes of a line that are copied at once."""
+"""Bytes of a line copied at a time."""
 
 PIECE_BYTES = 4 << 10
-"""Bytes in which lines are looked for at a time: a tenth of a millisecond, if each line has one byte."""
+"""Bytes searched for line ends at a time: a tenth of a millisecond if each line has one byte."""
 
 SORTED_AT_ONCE = 128
-"""Lines that are sorted before others have their turn."""
+"""Lines sorted before other tasks run."""
 
 MAX_PROBLEMS = 50
 """Maximum number of reported problems of a file; the rest are ignored."""
 
 MAX_CUSTOM_ID_CHARACTERS = 512
 SORTED_BYTES = 96
-"""Bytes of a prompt that lines of one model are sorted by, so that prompts that begin alike follow each other."""
+"""Bytes of the prompt in a line's sort key, so that prompts with equal beginnings follow each other."""
 
 LOOKED_AT_BYTES = 2048
-"""Bytes of a prompt's JSON that are looked through for the texts that it begins with."""
+"""Bytes of a prompt's JSON searched for its first texts."""
 
 _SKIPPED = b" \t\r"
-_TEXT = re.compile(rb'"((?:[^"\\]|\\.)*+)("?+)\s*+(:?+)', re.DOTALL)  # a string, its end, and whether it is a key
+_TEXT = re.compile(rb'"((?:[^"\\]|\\.)*+)("?+)\s*+(:?+)', re.DOTALL)  # string, closing quote, colon of a key
 _PROMPTS = ("messages", "prompt", "input", "query", "text_1", "queries")
 _NULL, _ABSENT = Raw(b"null"), Raw(b"")
 
 
 class _Whole(msgspec.Struct):
-    """A line, whose parts are passed over."""
+    """A line, whose fields are not parsed."""
 
     custom_id: Raw = _NULL
     method: Raw = _NULL
@@ -72,7 +72,7 @@ class _Whole(msgspec.Struct):
 
 
 class _Body(msgspec.Struct):
-    """What of a body batches look at."""
+    """The fields of a body that batches use."""
 
     model: Raw = _NULL
     messages: Raw = _ABSENT
@@ -102,12 +102,12 @@ class BatchLine:
     start: int  # bytes before it in the file
     num_bytes: int
     model: str
-    prompt: bytes  # the beginning of it, to sort by
-    refusal: str = ""  # why nothing of it can be read, "" for nothing: it is not checked further
+    prompt: bytes  # its first bytes, for sorting
+    refusal: str = ""  # why it cannot be read and is not checked further; "" if it can
 
     @property
     def end(self) -> int:
-        """Where it ends in the file."""
+        """Offset of its end in the file."""
         return self.start + self.num_bytes
 
 
@@ -119,11 +119,11 @@ class InputLines:
     max_bytes: int  # maximum bytes of a line
     lines: list[BatchLine] = field(default_factory=list)
     problems: list[m.BatchProblem] = field(default_factory=list)
-    _models: Counter[str] = field(default_factory=Counter)  # lines of each
+    _models: Counter[str] = field(default_factory=Counter)  # number of lines per model
     _names: set[bytes] = field(default_factory=set)
 
     def add(self, number: int, start: int, raw: bytes | bytearray | None) -> None:
-        """Take a line, which is not empty; None: it is too long."""
+        """Check a line that is not empty; None: it is too long."""
         if len(self.problems) >= MAX_PROBLEMS:
             return
         if len(self.lines) >= MAX_LINES:
@@ -180,7 +180,7 @@ class InputLines:
         self._models[line.model] += 1
 
     def finish(self, number: int) -> None:
-        """Note that there are no more lines than `number`, empty ones too."""
+        """Finish the check. number: of the last line, counting empty ones."""
         if number > MAX_NUMBER:
             self._problem("too_many_tasks", f"the file has more than {MAX_NUMBER} lines, including empty ones", None)
         if not self.lines and not self.problems:
@@ -193,14 +193,14 @@ class InputLines:
 
     @property
     def model(self) -> str:
-        """The model that all lines name, "" if they name several."""
+        """The model of all lines, "" if they name several."""
         return next(iter(self._models)) if len(self._models) == 1 else ""
 
     async def in_order(self, done: Container[int] = ()) -> Iterator[BatchLine]:
-        """Return the lines in the order in which they are run: by model, then by the beginnings of their prompts.
+        """Return the lines in the order in which they run: by model, then by the beginnings of their prompts.
 
-        Models with the most lines are first, so that the last ones run with others beside them. The order is the same
-        each time, whoever asks. done: numbers of those that are left out.
+        Models with the most lines come first, so that the last lines run beside others. The order is always the same.
+        done: numbers of lines to leave out.
         """
         runs: list[list[BatchLine]] = []
         for some in (self.lines[i : i + SORTED_AT_ONCE] for i in range(0, len(self.lines), SORTED_AT_ONCE)):
@@ -214,17 +214,17 @@ class InputLines:
 
 @dataclass(frozen=True, slots=True)
 class LineCall:
-    """A line that is to be run."""
+    """A line to be run."""
 
-    custom_id: str  # "" of one that is nested so deeply that nothing of it can be read
+    custom_id: str  # "" if the line is nested too deeply to be read
     body: bytes  # bytes as written in the file
-    refusal: str  # why its endpoint is not asked, "" for nothing
+    refusal: str  # why its endpoint is not called, "" if it is
     begin: int = 0  # offset of the body in the line
 
 
 def call_of(line: BatchLine, raw: bytes) -> LineCall:
-    """Return the call of a line that `InputLines` has found, from its bytes in the file."""
-    if line.refusal:  # how deep can be read depends on who asks: what was not checked then is not used now
+    """Return the call of a line that `InputLines` has found, given its bytes in the file."""
+    if line.refusal:  # the readable depth depends on the thread's stack, so it is not tried again
         return LineCall("", b"", f"line {line.number} {line.refusal}")
     try:
         outline, refusal = _outlined(raw)
@@ -236,15 +236,15 @@ def call_of(line: BatchLine, raw: bytes) -> LineCall:
     if name:
         refusal = f"{name} cannot be true in a batch"
     begin, end = outline.span(whole.body)
-    # Slices, as joining them leaves the interpreter to others, which one copy of megabytes does not.
+    # Joining slices lets other threads run, unlike one copy of megabytes.
     written = b"".join(raw[at : min(at + BYTES_AT_ONCE, end)] for at in range(begin, end, BYTES_AT_ONCE))
     return LineCall(_scalar(whole.custom_id), written, refusal, begin)
 
 
 def _outlined(raw: bytes | bytearray) -> tuple[Outline, str]:
-    """Return a line with the fields of its body, or without them where they are too many, and then why.
+    """Return a line's outline with the fields of its body or, if there are too many, without them and with the reason.
 
-    Raises DecodeError as msgspec does, RecursionError, and TooManyFields for a line that has too many around its body.
+    Raises DecodeError as msgspec does, RecursionError, and TooManyFields if there are too many outside the body.
     """
     try:
         return Outline(raw, 2), ""
@@ -253,7 +253,7 @@ def _outlined(raw: bytes | bytearray) -> tuple[Outline, str]:
 
 
 def _line_of(outline: Outline) -> _Line | _Whole:
-    """Return a line with its body, or without one that is no object. Raises as msgspec does."""
+    """Return a line with its body, or without a body that is not an object. Raises as msgspec does."""
     try:
         return msgspec.json.decode(outline.text, type=_Line)
     except msgspec.ValidationError:
@@ -261,9 +261,10 @@ def _line_of(outline: Outline) -> _Line | _Whole:
 
 
 def _scalar(raw: Raw) -> Any:
-    """Return a value if it is a string, a number, true, false or null, else the beginning of its JSON as bytes.
+    """Return a string, number, true, false or null; for any other value the beginning of its JSON as bytes.
 
-    So it does of what was passed over and is no JSON in itself: text that is not UTF-8, a number that is too large.
+    Also returns bytes for skipped values that are invalid by themselves: text that is not UTF-8, a number that is too
+    large.
     """
     text = bytes(memoryview(raw)[: LOOKED_AT_BYTES * 4])
     if len(text) < len(memoryview(raw)) or text[:1] in b"[{":
@@ -275,7 +276,7 @@ def _scalar(raw: Raw) -> Any:
 
 
 def _beginning(body: _Body, outline: Outline, raw: bytes | bytearray) -> bytes:
-    """Return the beginning of what a line's body asks, as far as lines are sorted by it: its first texts, joined."""
+    """Return the sort key of a line's prompt: its first texts, joined."""
     found = next((one for name in _PROMPTS if memoryview(one := getattr(body, name))), None)
     if found is None:
         return b""
@@ -290,19 +291,19 @@ def _beginning(body: _Body, outline: Outline, raw: bytes | bytearray) -> bytes:
 
 
 class Splitter:
-    """Cuts a file that comes in pieces into lines."""
+    """Splits a file that arrives in chunks into lines."""
 
     def __init__(self, max_bytes: int) -> None:
-        """max_bytes: of a line; of a longer one nothing is held."""
+        """max_bytes: maximum bytes of a line; a longer one is not buffered."""
         self._max_bytes = max_bytes
-        self._line: list[bytes] = []  # the unfinished line in pieces: adding to megabytes may copy all of them
-        self._is_empty = True  # whether it is, but for blanks
+        self._line: list[bytes] = []  # the unfinished line in pieces: appending to one buffer may copy megabytes
+        self._is_empty = True  # whether the unfinished line is blank
         self._num_bytes = 0  # bytes of the unfinished line
         self._start = 0  # offset of the unfinished line in the file
         self.number = 1  # number of the unfinished line
 
     def feed(self, chunk: bytes) -> Iterator[tuple[int, int, list[bytes] | None]]:
-        """Yield the lines that have ended: number, bytes before it, its pieces or None if it is too long."""
+        """Yield the completed lines: number, offset in the file, and pieces or None if it is too long."""
         *ended, rest = chunk.split(b"\n")
         for part in ended:
             self._add(part)
@@ -314,7 +315,10 @@ class Splitter:
         self._add(rest)
 
     async def of(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, int, bytearray | None]]:
-        """Yield the lines that end in a file, as `feed` does but whole; others have their turn. Raises as `chunks`."""
+        """Yield the completed lines of a file as `feed` does, but joined, in slices of the event loop.
+
+        Raises as `chunks`.
+        """
         turn = LoopSlice()
         async for chunk in chunks:
             for at in range(0, len(chunk), PIECE_BYTES):
@@ -326,7 +330,7 @@ class Splitter:
                 await turn.pause()
 
     def end(self) -> Iterator[tuple[int, int, list[bytes] | None]]:
-        """Yield the line that has come so far, unless it is empty."""
+        """Yield the unfinished line unless it is blank."""
         is_long = self._num_bytes > self._max_bytes
         if is_long or not self._is_empty:
             yield self.number, self._start, None if is_long else self._line
@@ -341,7 +345,7 @@ class Splitter:
 
 
 async def _whole(parts: list[bytes] | None) -> bytearray | None:
-    """Return a line of its pieces, joined in a thread if it is long. It takes them: a long line is not held twice."""
+    """Join a line's pieces, in a thread if it is long, and clear the list: a long line is not held twice."""
     if parts is None:
         return None
     join = partial(bytearray().join, parts)
@@ -352,7 +356,7 @@ async def _whole(parts: list[bytes] | None) -> bytearray | None:
 
 @asynccontextmanager
 async def turn_of(num_bytes: int, turns: FairSlots, tenant: str) -> AsyncIterator[None]:
-    """Wait until a tenant's line may be read: one large line is at a time, and held until it is somebody's call."""
+    """Wait for a tenant's turn to read a line: one large line is held at a time, until its call has it."""
     if num_bytes <= SMALL_BODY_BYTES:
         yield
         return
@@ -366,9 +370,9 @@ async def turn_of(num_bytes: int, turns: FairSlots, tenant: str) -> AsyncIterato
 async def read_lines(
     chunks: AsyncIterator[bytes], endpoint: str, max_bytes: int, checks: Checks | None = None, tenant: str = ""
 ) -> InputLines:
-    """Return the lines of an input file for an endpoint. max_bytes: of a line. Raises what `chunks` raises.
+    """Return the checked lines of an input file for an endpoint. max_bytes: of a line. Raises as `chunks`.
 
-    checks: reads large lines, at the tenant's turns; None: one of its own.
+    checks: runs the checks of large lines, in the tenant's turns; None: a new one.
     """
     found, splitter, checks = InputLines(endpoint, max_bytes), Splitter(max_bytes), checks or Checks()
 
@@ -381,7 +385,7 @@ async def read_lines(
     async for number, start, raw in splitter.of(chunks):
         await add(number, start, raw)
         if len(found.problems) >= MAX_PROBLEMS:
-            break  # nobody reads more
+            break  # no more are reported
     else:
         for number, start, parts in splitter.end() if splitter.number <= MAX_NUMBER else ():
             await add(number, start, await _whole(parts))

@@ -1,7 +1,7 @@
-"""The answers of a batch while it runs: parts of a file that are only ever added to, and what they come to.
+"""The answers of a batch while it runs: append-only parts of files, and the totals.
 
-Each gateway that runs the batch writes parts of its own, named by its epoch. A line that two of them have answered, the
-earlier without knowing that it was thought dead, counts once.
+Each gateway that runs the batch writes its own parts, named by its epoch. A line that two gateways have answered, the
+earlier one not knowing that it was declared dead, counts once.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Hold = Callable[[Mapping[Kind, int]], Awaitable[None]]
 
 
 async def _no_limit(file_bytes: Mapping[Kind, int]) -> None:
-    """Hold no room."""
+    """Reserve no space."""
 
 
 MAX_PART_BYTES = 1 << 20
-"""Bytes of answers that wait to be written."""
+"""Bytes of buffered answers that trigger a write."""
 
 WRITTEN_BYTES, LONG_BYTES = 256 << 10, 64 << 10
-"""Bytes of a file that are gathered before they are written, and from which on a part is not: joining copies it."""
+"""Bytes collected before a write, and minimum bytes of a part that is written by itself, because joining copies it."""
 
 _HEAD_BYTES = 256
-"""More than what is written before an answer takes: six numbers and words."""
+"""Upper bound of the bytes before an answer: six numbers and words."""
 
 NO_USAGE = m.BatchUsage()
 
@@ -47,7 +47,7 @@ _LONGEST = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class LineAnswer:
-    """What a line came to."""
+    """The answer to a line."""
 
     number: int  # line number
     kind: Kind
@@ -57,7 +57,7 @@ class LineAnswer:
 
 @dataclass(slots=True)
 class Tally:
-    """The lines that have answers, and what these come to."""
+    """The answered lines and their totals."""
 
     done: set[int] = field(default_factory=set)
     completed: int = 0
@@ -65,7 +65,7 @@ class Tally:
     usage: m.BatchUsage = NO_USAGE
 
     def add(self, number: int, kind: str, usage: m.BatchUsage) -> bool:
-        """Count an answer. Returns False if its line has one already."""
+        """Count an answer. Return False if its line has one already."""
         if number in self.done:
             return False
         self.done.add(number)
@@ -88,8 +88,8 @@ class Results:
         self._waiting: list[LineAnswer] = []
         self._num_bytes = 0
         self._writing = asyncio.Lock()
-        self.num_written = 0  # lines whose answers cannot be lost any more
-        self.num_read = 0  # rows of the files that were made
+        self.num_written = 0  # number of durably stored answers
+        self.num_read = 0  # rows written to the final files
         self.tally = Tally()
         self.file_bytes: Counter[Kind] = Counter()  # total bytes of the two files
 
@@ -104,22 +104,22 @@ class Results:
 
     @property
     def is_full(self) -> bool:
-        """Whether so much waits that it should be written now."""
+        """Whether the buffered answers should be written now."""
         return self._num_bytes >= MAX_PART_BYTES
 
     def add(self, answer: LineAnswer) -> None:
-        """Take the answer to a line that has none."""
+        """Buffer the answer to a line that has none."""
         if self.tally.add(answer.number, answer.kind, answer.usage):
             self._waiting.append(answer)
             self._num_bytes += len(answer.line)
             self.file_bytes[answer.kind] += len(answer.line) + 1
 
     async def flush(self, hold: Hold = _no_limit) -> list[int]:
-        """Write what waits. Returns the numbers of these lines, whose answers cannot be lost any more.
+        """Write the buffered answers. Return the numbers of their lines, which are now durable.
 
-        hold: called with the total bytes of the two files, pending ones included, before each write. What it raises is
-        raised, and all waits on.
-        A concurrent caller waits for the running call to end, so that the files include its answers.
+        hold: called before each write with the total bytes of the two files, including buffered answers. If it raises,
+        the answers stay buffered. A concurrent caller waits for the running call, so that the files include its
+        answers.
         """
         async with self._writing:
             return await self._write_waiting(hold)
@@ -133,7 +133,7 @@ class Results:
         try:
             await hold(dict(self.file_bytes))
             await self._storage.write(name, _gathered(_rows(answers)))
-        except BaseException:  # given up in the middle, too: they wait again
+        except BaseException:  # also after a cancellation: buffer them again
             self._waiting += answers
             self._num_bytes += sum(len(answer.line) for answer in answers)
             raise
@@ -141,7 +141,7 @@ class Results:
         return [answer.number for answer in answers]
 
     def file(self, kind: Kind) -> AsyncIterator[bytes | bytearray]:
-        """Yield the output or the error file."""
+        """Yield the output or error file in chunks."""
         return _gathered(self._file(kind))
 
     async def _file(self, kind: Kind) -> AsyncIterator[bytes | bytearray]:
@@ -156,7 +156,7 @@ class Results:
         await self._storage.delete(self.folder)
 
     async def _lines(self, tally: Tally) -> AsyncIterator[tuple[Kind, bytearray]]:
-        """Yield kind and line of every answer that is written, each line's once."""
+        """Yield kind and line of every stored answer, one per line of the batch."""
         for name in await self._storage.names(self.folder):
             async for _, _, row in Splitter(_LONGEST).of(self._storage.read(name)):
                 assert row is not None
@@ -176,22 +176,22 @@ def answer_of(number: int, custom_id: str, status: int, request_id: str, body: b
 
 
 def failure_of(number: int, custom_id: str, code: str, message: str) -> LineAnswer:
-    """Return the answer to a line that its endpoint was not asked for, or has not answered."""
+    """Return the answer to a line whose endpoint was not called or did not answer."""
     return LineAnswer(number, "error", _line(custom_id, None, {"code": code, "message": message}))
 
 
 _USAGE_LEVELS = 3
-"""Levels of an answer, its usage and the usage's details."""
+"""Nesting levels read of an answer: itself, its usage and the usage's details."""
 
 
 class _Told(msgspec.Struct):
-    """The fields read from an answer; the rest, which may be megabytes, is skipped."""
+    """The field read from an answer; the rest, which may be megabytes, is skipped."""
 
     usage: dict[str, Any] | None = None
 
 
 def usage_of(body: bytes) -> m.BatchUsage:
-    """Return the token usage of an answer in the form of any of the APIs."""
+    """Return the token usage of an answer in any API's format."""
     try:
         told = Outline(body, _USAGE_LEVELS).text
     except TooManyFields:
@@ -230,7 +230,7 @@ def _usage(numbers: Iterable[int]) -> m.BatchUsage:
 
 
 async def _gathered(parts: AsyncIterator[bytes | bytearray]) -> AsyncIterator[bytes | bytearray]:
-    """Yield the parts of a file, short ones joined."""
+    """Yield a file's parts, joining short ones."""
     short, num_bytes = list[bytes | bytearray](), 0
     async for part in parts:
         is_long = len(part) >= LONG_BYTES

@@ -1,8 +1,8 @@
-"""One batch while this gateway runs it: its lines are checked, asked, and their answers written; then its end.
+"""Runs one batch in this gateway: checks its lines, calls their endpoint, writes their answers, and ends it.
 
-A batch is read twice: its lines are checked, then run in an order that suits adapters and prefix caches, a few at a
-time. Answers are written in parts; a line without one is asked again after a crash, under the same Idempotency-Key, so
-that results of the fleet are found and not computed again.
+The input is read twice: its lines are checked, then run a few at a time in an order that suits adapters and prefix
+caches. Answers are written in parts. After a crash, a line without an answer is called again with the same
+Idempotency-Key, so that results in the queue are reused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ End = Literal["completed", "expired", "cancelled"]
 logger = logging.getLogger(__name__)
 
 RETRIED = frozenset({429, 502, 503, 529})
-"""Statuses that are caused by a busy fleet, not by the line."""
+"""Statuses caused by a busy fleet, not by the line."""
 
 
 RETRY = Backoff(1.0, 600.0)
@@ -49,32 +49,32 @@ RETRY = Backoff(1.0, 600.0)
 
 @dataclass(frozen=True, slots=True)
 class BatchPace:
-    """What operators do not set, but tests."""
+    """Timings and limits that tests set, not operators."""
 
-    poll_s: float = 1.0  # pause between looks for batches that nobody runs
-    lease_s: float = 10.0  # silence after which another gateway takes a batch over
-    beat_s: float = 2.0  # s between renewals of a batch's lease, with its counts
+    poll_s: float = 1.0  # seconds between searches for batches that are not running
+    lease_s: float = 10.0  # seconds without renewal after which another gateway takes over a batch
+    beat_s: float = 2.0  # seconds between renewals of a batch's lease and counts
     min_calls: int = 8  # calls run at once, however small the fleet is
     max_batches: int = 4  # batches run by one gateway at once; others wait
     max_batches_of_tenant: int = 2  # batches of one tenant among them
-    retry: Backoff = RETRY  # before a batch is tried again that something keeps from going on
-    max_tries: int = 20  # tries in a row without progress, about two hours, before the batch fails
+    retry: Backoff = RETRY  # before a retry of a batch that failed with an error
+    max_tries: int = 20  # consecutive tries without progress, about two hours, before the batch fails
     places: float = 1.25  # calls run at once, per slot of the workers
 
 
 @dataclass(frozen=True, slots=True)
 class BatchMeans:
-    """What a gateway runs batches with."""
+    """The dependencies of running batches."""
 
     bus: Bus
-    gid: str  # this gateway
+    gid: str  # id of this gateway
     files: FileService
     storage: Storage
     settings: Settings
     calls: InnerCalls
     checks: Checks  # reads large lines and answers
     pace: BatchPace = field(default_factory=BatchPace)
-    turns: FairSlots = field(default_factory=lambda: FairSlots(1))  # to hold a large line until it is somebody's call
+    turns: FairSlots = field(default_factory=lambda: FairSlots(1))  # turns to hold a large line until its call has it
 
 
 class Lost(Exception):
@@ -94,15 +94,15 @@ class BatchRun:
         self._epoch = claimed.epoch
         self._tries = claimed.tries
         self._found: InputLines | None = None
-        self._num_done = -1  # lines that were answered when the tries were last counted; -1: it is not known yet
+        self._num_done = -1  # answered lines when tries were last counted; -1: unknown
         self._results = Results(means.storage, self.batch.id, claimed.epoch)
-        self._is_stopped = asyncio.Event()  # it was cancelled, or has no room: no further line is asked
-        self._no_room: m.BatchProblem | None = None  # why its tenant may have no more files
+        self._is_stopped = asyncio.Event()  # set if cancelled or out of space: no further line is called
+        self._no_room: m.BatchProblem | None = None  # why its tenant may store no more
         if claimed.cancelled_ms:
             self._cancel(claimed.cancelled_ms)
 
     async def run(self) -> None:
-        """Run the batch to its end. Raises Lost, Unavailable, connection errors, and whatever else goes wrong."""
+        """Run the batch to its end. Raises Lost, Unavailable, connection errors, and any other error."""
         try:
             async with asyncio.TaskGroup() as group:
                 beating = group.create_task(self._beat())
@@ -115,23 +115,26 @@ class BatchRun:
 
     @property
     def tries(self) -> int:
-        """How many tries there were in a row by which no line more was answered, this one aside."""
+        """Number of consecutive earlier tries without progress; 0 once this one has answered a line."""
         return 0 if 0 <= self._num_done < self._results.num_written else self._tries
 
     async def leave(self, wait_s: float = 0.0, tries: int | None = None) -> None:
-        """Write the answers so far; any gateway may continue after `wait_s`. tries: failed ones, None: as before."""
+        """Write the answers so far and release the batch; it may continue after `wait_s`.
+
+        tries: new count, None: unchanged.
+        """
         try:
             await self._flush()
-        except Exception as error:  # the batch's edge: what is not written is found again by its keys
+        except Exception as error:  # unwritten answers are found again by their keys
             if is_queue_away(error):
                 raise
             FAILED.note("batches", error, self.batch.id)
         await self._bus.batches.save(self._counted(), self._epoch, leaves=True, wait_ms=int(1000 * wait_s), tries=tries)
 
     async def give_up(self, error: BaseException, tries: int) -> None:
-        """End the batch for what keeps it from going on, with the answers that it has. Raises Lost, connection errors.
+        """End the batch because of a persistent error, with the answers so far. Raises Lost, connection errors.
 
-        Where even these cannot be written, they stay in the storage, and the log says where.
+        If the answers cannot be written to the final files, they remain in the storage, and the log names the folder.
         """
         code = "storage_unavailable" if isinstance(error, Unavailable) else "internal_error"
         why = error.message if isinstance(error, LorafleetError) else "the gateway failed while running the batch"
@@ -153,7 +156,7 @@ class BatchRun:
             await self._save(status=status, ended_ms=now_ms(), problems=[problem])
 
     async def _beat(self) -> None:
-        """Renew the batch's lease with its progress; notice that it was cancelled. Raises Lost."""
+        """Renew the batch's lease and counts, and notice its cancellation. Raises Lost."""
         pace = self._means.pace
         deadline = asyncio.get_running_loop().time() + pace.lease_s
         while True:
@@ -182,7 +185,7 @@ class BatchRun:
     # ------------------------------------------------------------ stages
 
     async def _work(self) -> None:
-        """Take the batch from where it is to its end."""
+        """Continue the batch from its current state to its end."""
         source = await self._bus.files.get(self.batch.input_file, self.batch.tenant)
         if source is None:
             await self._fail("file_not_found", "the input file was deleted, or has expired")
@@ -192,8 +195,8 @@ class BatchRun:
             endpoint, most = self.batch.endpoint, self._settings.max_body_bytes
             found = await read_lines(chunks, endpoint, most, self._means.checks, self.batch.tenant)
         except NotFound as error:
-            # Its record goes right after its bytes, so if it stays, these are lost: a folder that is not mounted looks
-            # so. That may pass by; no batch of the fleet ends of it at once.
+            # A deletion removes the record right after the bytes. If only the bytes are missing, the folder may not be
+            # mounted, which is temporary: no batch fails at once because of it.
             raise Unavailable(f"the storage lacks the input file: {error.message}") from error
         if found.problems:
             await self._save(status="failed", problems=found.problems, ended_ms=now_ms())
@@ -210,8 +213,8 @@ class BatchRun:
         else:
             end = self.batch.end or ("cancelled" if self.batch.cancelling_ms else "completed")
         await self._flush()
-        # Recorded, so that a gateway that repeats the end finds an answer or a failure for each line. Not so where
-        # there is no room for these: then the lines are run again, up to where room ends.
+        # The end is recorded, so that a gateway that repeats it writes the same answers and failures. Without space
+        # for them it is not: the lines are then run again, as far as the space suffices.
         noted = "" if end == "completed" or self._no_room is not None else end
         await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=noted)
         await self._give_up(found, source, end)
@@ -219,7 +222,7 @@ class BatchRun:
         await self._end("failed" if end == "completed" and self._no_room is not None else end)
 
     async def _run_lines(self, found: InputLines, source: m.File) -> End:
-        """Run the lines that have no answer, a few at a time. Returns how the batch ends."""
+        """Run the lines without answers, a few at a time. Return how the batch ends."""
         caller = await self._caller()
         todo = await found.in_order(self._results.tally.done)
         stopped = asyncio.create_task(self._is_stopped.wait())
@@ -249,10 +252,10 @@ class BatchRun:
         return end
 
     async def _end(self, status: m.BatchStatus, problems: Sequence[m.BatchProblem] = ()) -> None:
-        """Write the output files and the end of the batch. Raises Unavailable when answers have gone meanwhile."""
+        """Write the output files and the end of the batch. Raises Unavailable if stored answers have disappeared."""
         if self._no_room is not None:
             problems = [*problems, self._no_room]
-            await self._count_anew()  # discard answers that were not written
+            await self._count_anew()  # discard unwritten answers
         self._results.num_read = 0
         output, errors = await self._write("output"), await self._write("error")
         if self._results.num_read != self._results.num_written:
@@ -263,14 +266,14 @@ class BatchRun:
         )
         try:
             await self._results.forget()
-        except Exception as error:  # noqa: BLE001  the batch has ended; what is left costs room alone
+        except Exception as error:  # noqa: BLE001  the batch has ended; leftovers only take space
             FAILED.note("batches", error, f"the parts of {self.batch.id}")
 
     async def _write(self, kind: Kind) -> str:
-        """Write an output file. Returns its id, "" when there is nothing in it."""
+        """Write an output file. Return its id, "" if it would be empty."""
         batch = self.batch
         file_id = self._file_id(kind)
-        if await self._bus.files.get(file_id, batch.tenant) is not None:  # left by an interrupted try
+        if await self._bus.files.get(file_id, batch.tenant) is not None:  # from an interrupted try
             await self._bus.files.forget(file_id, batch.tenant)
         life_s = float(batch.output_life_s or self._settings.file_ttl_s)
         made = await self._means.files.make(
@@ -282,7 +285,7 @@ class BatchRun:
         return f"file-{self.batch.id.removeprefix('batch_')}-{kind}"
 
     async def _hold(self, file_bytes: Mapping[Kind, int]) -> None:
-        """Hold room for the two files among the tenant's. Raises Overloaded if it has none."""
+        """Reserve space for the two files in the tenant's quota. Raises Overloaded if it is exhausted."""
         until_ms = max(now_ms(), self.batch.expires_ms) + int(HELD_S * 1000)
         for kind in KINDS:
             num_bytes = file_bytes.get(kind, 0)
@@ -291,7 +294,7 @@ class BatchRun:
 
     @contextmanager
     def _within_limits(self) -> Generator[None]:
-        """End the batch with the answers so far, because its tenant has reached the limit of files or their bytes."""
+        """If the tenant reaches its limit of files or bytes in the block, end the batch with the answers so far."""
         try:
             yield
         except Overloaded as error:
@@ -299,12 +302,12 @@ class BatchRun:
             self._is_stopped.set()
 
     async def _count_anew(self) -> None:
-        """Count the answers that are written, and no others."""
+        """Count only the answers that have been written."""
         self._results = Results(self._means.storage, self.batch.id, self._epoch)
         await self._results.load()
 
     async def _give_up(self, found: InputLines, source: m.File, end: End) -> None:
-        """Note for every line without an answer why it has none."""
+        """Record for every unanswered line why it has no answer."""
         if end == "completed":
             return
         code, why = ("batch_expired", "the batch expired before this line was answered")
@@ -319,16 +322,16 @@ class BatchRun:
             await self._take(failure_of(line.number, call.custom_id, code, why))
 
     async def _fail(self, code: str, message: str) -> None:
-        """End the batch for want of its input, with the answers that it has."""
+        """End the batch because its input is missing, with the answers so far."""
         await self._results.load()
         await self._end("failed", problems=[m.BatchProblem(code=code, message=message)])
 
     # ------------------------------------------------------------ lines
 
     async def _run_line(self, line: BatchLine, source: m.File, caller: Caller) -> None:
-        """Ask the endpoint for one line's answer, until it is not too busy to give one.
+        """Call the endpoint for one line until it is not too busy to answer.
 
-        Between two tries no large body is held, but read again: while a call has it, that is charged for it.
+        Between tries a large body is dropped and read again, because only calls are charged for their memory.
         """
         call = await self._read(line, source)
         begin = line.start + call.begin
@@ -348,7 +351,7 @@ class BatchRun:
                     why = error.message if isinstance(error, LorafleetError) else "the gateway failed while answering"
                     answer = failure_of(line.number, call.custom_id, "internal_error", why)
             is_large = len(call.body) > SMALL_BODY_BYTES
-            if is_large:  # returning its pages to the system takes a millisecond, which is not the event loop's
+            if is_large:  # freed in a thread: returning its pages to the system takes a millisecond
                 held, call = [call], replace(call, body=b"")
                 await asyncio.to_thread(held.clear)
             if answer is not None:
@@ -360,9 +363,9 @@ class BatchRun:
         await self._take(answer)
 
     async def _ask(self, line: BatchLine, call: LineCall, caller: Caller) -> tuple[LineAnswer | None, float]:
-        """Return the endpoint's answer; None if it is too busy to give one, and after how many seconds it may.
+        """Return the endpoint's answer; None if it is too busy, with the seconds to wait before a retry.
 
-        Raises what a line alone can be the cause of, and connection errors.
+        Raises errors that the line may cause, and connection errors.
         """
         if call.refusal:
             return failure_of(line.number, call.custom_id, "invalid_request", call.refusal), 0.0
@@ -374,7 +377,7 @@ class BatchRun:
         return await self._apart(len(answer.body), made), 0.0
 
     async def _take(self, answer: LineAnswer) -> None:
-        """Take a line's answer, and write those that wait if they are many."""
+        """Buffer a line's answer, and write the buffer if it is full."""
         self._results.add(answer)
         if self._results.is_full:
             await self._flush()
@@ -385,37 +388,37 @@ class BatchRun:
             return await self._bytes(source, line.start, line.end, partial(call_of, line))
 
     async def _bytes(self, source: m.File, start: int, end: int, make: Callable[[bytes], T]) -> T:
-        """Return what a function makes of bytes of a file."""
+        """Return the result of a function applied to a range of a file."""
         chunks = [chunk async for chunk in self._means.files.read(source, start, end)]
         return await self._apart(end - start, lambda: make(b"".join(chunks)))
 
     async def _apart(self, num_bytes: int, make: Callable[[], T]) -> T:
-        """Return what a function makes of so many bytes: in a thread, at a turn of the tenant's, if they are many."""
+        """Return `make()`, which processes `num_bytes` bytes: if they are many, in a thread in the tenant's turn."""
         return make() if num_bytes <= PLAIN_BYTES else await self._means.checks.in_thread(make, self.batch.tenant)
 
     def _key(self, line: BatchLine) -> str:
         return f"{self.batch.id}:{line.number}"
 
     async def _caller(self) -> Caller:
-        """Return whose calls the lines are."""
+        """Return the caller on whose behalf the lines run."""
         keys = self._settings.api_keys
         tenant = await self._bus.api_keys.tenant(self.batch.tenant) if keys else None
         return Caller(tenant, ("infer",), until_ms=self.batch.expires_ms)
 
     async def _end_requests(self, lines: Sequence[BatchLine], caller: Caller) -> None:
-        """End what still runs in the queue of lines that nobody waits for."""
+        """Cancel running requests of lines whose answers are no longer awaited."""
         open_lines = [line for line in lines if line.number not in self._results.tally.done]
         for some in _slices(open_lines, 256):
             keys = [self._bus.keys.idem(caller.owner, self._key(line)) for line in some]
             for record in await self._bus.get_many(keys, m.Idempotent):
                 for rid in record.rids if record is not None else ():
-                    with suppress(*CONNECTION_ERRORS):  # it ends at its deadline
+                    with suppress(*CONNECTION_ERRORS):  # otherwise it ends at its deadline
                         await self._bus.cancel(rid)
 
     # ------------------------------------------------------------ storage
 
     async def _flush(self) -> None:
-        """Write the answers that wait, if their tenant has room, then let the queue forget their requests."""
+        """Write buffered answers, if the tenant's quota allows, then delete their requests from the queue."""
         numbers: list[int] = []
         if self._no_room is None:
             with self._within_limits():
@@ -431,7 +434,7 @@ class BatchRun:
         return msgspec.structs.replace(self.batch, completed=tally.completed, failed=tally.failed, usage=tally.usage)
 
     async def _save(self, **changes: object) -> None:
-        """Write how far the batch is. Raises Lost."""
+        """Write the batch's progress. Raises Lost."""
         self.batch = msgspec.structs.replace(self._counted(), **changes)
         self._tries, self._num_done = self.tries, self._results.num_written if self._num_done >= 0 else -1
         if not await self._bus.batches.save(self.batch, self._epoch, tries=self._tries):
@@ -439,7 +442,7 @@ class BatchRun:
 
 
 async def _wait(running: set[asyncio.Task[Any]], stopped: asyncio.Task[Any], num: int) -> None:
-    """Wait until fewer than `num` others run, or until `stopped` is done. Raises what a task has raised."""
+    """Wait until fewer than `num` other tasks run, or until `stopped` is done. Raises a task's error."""
     while len(running) > num and not stopped.done():
         done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         running -= done - {stopped}

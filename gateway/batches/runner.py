@@ -1,6 +1,6 @@
-"""The batches that this gateway runs: each for as long as it says so to the queue, and the next gateway from there on.
+"""The batches that this gateway runs, each while it holds the batch's lease; another gateway continues from there.
 
-An error that blocks a batch is logged and counted. Any gateway retries it with growing pauses, up to a limit.
+An error that blocks a batch is logged and counted. Any gateway retries it after growing pauses, up to a limit.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from protocol.wire.errors import NewerRecord
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 64  # open batches that were not begun, and that were, when the next one to run is chosen
-_MAX_NEWER = 1000  # batches that are remembered as those of newer gateways
+_LOOKED_AT = 64  # open batches considered for running, of new ones and of begun ones each
+_MAX_NEWER = 1000  # maximum remembered batches that only newer gateways can read
 
 
 class BatchRunner:
-    """Runs batches that nobody else does."""
+    """Runs batches that no other gateway runs."""
 
     def __init__(self, means: BatchMeans, wake: asyncio.Event) -> None:
         """wake: set when there may be a batch to run."""
@@ -36,23 +36,23 @@ class BatchRunner:
         self._tenants: dict[str, str] = {}  # tenant by batch id
         self._wake = wake
         self._num_places = 0  # slots of all workers
-        self._newer: dict[str, None] = {}  # batches that newer gateways can read alone
+        self._newer: dict[str, None] = {}  # batches that only newer gateways can read
 
     def loop(self) -> Loop:
         """Return the loop that starts batches. The caller must call `leave` after it."""
         return Loop("batches", self._look, self._pace.poll_s, self._wake)
 
     async def leave(self) -> None:
-        """Leave the batches that run here to other gateways."""
+        """Release the running batches to other gateways."""
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look(self) -> None:
-        """Begin batches while there is room, first of tenants that have the fewest here, and no more than their share.
+        """Start batches while there is room, first for tenants with the fewest running here, up to each tenant's limit.
 
-        Of one tenant those that were begun before go first.
+        A tenant's batches that have begun come first.
         """
         pace = self._pace
         if self._running:
@@ -80,7 +80,7 @@ class BatchRunner:
     async def _claim(self, batch_id: str, tenant: str) -> ClaimedBatch | None:
         try:
             return await self._bus.batches.claim(batch_id, tenant, self._means.gid, int(self._pace.lease_s * 1000))
-        except NewerRecord as error:  # a gateway that can read it takes over when this lease expires
+        except NewerRecord as error:  # a newer gateway takes over when this lease expires
             FAILED.note("batches", error, batch_id)
             self._newer[batch_id] = None
             if len(self._newer) > _MAX_NEWER:
@@ -88,7 +88,7 @@ class BatchRunner:
             return None
 
     async def _run(self, claimed: ClaimedBatch) -> None:
-        """Run a batch until it has ended, is another gateway's, or is put off."""
+        """Run a batch until it has ended, moved to another gateway, or been postponed."""
         batch_id, num_away, going_on = claimed.batch.id, 0, claimed
         try:
             while going_on is not None:
@@ -101,14 +101,14 @@ class BatchRunner:
                     await asyncio.sleep(self._pace.retry.pause_s(num_away))
                     with suppress(*CONNECTION_ERRORS):
                         going_on = await self._claim(batch_id, claimed.batch.tenant)
-        except Exception as error:  # noqa: BLE001  the batch's edge: its lease ends, and it is tried again
+        except Exception as error:  # noqa: BLE001  its lease expires, and it is retried
             FAILED.note("batches", error, batch_id)
         finally:
             del self._running[batch_id], self._tenants[batch_id]
             self._wake.set()
 
     async def _try(self, claimed: ClaimedBatch) -> None:
-        """Run a batch once. What fails is tried again later, by whichever gateway, and at last ends the batch.
+        """Run a batch once. After an error, any gateway retries it later; too many errors end the batch.
 
         Raises connection errors.
         """
@@ -135,11 +135,11 @@ class BatchRunner:
             logger.warning("batch %s now runs on another gateway, or has ended", batch.id)
 
     async def _places(self) -> int:
-        """Return how many requests all workers can run at once."""
+        """Return the total number of slots of all workers."""
         beats = await self._bus.members.worker_beats()
         return sum(beat.capacity for beat in beats.values() if beat is not None)
 
     def _num_calls(self) -> int:
-        """How many lines each batch of this gateway may have running."""
+        """Return how many lines of each batch this gateway may run at once."""
         most = max(self._pace.min_calls, math.ceil(self._pace.places * self._num_places))
         return max(1, min(most, self._means.settings.max_batch_calls) // max(1, len(self._running)))

@@ -1,1 +1,1 @@
-"""What the bodies of all APIs share: JSON and its limits, fields, and the list of all parameters."""
+"""What the bodies of all APIs share: JSON reading within limits, field types, and the list of all parameters."""

@@ -1,4 +1,4 @@
-"""The table of `docs/compat.md`, made of `parameters.toml`: `python -m gateway.bodies.compat` writes it."""
+"""Generates the table of `docs/compat.md` from `parameters.toml`: `python -m gateway.bodies.compat`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BEGIN, END = "<!-- table of gateway/bodies/parameters.toml -->\n", "<!-- end of 
 
 
 def table() -> str:
-    """Return the table as Markdown: one part for each object, or objects that have the same parameter in common."""
+    """Return the table as Markdown, with a section for each group of objects that share parameters."""
     parts: dict[tuple[str, ...], list[Parameter]] = {}
     for parameter in PARAMETERS:
         parts.setdefault(tuple(parameter.objects), []).append(parameter)
@@ -43,7 +43,7 @@ def _cells(parameter: Parameter) -> str:
 
 
 def with_table(page: str) -> str:
-    """Return the page with the table of now."""
+    """Return the page with an up-to-date table."""
     before, rest = page.split(BEGIN)
     return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
 

@@ -1,6 +1,6 @@
-"""Types of fields that the bodies of several APIs share. Whatever is in a field, checking it ends with its first error.
+"""Field types shared by the bodies of several APIs. Validation of a field stops at its first error.
 
-Without that, pydantic makes an error of every wrong element, and tries every member of a union on all elements.
+Otherwise pydantic creates an error for every invalid element, and tries every member of a union on all elements.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 MAX_NAME_CHARACTERS = 1100
-"""Longest name of a model: an s3:// URL."""
+"""Maximum characters of a model's name, which may be an s3:// URL."""
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-"""A client's id of its request, which stands in headers too."""
+"""Pattern of a client's request id, which is also put into headers."""
 
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 
 BASE = "base"
-"""The name by which every fleet serves its base model, besides the model's own. It answers who names no model."""
+"""The name under which every fleet serves its base model, besides the model's own. Calls without a model use it."""
 
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
@@ -30,7 +30,7 @@ _Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 def _kind_of_prompts(value: Any) -> str | None:
-    """Return which member of `Prompts` a value can only be, by its first element."""
+    """Return the tag of the only member of `Prompts` that a value can be, judged by its first element."""
     if isinstance(value, str):
         return "text"
     if not isinstance(value, list):
@@ -54,13 +54,13 @@ Prompts = Annotated[
 
 
 def sources_of(prompts: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
-    """Yield single prompts."""
+    """Return the prompts as a list."""
     several: Any = prompts
     return [several] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else several
 
 
 def entries_within(limit: int) -> BeforeValidator:
-    """Return a validator that refuses an object with more entries, before any is looked at."""
+    """Return a validator that refuses an object with more entries, before any is validated."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > limit:

@@ -1,4 +1,4 @@
-"""JSON in and out: bodies are read within the limits of `json_values`, large answers written by `json_slices`."""
+"""JSON input and output: bodies are read within the limits of `json_values`, large answers written by `json_slices`."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 SLOWLY_FREED_BYTES = 1 << 19
-"""Bytes of a body that are freed in a thread: returning their pages to the system takes 0.4 ms a megabyte."""
+"""Minimum bytes of a body that is freed in a thread: returning its pages to the system takes 0.4 ms per megabyte."""
 
 SENT_BYTES = 1 << 13
-"""Bytes of a large answer that are gathered before they are sent."""
+"""Bytes of a large answer that are collected before they are sent."""
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 
@@ -51,9 +51,9 @@ _filling = threading.RLock()
 
 
 async def body_value(raw: bytes, scope: MutableMapping[str, Any]) -> Any:
-    """Return the value of a request's body, and charge a call for it. What is long or nested is read in a thread.
+    """Return the parsed body of a request, and charge a call for it. Long or nested JSON is parsed in a thread.
 
-    Raises JSONDecodeError; HTTPException, as FastAPI lets it pass, for too many values; and as `cost.hold`.
+    Raises JSONDecodeError; HTTPException, which FastAPI passes on, for too many values; and as `cost.hold`.
     """
     is_call = scope[MATCH].kind == "call"
     try:
@@ -72,19 +72,19 @@ async def body_value(raw: bytes, scope: MutableMapping[str, Any]) -> Any:
 
 
 async def in_thread(scope: MutableMapping[str, Any], make: Callable[[], T]) -> T:
-    """Return what a function makes of a request's body, in a thread, at a turn of its tenant's."""
+    """Return the result of a function that processes a request's body, run in a thread in the tenant's turn."""
     checks: Checks = scope["app"].state.checks
     return await checks.in_thread(make, scope[CALLER].owner)
 
 
 async def written(scope: MutableMapping[str, Any], make: Callable[[], T]) -> T:
-    """Return what a function makes for an answer as `in_thread` does, in turns that no body waits for."""
+    """Return the result of a function that makes an answer, as `in_thread`, but without delaying bodies."""
     writing: Checks = scope["app"].state.writing
     return await writing.in_thread(make, scope[CALLER].owner)
 
 
 def note_form(scope: MutableMapping[str, Any], value: Any) -> None:
-    """Note that a body has errors in OpenAI's form, where its path has two forms of body and this is not LoRAX's."""
+    """If the path accepts two forms of body and this is OpenAI's, set the request's error format accordingly."""
     fields = OPENAI_FORMS.get(scope["path"])
     if fields is not None and isinstance(value, dict) and value.keys() & fields:
         scope[ERROR_SHAPE] = OPENAI_ERRORS
@@ -100,38 +100,38 @@ class _JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route whose bodies are read within limits: a large one in its turn, once all of it is there.
+    """A route whose bodies are read within limits: a large one when it has its turn, once it has arrived completely.
 
-    A body that is a `JsonBody` may have no parameter that would have no effect; a handler takes it with its request.
-    The handler of a call takes nothing else, so calls need none of what FastAPI does to solve dependencies.
+    A `JsonBody` is refused if it has parameters that would have no effect; its handler also takes the request. The
+    handler of a call takes nothing else, so calls skip FastAPI's dependency resolution.
 
-    What FastAPI needs to know of a handler and of its body's model is made when it is first asked for, by a request or
-    for /openapi.json: 2 to 4 milliseconds a route and 25 for the first, with a hundred routes and more in a gateway. A
-    request has it made in a thread, see `make`.
+    FastAPI's data about a handler and its body's model are created on first use, by a request or for /openapi.json.
+    That takes 2 to 4 ms per route, 25 for the first, and a gateway has more than a hundred routes. For a request it is
+    done in a thread, see `make`.
     """
 
     any_type = False
-    """Whether a body is taken for JSON whatever its content type says."""
+    """Whether a body is parsed as JSON whatever its content type is."""
 
     _is_made = False
 
     def __init__(self, path: str, endpoint: Handler, *, access: RouteAccess, **options: Any) -> None:
-        """`access`: what it asks of its callers. The rest is FastAPI's.
+        """access: the route's access rules. The other arguments are FastAPI's.
 
-        Raises TypeError for a call whose handler takes more than its body and the request.
+        Raises TypeError for a call whose handler takes anything but its body and the request.
         """
         self.access = access
         taken = list(inspect.signature(endpoint).parameters)
         if access.kind == "call" and taken != ["body", "request"]:
             raise TypeError(f"the handler of {path} takes {', '.join(taken)}; calls have body and request")
         self._fill = functools.partial(super().__init__, path, _checked(endpoint), **options)
-        # The router reads these four before a first request makes FastAPI fill in the others.
+        # The router reads these four attributes before FastAPI's initialization.
         self.path, self.methods = path, set(options["methods"])
         self.path_regex, _, self.param_convertors = compile_path(path)
         self._making = asyncio.Lock()
 
     async def make(self) -> None:
-        """Make the rest of this route in a thread, once. Raises what FastAPI raises."""
+        """Complete this route in a thread, once. Raises what FastAPI raises."""
         if self._is_made:
             return
         async with self._making:
@@ -139,14 +139,17 @@ class JsonRoute(APIRoute):
                 await asyncio.to_thread(self._make)
 
     def _make(self) -> None:
-        """Make the rest of this route, unless somebody has; wait for another thread that does. As often as it fails."""
-        with _filling:  # the page of the API is made in a thread, beside requests
-            fill = self.__dict__.pop("_fill", None)  # FastAPI asks for attributes meanwhile
+        """Complete this route unless that is done; wait if another thread is doing it.
+
+        A failure is raised on every call.
+        """
+        with _filling:  # /openapi.json is generated in a thread, concurrently with requests
+            fill = self.__dict__.pop("_fill", None)  # FastAPI reads attributes during the call
             if fill is None:
                 return
             try:
                 fill()
-                # FastAPI reads the source of a handler at its first call, to name it in errors, and keeps that.
+                # FastAPI would read a handler's source file at its first call, for error messages, and cache it.
                 getattr(routing, "_extract_endpoint_context")(self.dependant.call)  # noqa: B009  private
             except BaseException:
                 self._fill = fill
@@ -154,7 +157,7 @@ class JsonRoute(APIRoute):
             self._is_made = True
 
     def __getattr__(self, name: str) -> Any:
-        """Make the rest of this route; return an attribute of it. Raises AttributeError, and what FastAPI raises."""
+        """Complete this route; return one of its attributes. Raises AttributeError, and what FastAPI raises."""
         with _filling:
             self._make()
             if name not in self.__dict__:
@@ -162,14 +165,14 @@ class JsonRoute(APIRoute):
             return self.__dict__[name]
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Match the requests that were found to be this route's, whatever their path: nothing else was checked."""
+        """Match the requests that `RouteTable` assigned to this route, whatever their path: only that was checked."""
         found = scope.get(MATCH)
         if found is None or found.route is not self:
             return Match.NONE, {}
         return Match.FULL, {"endpoint": self.endpoint, "path_params": dict(found.params), "route": self}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request. Raises what the client did wrong, and what its handler raises."""
+        """Answer a request. Raises client errors, and the handler's errors."""
         if self.access.kind != "call":
             await super().handle(scope, receive, send)
             return
@@ -179,7 +182,7 @@ class JsonRoute(APIRoute):
         async with Working():
             body = await self._body_of(raw[0], request)
             response = await self.endpoint(body=body, request=request)
-        del request  # and its body with it, which is not held until the answer's end
+        del request  # frees the body before the answer is sent
         if len(raw[0]) > SLOWLY_FREED_BYTES:
             await asyncio.to_thread(raw.clear)
         else:
@@ -187,7 +190,7 @@ class JsonRoute(APIRoute):
         await response(scope, receive, send)
 
     async def _body_of(self, raw: bytes, request: Request) -> Any:
-        """Return a body as the route's type. Raises HTTPException and RequestValidationError as FastAPI does."""
+        """Return the body as the route's model. Raises HTTPException and RequestValidationError as FastAPI does."""
         refused = partial(RequestValidationError, body=None)
         if not raw:
             raise refused([{"type": "missing", "loc": ("body",), "msg": "", "input": None}])
@@ -226,19 +229,19 @@ class JsonRoute(APIRoute):
 
 
 class AnyTypeRoute(JsonRoute):
-    """A route whose clients need not say that their bodies are JSON, such as curl in Ollama's documentation."""
+    """A route whose clients need not declare that their bodies are JSON, such as curl in Ollama's documentation."""
 
     any_type = True
 
 
 async def _whole(request: Request) -> None:
-    """Wait until all of a body is there. Raises HTTPException if its client leaves before.
+    """Wait until a body is complete. Raises HTTPException if its client leaves before.
 
-    Starlette would join its parts on the event loop, which takes a millisecond or two for megabytes.
+    Starlette would join the parts on the event loop, which takes one or two milliseconds for megabytes.
     """
     parts: list[bytes] = []
     has_more = True
-    while has_more:  # not `request.stream()`: an asynchronous generator costs a small call more than its body does
+    while has_more:  # `request.stream()`, an async generator, would take more time than a small body itself
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise HTTPException(400, "the client left before its body was complete")
@@ -256,7 +259,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _checked(endpoint: Handler) -> Handler:
-    """Return a handler that is called with bodies whose parameters `check_parameters` has judged."""
+    """Return a handler that applies `check_parameters` to its body first."""
 
     @wraps(endpoint)
     async def checked(*, request: Request, body: JsonBody, **others: Any) -> Response:
@@ -273,19 +276,19 @@ def _checked(endpoint: Handler) -> Handler:
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a value, which may hold `RowSlices`, as a JSON answer."""
+    """Return a JSON response with a value, which may contain `RowSlices`."""
     return Response(dumps(value), status, headers, media_type="application/json")
 
 
 def json_answer(value: Any, status: int = 200) -> Response:
-    """Return a value as a JSON answer, in slices if it holds `RowSlices`."""
+    """Return a JSON response with a value, written in slices if it contains `RowSlices`."""
     return SlicedResponse(value, status) if has_rows(value) else json_response(value, status)
 
 
 class SlicedResponse(Response):
-    """A JSON answer that is written a slice at a time, as its client reads it; between two of them others have a turn.
+    """A JSON response that is made and sent slice by slice, at its client's pace; other tasks run in between.
 
-    So it is never in memory as a whole, and its length is not announced.
+    So it is never completely in memory, and has no Content-Length.
     """
 
     media_type = "application/json"
@@ -299,9 +302,9 @@ class SlicedResponse(Response):
         *,
         in_thread: bool = False,
     ) -> None:
-        """is_over: whether nobody reads it any more; None: the answer finds that out itself.
+        """is_over: returns whether the client has left; None: the response detects that itself.
 
-        in_thread: its slices are made in a thread by turns of tenants, since a row takes milliseconds.
+        in_thread: make slices in a thread, round-robin by tenant, because a row takes milliseconds.
         """
         super().__init__(None, status, headers)
         self._value = value
@@ -310,7 +313,7 @@ class SlicedResponse(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer, as far as its client is there."""
+        """Send the response until its client leaves."""
         if self._is_over is not None:
             await self._send(scope, send, self._is_over)
             return

@@ -1,8 +1,8 @@
-"""A long JSON text without most of what is in it, for readers that look at a few fields. Pure.
+"""Reads a few fields of a long JSON text, without most of its content. Pure.
 
-msgspec makes no values of what nobody asks for, but it passes over it in one go and holds the interpreter meanwhile, in
-whatever thread: 16 ms for 4 MB of lists. So a long text is checked in pieces of 64 kB, and what is read is its outline.
-A single string, number or run of blanks that is longer is checked at once: up to 15 ms for one of 4 MB.
+msgspec makes no objects of unrequested values, but skips them in one call that holds the GIL, in any thread: 16 ms for
+4 MB of lists. So a long text is checked in pieces of 64 kB, and only its outline is decoded. A longer single string,
+number or run of whitespace is checked in one call: up to 15 ms for 4 MB.
 """
 
 from __future__ import annotations
@@ -18,48 +18,49 @@ from numpy.typing import NDArray
 from gateway.bodies.json_values import PIECE_BYTES, marks_of
 
 LONG_BYTES = 1 << 13
-"""Bytes from which on a string is left out: an id or the name of a model never has as many."""
+"""Minimum bytes of a string that is left out: ids and model names are always shorter."""
 
 MAX_OUTLINE_BYTES, MAX_PARTS = 1 << 18, 1 << 10
-"""Most bytes of a long text's outline, half a millisecond, and most lists, objects and strings that are left out."""
+"""Maximum bytes of a long text's outline, which take half a millisecond; maximum number of omitted values."""
 
 MAX_OPEN = 1000
-"""Deepest nesting: what msgspec can read depends on the thread's stack and Python's version, and bodies have less."""
+"""Maximum nesting: msgspec's own limit depends on the thread's stack and Python's version; bodies are limited to
+less."""
 
 _LIST, _COMMA = b"[,"
 _OPENING, _CLOSING = np.zeros(256, np.bool_), np.zeros(256, np.bool_)
 _OPENING[list(b"[{")] = _CLOSING[list(b"]}")] = True
 _NOT_BLANK = re.compile(rb"[^ \t\r\n]")
 _AT_BYTE = re.compile(r"\(byte (\d+)\)")
-_BEFORE = {b"[": b"[0,", b"{": b'{"":0,'}  # what a piece begins with that follows a comma
-_AFTER = {b"[": b"0]", b"{": b'"":0}'}  # what it ends with that ends with one
+_BEFORE = {b"[": b"[0,", b"{": b'{"":0,'}  # prefix of a piece that follows a comma
+_AFTER = {b"[": b"0]", b"{": b'"":0}'}  # suffix of a piece that ends with one
 _ENDS = bytes.maketrans(b"[{", b"]}")
 _Places = NDArray[np.int32]
 
 
 class TooManyFields(ValueError):
-    """The outline of a text would be too long."""
+    """The text's outline would be too long."""
 
 
 class Outline:
-    """A JSON text of which long strings are empty, and so are lists and objects that are deep in it."""
+    """A JSON text in which long strings, and deeply nested lists and objects, are replaced by empty ones."""
 
     def __init__(self, raw: bytes | bytearray, levels: int, *, piece_bytes: int = PIECE_BYTES) -> None:
-        """Check a text, and take out of it what is longer than needed, unless it has no more than a quarter of a piece.
+        """Check a text and make its outline; a text of at most a quarter of a piece is kept whole.
 
-        levels: objects within each other that keep their fields; lists have none. piece_bytes: bytes that are read at
-        once. Raises DecodeError as msgspec does, RecursionError for a text that is nested too deeply, TooManyFields.
+        levels: nesting depth down to which objects keep their fields; lists are emptied. piece_bytes: bytes checked at
+        once. Raises DecodeError as msgspec does, RecursionError if the text is nested too deeply, TooManyFields.
         """
         self._raw = raw
         self._piece_bytes = piece_bytes
         self._levels = levels
         self._parts: list[bytes | bytearray] = []
-        self._froms: list[int] = []  # where each part begins in the text
-        self._starts: list[int] = []  # and in the outline
+        self._froms: list[int] = []  # start of each part in the text
+        self._starts: list[int] = []  # start of each part in the outline
         self._num_bytes = 0
-        self._from = 0  # beginning of what is kept and no part yet
-        self._before = 0  # end of the last mark that is kept
-        self._inside = 0  # level of the list or object that is being left out, 0 for none
+        self._from = 0  # start of kept bytes that are in no part yet
+        self._before = 0  # end of the last kept mark
+        self._inside = 0  # level of the list or object being left out, 0 for none
         if len(raw) <= piece_bytes // 4:
             self.text = raw
             self._froms, self._starts = [0], [0]
@@ -68,7 +69,7 @@ class Outline:
             self.text = b"".join(self._parts)
 
     def span(self, value: Raw) -> tuple[int, int]:
-        """Return where a value of the outline begins and ends in the text. `value`: has been decoded from `text`."""
+        """Return begin and end, in the text, of a value of the outline. value: was decoded from `text`."""
         view = memoryview(value)
         begin = _address(view) - _address(self.text)
         return self._place(begin), self._place(begin + len(view) - 1) + 1
@@ -80,16 +81,16 @@ class Outline:
     # ------------------------------------------------------------ reading
 
     def _read(self) -> None:
-        """Check the text, and find the parts of its outline."""
-        done, opened = 0, b""  # bytes that are checked, and the brackets that are open there
-        is_open = b""  # the brackets that are open after the last piece
+        """Check the text, and collect the parts of its outline."""
+        done, opened = 0, b""  # number of checked bytes, and the open brackets there
+        is_open = b""  # open brackets after the last piece
         for places, kinds, depths, _ in marks_of(self._raw, self._piece_bytes):
             if not len(kinds):
                 continue
             if depths.max() > MAX_OPEN:
                 raise RecursionError
             if depths.min() < 0:
-                self._check(done, opened, int(places[-1]) + 1, b"")  # raises: what it closes was never opened
+                self._check(done, opened, int(places[-1]) + 1, b"")  # raises: an unmatched closing bracket
             commas = np.flatnonzero((kinds == _COMMA) & (depths > 0))
             if len(commas):
                 num = int(commas[-1]) + 1
@@ -106,7 +107,7 @@ class Outline:
     def _check(self, begin: int, opened: bytes, end: int, is_open: bytes) -> None:
         """Check a part of the text. Raises as msgspec does.
 
-        opened, is_open: the brackets around its beginning, which follows a comma, and its end, which is one.
+        opened, is_open: the open brackets at its beginning, which follows a comma, and at its end, which is a comma.
         """
         left = opened[:-1].replace(b"{", b'{"":') + _BEFORE.get(opened[-1:], b"")
         right = _AFTER.get(is_open[-1:], b"") + is_open[:-1][::-1].translate(_ENDS)
@@ -117,11 +118,11 @@ class Outline:
             raise msgspec.DecodeError(text) from None
 
     def _outline(self, places: _Places, kinds: NDArray[np.uint8], depths: NDArray[np.int64]) -> None:
-        """Find what is kept of one piece of the text."""
+        """Find the kept parts of one piece of the text."""
         opening, closing = _OPENING[kinds], _CLOSING[kinds]
         begins = np.flatnonzero(opening & ((kinds == _LIST) | (depths > self._levels)))
         ends = {level: np.flatnonzero(closing & (depths == level - 1)) for level in range(1, self._levels + 2)}
-        at = 0  # marks of the piece that were looked at
+        at = 0  # number of processed marks
         while at < len(places):
             if self._inside:
                 found = ends[self._inside]
@@ -130,7 +131,7 @@ class Outline:
                     return
                 at, self._inside = int(found[num]), 0
                 self._from = self._before = int(places[at])
-                continue  # its end is kept
+                continue  # the closing bracket is kept
             num = int(np.searchsorted(begins, at))
             next_at = int(begins[num]) + 1 if num < len(begins) else len(places)
             self._keep(places[at:next_at])
@@ -140,20 +141,20 @@ class Outline:
             at = next_at
 
     def _keep(self, places: _Places) -> None:
-        """Keep what is up to some marks, but for long strings before each of them."""
+        """Keep the text up to some marks, except long strings before each of them."""
         ends = np.concatenate((np.array([self._before - 1], np.int32), places))
         for at in np.flatnonzero(np.diff(ends) > LONG_BYTES):
             begin, end = int(ends[at]) + 1, int(ends[at + 1])
             found = _NOT_BLANK.search(self._raw, begin, begin + LONG_BYTES)
             if found is not None and found[0] == b'"':
                 last = self._raw.rindex(b'"', begin, end)
-                if last - found.start() > LONG_BYTES:  # the string itself is long, not the blanks around it
+                if last - found.start() > LONG_BYTES:  # the string itself is long, not the whitespace around it
                     self._add(found.end())
                     self._from = last
         self._before = int(places[-1]) + 1
 
     def _add(self, end: int) -> None:
-        """Take what is kept up to a place as a part."""
+        """Add the kept bytes up to `end` as a part."""
         self._parts.append(self._raw[self._from : end])
         self._froms.append(self._from)
         self._starts.append(self._num_bytes)
@@ -163,12 +164,12 @@ class Outline:
 
 
 def _open_after(is_open: bytes, kinds: NDArray[np.uint8], depths: NDArray[np.int64]) -> bytes:
-    """Return which brackets are open after some marks. is_open: before them."""
+    """Return the open brackets after some marks. is_open: those before them."""
     if not len(kinds):
         return is_open
     begins = np.flatnonzero(_OPENING[kinds])
     last = np.zeros(MAX_OPEN + 1, np.int64)
-    last[depths[begins]] = begins  # of several of a level the last is kept
+    last[depths[begins]] = begins  # numpy keeps the last of each level
     kept = min(len(is_open), int(depths.min()))
     return is_open[:kept] + kinds[last[kept + 1 : int(depths[-1]) + 1]].tobytes()
 

@@ -1,4 +1,4 @@
-"""Large answers as JSON, a slice at a time, as orjson holds the interpreter while it works. Pure."""
+"""Writes large answers as JSON slice by slice, because orjson holds the GIL during a call. Pure."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any, cast
 import orjson
 
 ROWS = 64
-"""Rows that are made and written at a time."""
+"""Rows made and written at a time."""
 
 ENTRIES = 21 * 8
-"""Entries of rows that are, where each has several: half a millisecond."""
+"""Entries made and written at a time, if each row has several: half a millisecond."""
 
 
 def rows_of(num_entries: int) -> int:
-    """Return how many rows of so many entries are made and written at a time."""
+    """Return how many rows of `num_entries` entries are made and written at a time."""
     return min(ROWS, max(ENTRIES // max(num_entries, 1), 1))
 
 
 class RowSlices:
-    """A list whose entries are made when they are written, so that they are never there all at once."""
+    """A list whose entries are made only when they are written, so that they are never all in memory."""
 
     def __init__(self, rows: Callable[[], Iterable[Any]], at_once: int = ROWS) -> None:
-        """rows: returns a new iterator. at_once: rows formatted and written at a time; those with slices, one."""
+        """rows: returns a new iterator. at_once: rows made and written at a time; rows that contain slices, one."""
         self._rows = rows
         self._at_once = at_once
 
     def slices(self) -> Iterator[bytes]:
-        """Return the JSON text of the list in order, a few rows at a time."""
+        """Yield the list's JSON text in order, a few rows at a time."""
         rows, begin = iter(self._rows()), b"["
         while some := list(islice(rows, self._at_once)):
             if has_rows(some):
@@ -48,10 +48,10 @@ class RowSlices:
 
 
 class FieldSlices(RowSlices):
-    """An object whose fields are made when they are written: rows are pairs of a name and a value."""
+    """An object whose fields are made only when they are written; rows are pairs of a name and a value."""
 
     def slices(self) -> Iterator[bytes]:
-        """Return the JSON text of the object in order, a few fields at a time."""
+        """Yield the object's JSON text in order, a few fields at a time."""
         rows, begin = iter(self._rows()), b"{"
         while some := list(islice(rows, self._at_once)):
             yield begin + dumps(dict(some))[1:-1]
@@ -69,7 +69,7 @@ def dumps(value: Any) -> bytes:
 
 
 def slices(value: Any) -> Iterator[bytes]:
-    """Return the JSON text of a value in order, in short pieces: values outside `RowSlices` are small."""
+    """Yield a value's JSON text in order, in short pieces; values outside `RowSlices` must be small."""
     if isinstance(value, RowSlices):
         yield from value.slices()
     elif isinstance(value, dict) and has_rows(value):
@@ -91,14 +91,14 @@ def slices(value: Any) -> Iterator[bytes]:
 
 
 def has_rows(value: Any) -> bool:
-    """Return whether a value holds `RowSlices` somewhere."""
+    """Return whether a value contains `RowSlices`."""
     if isinstance(value, dict):
         return any(map(has_rows, cast("dict[str, Any]", value).values()))
     return isinstance(value, RowSlices) or (isinstance(value, list) and any(map(has_rows, value)))
 
 
 def joined(value: Any) -> bytes:
-    """Return the JSON text of a value, made in slices: in a thread, where others have their turn between them."""
+    """Return a value's JSON text, made in slices: in a thread, other threads run between them."""
     return b"".join(slices(value))
 
 

@@ -1,7 +1,7 @@
-"""What a JSON text may cost, found out by counting in its bytes before any of its values exists. Pure.
+"""Estimates the cost of a JSON text by counting its bytes, before any value is created. Pure.
 
-orjson holds the interpreter while it works, in whatever thread. So a long text is counted, and then read, in pieces of
-a tenth of a millisecond each: where that is done in a thread, the event loop has its turn between two of them.
+orjson holds the GIL during a call, in any thread. So a long text is counted, and then parsed, in pieces of a tenth of a
+millisecond: in a thread, the event loop runs between them.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from numpy.typing import NDArray
 from protocol.wire.errors import BadRequest
 
 MAX_DEPTH = 100
-"""Deepest nesting of lists and objects; everything that reads JSON later can take that much."""
+"""Maximum nesting of lists and objects; all later readers of JSON support it."""
 
 MAX_VALUES = 1 << 20
-"""Most values in a text of up to 4 MB, with keys; a larger one may have one for each four of its bytes."""
+"""Maximum values, with keys, of a text of up to 4 MB; a larger text may have one per four bytes."""
 
 MAX_CONTAINERS = 1 << 14
-"""Most lists and objects: each costs fifty times its bytes."""
+"""Maximum lists and objects: each takes fifty times its bytes."""
 
 MAX_STRINGS = 1 << 16
-"""Most strings, the keys of objects among them."""
+"""Maximum strings, including keys."""
 
 MAX_FIELDS = 1 << 9
-"""Most fields of the outermost object: several times what any API's body has."""
+"""Maximum fields of the outermost object: several times as many as any API's body has."""
 
 PIECE_BYTES, PIECE_MARKS = 1 << 16, 1 << 10
-"""Bytes and marks that are read at once, but for a single string or number, which is read at once however long."""
+"""Bytes and marks processed at once; a longer single string or number is processed in one call."""
 
 _SPACE = b" \t\r\n"
 _QUOTE, _COMMA, _COLON, _LIST = b'",:['
@@ -42,22 +42,22 @@ _IS_MARK[list(b'",:')] = True
 
 
 def loads(raw: bytes, what: str = "the body") -> Any:
-    """Return the value of a JSON text. Raises BadRequest if it costs too much, JSONDecodeError if it is no JSON.
+    """Return the value of a JSON text. Raises BadRequest if it costs too much, JSONDecodeError if it is invalid.
 
-    As JSON demands, NaN and Infinity are none, nor are lone surrogates text.
+    As JSON demands, NaN, Infinity and lone surrogates are invalid.
     """
     return orjson.loads(raw) if is_shallow(raw) else Marks(raw, what).value()
 
 
 def is_shallow(raw: bytes) -> bool:
-    """Return whether a JSON text is short, and has too few brackets to be nested too deep: it is read at once."""
+    """Return whether a JSON text is so short, with so few brackets, that it can be parsed at once."""
     return len(raw) <= MAX_CONTAINERS and raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH
 
 
 def loads_kept(raw: bytes) -> Any:
-    """Return the value of a JSON text that the fleet keeps: in pieces, unless it has more than a body may have.
+    """Return the value of a stored JSON text: parsed in pieces, or at once if it exceeds the limits of a body.
 
-    So has what several bodies were put together to. Raises JSONDecodeError.
+    Stored texts may combine several bodies. Raises JSONDecodeError.
     """
     try:
         return loads(raw)
@@ -68,18 +68,18 @@ def loads_kept(raw: bytes) -> Any:
 def marks_of(
     raw: bytes | bytearray, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64], int]]:
-    """Yield the marks outside of strings in one piece of a text after the other.
+    """Yield the marks (brackets, commas, colons) outside of strings, one piece of the text at a time.
 
-    Of each piece the marks' places and kinds, in how many brackets what follows each of them is, and how many quotes
-    the text has so far. Escaped quotes are none.
+    For each piece: the marks' positions, their bytes, the nesting depth after each mark, and the number of unescaped
+    quotes so far.
     """
     begin = num_quotes = depth = 0
     while begin < len(raw):
         piece = raw[begin : begin + piece_bytes]
         if b"\\" in piece:
-            if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # what it escapes comes with it
+            if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # include the escaped character
                 piece = raw[begin : begin + len(piece) + 1]
-            # Without escaped ones, every quote begins or ends a string.
+            # Mask escapes, so that every quote begins or ends a string.
             text = np.frombuffer(piece.replace(rb"\\", b"__").replace(rb"\"", b"__"), np.uint8)
         else:
             text = np.frombuffer(piece, np.uint8)
@@ -97,17 +97,17 @@ def marks_of(
 
 
 class Marks:
-    """The marks of a JSON text: its brackets, commas and colons outside of strings, and in how many brackets each is.
+    """The brackets, commas and colons of a JSON text outside of strings, with their nesting levels.
 
-    A list or object of level 1 is in no other; its own brackets, commas and colons are of its level.
+    The outermost list or object has level 1; its own brackets, commas and colons are of its level.
     """
 
     def __init__(
         self, raw: bytes, what: str = "the body", *, piece_bytes: int = PIECE_BYTES, piece_marks: int = PIECE_MARKS
     ) -> None:
-        """Find them. Raises BadRequest if the text costs too much, JSONDecodeError if its brackets do not match.
+        """Find the marks. Raises BadRequest if the text costs too much, JSONDecodeError if its brackets do not match.
 
-        piece_bytes, piece_marks: bytes and marks that are read at once.
+        piece_bytes, piece_marks: bytes and marks processed at once.
         """
         self._piece_bytes, self._piece_marks = piece_bytes, piece_marks
         self._raw = raw
@@ -123,11 +123,11 @@ class Marks:
 
     @property
     def num_values(self) -> int:
-        """The number of values, the keys of objects among them, or more."""
+        """Upper bound of the number of values, including keys."""
         return self._num_values
 
     def value(self) -> Any:
-        """Return the value of the text. Raises JSONDecodeError if it is no JSON."""
+        """Return the parsed value. Raises JSONDecodeError if the text is invalid."""
         raw, places = self._raw, self._places
         last = len(places) - 1
         is_short = last < self._piece_marks and len(raw) <= self._piece_bytes
@@ -142,7 +142,7 @@ class Marks:
     # ------------------------------------------------------------ counting
 
     def _count(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-        """Yield places, kinds and levels of the marks, of one piece of the text after the other."""
+        """Yield positions, bytes and levels of the marks, one piece of the text at a time."""
         num_commas = num_quotes = depth = 0
         most = max(MAX_VALUES, len(self._raw) // 4)
         for places, kinds, depths, num_quotes in marks_of(self._raw, self._piece_bytes):
@@ -170,21 +170,21 @@ class Marks:
     # ------------------------------------------------------------ reading
 
     def _own(self, begin: int, end: int, level: int) -> NDArray[np.int32]:
-        """Return which marks of a level are between two others, these included."""
+        """Return the marks of a level in [begin, end]."""
         own = self._order[self._starts[level] : self._starts[level + 1]]
         return own[_num_below(own, begin) : _num_below(own, end + 1)]
 
     def _is_container(self, begin: int, end: int, level: int) -> bool:
-        """Return whether two marks, and none between them, begin and end a list or an object of a level."""
+        """Return whether two marks begin and end one list or object of a level."""
         own = self._own(begin, end, level)
         change = _CHANGE[self._kinds[own]]
         is_whole = len(own) > 1 and own[0] == begin and own[-1] == end and change[0] == 1 and change[-1] == -1
         return bool(is_whole) and np.count_nonzero(change) == 2
 
     def _odd_place(self, begin: int, level: int) -> int:
-        """Return the place of the first mark, from one on, that cannot be there: what should be a list or object ends.
+        """Return the position of the first unexpected mark from `begin` on, where a list or object should end.
 
-        level: that the list or object would have. Reading all of it just to find its first error would take too long.
+        level: of that list or object. Parsing all of it to find the first error would take too long.
         """
         if _CHANGE[self._kinds[begin]] != 1:
             return int(self._places[begin])
@@ -204,14 +204,14 @@ class Marks:
         own = self._own(begin, end, level)[1:]
         ends = own[self._kinds[own] != _COLON]  # the mark after each entry
         places = self._places[ends]
-        before, done = begin, 0  # the mark before the next entry, and how many are read
+        before, done = begin, 0  # the mark before the next entry, and the number of parsed entries
         while done < len(ends):
             start = int(self._places[before]) + 1
             most = before + self._piece_marks, start + self._piece_bytes
             num = min(_num_below(ends, most[0]), _num_below(places, most[1])) - done
             if num > 0:
                 found = self._read(start, left, int(places[done + num - 1]), right)
-                if not found:  # a comma has nothing before or after it
+                if not found:  # an entry is missing before or after a comma
                     raise self._broken("unexpected character", start)
                 values.extend(found) if is_list else fields.update(found)
             elif is_list:
@@ -242,7 +242,7 @@ class Marks:
         return self._container(begin, end, level + 1)
 
     def _read(self, begin: int, left: bytes, end: int, right: bytes) -> Any:
-        """Return the value of a part of the text with brackets around it."""
+        """Return the value of a part of the text, enclosed in brackets."""
         try:
             return orjson.loads(left + self._raw[begin:end] + right if left else memoryview(self._raw)[begin:end])
         except orjson.JSONDecodeError as error:
@@ -253,14 +253,14 @@ class Marks:
             raise self._broken("unexpected character", begin)
 
     def _broken(self, reason: str, num_bytes: int, num_characters: int = 0) -> orjson.JSONDecodeError:
-        """Return the error of a text at so many bytes and characters after them."""
+        """Return the error at a position of the text, given in bytes plus characters."""
         at = len(self._raw[:num_bytes].decode(errors="replace")) + num_characters
         return orjson.JSONDecodeError(reason, "", at)
 
 
 def _num_below(sorted_numbers: NDArray[np.int32], number: int) -> int:
-    """Return how many of some sorted numbers are below one. It is made an int32: numpy would make int64 of the others.
+    """Return how many of some sorted numbers are below `number`.
 
-    That would take as long as all of them, each time.
+    The conversion to int32 keeps numpy from converting the whole array to int64 on each call.
     """
     return int(np.searchsorted(sorted_numbers, np.int32(number)))

@@ -1,6 +1,6 @@
-"""Parameters that nobody knows, or that are not served: found in a body that is already read, and refused by name.
+"""Finds parameters that are unknown or not supported in a parsed body, and refuses them by name.
 
-An honest body costs a look at a dict per object. What names are near to an unknown one is found out only to refuse it.
+A valid body costs one dict lookup per object. Similar names are searched only for the error message.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from gateway.bodies.parameters import BY_TYPE, OBJECTS, PARAMETERS_OF, Parameter
 from protocol.wire.errors import BadRequest
 
 IGNORED_HEADER = "x-ignored-parameters"
-"""Names what a call was served without: parameters of which the settings only warn, tools that run elsewhere, and
-keywords of tools' schemas that no grammar holds."""
+"""Response header with ignored parameters: those that the settings only warn of, tools that run elsewhere, and keywords
+of tools' schemas that no grammar enforces."""
 
 MAX_NAMED = 8
-"""Parameters that are named in an error, a header or a log line. The search for more ends with them."""
+"""Maximum parameters named in an error, header or log line; the search stops there."""
 
 MAX_ENTRIES = 1 << 13
-"""Entries of a list that are looked into, such as messages and tools; no list of objects may have more."""
+"""Maximum entries checked of a list, such as messages or tools; no list of objects may have more."""
 
 MAX_NAME_CHARACTERS = 64
-"""Characters of a name that are shown, and that are compared with known ones."""
+"""Maximum characters of a name that are shown, and compared with known names."""
 
 
 def _describe(schema: dict[str, Any], body: type[JsonBody]) -> None:
-    """Add a body's further parameters to `/openapi.json`."""
+    """Add a body's accepted parameters without effect to `/openapi.json`."""
     schema["additionalProperties"] = False
     for name, parameter in PARAMETERS_OF[body.OBJECT].items():
         if parameter.fate == "accepted":
@@ -44,10 +44,10 @@ class JsonBody(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_describe)
 
     OBJECT: ClassVar[str]
-    """Which of `parameters.OBJECTS` this is."""
+    """Name of this object in `parameters.OBJECTS`."""
 
     _WITH_DEFAULTS: ClassVar[tuple[str, ...]] = ()
-    """The fields, as they are sent, whose default is something else than null."""
+    """Names, as sent, of the fields whose default is not null."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -60,12 +60,12 @@ class JsonBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        """Leave out fields that have another default, which null stands for."""
+        """Drop null fields that have another default: null means the default."""
         if not isinstance(value, dict):
             return value
         nulls = [name for name in cls._WITH_DEFAULTS if value.get(name, cls) is None]
         if nulls:
-            value = value.copy()  # not entry by entry: a body may have 300 000, which nobody knows
+            value = value.copy()  # one copy, as a body may have 300,000 unknown entries
             for name in nulls:
                 del value[name]
         return value
@@ -73,9 +73,9 @@ class JsonBody(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """A parameter that would have no effect though its sender expects one."""
+    """A parameter that would have no effect, although its sender expects one."""
 
-    path: str  # stream_options.include_usge
+    path: str  # such as stream_options.include_usge
     name: str
     object: str
     known: Parameter | None  # None: no object of this kind has such a parameter
@@ -95,7 +95,7 @@ class Ignored:
 def check_parameters(body: JsonBody, policy: Literal["refuse", "warn"]) -> str:
     """Refuse a body with parameters that would have no effect, or return their names under the policy `warn`.
 
-    Afterwards nothing of it is left in the body, nor of what is accepted without effect. Raises BadRequest.
+    Then remove them, and the accepted parameters without effect, from the body. Raises BadRequest.
     """
     if not body.__pydantic_extra__ and all(getattr(body, name) is None for name in _HOLDERS[body.OBJECT]):
         return ""  # most bodies
@@ -112,9 +112,9 @@ def check_parameters(body: JsonBody, policy: Literal["refuse", "warn"]) -> str:
 
 
 def ignore(headers: MutableMapping[str, str], names: Sequence[str]) -> None:
-    """Name in an answer's headers what its call is served without, besides what they name already.
+    """Add names of ignored parameters to an answer's headers.
 
-    names: printable ASCII; at most `MAX_NAMED` are named.
+    names: printable ASCII; at most `MAX_NAMED` are listed in total.
     """
     before = headers[IGNORED_HEADER].split(", ") if IGNORED_HEADER in headers else []
     named = list(dict.fromkeys([*before, *names]))[:MAX_NAMED]
@@ -123,9 +123,9 @@ def ignore(headers: MutableMapping[str, str], names: Sequence[str]) -> None:
 
 
 def _ignored(value: JsonBody | dict[str, Any], kind: str, path: str) -> Iterator[Ignored]:
-    """Yield what would have no effect in an object of a kind, and in those that it holds."""
+    """Yield the parameters without effect in an object of a kind, and in the objects that it contains."""
     known = PARAMETERS_OF[kind]
-    beside = value if isinstance(value, dict) else value.__pydantic_extra__  # `isinstance` of a model is slow
+    beside = value if isinstance(value, dict) else value.__pydantic_extra__  # `isinstance` with a model is slow
     for name, given in beside.items() if beside else ():
         yield from _judged(name, given, kind, path)
     for name in _HOLDERS[kind]:
@@ -142,17 +142,17 @@ def _judged(name: str, value: Any, kind: str, path: str) -> Iterator[Ignored]:
 
 
 def _within(value: Any, kind: str, path: str) -> Iterator[Ignored]:
-    """Yield what would have no effect in a value that is an object of a kind, or a list of such."""
+    """Yield the parameters without effect in a value that is an object of a kind, or a list of such objects."""
     if isinstance(value, list):
         for i, entry in enumerate(islice(value, MAX_ENTRIES)):
             if isinstance(entry, dict) and (known := _kind_of(entry, kind)) is not None:
                 yield from _ignored(entry, known, f"{path}[{i}].")
-    elif kind not in BY_TYPE and (isinstance(value, dict) or hasattr(value, "OBJECT")):  # these occur in lists
+    elif kind not in BY_TYPE and (isinstance(value, dict) or hasattr(value, "OBJECT")):  # BY_TYPE: in lists only
         yield from _ignored(value, kind, path + ".")
 
 
 def _kind_of(entry: dict[str, Any], kind: str) -> str | None:
-    """Return which of `OBJECTS` an entry is; None if it has a type that *parse* refuses."""
+    """Return the name of an entry in `OBJECTS`; None if *parse* refuses its type."""
     if kind not in BY_TYPE:
         return kind
     given = entry.get("type")
@@ -160,7 +160,7 @@ def _kind_of(entry: dict[str, Any], kind: str) -> str | None:
 
 
 def _forget(body: JsonBody) -> None:
-    """Drop what a body and those in it have beside their fields."""
+    """Drop the undeclared fields of a body and of the bodies in it."""
     if body.__pydantic_extra__:
         body.__pydantic_extra__.clear()
     for name in _HOLDERS[body.OBJECT]:
@@ -169,11 +169,11 @@ def _forget(body: JsonBody) -> None:
 
 
 def _shown(name: str) -> str:
-    """Return a client's name as it may stand in a header and a line of the log: printable ASCII, and not long."""
+    """Return a client's name shortened, in printable ASCII, for headers and log lines."""
     return ascii(name[:MAX_NAME_CHARACTERS])[1:-1][:MAX_NAME_CHARACTERS]
 
 
 _HOLDERS: Mapping[str, list[str]] = {
     kind: [name for name, parameter in known.items() if parameter.holds] for kind, known in PARAMETERS_OF.items()
 }
-"""Object -> its parameters that hold objects."""
+"""Object -> its parameters that contain objects."""

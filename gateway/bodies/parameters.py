@@ -1,9 +1,9 @@
-"""What becomes of every parameter that a server documents for routes here: the list is `parameters.toml`.
+"""How this server handles every parameter that a supported API documents; the list is `parameters.toml`.
 
-Each is *served* (a field of the body declares it), *accepted* without effect, or *refused*, which the 400 explains with
-the words of the list. What is not in it is unknown, and refused too (`parameter_check.py`). A new field of a body, or a
-new body, has its row there; `tests/gateway/bodies/test_parameters.py` checks that.
-`docs/compat.md` is its table: `python -m gateway.bodies.compat` writes it.
+Each parameter is *served* (a field of the body declares it), *accepted* without effect, or *refused* with a 400 that
+explains why. Others are unknown, and refused too (`parameter_check.py`). Every field of a body must have a row;
+`tests/gateway/bodies/test_parameters.py` checks that. `python -m gateway.bodies.compat` writes the list's table into
+`docs/compat.md`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SERVERS: Mapping[str, str] = MappingProxyType({
     "openai": "OpenAI", "vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI", "lorax": "LoRAX", "ollama": "Ollama",
     "cohere": "Cohere", "jina": "Jina", "anthropic": "Anthropic",
 })  # fmt: skip
-"""The servers whose parameters are listed -> what they are called."""
+"""Key of a server in the list -> its display name."""
 
 _PARTS = {
     "block": ("text", "thinking", "tool_use", "tool_result"),
@@ -41,7 +41,7 @@ CLIENT_TOOL_TYPES = (
     "text_editor_20250429",
     "text_editor_20250728",
 )
-"""Types of Anthropic's tools that clients run, of which `anthropic/client_tools.py` knows the parameters."""
+"""Types of Anthropic's tools that clients run; `anthropic/client_tools.py` has their parameters."""
 
 BY_TYPE: Mapping[str, Mapping[str | None, str]] = MappingProxyType(
     {
@@ -53,10 +53,8 @@ BY_TYPE: Mapping[str, Mapping[str | None, str]] = MappingProxyType(
         "any_tool": dict.fromkeys((None, "custom", *CLIENT_TOOL_TYPES), "messages_tool"),
     }
 )
-"""Objects with a `type`: what they are called -> each type that is served -> which of `OBJECTS` that is.
-
-Other types are refused by *parse*, with reasons.
-"""
+"""Kind of an object with a `type` -> each served type -> its name in `OBJECTS`. *Parse* refuses other types, with
+reasons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +66,11 @@ class Parameter:
     servers: frozenset[str]  # servers that know it; empty: only this project
     fate: Literal["served", "accepted", "refused"]
     why: str  # why it has no effect, or is refused: a sentence without its subject, the parameter
-    neutral: Sequence[Any]  # values at which a refused parameter has no effect, and is accepted; null always is
+    neutral: Sequence[Any]  # values with which a refused parameter is accepted, having no effect; null always is
     holds: str  # type of the value or of each list entry: a name in `OBJECTS` or `BY_TYPE`
 
     def has_effect(self, value: Any) -> bool:
-        """Return whether the parameter would change anything at this value."""
+        """Return whether a refused parameter would change anything at this value."""
         return self.fate == "refused" and value is not None and value not in self.neutral
 
 
@@ -87,11 +85,11 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _List(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     objects: dict[str, str]
     reasons: dict[str, str]
-    parameters: dict[str, dict[str, str | _Row]]  # names of objects -> names of parameters -> servers, or more
+    parameters: dict[str, dict[str, str | _Row]]  # names of objects -> names of parameters -> servers, or a full row
 
 
 def _read() -> tuple[Mapping[str, str], Sequence[Parameter]]:
-    """Return `OBJECTS` and `PARAMETERS`. Raises msgspec.ValidationError where the list has another form."""
+    """Return `OBJECTS` and `PARAMETERS`. Raises msgspec.ValidationError if the list's format is invalid."""
     known = msgspec.convert(tomllib.loads(LIST.read_text()), _List)
     found: list[Parameter] = []
     for objects, rows in known.parameters.items():
@@ -106,7 +104,7 @@ def _read() -> tuple[Mapping[str, str], Sequence[Parameter]]:
 
 
 OBJECTS, PARAMETERS = _read()
-"""The JSON objects whose fields are parameters -> where each stands; and the list, in its order."""
+"""The JSON objects whose fields are parameters -> where each occurs; and all parameters, in the list's order."""
 
 
 def _by_object() -> dict[str, dict[str, Parameter]]:

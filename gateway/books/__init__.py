@@ -1,1 +1,1 @@
-"""The fleet's books: what tenants have used, and who did what."""
+"""The fleet's accounting: tenants' usage, the audit log, and time series."""

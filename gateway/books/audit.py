@@ -1,6 +1,6 @@
-"""The audit log of the API: a route class that notes each action of operators, and of tenants with their adapters.
+"""The audit log of the API: a route class that records actions of operators, and of tenants on their adapters.
 
-Every module of such routes sets it once. `ACTIONS` says which routes are actions, and what each is called.
+Every module with such routes uses it. `ACTIONS` defines which routes are actions, and their names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from protocol.wire.clock import now_ms
 from protocol.wire.errors import LorafleetError
 
 CANCEL = "request.cancel"
-"""Noted of operators alone: what tenants end is their own."""
+"""Recorded only for operators: tenants cancel only their own requests."""
 
 ACTIONS = {
     "POST /v1/adapters": "adapter.register",
@@ -45,14 +45,14 @@ ACTIONS = {
     "POST /v1/tenants/{name}": "tenant.change",
     "POST /v1/requests/{request_id}/cancel": CANCEL,
 }
-"""Method and path of a route -> what it does."""
+"""Method and path of a route -> name of its action."""
 
 _ABOUT, _DONE = "lorafleet.audit", "lorafleet.audit.done"
-"""Keys of an ASGI scope under which a handler leaves what its body names, and that it has acted."""
+"""ASGI scope keys by which a handler reports the action's target, and that the action was done."""
 
 
 class AuditedRoute(JsonRoute):
-    """A route whose calls are noted with their outcome, if it is one of `ACTIONS`."""
+    """A route whose calls are recorded with their outcome, if it is one of `ACTIONS`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler."""
@@ -65,7 +65,7 @@ class AuditedRoute(JsonRoute):
             try:
                 response = await handler(request)
             except (HTTPException, RequestValidationError):
-                raise  # no action has begun
+                raise  # the action has not begun
             except BaseException as error:
                 await _note(request, action, _outcome_of(error))
                 raise
@@ -81,19 +81,19 @@ def names_of(route: JsonRoute) -> list[str]:
 
 
 def about(request: Request, target: str, detail: str = "") -> None:
-    """Set the target of an action, where the path does not name it."""
+    """Set the target of an action that the path does not name."""
     request.scope[_ABOUT] = (target, detail)
 
 
 def done(request: Request) -> None:
-    """Record an action as done, even if its answer fails afterwards."""
+    """Mark an action as done, even if its answer fails afterwards."""
     request.scope[_DONE] = True
 
 
 def _outcome_of(error: BaseException) -> str:
     if isinstance(error, LorafleetError):
         return error.code or str(error.status)
-    return "unknown"  # the queue or the process failed, maybe after it was done
+    return "unknown"  # the queue or the process failed, possibly after the action
 
 
 async def _note(request: Request, action: str, outcome: str) -> None:

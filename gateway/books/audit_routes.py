@@ -1,4 +1,4 @@
-"""`GET /v1/audit`: what operators have done, for operators."""
+"""`GET /v1/audit`: the audit log, for operators."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AuditEndpoints:
         after: Annotated[str, Query(max_length=64)] = "",
         by: Literal["operators", "tenants"] = "operators",
     ) -> Response:
-        """Answer with a page of entries, the newest first; `after` is the last id of the page before."""
+        """Answer with a page of entries, newest first; `after` is the last id of the previous page."""
         found = await self.log.newest(limit + 1, after, of_tenants=by == "tenants")
         page = [_view(entry_id, entry) for entry_id, entry in found[:limit]]
         return json_response(list_page(page, has_more=len(found) > limit))

@@ -1,4 +1,4 @@
-"""`GET /v1/timeseries`: what charts show of the last minutes to months. A tenant sees its own calls, operators all."""
+"""`GET /v1/timeseries`: charts of the last minutes to months. A tenant sees its own calls, operators see all."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gateway.overload import reads
 from protocol.wire.errors import BadRequest
 
 LONGEST = "7d"
-"""The longest range of a gateway's own numbers."""
+"""The longest range of the gateway's own numbers."""
 
 READ_COST = 100
-"""What an answer costs beside its bytes, in reads: it takes some 40 ms of the event loop, in turns of less than one."""
+"""Cost of an answer besides its bytes, in reads: it takes some 40 ms of the event loop, in slices of less than one."""
 
 
 class TimeSeriesEndpoints:
@@ -40,9 +40,9 @@ class TimeSeriesEndpoints:
         span: Annotated[Literal["15m", "1h", "6h", "24h", "7d", "30d", "90d"], Query(alias="range")] = "1h",
         group_by: Literal["tenant", "model"] | None = None,
     ) -> Response:
-        """Answer with counts, times to first token and, for operators, the fleet's numbers, each over time.
+        """Answer with counts, times to first token and, for operators, the fleet's numbers over time.
 
-        Operators get longer ranges from Prometheus. While it gives none, they get the gateway's own numbers and a note.
+        Operators get longer ranges from Prometheus. If it fails, they get the gateway's own numbers and a note.
         """
         caller = caller_of(request)
         reads.spend(READ_COST)

@@ -1,6 +1,6 @@
-"""Usage in the shape of OpenAI's `/v1/organization/usage/completions`: a bucket for each day. Pure.
+"""Usage in the format of OpenAI's `/v1/organization/usage/completions`: one bucket per day. Pure.
 
-A tenant is what OpenAI calls a project.
+A tenant is OpenAI's project.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ GROUPS = ("project_id", "model", "batch", "adapter", "base_model")
 """Fields to group usage by. The last two are not OpenAI's: an adapter's digest, and the base model."""
 
 NOT_COUNTED = ("user_id", "api_key_id", "service_tier", "api_source")
-"""Fields that OpenAI can group by, and this fleet cannot."""
+"""Fields by which OpenAI can group, but this fleet does not count."""
 
 MAX_RESULTS = 20_000
-"""Most results of an answer, over all its days."""
+"""Maximum results of an answer, over all its days."""
 
 _COUNTS = ("num_model_requests", "input_tokens", "input_cached_tokens", "output_tokens")
 _COLUMNS = ("date", "start_time", "end_time", *GROUPS, *_COUNTS, "adapter_seconds")
@@ -34,8 +34,8 @@ class Query:
     """A parsed query."""
 
     first_day: int  # days since 1970, UTC
-    end_day: int  # the first that is not asked for any more
-    limit: int  # most days in an answer
+    end_day: int  # exclusive
+    limit: int  # maximum days in an answer
     group_by: Sequence[str] = ()
     models: frozenset[str] = frozenset()  # empty: all
     projects: frozenset[str] = frozenset()  # empty: all that the caller may see
@@ -52,17 +52,17 @@ class Query:
         return self.group_by in ((), ("adapter",)) and not self.models and not self.projects and self.batch is None
 
     def takes(self, row: UsageRow) -> bool:
-        """Return whether a row is asked for."""
+        """Return whether a row matches the query."""
         return (not self.models or shown_model(row) in self.models) and self.batch in (None, row.batch)
 
 
 @dataclass(slots=True)
 class Day:
-    """The sums of a day, by the values of what they are grouped by."""
+    """The sums of a day per group."""
 
     day: int
     sums: dict[tuple[Any, ...], list[int]] = field(default_factory=dict[tuple[Any, ...], list[int]])
-    seconds: Mapping[str, float] | None = None  # by digest; None where it is not reported
+    seconds: Mapping[str, float] | None = None  # residency by digest; None: not reported
 
     def add(self, rows: Iterable[UsageRow], query: Query) -> None:
         """Add rows of this day."""
@@ -103,12 +103,12 @@ class Day:
 
 
 def shown_model(row: UsageRow) -> str:
-    """Return the model of a row as an answer names it."""
+    """Return a row's model as shown in an answer."""
     return row.model or OTHERS
 
 
 def page(days: Sequence[Day], query: Query) -> dict[str, Any]:
-    """Return days as OpenAI's page. Raises BadRequest for too many results."""
+    """Return days as a page in OpenAI's format. Raises BadRequest for too many results."""
     num = sum(len(day.sums) for day in days)
     check_number(num)
     has_more = query.days.stop < query.end_day
@@ -128,7 +128,7 @@ def check_number(num: int) -> None:
 
 
 def csv_text(answer: Mapping[str, Any]) -> str:
-    """Return a page as CSV: a line for each result."""
+    """Return a page as CSV, one line per result."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore")
     writer.writeheader()
@@ -141,12 +141,12 @@ def csv_text(answer: Mapping[str, Any]) -> str:
 
 
 def page_name(day: int) -> str:
-    """Return the `page` that begins with a day."""
+    """Return the `page` parameter for a page that begins with a day."""
     return f"page_{day}"
 
 
 def day_of_page(name: str) -> int:
-    """Return the day with which a `page` begins. Raises BadRequest."""
+    """Return the first day of a `page` parameter. Raises BadRequest."""
     number = name.removeprefix("page_")
     if not (name.startswith("page_") and number.isascii() and number.isdecimal() and len(number) < 8):
         raise BadRequest(f"{brief(name)} is not a page: use next_page of an earlier answer", param="page")

@@ -1,4 +1,4 @@
-"""`GET /v1/usage`, also under the path of OpenAI's clients: a tenant sees its own usage, operators all."""
+"""`GET /v1/usage`, also under OpenAI's path: a tenant sees its own usage, operators see all."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PATHS = ("/v1/usage", "/v1/organization/usage/completions")
 CSV = "text/csv"
 
 MAX_DAYS = 31
-"""Most days in an answer, as OpenAI has it."""
+"""Maximum days in an answer, as in OpenAI's API."""
 
 _LISTS = ("group_by", "models", "project_ids")
 _SINGLE = ("start_time", "end_time", "bucket_width", "batch", "limit", "page", "format")
 _NOT_SERVED = {f"{name}s": name for name in NOT_COUNTED[:2]}
-_LAST_S = 100_000 * DAY_S  # far beyond what is asked for
+_LAST_S = 100_000 * DAY_S  # far in the future
 
 
 class UsageEndpoints:
@@ -59,7 +59,7 @@ class UsageEndpoints:
         return json_response(answer)
 
     async def _tenants(self, day: int, query: Query, caller: Caller) -> Sequence[str]:
-        """Return whose usage is asked for. Raises PermissionDenied for another tenant's."""
+        """Return the tenants whose usage is requested. Raises PermissionDenied for another tenant's."""
         if caller.is_admin:
             return sorted(query.projects) or await self._usage.tenants(day)
         if query.projects - {caller.owner}:
@@ -70,7 +70,7 @@ class UsageEndpoints:
 
 
 def query_of(request: Request) -> Query:
-    """Return what a request asks for. Raises BadRequest, which names each parameter that is wrong or not served."""
+    """Parse a request's query. Raises BadRequest naming a parameter that is invalid or not supported."""
     given = request.query_params
     for name in given:
         plain = name.removesuffix("[]")
@@ -132,7 +132,7 @@ def add_usage_routes(app: FastAPI, endpoints: UsageEndpoints) -> None:
 
 
 def _parameters() -> list[dict[str, Any]]:
-    """Return what the API's page says of the query, which `query_of` reads: names may end in `[]`, as OpenAI's do."""
+    """Return the query parameters for `/openapi.json`; `query_of` also accepts names with OpenAI's suffix `[]`."""
     time_s = {"type": "integer", "minimum": 0, "maximum": _LAST_S}
     texts = {"type": "array", "items": {"type": "string"}}
     schemas: dict[str, dict[str, Any]] = {

@@ -1,1 +1,1 @@
-"""A call from its tokens to its answer: submitted, followed, written."""
+"""The stages of a call, from token ids to the answer: resolve, tokenize, constrain, admit, submit, follow, write."""

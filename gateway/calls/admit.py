@@ -1,6 +1,6 @@
-"""*Admit*, the fifth stage: whether a call fits the context, its tenant's limits and the queue.
+"""*Admit*, the fifth stage: check that a call fits the context, its tenant's limits and the queue.
 
-Everything that calls ask of the gateway's admission is asked here.
+Calls use the gateway's admission only through this module.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, NotFound, Overloaded, Unavailable
 
 TURN_RETRY_S = 1.0
-"""Retry-After of one more response of a conversation with too many: when one of them will end is not known."""
+"""Retry-After, in seconds, of a response refused for its conversation's `MAX_TURNS`: a guess at when one will end."""
 
 
 class AdmittedCall(msgspec.Struct, frozen=True):
-    """A call that may go into the queue, and what it adds there."""
+    """A call that may be submitted, with the load that it adds to the queue."""
 
     parsed: ParsedCall
     base: m.ServedModel
-    prompts: list[Prompt]  # with the most tokens that each answer may have
+    prompts: list[Prompt]  # each with the maximum number of output tokens
     load: CallLoad
-    quota: Quota | None  # limits that it counts against; None without keys, if nothing is stored
-    num_bytes: int = 0  # memory (bytes) that it may hold while queued
+    quota: Quota | None  # limits that the call counts against; None without keys, if nothing is stored
+    num_bytes: int = 0  # gateway memory, in bytes, that it may hold once queued
 
 
 class CallAdmission:
-    """Lets calls in, or refuses them."""
+    """Decides whether calls are accepted."""
 
     def __init__(self, settings: Settings, fleet: FleetView, admission: Admission) -> None:
         self._settings = settings
@@ -52,12 +52,15 @@ class CallAdmission:
         self._admission = admission
 
     async def check_room(self, call: ParsedCall) -> None:
-        """Refuse a call that the queue has no room for, before it costs any work. Raises Overloaded, Unavailable."""
+        """Refuse a call early if the queue has no room for it. Raises Overloaded, Unavailable."""
         await self._fleet.require_any(worker=not call.options.background)
         self._admission.check(CallLoad(call.cls))
 
     def admit(self, call: TokenizedCall) -> AdmittedCall:
-        """Let a call in. Raises Overloaded, Unavailable, and BadRequest for more than can ever be let in."""
+        """Accept a call, and charge for the memory it may hold.
+
+        Raises Overloaded, Unavailable, and BadRequest if the call is too large to be accepted at any load.
+        """
         parsed, base, options = call.parsed, call.resolved.base, call.options
         most = parsed.rules.most_tokens
         prompts = [
@@ -71,9 +74,9 @@ class CallAdmission:
         )
         check_logprobs(options, prompts)
         num_bytes = call_bytes(options, prompts, numbers_of(parsed.task, prompts, base))
-        if options.output != "text":  # the answer needs its prompts' texts again
+        if options.output != "text":  # the answer uses the prompts' texts
             num_bytes += CHARACTER_BYTES * sum(map(len, parsed.sources))
-        hold(held() + num_bytes)  # beside the body, until it is submitted
+        hold(held() + num_bytes)  # charged besides the body, until the call is submitted
         admitted, quota = parsed.without_prompts(), self.quota_of(parsed.caller, is_kept=parsed.is_kept)
         if options.is_empty:
             return AdmittedCall(admitted, base, prompts, CallLoad(parsed.cls, 0, 0, 0.0), quota, num_bytes)
@@ -91,23 +94,26 @@ class CallAdmission:
         return AdmittedCall(admitted, base, prompts, load, quota, num_bytes)
 
     def quota_of(self, caller: Caller, *, is_kept: bool = False) -> Quota | None:
-        """Return the limits that a caller's calls count against, None for none. is_kept: the result is stored."""
+        """Return the limits that a caller's calls count against, None if there are none.
+
+        is_kept: the result is stored.
+        """
         quota = caller.quota
         if quota is None and is_kept:
-            quota = Quota(PUBLIC)  # without keys all callers together may keep what a tenant may
+            quota = Quota(PUBLIC)  # without keys, all callers share one tenant's storage quota
         if quota is not None and not quota.max_bytes:
             quota = replace(quota, max_bytes=self._settings.tenant_bytes)
         return quota
 
     def check_again(self, load: CallLoad, quota: Quota | None) -> None:
-        """Refuse to run a request once more that its caller, or the queue, has no room for. Raises as `admit`."""
+        """Refuse to rerun a request if its caller's limits or the queue have no room for it. Raises as `admit`."""
         if quota is not None:
             check_quota(quota, load.num, load.num_tokens)
         self._admission.check(CallLoad(load.cls))
         self._admission.check(load)
 
     def settle_again(self, load: CallLoad, quota: Quota | None, outcome: str, result: Any) -> None:
-        """Take note of what the queue made of a request that is run once more. Raises as `settle`."""
+        """Handle the queue's result for a rerun request: count it as submitted, or raise as `settle`."""
         if outcome == "full":
             raise self._admission.full(load, int(result))
         if quota is not None and isinstance(result, Standing) and result.over:
@@ -115,25 +121,29 @@ class CallAdmission:
         self._admission.submitted(load)
 
     def check_known(self, needs: Sequence[str]) -> None:
-        """Refuse what needs a worker that knows more than any does, which would ignore the rest. Raises Unavailable."""
+        """Refuse a request that needs a protocol feature which no worker supports: workers ignore unknown fields.
+
+        Raises Unavailable. needs: names of the fields in use.
+        """
         status = self._fleet.status
         if status is None or not status.workers:
-            return  # the scheduler has not met the workers yet; it gives the call to none that is too old
+            return  # no worker has registered yet; the scheduler will not assign the call to a worker that is too old
         unknown = set(needs) - set(status.knows)
         if unknown:
             text = f"no worker supports {', '.join(sorted(unknown))}: all run an older version than this gateway"
             raise Unavailable(f"{text}; retry when a worker of its version has joined", code="workers_too_old")
 
     def lifetime_s(self, call: ParsedCall) -> float:
-        """Return after how many seconds a call is ended, done or not."""
+        """Return the seconds until the call's deadline."""
         if call.caller.is_batch:
             return max(1.0, (call.caller.until_ms - now_ms()) / 1000)
         return self._settings.job_ttl_s if call.options.background else self._settings.request_timeout_s
 
     def settle(self, call: AdmittedCall, outcome: str, result: Any) -> None:
-        """Take note of what the queue made of a call, see `Bus.submit`.
+        """Handle the queue's result for a submitted call, as returned by `Bus.submit`.
 
-        Raises Overloaded if it was refused there, and BadRequest if it always will be.
+        Raises Overloaded if the queue refused it for now, BadRequest if it exceeds a limit at any load, and NotFound if
+        its conversation was deleted.
         """
         caller, load = call.parsed.caller, call.load
         if outcome == "full":
@@ -153,9 +163,9 @@ class CallAdmission:
         self._admission.submitted(load)
 
     def reached_queue(self) -> None:
-        """Note that the current task's call has come as far as the queue."""
+        """Count the current task's call as no longer inbound, because it is in the queue."""
         self._admission.leave_inbound(reached_queue=True)
 
     def left(self) -> None:
-        """Note that the current task's call is no longer on its way to the queue."""
+        """Count the current task's call as no longer inbound, though it did not reach the queue."""
         self._admission.leave_inbound()

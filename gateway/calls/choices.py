@@ -1,4 +1,4 @@
-"""One choice of an answer: from the deltas of its request to text, logprobs and an end. Pure."""
+"""Turns the deltas of one choice's request into text, logprobs and a finish reason. Pure."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from protocol.wire.text import OutputText, StopRule
 
 
 class TokenLogprob(NamedTuple):
-    """A token's logprob, NaN for a prompt's first, and the most likely tokens at its place."""
+    """A token, its logprob (NaN for the first of a prompt), and the most likely tokens at its position."""
 
     id: int
     logprob: float
-    top: Sequence[tuple[int, float]]  # or those that were asked for
+    top: Sequence[tuple[int, float]]  # the most likely tokens, or the requested ones
     rank: int = 0  # rank of a prompt token: number of tokens at least as likely, itself included
 
 
 class Ranking(Sequence[tuple[int, float]]):
-    """Ids with their logprobs, made when they are read, so that they are never there all at once as objects."""
+    """Token ids with their logprobs, converted to Python objects on access: a list of a whole vocabulary is large."""
 
     __slots__ = ("_ids", "_logprobs")
 
     def __init__(self, ids: NDArray[np.intp], logprobs: NDArray[np.float32]) -> None:
-        """Take as many ids as logprobs."""
+        """Store arrays of equal length."""
         self._ids = ids
         self._logprobs = logprobs
 
@@ -52,13 +52,13 @@ class Ranking(Sequence[tuple[int, float]]):
         return int(self._ids[index]), float(self._logprobs[index])
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        for begin in range(0, len(self), ENTRIES):  # numpy makes lists without a turn for other threads
+        for begin in range(0, len(self), ENTRIES):  # tolist() holds the GIL until it is done
             part = slice(begin, begin + ENTRIES)
             yield from zip(self._ids[part].tolist(), self._logprobs[part].tolist(), strict=True)
 
 
 class Logprobs:
-    """Tokens with their logprobs, packed as they come from the log: as objects they would take twenty times as much."""
+    """Tokens with their logprobs, packed as in the log: Python objects would take twenty times the memory."""
 
     __slots__ = ("_is_whole", "_of_prompt", "_records", "packed")
 
@@ -70,10 +70,10 @@ class Logprobs:
         of_prompt: bool = False,
         is_whole: bool = False,
     ) -> None:
-        """packed: ids, int32. records: a logprob (float32), of a prompt's token its rank (int32), then others' ids.
+        """packed: token ids (int32). records: one record per token, see below.
 
-        Each of these is followed by its logprob (int32, float32). is_whole: in place of these, the logprobs of all
-        tokens by id (float32).
+        A record is the logprob (float32), for a prompt token its rank (int32), then id and logprob (int32, float32) of
+        each other token. is_whole: these pairs are replaced by the logprobs of all tokens, in order of id (float32).
         """
         self.packed = packed
         self._records = records
@@ -85,16 +85,16 @@ class Logprobs:
 
     @property
     def ids(self) -> memoryview[int]:
-        """The ids of the tokens."""
+        """The token ids."""
         return memoryview(self.packed).cast("i")
 
     @property
     def values(self) -> memoryview[float]:
-        """The logprobs of the tokens."""
+        """The logprobs of the tokens, without the other tokens at their positions."""
         return memoryview(self._records).cast("f")[:: max(len(self._records) // max(len(self.packed), 1), 1)]
 
     def __iter__(self) -> Iterator[TokenLogprob]:
-        """Make the tokens one after the other."""
+        """Yield the tokens as objects, one at a time."""
         if not self.packed:
             return
         if self._is_whole:
@@ -108,7 +108,7 @@ class Logprobs:
             yield TokenLogprob(id_, logprob, top, rest[0] if first else 0)
 
     def _whole(self) -> Iterator[TokenLogprob]:
-        """Make tokens beside which all others are listed, the likeliest first; that takes milliseconds for each."""
+        """Yield tokens whose records list the whole vocabulary, sorted by logprob; each takes milliseconds."""
         first = 1 + self._of_prompt
         rows = np.frombuffer(self._records, "<f4").reshape(len(self), -1)
         ranks = rows[:, 1].view("<i4").tolist() if self._of_prompt else [0] * len(rows)
@@ -117,7 +117,7 @@ class Logprobs:
             yield TokenLogprob(id_, float(row[0]), Ranking(order, row[first:][order]), rank)
 
     def part(self, begin: int, end: int) -> Logprobs:
-        """Return the tokens from one on, up to another."""
+        """Return the tokens [begin, end)."""
         if begin == 0 and end == len(self):
             return self
         size = len(self._records) // max(len(self), 1)
@@ -125,7 +125,7 @@ class Logprobs:
         return self._with(self.packed[4 * begin : 4 * end], records)
 
     def joined(self, more: Logprobs) -> Logprobs:
-        """Return these tokens with more after them. It may be this object, which then has grown."""
+        """Return these tokens followed by `more`. The result may be this object, extended in place."""
         if not more.packed or not self.packed:
             return self if self.packed else more
         if not isinstance(self.packed, bytearray):
@@ -144,7 +144,7 @@ NONE = Logprobs()
 
 
 class Piece(Struct):
-    """What a choice has gained since the piece before."""
+    """The output of a choice since its previous piece."""
 
     index: int
     text: str = ""
@@ -156,7 +156,7 @@ class Piece(Struct):
     end_id: int | None = None  # the token that ended it, if one did
 
     def add(self, piece: Piece) -> None:
-        """Add a later piece of the choice."""
+        """Append a later piece of the same choice."""
         self.text += piece.text
         self.logprobs = self.logprobs.joined(piece.logprobs)
         self.prompt = self.prompt.joined(piece.prompt)
@@ -176,11 +176,11 @@ class Choice:
         self.num_cached_tokens = 0
         self.options = options
         self.needs_prompt = options.sampling.prompt_logprobs is not None
-        """Whether `give_prompt` is still to be called, before the first token is taken."""
+        """Whether `give_prompt` must be called before the first output token is taken."""
         self._prompt = NONE
         self._echo = prompt.echo if options.echo else ""
         self._record_bytes = options.record_bytes
-        self._shown, self._shown_records = bytearray(), bytearray()  # everything taken so far, as in the log
+        self._shown, self._shown_records = bytearray(), bytearray()  # all ids and records taken so far, as in the log
         self._output = OutputText(
             prompt.files.tokens,
             StopRule.of(options.stop, options.stop_token_ids, options.sampling, prompt.files.eos_ids),
@@ -190,12 +190,12 @@ class Choice:
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far, the one that ended the text included."""
+        """Number of tokens generated so far, including the one that ended the text."""
         return 0 if self.options.scores_only or self.options.output == "numbers" else self.cursor.next
 
     @property
     def shown(self) -> tuple[bytes, bytes]:
-        """The ids and logprob records delivered so far, to mend a log that has lost its end."""
+        """The ids and logprob records delivered so far, to repair a log that has lost its end."""
         return bytes(self._shown), bytes(self._shown_records)
 
     @property
@@ -204,12 +204,15 @@ class Choice:
         return self._record_bytes
 
     def give_prompt(self, ids: bytes, records: bytes) -> None:
-        """Take the prompt's tokens (int32) and their logprob records, to be shown with the next piece."""
+        """Store the prompt's token ids (int32) and logprob records for the next piece."""
         self.needs_prompt = False
         self._prompt = Logprobs(ids, records, of_prompt=True, is_whole=self.options.sampling.prompt_logprobs == m.WHOLE)
 
     def take(self, delta: m.Delta, piece: Piece) -> None:
-        """Add a delta that leaves no gap to `piece`. Raises the error that ended the request."""
+        """Add a delta's new tokens to `piece`; there must be no gap before them.
+
+        Raises the error that ended the request.
+        """
         if self.cursor.is_stale(delta):
             return
         self._gain(*self.cursor.take(delta, self._record_bytes), piece)
@@ -226,7 +229,7 @@ class Choice:
             piece.finish, piece.stop, piece.end_id = delta.finish, self._output.stop, self._output.end_id
 
     def next_piece(self, delta: m.Delta) -> Piece | None:
-        """Return what a delta adds that is the next tokens and nothing else, None for any other, which is not taken."""
+        """Return the piece of a delta that has only the next tokens; None for any other delta, which is left unread."""
         if delta.finish or delta.timing is not None or self.needs_prompt or not self.cursor.take_next(delta):
             return None
         piece = Piece(self.index)
@@ -245,12 +248,12 @@ class Choice:
             self.absorb(ids, records, piece)
 
     def skip(self, piece: Piece) -> None:
-        """End a choice of which no token is wanted: its text is the echoed prompt."""
+        """End a choice for which no token was requested: its text is the echoed prompt."""
         self.cursor.ended = True
         piece.text, piece.finish = self._echo, "length"
 
     def absorb(self, ids: bytes, records: bytes, piece: Piece) -> None:
-        """Add to `piece` new tokens (int32) and their logprob records, if there are any."""
+        """Add new token ids (int32) and their logprob records, if any, to `piece`."""
         options = self.options
         if options.output == "numbers":  # read from `shown` at the end
             return
@@ -267,13 +270,13 @@ class Choice:
                 if self._output.ended:
                     break
                 piece.text += self._output.add((id_,))
-                num += 1  # an end token too: it is no part of the text, but counted in the usage
+                num += 1  # also an end token: it is not in the text, but counts in the usage
             tokens = tokens.part(0, num)
         piece.logprobs = piece.logprobs.joined(tokens)
 
 
 def tokens_of(delta: m.Delta, record_bytes: int) -> list[m.Delta]:
-    """Return a delta as deltas of one token each, then one of the end if it has any.
+    """Split a delta into deltas of one token each, followed by one that ends the request if the delta did.
 
     record_bytes: size of a token's logprob record.
     """
@@ -294,12 +297,12 @@ def tokens_of(delta: m.Delta, record_bytes: int) -> list[m.Delta]:
 
 
 def mean_logprob(piece: Piece) -> float:
-    """Return the mean logprob of a choice's output, 0 without one."""
+    """Return the mean logprob of a choice's output tokens, 0 if it has none."""
     return sum(piece.logprobs.values) / max(len(piece.logprobs), 1)
 
 
 def best_of(pieces: Sequence[Piece], options: CallOptions) -> Sequence[Piece]:
-    """Return the choices that are shown: for each prompt all `n`, or those with the best mean logprob, best first."""
+    """Return the choices to show: for each prompt all `n`, or the `num_best` of highest mean logprob, best first."""
     n, num_best = options.n, options.num_best or options.n
     if num_best == n:
         return pieces

@@ -1,4 +1,4 @@
-"""*Constrain*, the fourth stage: the grammar that each prompt's answers must follow."""
+"""*Constrain*, the fourth stage: build the grammar that each prompt's answers must follow."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from protocol.wire.errors import BadRequest
 
 
 async def constrain(call: TokenizedCall, grammars: GrammarCheck, checks: Checks) -> TokenizedCall:
-    """Return a call whose prompts have their grammars. Raises BadRequest if one cannot be compiled.
+    """Return the call with a grammar for each prompt. Raises BadRequest if a grammar does not compile.
 
-    One is made for all prompts of a tokenizer whose answers have one form, and held once: with tools it may be a
-    megabyte, and a call may name a model as often as it may have choices.
+    Prompts with the same tokenizer and answer form share one grammar: with tools it may take a megabyte, and a call may
+    name a model once per choice.
     """
     options = call.options
     if options.constraint is None and options.tools is None and options.max_thought is None:
@@ -39,7 +39,7 @@ async def constrain(call: TokenizedCall, grammars: GrammarCheck, checks: Checks)
 async def _grammar_of(
     prompt: Prompt, call: TokenizedCall, tools: Tools | None, grammars: GrammarCheck, checks: Checks
 ) -> str:
-    """Return a prompt's grammar: of outlines of the tools where that of their schemas cannot be made."""
+    """Return a prompt's grammar; if the tools' schemas do not compile, one of their outlines."""
     try:
         return await _checked(prompt, call, tools, grammars, checks)
     except BadRequest:
@@ -54,7 +54,7 @@ async def _grammar_of(
 async def _checked(
     prompt: Prompt, call: TokenizedCall, tools: Tools | None, grammars: GrammarCheck, checks: Checks
 ) -> str:
-    """Return the grammar of a prompt's answers, "" if any will do. Raises BadRequest if it cannot be compiled."""
+    """Return the grammar of a prompt's answers, "" if unconstrained. Raises BadRequest if it does not compile."""
     options, caller = call.options, call.parsed.caller
     num_bytes = tools.num_bytes if tools is not None else 0
     num_bytes += len(orjson.dumps(options.constraint)) if options.constraint is not None else 0
@@ -65,6 +65,6 @@ async def _checked(
 
 
 def _grammar(options: CallOptions, tools: Tools | None, prompt: Prompt) -> str:
-    """Return the grammar of a prompt's answers as it crosses the queue, "" for none."""
+    """Return the grammar of a prompt's answers in its wire form, "" for none."""
     made = answer_grammar(options.constraint, tools, prompt.form, marker_ids(prompt.files), options.max_thought)
     return grammar_text(*made) if made else ""

@@ -1,4 +1,4 @@
-"""Calls that were submitted before: found by their Idempotency-Key, and read again from what the queue still holds."""
+"""Calls that were submitted before: found by Idempotency-Key, and read again from the queue."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from protocol.wire.errors import IdempotencyKeyReused, NotFound, Unavailable
 ATTACHED_POLL_S = 0.1
 
 UNKNOWN_MODEL_LEN = 1 << 17
-"""The assumed context length while no worker has reported its model to this gateway."""
+"""Context length assumed while no worker has reported its model to this gateway."""
 
 
 @dataclass(frozen=True, slots=True)
 class EarlierCall:
-    """What an Idempotency-Key was first used for, and its requests as they were found then."""
+    """The record of an Idempotency-Key's first use, and the facts of its requests when they were read."""
 
     record: m.Idempotent
-    facts: Sequence[RequestFacts | None] = ()  # () where they have not been read
+    facts: Sequence[RequestFacts | None] = ()  # (): not read
 
 
 class EarlierCalls:
-    """The calls that queue and Idempotency-Keys know of, whichever gateway has submitted them."""
+    """Finds calls by Idempotency-Key or job record in the queue, whichever gateway submitted them."""
 
     def __init__(self, settings: Settings, bus: Bus, fleet: FleetView, bases: GatewayBases, replies: Replies) -> None:
         self._timeout_ms = int(settings.request_timeout_s * 1000)
@@ -50,10 +50,10 @@ class EarlierCalls:
         self._replies = replies
 
     async def find(self, sent: Sent, caller: Caller) -> EarlierCall | None:
-        """Return what a caller first used a body's Idempotency-Key for, if it has.
+        """Return the call that a caller first sent with this Idempotency-Key, None if the key is unused.
 
-        A key whose call has ended with an error that says to try again (503) counts as unused: else a repetition would
-        get that error for a day.
+        A key whose call ended with a retryable error (503) counts as unused: otherwise every retry would get that error
+        for a day.
         """
         if not sent.key:
             return None
@@ -65,13 +65,13 @@ class EarlierCalls:
         if not _is_void(facts):
             return EarlierCall(record, facts)
         await self._bus.free_idem(key, record)
-        record = await self._bus.get(key, m.Idempotent)  # another gateway may have used it meanwhile
+        record = await self._bus.get(key, m.Idempotent)  # another gateway may have used it in between
         return EarlierCall(record) if record is not None else None
 
     async def attach(self, call: ParsedCall, earlier: EarlierCall) -> SubmittedCall:
-        """Return an earlier call, to be followed from its first token, and charge for what it holds beside its body.
+        """Return an earlier call, to be followed from its first token.
 
-        Raises as `check_same_body` and `cost.hold`, and NotFound.
+        Charges for the memory it holds besides its body. Raises as `check_same_body` and `cost.hold`, and NotFound.
         """
         assert call.sent is not None
         record = earlier.record
@@ -85,17 +85,17 @@ class EarlierCalls:
         )
 
     def num_bytes(self, call: SubmittedCall) -> int:
-        """Return the most bytes of memory that an earlier call holds while it is read."""
+        """Return the maximum bytes of memory that an earlier call holds while it is read."""
         numbers = numbers_of(call.parsed.task, call.prompts, call.base)
         return call_bytes(call.parsed.options, call.prompts, numbers)
 
     async def known(
         self, call: ParsedCall, record: m.Idempotent | m.Job, facts: Sequence[RequestFacts | None]
     ) -> SubmittedCall:
-        """Return an earlier call without resolving or tokenizing it again; `facts` are those of its requests.
+        """Rebuild an earlier call without resolving or tokenizing it again. facts: of its requests, in order.
 
-        Raises NotFound when its result has expired, its adapter's texts are gone, or its base is another than this
-        gateway's; and Unavailable while the base is not known whose sizes it takes to read numbers.
+        Raises NotFound if the result has expired, the adapter's texts are gone, or this gateway does not serve its
+        base; Unavailable while the base, whose sizes are needed to decode numbers, is unknown.
         """
         if self._fleet.base is None:
             await self._fleet.refresh()
@@ -130,7 +130,7 @@ class EarlierCalls:
         return SubmittedCall(call_of(record.rids[0]), call, base, prompts, record.created_ms, 0, ended_ms=ended_ms)
 
     async def _offsets(self, call: ParsedCall, target: CallTarget, max_model_len: int) -> Sequence[Sequence[Offset]]:
-        """Return where the tokens of each prompt lie in its text, () where that is not wanted."""
+        """Return the offsets of each prompt's tokens in its text, () if they were not requested."""
         inputs = call.inputs
         if not (isinstance(inputs, Texts) and inputs.with_offsets):
             return [()] * len(call.sources)
@@ -141,7 +141,7 @@ class EarlierCalls:
 
 
 def _is_void(facts: Sequence[RequestFacts | None]) -> bool:
-    """Return whether all requests of a call have ended, and one because nobody could serve it at that time."""
+    """Return whether all requests of a call have ended, and at least one because no worker could serve it then."""
     if not all(fact is not None and fact.is_terminal for fact in facts):
         return False
     errors = [error_from(fact.error) for fact in facts if fact is not None and fact.error]
@@ -149,6 +149,6 @@ def _is_void(facts: Sequence[RequestFacts | None]) -> bool:
 
 
 def check_same_body(record: m.Idempotent, sent: Sent) -> None:
-    """Refuse an Idempotency-Key that comes back with another body. Raises IdempotencyKeyReused (422)."""
+    """Refuse an Idempotency-Key that was first used with another body. Raises IdempotencyKeyReused (422)."""
     if record.body_hash != sent.hash:
         raise IdempotencyKeyReused("this Idempotency-Key was already used with a different body")

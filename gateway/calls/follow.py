@@ -1,4 +1,4 @@
-"""*Follow*, the seventh stage: waits for a call's deltas, brings them into order, and cancels what nobody waits for."""
+"""*Follow*, the seventh stage: collect a call's deltas in order, and cancel requests that no client waits for."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Pieces = dict[tuple[str, int], Piece]
-"""What choices have gained, by request and, where pieces have few tokens, by the number of pieces before it."""
+"""Pieces by request and, if pieces are limited to few tokens, by the number of the piece."""
 
 DEADLINE_SLACK_MS = 5000
-"""Most time after its deadline that a call waits for the scheduler to end it; this is for when there is none."""
+"""Maximum milliseconds after its deadline that a call waits for the scheduler to end it, in case no scheduler runs."""
 
 RECONNECT_S = 0.2
 
 TEXT_TOKENS, MATCHED_TOKENS, REGEX_TOKENS = 1024, 128, 32
-"""Tokens that are read from a log at a time, without logprobs: a millisecond's work or two, after which others have
-their turn. MATCHED_TOKENS: where stop strings are looked for in their text, a microsecond or two for each character.
-REGEX_TOKENS: where expressions are, up to forty."""
+"""Tokens read from a log at a time, without logprobs: one or two milliseconds of work, after which other tasks run.
+MATCHED_TOKENS: with stop strings, whose search takes one or two µs per character. REGEX_TOKENS: with expressions, which
+take up to 40 µs per character."""
 
 
 class ClientGoneError(Exception):
-    """The client has hung up: there is nobody to answer."""
+    """The client has hung up, so there is no one to answer."""
 
 
 class Generation:
-    """The choices of one call while they run. Use: `advance` until `is_done`, then `close`, which is always needed."""
+    """The choices of a running call. Call `advance` until `is_done`, then always `close`."""
 
     def __init__(self, replies: Replies, call: SubmittedCall) -> None:
-        """call: has a mailbox."""
+        """call: a submitted call with a mailbox."""
         assert call.mail is not None
         self.call = call
         self.choices = choices_of(call)
@@ -55,13 +55,13 @@ class Generation:
         self._by_rid = {choice.rid: choice for choice in self.choices}
         self._open = {choice.rid for choice in self.choices}
         self._has_token = False
-        self._started_s = call.submitted_s or time.monotonic()  # one that was submitted before is followed from now on
+        self._started_s = call.submitted_s or time.monotonic()  # an earlier call is timed from now on
         self._tenant = call.parsed.caller.owner
         self._trace = TRACE_OF.get()
         self._trace_id = self._trace.place.hex if self._trace is not None else ""
         self._finishes: list[str] = []
-        self._first_ns = 0  # when the first token was there, where the call is traced
-        self._timings: dict[str, m.Timing] = {}  # the latest of each request
+        self._first_ns = 0  # unix ns of the first token, if the call is traced
+        self._timings: dict[str, m.Timing] = {}  # latest timing of each request
         self._failure: LorafleetError | None = None  # error that ended the call, raised after its pieces
         self._kind = observe.kind_of("".join(target.digest for target in call.targets))
 
@@ -77,11 +77,11 @@ class Generation:
 
     @property
     def usage(self) -> CallUsage:
-        """Tokens of the call so far."""
+        """Token counts of the call so far."""
         return usage_of(self.choices)
 
     async def facts(self) -> RequestFacts | None:
-        """Return the queue's facts of the first request; None if it does not know it, or cannot be reached."""
+        """Return the queue's facts about the first request; None if it is unknown, or the queue cannot be reached."""
         try:
             return (await self._replies.bus.requests([self.choices[0].rid]))[0]
         except CONNECTION_ERRORS as error:
@@ -89,15 +89,14 @@ class Generation:
             return None
 
     def hang_up(self) -> None:
-        """Note that the client has gone: `advance` raises ClientGoneError."""
+        """Record that the client has gone, so that `advance` raises ClientGoneError."""
         self._mail.hang_up()
 
     async def advance(self, timeout_s: float) -> list[Piece]:
-        """Wait for progress and return it, one piece per choice, or per token; [] when there is none in `timeout_s`.
+        """Wait for output and return it, one piece per choice or per token; [] after `timeout_s` without any.
 
-        Of a choice with logprobs there may be several pieces, each of few tokens.
-
-        Raises the error that ended a request, and ClientGoneError.
+        A choice with logprobs may have several pieces, each of few tokens. Raises the error that ended a request, and
+        ClientGoneError.
         """
         if self.call.parsed.options.is_empty:
             return self._skip_all()
@@ -120,7 +119,7 @@ class Generation:
                     continue  # the logs are read below
                 await self._take(choice, await self._read_log(choice), pieces)
                 if choice.cursor.needs_log(delta):
-                    # The queue has lost the tokens before it; its owner, or the next one, will write them again.
+                    # The queue has lost the tokens before this delta; the owner, or the next one, writes them again.
                     continue
             await self._take(choice, delta, pieces)
         if self._mail.restarted:
@@ -138,15 +137,15 @@ class Generation:
         return list(pieces.values())
 
     def pass_on(self, take: Callable[[m.Delta], bool]) -> None:
-        """Call `take` for each delta while `advance` is suspended; it returns False to leave a delta to `advance`."""
+        """Pass each delta to `take` while `advance` waits; if `take` returns False, `advance` processes the delta."""
         self._mail.at_once = take
 
     def piece_of(self, delta: m.Delta) -> Piece | None:
-        """Return what a delta adds that `pass_on` has given, as `Choice.next_piece` does; None for the first tokens."""
+        """Return the piece of a delta from `pass_on`, as `Choice.next_piece`; None before the call's first token."""
         return self._by_rid[delta.rid].next_piece(delta) if self._has_token else None
 
     async def waiting_for(self) -> str:
-        """Return in a few words what a call waits for that has shown nothing yet; "" after its first token."""
+        """Return a short description of what a call without output waits for; "" after its first token."""
         if self._has_token or not self._open:
             return ""
         first = next(choice.rid for choice in self.choices if choice.rid in self._open)
@@ -156,7 +155,7 @@ class Generation:
             return "the queue cannot be reached"
 
     async def close(self) -> None:
-        """Stop following. Requests that still run are cancelled, unless an Idempotency-Key may ask for them again."""
+        """Stop following. Running requests are cancelled, unless an Idempotency-Key may retrieve them later."""
         self._replies.unsubscribe(self._mail)
         num_tokens = sum(choice.num_output_tokens for choice in self.choices)
         if self._trace is not None:
@@ -173,7 +172,7 @@ class Generation:
     # ------------------------------------------------------------ order
 
     def _note(self, choice: Choice, timing: m.Timing) -> None:
-        """Take an assignment's times, which a worker reports at most twice: with the first token and with the end."""
+        """Record an assignment's timing; a worker reports it at most twice, with the first token and with the end."""
         before = self._timings.get(choice.rid)
         self._timings[choice.rid] = timing
         if before is None or before.taken_ms != timing.taken_ms:
@@ -187,19 +186,19 @@ class Generation:
         return pieces
 
     async def _mend(self) -> None:
-        """Write open requests and their shown tokens again, into a queue that came back without its last second."""
+        """Write open requests and their delivered tokens back into a queue that has lost its last second."""
         if self.call.resubmit is not None:
             await self._insist(self.call.resubmit)
         for rid in self._open:
             choice = self._by_rid[rid]
-            choice.cursor.epoch = 0  # the queue counts owners from what it still knows
+            choice.cursor.epoch = 0  # the restored queue may assign lower epochs
             ids, records = choice.shown
             if ids:
                 repair = partial(self._replies.bus.repair, rid, 0, ids, records, choice.record_bytes)
                 await self._insist(repair)
 
     async def _catch_up(self, pieces: Pieces) -> None:
-        """Read undelivered tokens from the logs of all open requests. Raises DeadlineExceeded."""
+        """Read undelivered tokens from the logs of all open requests. Raises DeadlineExceeded after the deadline."""
         num_tokens = 0
         for rid in list(self._open):
             choice = self._by_rid[rid]
@@ -210,7 +209,7 @@ class Generation:
             limit = log_limit(choice)
             if limit and num_tokens >= limit:
                 self._mail.nudge()
-                break  # the others' logs are read in the next turn
+                break  # the next `advance` reads the other logs
         slack_ms = min(DEADLINE_SLACK_MS, self.call.deadline_ms - self.call.created_ms)
         if self._open and now_ms() > self.call.deadline_ms + slack_ms:
             raise DeadlineExceeded("the request exceeded its deadline")
@@ -248,7 +247,7 @@ class Generation:
                 observe.choice_ended(piece.finish)
 
     async def _read_log(self, choice: Choice) -> m.Delta:
-        """Return what a choice's log holds beyond its cursor. Raises Unavailable if the queue has lost the request."""
+        """Return the tokens in a choice's log after its cursor. Raises Unavailable if the queue lost the request."""
         limit = log_limit(choice)
         read = partial(self._replies.read_log, choice.rid, choice.cursor, choice.record_bytes, limit)
         delta = await self._insist(read)
@@ -259,11 +258,11 @@ class Generation:
             self._open.discard(choice.rid)
             raise Unavailable(f"the queue no longer has the request {choice.rid}", code="request_lost")
         if limit and len(delta.ids) >= 4 * limit:
-            self._mail.nudge()  # there is more, which the next turn reads
+            self._mail.nudge()  # the next `advance` reads the rest
         return delta
 
     async def _insist(self, do: Callable[[], Awaitable[T]]) -> T:
-        """Repeat an action on the queue until it can be reached. Raises a connection error after the deadline."""
+        """Retry an action on the queue until it can be reached. Raises a connection error after the deadline."""
         while True:
             try:
                 return await do()
@@ -274,7 +273,7 @@ class Generation:
 
 
 def usage_of(choices: Sequence[Choice]) -> CallUsage:
-    """Return the tokens of choices so far; those that share a prompt count it once, as their first has found it."""
+    """Return the token counts of choices so far. A prompt counts once, with the cached tokens of its first choice."""
     prompts = {id(choice.prompt): choice for choice in reversed(choices)}.values()
     return CallUsage(
         prompt_tokens=sum(choice.prompt.num_tokens for choice in prompts),
@@ -284,7 +283,7 @@ def usage_of(choices: Sequence[Choice]) -> CallUsage:
 
 
 def log_limit(choice: Choice) -> int:
-    """Return how many tokens of a choice are read, decoded and written at a time; 0: all of them."""
+    """Return how many tokens of a choice are read, decoded and written at a time; 0 for no limit."""
     if choice.options.output == "numbers":
         return 0
     if choice.record_bytes:
@@ -295,6 +294,6 @@ def log_limit(choice: Choice) -> int:
 
 
 def choices_of(call: SubmittedCall) -> list[Choice]:
-    """Return the choices of a call: for each of those who answer, for each prompt `n`, in the API's order."""
+    """Return the choices of a call in the API's order: for each target, for each prompt, `n` choices."""
     options = call.parsed.options
     return [Choice(i, rid, call.prompts[i // options.n], options) for i, rid in enumerate(call.rids)]

@@ -1,4 +1,4 @@
-"""Metrics under LoRAX's names: what calls add to them, and `/metrics` as its JSON."""
+"""Metrics under LoRAX's names, and `/metrics` in LoRAX's JSON format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CAUSES = {400: "validation", 422: "validation", 413: "validation", 429: "overlo
 
 
 def accepted(prompts: Sequence[tuple[int, int]]) -> None:
-    """Count a submitted call: of each prompt how many tokens it has, and how many its answers may have."""
+    """Count a submitted call. prompts: of each, its number of tokens and its maximum number of output tokens."""
     metrics.LORAX_INPUT_COUNT.observe(len(prompts))
     for length, limit in prompts:
         metrics.LORAX_INPUT_LENGTH.observe(length)
@@ -22,19 +22,19 @@ def accepted(prompts: Sequence[tuple[int, int]]) -> None:
 
 
 def succeeded(seconds: float, num_tokens: int) -> None:
-    """Count a call that came to its end, after so many seconds and output tokens."""
+    """Count a completed call. seconds: its duration; num_tokens: its output tokens."""
     metrics.LORAX_SUCCESS.inc()
     metrics.LORAX_GENERATED.observe(num_tokens)
     metrics.LORAX_TOKEN_SECONDS.observe(seconds / max(num_tokens, 1))
 
 
 def failed(cause: str) -> None:
-    """Count a call that failed once it had begun to answer."""
+    """Count a call that failed after its answer had begun."""
     metrics.LORAX_FAILURE.labels(cause).inc()
 
 
 def answered(status: int, seconds: float) -> None:
-    """Count an HTTP request that asked the model."""
+    """Count an HTTP request to an endpoint that runs the model. seconds: its duration."""
     metrics.LORAX_COUNT.inc()
     metrics.LORAX_SECONDS.observe(seconds)
     if status >= 400:
@@ -42,14 +42,14 @@ def answered(status: int, seconds: float) -> None:
 
 
 def timed(validation_s: float, queue_s: float, inference_s: float) -> None:
-    """Note the parts of a native call's time."""
+    """Observe the durations of a call's phases, by an endpoint of LoRAX's native API."""
     metrics.LORAX_VALIDATION_SECONDS.observe(validation_s)
     metrics.LORAX_QUEUE_SECONDS.observe(queue_s)
     metrics.LORAX_INFERENCE_SECONDS.observe(inference_s)
 
 
 def as_json() -> dict[str, Any]:
-    """Return all metrics as LoRAX's JSON: by name `{type, data: [{key, value}]}`."""
+    """Return all metrics in LoRAX's JSON format: by name `{type, data: [{key, value}]}`."""
     found: dict[str, Any] = {}
     for metric in REGISTRY.collect():
         data: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
-"""Metrics of calls, under our names and LoRAX's, and the same numbers over time for charts.
+"""Metrics of calls, under this project's and LoRAX's names, and the same counts as time series for charts.
 
-Who answers and who asks are labels too, as long as they are among the most used: see `protocol.metrics.names`.
+Adapter and tenant are labels too, for the most used names: see `protocol.metrics.names`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from protocol.metrics.names import OTHER, TopNames
 from protocol.wire import messages as m
 
 SERIES = TimeSeries()
-"""What `GET /v1/timeseries` shows: of this process, as the metrics."""
+"""The time series behind `GET /v1/timeseries`. Like the metrics, they cover this process only."""
 
 MERGES = "merged"
-"""Name of all adapters that calls have merged of others."""
+"""Label value shared by all merged adapters."""
 
 ADAPTERS = TopNames(
     "adapter",
@@ -38,7 +38,7 @@ ADAPTERS = TopNames(
 TENANTS = TopNames("tenant", series.TENANT_TOKENS, series.TENANT_REFUSED, series.TENANT_QUEUE_SECONDS)
 
 _CHILDREN: dict[str, dict[tuple[Any, ...], Any]] = {}
-"""Name -> (metric, other labels) -> the series, which prometheus_client would look for under a lock each time."""
+"""Name -> (metric, other labels) -> child metric. prometheus_client's own lookup takes a lock each time."""
 
 ADAPTERS.on_drop = TENANTS.on_drop = lambda name: _CHILDREN.pop(name, None)
 
@@ -48,14 +48,14 @@ for _kind in (series.KIND_BASE, series.KIND_ADAPTER):  # at 0, so that Prometheu
         _metric.labels(_kind)
 
 _TIERS = {"staged": "store", "resident": "host"}
-"""What happened to an adapter -> where it came from."""
+"""Event of an adapter -> the tier it was loaded from."""
 
 MAX_NAMES = 4096
-_NAMES: dict[str, str] = {}  # digest -> a name by which it was asked for; the one learnt first leaves first
+_NAMES: dict[str, str] = {}  # digest -> a requested name; the oldest entry is evicted first
 
 
 def name_of_digest(digest: str) -> str | None:
-    """Return a name by which an adapter was asked for here, None if it was not lately."""
+    """Return a name by which an adapter was recently requested from this process, None if it was not."""
     return _NAMES.get(digest)
 
 
@@ -65,18 +65,18 @@ def name_of(target: CallTarget) -> str:
 
 
 def kind_of(digest: str) -> str:
-    """Return a metric's label of the answering model: an adapter, or the base."""
+    """Return the `kind` label of a target: adapter, or base if the digest is ""."""
     return series.KIND_ADAPTER if digest else series.KIND_BASE
 
 
 @cache
 def _child(metric: Counter | Histogram, label: str) -> Any:
-    """Return a metric's child of a label."""
+    """Return a metric's child for a label value."""
     return metric.labels(label)
 
 
 def _named(metric: Counter | Histogram, name: str, *labels: str) -> Any:
-    """Return a metric's child of a name that `TopNames` has chosen, and of labels with few values."""
+    """Return a metric's child for a name that `TopNames` has chosen and for labels with few values."""
     children = _CHILDREN.setdefault(name, {})
     child = children.get((metric, *labels))
     if child is None:
@@ -85,7 +85,7 @@ def _named(metric: Counter | Histogram, name: str, *labels: str) -> Any:
 
 
 def accepted(tenant: str, prompts: Sequence[Prompt]) -> None:
-    """Count a call that is in the queue. tenant: who asks."""
+    """Count a call that was queued. tenant: its owner."""
     who = TENANTS.of(tenant)
     for prompt in prompts:
         name = name_of(prompt.target)
@@ -103,7 +103,7 @@ def accepted(tenant: str, prompts: Sequence[Prompt]) -> None:
 
 
 def refused(tenant: str, reason: str) -> None:
-    """Count a 429. tenant: who asked, "" where that was not asked yet; reason: what there was too much of."""
+    """Count a 429. tenant: "" if it was not determined; reason: the limit that was exceeded."""
     _named(series.TENANT_REFUSED, TENANTS.of(tenant), reason).inc()
     SERIES.count(tenant, "", "refused")
 
@@ -117,7 +117,7 @@ def answered(tenant: str, status: int) -> None:
 
 
 def placed(tenant: str, target: CallTarget, timing: m.Timing) -> None:
-    """Count a request's assignment to a worker, once it has emitted something there."""
+    """Count a request's assignment to a worker, once that worker has emitted something."""
     _named(series.TENANT_QUEUE_SECONDS, TENANTS.of(tenant)).observe(timing.queued_ms / 1000)
     if timing.tier:
         adapter = ADAPTERS.of(name_of(target))
@@ -128,7 +128,7 @@ def placed(tenant: str, target: CallTarget, timing: m.Timing) -> None:
 
 
 def adapter_event(event: m.AdapterEvent) -> None:
-    """Count an adapter's fetch to a worker, or load into its pool. Names are known for recently requested adapters."""
+    """Count an adapter's fetch to a worker or load into its pool. Only recently requested adapters have names here."""
     tier = _TIERS.get(event.kind)
     if tier is not None:
         name = MERGES if is_merge(event.digest) else _NAMES.get(event.digest, OTHER)
@@ -136,7 +136,7 @@ def adapter_event(event: m.AdapterEvent) -> None:
 
 
 def first_token(tenant: str, target: CallTarget, seconds: float, trace_id: str = "") -> None:
-    """Note how long a call waited for its first token. trace_id: of its trace, "" without one."""
+    """Observe the seconds until a call's first token. trace_id: id of its trace, "" without one."""
     exemplar = {"trace_id": trace_id} if trace_id else None
     _child(series.FIRST_TOKEN_SECONDS, kind_of(target.digest)).observe(seconds, exemplar)
     name = name_of(target)
@@ -145,12 +145,12 @@ def first_token(tenant: str, target: CallTarget, seconds: float, trace_id: str =
 
 
 def choice_ended(finish: str) -> None:
-    """Count a choice that came to an end, and how."""
+    """Count a choice that has ended. finish: its finish reason."""
     _child(series.GENERATIONS, finish).inc()
 
 
 def left(tenant: str, target: CallTarget, num_tokens: int) -> None:
-    """Count the output tokens of a choice that nobody follows any more."""
+    """Count the output tokens of a choice that is no longer followed."""
     _child(series.OUTPUT_TOKENS, kind_of(target.digest)).inc(num_tokens)
     name = name_of(target)
     _named(series.ADAPTER_TOKENS, ADAPTERS.of(name), "output").inc(num_tokens)
@@ -159,7 +159,7 @@ def left(tenant: str, target: CallTarget, num_tokens: int) -> None:
 
 
 def succeeded(kind: str, seconds: float, num_tokens: int, trace_id: str = "") -> None:
-    """Count a call that came to its end."""
+    """Count a completed call. seconds: its duration; num_tokens: its output tokens."""
     _child(series.CALL_SECONDS, kind).observe(seconds, {"trace_id": trace_id} if trace_id else None)
     lorax_metrics.succeeded(seconds, num_tokens)
 
@@ -171,6 +171,6 @@ def client_gone() -> None:
 
 
 def cut_off(tenant: str) -> None:
-    """Count an answer that failed once it had begun."""
+    """Count an answer that failed after it had begun."""
     SERIES.count(tenant, "", "server_errors")
     lorax_metrics.failed("incomplete")

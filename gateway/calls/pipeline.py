@@ -1,4 +1,4 @@
-"""How a call walks through the gateway, whichever API it came by: one way, stage by stage.
+"""The stages that every call passes in the gateway, whichever API it uses.
 
     stage                  takes            returns          module
     parse                  an HTTP body     ParsedCall       `parse` of openai, lorax, ollama, encoders
@@ -10,7 +10,7 @@
     follow                 SubmittedCall    Generation       calls.follow
     write                  Generation       HTTP response    `write` of openai, lorax, ollama, encoders
 
-The first and the last stage are the API's, everything between them is here.
+Each API has its own first and last stage; this module runs those between them.
 """
 
 from __future__ import annotations
@@ -66,33 +66,33 @@ class Pipeline:
         self.earlier = EarlierCalls(settings, bus, fleet, resolver.bases, replies)
 
     async def parsed(self, body: BaseModel, caller: Caller, num_bytes: int, make: Callable[[], T]) -> T:
-        """Return what `make` makes of a body, off the event loop if that may take long. Raises as `make`.
+        """Return `make()`, which converts a body; it runs off the event loop if it may take long. Raises as `make`.
 
-        num_bytes: the body's size.
+        num_bytes: size of the body.
         """
         return await self.checks.do(make, body.model_fields_set, num_bytes, caller.owner)
 
     async def run(self, call: ParsedCall, job: Callable[[SubmittedCall], NewJob] | None = None) -> Generation:
-        """Take a call from *parse* to *follow*. Raises what the client did wrong, Overloaded and Unavailable.
+        """Take a call from *parse* to *follow*. Raises client errors, Overloaded and Unavailable.
 
-        job: makes the job that the call is kept as, None for none.
+        job: makes the job that stores the call, None if it is not a job.
         """
         admitted = await self.prepare(call)
         with stage("submit"):
             submitted = await self.submitter.submit(admitted, job)
-        if isinstance(submitted, m.Idempotent):  # the call that used this key a moment ago
+        if isinstance(submitted, m.Idempotent):  # a concurrent call has used this key first
             return await self.attach(call, EarlierCall(submitted))
         large.release()
         cost.hold(admitted.num_bytes)
         return self.follow(submitted)
 
     async def run_once(self, call: ParsedCall) -> Generation:
-        """Run a call, or follow what its Idempotency-Key was used for before. Raises as `run` and `attach`."""
+        """Run a call, or attach to the earlier call with its Idempotency-Key. Raises as `run` and `attach`."""
         earlier = await self.earlier.find(call.sent, call.caller) if call.sent is not None else None
         return await self.run(call) if earlier is None else await self.attach(call, earlier)
 
     async def prepare(self, call: ParsedCall) -> AdmittedCall:
-        """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""
+        """Take a call from *parse* to *admit*; the cheapest checks run first. Raises as `run`."""
         outcome = OUTCOME_OF.get(None)
         if outcome is not None:
             outcome.model = call.model_name
@@ -114,7 +114,7 @@ class Pipeline:
         return self.admission.admit(constrained)
 
     async def attach(self, call: ParsedCall, earlier: EarlierCall) -> Generation:
-        """Follow what a call's Idempotency-Key was used for before. Raises ClientError if that was another body."""
+        """Follow the earlier call of a call's Idempotency-Key. Raises ClientError if its body was another."""
         self.admission.left()
         of_body = cost.held()
         attached = await self.earlier.attach(call, earlier)
@@ -123,5 +123,5 @@ class Pipeline:
         return self.follow(attached)
 
     def follow(self, call: SubmittedCall) -> Generation:
-        """Return what follows a submitted call; it must be closed."""
+        """Return a generation that follows a submitted call; the caller must close it."""
         return Generation(self.replies, call)

@@ -1,7 +1,7 @@
 """Reads this gateway's out stream, and delivers every token of a request exactly once.
 
-A delta may arrive twice, overlap what is known, or be missing. The request's log holds every token that a client may
-see, so a delta that does not fit is dropped, cut, or replaced by what the log holds.
+A delta may arrive twice, overlap delivered tokens, or be missing. The log holds every token that a client may see, so
+such deltas are dropped, cut, or replaced by tokens read from the log.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 STREAM_TTL_S = 300
 STREAM_MAX_AGE_MS = 60_000
-KEEP_S = 1.0  # pause between two looks whether the stream exists
-MAX_ABANDONED = 1024  # requests; others end at their deadline
-NUM_LOOKS = 5  # turns of `keep` in which a request may come into the queue that was submitted before
-MAX_PENDING = 64  # deltas held for one call; a client that takes them more slowly is served from the log
+KEEP_S = 1.0  # seconds between checks that the stream exists
+MAX_ABANDONED = 1024  # requests remembered; others end at their deadline
+NUM_LOOKS = 5  # runs of `keep` in which a late submission may still reach the queue
+MAX_PENDING = 64  # deltas held per call; a slower client is served from the log
 
 
 # ---------------------------------------------------------------- order: the pure part
@@ -32,22 +32,22 @@ MAX_PENDING = 64  # deltas held for one call; a client that takes them more slow
 
 @dataclass(slots=True)
 class Cursor:
-    """How far one request has been delivered."""
+    """The position up to which one request has been delivered."""
 
     next: int = 0  # index of the first token not yet delivered
     epoch: int = 0
     ended: bool = False
 
     def is_stale(self, delta: m.Delta) -> bool:
-        """Return whether a delta is void: after the end, or from an owner that has been replaced."""
+        """Return whether a delta must be dropped: the request has ended, or its owner was replaced."""
         return self.ended or delta.epoch < self.epoch
 
     def needs_log(self, delta: m.Delta) -> bool:
-        """Return whether tokens before the delta's are missing, so that the log must be read first."""
+        """Return whether tokens before the delta are missing, so that the log must be read first."""
         return not self.is_stale(delta) and (delta.seq0 < 0 or delta.seq0 > self.next)
 
     def take_next(self, delta: m.Delta) -> bool:
-        """Advance over a delta of the present owner, if it begins where the last one ended. Returns whether it does."""
+        """Advance over a delta that directly follows and is the current owner's. Return False for any other delta."""
         if delta.seq0 != self.next or delta.epoch != self.epoch or self.ended:
             return False
         self.next += len(delta.ids) // 4
@@ -83,39 +83,40 @@ def _rank(delta: m.Delta) -> tuple[int, bool, int]:
 
 
 def max_pending(num_choices: int) -> int:
-    """Return how many deltas are held for a call at most."""
+    """Return the maximum number of deltas held for a call."""
     return max(MAX_PENDING, 2 * num_choices)
 
 
 class Subscription:
-    """The mailbox of one call, between the reader and the call's task; bounded."""
+    """The bounded mailbox of one call, between the stream reader and the call's task."""
 
     def __init__(self, rids: Sequence[str], *, eager: bool) -> None:
         self.rids = rids
         self.client_gone = False
         self.failure: Exception | None = None
         self.nudged = False
-        self.restarted = False  # the queue was restarted since the call last looked
+        self.restarted = False  # the queue was restarted since the call last checked
         self._eager = eager  # wake for every delta, not only for ends and a full mailbox
         self._max_pending = max_pending(len(rids))
         self._pending: list[m.Delta] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._until_s = 0.0  # end of the present wait, in the loop's time
+        self._until_s = 0.0  # loop time of the end of the current wait
         self._timer: asyncio.Handle | None = None
-        self._timer_s = 0.0  # when the timer fires
+        self._timer_s = 0.0  # loop time at which the timer fires
         self._timeout_s = 0.0  # timeout of the current wait
         self.at_once: Callable[[m.Delta], bool] | None = None
-        """Is given each delta that comes while the call waits; returns whether the call need not be woken for it."""
+        """Receives each delta that arrives while the call waits. Returns True if it has handled the delta, so that the
+        call need not wake."""
 
     def push(self, delta: m.Delta) -> None:
-        """Add a delta. Over the limit only the newest of each request is kept."""
+        """Add a delta. Over the limit, only the newest of each request is kept."""
         pending = self._pending
         if self.at_once is not None and self._waiter is not None and not pending and not self._waiter.done():
             try:
                 if self.at_once(delta):
                     self._until_s = self._waiter.get_loop().time() + self._timeout_s
                     return
-            except Exception as error:  # noqa: BLE001  the call's edge: the reader serves all calls
+            except Exception as error:  # noqa: BLE001  ends this call only: the reader serves all
                 self.fail(error)
                 return
         pending.append(delta)
@@ -125,23 +126,23 @@ class Subscription:
             self._wake()
 
     def hang_up(self) -> None:
-        """Wake the call because its client has gone."""
+        """Wake the call because its client has hung up."""
         self.client_gone = True
         self._wake()
 
     def nudge(self, *, restarted: bool = False) -> None:
-        """Make the call read the log, as deltas may have been lost. restarted: the log may have lost its end, too."""
+        """Make the call read the log, because deltas may be lost. restarted: the end of the log may be lost too."""
         self.nudged = True
         self.restarted = self.restarted or restarted
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """End the call with an error of the gateway's own."""
+        """End the call with an internal error."""
         self.failure = error
         self._wake()
 
     async def take(self, timeout_s: float) -> list[m.Delta]:
-        """Wait for deltas and return all that have come; [] after `timeout_s`, or when client or call have ended."""
+        """Wait for deltas and return all pending ones; [] after `timeout_s`, or if client or call have ended."""
         if not self._ready():
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
@@ -165,7 +166,7 @@ class Subscription:
             self._timer = None
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop, until_s: float) -> None:
-        """End the wait at `until_s`. An earlier timer is kept, and set again when it fires: not one for every token."""
+        """End the wait at `until_s`. An earlier timer is kept and reset when it fires, to avoid a new one per token."""
         self._until_s = until_s
         if self._timer is not None and self._timer_s > until_s:
             self._cancel_timer()
@@ -173,7 +174,7 @@ class Subscription:
             self._start_timer(loop)
 
     def _start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
-        # uvloop makes no timer of what is due within half a millisecond, and its handle has no time.
+        # uvloop's handle has no time if the call is due within 0.5 ms, so the time is stored here.
         self._timer, self._timer_s = loop.call_at(self._until_s, self._time_over, loop), self._until_s
 
     def _time_over(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -202,13 +203,13 @@ class Replies:
         self._beats = beats
         self.gid = gid
         self._stream = bus.keys.out(gid)
-        # From the beginning: a request may have been answered before the first read.
+        # Read from the beginning: a request may be answered before the first read.
         self._last_ids = {self._stream: b"0"}
         self._subscriptions: dict[str, list[Subscription]] = {}
-        self._abandoned: dict[str, int] = {}  # request -> how often it was cancelled and was not there
+        self._abandoned: dict[str, int] = {}  # request -> number of cancellations that did not find it
 
     def subscribe(self, rids: Sequence[str], *, eager: bool) -> Subscription:
-        """Open a mailbox, before the requests are submitted, so that nothing is missed. eager: wake for every delta."""
+        """Open a mailbox. Must precede the submission, so that no delta is missed. eager: wake for every delta."""
         subscription = Subscription(rids, eager=eager)
         for rid in rids:
             self._subscriptions.setdefault(rid, []).append(subscription)
@@ -231,20 +232,20 @@ class Replies:
                 subscription.fail(error)
 
     async def cancel(self, rids: Sequence[str]) -> None:
-        """Take requests out of the queue and stop those that run: later if it is away, or has none of them yet."""
+        """Cancel queued and running requests. If the queue does not know them or is unreachable, retry later."""
         try:
             states = await asyncio.gather(*(self.bus.cancel(rid) for rid in rids))
         except CONNECTION_ERRORS:
             self.abandon(rids)
-        else:  # a submission may come after its cancellation, on another connection
+        else:  # on another connection, a submission may arrive after its cancellation
             self.abandon([rid for rid, state in zip(rids, states, strict=True) if not state])
 
     def abandon(self, rids: Sequence[str]) -> None:
-        """Cancel, once the queue can be reached, requests that it may have, or may get, although it has not said so."""
+        """Cancel requests whose submission was not confirmed, as soon as the queue can be reached."""
         self._abandoned |= dict.fromkeys(rids[: MAX_ABANDONED - len(self._abandoned)], 0)
 
     async def read_log(self, rid: str, cursor: Cursor, record_bytes: int, limit: int) -> m.Delta | None:
-        """Return what a request's log holds beyond the cursor, see `Bus.read_log`."""
+        """Return the tokens in a request's log after the cursor, see `Bus.read_log`."""
         GATEWAY_LOG_READS.inc()
         return await self.bus.read_log(rid, cursor.next, record_bytes, limit)
 
@@ -255,16 +256,16 @@ class Replies:
         await self.bus.streams.create(self._stream, STREAM_TTL_S)
 
     async def read(self) -> None:
-        """Wait for entries, and deliver them."""
+        """Wait for entries of the out stream, and deliver their deltas."""
         found = await self.bus.streams.read(self._last_ids, block_ms=2000)
         for _, fields in found.get(self._stream, ()):
             try:
                 self._deliver(fields.get(b"b", b""))
-            except Exception as error:  # noqa: BLE001  the entry's edge: calls without deltas read the log
+            except Exception as error:  # noqa: BLE001  calls without deltas read the log
                 FAILED.note("replies", error, "an entry of the out stream")
 
     async def keep(self) -> None:
-        """Look whether the stream exists and the queue was not restarted."""
+        """Recreate a lost stream, make calls read the log after a loss or restart, and cancel abandoned requests."""
         gone = not await self._beats.streams.keep(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
         if gone:
             logger.warning("the output stream was lost; calls catch up from the log")
@@ -281,14 +282,14 @@ class Replies:
                 self._abandoned[rid] += 1
 
     async def close(self) -> None:
-        """Remove this gateway from the queue."""
+        """Deregister this gateway from the queue."""
         await self.bus.members.leave_gateway(self.gid)
 
     def _deliver(self, raw: bytes) -> None:
         try:
             deltas = decode(raw, list[m.Delta]) if raw else []
         except ProtocolError:
-            # Its tokens are in the log: the next delta shows the gap, a call that gets none looks there by itself.
+            # The tokens are in the log: calls read it at the next delta, which shows a gap, or when a wait times out.
             logger.exception("dropped an entry of the out stream")
             return
         for delta in deltas:

@@ -1,4 +1,4 @@
-"""*Resolve*, the second stage: from the names in a call to the base model and the adapters that are to answer."""
+"""*Resolve*, the second stage: look up the base model and the adapters that a call names."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ _NO_TEXT = {
 
 
 class ResolvedCall(msgspec.Struct, frozen=True):
-    """A call, and who answers it."""
+    """A call with its base and targets."""
 
     parsed: ParsedCall
     base: m.ServedModel
-    targets: list[CallTarget]  # one for each of `parsed.models.names`
+    targets: list[CallTarget]  # one per name of `parsed.models.names`
 
 
 class CallResolver:
-    """Looks names of models up, and waits for adapters that are being fetched."""
+    """Resolves model names, waiting for adapters that are being fetched."""
 
     def __init__(self, fleet: FleetView, resolver: Resolver, timeout_s: float) -> None:
-        """timeout_s: most seconds to wait for an adapter."""
+        """timeout_s: maximum seconds to wait for an adapter."""
         self._fleet = fleet
         self._resolver = resolver
         self._timeout_s = timeout_s
 
     async def resolve(self, call: ParsedCall) -> ResolvedCall:
-        """Return a call with those who answer it.
+        """Return a call with its base and targets.
 
-        Raises BadRequest for what the base model does not do, ModelNotFound, PermissionDenied, AdapterRefused, or what
-        the call's rules make of these, and Unavailable.
+        Raises Unavailable, BadRequest if the base model does not support the call, and ModelNotFound, PermissionDenied,
+        AdapterRefused, or the errors by which the call's rules replace these.
         """
         base = await self.base_of(
             call.models, call.caller, worker=not call.options.background, refused=call.rules.refused_adapter
@@ -77,9 +77,9 @@ class CallResolver:
         worker: bool,
         refused: Callable[[LorafleetError], LorafleetError] | None = None,
     ) -> m.ServedModel:
-        """Return the base of the models of a call, which the first of them has. Raises as `targets`, and Unavailable.
+        """Return the base of a call's models: that of the first one. Raises as `targets`, and Unavailable.
 
-        worker: calls of it must be accepted now.
+        worker: raise Unavailable unless a worker of this base accepts calls now.
         """
         name = ""
         if self._fleet.further:
@@ -107,7 +107,7 @@ class CallResolver:
         caller: Caller,
         refused: Callable[[LorafleetError], LorafleetError] | None = None,
     ) -> list[CallTarget]:
-        """Return what names stand for, waiting for all at once. Raises as `resolve`, or what `refused` makes of it."""
+        """Resolve all names concurrently. Raises as `resolve`. refused: replaces an error by another."""
         if models.token:
             caller = replace(caller, token=models.token)
 
@@ -130,7 +130,7 @@ class CallResolver:
         names = models.names
         if models.adapter and all(is_base(name, base) for name in names):
             names = [models.adapter] * len(names)
-        targets = [await of(names[0])] if len(names) == 1 else await asyncio.gather(*map(of, names))  # tasks cost
+        targets = [await of(names[0])] if len(names) == 1 else await asyncio.gather(*map(of, names))  # saves a task
         if models.adapter and names is models.names:
             named = await of(models.adapter)
             if other := [target.name for target in targets if target.name != named.name]:
@@ -144,7 +144,7 @@ class CallResolver:
 
 
 async def _refusing(finding: Awaitable[T], refused: Callable[[LorafleetError], LorafleetError] | None) -> T:
-    """Return what is found, or raise what a call's rules make of why it is not."""
+    """Return the awaited result; replace its error, unless Unavailable, by the one that `refused` returns."""
     try:
         return await finding
     except Unavailable:
@@ -156,7 +156,7 @@ async def _refusing(finding: Awaitable[T], refused: Callable[[LorafleetError], L
 
 
 def _merged(merged: MergedAdapters, parts: list[CallTarget], base: CallTarget) -> CallTarget:
-    """Return the adapter that a call has made of others. Raises BadRequest."""
+    """Return the target that merges several adapters. Raises BadRequest."""
     digest = digest_of_merge(merge_of_request(merged, [part.digest for part in parts]))
     sources = ",".join(sorted({part.source for part in parts}))
     return CallTarget(",".join(merged.ids), digest, base.files, source=sources)
@@ -178,7 +178,7 @@ _NEEDED: Mapping[m.Task, str] = {
 
 
 def check_task(base: m.ServedModel, wanted: m.Task) -> None:
-    """Raise BadRequest with the reason unless the base model supports the task."""
+    """Raise BadRequest, with the reason, unless the base model supports the task."""
     if base.does(wanted):
         return
     if wanted == "generate":
@@ -189,7 +189,7 @@ def check_task(base: m.ServedModel, wanted: m.Task) -> None:
 
 
 def refuse_classifiers(targets: Sequence[CallTarget]) -> None:
-    """Raise BadRequest for adapters that make a classifier of their base, where text is wanted."""
+    """Raise BadRequest for adapters that turn their base into a classifier: they generate no text."""
     for target in targets:
         if target.num_labels:
             message = f"{target.name} is a classifier of {target.num_labels} labels and generates no text"
@@ -197,12 +197,12 @@ def refuse_classifiers(targets: Sequence[CallTarget]) -> None:
 
 
 def num_labels(base: m.ServedModel, target: CallTarget) -> int:
-    """Return how many labels the head has by which a target labels texts, its own or the base's; 0: there is none."""
+    """Return how many labels the target's or the base's classification head has; 0 if there is no head."""
     return (target.num_labels or len(base.labels)) if base.does("score") else 0
 
 
 def with_vocabulary(call: ParsedCall, base: m.ServedModel, targets: Sequence[CallTarget]) -> ParsedCall:
-    """Return a call that knows how many tokens there are, if it asks for the logprobs of all. Raises BadRequest."""
+    """Return the call with the vocabulary size set, if it asks for the logprobs of all tokens. Raises BadRequest."""
     sampling = call.options.sampling
     if m.WHOLE not in (sampling.num_logprobs, sampling.prompt_logprobs):
         return call
@@ -214,9 +214,9 @@ def with_vocabulary(call: ParsedCall, base: m.ServedModel, targets: Sequence[Cal
 
 
 def with_heads(call: ParsedCall, base: m.ServedModel, targets: Sequence[CallTarget]) -> ParsedCall:
-    """Return a call for labels or scores as those who answer can compute it: pairs, where they have no head, apart.
+    """Return a call for labels or scores as its targets can compute it; without a head, pairs become single texts.
 
-    Raises BadRequest where they can do neither.
+    Raises BadRequest if a target supports neither.
     """
     pairs = call.inputs if isinstance(call.inputs, Pairs) else None
     for target in targets:

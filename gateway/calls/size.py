@@ -1,7 +1,7 @@
-"""What a call may come to hold in the gateway's memory from the queue on, known before it is submitted. Pure.
+"""The maximum gateway memory that a call may hold once submitted, estimated before it is submitted. Pure.
 
-Nothing of it depends on what the model says, but for the length of its words: an answer whose tokens are longer than
-`TEXT_BYTES` on average is charged for the rest as it grows (`TextGrowth`).
+The estimate does not depend on the output, with one exception: text whose tokens are longer than `TEXT_BYTES` on
+average is charged as it grows (`TextGrowth`).
 """
 
 from __future__ import annotations
@@ -17,66 +17,66 @@ from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
 
 MAX_LOGPROB_BYTES = 1 << 27
-"""Most bytes that the logprobs of a call may take in the logs of its requests."""
+"""Maximum bytes that the logprobs of a call may take in the logs of its requests."""
 
 MAX_WHOLE_BYTES = 1 << 24
-"""The same of a call that asks for the whole vocabulary, whose answer takes fifteen times as many bytes as JSON."""
+"""The same for logprobs of the whole vocabulary, whose JSON takes fifteen times as many bytes."""
 
 CHOICE_BYTES = 4 << 10
-"""A choice without its tokens: its request, its end, its stop rule."""
+"""A choice without its tokens: its request, finish and stop rule."""
 
 DELTA_BYTES = 256
-"""A delta that waits, without its logprobs."""
+"""A pending delta without its logprobs."""
 
 ID_BYTES = 5
-"""A token's id, in an array that grows."""
+"""A token id in a growing array."""
 
 SHOWN_ID_BYTES = 48
-"""The same in the list of an answer that shows ids, and in its JSON."""
+"""A token id in the list of an answer that shows ids, and in its JSON."""
 
 TEXT_BYTES = 4
-"""A token's text, where an answer's text is gathered: about what English, Chinese and code have."""
+"""A token's text where an answer's text is collected: roughly the average of English, Chinese and code."""
 
 NUMBER_BYTES = 12
 """Bytes per number of an encoder's answer: received, stored, and written."""
 
 OFFSET_BYTES = 136
-"""Where a token lies in its text: a pair of two numbers."""
+"""A token's offsets in its text: a pair of two numbers."""
 
 GROWTH_BYTES = 1 << 14
-"""What a growing answer is charged at a time."""
+"""Bytes by which the charge of a growing answer is raised at a time."""
 
 ENTRY_BYTES = 160
-"""A `logit_bias` entry, an id of a list or a letter of a bad word, here and in the body that may be resubmitted."""
+"""A `logit_bias` entry, an id of a list or a character of a bad word, here and in the body kept for resubmission."""
 
 REGEX_BYTES, SEARCH_BYTES = 1 << 19, 48 << 10
-"""The automaton of a call's `stop_regex` with the characters that it knows, and what each choice has of its own."""
+"""The automaton of a call's `stop_regex` with its table of characters, and each choice's own search state."""
 
 RECORDS = 3
-"""How often logprobs are held, as bytes: as they came, to tell them to the queue again, and to be written."""
+"""Copies of the logprob records, as bytes: as received, for repairing the queue's log, and being written."""
 
 WHOLE_TEXTS = 5
-"""How often a text is held whose last events have it whole: as it is gathered, and in each of them."""
+"""Copies of a text whose last events repeat it whole: the collected one, and one per event."""
 
 WRITTEN_RECORDS = 50
-"""How often logprobs are held there: as JSON, which has ten times their bytes, and as often as the text."""
+"""Copies of logprob records in that case: JSON of ten times their bytes, as often as the text."""
 
 WRITTEN_TOKENS, WRITTEN_BYTES = 64, 16
-"""Tokens whose logprobs are written at a time, and bytes that this takes for each of a record's."""
+"""Tokens whose logprobs are written at a time, and the memory that this takes per byte of a record."""
 
 
 WRITTEN_WHOLE_BYTES = 96
-"""The same where each token has those of the whole vocabulary, of which one token's are written at a time."""
+"""Memory per byte of a record with the whole vocabulary's logprobs, of which one token is written at a time."""
 
 
 def longest(options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
-    """Return the most tokens of an answer."""
+    """Return the maximum output tokens of a choice."""
     wanted = options.default_tokens if options.max_tokens is None else options.max_tokens
     return max(min(wanted, max_model_len - num_prompt_tokens), 0)
 
 
 def check_logprobs(options: CallOptions, prompts: Sequence[Prompt]) -> None:
-    """Refuse a call whose choices may have too many logprobs together. Raises BadRequest."""
+    """Refuse a call whose choices may have too many logprobs in total. Raises BadRequest."""
     num_bytes, vocabulary = logprob_bytes(options, prompts), options.sampling.vocabulary
     limit = MAX_WHOLE_BYTES if vocabulary else MAX_LOGPROB_BYTES
     if num_bytes > limit:
@@ -92,7 +92,7 @@ def check_logprobs(options: CallOptions, prompts: Sequence[Prompt]) -> None:
 
 
 def logprob_bytes(options: CallOptions, prompts: Sequence[Prompt]) -> int:
-    """Return the most bytes that the logprobs of a call's answers and prompts have in the logs."""
+    """Return the maximum bytes of the logprobs of a call's outputs and prompts in the logs."""
     record, prompt_record = options.record_bytes, options.prompt_record_bytes
     if not (record or prompt_record):
         return 0
@@ -101,13 +101,13 @@ def logprob_bytes(options: CallOptions, prompts: Sequence[Prompt]) -> int:
 
 
 def first_event_bytes(options: CallOptions, prompts: Sequence[Prompt]) -> int:
-    """Return the most bytes of a job's first events, each of which has the logprobs of its prompt, if it is echoed."""
+    """Return the maximum bytes of a job's first events, which include the prompt's logprobs if it is echoed."""
     num_old = options.n * sum(prompt.num_tokens for prompt in prompts)
     return WRITTEN_BYTES * num_old * options.prompt_record_bytes if options.echo else 0
 
 
 def numbers_of(task: m.Task, prompts: Sequence[Prompt], base: m.ServedModel | None) -> int:
-    """Return how many numbers an encoder makes of a call's prompts. base: None while it is not known."""
+    """Return how many numbers an encoder returns for a call's prompts. base: None while it is unknown."""
     if task == "classify":
         return 2 * sum(prompt.num_tokens for prompt in prompts)
     if task == "score":
@@ -117,9 +117,9 @@ def numbers_of(task: m.Task, prompts: Sequence[Prompt], base: m.ServedModel | No
 
 
 def call_bytes(options: CallOptions, prompts: Sequence[Prompt], num_numbers: int = 0) -> int:
-    """Return the most bytes that a call holds from the queue on.
+    """Return the maximum bytes of memory that a call holds once submitted.
 
-    prompts: with the most tokens of each answer. num_numbers: of an encoder's answer.
+    prompts: each with its maximum output tokens. num_numbers: count of numbers in an encoder's answer.
     """
     num_choices, record = options.n * len(prompts), max(options.record_bytes, options.prompt_record_bytes)
     num_new = options.n * sum(prompt.max_new_tokens for prompt in prompts)
@@ -145,18 +145,18 @@ def call_bytes(options: CallOptions, prompts: Sequence[Prompt], num_numbers: int
 
 
 def gathers_text(options: CallOptions) -> bool:
-    """Return whether an answer's text is held until its end, or may be, as the beginning of a match."""
+    """Return whether an answer's text is, or may be, held until its end; also as the start of a possible stop match."""
     is_held = options.by_token or options.output == "tokens" or options.tools is not None
     return not options.stream or is_held or bool(options.sampling.stop_regex)
 
 
 def texts_held(options: CallOptions) -> int:
-    """Return how often an answer's text is held at its end."""
+    """Return how many copies of an answer's text exist at its end."""
     return WHOLE_TEXTS if options.by_token else 1
 
 
 class TextGrowth:
-    """The text of a call's answers as far as it is longer than what the call was charged for it."""
+    """Charges for the text of a call's answers beyond the estimate in its initial charge."""
 
     def __init__(self, options: CallOptions, prompts: Sequence[Prompt]) -> None:
         self._room = 0
@@ -166,7 +166,7 @@ class TextGrowth:
         self._times = texts_held(options)
 
     def add(self, text: str) -> None:
-        """Note a piece of text that is gathered. Raises as `cost.hold` when there is no room for it."""
+        """Count a piece of collected text, and raise the charge if needed. Raises as `cost.hold`."""
         if self.is_gathered and text:
             self._room -= len(text) if text.isascii() else CHARACTER_BYTES * len(text)
             if self._room < 0:

@@ -1,4 +1,4 @@
-"""*Submit*, the sixth stage: a call becomes requests in the queue, one for each choice of each prompt, all or none."""
+"""*Submit*, the sixth stage: write a call's requests into the queue, one per choice, atomically."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ Requests = list[tuple[m.RequestHead, m.Body]]
 
 
 class SubmittedCall(Struct, frozen=True):
-    """A call whose requests are in the queue, now or since an earlier call with the same Idempotency-Key."""
+    """A call whose requests are in the queue, submitted now or by an earlier call with the same Idempotency-Key."""
 
     id: str
     parsed: ParsedCall
-    base: m.ServedModel | None  # None: submitted earlier, and no worker has reported its model to this gateway
+    base: m.ServedModel | None  # None: an earlier call, and no worker has reported its model here
     prompts: list[Prompt]
     created_ms: int
     deadline_ms: int
-    ended_ms: int = 0  # unix time of its end, 0 where that is not known
-    submitted_s: float = 0.0  # monotonic: the moment before it was submitted
-    poll_s: float = 0.0  # how often to look into the log, when another gateway gets the deltas; 0: they come here
-    mail: Subscription | None = None  # mailbox for its deltas; None if nobody waits for them
-    resubmit: Callable[[], Awaitable[object]] | None = None  # repeatable; for a queue that has lost the requests
+    ended_ms: int = 0  # unix time of its end, 0 if unknown
+    submitted_s: float = 0.0  # monotonic time of its submission
+    poll_s: float = 0.0  # seconds between reads of the log if another gateway gets the deltas; 0: this one does
+    mail: Subscription | None = None  # mailbox for its deltas; None if no client waits for them
+    resubmit: Callable[[], Awaitable[object]] | None = None  # idempotent; used if the queue has lost the requests
 
     @property
     def rids(self) -> list[str]:
-        """The ids of its requests, in the order of its choices."""
+        """The ids of its requests, in the order of the choices."""
         return [rid_of(self.id, i) for i in range(len(self.prompts) * self.parsed.options.n)]
 
     @property
@@ -77,10 +77,10 @@ class Submitter:
     async def submit(
         self, call: AdmittedCall, job: Callable[[SubmittedCall], NewJob] | None = None
     ) -> SubmittedCall | m.Idempotent:
-        """Submit a call whose tokens come to this gateway; or return what its Idempotency-Key was used for before.
+        """Submit a call whose tokens come to this gateway; or return the record of its Idempotency-Key's first use.
 
-        job: makes the job that the call is kept as, None for none. Raises Overloaded, Unavailable. When it fails nobody
-        listens to the call any more.
+        job: makes the job that stores the call, None if it is not a job. Raises Overloaded, Unavailable; the mailbox is
+        closed then.
         """
         made = self.made(call)
         empty = made.parsed.options.is_empty
@@ -96,7 +96,7 @@ class Submitter:
         except asyncio.CancelledError:
             self._replies.unsubscribe(mail)
             if not made.parsed.key:
-                await self._replies.cancel(made.rids)  # the queue may have it, and nobody would take it out any more
+                await self._replies.cancel(made.rids)  # the queue may have accepted it
             raise
         except BaseException:
             self._replies.unsubscribe(mail)
@@ -104,13 +104,13 @@ class Submitter:
         if earlier is not None:
             self._replies.unsubscribe(mail)
             return earlier
-        # An accepted call must not be refused when it is resubmitted to a queue that lost its last second.
+        # forced: an accepted call must not be refused when it is resubmitted to a queue that lost its last second.
         return structs.replace(
             made, mail=mail, resubmit=partial(self._write, call, requests, record, forced=True, job=new)
         )
 
     def made(self, call: AdmittedCall) -> SubmittedCall:
-        """Return a call as it will be in the queue, with a new id."""
+        """Return the call as submitted, with its id, creation time and deadline."""
         created_ms = now_ms()
         deadline_ms = created_ms + int(self._admission.lifetime_s(call.parsed) * 1000)
         return SubmittedCall(
@@ -124,10 +124,10 @@ class Submitter:
         )
 
     def requests(self, call: SubmittedCall, *, gateway: str, stored: bool) -> Requests:
-        """Return the queue's requests of a call, one for each choice; those of a prompt share a body.
+        """Return a call's requests, one per choice; choices of one prompt share a body.
 
-        gateway: who gets the tokens, "" for nobody. stored: they live on without their client. Raises Unavailable when
-        it is now, and no worker is new enough for all that they use.
+        gateway: id of the gateway that gets the tokens, "" for none. stored: the requests outlive their client. Raises
+        Unavailable if a call in the foreground uses features that no worker supports.
         """
         options, caller = call.parsed.options, call.parsed.caller
         weight = caller.tenant.weight if caller.tenant is not None else 1.0
@@ -174,9 +174,9 @@ class Submitter:
     async def put(
         self, call: AdmittedCall, requests: Requests, record: m.Idempotent | None, job: NewJob | None = None
     ) -> m.Idempotent | None:
-        """Write requests into the queue; return what the call's Idempotency-Key, if any, was used for before.
+        """Write requests into the queue; return the record of the Idempotency-Key's first use, if the key is used.
 
-        record: what is kept under that key. job: what the call is in the background. Raises Overloaded.
+        record: stored under that key. job: the job of a background call. Raises Overloaded.
         """
         try:
             outcome, result = await self._write(call, requests, record, job=job)
@@ -185,7 +185,7 @@ class Submitter:
             self._admission.settle(call, outcome, result)
         except LOST:
             if record is None:
-                self._replies.abandon([head.rid for head, _ in requests])  # its client will not ask for it again
+                self._replies.abandon([head.rid for head, _ in requests])  # its client has no key to find it by
             raise
         finally:
             self._admission.reached_queue()
@@ -204,7 +204,7 @@ class Submitter:
         forced: bool = False,
         job: NewJob | None = None,
     ) -> tuple[str, Any]:
-        """Write requests into the queue, or find them there; see `Bus.submit`. forced: whatever the limits are."""
+        """Write requests into the queue, or find them there; see `Bus.submit`. forced: ignore limits."""
         caller, key = call.parsed.caller, call.parsed.key
         history, text = ("", 0) if caller.is_batch else (self._history, self._history_text)
         return await self._bus.submit(
@@ -218,15 +218,15 @@ class Submitter:
 
 
 def targets_of(parsed: ParsedCall, prompts: Sequence[Prompt]) -> list[CallTarget]:
-    """Return those who answer a call, in order."""
+    """Return the targets of a call, in order."""
     return [prompt.target for prompt in prompts[:: len(parsed.sources)]]
 
 
 def usages_of(call: AdmittedCall, days: int) -> list[bytes]:
-    """Return what the requests of a call, in the order of its choices, add to its tenant's usage when they end.
+    """Return the usage that each request of a call, in the order of choices, adds for its tenant when it ends.
 
-    It is what the answer's `usage` says: a call counts once for each of those who answer, a prompt once, whatever n is.
-    days: how long it is kept.
+    As in the answer's `usage`, a call counts once per target, and a prompt once whatever n is. days: how long the usage
+    is kept.
     """
     parsed = call.parsed
     found: list[bytes] = []
@@ -249,17 +249,17 @@ def usages_of(call: AdmittedCall, days: int) -> list[bytes]:
 
 
 def record_of(call: SubmittedCall, jid: str = "") -> m.Idempotent:
-    """Return the record stored under a call's Idempotency-Key. jid: id of its job, "" if it is none."""
+    """Return the record stored under a call's Idempotency-Key. jid: id of its job, "" if it has none."""
     assert call.parsed.sent is not None
     body_hash = call.parsed.sent.hash
     return m.Idempotent(body_hash=body_hash, created_ms=call.created_ms, rids=call.rids, jid=jid, **facts_of(call))
 
 
 def facts_of(call: SubmittedCall) -> dict[str, Any]:
-    """Return the facts about the answering models that are needed, beside a call's body, to write its answer later.
+    """Return the facts that are needed, besides a call's body, to write its answer later.
 
-    These are their base and digests, the hashes of their own texts, and whether their prompt ends within the model's
-    reasoning.
+    They are the base, the targets' digests and hashes of their own texts, and whether each prompt ends within the
+    model's reasoning.
     """
     first = call.prompts[:: len(call.parsed.sources)]
     return {
@@ -271,7 +271,7 @@ def facts_of(call: SubmittedCall) -> dict[str, Any]:
 
 
 def rid_of(call: str, index: int) -> str:
-    """Return the queue's id of a call's choice."""
+    """Return the id of the request of a call's choice."""
     return f"{call}-{index}"
 
 
@@ -281,6 +281,6 @@ def call_of(rid: str) -> str:
 
 
 def prefix_hash(ids: bytes) -> str:
-    """Return a hash of the beginning of a long prompt (int32 ids), "" for a short one."""
+    """Return a hash of the first `PREFIX_TOKENS` of a prompt (int32 ids), "" for a shorter one."""
     size = PREFIX_TOKENS * 4
     return hashlib.blake2b(ids[:size], digest_size=8).hexdigest() if len(ids) >= size else ""

@@ -1,4 +1,4 @@
-"""*Render and tokenize*, the third stage: from messages and texts to the token ids of prompts."""
+"""*Render and tokenize*, the third stage: convert messages and texts to the token ids of prompts."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 Offset = tuple[int, int] | None
-"""Where a token lies in its text: characters [start, end); None for a token that is none of the text's own."""
+"""Position of a token in its text: characters [start, end); None for a special token, which is not in the text."""
 
 Encoded = tuple[list[int], Sequence[Offset]]
-"""A text's token ids, and their offsets if they are wanted."""
+"""A text's token ids, and their offsets if requested."""
 
 MAX_BAD_WORD_TOKENS = 1024
-"""Tokens of all bad words together: vLLM's limit. A step compares as many numbers of tokens as there are lengths."""
+"""Maximum tokens of all bad words together, as in vLLM. A step compares the latest tokens once per distinct length."""
 
 ENCODED_BYTES = 150
-"""A token of a pair while pairs are made: of the library's encoding, and of lists of ids."""
+"""Memory per token of a pair while pairs are tokenized: the library's encoding, and lists of ids."""
 
 FEW_TOKENS = 1 << 14
-"""Ids, or characters of texts, up to which prompts are made in the event loop: that takes a millisecond."""
+"""Maximum ids, or characters of texts, of prompts that are built on the event loop: it takes a millisecond."""
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One prompt of a call, for one of those who answer."""
+    """One prompt of a call, for one target."""
 
     target: CallTarget
-    ids: bytes  # int32; b"" when it has been submitted before and is not needed again
+    ids: bytes  # int32; b"" for an earlier call, which needs none
     num_tokens: int
     max_new_tokens: int = 0  # per choice; 0 until admitted
     echo: str = ""  # the text that answers begin with
@@ -51,42 +51,42 @@ class Prompt(msgspec.Struct, frozen=True):
     form: AnswerForm | None = None  # allowed parts of answers besides text
     offsets: Sequence[Offset] = ()  # offset of each token, if requested
     second: int = 0  # index of a pair's second text, as in `messages.Body`
-    bad_words: list[list[int]] = []  # sequences of tokens that answers may not have
+    bad_words: list[list[int]] = []  # token sequences that answers may not contain
 
     @property
     def files(self) -> ModelFiles:
-        """The tokenizer and what belongs to it."""
+        """The target's tokenizer and templates."""
         return self.target.files
 
 
 class TokenizedCall(msgspec.Struct, frozen=True):
-    """A call with its prompts: for each of those who answer every one."""
+    """A call with its prompts: for each target, all of them."""
 
     resolved: ResolvedCall
     prompts: list[Prompt]
 
     @property
     def parsed(self) -> ParsedCall:
-        """What the body asks for."""
+        """The parsed call."""
         return self.resolved.parsed
 
     @property
     def options(self) -> CallOptions:
-        """The parameters."""
+        """The call's parameters."""
         return self.resolved.parsed.options
 
 
 def check_size(call: ResolvedCall, max_call_tokens: int) -> None:
-    """Refuse prompts that have too many tokens whatever these are, before any is made. Raises BadRequest.
+    """Refuse prompts that have too many tokens in any case, before they are tokenized. Raises BadRequest.
 
-    Ids are counted. A text has at least as many tokens as its bytes hold of the longest one; but not where only the
-    end of it is taken.
+    Ids are counted. A text has at least its length divided by the longest token's; this bound does not hold for a text
+    of which only a part is kept.
     """
     inputs, rules, options = call.parsed.inputs, call.parsed.rules, call.parsed.options
     if isinstance(inputs, ChatPrompt):
-        return  # `encode_chat` holds what the template makes of it against the same limit
+        return  # `encode_chat` applies the limit to the rendered text
     num_tokens, limit = 0, None
-    if isinstance(inputs, Pairs):  # `_check_pairs` holds what becomes of them against the same limit
+    if isinstance(inputs, Pairs):  # `_check_pairs` applies the limit to shortened texts
         sources = [*inputs.firsts, *(inputs.seconds if inputs.most_second is None else ())]
     else:
         sources, limit = inputs.sources, most_left(inputs, options, call.base)
@@ -100,7 +100,7 @@ def check_size(call: ResolvedCall, max_call_tokens: int) -> None:
 
 
 def most_left(inputs: ChatPrompt | Texts, options: CallOptions, base: m.ServedModel) -> int | None:
-    """Return how many tokens are left of each prompt at most, None where none is cut off. Raises BadRequest."""
+    """Return the maximum number of tokens kept of each prompt, None without truncation. Raises BadRequest."""
     if inputs.truncation is None:
         return None
     limit = inputs.truncation.limit(base.max_model_len, options.max_tokens)
@@ -111,10 +111,10 @@ def most_left(inputs: ChatPrompt | Texts, options: CallOptions, base: m.ServedMo
 
 
 async def tokenize(call: ResolvedCall) -> TokenizedCall:
-    """Return a call with its prompts. Raises BadRequest for messages and ids that the model cannot take."""
+    """Return the call with its prompts. Raises BadRequest for messages and ids that the model does not accept."""
     parsed = call.parsed
     prompts: list[Prompt] = []
-    # Prompts that models share: those with equal tokenizers, vocabularies and room.
+    # Targets with equal tokenizer, vocabulary size and context length share prompts.
     same: dict[tuple[int, int, int], list[Prompt]] = {}
     for target in call.targets:
         vocab_size, base = target.vocab_size or call.base.vocab_size, target.within(call.base)
@@ -137,10 +137,10 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
 
 
 async def _of_conversation(call: ParsedCall, inputs: ChatPrompt, target: CallTarget, base: m.ServedModel) -> Prompt:
-    """Return the prompt that the template makes of messages; of as many as fit where they may be dropped.
+    """Return the prompt that the template renders from messages; if messages may be dropped, from as many as fit.
 
-    Those of the system at the beginning stay, and what remains begins with the user. Each try renders the template:
-    their number grows with the logarithm of the number of messages.
+    System messages at the beginning are kept, and the rest begins with a user message. A binary search over the
+    starting points renders the template a logarithmic number of times.
     """
     if inputs.truncation is None or not inputs.truncation.drops_messages:
         return await _rendered(call, inputs, target, base)
@@ -194,7 +194,7 @@ async def _rendered(call: ParsedCall, inputs: ChatPrompt, target: CallTarget, ba
 
     def make() -> bytes:
         packed = pack(ids)
-        encoded.ids.clear()  # in the same thread: freeing a long list of ids takes a millisecond as well
+        encoded.ids.clear()  # freed in the thread: a long list takes a millisecond
         return packed
 
     packed = make() if num_tokens <= FEW_TOKENS else await asyncio.to_thread(make)
@@ -217,7 +217,7 @@ async def _of_texts(
         found.clear()  # as in `_rendered`
         return prompts
 
-    # In a thread the loop has its turn meanwhile; for few tokens that would cost more than it gives.
+    # A thread keeps the event loop responsive; for few tokens it would cost more than it saves.
     num_tokens = sum(map(len, inputs.sources))
     return make() if num_tokens <= FEW_TOKENS else await asyncio.to_thread(make)
 
@@ -260,10 +260,10 @@ async def _of_pairs(
 
 
 async def _check_pairs(call: ParsedCall, inputs: Pairs, target: CallTarget, base: m.ServedModel) -> None:
-    """Refuse pairs that are too long, alone or together, and charge for them, before they are made.
+    """Refuse pairs that are too long, each or in total, and charge for their memory, before they are tokenized.
 
-    A first text stands in each of its pairs, so that these may be much longer than the body. Raises BadRequest, and as
-    `cost.hold`.
+    A first text is repeated in each of its pairs, so that these may be much longer than the body. Raises BadRequest,
+    and as `cost.hold`.
     """
     texts = [*inputs.firsts, *inputs.seconds]
     ids = await target.files.encoder.encode(texts, add_special_tokens=False)
@@ -281,9 +281,9 @@ async def _check_pairs(call: ParsedCall, inputs: Pairs, target: CallTarget, base
 async def encoded(
     files: ModelFiles, texts: Sequence[str], check: Callable[[int], object] | None, *, special: bool
 ) -> list[Encoded]:
-    """Return of each text its token ids, with the special ones if they are wanted, and with a `check` their offsets.
+    """Return the token ids of each text and, with a `check`, their offsets. special: add special tokens.
 
-    `check` raises for a number of tokens that is too large, before lists are made of them.
+    check: raises if given a number of tokens that is too large, before lists are made of them.
     """
     if not texts:
         return []
@@ -298,9 +298,9 @@ async def encoded(
 
 
 async def _bad_words(words: Sequence[str], files: ModelFiles) -> list[list[int]]:
-    """Return words as tokens: each as it begins a text and, where that is one other token first, after a space.
+    """Return words as token sequences: each without a leading space and, if its first token then differs, with one.
 
-    That is what vLLM does. Raises BadRequest for a word that has no tokens, and for too many tokens.
+    That is vLLM's rule. Raises BadRequest for a word that has no tokens, and for too many tokens.
     """
     bare = [word.lstrip() for word in words]
     texts = [text for word in bare for text in (word, f" {word}")]
@@ -320,7 +320,7 @@ async def _bad_words(words: Sequence[str], files: ModelFiles) -> list[list[int]]
 
 
 def check_token_ids(options: CallOptions, vocab_size: int) -> None:
-    """Refuse parameters with token ids that a model does not have. Raises BadRequest."""
+    """Refuse parameters with token ids outside the vocabulary. Raises BadRequest."""
     sampling = options.sampling
     for param, ids in (
         ("logit_bias", sampling.logit_bias),
@@ -332,7 +332,7 @@ def check_token_ids(options: CallOptions, vocab_size: int) -> None:
 
 
 def check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
-    """Refuse token ids that a vocabulary of `vocab_size` tokens does not have. Raises BadRequest naming the first."""
+    """Refuse token ids outside a vocabulary of `vocab_size` tokens. Raises BadRequest naming the first."""
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = brief(next(id_ for id_ in ids if not 0 <= id_ < vocab_size))
         text = f"{param}: token id {wrong} is out of vocabulary, whose {vocab_size} tokens count from 0"
@@ -340,9 +340,9 @@ def check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
 
 
 def echoed(call: ParsedCall, source: Source, files: ModelFiles) -> str:
-    """Return the text that answers to a prompt begin with: that of the prompt as sent, special tokens with it.
+    """Return the text that answers begin with, "" if none: the prompt as sent, special tokens included.
 
-    In a chat it is that of the last message, if its role is the answer's. "" where none is wanted.
+    In a chat it is the last message's, if its role is the answer's.
     """
     inputs = call.inputs
     if not (inputs.echoes if isinstance(inputs, ChatPrompt) else call.options.echo):
@@ -357,5 +357,5 @@ def echoed(call: ParsedCall, source: Source, files: ModelFiles) -> str:
 
 
 def pack(ids: Sequence[int]) -> bytes:
-    """Return token ids as int32."""
+    """Return token ids as packed int32."""
     return array("i", ids).tobytes()

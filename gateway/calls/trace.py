@@ -1,4 +1,4 @@
-"""The spans of one call in its gateway: times of its stages, and attributes of request and answer."""
+"""The spans of one call in its gateway: the times of its stages, and attributes of request and answer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gateway.calls.writers import CallUsage
 from protocol.runtime.tracing import Trace, Tracer
 
 OPERATIONS = {"embed": "embeddings", "classify": "classify", "score": "score"}
-"""Task -> `gen_ai.operation.name`; text is a chat or a text_completion."""
+"""Task -> `gen_ai.operation.name`. Generation is `chat` or `text_completion`."""
 
 _NOTHING = nullcontext()
 
 
 @dataclass(slots=True)
 class CallTrace:
-    """A traced call: the context of its span, which is exported when the call has been answered."""
+    """The trace of one call; its span is exported when the call has been answered."""
 
     place: Trace
     began_ns: int = field(default_factory=time.time_ns)
@@ -30,7 +30,7 @@ class CallTrace:
     stages: list[tuple[str, int, int]] = field(default_factory=list)  # name, begin and end in unix ns
 
     def about(self, call: ParsedCall) -> None:
-        """Set the request's attributes, by the conventions for generative AI; neither prompts nor answers."""
+        """Set the request's attributes by OpenTelemetry's conventions for generative AI, without prompts."""
         options, models = call.options, ",".join(call.models.names)[:256]
         is_chat = isinstance(call.inputs, ChatPrompt)
         operation = OPERATIONS.get(call.task) or ("chat" if is_chat else "text_completion")
@@ -59,11 +59,11 @@ class CallTrace:
         }
 
     def stage(self, name: str, begin_ns: int, end_ns: int = 0) -> None:
-        """Note a stage that has ended, now if `end_ns` is 0."""
+        """Record a stage that ended at `end_ns`, or now if that is 0."""
         self.stages.append((name, begin_ns, end_ns or time.time_ns()))
 
     def tell(self, tracer: Tracer, status: int, route: str) -> None:
-        """Export the call's span, and those of its stages."""
+        """Export the spans of the call and of its stages."""
         for name, begin_ns, end_ns in self.stages:
             tracer.tell(name, self.place.child(), begin_ns, end_ns, {})
         more = {"http.request.method": "POST", "http.route": route, "http.response.status_code": status}
@@ -79,11 +79,11 @@ class CallTrace:
 
 
 TRACE_OF: ContextVar[CallTrace | None] = ContextVar("call_trace", default=None)
-"""The trace of the call that the current task works for, None for one that is not traced."""
+"""The trace of the current task's call, None if it is not traced."""
 
 
 def stage(name: str) -> AbstractContextManager[None]:
-    """Return a context whose time is a stage of the current call."""
+    """Return a context manager whose duration is recorded as a stage of the current call."""
     trace = TRACE_OF.get()
     return _NOTHING if trace is None else _timed(trace, name)
 

@@ -1,4 +1,4 @@
-"""What a call waits for until its first token: its queue position, then its adapter."""
+"""What a call waits for until its first token: its place in the queue, then its adapter."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
 MAX_COUNTED = 100
-"""Most requests that are counted ahead of a waiting one, so that a comment stays cheap with thousands waiting."""
+"""Maximum requests counted ahead of a waiting one: counting stays cheap with thousands waiting."""
 
 
 async def waiting_state(bus: Bus, rid: str) -> str:
-    """Return in a few words what a request waits for. Raises a connection error."""
+    """Return a short description of what a request waits for. Raises a connection error."""
     holder = await bus.holder(rid)
     if holder.state == "queued":
         status = await bus.get(bus.keys.status, m.SchedulerStatus)
@@ -25,7 +25,7 @@ async def waiting_state(bus: Bus, rid: str) -> str:
 
 
 def adapter_state(digest: str, beat: m.WorkerBeat | None) -> str:
-    """Return how far a request's adapter, "" for none, is on its worker, by that worker's latest beat."""
+    """Return how far a worker, by its latest heartbeat, has loaded a request's adapter. digest: "" for the base."""
     if beat is None:
         return "waiting for its worker"
     if not digest or digest in beat.resident:

@@ -1,4 +1,4 @@
-"""*Write*, the last stage: what the writers of all APIs share. Each API has its own in its module `write`."""
+"""*Write*, the last stage: the code that the writers of all APIs share. Each API has its own module `write`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from gateway.calls.choices import Piece
 
-MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for what is impossible
+MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for an impossible token
 
 
 @dataclass(slots=True)
 class CallUsage:
-    """The tokens of a call; each prompt counts once."""
+    """Token counts of a call; each prompt counts once."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
 
     def json(self) -> dict[str, Any]:
-        """Return the `usage` of an answer."""
+        """Return the `usage` object of an answer."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -31,22 +31,22 @@ class CallUsage:
 
 
 def event(body: bytes) -> bytes:
-    """Return one JSON text as an event."""
+    """Return a JSON text as a server-sent event."""
     return b"data: " + body + b"\n\n"
 
 
 def comment(text: str) -> bytes:
-    """Return a comment, which keeps a connection alive and is no event; `text` says what the call waits for."""
+    """Return an SSE comment, which keeps a connection alive. text: what the call waits for."""
     return f": {text or 'ping'}\n\n".encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """How the parts of a stream stand one after the other."""
+    """How a stream's parts are delimited."""
 
     media_type: bytes
     event: Callable[[bytes], bytes]  # turns one JSON text into an event
-    idle: Callable[[str], bytes]  # a part that only keeps the connection alive; takes what the call waits for
+    idle: Callable[[str], bytes]  # returns a keep-alive part; takes what the call waits for
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -58,31 +58,31 @@ SSE = Framing(b"text/event-stream; charset=utf-8", event, comment)
 """Server-sent events."""
 
 DONE = b"data: [DONE]\n\n"
-"""The last event of a stream of OpenAI's."""
+"""The last event of a stream in OpenAI's API."""
 
 
 class Writer:
-    """How one endpoint writes its answers. A writer that has this as its base writes nothing of what it leaves out."""
+    """How one endpoint writes its answers. This base class writes nothing."""
 
     def frames(self, piece: Piece) -> Iterable[bytes]:
-        """Return the frames of a piece, each a whole one; none when it shows nothing yet.
+        """Yield the complete frames of a piece; none while it shows nothing.
 
-        Each is made in a few milliseconds at most. Those of a piece with more tokens are made as they are asked for.
+        Each takes at most a few milliseconds; the frames of a piece with more tokens are made lazily.
         """
         return ()
 
     def usage_frame(self, usage: CallUsage) -> bytes:
-        """Return the frame after the last choice's end; none where the last frame has the counts."""
+        """Return the usage frame that follows the last choice's end; b"" if the last frame has the counts."""
         return b""
 
     def show_usage(self, usage: CallUsage) -> None:
-        """Include a call's usage so far in all following frames, where frames before the last have counts."""
+        """Include the call's usage so far in the following frames, in a stream where all frames have counts."""
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
-        """Return the answer of a call that was not streamed."""
+        """Return the body of an answer that is not streamed."""
         return {}
 
 
 def shown_logprob(logprob: float) -> float | None:
-    """Return a logprob as JSON has it; None for NaN, the logprob of a prompt's first token."""
+    """Return a logprob for JSON; None for NaN, the logprob of a prompt's first token."""
     return None if math.isnan(logprob) else max(logprob, MIN_LOGPROB)

@@ -1,1 +1,1 @@
-"""Messages of a chat, and the templates that make a prompt of them."""
+"""Chat messages, and the templates that render them to a prompt."""

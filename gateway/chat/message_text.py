@@ -1,4 +1,4 @@
-"""The text of a chat's messages. Imports no library: each process of the sandbox loads it as it starts.
+"""The text of chat messages. Imports no libraries, because each sandbox process loads it at its start.
 
 Pure.
 """
@@ -11,14 +11,14 @@ Message = dict[str, Any]
 
 
 def text_of(content: object) -> str:
-    """Return the `content` of a normalized message as one text, "" for none."""
+    """Return the `content` of a normalized message as one text, "" if absent."""
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content)
     return content if isinstance(content, str) else ""
 
 
 def text_in(message: Message) -> str:
-    """Return the text of a message as `normalize_messages` has it, which has let it pass: its calls are not read."""
+    """Return the text of a message accepted by `normalize_messages`, ignoring tool calls."""
     content = message.get("content")
     refusal = (message.get("refusal") or "") if message["role"] == "assistant" else ""
     if isinstance(content, list):

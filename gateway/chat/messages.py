@@ -1,6 +1,6 @@
-"""The messages of a chat as OpenAI's API has them, checked, and brought into one form. Pure.
+"""Validates the messages of a chat in OpenAI's API, and normalizes them. Pure.
 
-What a template makes of that form is its own affair: `template_forms` knows what it expects.
+`template_forms` adapts the normal form to what a template expects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from protocol.wire.errors import BadRequest
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 MAX_OTHER_ROLES = 8
-"""Roles of a conversation besides these, which some templates have."""
+"""Maximum roles of a conversation besides these; some templates have their own."""
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _LONG_NUMBER = re.compile(r"\d{19}")
@@ -31,18 +31,18 @@ _UNREAD = {
     "image": "image", "image_url": "image", "input_image": "image", "document": "document", "file": "file",
     "input_file": "file", "input_audio": "sound", "audio": "sound",
 }  # fmt: skip
-"""Types of parts, in any API's words, that are no text -> what the model is told that there was."""
+"""Type of a part that is not text, in any API -> word for it in the text that replaces it."""
 
 
 def normalize_messages(messages: list[Message]) -> list[Message]:
-    """Return checked messages in one form. Raises BadRequest naming the place.
+    """Return validated messages in the normal form. Raises BadRequest naming the place.
 
     `content` is a text or a list of text parts, and absent only from an assistant's message. Arguments of tool calls
     are objects. `function_call` and the role `function` become a tool call and its result, a refusal becomes text, and
-    absent values go.
+    null fields are dropped.
     """
     normal: list[Message] = []
-    call_id = ""  # of the last call
+    call_id = ""  # id of the latest call
     for i, message in enumerate(messages):
         one = _normalize(message, f"messages[{i}]", new_id=f"{i:09}")  # as long as Mistral's templates demand
         if one["role"] == "function":
@@ -54,33 +54,33 @@ def normalize_messages(messages: list[Message]) -> list[Message]:
 
 
 def stand_in(kind: object) -> str | None:
-    """Return the text in place of a part of a tool's result that is no text; None for types that stand nowhere.
+    """Return the text that replaces a non-text part of a tool's result; None for types that are not replaced.
 
-    The client did not choose what its tool has found, and a refusal would end its conversation: each later call would
-    have the same result in it.
+    The client did not choose what its tool returned, and a refusal would end its conversation: every later call would
+    contain the same result.
     """
     word = _UNREAD.get(kind) if isinstance(kind, str) else None
     return f"[{word}: this model reads text]" if word is not None else None
 
 
 def unread_parts(content: object, place: str) -> Iterator[str]:
-    """Yield the places of parts that a text stands in for, in the content of a result, which may be wrong."""
+    """Yield the places of replaced parts in a result's content, which may be invalid."""
     for i, part in enumerate(content) if isinstance(content, list) else ():
         if isinstance(part, dict) and stand_in(kind := part.get("type")) is not None:
             yield f"{place}[{i}] ({kind})"
 
 
 def unread_results(messages: Sequence[Message]) -> Iterator[str]:
-    """Yield the places of such parts in messages, which may be wrong too."""
+    """Yield the places of replaced parts in messages, which may be invalid."""
     for i, message in enumerate(messages):
         if message.get("role") in _RESULT_ROLES:
             yield from unread_parts(message.get("content"), f"messages[{i}].content")
 
 
 def check_roles(messages: list[Message], text: str) -> None:
-    """Raise BadRequest unless a template has written all messages of roles that it alone may know into a text.
+    """Raise BadRequest unless the rendered text contains all messages with non-standard roles.
 
-    Some write any role, some have roles of their own, and some leave out what they do not know.
+    Some templates write any role, some have roles of their own, and some drop messages with unknown roles.
     """
     others = [message for message in messages if message["role"] not in ROLES]
     roles = {message["role"] for message in others}
@@ -88,7 +88,7 @@ def check_roles(messages: list[Message], text: str) -> None:
         told = f"messages has {len(roles)} roles besides {', '.join(sorted(ROLES))}"
         raise BadRequest(f"{told}; the limit is {MAX_OTHER_ROLES}", param="messages")
     missing = next((role for role in sorted(roles) if role not in text), None)
-    at = 0  # what is found once is not looked at again
+    at = 0  # each search starts after the previous match
     for message in others:
         content = text_of(message.get("content")).strip()
         found = text.find(content, at)
@@ -122,7 +122,7 @@ def _normalize(message: Message, place: str, new_id: str) -> Message:
 
 
 def _normalize_assistant(message: Message, place: str, new_id: str) -> None:
-    """Bring what only the model's own messages have into one form. new_id: for a call that has none."""
+    """Normalize the fields that only assistant messages have. new_id: for a call without one."""
     if "audio" in message:
         raise BadRequest(f"{place}.audio is not supported: this model reads text", param=f"{place}.audio")
     refusal = message.pop("refusal", "")
@@ -139,7 +139,7 @@ def _normalize_assistant(message: Message, place: str, new_id: str) -> None:
             raise BadRequest(f"{place} has both tool_calls and function_call", param=f"{place}.function_call")
         function = _function(message.pop("function_call"), f"{place}.function_call")
         normal = [{"id": new_id, "type": "function", "function": function}]
-    if normal:  # templates take a list that is there for one that is not empty
+    if normal:  # templates assume that a present list is not empty
         message["tool_calls"] = normal
 
 
@@ -152,7 +152,7 @@ def _tool_call(call: object, place: str) -> dict[str, Any]:
 
 
 def _function(function: Any, place: str) -> dict[str, Any]:
-    """Return the function of a call with its arguments as an object: the API sends the object's JSON."""
+    """Return a call's function with its arguments as an object; the API sends them as a JSON string."""
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRequest(f"{place}.name must be a string", param=f"{place}.name")
     arguments = function.get("arguments") or {}
@@ -164,7 +164,7 @@ def _function(function: Any, place: str) -> dict[str, Any]:
 
 
 def _content(content: object, place: str, *, is_result: bool) -> str | list[dict[str, str]]:
-    """Return a message's text, or its parts, of which each is text."""
+    """Return a message's content: a text, or a list of text parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -186,10 +186,10 @@ def _text(part: object, place: str, is_result: bool) -> str:
 
 
 def _parsed(text: str, place: str) -> Any:
-    """Return what a tool call's arguments mean, with integers as they are. Raises BadRequest."""
+    """Return a tool call's arguments, with exact integers. Raises BadRequest."""
     try:
         value = json_values.loads(text.encode(), place)
-        # orjson makes floats of integers beyond 64 bits.
+        # orjson converts integers beyond 64 bits to floats.
         return json.loads(text) if _LONG_NUMBER.search(text) else value
     except BadRequest as error:
         raise BadRequest(error.message, param=place) from error

@@ -1,4 +1,4 @@
-"""Chat templates: the model's Jinja template over the client's messages, in a sandbox, as transformers renders it."""
+"""Chat templates: renders messages with the model's Jinja template, in Jinja's sandbox, as transformers does."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ from peft_adapters.texts.files import TEXT_FILES, special_tokens, template_of
 from protocol.wire.errors import BadRequest
 
 END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
-"""Written after a last message that is to be continued, to find its end in what a template makes of it.
-
-transformers' own, with a space at its end, by which one sees whether the template strips what it writes.
-"""
+"""Appended to a last message that is to be continued, to find its end in the rendered text. It is transformers' mark
+plus a space, which shows whether the template strips the text."""
 
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, AttributeError)
 
 
 class _RaisedError(jinja2.TemplateError):
-    """What a template says by `raise_exception`."""
+    """The error of a template's `raise_exception`."""
 
 
 class ChatTemplate:
-    """A compiled chat template with the model's special tokens. Raises BadRequest when it does not compile."""
+    """A compiled chat template with the model's special tokens. Raises BadRequest if it does not compile."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         environment = _environment()
@@ -49,12 +47,12 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
-        """Read the template of a model folder; None when the model has none."""
+        """Read the template of a model folder; None if there is none."""
         return cls.of({name: (folder / name).read_text() for name in TEXT_FILES if (folder / name).is_file()})
 
     @classmethod
     def of(cls, texts: Mapping[str, str]) -> ChatTemplate | None:
-        """Return the template among a model's text files; None when there is none."""
+        """Return the template among a model's text files; None if there is none."""
         source = template_of(texts)
         return None if source is None else cls(source, special_tokens(texts))
 
@@ -66,9 +64,9 @@ class ChatTemplate:
         continue_final: bool = False,
         variables: dict[str, Any],
     ) -> str:
-        """Return the prompt of normalized messages. continue_final: it ends with the text of the last one.
+        """Return the prompt of normalized messages. continue_final: end it after the text of the last one.
 
-        Raises BadRequest, with the template's own words where it has any.
+        Raises BadRequest, with the template's own message if it has one.
         """
         failure: Exception | None = None
         for form in in_forms(messages, self._form):
@@ -103,7 +101,7 @@ class ChatTemplate:
 
 
 def _marked(message: Message) -> Message:
-    """Return a message with the mark at the end of its text."""
+    """Return a message with the mark appended to its text."""
     content = message["content"]
     if isinstance(content, list):
         *before, last = content
@@ -112,19 +110,19 @@ def _marked(message: Message) -> Message:
 
 
 def _up_to_mark(text: str, message: Message) -> str:
-    """Return a rendered text up to the end of its last message, as transformers finds it. Raises BadRequest."""
+    """Return a rendered text up to the end of its last message, found as in transformers. Raises BadRequest."""
     content = message["content"]
     final, mark = content[-1]["text"] if isinstance(content, list) else content, END_MARK.strip()
     if final.strip() not in text or mark not in text:
         reason = "the model's chat template does not show the whole of the last message, which is to be continued"
         raise BadRequest(reason, param="messages")
     end = text.rindex(mark)
-    # Without the space after the mark, the template strips the text, and so must be done here.
+    # If the space after the mark is missing, the template strips texts, so this text is stripped too.
     return text[:end] if text.startswith(END_MARK, end) else text[:end].rstrip()
 
 
 def _line(traceback: TracebackType | None) -> int | str:
-    """Return the line of a template that an error comes from."""
+    """Return the line of the template that raised an error."""
     line: int | str = "?"
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == "<template>":
@@ -137,7 +135,7 @@ def _line(traceback: TracebackType | None) -> int | str:
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
-    """Accepts `{% generation %}` blocks, which mark the assistant's text for training: here they are plain text."""
+    """Accepts `{% generation %}` blocks, which mark the assistant's text for training, and renders their content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -161,7 +159,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML characters, which a prompt must not be.
+    # Jinja's own filter escapes HTML characters, which would change the prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

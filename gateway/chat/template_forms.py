@@ -1,8 +1,8 @@
-"""What a chat template expects of messages, read off its syntax, and messages in that form. Pure.
+"""Infers from a chat template's syntax which form of messages it expects, and converts messages to it. Pure.
 
-Templates agree on `role` and `content`, and on little else. Some want content as a text, some walk through its parts;
-a message without content is None to one, and a missing key breaks the next; arguments of calls are written out by one
-that expects an object, and joined to a text by one that expects JSON.
+Templates agree on `role` and `content`, and on little else. Some expect content as a text, some iterate over its parts.
+Missing content is None for one, while a missing key breaks another. One writes the arguments of calls as JSON and
+expects an object, another concatenates them and expects JSON.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from jinja2 import nodes
 from gateway.chat.message_text import Message, text_of
 
 _WRITTEN_OUT = ("tojson", "items", "dictsort", "string")
-"""Filters that take an object; applied to the arguments of calls, they show that these are one."""
+"""Filters of objects; if applied to the arguments of calls, the template expects an object."""
 
 
 MAX_LOOKED_FOR = 32
-"""Messages that are looked for in what a template makes of them, for each in all of it; no conversation may have more
-roles than half as many."""
+"""Maximum messages searched for in a rendered text, each in all of it; no conversation may have more roles than half as
+many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a template wants its messages."""
+    """The form of messages that a template expects."""
 
-    parts: bool = False  # a list as `content` stays one
-    only_parts: bool = False  # a text becomes a list
-    no_content: str | None = ""  # the content of a message that has none
-    calls_alone: bool = False  # calls are written only from a message without content
-    json_arguments: bool = False  # the arguments of calls are JSON, not objects
+    parts: bool = False  # `content` may be a list
+    only_parts: bool = False  # `content` must be a list
+    no_content: str | None = ""  # content of a message without any
+    calls_alone: bool = False  # calls are rendered only in messages without content
+    json_arguments: bool = False  # arguments of calls are JSON texts, not objects
     developer: bool = False  # the role `developer` stays; otherwise it becomes `system`
-    tool_names: bool = False  # a tool's message has its name
+    tool_names: bool = False  # a tool's message includes the tool's name
 
 
 def form_of_template(tree: nodes.Template) -> Form:
-    """Return the form that a template most likely wants."""
+    """Return the form that a template most likely expects."""
     content, arguments = _aliases(tree, "content"), _aliases(tree, "arguments")
     tests = list(tree.find_all(nodes.Test))
     walks = any(_is(loop.iter, "content", content) for loop in tree.find_all(nodes.For))
@@ -55,7 +55,7 @@ def form_of_template(tree: nodes.Template) -> Form:
 
 
 def in_forms(messages: list[Message], form: Form) -> Iterator[list[Message]]:
-    """Yield normalized messages in the form given, then in those that may do where a template fails on them."""
+    """Yield normalized messages in the given form, then in alternative forms, for templates that fail on it."""
     fallback = replace(form, tool_names=True)
     seen: list[list[Message]] = []
     for one in (
@@ -72,9 +72,9 @@ def in_forms(messages: list[Message], form: Form) -> Iterator[list[Message]]:
 
 
 def shows_lists(text: str, messages: list[Message]) -> bool:
-    """Return whether a rendered text has a list of parts as Python writes it, not the text of the parts.
+    """Return whether a rendered text contains a list of parts as Python's repr instead of their text.
 
-    A template treats messages of a role alike, but for the first and the last: no others are looked for.
+    A template treats messages of a role alike, except the first and the last, so only these are searched for.
     """
     lists = [message for message in messages if isinstance(message["content"], list) and message["content"]]
     firsts, lasts = ({message["role"]: message for message in some} for some in (reversed(lists), lists))
@@ -83,7 +83,7 @@ def shows_lists(text: str, messages: list[Message]) -> bool:
 
 
 def _in_form(messages: list[Message], form: Form) -> list[Message]:
-    names: dict[str, str] = {}  # of the calls so far, by id
+    names: dict[str, str] = {}  # names of the calls so far, by id
     made: list[Message] = []
     for message in messages:
         one = {**message, "content": _content(message, form)}
@@ -121,7 +121,7 @@ def _with_json(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _aliases(tree: nodes.Template, key: str) -> set[str]:
-    """Return the variables that are set to `….key`, or stand for it in a macro."""
+    """Return the variables that are assigned `….key`, and macro parameters named after it."""
     found = {key}
     for macro in tree.find_all(nodes.Macro):
         found |= {arg.name for arg in macro.args if key in arg.name}
@@ -141,7 +141,7 @@ def _is(node: nodes.Node, key: str, aliases: set[str]) -> bool:
 
 
 def _writes_calls_alone(tree: nodes.Template, aliases: set[str]) -> bool:
-    """Return whether all that writes calls does so on the condition that there is no content."""
+    """Return whether all loops over calls are conditional on absent content."""
     guarded: set[int] = set()
     for branch in tree.find_all(nodes.If):
         tests = branch.test.find_all(nodes.Test) if not isinstance(branch.test, nodes.Test) else [branch.test]
@@ -153,7 +153,7 @@ def _writes_calls_alone(tree: nodes.Template, aliases: set[str]) -> bool:
 
 
 def _wants_json(tree: nodes.Template, aliases: set[str]) -> bool:
-    """Return whether arguments of calls are written as they are, and never as the object that they mean."""
+    """Return whether arguments of calls are output unchanged, and nowhere treated as an object."""
     if any(_is(f.node, "arguments", aliases) for f in tree.find_all(nodes.Filter) if f.name in _WRITTEN_OUT and f.node):
         return False
     if any(_is(test.node, "arguments", aliases) for test in tree.find_all(nodes.Test) if test.name != "defined"):
@@ -165,7 +165,7 @@ def _wants_json(tree: nodes.Template, aliases: set[str]) -> bool:
 
 
 def _walks(node: nodes.Node, aliases: set[str]) -> bool:
-    """Return whether a loop goes through arguments, or their items."""
+    """Return whether a loop iterates over arguments or their items."""
     if isinstance(node, nodes.Filter) and node.node is not None:
         return _walks(node.node, aliases)
     if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr):

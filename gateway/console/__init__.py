@@ -1,1 +1,1 @@
-"""The console: pages in a browser for operators, which ask nothing but the gateway's own routes."""
+"""The console: web pages for operators, which use only the gateway's public routes."""

@@ -1,7 +1,7 @@
-"""The console's files, as they are in the package: without data and without secrets, so anybody may read them.
+"""Serves the console's static files. They contain no data and no secrets, so no key is needed.
 
-What they show they ask of the routes of the API with the operator's key. They bring all that they need: the policy of
-their headers lets the browser load, ask and run nothing else.
+The pages fetch data from the API with the operator's key. They are self-contained: the headers' policy lets the browser
+load, fetch and run nothing else.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ KINDS = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain; charset=utf-8",
 }
-"""End of a file's name -> its media type. Files of other kinds are not served."""
+"""File suffix -> media type. Other files are not served."""
 
 POLICY = "; ".join((
     "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data:", "connect-src 'self'",
     "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
     "trusted-types 'none'",
 ))  # fmt: skip
-"""Content-Security-Policy: own files alone, no code in pages, no markup made of text, shown within no other page."""
+"""Content-Security-Policy: only own files, no inline code, no markup from strings, no framing."""
 
 DOCS_POLICY = POLICY.partition("; require-trusted-types-for")[0]
-"""That of `/docs`: Swagger UI writes markup by itself, out of files of its own alone."""
+"""The policy of `/docs`, whose Swagger UI creates markup from strings, but only from its own files."""
 
 HEADERS = {
     "content-security-policy": POLICY,
@@ -65,7 +65,7 @@ class ConsolePage:
 
 @cache
 def load(folder: Path = FOLDER) -> dict[str, ConsolePage]:
-    """Return the console's files by their paths. They have a few hundred kB together, and stay in memory."""
+    """Return the console's files by path. They stay in memory: a few hundred kB in total."""
     pages: dict[str, ConsolePage] = {}
     for path in sorted(folder.rglob("*")):
         kind = KINDS.get(path.suffix)
@@ -86,7 +86,10 @@ class ConsolePages:
         self._pages = load(self.folder)
 
     async def enter(self) -> Response:
-        """Send a browser to the path with a slash, below which its files are, whatever prefix stands before it."""
+        """Redirect to the path with a slash, which is the base of the files' URLs.
+
+        The location is relative, for any prefix.
+        """
         name = self.path.rpartition("/")[2]
         return Response(None, 307, {**self.headers, "location": f"{name}/"})
 
@@ -102,14 +105,14 @@ class ConsolePages:
 
 
 class DocsPages(ConsolePages):
-    """The pages of `/docs`, which show what `/openapi.json` says with Swagger UI: who may see one may see the other."""
+    """The pages of `/docs`, which show `/openapi.json` in Swagger UI, with the same access rules."""
 
     path, access, headers = DOCS, API_PAGE, {**HEADERS, "content-security-policy": DOCS_POLICY}
     folder = DOCS_FOLDER
 
 
 def add_console(app: FastAPI, pages: ConsolePages) -> None:
-    """Bind paths to handlers. They are no part of the API, so its description has none of them."""
+    """Bind paths to handlers. `/openapi.json` leaves them out: they are not part of the API."""
     routes = Routes(app, JsonRoute)
     routes.get(pages.path, pages.access, include_in_schema=False)(pages.enter)
     routes.get(f"{pages.path}/{{name:path}}", pages.access, include_in_schema=False)(pages.file)

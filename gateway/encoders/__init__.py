@@ -1,1 +1,1 @@
-"""Embeddings and labels of tokens."""
+"""Embeddings, labels of tokens and texts, and scores of pairs."""

@@ -1,6 +1,6 @@
-"""The HTTP bodies that ask for vectors, labels or scores. LoRAX's `parameters` are the same on its routes and OpenAI's.
+"""The HTTP bodies that request vectors, labels or scores. LoRAX's `parameters` are the same on all routes.
 
-Labels and scores have vLLM's forms, which for ranks are Jina's and Cohere's too.
+Labels and scores have vLLM's forms; for ranks these are also Jina's and Cohere's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gateway.lorax.lorax_bodies import AdapterParameters
 
 
 class EmbeddingsRequest(JsonBody):
-    """`POST /v1/embeddings`: OpenAI's fields, and LoRAX's `parameters`, which count instead of `model` if given."""
+    """`POST /v1/embeddings`: OpenAI's fields, and LoRAX's `parameters`, which take precedence over `model`."""
 
     OBJECT = "embeddings"
 
@@ -72,7 +72,7 @@ EitherClassifyRequest = Annotated[
     Annotated[EncoderRequest, Tag(f"{FORM}lorax")] | Annotated[ClassifyRequest, Tag(f"{FORM}vllm")],
     Discriminator(_form),
 ]
-"""`POST /classify`, in LoRAX's form or vLLM's."""
+"""`POST /classify`, in LoRAX's or vLLM's form."""
 
 
 def _number(value: Any) -> str:
@@ -80,7 +80,7 @@ def _number(value: Any) -> str:
 
 
 OneOrMore = Annotated[Annotated[str, Tag("text")] | Annotated[Strings, Tag("texts")], Discriminator(_number)]
-"""A text, or several."""
+"""One text, or several."""
 
 
 class RerankRequest(JsonBody):
@@ -99,7 +99,7 @@ class RerankRequest(JsonBody):
 
 
 class ScoreRequest(JsonBody):
-    """`POST /score` and `/v1/score`. The texts have one of four pairs of names; see `parse_score`."""
+    """`POST /score` and `/v1/score`. Four pairs of field names are accepted for the texts; see `parse_score`."""
 
     OBJECT = "score"
 

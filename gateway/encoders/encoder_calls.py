@@ -1,4 +1,4 @@
-"""Calls of an encoder base: each text becomes a request in the queue, and the numbers of all an answer."""
+"""Calls to an encoder: each text becomes a request in the queue, and all results form the answer."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ T = TypeVar("T")
 
 
 class EncoderCalls:
-    """The way of an encoder's calls, from *parse* to *write*: at once, in the background, or by an Idempotency-Key."""
+    """Takes an encoder's calls from *parse* to *write*: at once, in the background, or by an Idempotency-Key."""
 
     def __init__(self, pipeline: Pipeline, jobs: Jobs) -> None:
-        """jobs: those of the gateway, among which embeddings are from now on."""
+        """jobs: the gateway's jobs, to which calls for embeddings are added."""
         self._pipeline = pipeline
         self._settings = pipeline.settings
         self._jobs = jobs
@@ -64,7 +64,7 @@ class EncoderCalls:
         )
 
     async def embeddings(self, request: EmbeddingsRequest, sent: Sent, caller: Caller) -> CallResult:
-        """Answer `/v1/embeddings`. Raises what the client did wrong, Overloaded and Unavailable."""
+        """Answer `/v1/embeddings`. Raises client errors, Overloaded and Unavailable."""
         earlier = await self._pipeline.earlier.find(sent, caller)
         if earlier is not None and earlier.record.jid:
             check_same_body(earlier.record, sent)
@@ -84,7 +84,7 @@ class EncoderCalls:
     async def classify(
         self, request: EncoderRequest | EncoderBatchRequest, sent: Sent | None, caller: Caller, started_s: float
     ) -> EncoderAnswer:
-        """Answer `/classify` and `/classify_batch`. started_s: monotonic, of its arrival. Raises as `embed`."""
+        """Answer `/classify` and `/classify_batch`. started_s: monotonic time of arrival. Raises as `embed`."""
         make = partial(parse_native, request, "classify", caller, self._settings)
         call = await self._parsed(request, sent, caller, make)
         find = self._pipeline.call_resolver.base_of
@@ -99,7 +99,7 @@ class EncoderCalls:
         return ClassifyAnswer(generation, write, started_s)
 
     async def probe(self, text: str, task: Task, caller: Caller) -> Generation:
-        """Begin a call about a text, of the kind that a base model of a task answers. Raises as `embed`."""
+        """Start a call that suits a base model's task. Raises as `embed`."""
         request = EncoderRequest(inputs=text)
         if task == "embed":
             return (await self.embed(request, None, caller)).generation
@@ -127,7 +127,7 @@ class EncoderCalls:
         return await self._pipeline.parsed(request, caller, len(sent.raw) if sent is not None else 0, make)
 
     async def _run(self, call: ParsedCall, sent: Sent | None) -> Generation:
-        """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run_once`."""
+        """Run a call, or attach to the earlier call with its Idempotency-Key. Raises as `Pipeline.run_once`."""
         if sent is None or not sent.key:
             return await self._pipeline.run(call)
         return await self._pipeline.run_once(msgspec.structs.replace(call, sent=sent))

@@ -1,4 +1,4 @@
-"""*Parse* for encoders: from a body to a `ParsedCall`. Pure."""
+"""*Parse* for encoders: convert a body to a `ParsedCall`. Pure."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ IN_BACKGROUND = msgspec.structs.replace(OPTIONS, background=True, cls=BATCH)
 
 @dataclass(frozen=True, slots=True)
 class EncoderRules(Rules):
-    """What later stages refuse a call of an encoder for."""
+    """The checks of later stages for calls to encoders."""
 
-    native: bool = False  # LoRAX's route, in LoRAX's words
-    native_adapter: bool = False  # the adapter is named as LoRAX does
+    native: bool = False  # a route of LoRAX, with its error messages
+    native_adapter: bool = False  # the adapter is given by LoRAX's parameters
     dimensions: int | None = None
     of_pairs: bool = False
-    raw: bool = False  # logits are wanted as they are
-    as_base64: bool = False  # vectors are wanted as base64
+    raw: bool = False  # logits are returned without activation
+    as_base64: bool = False  # vectors are returned as base64
 
     def check_number(self, num_models: int, num_prompts: int, n: int) -> None:
-        """Refuse a number of texts that is beyond the settings. Raises BadRequest."""
+        """Refuse more texts than the settings allow. Raises BadRequest."""
         if not num_prompts:
             raise BadRequest(f"{self.param} is an empty list", param=self.param)
         if num_prompts > self.max_choices:
@@ -52,13 +52,13 @@ class EncoderRules(Rules):
             raise BadRequest(message, param=self.param)
 
     def check_base(self, options: CallOptions, base: m.ServedModel) -> None:
-        """Refuse more entries than the model's vectors have. Raises BadRequest."""
+        """Refuse more dimensions than the model's vectors have. Raises BadRequest."""
         if self.dimensions is not None and self.dimensions > base.width:
             message = f"dimensions is {self.dimensions}; this model's embeddings have {base.width} entries"
             raise BadRequest(message, param="dimensions")
 
     def check_apart(self) -> None:
-        """Refuse logits of pairs whose scores are likenesses of vectors. Raises BadRequest."""
+        """Refuse a request for logits if scores are cosines of vectors. Raises BadRequest."""
         if self.raw:
             message = "use_activation has no effect on this model: its scores are cosines of embeddings"
             raise BadRequest(message, param="use_activation")
@@ -73,7 +73,7 @@ class EncoderRules(Rules):
         return BadRequest(message, param=self.param)
 
     def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
-        """Return 0: no token is generated. Raises BadRequest for a text that is longer than the model takes."""
+        """Return 0: no token is generated. Raises BadRequest for a text longer than the model's maximum."""
         if num_prompt_tokens <= max_model_len:
             return 0
         if self.native:
@@ -85,7 +85,7 @@ class EncoderRules(Rules):
 
 
 def parse_embeddings(request: EmbeddingsRequest, caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what `/v1/embeddings` asks for. Raises BadRequest."""
+    """Return the call that a body of `/v1/embeddings` describes. Raises BadRequest."""
     given = request.parameters
     models = Models([request.model]) if given is None else models_of(given)
     rules = EncoderRules(
@@ -102,20 +102,20 @@ def parse_embeddings(request: EmbeddingsRequest, caller: Caller, settings: Setti
 
 
 def to_be_stored(request: EmbeddingsRequest) -> dict[str, Any]:
-    """Return what of a body `parse_stored` needs to write its answer: known fields, and how many texts there are."""
+    """Return the fields that `parse_stored` needs to write an answer: known fields, and the number of texts."""
     body = request.model_dump(exclude_none=True)
     return {**body, "input": ["-"] * len(sources_of(request.input))}
 
 
 def parse_stored(body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
-    """Parse a stored body of `/v1/embeddings`, as JSON. Raises as `parse_embeddings`."""
+    """Parse a stored body of `/v1/embeddings`, given as JSON. Raises as `parse_embeddings`."""
     return parse_embeddings(EmbeddingsRequest.model_validate(body), caller, settings)
 
 
 def parse_native(
     request: EncoderRequest | EncoderBatchRequest, task: m.Task, caller: Caller, settings: Settings
 ) -> ParsedCall:
-    """Return what a route of LoRAX's asks an encoder for. Raises BadRequest."""
+    """Return the call that a body of LoRAX's encoder routes describes. Raises BadRequest."""
     texts = request.inputs if isinstance(request, EncoderBatchRequest) else [request.inputs]
     rules = EncoderRules("inputs", settings.max_inputs, native=True, native_adapter=True)
     return _call(caller, models_of(request.parameters or AdapterParameters()), texts, task, rules)
@@ -123,7 +123,7 @@ def parse_native(
 
 def _call(caller: Caller, models: Models, sources: Sequence[Source], task: m.Task, rules: EncoderRules) -> ParsedCall:
     if not all(sources):
-        raise rules.empty_prompt()  # however many special tokens the tokenizer would put around it
+        raise rules.empty_prompt()  # even if the tokenizer would add special tokens
     texts = Texts(sources, with_offsets=task == "classify")
     return ParsedCall(caller, models, texts, OPTIONS, rules, task=task)
 
@@ -134,7 +134,7 @@ _OF_CHAT = ("add_generation_prompt", "continue_final_message", "chat_template_kw
 
 
 def parse_classify(request: ClassifyRequest, caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what `/v1/classify` asks for. Raises BadRequest."""
+    """Return the call that a body of `/v1/classify` describes. Raises BadRequest."""
     param = "messages" if request.input is None else "input"
     rules = EncoderRules(param, settings.max_inputs)
     if request.input is None:
@@ -167,7 +167,7 @@ def parse_classify(request: ClassifyRequest, caller: Caller, settings: Settings)
 
 
 def parse_rerank(request: RerankRequest, caller: Caller, settings: Settings) -> tuple[ParsedCall, list[str]]:
-    """Return what `/v1/rerank` asks for, and the documents' texts. Raises BadRequest."""
+    """Return the call that a body of `/v1/rerank` describes, and the documents' texts. Raises BadRequest."""
     texts = [text_of(document, f"documents[{i}]") for i, document in enumerate(request.documents)]
     rules = EncoderRules("documents", settings.max_inputs, of_pairs=True, raw=request.use_activation is False)
     if not request.query:
@@ -180,7 +180,7 @@ def parse_rerank(request: RerankRequest, caller: Caller, settings: Settings) -> 
 
 
 def text_of(document: Any, place: str) -> str:
-    """Return the text of a document: the string itself, or its field `text`. Raises BadRequest for anything else."""
+    """Return the text of a document: the string itself, or its field `text`. Raises BadRequest otherwise."""
     if isinstance(document, str):
         return document
     text = document.get("text") if isinstance(document, dict) else None
@@ -196,7 +196,7 @@ _NAMES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), 
 
 
 def parse_score(request: ScoreRequest, caller: Caller, settings: Settings) -> tuple[ParsedCall, int]:
-    """Return what `/v1/score` asks for, and how many first texts its pairs have. Raises BadRequest."""
+    """Return the call that a body of `/v1/score` describes, and the number of first texts. Raises BadRequest."""
     given = {name for pair in _NAMES for name in pair if getattr(request, name) is not None}
     names = next((pair for pair in _NAMES if given == set(pair)), None)
     if names is None:

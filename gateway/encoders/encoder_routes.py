@@ -1,4 +1,4 @@
-"""The routes of vectors, labels and scores: OpenAI's, vLLM's, Cohere's and Jina's, and LoRAX's."""
+"""The routes for vectors, labels and scores, of OpenAI, vLLM, Cohere, Jina and LoRAX."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class EncoderEndpoints:
         return await self._respond(answer, errors=LORAX_ERRORS)
 
     async def classify(self, body: EitherClassifyRequest, request: Request) -> Response:
-        """Answer `/classify`, in LoRAX's way or vLLM's."""
+        """Answer `/classify`, in LoRAX's or vLLM's form."""
         if isinstance(body, ClassifyRequest):
             return await self.labels(body, request)
         answer = self._encoders.classify(body, await _sent(request), caller_of(request), time.monotonic())

@@ -1,4 +1,4 @@
-"""*Write* for encoders: an answer when all texts of a call are computed, of the numbers in their logs."""
+"""*Write* for encoders: an answer made from the numbers in the logs, once all texts of a call are computed."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ else:
     np = Late("numpy")
 
 FEW_NUMBERS = 1 << 14
-"""Numbers up to which an answer is written in one piece: that takes a few milliseconds."""
+"""Maximum numbers of an answer that is written in one piece, which takes a few milliseconds."""
 
 VECTORS = 4
-"""Vectors that are written at a time, and texts whose entities are."""
+"""Vectors, or texts' entities, written at a time."""
 
 CLASSIFY_HEADERS = ("x-compute-time", "x-validation-time", "x-queue-time", "x-inference-time")
 
 Write: TypeAlias = "Callable[[list[np.ndarray], Generation], Any]"
-"""From the numbers of each text (int32) to what the answer is as JSON; floats are stored bit by bit."""
+"""Converts the numbers of each text (int32; floats are stored bit by bit) to the answer's JSON."""
 
 
 class EncoderAnswer(GenerationAnswer):
     """The answer to a call of an encoder."""
 
     def __init__(self, generation: Generation, write: Write, *, native: bool) -> None:
-        """native: errors have LoRAX's form."""
+        """native: errors have LoRAX's format."""
         super().__init__(generation, Writer())
         self._write = write
         self.errors = LORAX_GENERATION_ERRORS if native else OPENAI_ERRORS
@@ -65,10 +65,10 @@ class EncoderAnswer(GenerationAnswer):
 
 
 class ClassifyAnswer(EncoderAnswer):
-    """The answer to a call for labels, with LoRAX's headers of its times."""
+    """The answer to a call for labels, with LoRAX's headers for times."""
 
     def __init__(self, generation: Generation, write: Write, started_s: float) -> None:
-        """Take the call's arrival, `started_s`, monotonic."""
+        """Store the arrival of the call. started_s: monotonic."""
         super().__init__(generation, write, native=True)
         self._started_s = started_s
 
@@ -82,7 +82,7 @@ class EmbeddingsWriter(Writer):
     """Writes the embeddings of a job."""
 
     def __init__(self, call: SubmittedCall, choices: Sequence[Choice]) -> None:
-        """Raise Unavailable while the base model is not known, without which its vectors cannot be read."""
+        """Raise Unavailable while the base model is unknown, which is needed to decode its vectors."""
         if call.base is None:
             raise Unavailable("no worker has reported its model to this gateway yet", code="no_worker")
         self._base = call.base
@@ -91,7 +91,7 @@ class EmbeddingsWriter(Writer):
         self._choices = choices
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
-        """Return the answer that the endpoint would have given."""
+        """Return the answer that the endpoint would have returned."""
         rules = self._rules
         assert isinstance(rules, EncoderRules)
         request = EmbeddingsRequest(
@@ -105,8 +105,8 @@ class EmbeddingsWriter(Writer):
 
 
 def write_embeddings(request: EmbeddingsRequest) -> Write:
-    """Return what writes the answer of `/v1/embeddings`."""
-    light = request.model_copy(update={"input": ""})  # the texts are not held until their answer
+    """Return a function that writes the answer of `/v1/embeddings`."""
+    light = request.model_copy(update={"input": ""})  # frees the texts before the answer
 
     def write(numbers: list[np.ndarray], generation: Generation) -> Any:
         vectors = [part.view("<f4") for part in numbers]
@@ -121,7 +121,7 @@ def write_embedding(numbers: list[np.ndarray], _: Generation) -> Any:
 
 
 def write_entities(request: EncoderRequest | EncoderBatchRequest) -> Write:
-    """Return what writes the answer of `/classify`, or of `/classify_batch`."""
+    """Return a function that writes the answer of `/classify` or `/classify_batch`."""
 
     def write(numbers: list[np.ndarray], generation: Generation) -> Any:
         texts = request.inputs if isinstance(request, EncoderBatchRequest) else [request.inputs]
@@ -143,7 +143,7 @@ def _base(generation: Generation) -> m.ServedModel:
 
 
 def shortened(vector: np.ndarray, dimensions: int | None, *, unit_length: bool) -> np.ndarray:
-    """Return the first entries of a vector (float32); where the model's have length 1, so has this."""
+    """Return the first entries of a vector (float32), normalized to length 1 if the model's vectors are."""
     if dimensions is None or dimensions == len(vector):
         return vector
     part = vector[:dimensions]
@@ -154,7 +154,7 @@ def shortened(vector: np.ndarray, dimensions: int | None, *, unit_length: bool) 
 def embeddings_answer(
     request: EmbeddingsRequest, vectors: Sequence[np.ndarray], base: m.ServedModel, num_tokens: int
 ) -> dict[str, Any]:
-    """Return OpenAI's answer; with numbers in it also under LoRAX's key, whose clients never ask for base64."""
+    """Return OpenAI's answer; unless it is base64, also under the key of LoRAX, whose clients never request base64."""
     as_text = request.encoding_format == "base64"
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -187,10 +187,10 @@ class _Entity:
 def entities_of(
     text: str, offsets: Sequence[Offset], labels: np.ndarray, scores: np.ndarray, names: list[str]
 ) -> list[dict[str, Any]]:
-    """Return the entities that labels (int [T]) and their probabilities (float32 [T]) tell of, as LoRAX merges them.
+    """Return the entities in labels (int [T]) with probabilities (float32 [T]), merged as in LoRAX.
 
-    offsets: where each of the T tokens lies in the text. An entity begins at a `B-` label and where the tag changes;
-    its score is the mean of its tokens', its word in lower case.
+    offsets: position of each of the T tokens in the text. An entity begins at a `B-` label and where the tag changes;
+    its score is the mean of its tokens', its word is in lower case.
     """
     found: list[_Entity] = []
     current: _Entity | None = None
@@ -210,7 +210,7 @@ def entities_of(
         {
             "entity_group": entity.tag,
             "score": sum(entity.scores) / len(entity.scores),
-            "word": text[entity.start : entity.end].encode().lower().decode(),  # ASCII alone, as LoRAX does
+            "word": text[entity.start : entity.end].encode().lower().decode(),  # ASCII only, as in LoRAX
             "start": entity.start,
             "end": entity.end,
         }
@@ -219,7 +219,7 @@ def entities_of(
 
 
 def _tag_of(label: str) -> tuple[bool, str]:
-    """Return whether a label begins an entity, and the entity's tag, "" for no entity."""
+    """Return whether a label begins an entity, and its tag, "" for no entity."""
     if label == "O":
         return False, ""
     prefix, dash, tag = label.partition("-")

@@ -1,4 +1,4 @@
-"""*Write* for labels and scores of whole texts: of the logits in their logs, or of the vectors of a pair's texts."""
+"""*Write* for labels and scores of whole texts, made from logits or from the vectors of a pair's texts."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ else:
 
 
 def activated(logits: np.ndarray, activation: m.Activation) -> np.ndarray:
-    """Return the scores, float32 [N], that an activation makes of logits, float32 [N]; see `messages.Activation`."""
+    """Apply an activation to logits, float32 [N]; see `messages.Activation`."""
     if activation == "none":
         return logits
-    if activation == "sigmoid" or len(logits) == 1:  # the softmax of a single one would be 1 whatever it is
+    if activation == "sigmoid" or len(logits) == 1:  # the softmax of a single logit is always 1
         return (0.5 * (1.0 + np.tanh(0.5 * logits))).astype(np.float32)
     powers = np.exp(logits - logits.max())
     return powers / powers.sum()
 
 
 def label_names(base: m.ServedModel, num: int) -> Sequence[str]:
-    """Return the names of labels: the base's where there are as many, else transformers' for labels without names."""
+    """Return the names of labels: the base's if their number matches, else transformers' default names."""
     return base.labels if len(base.labels) == num else [f"LABEL_{i}" for i in range(num)]
 
 
 def write_labels(request: ClassifyRequest) -> Write:
-    """Return what writes the answer of `/v1/classify`."""
+    """Return a function that writes the answer of `/v1/classify`."""
     raw, name = request.use_activation is False, request.model
 
     def write(numbers: list[np.ndarray], generation: Generation) -> Any:
@@ -65,7 +65,7 @@ def write_labels(request: ClassifyRequest) -> Write:
 
 
 def write_text_labels(request: EncoderRequest | EncoderBatchRequest) -> Write:
-    """Return what writes the labels of texts on LoRAX's routes: as transformers' pipeline does, the likeliest first."""
+    """Return a function that writes texts' labels on LoRAX's routes, likeliest first, as transformers' pipeline."""
     is_batch = isinstance(request, EncoderBatchRequest)
 
     def write(numbers: list[np.ndarray], generation: Generation) -> Any:
@@ -83,7 +83,7 @@ def write_text_labels(request: EncoderRequest | EncoderBatchRequest) -> Write:
 
 
 def write_scores(request: ScoreRequest, num_firsts: int) -> Write:
-    """Return what writes the answer of `/v1/score`. num_firsts: first texts, as of `pair_scores`."""
+    """Return a function that writes the answer of `/v1/score`. num_firsts: as for `pair_scores`."""
     raw, name = request.use_activation is False, request.model
 
     def write(numbers: list[np.ndarray], generation: Generation) -> Any:
@@ -99,7 +99,7 @@ def write_scores(request: ScoreRequest, num_firsts: int) -> Write:
 
 
 def write_ranks(request: RerankRequest, documents: Sequence[str]) -> Write:
-    """Return what writes the answer of `/v1/rerank`. documents: their texts."""
+    """Return a function that writes the answer of `/v1/rerank`. documents: their texts."""
     raw, name, most = request.use_activation is False, request.model, request.top_n or len(documents)
     shown = documents if request.return_documents is not False else None
 
@@ -123,9 +123,9 @@ def write_ranks(request: RerankRequest, documents: Sequence[str]) -> Write:
 
 
 def pair_scores(numbers: list[np.ndarray], generation: Generation, num_firsts: int, *, raw: bool) -> list[float]:
-    """Return the score of each pair: that of its head's one logit, or the cosine of the vectors of its texts.
+    """Return the score of each pair: its only logit, or the cosine of its texts' vectors.
 
-    num_firsts: first texts of pairs, one of all or one of each. raw: the logit itself is wanted.
+    num_firsts: number of first texts, one for all pairs or one per pair. raw: return the logit without activation.
     """
     parsed = generation.call.parsed
     if parsed.task == "score":

@@ -1,4 +1,4 @@
-"""OpenAI's routes of files."""
+"""OpenAI's routes for files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FileEndpoints:
     async def upload(self, request: Request) -> Response:
         """Answer `POST /v1/files`."""
         form = UploadedForm(request.headers.get("content-type", ""), self._max_file_bytes)
-        length = int(request.headers.get("content-length", "0"))  # a body in chunks has none
+        length = int(request.headers.get("content-length", "0"))  # 0 for a chunked body
         return json_response(view(await self._files.upload(form, request.stream(), caller_of(request), length)))
 
     async def list(
@@ -62,7 +62,7 @@ class FileEndpoints:
 
 
 class FileContent(Response):
-    """The bytes of a file, as its client reads them."""
+    """The content of a file, sent at its client's pace."""
 
     media_type = "application/octet-stream"
 
@@ -75,7 +75,7 @@ class FileContent(Response):
         self._chunks = files.read(file)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them. Raises NotFound before anything is sent, if they are gone."""
+        """Send the content. Raises NotFound, before anything is sent, if it is missing."""
         chunk: bytes | None = await anext(self._chunks, None)
         left = asyncio.create_task(disconnected(receive))
         try:

@@ -1,4 +1,4 @@
-"""What clients do with files: upload, list, read, delete. Bytes are in the storage, records in the queue."""
+"""Operations of clients on files: upload, list, read, delete. Contents are in the storage, records in the queue."""
 
 from __future__ import annotations
 
@@ -35,50 +35,50 @@ logger = logging.getLogger(__name__)
 
 ID_PREFIX = "file-"
 PURPOSES = ("batch",)
-"""What uploaded files are for: only batches read any."""
+"""Allowed purposes of uploads: only batches read uploaded files."""
 
 OUTPUT_PURPOSE = "batch_output"
 
 
 @dataclass(frozen=True, slots=True)
 class UploadLimits:
-    """Files that a gateway receives at once, and how slowly they may come while others wait.
+    """Limits of concurrent uploads per gateway, and their minimum speed while others wait.
 
-    Four tenants could otherwise hold all places for days, at the 8 kB/s that every body may take.
+    Without it, four tenants could block all slots for days, at the 8 kB/s allowed for any body.
     """
 
     num: int = 16
     num_of_tenant: int = 4
     num_waiting: int = 64
-    slow_bytes_per_s: int = 128 << 10  # an upload that is slower ends for another that waits for its place,
-    slow_after_s: float = 30.0  # once it has lasted so long
+    slow_bytes_per_s: int = 128 << 10  # a slower upload is ended in favor of a waiting one,
+    slow_after_s: float = 30.0  # after this many seconds
 
 
 HELD_S = 86_400.0
-"""How long room is held for a file that is being uploaded: a slower upload is broken off."""
+"""Seconds for which space is reserved for an upload; a slower one is aborted."""
 
 HELD_AHEAD_BYTES = 4 << 20
-"""Bytes of a file of unknown length that room is held for at a time."""
+"""Bytes reserved at a time for a file of unknown length."""
 
 FORM_BYTES = 64 << 10
-"""Bytes of an upload that may be the form around its file."""
+"""Maximum bytes of an upload besides its file: the multipart form."""
 
 MAX_WITHOUT_BYTES = 10_000
-"""Records that a gateway notes for being forgotten later."""
+"""Maximum records, per gateway, that it remembers to delete later."""
 
 MIN_LIFE_S, MAX_LIFE_S = 3600, 30 * 86_400
-"""Life times that a client may ask for, as OpenAI has them."""
+"""Range of lifetimes that clients may request, as in OpenAI's API."""
 
 SWEEP_S = 60.0
-"""Pause between looks for files that have expired."""
+"""Seconds between searches for expired files."""
 
 TIDY_S = 3600.0
-"""Mean pause between looks for files that were never finished: each goes through the whole storage."""
+"""Mean seconds between searches for abandoned partial files: each scans the whole storage."""
 
 _EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
 
-_AT_ONCE = 100  # records of a list that are read together
-_SWEPT_AT_ONCE, _SWEPT_OF_TENANT = 1000, 16  # expired files that are looked at together, and deleted of each tenant
+_AT_ONCE = 100  # records of a list read together
+_SWEPT_AT_ONCE, _SWEPT_OF_TENANT = 1000, 16  # expired files read together, and deleted per tenant
 
 
 class FileService:
@@ -89,18 +89,18 @@ class FileService:
         self._limits = limits = limits or UploadLimits()
         self._storage = storage
         self._settings = settings
-        self._without_bytes: dict[str, str] = {}  # file id -> tenant, of records that are still to be forgotten
+        self._without_bytes: dict[str, str] = {}  # file id -> tenant, for records still to be deleted
         self._uploads = FairSlots(limits.num, limits.num_of_tenant, limits.num_waiting)
-        self._ending: set[str] = set()  # ids of slow uploads that still have the place they end for
-        # None is given up: its owner does not have it any more, and its bytes are to go once the storage is back.
+        self._ending: set[str] = set()  # ids of slow uploads that are being ended
+        # Unlimited tries: an expired file's content must be deleted once the storage is back.
         self._expiring = Items("expired files", max_tries=0, backoff=Backoff(1.0, 3600.0))
 
     # ------------------------------------------------------------ making
 
     async def upload(self, form: UploadedForm, body: AsyncIterator[bytes], caller: Caller, length: int) -> m.File:
-        """Keep an uploaded file. Raises BadRequest, TooLarge, Overloaded, NoRoom, Unavailable.
+        """Store an uploaded file. Raises BadRequest, TooLarge, Overloaded, NoRoom, Unavailable.
 
-        length: of the body as its client states it, 0 if it does not: so much must have room before any of it is read.
+        length: Content-Length of the body, 0 if unknown: this much space must be free before it is read.
         """
         async with self._uploads.held(caller.owner):
             await self._storage.check_room(length)
@@ -120,10 +120,10 @@ class FileService:
                 self._ending.discard(file.id)
 
     async def _receive(self, file: m.File, form: UploadedForm, body: AsyncIterator[bytes]) -> m.File:
-        """Write an upload's bytes, then its record.
+        """Write an upload's content, then its record.
 
-        Room is held first, so that whatever breaks off in between is found again and deleted: also if this process
-        dies, or the reply about the record is lost, which then may be there.
+        Space is reserved first, so that an interrupted upload is found and deleted later, also if this process dies or
+        the reply about the record, which then may exist, is lost.
         """
         settings = self._settings
         await self._hold(file, file.num_bytes, 0)
@@ -146,13 +146,13 @@ class FileService:
         return kept
 
     async def _held(self, file: m.File, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Pass a file's bytes on; hold more room before those that come beyond it. Raises Overloaded."""
+        """Pass on a file's chunks; reserve more space before exceeding the reservation. Raises Overloaded."""
         come, held, began_s = 0, file.num_bytes, time.monotonic()
         async for chunk in chunks:
             come += len(chunk)
             lasts_s, least = time.monotonic() - began_s, self._limits.slow_bytes_per_s
             is_slow = lasts_s >= self._limits.slow_after_s and come < least * lasts_s
-            if is_slow and self._uploads.num_kept_waiting > len(self._ending):  # one ends for each who waits
+            if is_slow and self._uploads.num_kept_waiting > len(self._ending):  # end one per waiting upload
                 self._ending.add(file.id)
                 raise Overloaded(
                     f"others wait, and this upload has brought {int(come / max(lasts_s, 1.0))} bytes a second;"
@@ -164,7 +164,7 @@ class FileService:
             yield chunk
 
     async def _hold(self, file: m.File, num_bytes: int, ahead: int) -> int:
-        """Hold room for some bytes of a tenant's, and `ahead` more if there is so much. Returns for how many.
+        """Reserve `num_bytes` in the tenant's quota, and `ahead` more if possible. Return the reserved bytes.
 
         Raises Overloaded.
         """
@@ -180,7 +180,7 @@ class FileService:
         raise self._refusal(outcome, num, num_bytes)
 
     def _refusal(self, outcome: str, num: int, num_bytes: int) -> Overloaded:
-        """Return why a file is too much for its tenant. num: of the bytes, or files, that the tenant has."""
+        """Return the error for a file that exceeds its tenant's quota. num: the tenant's current bytes or files."""
         if outcome == "bytes":
             limit = self._settings.tenant_file_bytes
             text = f"your files have {num} bytes, and this one adds {num_bytes}; the limit is {limit}: delete some"
@@ -189,7 +189,7 @@ class FileService:
         return Overloaded(text, 60.0)
 
     async def _give_up(self, file: m.File) -> None:
-        """Delete what came of an upload, and give its room back; what cannot be now is when its room expires."""
+        """Delete an upload's partial data and reservation; if that fails, the reservation's expiry deletes them."""
         try:
             await self._storage.delete(place_of(file.id))
             await self._bus.files.forget(file.id, file.tenant)
@@ -197,9 +197,9 @@ class FileService:
             logger.warning("partial data of %s will be deleted later: %s", file.id, error)
 
     async def hold_output(self, file_id: str, tenant: str, num_bytes: int, until_ms: int) -> None:
-        """Hold room for an output file that is being gathered, until a time or `make`. Raises Overloaded.
+        """Reserve space for a growing output file until `until_ms` or `make`. Raises Overloaded.
 
-        It counts among the tenant's files with so many bytes. What is not made in time is deleted by its id.
+        It counts against the tenant's quota. If it is not made in time, its data are deleted by its id.
         """
         file = _of_output(file_id, tenant, "", num_bytes, now_ms(), until_ms)
         await self._hold(file, num_bytes, 0)
@@ -207,9 +207,9 @@ class FileService:
     async def make(
         self, file_id: str, tenant: str, filename: str, chunks: AsyncIterator[bytes | bytearray], life_s: float
     ) -> m.File | None:
-        """Write an output file under an id; None when there is nothing in it. Raises Unavailable.
+        """Write an output file with the given id; return None if it is empty. Raises Unavailable.
 
-        Its tenant's limits were held up when room for it was (`hold_output`), and are not looked at again.
+        The tenant's quota was checked by `hold_output`, and is not checked again.
         """
         num_bytes = await self._storage.write(place_of(file_id), chunks)
         if not num_bytes:
@@ -221,7 +221,7 @@ class FileService:
         await self._bus.files.keep(file, max_bytes=0, max_files=0)
         return file
 
-    # ------------------------------------------------------------ using
+    # ------------------------------------------------------------ reading and deleting
 
     async def get(self, file_id: str, caller: Caller) -> m.File:
         """Return a file. Raises NotFound."""
@@ -235,12 +235,12 @@ class FileService:
         return self._storage.read(place_of(file.id), start, end)
 
     async def delete(self, file_id: str, caller: Caller) -> None:
-        """Delete a file, also one whose record cannot be read: its bytes first, whatever the queue can do.
+        """Delete a file, also one whose record is unreadable: first its content, even if the queue cannot write.
 
-        A queue that cannot write, for want of disk perhaps, keeps the record until it can; that is tried again here.
-        Raises NotFound, Unavailable.
+        If the queue cannot write, for example because its disk is full, the record is deleted later. Raises NotFound,
+        Unavailable.
         """
-        with suppress(UnreadableRecord):  # it is the caller's, see `Files.get`
+        with suppress(UnreadableRecord):  # it belongs to the caller, see `Files.get`
             await self.get(file_id, caller)
         await self._storage.delete(place_of(file_id))
         try:
@@ -262,7 +262,7 @@ class FileService:
                 raise NotFound(f"there is no file {brief(after)}", param="after")
             start = rank + 1
         page: list[dict[str, Any]] = []
-        while len(page) <= limit:  # one more tells whether there are more
+        while len(page) <= limit:  # one extra tells whether there are more
             ids = await files.ids(caller.owner, start, _AT_ONCE, oldest_first=oldest_first)
             if not ids:
                 break
@@ -274,15 +274,15 @@ class FileService:
     # ------------------------------------------------------------ expiry
 
     async def sweep(self) -> None:
-        """Delete expired and unfinished files."""
+        """Delete expired files and, at times, abandoned partial files."""
         await self.delete_expired()
-        if random.random() < SWEEP_S / TIDY_S:  # randomised, so that gateways do not all sweep at once
+        if random.random() < SWEEP_S / TIDY_S:  # randomized, so that gateways do not all scan at once
             await self._storage.tidy()
 
     async def delete_expired(self) -> None:
-        """Delete expired files, tenants in turn, and records whose content was deleted while the queue refused writes.
+        """Delete expired files, round-robin by tenant, and records whose deletion the queue refused earlier.
 
-        What cannot be deleted now is tried again ever later.
+        Failed deletions are retried with growing pauses, without limit.
         """
         files = self._bus.files
         for file_id, tenant in list(self._without_bytes.items()):
@@ -290,7 +290,7 @@ class FileService:
             del self._without_bytes[file_id]
         while expired := await files.expired(now_ms(), _SWEPT_AT_ONCE):
             now, later = shares(expired, itemgetter(0), _SWEPT_OF_TENANT)
-            await files.put_off(later, now_ms())  # behind all others
+            await files.put_off(later, now_ms())  # to the end of the list
             for tenant, file_id in now:
                 pause_s = await self._expiring.run(file_id, partial(self._delete, file_id, tenant))
                 if pause_s:
@@ -307,12 +307,12 @@ def new_id() -> str:
 
 
 def place_of(file_id: str) -> str:
-    """Return the name of a file's bytes in the storage."""
+    """Return the storage name of a file's content."""
     return f"files/{file_id}"
 
 
 def _with_life(file: m.File, filename: str, purpose: str, num_bytes: int, life_s: float) -> m.File:
-    """Return the record of an upload that is whole."""
+    """Return the record of a completed upload."""
     created_ms = now_ms()
     return msgspec.structs.replace(
         file,
@@ -352,7 +352,7 @@ def view(file: m.File) -> dict[str, Any]:
 
 
 def _check_fields(fields: Mapping[str, str]) -> None:
-    """Refuse the fields of a form, of which some may be to come. Raises BadRequest."""
+    """Refuse invalid fields of a form, which may be incomplete. Raises BadRequest."""
     for name in fields:
         if name not in ("purpose", *_EXPIRY):
             raise BadRequest(f"unknown field of the form: {brief(name)}", param=name)
@@ -362,7 +362,7 @@ def _check_fields(fields: Mapping[str, str]) -> None:
 
 
 def _life_s(fields: Mapping[str, str], default_s: float) -> float:
-    """Return the life time that a form's `expires_after` asks for. Raises BadRequest."""
+    """Return the lifetime, in seconds, of a form's `expires_after`. Raises BadRequest."""
     anchor, given = (fields.get(name) for name in _EXPIRY)
     if anchor is None and given is None:
         return default_s

@@ -1,6 +1,6 @@
-"""Files as objects in S3 or a compatible server."""
+"""Stores files as objects in S3 or a compatible server."""
 
-# boto3 has no types, so this file is checked less strictly.
+# boto3 is untyped, so this file is checked less strictly.
 # pyright: standard
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from protocol.wire.errors import LorafleetError, NotFound, Unavailable
 
 
 def make_client(endpoint: str) -> Any:
-    """Return a boto3 client of `endpoint`, "" for AWS; credentials and region come from the usual AWS settings."""
+    """Return a boto3 client for an endpoint, "" for AWS; credentials and region come from the usual AWS settings."""
     config = Config(connect_timeout=10, read_timeout=30, retries={"max_attempts": 4, "mode": "standard"})
     return boto3.client("s3", endpoint_url=endpoint or None, config=config)
 
@@ -31,10 +31,10 @@ class S3Storage:
     """Objects below a prefix of a bucket."""
 
     def __init__(self, client: Any, bucket: str, prefix: str, reserve: Reserve | None = None) -> None:
-        """Use a place in a bucket.
+        """Use a prefix of a bucket.
 
-        `client`: of boto3; `prefix`: of all keys, with its slash; `reserve`: what is kept free of the disk on which
-        files wait for S3, None: nothing.
+        client: boto3's; prefix: of all keys, with a trailing slash; reserve: free-space reserve of the disk that
+        buffers uploads; None: none.
         """
         self._s3 = client
         self._bucket = bucket
@@ -43,11 +43,11 @@ class S3Storage:
         self._waiting = Path(tempfile.gettempdir())
 
     async def check_room(self, num_bytes: int) -> None:
-        """See `Storage.check_room`: of the disk on which a file waits until it is whole."""
+        """See `Storage.check_room`: checks the disk that buffers a file until it is complete."""
         await asyncio.to_thread(self._reserve.check, self._waiting, num_bytes)
 
     async def write(self, name: str, chunks: AsyncIterator[bytes | bytearray]) -> int:
-        """See `Storage.write`. The bytes wait in a temporary file until all are there."""
+        """See `Storage.write`. The content is buffered in a temporary file until it is complete."""
         num_bytes = 0
         try:
             with tempfile.TemporaryFile(dir=self._waiting) as file:
@@ -108,7 +108,7 @@ class S3Storage:
             raise _failed(error) from error
 
     async def tidy(self) -> None:
-        """Do nothing: S3 shows nothing that is not finished."""
+        """Do nothing: S3 does not show incomplete objects."""
 
 
 def _failed(error: Exception) -> LorafleetError:

@@ -1,6 +1,6 @@
-"""Where the bytes of files are: a folder that all gateways share, or a place in S3.
+"""The storage of file contents: a folder shared by all gateways, or a prefix in S3.
 
-What is written under a name is there whole or not at all, and is not changed any more.
+The content of a name is complete or absent, and never modified.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from protocol.runtime.private_files import private_folder
 from protocol.wire.errors import NoRoom, NotFound, Unavailable
 
 CHUNK_BYTES = 256 << 10
-"""Bytes that are read or written at once."""
+"""Bytes read or written at a time."""
 
 PARTIAL = ".part"
-"""Ending of a file that is being written."""
+"""Suffix of a file that is being written."""
 
 ABANDONED_S = 86_400.0
-"""Age of a file that was begun and never finished, after which it is deleted."""
+"""Age in seconds at which an unfinished file is deleted."""
 
 
 class Storage(Protocol):
-    """Holds bytes by name; a name is a few words with slashes between them."""
+    """Stores bytes by name; a name is a path of a few words separated by slashes."""
 
     async def check_room(self, num_bytes: int) -> None:
-        """Raise NoRoom unless so many more bytes leave the free space to keep on this machine's disk."""
+        """Raise NoRoom unless this machine's disk has `num_bytes` free beyond the reserve."""
         ...
 
     async def write(self, name: str, chunks: AsyncIterator[bytes | bytearray]) -> int:
-        """Write or replace a file atomically. Returns the number of bytes.
+        """Write or replace a file atomically. Return the number of bytes.
 
-        Raises what `chunks` raises, NoRoom as soon as the disk has no more than what is kept free, and Unavailable.
+        Raises as `chunks`, NoRoom once only the reserve is free, and Unavailable.
         """
         ...
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
-        """Yield the bytes `[start, end)` under a name; None: all from `start`. Raises NotFound, Unavailable."""
+        """Yield the bytes `[start, end)` of a name; end None: to the end. Raises NotFound, Unavailable."""
         ...
 
     async def names(self, prefix: str) -> list[str]:
@@ -53,7 +53,7 @@ class Storage(Protocol):
         ...
 
     async def delete(self, name: str) -> None:
-        """Delete a name, or all below it; nothing happens where there is none. Raises Unavailable."""
+        """Delete a name and all names below it, if they exist. Raises Unavailable."""
         ...
 
     async def tidy(self) -> None:
@@ -62,10 +62,10 @@ class Storage(Protocol):
 
 
 class FolderStorage:
-    """Files below a folder, which only this user may read."""
+    """Stores files in a folder that only this user may read."""
 
     def __init__(self, root: Path, reserve: Reserve | None = None) -> None:
-        """Use a folder, created with the first file. reserve: free space to keep on its disk; None: none."""
+        """Use a folder, created with the first file. reserve: free-space reserve of its disk; None: none."""
         self._root = root
         self._reserve = reserve or Reserve(0)
 
@@ -86,7 +86,7 @@ class FolderStorage:
                     num_bytes += len(chunk)
                 await asyncio.to_thread(_finish, file, part, path)
             finally:
-                with suppress(OSError):  # write errors were raised before, or no longer matter
+                with suppress(OSError):  # write errors were raised earlier, or no longer matter
                     file.close()
         except OSError as error:
             raise as_unavailable(error) from error
@@ -103,7 +103,7 @@ class FolderStorage:
         """See `Storage.read`."""
         path = self._root / name
         try:
-            if end is not None and end - start <= CHUNK_BYTES:  # a line of a batch: one thread's work
+            if end is not None and end - start <= CHUNK_BYTES:  # a line of a batch: one call in a thread
                 yield await asyncio.to_thread(_part, path, start, end)
                 return
             file = await _opened(lambda: path.open("rb"))
@@ -158,14 +158,14 @@ class FolderStorage:
 
 
 def as_unavailable(error: OSError) -> Unavailable:
-    """Return the error for a disk that does not accept writes."""
+    """Return the error for a failed write to the disk."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoRoom(f"the file storage is full: {error.strerror}")
     return Unavailable(f"the file storage cannot be written: {error.strerror}")
 
 
 def _unless_absent(error: OSError) -> None:
-    """Raise Unavailable for a folder that is there and cannot be listed: it is not an empty one."""
+    """Raise Unavailable for a folder that exists but cannot be listed, which must not be taken for an empty one."""
     if not isinstance(error, FileNotFoundError):
         raise Unavailable(f"the file storage cannot be read: {error.strerror}") from error
 
@@ -177,7 +177,7 @@ def _part(path: Path, start: int, end: int) -> bytes:
 
 
 async def _opened(open_file: Callable[[], BinaryIO]) -> BinaryIO:
-    """Open a file in a thread. Raises OSError. A caller that is cancelled meanwhile leaves no open file."""
+    """Open a file in a thread. Raises OSError. If the caller is cancelled, the file is closed."""
     opening = asyncio.get_running_loop().run_in_executor(None, open_file)
     try:
         return await asyncio.shield(opening)
@@ -202,6 +202,6 @@ def _finish(file: BinaryIO, part: Path, path: Path) -> None:
     part.replace(path)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)  # else a power cut may take the name away after its record is there
+        os.fsync(folder)  # otherwise a power failure might lose the name after its record was written
     finally:
         os.close(folder)

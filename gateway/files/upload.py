@@ -1,6 +1,6 @@
-"""A form with one file (multipart/form-data, RFC 7578), read piece by piece.
+"""A form with one file (multipart/form-data, RFC 7578), parsed as a stream.
 
-The file's bytes are passed on as they come; the other fields are few and short.
+The file's bytes are passed on as they arrive; the other fields are few and short.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, TooLarge
 
 MAX_FIELDS = 16
-"""Parts of a form."""
+"""Maximum parts of a form."""
 
 MAX_FIELD_BYTES = 4096
-"""Bytes of a field's name and value, and of a part's headers."""
+"""Maximum bytes of a field's name and value, and of a part's headers."""
 
 MAX_FILENAME_CHARACTERS = 255
 
 
 class UploadedForm:
-    """A form as it arrives. `chunks` yields its file; afterwards `fields` and `filename` are whole."""
+    """A form being received. `chunks` yields its file; afterwards `fields` and `filename` are complete."""
 
     def __init__(self, content_type: str, max_bytes: int) -> None:
-        """max_bytes: of the file. Raises BadRequest for a body that is no form."""
+        """max_bytes: maximum bytes of the file. Raises BadRequest for a body that is not a form."""
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary", b"")
         if kind != b"multipart/form-data" or not 0 < len(boundary) <= 200:
@@ -61,9 +61,9 @@ class UploadedForm:
     async def chunks(
         self, body: AsyncIterator[bytes], check: Callable[[Mapping[str, str]], None]
     ) -> AsyncIterator[bytes]:
-        """Yield the file's bytes. Raises BadRequest for a broken form, TooLarge, and what `check` raises.
+        """Yield the file's bytes. Raises BadRequest for an invalid form, TooLarge, and as `check`.
 
-        check: is called with the fields that come before the file, before its first byte is yielded.
+        check: called with the fields that precede the file, before its first byte is yielded.
         """
         self._check = check
         async for part in body:
@@ -79,7 +79,7 @@ class UploadedForm:
         if not self.has_file:
             raise BadRequest("the form has no file: send it as the part `file`", param="file")
 
-    # ------------------------------------------------------------ what the parser finds
+    # ------------------------------------------------------------ callbacks of the parser
 
     def _begin(self) -> None:
         self._num_parts += 1

@@ -1,1 +1,1 @@
-"""The fleet as a gateway sees it."""
+"""A gateway's view of the fleet, and its time series."""

@@ -1,4 +1,4 @@
-"""Samples of the fleet for charts: what its heartbeats say, every few seconds."""
+"""Samples the fleet's state for charts from heartbeats, every few seconds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from protocol.wire import messages as m
 logger = logging.getLogger(__name__)
 
 SAMPLE_S = TIERS[0][0] / 2
-"""Pause between samples. Each reads all workers' heartbeats once."""
+"""Seconds between samples. Each reads all workers' heartbeats once."""
 
 
 class Sampler:
-    """Compares the counters of workers with those of the sample before."""
+    """Computes the increase of workers' counters since the previous sample."""
 
     def __init__(self, bus: Bus, view: FleetView, series: TimeSeries) -> None:
         self._bus = bus

@@ -1,8 +1,8 @@
-"""What calls and workers did over the last week, in buckets of time and in bounded memory, for charts. Pure.
+"""Counts of calls and workers over the last week for charts, in time buckets and bounded memory. Pure.
 
-A gateway counts the calls that it answers itself; what is said of the fleet comes from heartbeats, so every gateway has
-the same. Buckets of 10 s become buckets of 5 min, and those buckets of 30 min. Nothing is written anywhere: after a
-restart of the gateway the charts begin again.
+A gateway counts only its own calls; the fleet's numbers come from heartbeats, so they are the same in every gateway.
+Buckets of 10 s are merged into buckets of 5 min, and those into buckets of 30 min. Nothing is stored: the charts
+restart with the gateway.
 """
 
 from __future__ import annotations
@@ -23,40 +23,37 @@ from protocol.metrics.names import OTHER
 from protocol.wire.clock import now_s as fleet_now_s
 
 TIERS = ((10, 360), (300, 288), (1800, 336))
-"""Seconds of a bucket, and how many are kept: an hour, a day, a week."""
+"""Seconds per bucket, and number of buckets kept: an hour, a day, a week."""
 
 MAX_ROWS = 24
-"""Rows that a bucket keeps, beside that of all others: of its tenants, then of their models, each tenant's in turn."""
+"""Maximum rows of a bucket, besides the row of all others: first one per tenant, then models, round-robin by tenant."""
 
 MAX_TENANTS = 16
-"""Tenants that a bucket keeps apart, the busiest; the others are counted together."""
+"""Number of tenants that a bucket counts separately, the busiest; the others share one row."""
 
 MAX_OPEN_ROWS = 128
-"""Rows of a bucket that is still counted in, of which it is not known yet which will be the busiest."""
+"""Maximum rows of the current bucket, whose busiest rows are not known yet."""
 
 MAX_NAME = 100
 """Characters of a name that are kept."""
 
 MAX_BYTES = 12 << 20
-"""What all names and counts take at most, as tests/gateway/fleet measures."""
+"""Maximum memory of all names and counts, as measured by tests/gateway/fleet."""
 
 FIELDS = (
     "requests", "prompt_tokens", "output_tokens", "refused", "client_errors", "server_errors", "hits", "misses",
 )  # fmt: skip
-"""What is counted.
-
-requests: that were queued; refused: calls answered 429; client_errors: other 4xx; server_errors: 5xx, and answers that
-failed after their beginning; hits: requests that found their adapter in the pool.
-"""
+"""The counters of a row. requests: queued requests; refused: calls answered with 429; client_errors: other 4xx;
+server_errors: 5xx, and answers that failed after they had begun; hits: requests whose adapter was in the pool."""
 
 BOUNDS_MS = (10, 20, 35, 60, 100, 150, 250, 400, 700, 1200, 2000, 3500, 6000, 10_000, 20_000, 60_000)
-"""Upper bounds of the buckets of the time to first token; one more has what took longer."""
+"""Upper bounds of the histogram of the time to first token; one more bucket counts longer times."""
 
 RANGES_S: Mapping[str, int] = {"15m": 900, "1h": 3600, "6h": 21_600, "24h": 86_400, "7d": 604_800}
-"""Ranges that may be asked for, in seconds."""
+"""Ranges that clients may request, in seconds."""
 
 MAX_GROUPS = 6
-"""Tenants or models that an answer shows apart, the busiest of the range."""
+"""Tenants or models that an answer shows separately, the busiest of the range."""
 
 
 Field = Literal[
@@ -67,22 +64,22 @@ _PLACES: dict[str, int] = {name: place for place, name in enumerate(FIELDS)}
 _EMPTY = (0,) * (len(FIELDS) + len(BOUNDS_MS) + 1)
 
 Key = tuple[str | None, str | None]
-"""A tenant and a model. None stands for all others, since strangers choose names and no name is None."""
+"""A tenant and a model. None stands for all others: clients choose names, but no name is None."""
 
 _OTHERS: Key = (None, None)
 
-Row = array  # FIELDS, then how many calls had their first token within each bound; uint64
+Row = array  # FIELDS, then the histogram of the time to first token; uint64
 
 
 @dataclass(slots=True)
 class FleetSample:
-    """The fleet at a time, or in a bucket: the highest numbers of requests, and what workers did in it."""
+    """The fleet's state at a time or in a bucket: maximum numbers of requests and workers, and sums of tokens."""
 
     queued: int = 0
     running: int = 0
-    oldest_s: float = 0.0  # age of the oldest request that waits
+    oldest_s: float = 0.0  # age of the oldest waiting request
     workers: int = 0
-    output_tokens: int = 0  # of all workers, since the sample before
+    output_tokens: int = 0  # of all workers, since the previous sample
     computed_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
@@ -97,14 +94,14 @@ class FleetSample:
 
 @dataclass(slots=True)
 class Bucket:
-    """What happened from `start_s` on, unix time."""
+    """Counts of the period that begins at `start_s`, unix time."""
 
     start_s: int
     fleet: FleetSample | None = None
     rows: dict[Key, Row[int]] = field(default_factory=dict[Key, "Row[int]"])
 
     def row(self, key: Key) -> Row[int]:
-        """Return the row of a tenant and a model, for which others are counted together if there are many."""
+        """Return the row of a tenant and a model; if there are too many rows, others are merged first."""
         row = self.rows.get(key)
         if row is None:
             if len(self.rows) >= MAX_OPEN_ROWS:
@@ -113,11 +110,11 @@ class Bucket:
         return row
 
     def add(self, key: Key, row: Row[int]) -> None:
-        """Add a row that another bucket counted. Rows that a reader has taken do not change."""
+        """Add a row of another bucket. Creates a new array, because a reader may hold the old one."""
         self.rows[key] = _sum(self.row(key), row)
 
     def merge(self, other: Bucket) -> None:
-        """Add what another bucket counted."""
+        """Add the counts of another bucket."""
         for key, row in other.rows.items():
             self.add(key, row)
         self.merge_fleet(other)
@@ -129,9 +126,9 @@ class Bucket:
             self.fleet.merge(other.fleet)
 
     def trim(self) -> None:
-        """Keep the busiest tenants and each one's busiest models apart, and count the others together.
+        """Keep separate rows of the busiest tenants and of their busiest models, and merge the others.
 
-        The sums of a tenant that is kept stay exact, and no tenant's models take the places of another's first ones.
+        The sums of a kept tenant stay exact, and one tenant's models do not displace another's busiest ones.
         """
         if len(self.rows) <= MAX_ROWS:
             return
@@ -156,20 +153,20 @@ class Bucket:
 
 
 class TimeSeries:
-    """Counts what happens now, and returns what happened in a range of time."""
+    """Counts current events, and returns the counts of a range of time."""
 
     def __init__(self, now_s: Callable[[], float] = fleet_now_s) -> None:
-        """now_s: returns the unix time; default: the queue's server's, as everywhere."""
+        """now_s: returns unix time; default: the clock of the queue's server, as everywhere."""
         self._now_s = now_s
         self._open: list[Bucket | None] = [None for _ in TIERS]
         self._kept: list[deque[Bucket]] = [deque(maxlen=num) for _, num in TIERS]
 
     def count(self, tenant: str, model: str, what: Field, num: int = 1) -> None:
-        """Count something that a tenant's calls of a model did."""
+        """Add to a counter of a tenant and a model."""
         self._now().row((tenant[:MAX_NAME], model[:MAX_NAME]))[_PLACES[what]] += num
 
     def queued(self, tenant: str, model: str, num_prompt_tokens: int) -> None:
-        """Count a request that is in the queue."""
+        """Count a queued request and its prompt tokens."""
         row = self._now().row((tenant[:MAX_NAME], model[:MAX_NAME]))
         row[_PLACES["requests"]] += 1
         row[_PLACES["prompt_tokens"]] += num_prompt_tokens
@@ -180,19 +177,19 @@ class TimeSeries:
         row[len(FIELDS) + bisect_left(BOUNDS_MS, seconds * 1000)] += 1
 
     def sample(self, fleet: FleetSample) -> None:
-        """Keep how the fleet is now."""
+        """Merge a sample of the fleet into the current bucket."""
         now = self._now()
         now.fleet = now.fleet or FleetSample()
         now.fleet.merge(fleet)
 
     async def read(self, range_s: int, tenant: str | None, group: Group | None) -> dict[str, Any]:
-        """Return a range up to now as JSON: the sums, then the busiest groups, each a list with a value per bucket.
+        """Return a range up to now as JSON: the sums, then the busiest groups, each with a list of values per field.
 
-        The last bucket is that of now, of which `elapsed_s` have passed. None in a list: the gateway did not run then,
-        nothing was measured, or the tenant was not among the busiest, which are counted apart. What is called `other`
-        is counted with all others. It takes some 40 ms, in turns of less than one.
+        The last bucket is the current one, of which `elapsed_s` have passed. None in a list means: the gateway did not
+        run, nothing was measured, or the tenant was not among the separately counted ones. Groups named `other` are
+        counted with all others. Takes some 40 ms, in slices of less than one.
 
-        range_s: one of `RANGES_S`. tenant: whose calls, None: everybody's, and the fleet's numbers.
+        range_s: one of `RANGES_S`. tenant: whose calls; None: all calls, and the fleet's numbers.
         """
         self._now()
         tier = next(number for number, (step, num) in enumerate(TIERS) if step * num >= range_s)
@@ -228,10 +225,10 @@ class TimeSeries:
         }
 
     async def _copies(self, tier: int, first_s: int, tenant: str | None) -> dict[int, Bucket]:
-        """Return what open buckets have counted since `first_s` in buckets of a tier, by the times when these began.
+        """Return the counts of open buckets since `first_s`, as buckets of a tier by start time.
 
-        A bucket that has ended stays open until the next shorter one has ended too, so these are of up to two times.
-        What ends meanwhile is counted once: rows are taken before others get a turn.
+        A bucket that has ended stays open until the next shorter one has ended too, so there are up to two. Nothing is
+        counted twice: all rows are collected before other tasks run.
         """
         copies: dict[int, Bucket] = {}
         taken: list[tuple[Bucket, Key, Row[int]]] = []
@@ -251,7 +248,7 @@ class TimeSeries:
         return copies
 
     async def _busiest(self, buckets: Iterable[Bucket], tenant: str | None, group: Group | None) -> list[str]:
-        """Return the names of the groups that an answer shows apart, the busiest first."""
+        """Return the names of the groups shown separately, the busiest first."""
         weights: dict[str, int] = {}
         if group is not None:
             turn = LoopSlice()
@@ -266,13 +263,13 @@ class TimeSeries:
     # ------------------------------------------------------------ time
 
     def _start(self, tier: int) -> int:
-        """Return when the bucket of now began."""
+        """Return the start of the tier's current bucket."""
         bucket = self._open[0]
         assert bucket is not None
         return bucket.start_s - bucket.start_s % TIERS[tier][0]
 
     def _now(self) -> Bucket:
-        """Return the bucket of now. A clock that goes back stays in the bucket that was begun."""
+        """Return the current bucket. If the clock goes back, the bucket stays."""
         now_s, bucket = int(self._now_s()), self._open[0]
         if bucket is not None and now_s < bucket.start_s + TIERS[0][0]:
             return bucket
@@ -298,16 +295,16 @@ def _sum(one: Row[int], other: Row[int]) -> Row[int]:
 
 
 def _weight(row: Row[int]) -> int:
-    """Return how much a row matters: calls that were queued or refused."""
+    """Return a row's weight: its queued, refused and failed calls."""
     return row[0] + sum(row[_PLACES["refused"] : _PLACES["hits"]])
 
 
 def _grouped(
     bucket: Bucket | None, tenant: str | None, group: Group | None, names: Sequence[str]
 ) -> tuple[dict[str | None, Row[int]], Row[int] | None]:
-    """Return a bucket's sums, of all under None and of each name, and those of all other names.
+    """Return a bucket's sums, in total (None) and by name, and the sum of all other names.
 
-    Nothing where there is no bucket, or where the tenant may be among those that it counted together.
+    Nothing if there is no bucket, or if the tenant may be among its merged rows.
     """
     sums: dict[str | None, Row[int]] = {}
     if bucket is None:
@@ -326,7 +323,7 @@ def _grouped(
 
 
 async def _columns(name: str | None, group: Group | None, rows: Sequence[Sequence[int] | None]) -> dict[str, Any]:
-    """Return rows as a list for each field, and the quantiles of their first tokens."""
+    """Return rows as a list per field, and quantiles of the time to first token."""
     turn = LoopSlice()
     columns: dict[str, Any] = {"name": name, "group": group if name is not None else None}
     for place, title in enumerate(FIELDS):
@@ -342,9 +339,9 @@ async def _columns(name: str | None, group: Group | None, rows: Sequence[Sequenc
 
 
 def quantile(counts: Sequence[int], share: float) -> float | None:
-    """Return a quantile in ms, by interpolation between `BOUNDS_MS`; None of nothing.
+    """Return a quantile in ms, interpolated between `BOUNDS_MS`; None if nothing was counted.
 
-    What took longer than the last bound counts as the last bound, as `histogram_quantile` of Prometheus has it.
+    Times beyond the last bound count as the last bound, as in Prometheus' `histogram_quantile`.
     """
     total = sum(counts)
     if not total:
@@ -358,7 +355,7 @@ def quantile(counts: Sequence[int], share: float) -> float | None:
 
 
 def _fleet(buckets: Sequence[Bucket | None]) -> dict[str, list[Any]]:
-    """Return the fleet's numbers of buckets, as a list for each."""
+    """Return the fleet's numbers, as a list per field."""
     samples = [bucket.fleet if bucket is not None else None for bucket in buckets]
     return {
         name: [None if one is None else getattr(one, name) for one in samples]

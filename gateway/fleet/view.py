@@ -1,4 +1,4 @@
-"""What a gateway sees of its fleet: the bases, the live workers, the scheduler's status."""
+"""A gateway's view of its fleet: bases, live workers, and the scheduler's status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from protocol.wire.keys import CLASSES
 
 logger = logging.getLogger(__name__)
 
-REFRESH_S = 1.0  # pause between two looks at the fleet
+REFRESH_S = 1.0  # seconds between refreshes
 
 
 class FleetView:
@@ -30,34 +30,34 @@ class FleetView:
         further: Sequence[str] = (),
         shows_reasons: bool = True,
     ) -> None:
-        """beat_timeout_s: silence after which a worker counts as dead. waits: calls wait in the queue for a worker.
+        """beat_timeout_s: seconds after a worker's last heartbeat when it counts as dead.
 
-        name: of the default base. further: names of the other bases of the settings. shows_reasons: clients may
-        know why a base does not start, which may name paths of its machine.
+        waits: calls may wait for a worker. name: of the default base. further: names of the other bases in the
+        settings. shows_reasons: clients may see why a base does not start, which may reveal paths of its machine.
         """
         self._bus = bus
         self._name = name
         self._in_settings = tuple(further)
         self.further = self._in_settings
-        """The names of the bases besides the default one that are asked here, added ones among them."""
+        """Names of the served bases besides the default one, including added ones."""
         self._shows_reasons = shows_reasons
         self._waits = waits
         self._beat_timeout_ms = int(beat_timeout_s * 1000)
         self.base: m.ServedModel | None = None
-        """The default base: that of its name or, where this gateway has one base only, what workers serve."""
+        """The default base: the one with its name or, if this gateway serves only one, the one that workers serve."""
         self._others: dict[str, m.ServedModel] = {}  # further bases that workers have reported
-        self._loads: dict[str, m.BaseLoad] = {}  # as the scheduler last said
+        self._loads: dict[str, m.BaseLoad] = {}  # by the scheduler's latest status
         self._is_mixed = False  # whether workers of several bases have reported
         self.failures: dict[str, str] = {}
-        """Base -> why no worker of it has started, where none has since."""
+        """Base -> why none of its workers has started, unless one has started since."""
         self.added = m.AddedBases()
-        """The bases that operators have added and taken away."""
+        """The bases that operators have added and removed."""
         self.status: m.SchedulerStatus | None = None
         self.num_workers = 0
-        self.num_queued = self.num_running = 0  # requests, when `show_workers` last looked
+        self.num_queued = self.num_running = 0  # requests, as of the latest `show_workers`
 
     def set_added(self, added: m.AddedBases) -> None:
-        """Take what operators have added and taken away until now: further bases are asked here from now on, or not."""
+        """Store the bases that operators have added and removed, and update `further`."""
         self.added = added
         in_settings = (self._name, *self._in_settings)
         further = (*self._in_settings, *(name for name in added.bases if name not in in_settings))
@@ -67,36 +67,36 @@ class FleetView:
 
     @property
     def is_ready(self) -> bool:
-        """Whether calls of any base are accepted: it is known, and a worker is alive or calls wait for one."""
+        """Whether calls of any base are accepted: it is known, and a worker is alive or calls may wait for one."""
         base = self.base
         return (base is not None and self._accepts(base)) or any(map(self._accepts, self._others.values()))
 
     @property
     def bases(self) -> list[m.ServedModel]:
-        """The bases that workers have reported and that are asked here, the default one first."""
+        """The served bases that workers have reported, the default one first."""
         return [base for base in (self.base, *self._others.values()) if base is not None]
 
     def named(self, name: str) -> m.ServedModel | None:
-        """Return a further base by its name, or else the default one; None if no worker has reported it."""
+        """Return the further base of a name, or else the default one; None if no worker has reported it."""
         return self._others.get(name) if name in self.further else self.base
 
     def is_foreign(self, name: str) -> bool:
-        """Return whether a call's base is none of those asked here. A fleet's only one may have had other names."""
+        """Return whether a call's base is not served here. If there is only one base, it may have been renamed."""
         if name in self.added.removed and name not in self.names:
             return True
         return name not in ("", self._name, *self.further) and (self._is_mixed or bool(self.further))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the bases that are asked here, the default one first, whether or not one was reported."""
+        """Names of the served bases, the default one first, whether reported or not."""
         return (self._name, *self.further)
 
     def load(self, name: str) -> m.BaseLoad:
-        """Return how many workers, and requests, a base has."""
+        """Return the numbers of workers and requests of a base."""
         return self._loads.get(name, m.BaseLoad())
 
     def demand_of(self, name: str) -> int:
-        """Return how many requests workers of one of several bases are needed for, as `demand` does of the fleet."""
+        """Return the number of requests of one of several bases that need workers, analogous to `demand`."""
         load = self.load(name)
         return max(load.queued + load.running, int(self.named(name) is None))
 
@@ -104,15 +104,15 @@ class FleetView:
         if self._waits:
             return True
         if not (self._is_mixed or self.further):
-            return self.num_workers > 0  # the register says enough, also while there is no scheduler
+            return self.num_workers > 0  # known from registrations, also without a scheduler
         load = self.load(base.name)
         if load.workers > 0 or (load.may_become > 0 and base.name not in self.failures):
             return True
-        # A registered worker that the scheduler does not count has just come, and may be of this base.
+        # A registered worker that the scheduler does not count yet is new, and may serve this base.
         return self.num_workers > sum(load.workers for load in self._loads.values())
 
     async def refresh(self) -> None:
-        """Read all of it once. Raises a connection error."""
+        """Read the fleet's state once. Raises a connection error."""
         with series.QUEUE_ANSWER_SECONDS.time():
             fleet = await self._bus.members.summary(self._beat_timeout_ms)
         self.num_workers, self.status = fleet.num_workers, fleet.status
@@ -144,10 +144,10 @@ class FleetView:
             series.FLEET_OLDEST_SECONDS.labels(cls).set(max(0, now_ms() - oldest_ms) / 1000 if oldest_ms else 0)
 
     async def show_workers(self) -> list[m.WorkerBeat]:
-        """Set the fleet's metrics and those of each live worker, and return these workers' heartbeats.
+        """Update the metrics of the fleet and of each live worker, and return the live workers' heartbeats.
 
-        There are none while the queue cannot be reached. Requests are counted now: the scheduler's status may be a
-        second old, and who has the last answer is to see that nothing runs any more.
+        Returns none while the queue cannot be reached. Requests are counted now: the scheduler's status may be a second
+        old, but a client with the last answer must see that nothing runs any more.
         """
         try:
             await self.refresh()
@@ -164,24 +164,24 @@ class FleetView:
 
     @property
     def demand(self) -> int:
-        """How many requests workers are needed for: those that wait and those that run.
+        """Number of waiting and running requests, for which workers are needed.
 
-        At least one before any worker has reported its model, since without it no call can be accepted.
+        At least one until a worker has reported its model, because no call is accepted before.
         """
         num = self.status.queued + self.status.running if self.status is not None else 0
         return num if self.base is not None else max(num, 1)
 
     async def require(self, *, worker: bool, name: str = "") -> m.ServedModel:
-        """Return a further base by its name, or else the default one.
+        """Return the further base of a name, or else the default one.
 
-        Raises Unavailable while it is unknown or, with `worker`, its calls are not accepted.
+        Raises Unavailable while it is unknown or, with `worker`, while its calls are not accepted.
         """
         for is_fresh in (False, True):
             base = self.named(name)
             if base is not None and not (worker and not self._accepts(base)):
                 return base
             if not is_fresh:
-                await self.refresh()  # a worker may just have come up
+                await self.refresh()  # a worker may have just started
         if not self.further:
             raise Unavailable("no worker is ready to serve the model; it may still be loading")
         text = f"no worker is ready to serve `{name or self._name}`"
@@ -193,10 +193,10 @@ class FleetView:
         raise Unavailable(f"{text}: it did not start{f': {why}' if self._shows_reasons else ''}", code="base_failed")
 
     async def require_any(self, *, worker: bool) -> None:
-        """Raise Unavailable while no base is known or, with `worker`, no calls of any are accepted."""
+        """Raise Unavailable while no base is known or, with `worker`, while no base's calls are accepted."""
         for is_fresh in (False, True):
             if self.is_ready if worker else self.bases:
                 return
             if not is_fresh:
-                await self.refresh()  # a worker may just have come up
+                await self.refresh()  # a worker may have just started
         raise Unavailable("no worker is ready to serve the model; it may still be loading")

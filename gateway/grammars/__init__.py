@@ -1,1 +1,1 @@
-"""What clients demand of an answer's form, as grammars."""
+"""Constraints of answers that clients request, as grammars."""

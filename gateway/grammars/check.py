@@ -1,4 +1,4 @@
-"""Checks whether grammars compile, in the sandbox, and remembers the results."""
+"""Checks in the sandbox whether grammars compile, and caches the results."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from protocol.wire.errors import BadRequest, ServerError
 MAX_REMEMBERED = 4096
 
 LIMIT_REMEMBERED_S = 60.0
-"""How long a tenant's grammar that took too much is refused without another try, which may pass another time."""
+"""Seconds for which a tenant's grammar that exceeded a limit is refused without a new try, which might succeed."""
 
 Key = tuple[str, bytes]
-"""A tenant, and the digest of a grammar of its."""
+"""A tenant, and the digest of one of its grammars."""
 
 
 @dataclass
@@ -28,28 +28,28 @@ class _Trial:
     """A grammar that is being compiled; concurrent callers wait for the same result."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    error: ServerError | None = None  # why it could not be tried, for those who waited
+    error: ServerError | None = None  # why it could not be tried, for concurrent callers
 
 
 class GrammarCheck:
-    """Checks grammars for the base model's tokenizer.
+    """Checks whether grammars compile for the base model's tokenizer.
 
-    What the compiler says of a grammar is a fact about it, and remembered for everybody. That it took too much time or
-    memory is remembered for the tenant alone, and for a minute. That it could not be tried, for want of a place, a
-    process or an idle machine, says nothing about it and is not remembered.
+    The compiler's verdict is a fact about the grammar, and cached for all tenants. A time or memory limit is cached for
+    one tenant and a minute only. A failure to try, for want of a slot, a process or CPU time, says nothing about the
+    grammar and is not cached.
     """
 
     def __init__(self, sandbox: SandboxPool, limit_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
-        """`limit_s`: most CPU seconds of one grammar."""
+        """limit_s: maximum CPU seconds per grammar."""
         self._now_s = now_s
         self._sandbox = sandbox
         self._limit_s = limit_s
-        self._facts: OrderedDict[bytes, str] = OrderedDict()  # why a grammar is refused, "" if it compiles, by digest
-        self._limits: OrderedDict[Key, tuple[str, float]] = OrderedDict()  # refusal, and loop time of its expiry
+        self._facts: OrderedDict[bytes, str] = OrderedDict()  # digest -> why it is refused, "" if it compiles
+        self._limits: OrderedDict[Key, tuple[str, float]] = OrderedDict()  # refusal, and monotonic time of its expiry
         self._trials: WeakValueDictionary[Key, _Trial] = WeakValueDictionary()
 
     async def check(self, grammar: str, param: str, tenant: str) -> None:
-        """Raise BadRequest if a grammar, as in `messages.Body`, cannot be compiled, or not within the limits.
+        """Raise BadRequest if a grammar, as in `messages.Body`, does not compile, or not within the limits.
 
         Raises Overloaded and Unavailable if it cannot be tried now. tenant: whose turn in the sandbox it takes.
         """
@@ -69,7 +69,7 @@ class GrammarCheck:
             raise BadRequest(f"{param} cannot be served: {refusal}", param=param)
 
     def _known(self, key: Key) -> str | None:
-        """Return why a grammar is refused, "" if it compiles, None if that is not known."""
+        """Return why a grammar is refused, "" if it compiles, None if unknown."""
         refusal = self._facts.get(key[1])
         if refusal is not None:
             self._facts.move_to_end(key[1])
@@ -78,7 +78,7 @@ class GrammarCheck:
         return limit if self._now_s() < until_s else None
 
     async def _try(self, grammar: str, key: Key, trial: _Trial) -> str:
-        """Return why a grammar is refused, "" if it compiles, and remember it. Raises Overloaded and Unavailable."""
+        """Compile a grammar and cache the result: why it is refused, or "". Raises Overloaded and Unavailable."""
         tenant, digest = key
         try:
             refusal = (await self._sandbox.do(Check(grammar), tenant=tenant, limit_s=self._limit_s)).refusal

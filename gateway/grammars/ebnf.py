@@ -1,4 +1,4 @@
-"""Grammars as SGLang, xgrammar and llama.cpp write them (GBNF), rewritten in llguidance's Lark. Pure."""
+"""Converts grammars of SGLang, xgrammar and llama.cpp (GBNF) to llguidance's Lark. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gateway.grammars.notation import lark_string
 from protocol.wire.errors import BadRequest
 
 MAX_TOKENS = 10_000
-"""Names, strings, classes, marks and the space between them in one grammar: they take 20 ms of the event loop."""
+"""Maximum tokens of a grammar, white space included: they take 20 ms of the event loop."""
 
 _RULE = re.compile(r"(?m)^[ \t]*+[A-Za-z_][\w-]*+[ \t]*+::=")
 _TOKEN = re.compile(
@@ -20,16 +20,16 @@ _TOKEN = re.compile(
 )
 _HEX = re.compile(r"\\x([0-9a-fA-F]{2})")
 _WIDE = re.compile(r"\\U([0-9a-fA-F]{8})")
-_IN_CLASS = re.compile(r"\\.|[/\[&~]", re.DOTALL)  # Rust's regular expressions treat these differently in a class
+_IN_CLASS = re.compile(r"\\.|[/\[&~]", re.DOTALL)  # special in a class of Rust's regular expressions
 
 
 def is_ebnf(text: str) -> bool:
-    """Return whether a grammar is written with `::=`, and so is not Lark."""
+    """Return whether a grammar uses `::=`, so that it is EBNF and not Lark."""
     return _RULE.search(text) is not None
 
 
 def lark_of(text: str, place: str) -> str:
-    """Return an EBNF grammar, which begins with the rule `root`, as Lark. Raises BadRequest."""
+    """Convert an EBNF grammar with the start rule `root` to Lark. Raises BadRequest."""
     names: dict[str, str] = {"root": "start"}
     defined: set[str] = set()
     pieces: list[str] = []
@@ -66,7 +66,7 @@ def lark_of(text: str, place: str) -> str:
 
 
 def _literal(token: str, place: str) -> str:
-    """Return what a string of EBNF means."""
+    """Return the text of an EBNF string literal."""
     text = _WIDE.sub(lambda found: json.dumps(chr(min(int(found[1], 16), 0x10FFFF)))[1:-1], token)
     try:
         return json.loads(_HEX.sub(r"\\u00\1", text).replace("\\[", "[").replace("\\]", "]"), strict=False)

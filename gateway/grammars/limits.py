@@ -1,11 +1,11 @@
-"""What a regular expression or a grammar may hold, found out before anything compiles it. Pure.
+"""Limits of regular expressions and grammars, checked before anything compiles them. Pure.
 
-Each function here reads every character a bounded number of times: patterns are possessive, and what begins like a
-string or an expression and does not end is one token too, so that no search restarts within it.
+Each function reads every character a bounded number of times: patterns are possessive, and an unterminated string or
+expression is one token, so that no search restarts within it.
 
-Whether it compiles, and at what cost, is found out in the sandbox. Here is refused what is written in a few bytes and
-costs without bound, counted repetitions inside each other, and what is too deep or too wide to walk through. `minItems`
-and its kin cost nothing, however large.
+The sandbox finds out whether a grammar compiles, and at what cost. Refused here are short texts of unbounded cost, such
+as nested counted repetitions, and schemas too deep or too wide to traverse. `minItems` and similar keywords cost
+nothing, however large.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 MAX_CHOICES = 10_000
-"""Values in one `enum` or `choice`, schemas in one `anyOf`."""
+"""Maximum values in one `enum` or `choice`, and schemas in one `anyOf`."""
 
 MAX_PARTS = 100_000
-"""Parts of a regular expression once its counted repetitions are written out: (ab){3} has six."""
+"""Maximum parts of a regular expression with its counted repetitions expanded: (ab){3} has six."""
 
 MAX_TIMES = 16
-"""A request's grammars, its tools' too, have so many times `max_grammar_bytes` together."""
+"""All grammars of a request, including its tools', may have this multiple of `max_grammar_bytes` in total."""
 
 MAX_WHITESPACE_BYTES = 256
-"""Longest `whitespace_pattern`, which stands between all parts of the JSON."""
+"""Maximum bytes of a `whitespace_pattern`, which is inserted between all parts of the JSON."""
 
 _TIMES = re.compile(r"\{(\d*+)(,?+)(\d*+)\}")
 _MAX_DIGITS = 9
@@ -43,7 +43,7 @@ def check_num(num: int, limit: int, what: str, place: str) -> None:
 
 
 def too_many(num: int, limit: int, what: str, place: str) -> BadRequest:
-    """Return the error of more than `limit` of something."""
+    """Return the error for more than `limit` of something."""
     return BadRequest(f"{place} has {num} {what}; the limit is {limit}", param=place)
 
 
@@ -51,25 +51,25 @@ def too_many(num: int, limit: int, what: str, place: str) -> BadRequest:
 
 
 def check_whitespace(pattern: str, place: str) -> None:
-    """Raise BadRequest for a pattern of white space that is too long or counts too far."""
+    """Raise BadRequest for a white space pattern that is too long or has too many parts."""
     check_num(len(pattern.encode()), MAX_WHITESPACE_BYTES, "bytes", place)
     check_regex(pattern, place)
 
 
 def check_regex(pattern: str, place: str) -> None:
-    """Raise BadRequest for a regular expression that has too many parts when its repetitions are written out."""
+    """Raise BadRequest for a regular expression with too many parts once its repetitions are expanded."""
     if num_parts(pattern) > MAX_PARTS:
         text = f"{place}: /{pattern:.40}/ has more than {MAX_PARTS} parts when its repetitions are written out"
         raise BadRequest(f"{text}, which is the limit", param=place)
 
 
 def num_parts(pattern: str) -> int:
-    """Return how many parts a regular expression has when its repetitions are written out, up to `MAX_PARTS` + 1.
+    """Return the number of parts of a regular expression with its repetitions expanded, up to `MAX_PARTS` + 1.
 
-    It need not be a right one; the compiler finds that out.
+    The expression may be invalid; the compiler detects that.
     """
-    total, last, at = 0, 0, 0  # parts so far in this group, those of its last piece, and the next character
-    groups: list[int] = []  # parts before each group that is open
+    total, last, at = 0, 0, 0  # parts so far in this group, parts of its last piece, index of the next character
+    groups: list[int] = []  # parts before each open group
     while at < len(pattern):
         character, at = pattern[at], at + 1
         times = _TIMES.match(pattern, at - 1) if character == "{" else None
@@ -96,7 +96,7 @@ def _count(digits: str) -> int:
 
 
 def _after_piece(pattern: str, at: int) -> int:
-    """Return where a character, an escape or a class that begins at `at` ends."""
+    """Return the end of the character, escape or class that begins at `at`."""
     if pattern[at] == "\\":
         if pattern[at + 1 : at + 2] in tuple("pPxuU") and pattern[at + 2 : at + 3] == "{":
             return pattern.find("}", at) + 1 or len(pattern)
@@ -105,7 +105,7 @@ def _after_piece(pattern: str, at: int) -> int:
         return at + 1
     open_classes, at = 1, at + 1
     at += pattern[at : at + 1] == "^"
-    at += pattern[at : at + 1] == "]"  # a class may begin with the character that ends it
+    at += pattern[at : at + 1] == "]"  # a leading ] is a literal
     while at < len(pattern) and open_classes:
         open_classes += (pattern[at] == "[") - (pattern[at] == "]")
         at += 2 if pattern[at] == "\\" else 1

@@ -1,4 +1,4 @@
-"""Grammars in llguidance's notation: how they are written, and how they cross the queue. Pure."""
+"""Grammars in llguidance's notation, and their wire form. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Constraint = dict[str, Any]
 
 
 def grammar_text(*constraints: Constraint) -> str:
-    """Return grammars as they cross the queue: the output's, followed by those that it refers to by name."""
+    """Return grammars in their wire form: the output's, followed by those that it refers to by name."""
     return json.dumps({"grammars": constraints}, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -1,9 +1,8 @@
-"""What a JSON schema may hold, and its objects closed: one that names its properties has no others. Pure.
+"""Limits of JSON schemas, and closing of their objects: an object that names its properties gets no others. Pure.
 
-Libraries that make schemas of classes leave `additionalProperties` out, which by the letter allows any key. Models then
-write on, repeating the same key, because a grammar has no other bound. What a schema itself says of
-`additionalProperties` holds. Objects of free keys, which the grammar cannot keep from repeating, have so many and no
-more.
+Libraries that generate schemas from classes omit `additionalProperties`, which formally allows any key. Models then
+keep writing, repeating a key, because the grammar sets no bound. An explicit `additionalProperties` is respected.
+Objects with free keys, whose repetition a grammar cannot prevent, are limited in number of keys.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 MAX_FREE_KEYS = 256
-"""Most properties of an object besides those that it names, unless its schema has `maxProperties`."""
+"""Maximum properties of an object besides the named ones, unless its schema has `maxProperties`."""
 
 MIN_STEPS = 256
 BYTES_PER_STEP = 2
-"""A schema's walk takes a step for each object and name in it that is read or copied: at most one for so many bytes."""
+"""The traversal of a schema takes a step per object and per name read or copied; at most one step per BYTES_PER_STEP
+bytes is allowed."""
 
 COPIED_BYTES = 16
-"""Bytes that are added to a schema with one step, so that one of names that are long, or of copies, grows no further
-than to eight times its size."""
+"""Bytes that one step may add to a schema, so that long names or copies enlarge it to at most eight times its size."""
 
 MAX_VALUES = 20_000
-"""Values in one schema, objects and lists included."""
+"""Maximum values in one schema, including objects and lists."""
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 JSON_STYLE: dict[str, Any] = {
-    # Models write a space or a new line between tokens of JSON; small ones never stop where any number is allowed.
+    # Models write a space or a newline between JSON tokens; small ones never stop if any number is allowed.
     "whitespace_pattern": r"[ ]|\n[ \t]{0,32}",
     "whitespace_flexible": True,
     "lenient": False,  # refuse what cannot be enforced
@@ -51,10 +50,10 @@ _VALUES = frozenset({"const", "enum", "default", "example", "examples"})  # keyw
 _SCHEMA, _NAMES, _VALUE = "schema", "names", "value"  # kinds of schema parts; _NAMES maps names to schemas
 
 _ALL, _ANY = "allOf", ("anyOf", "oneOf")
-_APPLIED = (_ALL, *_ANY, "$ref")  # schemas that hold for the same value
+_APPLIED = (_ALL, *_ANY, "$ref")  # schemas that apply to the same value
 _OBJECT = ("properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties")
 _PARTS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
-_OF_PARTS = ("items", "prefixItems", "additionalItems", "additionalProperties")  # they hold other values
+_OF_PARTS = ("items", "prefixItems", "additionalItems", "additionalProperties")  # schemas of inner values
 
 Schema = dict[str, Any]
 
@@ -63,9 +62,9 @@ def checked_schema(
     schema: Any, place: str, settings: Settings, style: Mapping[str, Any] = JSON_STYLE, *,
     close: bool | None = None, strict: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return a JSON schema with its objects closed, and how its JSON is to be written. Raises BadRequest.
+    """Return a JSON schema with closed objects and llguidance's style. Raises BadRequest.
 
-    close: whether objects that name their properties have no others, None for the setting. strict: as OpenAI has it.
+    close: whether objects that name their properties get no others; None: the setting. strict: OpenAI's `strict`.
     """
     if not isinstance(schema, dict):
         raise BadRequest(f"{place} must be an object", param=place)
@@ -73,7 +72,7 @@ def checked_schema(
         other = "structured_outputs has whitespace_pattern and disable_any_whitespace"
         raise BadRequest(f"{place}.{STYLE} is not supported: {other}", param=f"{place}.{STYLE}")
     num_bytes = len(orjson.dumps(schema))
-    if num_bytes > settings.max_grammar_bytes:  # before its patterns are looked through
+    if num_bytes > settings.max_grammar_bytes:  # before its patterns are checked
         raise too_many(num_bytes, settings.max_grammar_bytes, "bytes", place)
     check_schema(schema, place, settings)
     close = strict or (settings.close_objects if close is None else close)
@@ -81,7 +80,7 @@ def checked_schema(
 
 
 def is_strict(definition: Mapping[str, Any], place: str) -> bool:
-    """Return whether a schema's or a function's definition is `strict`. Raises BadRequest."""
+    """Return whether the definition of a schema or function is `strict`. Raises BadRequest."""
     strict = definition.get("strict")
     if strict is not None and not isinstance(strict, bool):
         raise BadRequest(f"{place}.strict must be a boolean", param=f"{place}.strict")
@@ -106,7 +105,7 @@ def check_schema(schema: Any, place: str, settings: Settings) -> None:
 
 
 def _parts(kind: str, group: Any, place: str) -> list[tuple[str, Any]]:
-    """Return the objects and lists in one, each with its kind; raise BadRequest beyond the limits."""
+    """Return the objects and lists in an object or list, each with its kind. Raises BadRequest beyond the limits."""
     if isinstance(group, list):
         return [(kind, part) for part in group if isinstance(part, dict | list)]
     if kind == _SCHEMA:
@@ -136,10 +135,10 @@ def _check_keywords(schema: dict[str, Any], place: str) -> None:
 
 
 def closed(schema: Schema, place: str, *, num_bytes: int, close: bool = True, strict: bool = False) -> Schema:
-    """Return a schema whose objects have no properties but those that it names.
+    """Return a schema whose objects have only the properties that they name.
 
-    num_bytes: its size. close: False to bound free keys alone. strict: to refuse objects that are said to be open.
-    Raises BadRequest, also for one whose parts refer to each other so often that this takes too long.
+    num_bytes: size of the schema. close: False: only limit the number of free keys. strict: refuse explicitly open
+    objects. Raises BadRequest, also if too many references make the traversal too long.
     """
     walk = _Walk(schema, place, MIN_STEPS + num_bytes // BYTES_PER_STEP, close=close, strict=strict)
     if not isinstance(schema.get("$defs", {}), dict):
@@ -151,15 +150,15 @@ def closed(schema: Schema, place: str, *, num_bytes: int, close: bool = True, st
 
 @dataclass(slots=True)
 class _Names:
-    """What the schemas that hold for one value say about its properties."""
+    """What all schemas that apply to one value say about its properties."""
 
     names: dict[str, None] = field(default_factory=dict)  # names in the schema's order
     has_properties: bool = False
-    as_written: bool = False  # True: it defines its additional properties itself, or they are unknown
+    as_written: bool = False  # True: additional properties are explicit or unknown
 
 
 class _Walk:
-    """One schema's closing."""
+    """The traversal that closes one schema."""
 
     def __init__(self, root: Schema, place: str, max_steps: int, *, close: bool, strict: bool) -> None:
         self._root = root
@@ -167,13 +166,13 @@ class _Walk:
         self._steps = self._max_steps = max_steps
         self._close = close
         self._strict = strict
-        self._copy_of: dict[str, str] = {}  # reference -> the name of its open copy
+        self._copy_of: dict[str, str] = {}  # reference -> name of its open copy
         self._to_copy: list[tuple[str, Schema]] = []
         self._targets: dict[str, Schema | None] = {}
         self._num = 0  # number of the latest copy's name
 
     def copies(self) -> Schema:
-        """Return additions to the root's `$defs` by name: open copies of schemas referenced beside others."""
+        """Return additions to the root's `$defs` by name: open copies of schemas that are referenced beside others."""
         copies: Schema = {}
         while self._to_copy:
             name, target = self._to_copy.pop()
@@ -181,7 +180,7 @@ class _Walk:
         return copies
 
     def alone(self, schema: Any) -> Any:
-        """Return a schema closed that no other holds beside for the same value."""
+        """Return a closed schema that is the only one for its value."""
         if not isinstance(schema, dict):
             return schema
         applied = [key for key in _APPLIED if key in schema]
@@ -199,13 +198,13 @@ class _Walk:
         return result
 
     def _beside(self, schema: Any) -> Any:
-        """Return a schema that others hold beside: closed, it would forbid their properties."""
+        """Return a schema that is combined with others. It stays open: closed, it would forbid their properties."""
         if not isinstance(schema, dict):
             return schema
         return self._with_parts(schema, self._beside)
 
     def _with_parts(self, schema: Schema, applied: Callable[[Any], Any]) -> Schema:
-        """Return a schema with the schemas in it closed; `applied` does those that hold for the same value."""
+        """Return a schema with its subschemas closed. applied: transforms those that apply to the same value."""
         self._spend(1)
         if self._strict and schema.get("additionalProperties", False) is not False:
             text = f"{self._place}: where strict is true, additionalProperties must be false or left out"
@@ -223,7 +222,7 @@ class _Walk:
         return result
 
     def _open(self, ref: Any) -> Any:
-        """Return a reference to an open copy of what one refers to."""
+        """Return a reference to an open copy of the schema that `ref` refers to."""
         target = self._target(ref)
         if target is None:
             return ref
@@ -237,7 +236,7 @@ class _Walk:
         return f"#/$defs/{self._copy_of[ref]}"
 
     def _names(self, outer: Schema) -> _Names:
-        """Return what a schema, and those that hold for the same value, say."""
+        """Collect the properties of a schema and of the schemas that apply to the same value."""
         found, seen, waiting = _Names(), set[int](), [outer]
         while waiting:
             schema = waiting.pop()
@@ -253,7 +252,7 @@ class _Walk:
                 found.names |= dict.fromkeys(properties)
             if "patternProperties" in schema:
                 found.has_properties = True
-                found.as_written = found.as_written or schema is not outer  # others are forbidden beside them alone
+                found.as_written = found.as_written or schema is not outer  # `outer`, closed, forbids these
             if isinstance(required := schema.get("required"), list):
                 self._spend(len(required))
                 found.names |= {name: None for name in required if isinstance(name, str)}
@@ -266,7 +265,7 @@ class _Walk:
         return found
 
     def _target(self, ref: Any) -> Schema | None:
-        """Return the schema that a pointer into this one refers to; None for any other reference."""
+        """Return the schema that a pointer within this one refers to; None for other references."""
         if not isinstance(ref, str):
             return None
         if ref not in self._targets:
@@ -295,7 +294,7 @@ def _pointed_to(root: Schema, ref: str) -> Schema | None:
 
 
 def _passes_on(schema: Schema, applied: list[str]) -> bool:
-    """Return whether a value is held to nothing but one of other schemas, as far as objects go."""
+    """Return whether a schema constrains objects only through one applied schema."""
     if len(applied) != 1 or schema.keys() & {*_OBJECT, "enum", "const"}:
         return False
     parts = schema[applied[0]]
@@ -303,7 +302,7 @@ def _passes_on(schema: Schema, applied: list[str]) -> bool:
 
 
 def _has_free_keys(schema: Schema) -> bool:
-    """Return whether an object may have properties of any name, and a grammar can bound their number."""
+    """Return whether an object may have properties of any name, in a number that a grammar can bound."""
     kinds, more = schema.get("type"), schema.get("additionalProperties", True)
     if "maxProperties" in schema or (more is False and "patternProperties" not in schema):
         return False

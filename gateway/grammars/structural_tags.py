@@ -1,8 +1,8 @@
-"""Structural tags, of vLLM's and SGLang's `response_format`: text in which tags have contents of given forms. Pure.
+"""Structural tags in `response_format` of vLLM and SGLang: text with tags whose contents have given formats. Pure.
 
-The formats are those of XGrammar (https://xgrammar.mlc.ai/docs/tutorials/structural_tag.html), as rules of llguidance's
-Lark. Text before a trigger, or before the end of a tag, is a lazy lexeme: it ends where that stands for the first time.
-Each text of a tag is a text to the model, also where it has a token of its own for it.
+The formats are XGrammar's (https://xgrammar.mlc.ai/docs/tutorials/structural_tag.html), converted to llguidance's Lark.
+Text before a trigger or a tag's end is a lazy lexeme, which ends at the first match. A tag's text is matched as text,
+even if the model has a token for it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 MAX_FORMATS = 400
-"""Formats, triggers and ends in one structural tag, those within others included."""
+"""Maximum formats, triggers and ends in one structural tag, including nested ones."""
 
 MAX_DEPTH = 32
-"""Formats within each other."""
+"""Maximum nesting of formats."""
 
 TAG_FIELDS = ("format", "structures", "triggers")
 """Fields of a structural tag besides its type."""
@@ -45,16 +45,16 @@ _FIELDS = {
 
 
 def structural_tag(form: Any, place: str, settings: Settings) -> Constraint:
-    """Return the grammar of a structural tag: {format}, or {structures, triggers} as it was until 2025.
+    """Return the grammar of a structural tag: {format}, or the form until 2025: {structures, triggers}.
 
-    All of it has `max_grammar_bytes` at most. Raises BadRequest.
+    Limited to `max_grammar_bytes` in total. Raises BadRequest.
     """
     if not isinstance(form, dict) or form.get("type", "structural_tag") != "structural_tag":
         raise BadRequest(f"{place} must be an object of the type 'structural_tag'", param=place)
     for name in form.keys() - {"type", *TAG_FIELDS}:
         raise BadRequest(f"{place}.{brief(name)} is not supported", param=place)
     num_bytes = len(orjson.dumps(form))
-    if num_bytes > settings.max_grammar_bytes:  # before anything in it is looked at
+    if num_bytes > settings.max_grammar_bytes:  # before anything in it is checked
         raise too_many(num_bytes, settings.max_grammar_bytes, "bytes", place)
     given = {name for name in TAG_FIELDS if form.get(name) is not None}
     rules = _Rules(settings)
@@ -73,7 +73,7 @@ def structural_tag(form: Any, place: str, settings: Settings) -> Constraint:
 
 
 def _tag_of(structure: Any, place: str) -> dict[str, Any]:
-    """Return a structure of the older form as a tag."""
+    """Convert a structure of the older form to a tag."""
     if not isinstance(structure, dict) or structure.keys() != {"begin", "schema", "end"}:
         raise BadRequest(f"{place} must be an object with begin, schema and end", param=place)
     content = {"type": "json_schema", "json_schema": structure["schema"]}
@@ -81,7 +81,7 @@ def _tag_of(structure: Any, place: str) -> dict[str, Any]:
 
 
 class _Rules:
-    """The rules of one structural tag, as they are written."""
+    """The rules of one structural tag, collected during the conversion."""
 
     def __init__(self, settings: Settings) -> None:
         self.rules: list[str] = []
@@ -90,9 +90,9 @@ class _Rules:
         self._depth = 0
 
     def expression(self, form: Any, place: str, ends: list[str] | None = None) -> str:
-        """Return a format as an expression of Lark, with the end that follows it.
+        """Return a format as a Lark expression, including the end that follows it.
 
-        ends: texts of which one ends it; none where the whole answer ends; None where another format follows.
+        ends: texts of which one ends the format; []: it ends with the answer; None: another format follows.
         """
         self._count(1, place)
         if not isinstance(form, dict) or not isinstance(kind := form.get("type"), str) or kind not in _FIELDS:
@@ -108,7 +108,7 @@ class _Rules:
         self._depth -= 1
         return written
 
-    # ------------------------------------------------------------ formats without others in them
+    # ------------------------------------------------------------ simple formats
 
     def _any_text(self, form: Mapping[str, Any], place: str, ends: list[str] | None) -> str:
         if ends is None:
@@ -128,7 +128,7 @@ class _Rules:
         check_regex(pattern, f"{place}.pattern")
         return self._ended(regex_literal(pattern), ends)
 
-    # ------------------------------------------------------------ formats of others
+    # ------------------------------------------------------------ composite formats
 
     def _sequence(self, form: Mapping[str, Any], place: str, ends: list[str] | None) -> str:
         *first, last = self._each(form, "elements", place)
@@ -140,14 +140,14 @@ class _Rules:
         return self._rule(" | ".join(parts))
 
     def _tag(self, form: Mapping[str, Any], place: str, ends: list[str] | None, after: str = "") -> str:
-        """Write a tag; after: what has been written of its beginning, a trigger."""
+        """Return a tag's expression. after: the part of its beginning that is written already, a trigger."""
         begin = lark_string(self._text(form, "begin", place, empty=True)[len(after) :])
         end = form.get("end")
         own = [end] if isinstance(end, str) else _list(end, f"{place}.end")
         self._count(len(own), f"{place}.end")
         if not all(isinstance(one, str) for one in own):
             raise BadRequest(f"{place}.end must be a text, or a list of texts", param=f"{place}.end")
-        if own == [""]:  # nothing of its own ends it
+        if own == [""]:  # the tag has no end of its own
             return self._rule(f"{begin} {self.expression(form.get('content'), f'{place}.content', ends)}")
         if "" in own:
             raise BadRequest(f"{place}.end must be a list of texts that are not empty", param=f"{place}.end")

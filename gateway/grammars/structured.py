@@ -1,7 +1,7 @@
-"""What clients may demand of an output's form, as a grammar of llguidance. Pure.
+"""Converts the constraints that clients may set on an output to llguidance grammars. Pure.
 
-`response_format` as OpenAI, TGI and LoRAX have it, `structured_outputs` and `guided_…` as vLLM, `regex` and `ebnf` as
-SGLang, `grammar` as TGI; structural tags are in `structural_tags`. `check` finds out whether a grammar can be compiled.
+Supported: `response_format` of OpenAI, TGI and LoRAX, `structured_outputs` and `guided_…` of vLLM, `regex` and `ebnf`
+of SGLang, `grammar` of TGI; `structural_tags` has structural tags. `check` finds out whether a grammar compiles.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "ebnf": "grammar",
     "json_schema": "json",
 }
-"""Parameters of vLLM until 2025 and of SGLang -> the field of `structured_outputs` that means the same."""
+"""Parameter of vLLM until 2025 or of SGLang -> the equivalent field of `structured_outputs`."""
 
 
 def constraint_of(
@@ -59,9 +59,9 @@ def constraint_of(
     settings: Settings,
     others: Mapping[str, Any] = {},
 ) -> Constraint | None:
-    """Return the grammar that a request of OpenAI's routes demands, None for none. Raises BadRequest.
+    """Return the constraint of a request to OpenAI's routes, None if unconstrained. Raises BadRequest.
 
-    others: of `OTHER_NAMES`, those that are given.
+    others: the given fields of `OTHER_NAMES`.
     """
     formatted = None if response_format is None else _response_format(response_format, settings)
     structured = None
@@ -74,9 +74,9 @@ def constraint_of(
 
 
 def native_constraint(response_format: Mapping[str, Any] | None, settings: Settings) -> Constraint | None:
-    """Return the grammar that a request of LoRAX's routes demands, None for none. Raises BadRequest.
+    """Return the constraint of a request to LoRAX's routes, None if unconstrained. Raises BadRequest.
 
-    No `schema` means any object, a null one nothing at all: that is what LoRAX's client sends for "any".
+    A missing `schema` means any object; a null one, which LoRAX's client sends for "any", no constraint.
     """
     param = "response_format"
     if response_format is None or response_format.get("schema", ...) is None:
@@ -92,7 +92,7 @@ def native_constraint(response_format: Mapping[str, Any] | None, settings: Setti
 
 
 def tgi_constraint(grammar: Mapping[str, Any] | None, place: str, settings: Settings) -> Constraint | None:
-    """Return the grammar that TGI's {type, value} demands, None for none. Raises BadRequest."""
+    """Return the constraint of TGI's {type, value}, None if unconstrained. Raises BadRequest."""
     if grammar is None:
         return None
     kind, value, where = grammar.get("type"), grammar.get("value"), f"{place}.value"
@@ -183,7 +183,7 @@ def _structured_outputs(wish: Mapping[str, Any], others: Mapping[str, Any], sett
 
 
 def _style(given: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return how the JSON of a `structured_outputs` is to be written, as llguidance's `x-guidance`."""
+    """Return the JSON style of `structured_outputs`, as llguidance's `x-guidance`."""
     pattern, compact = given.get("whitespace_pattern"), given.get("disable_any_whitespace", False)
     if pattern is not None:
         if not isinstance(pattern, str):
@@ -195,7 +195,7 @@ def _style(given: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _parsed(value: Any, place: str, settings: Settings) -> Any:
-    """Return a schema that may be given as text."""
+    """Return a schema, which may be given as JSON text. Raises BadRequest."""
     if not isinstance(value, str):
         return value
     check_bytes(value, place, settings)
@@ -224,11 +224,11 @@ def _json(schema: Any, place: str, settings: Settings, style: Mapping[str, Any] 
 
 
 def check_lark(text: str, place: str, settings: Settings) -> None:
-    """Raise BadRequest for a grammar with a regular expression, a JSON schema or repetitions beyond the limits."""
+    """Raise BadRequest for a grammar whose regular expressions, JSON schemas or repetitions exceed the limits."""
     at, outside, is_json = 0, list[str](), True
     while (token := _LARK_TOKEN.search(text, at)) is not None:
-        is_open = token["end"] == "" or token["slash"] == ""  # the compiler says that it does not end
-        outside += (text[at : token.start()], token[0] if is_open else "_")  # one part
+        is_open = token["end"] == "" or token["slash"] == ""  # unterminated; the compiler reports it
+        outside += (text[at : token.start()], token[0] if is_open else "_")  # counts as one part
         at = token.end()
         if token["slash"]:
             check_regex(token["regex"], place)
@@ -236,7 +236,7 @@ def check_lark(text: str, place: str, settings: Settings) -> None:
             try:
                 schema, at = _JSON.raw_decode(text, at)
             except (ValueError, RecursionError):
-                is_json = False  # the compiler says what is wrong; the error of each would count the lines before it
+                is_json = False  # the compiler reports it; each further error here would count lines again
                 continue
             if isinstance(schema, dict | list):
                 check_schema(schema, place, settings)

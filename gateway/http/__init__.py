@@ -1,1 +1,1 @@
-"""HTTP in words that every room uses: paths, access, headers, errors, pages of lists."""
+"""HTTP basics shared by the gateway's packages: paths, access, headers, errors, pages of lists."""

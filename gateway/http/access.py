@@ -1,8 +1,8 @@
-"""Who may ask a route, and what it costs: declared where the route gets its path, and looked up once for each request.
+"""The access rules of routes: which scopes a route needs and what bodies it accepts, declared where its path is bound.
 
-`Envelope` finds the route of a request before anything else happens, by one normalised path, and leaves it in the
-request's scope. Admission, limits of bodies, scopes and the router go by that route, and none of them looks at the path
-again: there is no second reading of a path that could differ from the first.
+`Envelope` first finds a request's route by one normalized path, and stores it in the request's scope. Admission, body
+limits, scopes and the router use that route and never parse the path again, so no second reading of the path can differ
+from the first.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from protocol.queue.books.api_keys import Scope
 from protocol.wire.errors import BadRequest
 
 MATCH = "lorafleet.match"
-"""Key of an ASGI scope under which its `RouteMatch` is."""
+"""ASGI scope key of a request's `RouteMatch`."""
 
 Kind = Literal["plain", "call", "text", "file"]
-"""What a route does with a body: `call` puts it into the queue, `text` tokenizes it, `file` keeps it; `plain` takes
-small bodies alone."""
+"""How a route uses a body: `call` queues it, `text` tokenizes it, `file` stores it; `plain` accepts small bodies
+only."""
 
 TOKENS_OF_ITS_OWN = ("/v1/", "/api/")
-"""Routes below these take no bearer but the Hub's as the token of an adapter's source; LoRAX's, elsewhere, any."""
+"""Below these paths, a bearer token is passed to an adapter's source only if it is the Hub's; on LoRAX's routes, any
+is."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouteAccess:
-    """What a route asks of its callers, and what they may send."""
+    """What a route requires of its callers, and what bodies it accepts."""
 
-    scopes: tuple[Scope, ...] | None  # one of them is enough; (): any key will do; None: no key is needed
+    scopes: tuple[Scope, ...] | None  # at least one is required; (): any key; None: no key
     kind: Kind = "plain"
-    is_page: bool = False  # needs no key where the setting `open_pages` says so
+    is_page: bool = False  # needs no key if the setting `open_pages` is on
 
 
 OPEN = RouteAccess(None)
@@ -55,46 +56,46 @@ ADMIN_PAGE = RouteAccess(("admin",), is_page=True)
 
 @dataclass(frozen=True, slots=True)
 class RouteMatch:
-    """The route of a request, and what its callers need."""
+    """The route of a request, with its access rules."""
 
-    path: str  # normalised path of the request
+    path: str  # normalized path of the request
     route: APIRoute | None = None  # None: no route has the path, or none has it with this method
     params: Mapping[str, str] = field(default_factory=dict)
     scopes: (
         tuple[Scope, ...] | None
-    ) = ()  # as in `RouteAccess`; of unknown paths strangers learn no more than of others
+    ) = ()  # as in `RouteAccess`; unknown paths need a key, so that strangers cannot probe for routes
     kind: Kind = "plain"
-    any_token: bool = False  # whether any bearer may be the token of an adapter's source
-    allowed: tuple[str, ...] = ()  # other methods that the path has, where it has none for this one
+    any_token: bool = False  # whether any bearer may be an adapter source's token
+    allowed: tuple[str, ...] = ()  # the path's other methods, if this one is not among them
 
     @property
     def is_large(self) -> bool:
-        """Whether a body of more than `SMALL_BODY_BYTES` may come, as JSON."""
+        """Whether a JSON body of more than `SMALL_BODY_BYTES` is accepted."""
         return self.kind in ("call", "text")
 
 
 class Routes:
-    """Binds paths to handlers, each with its access."""
+    """Binds paths to handlers, each with its access rules."""
 
     def __init__(self, app: FastAPI, route_class: Callable[..., APIRoute]) -> None:
-        """`route_class`: takes `access` besides what FastAPI gives it, as `JsonRoute` does."""
+        """route_class: accepts `access` in addition to FastAPI's arguments, as `JsonRoute` does."""
         self._app = app
         self._class = route_class
 
     def get(self, path: str, access: RouteAccess, **options: Any) -> Callable[[Any], None]:
-        """Return what binds GET to a handler. `options`: as FastAPI's."""
+        """Return a decorator that binds GET to a handler. options: FastAPI's."""
         return partial(self._add, "GET", path, access, options)
 
     def head(self, path: str, access: RouteAccess, **options: Any) -> Callable[[Any], None]:
-        """Return what binds HEAD to a handler."""
+        """Return a decorator that binds HEAD to a handler."""
         return partial(self._add, "HEAD", path, access, options)
 
     def post(self, path: str, access: RouteAccess, **options: Any) -> Callable[[Any], None]:
-        """Return what binds POST to a handler."""
+        """Return a decorator that binds POST to a handler."""
         return partial(self._add, "POST", path, access, options)
 
     def delete(self, path: str, access: RouteAccess, **options: Any) -> Callable[[Any], None]:
-        """Return what binds DELETE to a handler."""
+        """Return a decorator that binds DELETE to a handler."""
         return partial(self._add, "DELETE", path, access, options)
 
     def _add(self, method: str, path: str, access: RouteAccess, options: dict[str, Any], handler: Any) -> None:
@@ -103,18 +104,16 @@ class Routes:
 
 
 class RouteTable:
-    """Finds the route of a request: one lookup where the path has no parameter, else one pass over those that have."""
+    """Finds a request's route: one lookup for a path without parameters, else a pass over the routes that have some."""
 
     def __init__(self, routes: Iterable[BaseRoute], *, open_pages: bool = False) -> None:
-        """`open_pages`: whether pages need no key.
+        """Index the routes. open_pages: whether pages need no key.
 
-        Raises TypeError for a route that does not say who may ask it, so that no gateway starts with one.
+        Raises TypeError for a route without access rules, so that no gateway starts with one.
         """
-        self._fixed: dict[str, dict[str, RouteMatch]] = {}  # path -> method -> what is found
-        self._with_params: list[
-            tuple[str, re.Pattern[str], RouteMatch]
-        ] = []  # method, path's expression, what is found
-        self.matches: list[tuple[str, RouteMatch]] = []  # every method and route
+        self._fixed: dict[str, dict[str, RouteMatch]] = {}  # path -> method -> match
+        self._with_params: list[tuple[str, re.Pattern[str], RouteMatch]] = []  # method, path's pattern, match
+        self.matches: list[tuple[str, RouteMatch]] = []  # one per method and route
         for route in routes:
             access = getattr(route, "access", None)
             if not isinstance(route, APIRoute) or not isinstance(access, RouteAccess):
@@ -137,7 +136,7 @@ class RouteTable:
                     self._fixed[route.path][method] = found
 
     def match(self, method: str, path: str) -> RouteMatch:
-        """Return the route of a method and a path. A slash at the end is left out where no route has it."""
+        """Return the match of a method and a path. A trailing slash is ignored if no route has it."""
         found = self._match(method, path)
         if found.route is None and path.endswith("/") and path != "/":
             shorter = self._match(method, path[:-1])
@@ -161,18 +160,18 @@ class RouteTable:
 
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffd]")
-"""What no path has: controls, ends of lines, and what a server's decoder puts for bytes that are not UTF-8."""
+"""Characters refused in paths: control characters, line separators, and the decoder's replacement for invalid UTF-8."""
 
 
 MAX_PATH_CHARACTERS = 4096
-"""Longest path: several times what the longest name of an adapter takes, escaped, and read in 0.2 ms at worst."""
+"""Maximum length of a path: several times that of the longest adapter name, escaped; matching takes at most 0.2 ms."""
 
 
 def normal_path(path: str, prefix: str) -> str:
-    """Return the one path by which a request is known, without the prefix that clients may put before it.
+    """Return the path by which a request is routed, without the prefix that clients may add.
 
-    `path`: decoded once, as ASGI has it. Raises BadRequest for a path that is too long, for control characters, and for
-    what is not UTF-8.
+    path: percent-decoded once, as in ASGI. Raises BadRequest for a path that is too long, has control characters, or is
+    not UTF-8.
     """
     if len(path) > MAX_PATH_CHARACTERS:
         text = f"the path has {len(path)} characters; the limit is {MAX_PATH_CHARACTERS}"

@@ -1,4 +1,4 @@
-"""Which addresses of clients count as one."""
+"""Groups client addresses for limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def origin_of(address: Any) -> str:
-    """Return what connections and their memory count for: an IPv4 address or an IPv6 /64; "" for this machine's own."""
+    """Return the address that limits count by: an IPv4 address or an IPv6 /64; "" for this machine's own."""
     return _origin(address[0]) if isinstance(address, tuple) else ""
 
 

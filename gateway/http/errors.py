@@ -1,4 +1,4 @@
-"""Errors as HTTP: their shape on every status, and the headers that say whether a client should retry."""
+"""Errors as HTTP: their JSON bodies, and the headers that tell whether a client should retry."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from protocol.wire.errors import (
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60
-"""s; OpenAI's clients give up on a much longer Retry-After."""
+"""Maximum Retry-After, in seconds; OpenAI's clients give up on a much longer one."""
 
 MAX_TEXT_CHARACTERS = 1900
-"""Most characters of an error's message."""
+"""Maximum characters of an error's message."""
 
 _WITH_FIELDS = frozenset(
     ("parameters", "merged_adapters", "stream_options", "thinking", "output_config", "text", "reasoning")
 )
-"""Fields that are objects, whose own fields errors name: in LoRAX's bodies most are in one."""
+"""Fields that are objects; errors name the inner field. LoRAX's bodies have most fields in one."""
 
 FORM = "form "
-"""Beginning of the names of a body's forms, of routes that take several; errors leave these names out."""
+"""Prefix of the tags of a body's alternative forms; errors leave these tags out."""
 
 _RANGES = {"gt", "ge", "lt", "le"}
 _MAX_LISTED = 3  # reasons shown for one field
@@ -65,40 +65,40 @@ _OWN_WORDS = {  # pydantic's error type -> text for the author of the JSON
 
 
 class ErrorShape(Protocol):
-    """How an API writes errors."""
+    """The error format of an API."""
 
     def body(self, error: LorafleetError) -> bytes:
-        """Return the body of an error, as JSON."""
+        """Return an error's body as JSON."""
         ...
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
-        """Return the response of an error. `headers` come on top of those for its kind."""
+        """Return an error's response. headers: added to those of the error's kind."""
         ...
 
 
 ShapeOf = Callable[[Mapping[str, Any]], ErrorShape]
-"""Returns how errors of a request are written, which has its path and headers as in an ASGI scope."""
+"""Returns the error format for a request, given its path and headers as in an ASGI scope."""
 
 REQUEST_ID_OF: ContextVar[str] = ContextVar("request_id", default="")
-"""The id of the request that the current task answers, which some errors have in their body; "" where there is none."""
+"""The id of the current task's request, which some error bodies include; "" if there is none."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a request, as far as its answer does not say it."""
+    """Facts about a request's handling that its response does not show."""
 
     began_ms: int = 0  # unix time
     model: str = ""  # the requested model, once the body is read
-    is_queued: bool = False  # it is in the queue, which records its end
-    error: LorafleetError | None = None  # the last one that was written to the client
+    is_queued: bool = False  # it was queued; the queue records its end
+    error: LorafleetError | None = None  # the last error written to the client
 
 
 OUTCOME_OF: ContextVar[Outcome] = ContextVar("outcome")
-"""The outcome of the current request; shared with the tasks that work for it, absent outside a request."""
+"""The outcome of the current request, shared with its tasks; unset outside a request."""
 
 
 def note(error: LorafleetError) -> LorafleetError:
-    """Note the error that the current request is answered with; return it."""
+    """Record the error that answers the current request; return it."""
     outcome = OUTCOME_OF.get(None)
     if outcome is not None:
         outcome.error = error
@@ -106,16 +106,16 @@ def note(error: LorafleetError) -> LorafleetError:
 
 
 class OpenAIErrors:
-    """The shape of OpenAI's errors."""
+    """OpenAI's error format."""
 
     def body(self, error: LorafleetError) -> bytes:
-        """Return the body of an error, as JSON."""
+        """Return an error's body as JSON."""
         param = None if error.param is None else cut(error.param)
         fields = {"message": cut(error.message), "type": error.type, "param": param, "code": error.code}
         return orjson.dumps({"error": traced(fields)})
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
-        """Return the response of an error."""
+        """Return an error's response."""
         all_headers = {**retry_headers(error), **(headers or {})}
         return Response(self.body(error), error.status, all_headers, "application/json")
 
@@ -123,22 +123,22 @@ class OpenAIErrors:
 OPENAI_ERRORS = OpenAIErrors()
 
 ERROR_SHAPE = "lorafleet.errors"
-"""Scope key of the shape of a request's errors, where its body determines the API, not its path."""
+"""Scope key of a request's error format, set where the body, not the path, determines the API."""
 
 
 def cut(text: str) -> str:
-    """Return a text for a client, shortened if what the client sent has made it long."""
+    """Return a text for a client, shortened if the client's input made it long."""
     return text if len(text) <= MAX_TEXT_CHARACTERS else text[: MAX_TEXT_CHARACTERS - 1] + "…"
 
 
 def traced(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of an error's body with the trace of its request, if it has one."""
+    """Return the fields of an error's body, with the request's trace id if it is traced."""
     trace_id = TRACE_ID.get()
     return {**fields, "trace_id": trace_id} if trace_id else fields
 
 
 class HttpError(ClientError):
-    """A request that is wrong as HTTP, with the status for that."""
+    """A request that is invalid as HTTP, with its status."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None) -> None:
         super().__init__(message, code=code)
@@ -146,7 +146,7 @@ class HttpError(ClientError):
 
 
 def retry_headers(error: LorafleetError) -> dict[str, str]:
-    """Return the headers that say whether and when a client should retry."""
+    """Return the headers that tell whether and when a client should retry, and record the error."""
     note(error)
     headers = {"x-should-retry": "true" if error.retryable else "false"}
     retry_after_s = getattr(error, "retry_after_s", None)
@@ -156,7 +156,7 @@ def retry_headers(error: LorafleetError) -> dict[str, str]:
 
 
 def unreachable_queue(cause: BaseException) -> Unavailable:
-    """Log what keeps the queue from doing its part, and return the error for the client."""
+    """Log why the queue failed, and return the error for the client."""
     if isinstance(cause, MemoryFull):
         logger.error("the queue's memory is full")
         return QueueFull("the queue's memory is full: nothing can be stored until requests end or expire")
@@ -168,7 +168,7 @@ def unreachable_queue(cause: BaseException) -> Unavailable:
 
 
 def error_of(cause: BaseException) -> LorafleetError:
-    """Return the error for a client whose answer has failed; log the failure unless it is the client's."""
+    """Return the error for a client whose answer has failed; log the failure unless the client caused it."""
     if isinstance(cause, LorafleetError):
         return note(cause)
     if isinstance(cause, CONNECTION_ERRORS):
@@ -178,19 +178,19 @@ def error_of(cause: BaseException) -> LorafleetError:
 
 
 def is_foreseen(error: Exception) -> bool:
-    """Return whether an error that leaves a route has a meaning for its client: any other is a fault of ours."""
+    """Return whether an error raised by a route has a defined meaning for clients; any other is a bug."""
     return isinstance(error, (LorafleetError, RequestValidationError, HTTPException, *CONNECTION_ERRORS))
 
 
 def response_to(error: Exception, request: Request, shape_of: ShapeOf) -> Response:
-    """Return the response to an error that leaves a route, in the shape that the request wants."""
+    """Return the response to an error raised by a route, in the request's error format."""
     headers: Mapping[str, str] | None = None
     if isinstance(error, LorafleetError):
         answer = error
     elif isinstance(error, RequestValidationError):
         answer = _from_validation(error.errors(), request.headers.get("content-type", ""))
     elif isinstance(error, HTTPException):
-        allowed: Sequence[str] = request.scope[MATCH].allowed  # the router, which looks at no path, knows 404 alone
+        allowed: Sequence[str] = request.scope[MATCH].allowed  # the router does not see paths, so it raises only 404
         answer, headers = _from_http(request, error, allowed), error.headers
         if answer.status == 405:
             headers = {**(headers or {}), "Allow": ", ".join(allowed)}
@@ -203,18 +203,18 @@ def response_to(error: Exception, request: Request, shape_of: ShapeOf) -> Respon
 
 
 def let_go(error: BaseException) -> None:
-    """Forget where a foreseen error was raised: its frames hold the body, in a circle of references with its task.
+    """Clear the traceback of a foreseen error: its frames hold the body, in a reference cycle with the task.
 
-    The collector would find them late, and look through a million token ids each time until then.
+    The garbage collector would free it late, and traverse a million token ids on each run until then.
     """
     related: BaseException | None = error
-    while related is not None and related.__traceback__ is not None:  # one that is raised again may follow itself
+    while related is not None and related.__traceback__ is not None:  # a chain of re-raised errors may be cyclic
         related.__traceback__ = None
         related = related.__cause__ or related.__context__
 
 
 def add_handlers(app: FastAPI, shape_of: ShapeOf) -> None:
-    """Turn every error that leaves a route into a response."""
+    """Install handlers that turn every error raised by a route into a response."""
 
     async def handle(request: Request, error: Exception) -> Response:
         response = response_to(error, request, shape_of)
@@ -240,7 +240,7 @@ def _from_http(request: Request, error: HTTPException, allowed: Sequence[str]) -
 
 
 def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError:
-    """Return the error of the first wrong field, with a reason for each alternative of a union."""
+    """Return the error of the first invalid field, with a reason for each alternative of a union."""
     first = errors[0]
     if first["type"] == "json_invalid":
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
@@ -259,17 +259,17 @@ def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError
 
 
 def _loc(error: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return where in the body an error is, without the tag of one of its forms."""
+    """Return an error's location in the body, without the tag of an alternative form."""
     loc = tuple(error["loc"][1:])
     return loc[1:] if loc and str(loc[0]).startswith(FORM) else loc
 
 
 def _words(error: Mapping[str, Any]) -> str:
     kind, given = error["type"], error.get("input")
-    if kind == "int_type" and isinstance(given, float) and abs(given) >= 1 << 63:  # orjson's of a large integer
+    if kind == "int_type" and isinstance(given, float) and abs(given) >= 1 << 63:  # a large integer, as orjson reads it
         return f"it must be an integer from {-(1 << 63)} to {(1 << 63) - 1}, not {given:g}"
     words = _OWN_WORDS.get(kind) or error["msg"][:1].lower() + error["msg"][1:]
-    if not _RANGES.isdisjoint(error.get("ctx") or {}):  # pydantic names the limit only
+    if not _RANGES.isdisjoint(error.get("ctx") or {}):  # pydantic names only the limit
         return f"{words}, not {given!s:.40}"
     if isinstance(given, str) and kind in ("string_too_long", "string_too_short"):
         return f"{words}, not {len(given)}"

@@ -1,4 +1,4 @@
-"""Looking a header up, as every request does on its way in: a third of what it costs in a mapping of all of them."""
+"""Header lookup in an ASGI scope's list, three times as fast as in a mapping of all headers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def header_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
-    """Return the first value of a header, its name in lower case; None without one."""
+    """Return the first value of a header, None if absent. name: in lower case."""
     for key, value in headers:
         if key == name:
             return value.decode("latin-1")

@@ -1,4 +1,4 @@
-"""A page of a list, as OpenAI's API writes it."""
+"""A page of a list in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 def list_page(data: Sequence[dict[str, Any]], *, has_more: bool, last_id: str | None = None) -> dict[str, Any]:
     """Return a page of objects, each of which has an `id`.
 
-    last_id: where the next page goes on; None for the last object's id.
+    last_id: cursor of the next page; None for the last object's id.
     """
     return {
         "object": "list",

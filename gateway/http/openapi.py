@@ -1,6 +1,6 @@
-"""What `/openapi.json` says of responses: the shapes of errors, and the statuses and media types of each route.
+"""The responses in `/openapi.json`: error formats, and the statuses and media types of each route.
 
-Routes write their responses as bytes; nothing here runs for a request. `make api-check` compares the page with them.
+Routes write their responses as bytes; nothing here runs for a request. `make api-check` compares the two.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PlainText(Response):
 
 
 def _model(name: str, about: str, /, **fields: Any) -> type[BaseModel]:
-    """Return a model that the page shows under its name. fields: types, of those that may be missing with a default."""
+    """Return a model shown under its name. fields: types; an optional field is a pair of type and default."""
     types: dict[str, Any] = {key: kind if isinstance(kind, tuple) else (kind, ...) for key, kind in fields.items()}
     return create_model(name, __doc__=about, **types)
 
@@ -63,7 +63,7 @@ _NATIVE_ERROR = _object(error=_TEXT, error_type=_TEXT)
 OPENAI = _errors(_OPENAI_ERROR)
 NATIVE = _errors(_NATIVE_ERROR)
 EITHER = _errors({"anyOf": [_OPENAI_ERROR, _NATIVE_ERROR]})
-"""Errors of routes that take LoRAX's bodies and OpenAI's."""
+"""Errors of routes that accept both LoRAX's bodies and OpenAI's."""
 _ANTHROPIC = _errors(_object(type=_TEXT, error=_object(type=_TEXT, message=_TEXT), request_id=_MAYBE))
 _MESSAGE = _model(
     "Message",

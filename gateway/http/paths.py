@@ -1,4 +1,4 @@
-"""The paths that more than one module names. What a route asks of its callers is declared with it: `access.py`."""
+"""The paths used by more than one module. `access.py` has the rules for access to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LORAX_GENERATE = frozenset({"/", "/generate", "/generate_stream", "/invocations"
 LORAX_ENCODE = frozenset({"/embed", "/classify", "/classify_batch"})
 
 MESSAGES = "/v1/messages"
-"""This path and those below it answer in Anthropic's form, errors too."""
+"""This path and those below it use Anthropic's formats, also for errors."""
 
 RESPONSES = "/v1/responses"
 INPUT_TOKENS = f"{RESPONSES}/input_tokens"
@@ -22,11 +22,11 @@ CONVERSATIONS = "/v1/conversations"
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 
 MODELS = "/v1/models"
-"""These routes answer in Anthropic's form to clients that send `anthropic-version`, and in OpenAI's to others."""
+"""These routes use Anthropic's format for clients that send `anthropic-version`, and OpenAI's for others."""
 
 OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED = "/api/chat", "/api/generate", "/api/embed"
 OLLAMA_PREFIX = "/api/"
-"""Paths below it answer in Ollama's form, errors too."""
+"""Paths below it use Ollama's formats, also for errors."""
 
 FILES, BATCHES, WEBHOOKS = "/v1/files", "/v1/batches", "/v1/webhook_endpoints"
 
@@ -38,27 +38,27 @@ AUDIT = "/v1/audit"
 TIMESERIES = "/v1/timeseries"
 
 CONSOLE = "/console"
-"""This path and those below it are the console's files."""
+"""This path and those below it serve the console's files."""
 
 DOCS = "/docs"
-"""It, and what is below it, shows `/openapi.json` in a browser, and needs a key where that does."""
+"""This path and those below it show `/openapi.json` in a browser, with the same access rules."""
 
 UPLOAD = "/v1/adapters/upload"
 
 FLEET = "/v1/fleet"
-"""What starts and stops workers asks it: how many requests there are, and workers for them."""
+"""The number of requests and of workers needed, for autoscalers."""
 
 BATCH_ENDPOINTS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, CLASSIFY, MESSAGES, RESPONSES, RERANK[1], SCORE[1]})
-"""What the lines of a batch may ask."""
+"""Endpoints that a batch's lines may call."""
 
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 PING = "/ping"
 
 SMALL_BODY_BYTES = 1 << 16
-"""Bodies up to this size need no slot: none costs more than a few milliseconds."""
+"""Bodies up to this size need no slot: processing one takes at most a few milliseconds."""
 
 LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", PING, "/startup"}
-"""Routes that answer and refuse in LoRAX's way."""
+"""Routes that use LoRAX's formats, also for errors."""
 
 INVOCATIONS = "/invocations"
 
@@ -67,13 +67,11 @@ OPENAI_FORMS = {
     "/classify": {"input", "messages"},
     INVOCATIONS: {"prompt", "messages"},
 }
-"""Paths of LoRAX's that also take a body in OpenAI's or vLLM's form -> the fields that identify it.
-
-Its errors are OpenAI's.
-"""
+"""LoRAX's paths that also accept a body in OpenAI's or vLLM's format -> the fields that identify it. Errors of such
+bodies are in OpenAI's format."""
 
 PROBES = frozenset({"/health", PING})
-"""Routes that programs poll to check a gateway's health: cheap, and exempt from limits on reads."""
+"""Routes polled to check a gateway's health: cheap, and exempt from read limits."""
 
 LISTS = frozenset(
     {
@@ -91,4 +89,4 @@ LISTS = frozenset(
     }
     | {REQUESTS, BASES, WORKERS, DEAD_LETTERS, KEYS, TENANTS, AUDIT, TIMESERIES}
 )
-"""A GET of one of these is put together of many things, and costs more than another."""
+"""Routes whose GET combines many records, and so has a higher read cost."""

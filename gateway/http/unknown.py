@@ -1,4 +1,4 @@
-"""What is said of URLs and methods that no route has: the nearest that are served, and why a known one is not. Pure."""
+"""Error messages for unknown URLs: similar routes, or why another server's route is not served. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute, Route
 from gateway.http.paths import MESSAGES, RESPONSES
 
 MAX_COMPARED = 100
-"""Characters of a path up to which it is compared with the routes': in up to 3 ms, so it costs as much as a list."""
+"""Maximum characters of a path compared with the routes, which takes up to 3 ms: so it costs as much as a list."""
 
 MAX_SUGGESTED = 3
 
@@ -62,7 +62,7 @@ NOT_SERVED = {
     "/api/embeddings": "use /api/embed, if the base model is an encoder",
     "/collective_rpc": f"workers cannot be reached from outside. {_ADAPTERS}",
 }  # fmt: skip
-"""Path of another server's API -> why it is not served, or what is in its place."""
+"""Path of another server's API -> why it is not served, or what replaces it."""
 
 
 def unknown_url(method: str, path: str, routes: Iterable[BaseRoute]) -> str:

@@ -1,1 +1,1 @@
-"""Calls that outlive their client: stored, waited for, read again and streamed."""
+"""Jobs: calls that outlive their client, and can be polled, awaited and streamed."""

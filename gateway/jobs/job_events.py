@@ -1,7 +1,7 @@
-"""The events of a job in order, made token by token from the logs: the same for every reader.
+"""The events of a job in order, made token by token from the logs, and identical for every reader.
 
-They do not depend on when somebody asks, nor which gateway. Each has a place, which grows with its choice's tokens, so
-that a reader gets the events after its position.
+They do not depend on the time or the gateway. Each has a place, which grows with its choice's tokens, so that a reader
+can resume after its position.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, NotFound
 
 TOKENS_AT_ONCE = 64
-"""Most tokens of a choice that are read at a time, before other calls have a turn."""
+"""Maximum tokens of a choice read at a time, before other calls are served."""
 
 Places = Sequence[int]
-"""How far each choice is known: the tokens that are shown, and its end as one more."""
+"""Position in each choice: the number of shown tokens, plus one after its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """What one token, or an end, adds to a stream: whole frames, of which the last carries the id."""
+    """The frames that one token, or an end, adds to a stream; the last frame carries the id."""
 
     choice: int
     place: int | None  # None: sent to every reader
@@ -37,47 +37,47 @@ class JobEvent:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of its frames."""
+        """Total bytes of its frames."""
         return sum(map(len, self.frames))
 
 
 class JobEvents:
-    """Reads the logs of a job's choices and makes their events, until all have ended."""
+    """Reads the logs of a job's choices and makes their events until all have ended."""
 
     def __init__(self, bus: Bus, choices: Sequence[Choice], writer: Writer) -> None:
         self.choices = choices
         self.is_over = False
         """Whether the last event has been made."""
         self.is_behind = False
-        """Whether the logs held more than was read the last time."""
+        """Whether the logs had more than was read the last time."""
         self.num_end = 0
-        """Events of the end, the last ones; 0 before that."""
+        """Number of final events, sent after all choices have ended; 0 until then."""
         self._bus = bus
         self._writer = writer
         self._at_once = min([TOKENS_AT_ONCE, *filter(None, map(log_limit, choices[:1]))])
-        self._failed: set[int] = set()  # choices whose end was left to another reader
+        self._failed: set[int] = set()  # failed choices, whose end the shared reader sends
 
     @property
     def has_begun(self) -> bool:
-        """Whether a token has come."""
+        """Whether there is a token."""
         return any(choice.cursor.next for choice in self.choices)
 
     @property
     def places(self) -> list[int]:
-        """How far the logs have been read."""
+        """The position up to which each log has been read."""
         return [choice.cursor.next + choice.cursor.ended for choice in self.choices]
 
     def has_reached(self, goal: Places) -> bool:
-        """Return whether all events up to these places have been made; a choice that has failed has no more."""
+        """Return whether all events up to these places have been made; a failed choice has no more events."""
         pairs = zip(self.places, goal, strict=True)
         return all(own >= wanted or i in self._failed for i, (own, wanted) in enumerate(pairs))
 
     def first(self) -> list[JobEvent]:
-        """Return what a stream begins with, before any token."""
+        """Return the first events of a stream, before any token."""
         return []
 
     async def advance(self) -> list[JobEvent]:
-        """Read each choice's log once; return the new events, with the end's if it is there."""
+        """Read each choice's log once; return the new events, including the final ones if all have ended."""
         made: list[JobEvent] = []
         self.is_behind = False
         try:
@@ -86,7 +86,7 @@ class JobEvents:
                     await self._advance(choice, self._at_once, made)
             if all(choice.cursor.ended for choice in self.choices):
                 made += self._ended(await self.last())
-        except BaseException as failure:  # the edge of a call: every failure is sent
+        except BaseException as failure:  # every failure of a call is sent
             if not is_failure(failure):
                 raise
             made += self._ended(self.failed(error_of(failure)))
@@ -97,7 +97,7 @@ class JobEvents:
         return end
 
     async def catch_up(self, goal: Places) -> list[JobEvent]:
-        """Return as `advance` the next events up to these places, without the end, which another reader sends."""
+        """Return the next events up to these places, without the end, which the shared reader sends."""
         made: list[JobEvent] = []
         for i, choice in enumerate(self.choices):
             limit = min(goal[i] - choice.cursor.next, self._at_once)
@@ -110,7 +110,7 @@ class JobEvents:
         return made
 
     async def _advance(self, choice: Choice, limit: int, made: list[JobEvent]) -> None:
-        """Add the events of a choice's next tokens. Raises the error that ended it, after the events before it."""
+        """Add the events of a choice's next tokens. Raises the error that ended it, after adding earlier events."""
         delta = await self._read(choice, limit)
         if delta is None:
             return
@@ -142,20 +142,20 @@ class JobEvents:
         return delta
 
     def events(self, choice: Choice, piece: Piece, frames: list[bytes]) -> list[JobEvent]:
-        """Return the event of one token or of the end, of which the frames are; none if there are none."""
+        """Return the events of one token or end, given its frames; [] without frames."""
         return [JobEvent(choice.index, choice.cursor.next + bool(piece.finish), frames)] if frames else []
 
     async def last(self) -> list[JobEvent]:
-        """Return what comes after all tokens."""
+        """Return the final events, after all tokens."""
         usage = self.choices[0].options.include_usage
         return [JobEvent(0, None, [*([self._writer.usage_frame(usage_of(self.choices))] if usage else []), DONE])]
 
     def failed(self, error: LorafleetError) -> list[JobEvent]:
-        """Return the last frames of a stream that fails."""
+        """Return the final events of a stream that fails."""
         return [JobEvent(0, None, [SSE.event(OPENAI_ERRORS.body(error))])]
 
     async def waiting_for(self) -> str:
-        """Return in a few words what the job waits for."""
+        """Return a short description of what the job waits for."""
         try:
             return await waiting_state(self._bus, self.choices[0].rid)
         except CONNECTION_ERRORS:

@@ -1,9 +1,8 @@
-"""Readers that wait for jobs: all streams of a job share one read of the queue, and the reads per second are limited.
+"""Readers that wait for jobs: all streams of a job share its reads of the queue, and reads per second are limited.
 
-Each event is read once for all streams. Recent events are cached for readers that are a little
-slower; one that is slower still, or that came later, catches up by itself. A reader that is behind its log reads
-some tokens at a time, in turns of tenants: a thousand who come late to long answers take no more of the event loop than
-one.
+Each event is read once for all streams. Recent events are cached for slightly slower readers; a slower or later one
+catches up by itself. A reader that is behind its log reads some tokens at a time, round-robin by tenant: so a thousand
+late readers of long answers take no more of the event loop than one.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from gateway.overload.cost import held, hold, own_cost, shared
 from protocol.runtime.fair_slots import FairSlots
 
 POLL_S, WAITING_POLL_S = 0.1, 0.5
-"""Shortest pauses between looks into the logs: while tokens come, and before the first."""
+"""Minimum seconds between reads of the logs: while tokens arrive, and before the first."""
 
 END_POLL_S = 0.2
-"""Shortest pause between looks whether a job has ended."""
+"""Minimum seconds between checks whether a job has ended."""
 
 PER_S = 1000
-"""Maximum notifications and reads per second for one tenant's readers on one gateway: a tenth of a core
-or two. With more of them than that leaves for each, each waits longer."""
+"""Maximum notifications and reads per second for one tenant's readers on one gateway: 10 to 20 percent of a core. With
+more readers, each waits longer."""
 
 KEPT_BYTES = 256 << 10
-"""Maximum cached events of a job: those of about a thousand tokens."""
+"""Maximum bytes of a job's cached events: about a thousand tokens."""
 
 Opening = Callable[[], Awaitable[JobEvents]]
-"""Begins to read a job from its first token."""
+"""Opens a job for reading from its first token."""
 
 
 class SharedReader:
-    """The events of one job, read as fast as its fastest reader."""
+    """The events of one job, read at the speed of its fastest reader."""
 
     def __init__(
         self,
@@ -45,10 +44,10 @@ class SharedReader:
         kept_bytes: int,
         turn: Callable[[], AbstractAsyncContextManager[None]],
     ) -> None:
-        """Start to open the job; `opening` raises its error.
+        """Start opening the job; errors of `opening` are raised by `open`.
 
-        `pause_s`: how long a pause is to be that could be so short. `keepalive_s`: how often readers are sent the
-        job waits for. `kept_bytes`: of the latest events. `turn`: in which is read what the log holds already.
+        pause_s: returns the actual pause for a minimum pause. keepalive_s: interval at which readers are told what the
+        job waits for. kept_bytes: size of the event cache. turn: context in which a backlog of the log is read.
         """
         self.num_readers = 0
         self.waiting_for = ""
@@ -61,7 +60,7 @@ class SharedReader:
         self._kept: list[JobEvent] = []
         self._num_bytes = 0
         self._num_dropped = 0
-        self._num_end = 0  # events of the job's end among those that are kept
+        self._num_end = 0  # number of final events in the cache
         self._wanted = asyncio.Event()  # a reader has consumed everything
         self._news = asyncio.get_running_loop().create_future()
         self._opened: asyncio.Task[JobEvents] = asyncio.create_task(self._open())
@@ -70,7 +69,7 @@ class SharedReader:
 
     @property
     def num_made(self) -> int:
-        """The events that have been made."""
+        """Number of events made so far."""
         return self._num_dropped + len(self._kept)
 
     @property
@@ -80,11 +79,11 @@ class SharedReader:
 
     @property
     def places(self) -> list[int]:
-        """How far the job has been read."""
+        """The position up to which the job has been read."""
         return self._opened.result().places
 
     async def open(self) -> None:
-        """Find the job, once for all concurrent callers. Raises its error."""
+        """Wait until the job is open, once for all concurrent callers. Raises its error."""
         await asyncio.wait([self._opened])
         self._opened.result()
         if self._reading is None:
@@ -92,15 +91,15 @@ class SharedReader:
 
     @property
     def num_told(self) -> int:
-        """The events that have been made but for those of the job's end, which this reader alone sends."""
+        """Number of events made so far, without the final ones, which only this reader sends."""
         return self.num_made - self._num_end
 
     def since(self, number: int) -> list[JobEvent] | None:
-        """Return the events from a number on; None where some of them are no longer cached."""
+        """Return the events from `number` on; None if some of them are no longer cached."""
         return None if number < self._num_dropped else self._kept[number - self._num_dropped :]
 
     async def more(self, number: int, timeout_s: float) -> None:
-        """Wait until there is an event of a number, at most `timeout_s`. Raises what reading has failed with."""
+        """Wait up to `timeout_s` for the event with this number. Raises the error that stopped the reading."""
         if self.num_made <= number and self._failure is None:
             self._wanted.set()
             await asyncio.wait([self._news], timeout=timeout_s)
@@ -123,7 +122,7 @@ class SharedReader:
         return events
 
     async def _read(self) -> None:
-        """Read until the job has ended: no further than a reader wants."""
+        """Read until the job has ended, but only while a reader wants more."""
         events, loop = self._opened.result(), asyncio.get_running_loop()
         asked_s = loop.time()
         try:
@@ -141,7 +140,7 @@ class SharedReader:
                     self.waiting_for = await events.waiting_for()
                 if not events.is_behind and not events.is_over:
                     await asyncio.sleep(self._pause_s(POLL_S if events.has_begun else WAITING_POLL_S))
-        except Exception as error:  # noqa: BLE001  the job's edge: all its readers get the error
+        except Exception as error:  # noqa: BLE001  all readers of the job get the error
             self._failure = error
             self._tell()
 
@@ -161,7 +160,7 @@ class SharedReader:
 
 
 class _Ending:
-    """The wait for a job's end, for all who wait for it."""
+    """The shared wait for a job's end."""
 
     def __init__(self, task: asyncio.Task[None]) -> None:
         self.task = task
@@ -169,21 +168,21 @@ class _Ending:
 
 
 class JobReaders:
-    """The jobs that somebody streams here, or whose end somebody waits for."""
+    """The jobs that clients of this gateway stream, or whose end they wait for."""
 
     def __init__(self, keepalive_s: float, kept_bytes: int = KEPT_BYTES, per_s: int = PER_S) -> None:
-        """`kept_bytes`: of a job's latest events, `per_s`: notifications per second for one tenant's readers."""
+        """kept_bytes: size of a job's event cache; per_s: notifications per second for one tenant's readers."""
         self.keepalive_s = keepalive_s
         self._kept_bytes = kept_bytes
         self._per_s = per_s
         self._streams: dict[str, SharedReader] = {}
         self._endings: dict[str, _Ending] = {}
-        self._num_of: Counter[str] = Counter()  # readers of each tenant
+        self._num_of: Counter[str] = Counter()  # number of readers per tenant
         self._behind = FairSlots(1)
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Wait for a tenant's turn to read some tokens that a log holds already."""
+        """Wait for a tenant's turn to read a backlog of a log."""
         await self._behind.take(tenant)
         try:
             yield
@@ -191,15 +190,12 @@ class JobReaders:
             self._behind.give(tenant)
 
     def pause_s(self, tenant: str, least_s: float) -> float:
-        """Return how long a tenant's readers wait between two looks."""
+        """Return the seconds that a tenant's readers wait between two reads."""
         return max(least_s, self._num_of[tenant] / self._per_s)
 
     @asynccontextmanager
     async def stream(self, jid: str, tenant: str, opening: Opening) -> AsyncIterator[SharedReader]:
-        """Yield the reader that all who stream a job share, which ends with the last of them.
-
-        Raises what `opening` does.
-        """
+        """Yield a job's shared reader, which is closed by the last of its users. Raises as `opening`."""
         reader = self._streams.get(jid)
         if reader is None:
             reader = self._streams[jid] = SharedReader(
@@ -219,7 +215,7 @@ class JobReaders:
                     reader.close()
 
     async def end(self, jid: str, tenant: str, waiting: Callable[[Callable[[], float]], Awaitable[None]]) -> None:
-        """Return when `waiting` does, which waits for a job's end; all who wait share one. It is given its pauses."""
+        """Wait for a job's end; `waiting`, which is passed its pauses, runs once for all concurrent callers."""
         ending = self._endings.get(jid)
         if ending is None:
             task = asyncio.create_task(_await(waiting(lambda: self.pause_s(tenant, END_POLL_S))))
@@ -235,7 +231,7 @@ class JobReaders:
 
     @contextmanager
     def _among(self, tenant: str, shared: SharedReader | _Ending) -> Iterator[None]:
-        """Be one of a tenant's readers, and of those that share something."""
+        """Count the block as one of a tenant's readers, and as a user of a shared object."""
         self._num_of[tenant] += 1
         shared.num_readers += 1
         try:

@@ -1,7 +1,7 @@
-"""A job's answer as a stream, from its first token or from where a client was.
+"""A job's answer as a stream, from its first token or from a client's position.
 
-The id of an event counts, for each choice, the tokens that are shown with it, and its end as one more; a client that
-sends it back as `Last-Event-ID` gets the following events.
+The id of an event counts, for each choice, the tokens shown so far, plus one after its end. A client that sends it as
+`Last-Event-ID` gets the following events.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, LorafleetError
 
 After = Callable[[int], list[int]]
-"""Returns a client's position in each of so many choices; raises BadRequest for a wrong event id."""
+"""Returns a client's position in each choice, given the number of choices; raises BadRequest for an invalid event
+id."""
 
 
 def error_event(error: LorafleetError) -> bytes:
-    """Return the event of an error in a stream of chunks."""
+    """Return an error as an event of a stream of chunks."""
     return SSE.event(OPENAI_ERRORS.body(error))
 
 
@@ -42,7 +43,7 @@ class JobStream(SentAnswer):
         with_ids: bool = True,
         failed: Callable[[LorafleetError], bytes] = error_event,
     ) -> None:
-        """`tenant`: whose job it is. `with_ids`: whether events carry ids. `failed`: returns the event of an error."""
+        """tenant: owner of the job. with_ids: whether events carry ids. failed: returns the event of an error."""
         self._readers = readers
         self._jid = jid
         self._tenant = tenant
@@ -53,7 +54,7 @@ class JobStream(SentAnswer):
         self._known: list[int] = []  # the client's position in each choice
 
     async def send(self, to: CallResponse) -> None:
-        """Send the events until the job has ended or its client leaves. Raises what goes wrong before the first."""
+        """Send the events until the job has ended or the client leaves. Errors before the first event are raised."""
         async with self._readers.stream(self._jid, self._tenant, self._opening) as reader:
             self._known = self._after(len(reader.places))
             await to.begin(SSE.headers)
@@ -64,19 +65,19 @@ class JobStream(SentAnswer):
         await to.write(b"", more=False)
 
     def failed(self, error: LorafleetError) -> bytes:
-        """Return the event that a stream ends with that fails."""
+        """Return the last event of a stream that fails."""
         return self._failed(error)
 
     async def close(self) -> None:
-        """Do nothing: a job goes on without its readers."""
+        """Do nothing: a job continues without readers."""
 
     async def _frames(self, reader: SharedReader, left: asyncio.Task[None]) -> AsyncIterator[bytes]:
-        """Yield the client's next events, until the end or until it has left."""
+        """Yield the client's next events until the end or until it leaves."""
         loop, number, own, charged = asyncio.get_running_loop(), 0, None, held()
         told_s = loop.time()
         while not left.done():
             events = reader.since(number)
-            if events is None:  # the others are ahead of this one
+            if events is None:  # this reader has fallen behind the cache
                 own = own or await self._opening()
                 goal, number = reader.places, reader.num_told
                 while not own.has_reached(goal) and not left.done():
@@ -101,7 +102,7 @@ class JobStream(SentAnswer):
                 yield SSE.idle(reader.waiting_for)
 
     def _told(self, events: Iterable[JobEvent]) -> Iterator[bytes]:
-        """Yield the frames of those events that the client does not know, some kilobytes of them joined."""
+        """Yield the frames of the events that are new to the client, joined to some kilobytes."""
         out, num_bytes = list[bytes](), 0
         for frame in self._unknown(events):
             out.append(frame)
@@ -113,7 +114,7 @@ class JobStream(SentAnswer):
             yield b"".join(out)
 
     def _unknown(self, events: Iterable[JobEvent]) -> Iterator[bytes]:
-        """Yield the frames of those events that the client does not know, which it knows then."""
+        """Yield the frames of the events that are new to the client, and advance its position."""
         for event in events:
             if event.place is None:
                 yield from event.frames
@@ -127,7 +128,7 @@ class JobStream(SentAnswer):
 
 
 def numbers_of(event_id: str, num_choices: int) -> list[int]:
-    """Return the numbers of an event's id, "" for none. Raises BadRequest."""
+    """Return the numbers in an event's id, zeros for "". Raises BadRequest."""
     if not event_id:
         return [0] * num_choices
     numbers = event_id.split(",")

@@ -1,4 +1,4 @@
-"""Background jobs: calls that outlive their client. Any gateway can show any job, from what the queue holds."""
+"""Background jobs: calls that outlive their client. Any gateway can show any job, from the queue's records."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ MAX_WAIT_S = 120.0
 KEPT_AFTER_EXPIRY_S = 3600
 
 MAX_PAGE_COST = 1 << 20
-"""What one page of a list may cost, but for its last few jobs: the bytes of their records, and `_LOOK_UP_COST`s."""
+"""Maximum cost of a page of a list, except its last few jobs: the bytes of their records, plus `_LOOK_UP_COST` each."""
 
-_LOOK_UP_COST = 1024  # cost of one request: 2 µs of the queue, 20 µs here
-_AT_ONCE = 8  # jobs of a list, or requests of a job, that are looked up together
+_LOOK_UP_COST = 1024  # cost of reading one request: 2 µs of the queue, 20 µs here
+_AT_ONCE = 8  # jobs of a list, or requests of a job, read together
 
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "expired"]
 Facts = Sequence[RequestFacts | None]
@@ -55,11 +55,11 @@ Facts = Sequence[RequestFacts | None]
 
 @dataclass(frozen=True, slots=True)
 class JobApi:
-    """The first and the last stage of an endpoint whose calls may run in the background."""
+    """The first and the last stage of an endpoint whose calls may be jobs."""
 
     parse: Callable[[Mapping[str, Any], Caller], ParsedCall]  # parses a body given as JSON
     writer: Callable[[SubmittedCall, Sequence[Choice]], Writer]
-    generates: bool = True  # whether answers are text, which comes token by token
+    generates: bool = True  # whether answers are generated token by token
     id_prefix: str = ID_PREFIX
 
 
@@ -67,22 +67,22 @@ class Jobs:
     """The jobs of the fleet."""
 
     def __init__(self, pipeline: Pipeline, apis: Mapping[str, JobApi]) -> None:
-        """apis: by endpoint."""
+        """apis: endpoint -> its stages."""
         self._pipeline = pipeline
         self._bus = pipeline.bus
         self._apis = dict(apis)
         self.readers = JobReaders(pipeline.settings.keepalive_s)
         self.before_forget: Callable[[m.Job], Awaitable[None]] = _do_nothing
-        """A callback before a job is deleted."""
+        """Called before a job is deleted."""
 
     def serve(self, endpoint: str, api: JobApi) -> None:
-        """Let another endpoint's calls be jobs."""
+        """Register an endpoint whose calls may be jobs."""
         self._apis[endpoint] = api
 
     async def create(self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any]) -> dict[str, Any]:
         """Submit a call as a job and return it. Raises Overloaded.
 
-        request: what of the body writing its answer needs; `JobApi.parse` takes it.
+        request: the part of the body needed to write the answer, in the form that `JobApi.parse` accepts.
         """
         caller = call.parsed.caller
         made = await self.submit(call, sent, request)
@@ -93,11 +93,10 @@ class Jobs:
     async def submit(
         self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any], conversation: str = ""
     ) -> m.Job | m.Idempotent:
-        """Submit a call as a job that nobody follows; or return what its Idempotency-Key was used for before.
+        """Submit a call as a job that no client follows; or return the record of its Idempotency-Key's first use.
 
-        conversation: whose turn it is, "" for none.
-
-        Raises Overloaded, and IdempotencyKeyReused for a key that was used with another body.
+        conversation: id of the conversation that gets its turn, "" for none. Raises Overloaded, and
+        IdempotencyKeyReused for a key that was used with another body.
         """
         submitter = self._pipeline.submitter
         made = submitter.made(call)
@@ -118,9 +117,10 @@ class Jobs:
         background: bool = True,
         conversation: str = "",
     ) -> NewJob:
-        """Return a call as a job.
+        """Return a call's job record.
 
-        background: no client follows it, so webhooks report its end. conversation: the one that gets its turn.
+        background: no client follows it, so webhooks report its end. conversation: id of the conversation that gets its
+        turn.
         """
         job = m.Job(
             jid=self._apis[sent.endpoint].id_prefix + made.id,
@@ -140,7 +140,7 @@ class Jobs:
         return NewJob(job, orjson.dumps(request), int(ttl_s * 1000))
 
     async def get(self, jid: str, caller: Caller, wait_s: float = 0.0) -> dict[str, Any]:
-        """Return a job; with `wait_s`, wait at most so long until it has ended. Raises NotFound."""
+        """Return a job; with `wait_s`, wait up to that many seconds for its end. Raises NotFound."""
         job = await self.load(jid, caller)
         facts = await self.facts(job)
         if wait_s > 0 and state_of(facts)[0] in ("queued", "running"):
@@ -149,13 +149,13 @@ class Jobs:
         return await self._view(job, facts, whole=True)
 
     async def wait_ended(self, job: m.Job, wait_s: float) -> None:
-        """Wait at most so long until a job has ended."""
+        """Wait up to `wait_s` seconds until a job has ended."""
         with suppress(TimeoutError):
             async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
                 await self.readers.end(job.jid, job.tenant, partial(self._wait, job))
 
     async def _wait(self, job: m.Job, pause_s: Callable[[], float]) -> None:
-        """Wait until a job has ended, looking at a few of its requests at a time, however many it has."""
+        """Wait until a job has ended, checking a few requests at a time, however many it has."""
         running = deque(job.rids)
         while running:
             rids = [running.popleft() for _ in range(min(_AT_ONCE, len(running)))]
@@ -167,7 +167,7 @@ class Jobs:
                 await asyncio.sleep(pause_s())
 
     async def cancel(self, jid: str, caller: Caller) -> dict[str, Any]:
-        """Cancel what still runs of a job and return it. Raises NotFound."""
+        """Cancel a job's running requests and return the job. Raises NotFound."""
         job = await self.load(jid, caller)
         await asyncio.gather(*(self._bus.cancel(rid) for rid in job.rids))
         return await self._view(job, await self.facts(job), whole=True)
@@ -178,7 +178,7 @@ class Jobs:
         return {"id": jid, "object": "job", "deleted": True}
 
     async def forget(self, job: m.Job) -> None:
-        """Delete a job with its requests, ending what still runs of it."""
+        """Delete a job with its requests, cancelling running ones."""
         await self.before_forget(job)
         await asyncio.gather(*(self._bus.finish(rid, "cancelled", "cancelled") for rid in job.rids))
         settings = self._pipeline.settings
@@ -190,10 +190,8 @@ class Jobs:
     ) -> dict[str, Any]:
         """Return the caller's jobs, newest first, without bodies and results. Raises NotFound when `after` is unknown.
 
-        status, model: only those jobs.
-
-        The page may have fewer than `limit`, even none of those asked for, and yet not be the last (`has_more`): it
-        ends when it has cost enough. `last_id` is where the next one goes on.
+        status, model: filters. A page ends when its cost is reached: it may be shorter than `limit`, even empty,
+        although there are more (`has_more`). `last_id` is the cursor of the next page.
         """
         start = 0
         if after is not None:
@@ -221,7 +219,7 @@ class Jobs:
     # ------------------------------------------------------------ storage
 
     async def load(self, jid: str, caller: Caller) -> m.Job:
-        """Return a job of the caller's. Raises NotFound."""
+        """Return a job of the caller. Raises NotFound."""
         job = await self._bus.jobs.get(jid)
         if job is None or job.tenant != caller.owner:
             raise NotFound(f"there is no job {jid}", code="job_not_found")
@@ -236,10 +234,10 @@ class Jobs:
         return self._apis[job.endpoint].generates
 
     async def facts(self, job: m.Job) -> Facts:
-        """Return what the queue knows of a job's requests, None for one that has expired."""
+        """Return the queue's facts about a job's requests, None for expired ones."""
         return await self._bus.requests(job.rids)
 
-    # ------------------------------------------------------------ what the client sees
+    # ------------------------------------------------------------ views
 
     async def _view(self, job: m.Job, facts: Facts, *, whole: bool) -> dict[str, Any]:
         state, error = state_of(facts)
@@ -268,7 +266,7 @@ class Jobs:
         return view
 
     async def _outlook(self, job: m.Job, facts: Facts) -> dict[str, Any]:
-        """Return the queue position, estimated start and blocking reason of a job that has no token yet."""
+        """Return the queue position, estimated start and blocking reason of a job without tokens."""
         rid = next((rid for rid, fact in zip(job.rids, facts, strict=True) if fact and not fact.is_terminal), "")
         if not rid or state_of(facts)[0] != "queued":
             return {"position": None, "estimated_start_at": None, "waiting_for": None}
@@ -296,14 +294,14 @@ class Jobs:
             return await apart(partial(loads_kept, request))
 
     async def call(self, job: m.Job, facts: Facts, request: Any) -> tuple[JobApi, SubmittedCall]:
-        """Return a job's call as it was submitted, and charge for what it holds, and for the answer that is read of it.
+        """Rebuild a job's call as submitted, and charge for its memory and for reading its answer.
 
-        request: what is kept of its body. Raises NotFound, UnreadableRecord, and as `cost.hold` and `reads.spend`.
+        request: the stored part of its body. Raises NotFound, UnreadableRecord, and as `cost.hold` and `reads.spend`.
         """
         reads.spend(sum(fact.num_output_tokens for fact in facts if fact is not None) / reads.TOKENS_PER_READ)
         api = self._apis[job.endpoint]
         with as_kept(f"what {job.jid} asked for"):
-            tools = request.get("tools") or request.get("shown", {}).get("tools")  # the slow part of a body
+            tools = request.get("tools") or request.get("shown", {}).get("tools")  # slow to parse
             num_bytes = len(orjson.dumps(tools)) if tools else 0
             parsed = await self._pipeline.checks.do(
                 partial(api.parse, request, EVERYBODY), ("tools",), num_bytes, job.tenant
@@ -313,14 +311,17 @@ class Jobs:
         return api, call
 
     async def stream(self, jid: str, caller: Caller, event_id: str) -> JobStream:
-        """Return a job's answer as a stream, after the event with an id, "" for all. Raises NotFound, BadRequest."""
+        """Return a job's answer as a stream, after the event with the given id, "" for all.
+
+        Raises NotFound, BadRequest.
+        """
         job = await self.load(jid, caller)
         if not self._generates(job):
             raise BadRequest(f"the answer of {job.endpoint} is not streamed: GET /v1/jobs/{jid} returns it")
         return JobStream(self.readers, jid, job.tenant, partial(self._events, job), partial(numbers_of, event_id))
 
     async def _events(self, job: m.Job) -> JobEvents:
-        """Return the events of a job, from the first on. Raises NotFound, BadRequest, and as `cost.hold`."""
+        """Return a job's events from the first on. Raises NotFound, BadRequest, and as `cost.hold`."""
         api, call = await self.call(job, await self.facts(job), await self.request(job))
         options = call.parsed.options
         if options.by_token:
@@ -332,7 +333,7 @@ class Jobs:
         return JobEvents(self._bus, choices, api.writer(call, choices))
 
     async def _result(self, job: m.Job, facts: Facts) -> dict[str, Any]:
-        """Return the object that the endpoint would have answered. Raises NotFound."""
+        """Return the object that the endpoint would have returned. Raises NotFound."""
         api, call = await self.call(job, facts, await self.request(job))
         choices = choices_of(call)
         writer = api.writer(call, choices)
@@ -342,7 +343,7 @@ class Jobs:
     async def read(self, choices: Sequence[Choice], writer: Writer) -> list[Piece]:
         """Return the choices of an ended job. Raises NotFound, and the error that ended a request.
 
-        writer: reads the tokens too where each is a piece of its own.
+        writer: also receives the tokens if each is a piece of its own.
         """
         prompts = list({id(choice.prompt): choice.prompt for choice in choices}.values())
         growth, expired = TextGrowth(choices[0].options, prompts), "the result has expired"
@@ -371,7 +372,7 @@ class Jobs:
 
 
 def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:
-    """Return a job's state and error; it has failed, or is cancelled, as soon as one of its requests has or is."""
+    """Return a job's state and error; it is failed or cancelled as soon as one of its requests is."""
     if any(fact is None for fact in facts):
         return "expired", None
     known = [fact for fact in facts if fact is not None]
@@ -388,7 +389,7 @@ def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:
 
 
 async def _do_nothing(job: m.Job) -> None:
-    """Do nothing before a job is deleted."""
+    """Do nothing: the default of `Jobs.before_forget`."""
 
 
 def _seconds(ms: int) -> int | None:

@@ -14,14 +14,14 @@ from gateway.openai.openai_bodies import ChatRequest, CompletionRequest
 
 
 class NativeMerge(MergedAdapters):
-    """Adapters to be merged for a request. `lorax.parse` checks them, to refuse in LoRAX's words."""
+    """Adapters to merge for a request. `lorax.parse` validates them, with LoRAX's error messages."""
 
     ids: Annotated[list[Name], Field(fail_fast=True)]
     weights: Annotated[list[float], Field(fail_fast=True)] = Field(default_factory=list)
 
 
 class AdapterParameters(JsonBody):
-    """Which adapter, from where, on whose behalf."""
+    """The adapter, its source, and the token for it."""
 
     OBJECT = "adapter"
 
@@ -32,7 +32,7 @@ class AdapterParameters(JsonBody):
 
 
 class Parameters(AdapterParameters):
-    """The `parameters` of a generation. Ranges are checked by `lorax.parse`, in LoRAX's words."""
+    """The `parameters` of a generation. `lorax.parse` checks ranges, with LoRAX's error messages."""
 
     OBJECT = "parameters"
 
@@ -94,4 +94,4 @@ InvocationRequest = Annotated[
     | Annotated[CompletionRequest, Tag(f"{FORM}completion")],
     Discriminator(_form),
 ]
-"""`POST /invocations`, in LoRAX's form or in one of OpenAI's."""
+"""`POST /invocations`, in LoRAX's form or one of OpenAI's."""

@@ -1,4 +1,4 @@
-"""Errors as LoRAX writes them: `{"error", "error_type"}`, its status codes, and the beginnings of its texts."""
+"""Errors in LoRAX's format: `{"error", "error_type"}`, its status codes, and the beginnings of its messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BY_STATUS = {  # statuses that mean the same in both APIs -> error_type
 
 
 class GenerationFailed(ClientError):
-    """An adapter cannot be served, or the engine failed: LoRAX answers 424 for either."""
+    """An adapter cannot be served, or the engine failed; LoRAX answers both with 424."""
 
     status = 424
 
@@ -35,18 +35,18 @@ class GenerationFailed(ClientError):
 
 
 class LoraxErrors:
-    """LoRAX's shape of errors."""
+    """LoRAX's error format."""
 
     def __init__(self, *, generating: bool) -> None:
-        """Take `generating`: whether the parameters were found good, so that every failure is a failed generation."""
+        """Set the phase. generating: the parameters were valid, so every error is a failed generation."""
         self._generating = generating
 
     def body(self, error: LorafleetError) -> bytes:
-        """Return the JSON of an error."""
+        """Return an error's body as JSON."""
         return self._parts(error)[1]
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
-        """Return the response that an error is."""
+        """Return an error's response."""
         status, body = self._parts(error)
         return Response(body, status, {**retry_headers(error), **(headers or {})}, "application/json")
 

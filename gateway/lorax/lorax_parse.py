@@ -1,6 +1,6 @@
-"""*Parse* for LoRAX's native routes: from a body to a `ParsedCall`. Pure.
+"""*Parse* for LoRAX's native routes: convert a body to a `ParsedCall`. Pure.
 
-Names, defaults, ranges and the texts of refusals are LoRAX's, so that its clients and their tests need no change.
+Names, defaults, ranges and error messages are LoRAX's, so that its clients and their tests need no changes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ MAX_ALTERNATIVES = 1000  # return_k_alternatives: each costs 8 bytes per token i
 
 @dataclass(frozen=True, slots=True)
 class NativeCall:
-    """A generation, and what only its answer is about."""
+    """A generation, and the parameters that concern only its answer."""
 
     call: ParsedCall
     prompt: str
     adapter_id: str  # id as given by the client
-    seed: int | None  # given by the client or drawn; None when greedy
+    seed: int | None  # the client's or a random one; None for greedy sampling
     details: bool
     alternatives: bool
     full_text: bool
@@ -41,12 +41,12 @@ class NativeCall:
 
 @dataclass(frozen=True, slots=True)
 class NativeRules(Rules):
-    """What later stages refuse a native call for, in LoRAX's words."""
+    """The checks of later stages, with LoRAX's error messages."""
 
     truncate: int | None = None
 
     def check_base(self, options: CallOptions, base: m.ServedModel) -> None:
-        """Refuse limits beyond the context, LoRAX's `max_total_tokens`. Raises BadRequest."""
+        """Refuse values beyond the context, LoRAX's `max_total_tokens`. Raises BadRequest."""
         limit, truncate = base.max_model_len, self.truncate
         if options.max_tokens is not None and options.max_tokens > limit:
             raise _bad(f"`max_new_tokens` must be <= {limit}. Given: {options.max_tokens}", "max_new_tokens")
@@ -54,7 +54,7 @@ class NativeRules(Rules):
             raise _bad(f"`truncate` must be strictly positive and less than {limit}. Given: {truncate}", "truncate")
 
     def refused_adapter(self, error: LorafleetError) -> LorafleetError:
-        """Return a failed generation, LoRAX's way to say that an adapter cannot be served."""
+        """Return a failed generation, which is LoRAX's error for an adapter that cannot be served."""
         return GenerationFailed(error)
 
     def empty_prompt(self) -> BadRequest:
@@ -62,7 +62,7 @@ class NativeRules(Rules):
         return _bad("`inputs` cannot be empty", self.param)
 
     def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
-        """Return how many tokens may be made. Raises BadRequest when prompt and output do not fit the context."""
+        """Return the maximum output tokens. Raises BadRequest if prompt and output do not fit the context."""
         if num_prompt_tokens >= max_model_len:
             raise _bad(f"`inputs` must have less than {max_model_len} tokens. Given: {num_prompt_tokens}", "inputs")
         room = max_model_len - num_prompt_tokens
@@ -80,7 +80,7 @@ class NativeRules(Rules):
 def parse(
     request: GenerateRequest, caller: Caller, settings: Settings, sent: Sent, *, stream: bool, as_list: bool = False
 ) -> NativeCall:
-    """Return what a body asks for, checked in LoRAX's order and words. Raises BadRequest."""
+    """Return the call that a body describes, validated in LoRAX's order. Raises BadRequest."""
     p = request.parameters or Parameters()
     best_of = _best_of(p, settings.max_choices, stream=stream)
     if stream and p.decoder_input_details:
@@ -126,7 +126,7 @@ def parse(
 
 
 def _drawn_seed(sent: Sent) -> int:
-    """Return a seed; with an Idempotency-Key the same each time, since answers contain it."""
+    """Return a random seed; with an Idempotency-Key a deterministic one, because answers contain it."""
     if not sent.key:
         return secrets.randbits(SEED_BITS)
     digest = hashlib.sha256(f"{sent.key}\0{sent.hash}".encode()).digest()
@@ -134,7 +134,7 @@ def _drawn_seed(sent: Sent) -> int:
 
 
 def models_of(p: AdapterParameters) -> Models:
-    """Return who is to answer. Raises BadRequest for contradictions."""
+    """Return the requested models. Raises BadRequest for contradictions."""
     merged = p.merged_adapters
     if merged is not None:
         if p.adapter_id:
@@ -186,7 +186,7 @@ def _best_of(p: Parameters, limit: int, *, stream: bool) -> int:
 
 
 def _is_sampled(p: Parameters) -> bool:
-    """Return whether tokens are drawn at random, and not the likeliest taken, as a temperature of 0 always means."""
+    """Return whether tokens are sampled; otherwise decoding is greedy, as always with a temperature of 0."""
     if p.temperature == 0:
         return False
     some = p.do_sample or (p.temperature is not None and p.temperature != 1) or p.top_k is not None

@@ -33,7 +33,7 @@ from protocol.metrics.series import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
 from protocol.wire.messages import Task
 
 VERSION = "0.1.0"
-"""The version that every LoRAX reports; clients compare it."""
+"""The version that every LoRAX server reports; clients compare it."""
 
 PIPELINES: dict[Task, str] = {
     "generate": "text-generation",
@@ -41,20 +41,20 @@ PIPELINES: dict[Task, str] = {
     "classify": "token-classification",
     "score": "text-classification",
 }
-"""The Hub's names of what base models do."""
+"""Task of a base model -> the Hub's pipeline tag."""
 
 PROBE = "Where should Johnny live?"
 MAX_LISTED = 1000
 
 Encode = Callable[[str, Task, Caller], Awaitable[Generation]]
-"""Begins a call to an encoder: (text, the base model's task, who asks)."""
+"""Starts a call to an encoder, given a text, the base model's task, and the caller."""
 
 
 class NativeEndpoints:
     """The native routes' handlers."""
 
     def __init__(self, answers: Answers, pipeline: Pipeline, openai: OpenAIEndpoints, encode: Encode) -> None:
-        """openai: answers OpenAI's bodies at `/invocations`. encode: asks an encoder about a text."""
+        """openai: answers OpenAI's bodies at `/invocations`. encode: starts a call to an encoder."""
         self._answers = answers
         self._pipeline = pipeline
         self._openai = openai
@@ -67,7 +67,7 @@ class NativeEndpoints:
         return await self._generate(body, request, stream=body.stream, as_list=not body.stream)
 
     async def invoke(self, body: InvocationRequest, request: Request) -> Response:
-        """Answer `/invocations`, in LoRAX's way or OpenAI's."""
+        """Answer `/invocations`, in LoRAX's or OpenAI's form."""
         if isinstance(body, ChatRequest):
             return await self._openai.chat(body, request)
         if isinstance(body, CompletionRequest):
@@ -120,7 +120,7 @@ class NativeEndpoints:
                 "max_stop_sequences": settings.max_stop_strings,
                 "max_input_length": base.max_model_len - (base.task == "generate"),
                 "max_total_tokens": base.max_model_len,
-                # Here blocks and step tokens limit batches, see docs/engine.md.
+                # Batches are limited by blocks and step tokens, see docs/engine.md.
                 "waiting_served_ratio": 0.0,
                 "max_batch_total_tokens": None,
                 "max_waiting_tokens": 0,
@@ -137,7 +137,7 @@ class NativeEndpoints:
         )
 
     async def startup(self, request: Request) -> Response:
-        """Generate one token, embed or classify a text, as LoRAX's probe does."""
+        """Generate one token, embed or classify a text, as LoRAX's health check does."""
         caller = caller_of(request)
         base = await self._pipeline.fleet.require(worker=True)
         if base.task == "score" and not base.labels:
@@ -168,7 +168,7 @@ class NativeEndpoints:
 
 
 async def _makes_output(generation: Generation) -> bool:
-    """Follow a call to its end without a client; return whether anything came out."""
+    """Follow a call to its end without a client; return whether it had output."""
     try:
         while not generation.is_done:
             await generation.advance(1.0)

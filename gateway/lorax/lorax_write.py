@@ -1,4 +1,4 @@
-"""*Write* for LoRAX's native routes: every token with its text and logprob, times and counts in headers."""
+"""*Write* for LoRAX's native routes: each token with text and logprob; times and counts in headers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from protocol.wire.tokens import Detokenizer
 
 
 class TokenWriter:
-    """Writes the tokens of one choice in order; their texts joined are its text."""
+    """Writes the tokens of one choice in order; their joined texts are the choice's text."""
 
     def __init__(self, files: ModelFiles, *, alternatives: bool) -> None:
         self._files = files
@@ -32,14 +32,14 @@ class TokenWriter:
         self.text = ""
 
     def tokens(self, tokens: Iterable[TokenLogprob], *, ended: bool) -> Iterator[dict[str, Any]]:
-        """Make tokens as JSON, one after the other. ended: the last gets the bytes of a character that was cut off."""
+        """Yield tokens as JSON. ended: the last one also gets the bytes of an incomplete character."""
         held: dict[str, Any] | None = None
         for token in tokens:
             if held is not None:
                 yield held
             held = self._token(token)
         if ended and held is None and self._last is not None:
-            # The end came without a token. Clients expect one with it: the last one again, without text.
+            # Clients expect a token with the end: without one, repeat the last token, without text.
             held = {**self._last, "text": "", "special": True, "skipped": True}
         if held is None:
             return
@@ -55,7 +55,7 @@ class TokenWriter:
         self.text += text
         written = {
             "id": token.id,
-            # Special tokens are shown, though they are no part of the text.
+            # Special tokens are shown here, though not in the whole text.
             "text": self._files.tokens.text_of(token.id) if special else text,
             "logprob": max(token.logprob, MIN_LOGPROB),
             "special": special,
@@ -70,7 +70,7 @@ class TokenWriter:
 
 
 class NativeWriter(Writer):
-    """The answers of `/generate` and its kin."""
+    """Writes the answers of `/generate` and similar routes."""
 
     def __init__(self, files: ModelFiles, native: NativeCall, num_prompt_tokens: int) -> None:
         self._files = files
@@ -86,7 +86,7 @@ class NativeWriter(Writer):
         return TokenWriter(self._files, alternatives=self._native.alternatives)
 
     def frames(self, piece: Piece) -> list[bytes]:
-        """Return the SSE frames of a piece, one per token, numbered from 1 as TGI's; the last has the whole text."""
+        """Return one SSE frame per token, numbered from 1 as in TGI; the last has the whole text."""
         tokens = list(self._streamed.tokens(piece.logprobs, ended=bool(piece.finish)))
         first = self._num_streamed + 1
         self._num_streamed += len(piece.logprobs)
@@ -100,7 +100,7 @@ class NativeWriter(Writer):
                     chunk["details"] = {
                         "finish_reason": self._reason(piece.finish, token["id"], self._streamed.text),
                         "prompt_tokens": self._num_prompt_tokens,
-                        "input_length": self._num_prompt_tokens,  # TGI's name of it
+                        "input_length": self._num_prompt_tokens,  # TGI's name for it
                         "generated_tokens": self._num_streamed,
                         "seed": self._native.seed,
                     }
@@ -108,7 +108,7 @@ class NativeWriter(Writer):
         return frames
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
-        """Return the answer: the choice with the best mean logprob, the others beside it."""
+        """Return the answer: the choice with the best mean logprob, and the others in its details."""
         order = sorted(choices, key=mean_logprob, reverse=True)
         best, *others = [self._sequence(piece) for piece in order]
         answer: dict[str, Any] = {"generated_text": best["generated_text"]}
@@ -141,19 +141,19 @@ class NativeWriter(Writer):
         if finish == "length":
             return "length"
         options = self._options
-        # Output that follows a grammar may end without an end token, where nothing can follow.
+        # Output constrained by a grammar may end without an end token, where no text can follow.
         by_grammar = options.constraint is not None and not any(stop in text for stop in options.stop)
         return "eos_token" if last in self._eos_ids or by_grammar else "stop_sequence"
 
 
 class NativeAnswer(GenerationAnswer):
-    """A native call's answer."""
+    """The answer of a native call."""
 
     errors = LORAX_GENERATION_ERRORS
     done = b""
 
     def __init__(self, generation: Generation, native: NativeCall, started_s: float) -> None:
-        """Take the call's arrival, `started_s`, monotonic."""
+        """Store the arrival of the call. started_s: monotonic."""
         [prompt] = generation.call.prompts
         super().__init__(generation, NativeWriter(prompt.files, native, prompt.num_tokens))
         self._native = native
@@ -171,7 +171,7 @@ class NativeAnswer(GenerationAnswer):
         return [answer] if self._native.as_list else answer, headers
 
     def _headers(self) -> dict[str, str]:
-        """Return the headers besides those of tokens and times."""
+        """Return the headers other than those of tokens and times."""
         base, [target] = self.generation.call.base, self.generation.call.targets
         assert base is not None
         headers = {
@@ -186,10 +186,10 @@ class NativeAnswer(GenerationAnswer):
 
 
 async def times_of(generation: Generation, started_s: float) -> dict[str, str]:
-    """Return the headers with counts and, in whole milliseconds, the times of a call's parts. started_s: monotonic."""
+    """Return headers with token counts and, in whole ms, the durations of a call's phases. started_s: monotonic."""
     usage = generation.usage
     total_ms = 1000 * (time.monotonic() - started_s)
-    validation_ms = 1000 * max(generation.call.submitted_s - started_s, 0.0)  # 0 for one that was submitted before
+    validation_ms = 1000 * max(generation.call.submitted_s - started_s, 0.0)  # 0 for an earlier call
     known = await generation.facts()
     queue_ms = first_ms = output_ms = 0.0
     if known is not None:  # None: the queue has lost the request
@@ -221,5 +221,5 @@ def compute_type(base: m.ServedModel) -> str:
 
 
 def _ascii(value: str) -> str:
-    """Return a value in the characters that a header may hold."""
+    """Return a value in characters allowed in a header."""
     return value.encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")

@@ -1,1 +1,1 @@
-"""Ollama's API, with the base model and its adapters as models."""
+"""Ollama's API, with base models and adapters as its models."""

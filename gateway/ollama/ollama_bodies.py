@@ -12,7 +12,7 @@ from gateway.openai.openai_bodies import MAX_REPETITION_WINDOW
 
 
 def _whole(value: Any) -> Any:
-    """Return a float that is a whole number as one: JSON of JavaScript and Go does not distinguish them."""
+    """Convert a float without fraction to an integer: JSON of JavaScript and Go does not distinguish them."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -41,7 +41,7 @@ class Options(JsonBody):
 
 
 class _Request(JsonBody):
-    """The fields that `/api/chat` and `/api/generate` have in common. null always means the default."""
+    """The fields common to `/api/chat` and `/api/generate`. null always means the default."""
 
     model: ModelName
     stream: bool | None = None
@@ -53,7 +53,7 @@ class _Request(JsonBody):
 
     @property
     def streams(self) -> bool:
-        """Whether the answer is a stream, which it is unless the body says no."""
+        """Whether the answer is a stream, which is the default."""
         return self.stream is not False
 
 
@@ -67,7 +67,7 @@ class OllamaChatRequest(_Request):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is asked but that the model be there."""
+        """Whether the request only checks that the model is available."""
         return not self.messages
 
 
@@ -82,7 +82,7 @@ class OllamaGenerateRequest(_Request):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is asked but that the model be there."""
+        """Whether the request only checks that the model is available."""
         return not self.prompt
 
 
@@ -97,7 +97,7 @@ class EmbedRequest(JsonBody):
 
 
 class ShowRequest(JsonBody):
-    """`POST /api/show`. `name` is what older clients call `model`."""
+    """`POST /api/show`. Older clients send `name` instead of `model`."""
 
     OBJECT = "ollama_show"
 

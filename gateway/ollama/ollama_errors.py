@@ -1,4 +1,4 @@
-"""Errors as Ollama writes them: `{"error": "…"}`, with their HTTP status before a stream, without one in it."""
+"""Errors in Ollama's format, `{"error": "…"}`: with an HTTP status before a stream, without one within it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from protocol.wire.errors import LorafleetError
 
 
 class OllamaErrors:
-    """Ollama's shape of errors."""
+    """Ollama's error format."""
 
     def body(self, error: LorafleetError) -> bytes:
-        """Return the JSON of an error."""
+        """Return an error's body as JSON."""
         return orjson.dumps(traced({"error": cut(error.message)}))
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
-        """Return the response that an error is."""
+        """Return an error's response."""
         all_headers = {**retry_headers(error), **(headers or {})}
         return Response(self.body(error), error.status, all_headers, "application/json")
 

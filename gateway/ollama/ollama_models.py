@@ -1,6 +1,6 @@
-"""The base model and its adapters as Ollama's models. Pure.
+"""Base models and adapters as Ollama's models. Pure.
 
-What belongs to GGUF files alone, such as the number of parameters, is empty: it is not known here.
+Fields that only GGUF files have, such as the number of parameters, are empty.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
 
 FOREVER = "9999-12-31T23:59:59Z"
-"""Models here do not expire: an adapter stays until its memory is needed for another."""
+"""Expiry of models: they do not expire; an adapter stays until its memory is needed."""
 
 Known = tuple[m.Alias, m.AdapterRecord]
-"""An adapter that is served."""
+"""A served adapter."""
 
 
 def running(base: m.ServedModel, adapters: Iterable[Known], beats: Iterable[m.WorkerBeat]) -> list[dict[str, Any]]:
-    """Return the models of `/api/ps`: the base if a worker has it, and the adapters that lie in a worker's pool."""
+    """Return the models of `/api/ps`: the base if a worker has it, and adapters resident on a worker."""
     held = [beat.resident for beat in beats]
     resident = {digest for digests in held for digest in digests}
     shown: list[Known | None] = [None] if held else []
@@ -40,7 +40,7 @@ def running(base: m.ServedModel, adapters: Iterable[Known], beats: Iterable[m.Wo
 
 
 def shown(base: m.ServedModel, known: Known | None, files: ModelFiles) -> dict[str, Any]:
-    """Return what `/api/show` says of the base (None) or of an adapter. files: its own, or the base's."""
+    """Return the answer of `/api/show` for a base (known None) or an adapter. files: its own, or the base's."""
     kind = base.model_type
     source = f"FROM {base.name}\n" + (f"ADAPTER {told_source(known[0].source)}\n" if known is not None else "")
     return {
@@ -62,7 +62,7 @@ def shown(base: m.ServedModel, known: Known | None, files: ModelFiles) -> dict[s
 
 
 def _context(base: m.ServedModel, known: Known | None) -> int:
-    """Return how many tokens prompts and outputs may have."""
+    """Return the maximum tokens of prompt and output."""
     return base.max_model_len if known is None else base.less(known[1].num_virtual).max_model_len
 
 
@@ -79,7 +79,7 @@ def _capabilities(base: m.ServedModel, files: ModelFiles) -> list[str]:
 
 
 def listed(base: m.ServedModel, known: Known | None) -> dict[str, Any]:
-    """Return the object of the base (None) or of an adapter in `/api/tags`."""
+    """Return the object of a base (known None) or an adapter in `/api/tags`."""
     name = tagged_name(base.name if known is None else known[0].name)
     changed_ms = base.created_ms if known is None else known[0].changed_ms or known[0].created_ms
     return {
@@ -93,7 +93,7 @@ def listed(base: m.ServedModel, known: Known | None) -> dict[str, Any]:
 
 
 def _size(known: Known | None) -> int:
-    """Return an adapter's bytes; 0 for the base, whose size no worker reports."""
+    """Return an adapter's bytes; 0 for a base, whose size workers do not report."""
     return 0 if known is None else known[1].num_bytes
 
 

@@ -1,7 +1,6 @@
-"""*Parse* for Ollama's API: from a body to a `ParsedCall`. Pure.
+"""*Parse* for Ollama's API: convert a body to a `ParsedCall`. Pure.
 
-Names and defaults are Ollama's; the few things that are not done as there are refused by name
-(`bodies/parameters.toml`).
+Names and defaults are Ollama's; the few unsupported features are refused by name (`bodies/parameters.toml`).
 """
 
 from __future__ import annotations
@@ -39,26 +38,29 @@ DEFAULT_TOP_K = 40
 DEFAULT_TOP_P = 0.9
 
 TAG = ":latest"
-"""What Ollama puts behind every name that has no other version."""
+"""The tag that Ollama appends to names without one."""
 
 _WITHOUT_RAW = ("system", "think")
 
 
 @dataclass(frozen=True, slots=True)
 class OllamaRules(Rules):
-    """What later stages refuse a call for, or shorten it to, as Ollama does."""
+    """The checks of later stages, and Ollama's way to limit the output to the context."""
 
-    num_ctx: int | None = None  # tokens of prompt and output that the client wants at most
-    thinks: str = ""  # the model's name, if reasoning is asked of it
+    num_ctx: int | None = None  # the client's limit of prompt and output tokens
+    thinks: str = ""  # the model's name, if reasoning is requested
 
     def check_form(self, form: AnswerForm | None) -> Sequence[str]:
-        """Refuse reasoning of a model whose template has no marks of it. Raises BadRequest."""
+        """Refuse a request for reasoning if the model's template has no marks of it. Raises BadRequest."""
         if self.thinks and (form is None or form.thought is None):
             raise BadRequest(f'"{self.thinks}" does not support thinking', param="think")
         return ()
 
     def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
-        """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
+        """Return the maximum output tokens, limited by the context's remaining room.
+
+        Raises BadRequest without any room.
+        """
         context = min(self.num_ctx or max_model_len, max_model_len)
         room = context - num_prompt_tokens
         if room < 1:
@@ -73,12 +75,12 @@ def plain_name(name: str) -> str:
 
 
 def tagged_name(name: str) -> str:
-    """Return a model's name as Ollama's lists have it: with a tag."""
+    """Return a model's name with a tag, as in Ollama's lists."""
     return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
 def parse(request: OllamaChatRequest | OllamaGenerateRequest, caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what a body asks for. Raises BadRequest naming the parameter."""
+    """Return the call that a body describes. Raises BadRequest naming the parameter."""
     is_chat = isinstance(request, OllamaChatRequest)
     given = request.options or ollama_bodies.Options()
     rules = OllamaRules(
@@ -99,7 +101,7 @@ def parse(request: OllamaChatRequest | OllamaGenerateRequest, caller: Caller, se
 
 
 def parse_embed(request: EmbedRequest, caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what `/api/embed` asks for. Raises BadRequest."""
+    """Return the call that a body of `/api/embed` describes. Raises BadRequest."""
     asked = EmbeddingsRequest(model=plain_name(request.model), input=request.input, dimensions=request.dimensions)
     return parse_embeddings(asked, caller, settings)
 
@@ -128,7 +130,7 @@ def _num_logprobs(request: OllamaChatRequest | OllamaGenerateRequest, settings: 
 
 
 def _sampling(given: ollama_bodies.Options, num_logprobs: int | None) -> m.Sampling:
-    seed = given.seed if given.seed is not None and given.seed >= 0 else None  # -1 is Ollama's "any"
+    seed = given.seed if given.seed is not None and given.seed >= 0 else None  # -1 means a random seed in Ollama
     return m.Sampling(
         temperature=_or(given.temperature, DEFAULT_TEMPERATURE),
         top_p=_or(given.top_p, DEFAULT_TOP_P),
@@ -145,7 +147,7 @@ def _sampling(given: ollama_bodies.Options, num_logprobs: int | None) -> m.Sampl
 
 
 def _constraint(form: str | dict[str, Any] | None, settings: Settings) -> Constraint | None:
-    """Return the grammar that a `format` demands, None for none. Raises BadRequest."""
+    """Return the constraint of a `format`, None if unconstrained. Raises BadRequest."""
     if isinstance(form, str) and form not in ("", "json"):
         raise BadRequest(f'format must be "json" or a JSON schema, not {brief(form)}', param="format")
     if form in (None, ""):
@@ -186,7 +188,7 @@ def _conversation(request: OllamaChatRequest, settings: Settings) -> ChatPrompt:
 
 
 def _variables(request: OllamaChatRequest | OllamaGenerateRequest) -> dict[str, Any]:
-    """Return the template variables that set reasoning and its effort; each model family has its own."""
+    """Return the template variables that set reasoning and its effort; model families use different ones."""
     if request.think is None:
         return {}
     variables: dict[str, Any] = {"enable_thinking": bool(request.think), "thinking": bool(request.think)}
@@ -194,10 +196,10 @@ def _variables(request: OllamaChatRequest | OllamaGenerateRequest) -> dict[str, 
 
 
 def openai_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages as OpenAI has them: there calls have ids, and results name their call by its id.
+    """Return messages in OpenAI's form, where calls have ids by which results refer to them.
 
-    What is of a wrong type is left as it is, to be refused with all other messages. Raises BadRequest for images, but
-    in results of tools a text stands in for them.
+    Values of wrong types are kept, and refused later with all messages. Raises BadRequest for images, except in tool
+    results, where a text replaces them.
     """
     found: list[dict[str, Any]] = []
     open_calls = _OpenCalls()
@@ -224,22 +226,22 @@ def openai_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class _OpenCalls:
-    """The calls without a result, in their order; each is added and found in the same time, however many there are."""
+    """The calls without results, in order; adding and finding one takes constant time."""
 
     def __init__(self) -> None:
         self._ids: dict[int, Any] = {}  # ids by call number
-        self._of_name: defaultdict[str, deque[int]] = defaultdict(deque)  # numbers, maybe of calls that have results
+        self._of_name: defaultdict[str, deque[int]] = defaultdict(deque)  # call numbers, maybe with results
         self._num = 0
 
     def add(self, name: Any, id_: Any) -> None:
-        """Add a call; one whose name is no string is refused later."""
+        """Add a call; one whose name is not a string is refused later."""
         self._ids[self._num] = id_
         if isinstance(name, str):
             self._of_name[name].append(self._num)
         self._num += 1
 
     def answered(self, name: Any) -> Any:
-        """Return the id of the first call of a function, or of any if `name` is None; None for none. It is answered."""
+        """Remove and return the id of the first open call of a function, or of any for None; None if there is none."""
         if name is None:
             return self._ids.pop(next(iter(self._ids)), None) if self._ids else None
         numbers = self._of_name.get(name) if isinstance(name, str) else None
@@ -251,7 +253,7 @@ class _OpenCalls:
 
 
 def _with_id(call: Any, id_: str, open_calls: _OpenCalls) -> Any:
-    """Return a tool call with an id and a type, and note it among the open ones."""
+    """Return a tool call with an id and a type, and add it to the open calls."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return call

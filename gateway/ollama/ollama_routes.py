@@ -1,4 +1,4 @@
-"""Ollama's routes: `/api/chat`, `/api/generate`, `/api/embed`, and what its clients ask of models."""
+"""Ollama's routes: `/api/chat`, `/api/generate`, `/api/embed`, and those about models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, ModelNotFound
 
 VERSION = "0.12.11"
-"""The Ollama whose API this is, the first with logprobs; clients refuse to work with old ones."""
+"""The version of Ollama whose API this is, the first with logprobs; clients refuse older ones."""
 
 
 class OllamaEndpoints:
@@ -80,11 +80,11 @@ class OllamaEndpoints:
         return await self._answers.respond(answer(), errors=OLLAMA_ERRORS)
 
     async def _run(self, call: ParsedCall, sent: Sent) -> Generation:
-        """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run_once`."""
+        """Run a call, or attach to the earlier call with its Idempotency-Key. Raises as `Pipeline.run_once`."""
         return await self._pipeline.run_once(msgspec.structs.replace(call, sent=sent) if sent.key else call)
 
     async def _require(self, name: str, caller: Caller) -> None:
-        """Wait until a model can be asked. Raises as `CallResolver.targets`."""
+        """Wait until a model can be used. Raises as `CallResolver.targets`."""
         models, resolver = Models([plain_name(name)]), self._pipeline.call_resolver
         await resolver.targets(models, await resolver.base_of(models, caller, worker=True), caller)
 
@@ -107,7 +107,7 @@ class OllamaEndpoints:
         return json_response({"models": orjson.Fragment(listed)})
 
     async def ps(self, request: Request) -> Response:
-        """Answer `/api/ps`: adapters for an operator alone, since all tenants' use decides which are in memory."""
+        """Answer `/api/ps`. Only operators see adapters, because all tenants' use determines which are resident."""
         base, caller = await self._pipeline.fleet.require(worker=False), caller_of(request)
         beats = [beat for beat in (await self._pipeline.bus.members.worker_beats()).values() if beat is not None]
         resident = {digest for beat in beats for digest in beat.resident}
@@ -140,7 +140,7 @@ class OllamaEndpoints:
         return json_response({"version": VERSION})
 
     async def _known(self, caller: Caller, digests: Set[str]) -> list[Known]:
-        """Return those of some adapters that a caller sees and that are served, by name."""
+        """Return the served adapters among these digests that a caller sees, by name."""
         catalogue = self._pipeline.resolver.catalogue
         served = [alias for alias in await catalogue.served(caller) if alias.digest in digests]
         return [(alias, record) async for alias, record in catalogue.records(served) if record is not None]

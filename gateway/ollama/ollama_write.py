@@ -1,6 +1,6 @@
-"""*Write* for Ollama's API: an answer as one object, or as objects one a line, the last of them with counts and times.
+"""*Write* for Ollama's API: one object, or one object per line, the last of them with counts and times.
 
-A tool call is an object of a message, so it is sent when it is complete.
+A tool call is sent once it is complete, because it is an object in a message.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def line(body: bytes) -> bytes:
 
 
 def time_text(ms: int | None = None) -> str:
-    """Return a unix time in ms, or the present one, as RFC 3339 has it."""
+    """Return a unix time in ms, default now, in RFC 3339."""
     moment = datetime.now(UTC) if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
@@ -56,7 +56,7 @@ class Objects:
     is_chat: bool
 
     def part(self, text: str = "", *, thinking: str = "", calls: Sequence[Any] = (), done: bool = False) -> Any:
-        """Return an object with some of the answer."""
+        """Return an object with a part of the answer."""
         message: dict[str, Any] = {"content" if self.is_chat else "response": text}
         if thinking:
             message["thinking"] = thinking
@@ -66,17 +66,17 @@ class Objects:
         return {"model": self.model, "created_at": time_text(), **shown, "done": done}
 
     def loaded(self) -> Any:
-        """Return the answer to a request that asks nothing: the model is there."""
+        """Return the answer to a request that only checks that the model is available."""
         return {**self.part(done=True), "done_reason": "load"}
 
     def framing(self) -> Framing:
-        """Return how the lines of a stream stand: one that only keeps the connection alive has no text."""
+        """Return the framing of a stream; keep-alive lines are objects without text."""
         return Framing(NDJSON, line, lambda _: line(orjson.dumps(self.part())))
 
 
 @dataclass(slots=True)
 class _Call:
-    """A tool call, as far as it has come."""
+    """An unfinished tool call."""
 
     id: str
     index: int
@@ -84,14 +84,14 @@ class _Call:
     arguments: list[str] = field(default_factory=list)
 
     def object(self) -> Any:
-        """Return it as Ollama has it. Raises ValueError, or BadRequest, for arguments that were cut off."""
+        """Return the call in Ollama's form. Raises ValueError or BadRequest for incomplete arguments."""
         arguments = json_values.loads("".join(self.arguments).encode(), "arguments")
         return {"id": self.id, "function": {"index": self.index, "name": self.name, "arguments": arguments}}
 
 
 @dataclass(slots=True)
 class _Gained:
-    """What an answer has gained: reasoning, text and whole calls."""
+    """New parts of an answer: reasoning, text and complete calls."""
 
     thinking: str = ""
     text: str = ""
@@ -102,16 +102,16 @@ class _Gained:
 
 
 class _Reader:
-    """Reads the parts of one answer as its text comes."""
+    """Splits the text of one answer into its parts."""
 
     def __init__(self, form: AnswerForm | None, rid: str) -> None:
         self._form = form
         self._rid = rid
         self._splitter = form.splitter() if form is not None else None
-        self._call: _Call | None = None  # one that is not whole yet
+        self._call: _Call | None = None  # the unfinished call
 
     def read(self, text: str, *, ended: bool) -> _Gained:
-        """Return what further text adds."""
+        """Return the new parts of further text. ended: it is the last text."""
         gained = _Gained()
         if self._splitter is None:
             gained.text = text
@@ -143,17 +143,17 @@ class _Reader:
         call, self._call = self._call, None
         try:
             gained.calls.append(call.object())
-        except (ValueError, BadRequest):  # it was cut off, and stays text
+        except (ValueError, BadRequest):  # incomplete, so shown as text
             gained.text += f"{call.name}({''.join(call.arguments)}"
 
 
 class OllamaWriter(Writer):
-    """The objects of `/api/chat` and `/api/generate`."""
+    """Writes the objects of `/api/chat` and `/api/generate`."""
 
     def __init__(
         self, objects: Objects, tokens: TokenTable, form: AnswerForm | None, rid: str, *, logprobs: bool
     ) -> None:
-        """form, rid: of the one choice, see `openai.write`."""
+        """form, rid: of the only choice."""
         self._objects = objects
         self._tokens = tokens
         self._logprobs = logprobs
@@ -162,7 +162,7 @@ class OllamaWriter(Writer):
         self.finish = ""
 
     def frames(self, piece: Piece) -> list[bytes]:
-        """Return the line of a piece; none when it shows nothing yet."""
+        """Return the line of a piece; none while it shows nothing."""
         self.finish = piece.finish or self.finish
         gained = self._streamed.read(piece.text, ended=bool(piece.finish))
         shows = self._logprobs and bool(piece.logprobs)
@@ -180,7 +180,7 @@ class OllamaWriter(Writer):
         return {**made, **(self._entries(piece) if self._logprobs else {})}
 
     def last(self) -> dict[str, Any]:
-        """Return the object after a stream's text, without counts and times."""
+        """Return the last object of a stream, without counts and times."""
         return self._objects.part(done=True)
 
     def _entries(self, piece: Piece) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class OllamaAnswer(GenerationAnswer):
     errors = OLLAMA_ERRORS
 
     def __init__(self, generation: Generation, objects: Objects, started_s: float) -> None:
-        """Take the call's arrival, `started_s`, monotonic."""
+        """Store the arrival of the call. started_s: monotonic."""
         [choice] = generation.choices
         shows = generation.call.parsed.options.num_shown is not None
         writer = OllamaWriter(objects, choice.prompt.files.tokens, choice.prompt.form, choice.rid, logprobs=shows)
@@ -211,7 +211,7 @@ class OllamaAnswer(GenerationAnswer):
         self.framing = objects.framing()
 
     async def last_frames(self) -> bytes:
-        """Return the object that a stream ends with."""
+        """Return the last object of a stream."""
         numbers = await self._numbers()
         return line(orjson.dumps({**self._made.last(), **numbers}))
 
@@ -228,10 +228,11 @@ class OllamaAnswer(GenerationAnswer):
 
 
 async def durations(generation: Generation, started_s: float) -> dict[str, int]:
-    """Return the times of a call's parts in ns. started_s: monotonic, of its arrival.
+    """Return the durations of a call's phases in ns. started_s: monotonic time of its arrival.
 
-    load: from arrival until a worker has it, with the wait for its adapter and in the queue; prompt_eval: until the
-    first token; eval: until the end. The queue counts whole milliseconds; the total alone is known if it has lost them.
+    load: from arrival to the assignment to a worker, including the waits for the adapter and in the queue; prompt_eval:
+    to the first token; eval: to the end. The queue's times are whole milliseconds; if it has lost them, only the total
+    is known.
     """
     total = {"total_duration": round((time.monotonic() - started_s) * 1e9)}
     known = await generation.facts()
@@ -247,10 +248,10 @@ async def durations(generation: Generation, started_s: float) -> dict[str, int]:
 
 
 class EmbedAnswer(EncoderAnswer):
-    """The answer of `/api/embed`: vectors of length 1, as Ollama gives them."""
+    """The answer of `/api/embed`: vectors normalized to length 1, as in Ollama."""
 
     def __init__(self, generation: Generation, request: EmbedRequest, started_s: float) -> None:
-        """Take the call's arrival, `started_s`, monotonic."""
+        """Store the arrival of the call. started_s: monotonic."""
         model, dimensions = request.model, request.dimensions
 
         def shown(part: np.ndarray) -> np.ndarray:
@@ -269,6 +270,6 @@ class EmbedAnswer(EncoderAnswer):
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
-    """Return a vector (float32) of length 1 in the same direction."""
+    """Return a vector (float32) normalized to length 1."""
     length = float(np.linalg.norm(vector))
     return vector / np.float32(length) if length else vector

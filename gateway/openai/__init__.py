@@ -1,1 +1,1 @@
-"""OpenAI's HTTP bodies."""
+"""OpenAI's completions, chat completions and jobs."""

@@ -1,6 +1,6 @@
-"""Where tokens begin in a choice's text, in characters: the `text_offset` of completions. Pure.
+"""The `text_offset` of completions: where tokens begin in a choice's text, in characters. Pure.
 
-A token that is no part of the text begins where the next one does, and so does each byte of a character.
+A token that adds no text has the offset of the next one; so has each byte token of a character.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from protocol.wire.tokens import Detokenizer, TokenTable
 
 
 class TextOffsets:
-    """The offsets of one choice, which come in pieces."""
+    """Computes the offsets of one choice, incrementally."""
 
     def __init__(self, tokens: TokenTable, echo: str) -> None:
-        """echo: what the text begins with."""
+        """echo: the beginning of the choice's text."""
         self._tokens = tokens
         self._echo = echo
         self._at = len(echo)
         self._output = Detokenizer(tokens)
 
     def of_prompt(self, ids: Sequence[int]) -> Iterator[int]:
-        """Make the offsets of the prompt's tokens, one after the other."""
+        """Yield the offsets of the prompt's tokens."""
         tokens, echo = self._tokens, self._echo
-        # Without special tokens it is the same either way, and nothing has to be decoded as a whole.
+        # Without special tokens both ways agree, and the prompt need not be decoded.
         is_of_ids = tokens.special.isdisjoint(ids) or tokens.decode(ids, special=True) == echo
         detokenizer = Detokenizer(tokens, special=is_of_ids)
         at = 0
         for id_ in ids:
             yield min(at, len(echo))
             text = detokenizer.add_one(id_)
-            if id_ in tokens.special and not is_of_ids:  # from the template, or spelled out by the client
+            if id_ in tokens.special and not is_of_ids:  # written by the template, or by the client as text
                 text = tokens.text_of(id_)
                 text = text if echo.startswith(text, at) else ""
             at += len(text)
 
     def of_output(self, ids: Iterable[int]) -> Iterator[int]:
-        """Make the offsets of further tokens of the output, one after the other."""
+        """Yield the offsets of the output's next tokens."""
         for id_ in ids:
             yield self._at
             self._at += len(self._output.add_one(id_))

@@ -1,6 +1,6 @@
 """The HTTP bodies of OpenAI's routes.
 
-A field that is not declared here is refused, see `gateway/bodies/parameters.toml`.
+Fields that are not declared here are refused, see `gateway/bodies/parameters.toml`.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ MAX_METADATA_KEY = 64  # characters
 MAX_METADATA_VALUE = 512  # characters
 
 MAX_REPETITION_WINDOW = 4096
-"""Most tokens that a penalty for repetitions looks back to, unless it looks at all: they are sent at each token."""
+"""Maximum window of the repetition penalty, in tokens, unless it covers all: the window is sent with each token."""
 
 MAX_ENTRIES = 1 << 14
-"""Entries of an object that are looked at; its own limit, which `openai.parse` knows, is smaller."""
+"""Maximum entries of an object that are validated; `openai.parse` applies smaller limits of each field."""
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class StreamOptions(JsonBody):
-    """What a stream reports besides its text."""
+    """What a stream reports in addition to its text."""
 
     OBJECT = "stream_options"
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None  # vLLM's: with the former, every chunk reports the usage so far
+    continuous_usage_stats: bool | None = None  # vLLM's: with include_usage, every chunk reports the usage so far
 
 
 class GenerationRequest(JsonBody):
-    """The fields of both routes. null always means the default."""
+    """The fields common to both routes. null always means the default."""
 
     model: Name | Annotated[list[Name], Field(min_length=1, fail_fast=True)] = BASE
-    """Each model of a list gives choices."""
+    """Each model of a list has its own choices."""
     lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
     merged_adapters: MergedAdapters | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -89,8 +89,8 @@ class GenerationRequest(JsonBody):
     regex: str | None = None  # this and the next two are SGLang's
     ebnf: str | None = None
     stop_regex: str | Strings | None = None
-    lora_path: Name | None = None  # SGLang's: the adapter, where `model` names the base
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # this and what follows are vLLM's
+    lora_path: Name | None = None  # SGLang's: the adapter, if `model` is the base
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # this and the next ones are vLLM's
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
     allowed_token_ids: Annotated[Ids, Field(min_length=1)] | None = None
@@ -125,7 +125,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: Objects | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    guideline: str | None = None  # LoRAX's: for templates that have one
+    guideline: str | None = None  # LoRAX's: a variable of some templates
     tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -149,4 +149,4 @@ BODIES: Mapping[str, type[AnyRequest]] = {
     CHAT: ChatRequest,
     COMPLETIONS: CompletionRequest,
 }
-"""Endpoint -> the body it takes."""
+"""Endpoint -> type of its body."""

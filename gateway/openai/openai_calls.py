@@ -1,4 +1,4 @@
-"""Calls of OpenAI's routes: followed at once, in the background as jobs, or found by an Idempotency-Key."""
+"""Calls of OpenAI's routes: run at once, run in the background as jobs, or found by an Idempotency-Key."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from gateway.openai.openai_write import write, writer_of
 
 
 class OpenAICalls:
-    """The way of a call of OpenAI's routes, from *parse* to *write*."""
+    """Takes calls of OpenAI's routes from *parse* to *write*."""
 
     def __init__(self, pipeline: Pipeline, others: Mapping[str, JobApi]) -> None:
-        """others: path -> reader of other APIs' jobs, which are stored with OpenAI's."""
+        """others: path -> reader of another API's jobs, which are stored together with OpenAI's."""
         self._pipeline = pipeline
         self._settings = pipeline.settings
         apis = {path: JobApi(partial(parse_stored, path, settings=pipeline.settings), writer_of) for path in BODIES}
         self.jobs = Jobs(pipeline, {**apis, **others})
 
     async def answer(self, body: AnyRequest, sent: Sent, caller: Caller) -> CallResult:
-        """Answer a call. Raises what the client did wrong, Overloaded and Unavailable."""
+        """Answer a call. Raises client errors, Overloaded and Unavailable."""
         earlier = await self._pipeline.earlier.find(sent, caller) if sent.key else None
         if earlier is not None:
             check_same_body(earlier.record, sent)

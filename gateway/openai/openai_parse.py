@@ -1,4 +1,4 @@
-"""*Parse* for OpenAI's routes: from a body to a `ParsedCall`. Pure."""
+"""*Parse* for OpenAI's routes: convert a body to a `ParsedCall`. Pure."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ _NOT_STORED = {
     "api_token", "metadata", "messages", "chat_template_kwargs", "guideline", "logit_bias", "response_format",
     "structured_outputs", "documents", "cache_salt", "truncation_side", "allowed_token_ids", "bad_words", *OTHER_NAMES,
 }  # fmt: skip
-"""Fields that say how an answer is made, not how it is written. The requests have what of them is still needed."""
+"""Fields not needed to write an answer: they determine how it is generated, and the queued requests contain them."""
 
 _TOKEN_ID = re.compile(r"-?[0-9]{1,18}")
-"""An integer; which are ids is known with the vocabulary."""
+"""An integer. Whether it is a token id is checked later, against the vocabulary."""
 
 _MOST_ENTRIES: Mapping[str, int | Callable[[Settings], int]] = {
     "logit_bias": attrgetter("max_logit_bias"),
@@ -73,14 +73,14 @@ _MOST_ENTRIES: Mapping[str, int | Callable[[Settings], int]] = {
     "messages": attrgetter("max_messages"),
     "tools": MAX_TOOLS,
 }
-"""Field -> the most entries of its list or object."""
+"""Field -> maximum entries of its list or object."""
 
 _NO_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
-"""What a chat template is given besides `chat_template_kwargs`."""
+"""Variables of a chat template that `chat_template_kwargs` may not set."""
 
 
 def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | None = None) -> ParsedCall:
-    """Return what a body asks for. Raises BadRequest naming the parameter."""
+    """Return the call that a body describes. Raises BadRequest naming the parameter."""
     if (param := asks_whole(request)) is not None and caller.is_batch:
         raise BadRequest(f"{param} is -1, the whole vocabulary, which batches do not support", param=param)
     is_chat = isinstance(request, ChatRequest)
@@ -112,7 +112,7 @@ def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | 
 
 
 def to_be_stored(request: AnyRequest) -> dict[str, Any]:
-    """Return what of a body `parse_stored` needs to write its answer: known fields, and prompts only to be echoed."""
+    """Return the fields of a body that `parse_stored` needs to write its answer; prompts only if they are echoed."""
     body = request.model_dump(exclude_none=True, exclude=_NOT_STORED)
     if isinstance(request, ChatRequest):
         return {**body, "messages": request.messages[-1:] if request.echo else [{}]}
@@ -120,7 +120,7 @@ def to_be_stored(request: AnyRequest) -> dict[str, Any]:
 
 
 def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
-    """Parse a stored body, as JSON. Raises as `parse`."""
+    """Parse a stored body, given as JSON. Raises as `parse`."""
     return parse(BODIES[endpoint].model_validate(body), caller, settings)
 
 
@@ -135,7 +135,7 @@ def _inputs(request: AnyRequest, sent: Sent | None) -> ChatPrompt | Texts:
 
 
 def _check_kept(request: AnyRequest) -> None:
-    """Refuse what answers cannot be written with once their prompts are gone. Raises BadRequest."""
+    """Refuse fields whose answer needs the prompts, which are not kept. Raises BadRequest."""
     if request.return_token_ids:
         param, what = "return_token_ids", "the ids of a prompt are"
     elif (param := asks_whole(request)) is not None:
@@ -148,13 +148,13 @@ def _check_kept(request: AnyRequest) -> None:
 
 
 def asks_whole(request: AnyRequest) -> str | None:
-    """Return the field that asks for the logprobs of the whole vocabulary, None where none does."""
+    """Return the field that requests logprobs of the whole vocabulary, None if none does."""
     names = ("prompt_logprobs", "top_logprobs" if isinstance(request, ChatRequest) else "logprobs")
     return next((name for name in names if getattr(request, name) == m.WHOLE), None)
 
 
 def _truncation(request: AnyRequest) -> Truncation | None:
-    """Return how prompts are shortened. Raises BadRequest."""
+    """Return how prompts are shortened, None if they are not. Raises BadRequest."""
     num = request.truncate_prompt_tokens
     if num == 0:
         raise BadRequest("truncate_prompt_tokens must be at least 1, or -1", param="truncate_prompt_tokens")
@@ -166,7 +166,7 @@ def _truncation(request: AnyRequest) -> Truncation | None:
 
 
 def conversation_of(request: ChatRequest, truncation: Truncation | None = None) -> ChatPrompt:
-    """Return what a chat's prompt is made of. Raises BadRequest for parameters that contradict each other."""
+    """Return the prompt of a chat request. Raises BadRequest for contradictory parameters."""
     variables, continue_final = _variables(request), bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
         message = "continue_final_message and add_generation_prompt cannot be used together"
@@ -186,7 +186,7 @@ def conversation_of(request: ChatRequest, truncation: Truncation | None = None) 
 
 
 def _variables(request: ChatRequest) -> dict[str, Any]:
-    """Return variables for the chat template, besides the messages."""
+    """Return the chat template's variables besides the messages."""
     own = {
         name: value
         for name in ("guideline", "documents", "reasoning_effort")
@@ -196,7 +196,7 @@ def _variables(request: ChatRequest) -> dict[str, Any]:
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
-    """Refuse variables for a template that it gets from other parameters. Raises BadRequest."""
+    """Refuse template variables that have parameters of their own. Raises BadRequest."""
     for name in _NO_VARIABLES:
         if name in variables:
             param = f"chat_template_kwargs.{name}"
@@ -204,7 +204,7 @@ def check_variables(variables: Mapping[str, Any]) -> None:
 
 
 def _form_param(request: AnyRequest, others: Mapping[str, Any]) -> str:
-    """Return the field that demands something of the output's form. others: of `OTHER_NAMES`, those that are given."""
+    """Return the field that constrains the output. others: the given fields of `OTHER_NAMES`."""
     if isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none":
         return "tools"
     if request.structured_outputs is not None:
@@ -213,7 +213,7 @@ def _form_param(request: AnyRequest, others: Mapping[str, Any]) -> str:
 
 
 def _options(request: AnyRequest, settings: Settings) -> CallOptions:
-    """Return the parameters of a call but for its answer's form. Raises BadRequest."""
+    """Return the parameters of a call, except the constraint of its output and its tools. Raises BadRequest."""
     if isinstance(request, ChatRequest):
         max_tokens, num_shown, echo = _check_chat(request)
     else:
@@ -228,10 +228,10 @@ def _options(request: AnyRequest, settings: Settings) -> CallOptions:
     of_prompt = [num for num in (request.prompt_logprobs, num_shown if echo else None) if num is not None]
     num_logprobs = len(request.logprob_token_ids) if request.logprob_token_ids else num_shown
     if n > num_best and num_logprobs is None:
-        num_logprobs = 0  # the choices are ranked by them
+        num_logprobs = 0  # choices are ranked by their logprobs
     scores_only = bool(of_prompt) and max_tokens == 0
     if scores_only:
-        max_tokens = 1  # computing a prompt yields its next token, which is not shown
+        max_tokens = 1  # a prefill yields one token, which is not shown
     stream, background = bool(request.stream), bool(request.background)
     if request.stream_options is not None and not stream:
         raise BadRequest("stream_options is only allowed when stream is true", param="stream_options")
@@ -275,10 +275,10 @@ def _given(value: bool | None, default: bool) -> bool:
 
 
 def _check_logprobs(request: AnyRequest, num_shown: int | None, max_tokens: int | None, settings: Settings) -> None:
-    """Refuse more logprobs than there may be, and wishes about logprobs that there are not. Raises BadRequest."""
+    """Refuse more logprobs than allowed, and options that need logprobs without them. Raises BadRequest."""
     param = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
     for name, num in ((param, num_shown), ("prompt_logprobs", request.prompt_logprobs)):
-        # The whole vocabulary is bounded in bytes, by `calls.size`, once its size is known.
+        # `calls.size` limits the bytes of the whole vocabulary's, once its size is known.
         if num is not None and (num > settings.max_logprobs or (num == m.WHOLE and not settings.max_logprobs)):
             asked = "-1, the whole vocabulary" if num == m.WHOLE else num
             raise BadRequest(f"{name} is {asked}; the limit is {settings.max_logprobs}", param=name)
@@ -293,10 +293,10 @@ def _check_logprobs(request: AnyRequest, num_shown: int | None, max_tokens: int 
 
 
 def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
-    """Refuse lists that are longer than they may be. Raises BadRequest."""
+    """Refuse lists, objects and strings beyond their limits. Raises BadRequest."""
     sent = request.model_fields_set
     for param, most in _MOST_ENTRIES.items():
-        if param not in sent or param not in type(request).model_fields:  # what is no field was judged before
+        if param not in sent or param not in type(request).model_fields:  # undeclared fields have been checked before
             continue
         num, limit = len(getattr(request, param) or ()), most if isinstance(most, int) else most(settings)
         if num > limit:
@@ -316,14 +316,14 @@ def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
 
 
 def _other_names(request: AnyRequest) -> dict[str, Any]:
-    """Return what the fields of `OTHER_NAMES` demand, those that are given."""
+    """Return the given fields of `OTHER_NAMES`, without null and false."""
     sent = request.model_fields_set
     given = {name: getattr(request, name) for name in OTHER_NAMES if name in sent}
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
-    """Return (max tokens, logprobs, whether the prompt is echoed) of a chat request, whose echo is a message's."""
+    """Return (max tokens, logprobs, echo) of a chat request. Its echo is False: a chat echoes its last message."""
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
@@ -331,7 +331,7 @@ def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
 
 
 def _check_completion(request: CompletionRequest) -> tuple[int | None, int | None, bool]:
-    """Return (max tokens, logprobs, echo) of a completion request."""
+    """Return (max tokens, logprobs, echo) of a completion request. Raises BadRequest."""
     echo = bool(request.echo)
     if request.max_tokens == 0 and not echo and request.prompt_logprobs is None:
         raise BadRequest("max_tokens is 0, which is only meaningful with echo or prompt_logprobs", param="max_tokens")
@@ -339,7 +339,7 @@ def _check_completion(request: CompletionRequest) -> tuple[int | None, int | Non
 
 
 def _best_of(request: CompletionRequest, n: int, settings: Settings) -> int:
-    """Return how many choices of a prompt are made, of which the best `n` are shown. Raises BadRequest."""
+    """Return how many choices are generated per prompt, of which the best `n` are shown. Raises BadRequest."""
     best_of = request.best_of or n
     if best_of < n:
         raise BadRequest(f"best_of is {best_of}; it must be at least n, which is {n}", param="best_of")
@@ -392,9 +392,9 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
 
 
 def stop_strings(given: str | list[str] | None, settings: Settings, param: str = "stop") -> list[str]:
-    """Return a body's stop strings, without empty ones. Raises BadRequest for too many, or too long ones.
+    """Return a body's stop strings, without empty ones. Raises BadRequest beyond their limits.
 
-    param: the field that has them.
+    param: the field's name.
     """
     stops = [given] if isinstance(given, str) else given or []
     if len(stops) > settings.max_stop_strings:

@@ -1,4 +1,4 @@
-"""The routes of OpenAI's completions, and of jobs: each handler reads its request, and returns the answer."""
+"""The routes of OpenAI's completions and of jobs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class OpenAIEndpoints:
 
     async def job(self, jid: str, request: Request) -> Response:
         """Answer `/v1/jobs/{jid}`."""
-        # A draining gateway lets nobody wait.
+        # A draining gateway answers at once.
         wait = None if self._answers.draining else _PREFER_WAIT.search(request.headers.get("prefer", ""))
         return json_answer(await self._jobs.get(jid, caller_of(request), float(wait[1]) if wait else 0.0))
 

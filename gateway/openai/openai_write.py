@@ -1,6 +1,6 @@
-"""*Write* for OpenAI's routes: an answer as one object, and as chunks of a stream.
+"""*Write* for OpenAI's routes: an answer as one object, or as the chunks of a stream.
 
-Per token nothing but the changing parts is encoded.
+Per token, only the changing parts are encoded.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from protocol.wire.tokens import TokenTable
 
 
 def write(generation: Generation) -> GenerationAnswer:
-    """Return the answer of a call while it is followed."""
+    """Return the answer of a running generation."""
     writer = writer_of(generation.call, generation.choices)
     kind = TimedAnswer if generation.call.parsed.options.shows_metrics else GenerationAnswer
     return kind(generation, writer)
 
 
 def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> Writer:
-    """Return what writes the answer of a call's endpoint."""
+    """Return the writer for a call's endpoint."""
     parsed, options = call.parsed, call.parsed.options
     shown = [choice for choice in choices if choice.index % options.n < (options.num_best or options.n)]
     kind = ChatWriter if isinstance(parsed.inputs, ChatPrompt) else CompletionWriter
@@ -61,7 +61,7 @@ def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> Writer:
 
 
 def fingerprint(call: SubmittedCall) -> str:
-    """Return the `system_fingerprint`: the same as long as base weights and adapters are; "" while no base is known."""
+    """Return the `system_fingerprint`, which depends on the weights of base and adapters; "" if no base is known."""
     if call.base is None:
         return ""
     return _fingerprint(call.base.fingerprint, ",".join(target.digest for target in call.targets))
@@ -74,7 +74,7 @@ def _fingerprint(base: str, digests: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The fields that an answer and all its chunks begin with."""
+    """The first fields of an answer and of its chunks."""
 
     id: str
     created: int  # unix seconds
@@ -91,7 +91,7 @@ class Head:
         return orjson.dumps(self.choice(index))[:-1]
 
     def json(self, kind: str) -> dict[str, Any]:
-        """Return the fields as the object of a kind begins with them."""
+        """Return the first fields of an object of a kind."""
         return {
             "id": self.id,
             "object": kind,
@@ -102,18 +102,18 @@ class Head:
 
 
 class _Frames:
-    """The parts of a chunk that do not change, encoded once."""
+    """The constant parts of chunks, encoded once."""
 
     def __init__(self, head: Head, kind: str, include_usage: bool) -> None:
         self._start = b"data: " + orjson.dumps(head.json(kind))[:-1] + b',"choices":['
         self._end = self._role_end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-        self._num_told = 0  # output tokens in earlier chunks
+        self._num_told = 0  # output tokens reported in earlier chunks
 
     def choice(self, *body: bytes) -> bytes:
         return b"".join((self._start, *body, self._end))
 
     def role(self, body: bytes, ids: bytes) -> bytes:
-        """Return the chunk before a choice's first tokens, without these. ids: a field of the chunk."""
+        """Return the chunk before a choice's first tokens, whose usage excludes them. ids: a field of the chunk."""
         return self._start + body + b"]" + ids + self._role_end[1:]
 
     def show_usage(self, usage: CallUsage) -> None:
@@ -127,33 +127,33 @@ class _Frames:
 
 
 class _Details:
-    """What the writers of both routes report about tokens, besides their text."""
+    """What the writers of both routes report about tokens in addition to text."""
 
     def __init__(self, prompts: Sequence[Prompt], options: CallOptions) -> None:
-        """prompts: of each choice that is shown."""
+        """prompts: one per shown choice."""
         self.logprobs = options.num_shown is not None
         self.ids = options.shows_ids
         self.of_prompt = options.num_shown_of_prompt is not None
-        self.only_calls = options.tools is not None and options.tools.required  # an answer has no text
+        self.only_calls = options.tools is not None and options.tools.required  # answers have no text
         self.hides_reasoning = options.hides_reasoning
-        self.is_whole = options.sampling.vocabulary > 0  # the logprobs of the whole vocabulary are shown
+        self.is_whole = options.sampling.vocabulary > 0  # shows logprobs of the whole vocabulary
         self.dumps = joined if self.is_whole else dumps
-        self.rows = options.rows  # tokens whose logprobs are made and written at a time
+        self.rows = options.rows  # tokens whose logprobs are written at a time
         self._prompts = prompts
         self._options = options
 
     def tokens(self, index: int) -> TokenTable:
-        """Return the tokens of a choice's tokenizer."""
+        """Return the token table of a choice."""
         return self._prompts[index].files.tokens
 
     def name(self, tokens: TokenTable, id_: int) -> str:
-        """Return how logprobs name a token."""
+        """Return a token's name in logprobs."""
         return f"token_id:{id_}" if self._options.names_ids else tokens.text_of(id_)
 
     def top(self, token: TokenLogprob, *, beside: bool = False) -> Iterator[tuple[int, float]]:
-        """Make the tokens shown at a token's place: itself first, then those asked for, or the most likely ones.
+        """Yield the tokens shown at a token's position: itself, then the requested or the most likely ones.
 
-        beside: it does not count among the number of these.
+        beside: the token itself does not count towards the requested number.
         """
         asked = bool(self._options.sampling.logprob_token_ids) and not token.rank
         num = _shown(self._options.num_shown)
@@ -162,11 +162,11 @@ class _Details:
         return shown if asked or beside else islice(shown, num)
 
     def token_ids(self, piece: Piece) -> bytes:
-        """Return a field of a chunk's choice: the ids of its tokens, null if they are not wanted."""
+        """Return the `token_ids` field of a chunk's choice; null if not requested."""
         return b',"token_ids":' + orjson.dumps(piece.ids) if self.ids else b',"token_ids":null'
 
     def end(self, piece: Piece, finish: str) -> dict[str, Any]:
-        """Return how a choice ended, in the words of OpenAI, vLLM and SGLang. finish: OpenAI's."""
+        """Return the fields about a choice's end, of OpenAI, vLLM and SGLang. finish: OpenAI's finish reason."""
         of_client = piece.end_id if piece.end_id in self._options.stop_token_ids else None
         return {
             "finish_reason": finish,
@@ -175,11 +175,11 @@ class _Details:
         }
 
     def prompt_ids(self, index: int) -> list[int]:
-        """Return the ids of a choice's prompt."""
+        """Return the token ids of a choice's prompt."""
         return memoryview(self._prompts[index].ids).cast("i").tolist()
 
     def fields(self, piece: Piece) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return more fields of a whole answer: those about a choice's output, and those about its prompt."""
+        """Return further fields of a whole answer: those about a choice's output, and those about its prompt."""
         output: dict[str, Any] = {"token_ids": piece.ids if self.ids else None}
         prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(piece.index) if self.ids else None}
         prompt["prompt_logprobs"] = None
@@ -192,12 +192,12 @@ class _Details:
 
 
 def _shown(num: int | None) -> int | None:
-    """Return where the list of likely tokens ends, None for all."""
+    """Return the end of a slice of likely tokens, None for all."""
     return None if num == m.WHOLE else num
 
 
 def _ranked(tokens: TokenTable, token: TokenLogprob, top: Sequence[tuple[int, float]], is_whole: bool) -> Any:
-    """Return a prompt's token and the most likely ones by id, as vLLM does; None for the first token."""
+    """Return a prompt token and the most likely ones by id, in vLLM's form; None for the first token."""
     if math.isnan(token.logprob):
         return None
 
@@ -212,13 +212,13 @@ def _ranked(tokens: TokenTable, token: TokenLogprob, top: Sequence[tuple[int, fl
 
 
 class ChatWriter(Writer):
-    """`chat.completion` and its chunks."""
+    """Writes `chat.completion` and its chunks."""
 
     id_prefix = "chatcmpl-"
 
     def __init__(self, head: Head, prompts: Sequence[Prompt], options: CallOptions) -> None:
         self.forms: dict[int, tuple[AnswerForm, str]] = {}
-        """Answer form and request id of each choice that may consist of more than text."""
+        """Answer form and request id of each choice that may contain more than text."""
         self._head = head
         self._details = _Details(prompts, options)
         self._echoes = [prompt.echo for prompt in prompts]
@@ -228,7 +228,7 @@ class ChatWriter(Writer):
         self._started: set[int] = set()
 
     def frames(self, piece: Piece) -> list[bytes]:
-        """Return the chunks of a piece; none when it shows nothing yet."""
+        """Return the chunks of a piece; none while it shows nothing."""
         start, out = self._starts[piece.index], []
         if piece.index not in self._started and (piece.text or piece.logprobs or piece.ids or piece.finish):
             self._started.add(piece.index)
@@ -242,11 +242,11 @@ class ChatWriter(Writer):
         return out
 
     def _end(self, piece: Piece) -> bytes:
-        """Return the fields of a chunk's choice that say how it ended, or that it has not."""
+        """Return the fields about the end in a chunk's choice."""
         return orjson.dumps(self._details.end(piece, piece.finish))[1:-1] if piece.finish else b'"finish_reason":null'
 
     def _first_frames(self, index: int, start: bytes) -> list[bytes]:
-        """Return the chunks before a choice's first tokens: of its role and, if there is one, of what it echoes."""
+        """Return the chunks before a choice's first tokens: its role and, if requested, the echo."""
         ids = b',"prompt_token_ids":' + orjson.dumps(self._details.prompt_ids(index) if self._details.ids else None)
         role = b'{"role":"assistant","content":%b,"refusal":null},"logprobs":null,"finish_reason":null}'
         out = [self._frames.role(start + role % (b"null" if self._details.only_calls else b'""'), ids)]
@@ -256,7 +256,7 @@ class ChatWriter(Writer):
         return out
 
     def _split_frames(self, piece: Piece, start: bytes) -> list[bytes]:
-        """Return the frames of a piece of an answer that has a form."""
+        """Return the chunks of a piece of an answer with a form."""
         form, rid = self.forms[piece.index]
         splitter = self._splitters.setdefault(piece.index, form.splitter())
         parts = splitter.add(piece.text)
@@ -269,7 +269,7 @@ class ChatWriter(Writer):
         if (logprobs is not None or piece.ids or piece.finish) and not deltas:
             deltas = [{} if splitter.num_calls else {"content": ""}]
         if piece.finish and not splitter.num_calls:
-            deltas[-1].setdefault("content", "")  # programs add up what the last one has too
+            deltas[-1].setdefault("content", "")  # clients concatenate contents, also the last chunk's
         out: list[bytes] = []
         for i, delta in enumerate(deltas):
             body: dict[str, Any] = {"logprobs": logprobs if i == 0 else None, "finish_reason": None}
@@ -280,7 +280,7 @@ class ChatWriter(Writer):
         return out
 
     def usage_frame(self, usage: CallUsage) -> bytes:
-        """Return the chunk after the last choice's end."""
+        """Return the usage chunk, which follows the last choice's end."""
         return self._frames.usage(usage)
 
     def show_usage(self, usage: CallUsage) -> None:
@@ -288,7 +288,7 @@ class ChatWriter(Writer):
         self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
-        """Return the answer as one object. With several choices, data of the prompt is with each choice."""
+        """Return the answer as one object. With several models, the prompt's fields are in each choice."""
         answer: dict[str, Any] = {
             **self._head.json("chat.completion"),
             "choices": [self._choice(piece) for piece in choices],
@@ -352,7 +352,7 @@ def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:
 
 
 def _message(parts: Sequence[Part], form: AnswerForm, rid: str) -> dict[str, Any]:
-    """Return the fields of a message that consists of parts."""
+    """Return the fields of a message with these parts."""
     text = "".join(part.text for part in parts if part.kind == "text")
     arguments: defaultdict[int, list[str]] = defaultdict(list)  # argument deltas by call
     for part in parts:
@@ -368,7 +368,7 @@ def _message(parts: Sequence[Part], form: AnswerForm, rid: str) -> dict[str, Any
 
 
 def _reasoning(text: str | None) -> dict[str, str | None]:
-    """Return reasoning under both names that clients look for."""
+    """Return reasoning under both names that clients use."""
     return {"reasoning": text, "reasoning_content": text}
 
 
@@ -382,7 +382,7 @@ def _finish(finish: str, splitter: AnswerParts) -> str:
 
 
 class CompletionWriter(Writer):
-    """`text_completion`, whole and in chunks."""
+    """Writes `text_completion` and its chunks."""
 
     id_prefix = "cmpl-"
 
@@ -397,7 +397,7 @@ class CompletionWriter(Writer):
         self._started: set[int] = set()  # choices whose prompt data was sent
 
     def frames(self, piece: Piece) -> Iterable[bytes]:
-        """Return the chunks of a piece, of which one with a long prompt has many; none when it shows nothing yet."""
+        """Return the chunks of a piece, several if it has a long prompt's logprobs; none while it shows nothing."""
         if self._shows_prompt and len(piece.prompt) > self._details.rows:
             return self._of_long_prompt(piece)
         if piece.text or piece.logprobs or piece.prompt or piece.ids or piece.finish:
@@ -405,7 +405,7 @@ class CompletionWriter(Writer):
         return ()
 
     def _chunk(self, piece: Piece, offsets: Sequence[int] | None = None) -> bytes:
-        """Return one chunk. offsets: those of the prompt's tokens in it, None where these are all."""
+        """Return one chunk. offsets: of the prompt tokens in it; None if it has the whole prompt."""
         details = self._details
         logprobs = details.dumps(self._lists(piece, offsets)) if details.logprobs else b"null"
         end = b'"finish_reason":null,"stop_reason":null'
@@ -416,7 +416,7 @@ class CompletionWriter(Writer):
         return self._frames.choice(self._starts[piece.index], text, b',"logprobs":', logprobs, b",", end, ids, b"}")
 
     def _of_long_prompt(self, piece: Piece) -> Iterator[bytes]:
-        """Make the chunks of a piece that begins with a prompt's tokens: some of them in each, with their text."""
+        """Yield the chunks of a piece that begins with a prompt's tokens: each has some of them, with their text."""
         offsets = self._offsets[piece.index].of_prompt(piece.prompt.ids)
         begin, at, some = 0, 0, list(islice(offsets, self._details.rows))
         while some:
@@ -430,13 +430,13 @@ class CompletionWriter(Writer):
             begin, some = end, later
 
     def _first_ids(self, piece: Piece) -> bytes:
-        """Return the fields of a choice's first chunk that hold ids, the prompt's among them."""
+        """Return the id fields of a choice's first chunk, including the prompt's ids."""
         self._started.add(piece.index)
         prompt_ids = self._details.prompt_ids(piece.index) if self._details.ids else None
         return self._details.token_ids(piece) + b',"prompt_token_ids":' + orjson.dumps(prompt_ids)
 
     def usage_frame(self, usage: CallUsage) -> bytes:
-        """Return the chunk after the last choice's end."""
+        """Return the usage chunk, which follows the last choice's end."""
         return self._frames.usage(usage)
 
     def show_usage(self, usage: CallUsage) -> None:
@@ -463,7 +463,7 @@ class CompletionWriter(Writer):
         }
 
     def _lists(self, piece: Piece, of_prompt: Sequence[int] | None = None) -> dict[str, Any]:
-        """Return the logprobs of a piece. of_prompt: the offsets of its prompt's tokens, None where these are all."""
+        """Return the logprobs of a piece. of_prompt: offsets of its prompt tokens; None if it has the whole prompt."""
         details, offsets, prompt = self._details, self._offsets[piece.index], piece.prompt if self._echoes else NONE
         names, both = details.tokens(piece.index), (prompt, piece.logprobs)
 
@@ -481,7 +481,7 @@ class CompletionWriter(Writer):
         }
 
     def _top(self, tokens: TokenTable, token: TokenLogprob) -> Any:
-        """Return the logprobs of the tokens shown beside one, and its own, by text; of equal texts the likeliest."""
+        """Return the logprobs of a token and those shown beside it, by text; among equal texts, the maximum."""
         if math.isnan(token.logprob):
             return None
         best: dict[str, float] = {}

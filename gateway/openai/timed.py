@@ -1,4 +1,4 @@
-"""Answers of OpenAI's routes that tell how long their parts took, in the form of vLLM's `metrics`."""
+"""Answers of OpenAI's routes that report their timings, in the form of vLLM's `metrics`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _END = b"}\n\n"
 
 
 def metrics_of(known: RequestFacts | None) -> dict[str, float | None]:
-    """Return the times of a request by vLLM's names, all null if the queue has lost them.
+    """Return the timings of a request by vLLM's names; all null if the queue has lost them.
 
-    They begin when a worker was given the request: before that it waited (`queue_time_ms`), then came the first token
-    (`time_to_first_token_ms`), then the others (`generation_time_ms`). The queue counts whole milliseconds.
+    Waiting for a worker is `queue_time_ms`; from the assignment to the first token is `time_to_first_token_ms`; from
+    there to the end is `generation_time_ms`. The queue's times are whole milliseconds.
     """
     if known is None or not (known.assigned_ms and known.first_ms and known.ended_ms):
         return dict.fromkeys(FIELDS)
@@ -34,12 +34,12 @@ def metrics_of(known: RequestFacts | None) -> dict[str, float | None]:
 
 
 class TimedAnswer(GenerationAnswer):
-    """An answer with `metrics`: of one choice, as the times of several are not those of the call."""
+    """An answer with `metrics`, for calls with one choice: timings of several choices are not the call's."""
 
     async def last_frames(self) -> bytes:
-        """Return what a stream ends with: the chunk of its usage, if it has one, tells the times too.
+        """Return the end of a stream, whose usage chunk, if any, includes the timings.
 
-        A time that there is not, such as that between tokens of an answer of one, is null in a whole answer and left
+        An undefined timing, such as the time between tokens of a one-token answer, is null in a whole answer and left
         out of a stream, as in vLLM.
         """
         frame = self.writer.usage_frame(self.generation.usage) if self.options.include_usage else b""

@@ -1,1 +1,1 @@
-"""What operators do beside adapters: workers, dead letters, API keys and tenants."""
+"""Routes of operators: adapters, workers, bases, dead letters, API keys and tenants."""

@@ -1,7 +1,7 @@
-"""HTTP for operators: `/v1/adapters`, and vLLM's two routes with its status codes, but 4xx where it answers 500.
+"""The routes of `/v1/adapters`, and vLLM's two routes with its status codes, except 4xx where it answers 500.
 
-Each route reads its request, calls `operations.py` and writes the outcome. A source in a path may be written with its
-slashes or percent-encoded.
+Each handler parses its request, calls `operations.py` and writes the outcome. A source in a path may contain slashes or
+be percent-encoded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from protocol.wire.errors import BadRequest, Conflict, NotFound, Unavailable
 MAX_WAIT_S = 600.0
 
 PAGE, MAX_PAGE = 100, 1000
-"""Adapters of a page of the list: unless it is said, and most."""
+"""Adapters per page of the list, default and maximum."""
 
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S)]
 
@@ -38,17 +38,17 @@ class RegisterRequest(JsonBody):
 
     name: Annotated[str, Field(min_length=1, max_length=1100)]
     source: Annotated[str, Field(max_length=1100)] = ""  # default: the name
-    token: Annotated[str, Field(max_length=1000)] = ""  # for the source; default: the Hub token sent as bearer
+    token: Annotated[str, Field(max_length=1000)] = ""  # for the source; default: the bearer, if a Hub token
     replace: bool = False
     pin: bool = False
     preload: bool = False
     wait_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)] = 60.0
-    base: Annotated[str, Field(max_length=300)] = ""  # base to serve it with; default: as it says itself, or fits
+    base: Annotated[str, Field(max_length=300)] = ""  # default: the base that it names, or that fits
     tenant: Annotated[str, Field(max_length=64)] | None = None  # owner of the name; only admins may set it
 
 
 class LoadRequest(JsonBody):
-    """`POST /v1/load_lora_adapter`, as vLLM has it, and `/load_lora_adapter`, which trainers ask."""
+    """`POST /v1/load_lora_adapter`, in vLLM's form, and `/load_lora_adapter`, which trainers use."""
 
     OBJECT = "load_lora"
 
@@ -58,7 +58,7 @@ class LoadRequest(JsonBody):
 
 
 class UnloadRequest(JsonBody):
-    """`POST /v1/unload_lora_adapter`, as vLLM has it, and `/unload_lora_adapter`."""
+    """`POST /v1/unload_lora_adapter`, in vLLM's form, and `/unload_lora_adapter`."""
 
     OBJECT = "unload_lora"
 
@@ -86,7 +86,7 @@ class OperatorEndpoints:
         return json_response(await self._operations.get(name, caller_of(request), tenant))
 
     async def register(self, body: RegisterRequest, request: Request) -> Response:
-        """Answer 201 once a new name is served, 200 if it was registered, 202 if it is not served within `wait_s`."""
+        """Answer 201 once a new name is served, 200 for a known one, 202 if it is not served within `wait_s`."""
         caller = caller_of(request)
         about(request, body.name, f"source={body.source or body.name} replace={body.replace} pin={body.pin}")
         tenant = caller.namespace(body.tenant)
@@ -110,7 +110,7 @@ class OperatorEndpoints:
         replace: bool = False,
         wait_s: Wait = 60.0,
     ) -> Response:
-        """Answer 201 once the adapter in a zip, the body, is served; 200 if its name was; 202 as `register`."""
+        """Answer 201 once the adapter in the body, a zip, is served; 200 if its name was before; 202 as `register`."""
         about(request, name)
         caller, length = caller_of(request), request.headers.get("content-length", "")
         caller.require("admin")
@@ -133,13 +133,13 @@ class OperatorEndpoints:
         wait_s: Wait = 30.0,
         tenant: str | None = None,
     ) -> Response:
-        """Answer 200 with the bytes given back, or 202 if workers give some back later, when their requests end."""
+        """Answer 200 with the freed bytes, or 202 if workers will free more once their requests end."""
         caller = caller_of(request)
         owner = caller.namespace(tenant)
         return _unloaded(await self._operations.unload(name, caller, owner, force=force, blob=blob, wait_s=wait_s))
 
     async def preload(self, name: str, request: Request, wait_s: Wait = 0.0, tenant: str | None = None) -> Response:
-        """Answer 200 once every worker has the adapter, 202 if that takes longer than `wait_s`."""
+        """Answer 200 once every worker has the adapter, 202 if they do not within `wait_s`."""
         caller = caller_of(request)
         known = await self._operations.seen(name, caller, tenant)
         is_there = await self._operations.preload(name, caller, known.tenant, wait_s)
@@ -147,46 +147,46 @@ class OperatorEndpoints:
         return json_response(await self._operations.get(name, caller, tenant), 200 if is_there else 202)
 
     async def refresh(self, name: str, request: Request, wait_s: Wait = 30.0, tenant: str | None = None) -> Response:
-        """Answer 200 once a store has looked at the name's source again, 202 if that takes longer than `wait_s`."""
+        """Answer 200 once a store has checked the name's source again, 202 if none has within `wait_s`."""
         caller = caller_of(request)
         is_looked_at = await self._operations.refresh(name, caller, tenant, wait_s)
         done(request)
         return json_response(await self._operations.get(name, caller, tenant), 200 if is_looked_at else 202)
 
     async def pin(self, name: str, request: Request, wait_s: Wait = 0.0) -> Response:
-        """Answer 200 once every worker has loaded the adapter to keep it, 202 if that takes longer than `wait_s`."""
+        """Answer 200 once every worker has loaded and pinned the adapter, 202 if they have not within `wait_s`."""
         caller = caller_of(request)
         is_loaded = await self._operations.pin(name, caller, wait_s)
         done(request)
         return json_response(await self._operations.get(name, caller, ""), 200 if is_loaded else 202)
 
     async def unpin(self, name: str, request: Request) -> Response:
-        """Answer with the adapter, which is not pinned any more."""
+        """Answer with the adapter, which is no longer pinned."""
         caller = caller_of(request)
         await self._operations.unpin(name, caller)
         done(request)
         return json_response(await self._operations.get(name, caller, ""))
 
     async def evict(self, name: str, request: Request, wait_s: Wait = 30.0) -> Response:
-        """Answer 200 with the bytes given back, or 202 if workers give some back later, when their requests end."""
+        """Answer 200 with the freed bytes, or 202 if workers will free more once their requests end."""
         freed = await self._operations.evict(name, caller_of(request), wait_s)
         return json_response({"name": name, **_freed(freed)}, 202 if freed.waiting else 200)
 
     # ------------------------------------------------------------ vLLM
 
     async def load_lora(self, body: LoadRequest, request: Request) -> Response:
-        """Register an adapter and have it fetched, as vLLM's route of this path does."""
+        """Register an adapter and fetch it, as vLLM's route of this path does."""
         await self._load(body, request, in_place=body.load_inplace)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def load_for_trainer(self, body: LoadRequest, request: Request) -> Response:
-        """Load an adapter in place of any of its name, as prime-rl's and SGLang's clients ask for it."""
+        """Load an adapter, replacing any of its name, as clients of prime-rl and SGLang expect."""
         await self._load(body, request, in_place=True)
         answer = {"success": True, "status": "ok", "error_message": ""}
         return json_response({**answer, "loaded_adapters": {body.lora_name: body.lora_path}})
 
     async def _load(self, body: LoadRequest, request: Request, *, in_place: bool) -> None:
-        """Register an adapter and have it fetched. Raises as `register`."""
+        """Register an adapter and fetch it. Raises as `register`."""
         if not body.lora_name or not body.lora_path:
             raise BadRequest("Both 'lora_name' and 'lora_path' must be provided.")
         caller = caller_of(request)

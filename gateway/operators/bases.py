@@ -1,4 +1,4 @@
-"""The bases of the fleet as operators see them, and those that they add and take away while it runs."""
+"""The bases of the fleet for operators, who may add and remove some while it runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BaseRequest(JsonBody):
 
 
 class BaseAdministration:
-    """The bases of the settings, and those that the queue's record names."""
+    """The bases of the settings, and those that the queue's record adds."""
 
     def __init__(self, bus: Bus, settings: Settings, fleet: FleetView, bases: GatewayBases) -> None:
         self._record = bus.added_bases
@@ -40,7 +40,7 @@ class BaseAdministration:
         self._may_change = settings.api_keys or is_loopback(settings.host)
 
     async def list(self) -> dict[str, Any]:
-        """Return all bases, the default one first, each with its state here."""
+        """Return all bases, the default one first, each with its state in this gateway."""
         await self._fleet.refresh()
         found = [self._view(name, model, False) for name, model in self._models.items()]
         added = self._fleet.added.bases.items()
@@ -72,7 +72,7 @@ class BaseAdministration:
         if not is_path and ("/" not in asked.model or not FOLDER.fullmatch(asked.model)):
             text = f"model {brief(asked.model)} is neither a Hub id, org/name, nor an absolute path"
             raise BadRequest(text, param="model")
-        name = await asyncio.to_thread(served_name, asked.model, asked.name)  # as its workers call it
+        name = await asyncio.to_thread(served_name, asked.model, asked.name)  # the same name as its workers use
         if not FOLDER.fullmatch(name):
             text = "at most 96 letters, digits, dots, underscores and hyphens, or two such with a slash between them"
             raise BadRequest(f"the name of a base is {text}; {brief(name)} is not", param="name")
@@ -89,7 +89,7 @@ class BaseAdministration:
         return self._view(name, asked.model, True), is_new
 
     async def remove(self, name: str) -> dict[str, Any]:
-        """Take a base away. Raises Conflict for one of the settings, NotFound, PermissionDenied."""
+        """Remove a base. Raises Conflict for a base of the settings, NotFound, PermissionDenied."""
         self._check_allowed()
         if name in self._models:
             text = f"the base {name} is in the settings of this fleet: take it out of --more-models and restart"

@@ -1,6 +1,6 @@
-"""API keys and tenants over HTTP: what an operator may make, limit and revoke there, if the settings let him.
+"""API keys and tenants over HTTP: operators may create, limit and revoke them, if the settings allow it.
 
-Keys with the scope `admin` are made by the command line alone: who has got hold of one cannot make himself another.
+Only the command line creates keys with the scope `admin`, so that a stolen one cannot create another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from protocol.queue.bus import QueueError, now_ms
 from protocol.wire.errors import Conflict, NotFound, PermissionDenied
 
 MAX_KEYS = 10_000
-"""Keys of a fleet up to which more are made here: a list reads them all."""
+"""Maximum keys of a fleet for creating more here: a list reads all of them."""
 
 MAX_LIFE_S = 10 * 365 * 86_400
 MAX_LIMIT = 1 << 53
@@ -38,7 +38,7 @@ class KeyRequest(JsonBody):
 
 
 class TenantChange(JsonBody):
-    """`POST /v1/tenants/{name}`: what is left out stays."""
+    """`POST /v1/tenants/{name}`: omitted fields are unchanged."""
 
     OBJECT = "tenant"
 
@@ -51,10 +51,10 @@ class TenantChange(JsonBody):
 
 
 class KeyAdministration:
-    """Keys and tenants, as the queue has them."""
+    """Reads and changes keys and tenants in the queue."""
 
     def __init__(self, keys: ApiKeys | None, *, writes: bool) -> None:
-        """`keys`: None where the fleet asks for none. `writes`: whether keys are made, limited and revoked here."""
+        """keys: None if API keys are off. writes: whether keys may be created, limited and revoked here."""
         self._keys = keys
         self._writes = writes
 
@@ -64,7 +64,7 @@ class KeyAdministration:
         return _page([_key(key) for key in found], after, limit, writable=self._writes)
 
     async def create(self, body: KeyRequest, caller: Caller) -> dict[str, Any]:
-        """Make a key and return it with its secret, which nothing shows again. Raises PermissionDenied, Conflict."""
+        """Create a key and return it with its secret, which is never shown again. Raises PermissionDenied, Conflict."""
         keys = self._writable(caller)
         if "admin" in body.scopes:
             raise PermissionDenied(
@@ -90,7 +90,7 @@ class KeyAdministration:
         return {"id": key.id, "object": "api_key", "deleted": True}
 
     async def tenants(self, after: str, limit: int) -> dict[str, Any]:
-        """Return a page of tenants: those with keys or limits. Raises Conflict while keys are off, NotFound."""
+        """Return a page of the tenants with keys or limits. Raises Conflict while keys are off, NotFound."""
         return _page([_tenant(one) for one in await self._known().tenants()], after, limit, writable=self._writes)
 
     async def change(self, name: str, body: TenantChange, caller: Caller) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _tenant(tenant: Tenant) -> dict[str, Any]:
 
 
 def _page(data: list[dict[str, Any]], after: str, limit: int, *, writable: bool) -> dict[str, Any]:
-    """Return a page of a list after an object's id, and whether its objects can be changed here. Raises NotFound."""
+    """Return a page of a list after an object's id. writable: objects can be changed here. Raises NotFound."""
     start = 0
     if after:
         start = next((number for number, one in enumerate(data, 1) if one["id"] == after), 0)

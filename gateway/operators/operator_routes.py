@@ -1,4 +1,4 @@
-"""The routes of operators: workers, dead letters, API keys and tenants. All but GET /v1/fleet need the scope admin."""
+"""The routes for operators: workers, bases, dead letters, API keys and tenants. All need the scope admin."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class FleetEndpoints:
         return json_response(await self._workers.list(after, limit))
 
     async def drain(self, name: str, request: Request, wait_s: Wait = 5.0) -> Response:
-        """Answer 200 once a worker takes no more requests, 202 if it has not said so within `wait_s`."""
+        """Answer 200 once a worker has stopped taking requests, 202 if it has not confirmed that within `wait_s`."""
         worker, done = await self._workers.order(name, caller_of(request), drain=True, wait_s=wait_s)
         return json_response(worker, 200 if done else 202)
 
     async def resume(self, name: str, request: Request, wait_s: Wait = 5.0) -> Response:
-        """Answer 200 once a worker takes requests again, 202 if it has not said so within `wait_s`."""
+        """Answer 200 once a worker takes requests again, 202 if it has not confirmed that within `wait_s`."""
         worker, done = await self._workers.order(name, caller_of(request), drain=False, wait_s=wait_s)
         return json_response(worker, 200 if done else 202)
 
@@ -59,7 +59,7 @@ class FleetEndpoints:
         return json_response(await self._bases.list())
 
     async def add_base(self, body: BaseRequest, request: Request) -> Response:
-        """Answer 201 with a base that is new, 200 if it was there. Gateways and stores take it up within seconds."""
+        """Answer 201 with a new base, 200 if it existed. Gateways and stores adopt it within seconds."""
         caller_of(request).require("admin")
         about(request, body.name or body.model, f"model={body.model}")
         base, is_new = await self._bases.add(body)
@@ -67,14 +67,14 @@ class FleetEndpoints:
         return json_response(base, 201 if is_new else 200)
 
     async def remove_base(self, name: str, request: Request) -> Response:
-        """Take a base away: its calls are refused, what waits for it ends, and its workers drain."""
+        """Remove a base: its calls are refused, its waiting requests end, and its workers drain."""
         caller_of(request).require("admin")
         return json_response(await self._bases.remove(name))
 
     # ------------------------------------------------------------ dead letters
 
     async def letters(self, after: After = "", limit: Annotated[int, Query(ge=1, le=100)] = 50) -> Response:
-        """Answer with a page of dead letters, the newest first."""
+        """Answer with a page of dead letters, newest first."""
         found = await self._letters.newest(limit + 1, after)
         page = [view(letter_id, letter) for letter_id, letter in found[:limit]]
         last = page[-1]["id"] if page else None
@@ -97,7 +97,7 @@ class FleetEndpoints:
         return json_response(await self._keys.list(after, limit, tenant))
 
     async def create_key(self, body: KeyRequest, request: Request) -> Response:
-        """Answer 201 with a new key and, this once, its secret."""
+        """Answer 201 with a new key and its secret, which is shown only once."""
         asked = f"scopes={','.join(body.scopes)} expires_in_s={body.expires_in_s}"
         about(request, body.tenant, asked)
         made = await self._keys.create(body, caller_of(request))
@@ -113,7 +113,7 @@ class FleetEndpoints:
         return json_response(await self._keys.tenants(after, limit))
 
     async def change_tenant(self, name: str, body: TenantChange, request: Request) -> Response:
-        """Set limits of a tenant; what is left out stays."""
+        """Set limits of a tenant; omitted ones are unchanged."""
         about(request, name, " ".join(f"{key}={value}" for key, value in body.model_dump(exclude_none=True).items()))
         return json_response(await self._keys.change(name, body, caller_of(request)))
 

@@ -1,4 +1,4 @@
-"""The workers as operators see them, and the orders that take one out of the fleet's work and back."""
+"""The workers for operators, and the orders to drain and resume them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from protocol.wire.errors import NotFound
 
 
 class WorkerViews:
-    """The workers of the fleet, by their heartbeats."""
+    """Shows workers by their heartbeats, and sends them orders."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
     async def list(self, after: str, limit: int) -> dict[str, Any]:
-        """Return a page of the registered workers, by name, then id; `after` is the last id of the page before."""
+        """Return a page of the registered workers, by name, then id; `after` is the last id of the previous page."""
         beats = await self._bus.members.worker_beats()
         order = sorted(beats, key=lambda wid: _place(wid, beats[wid]))
         if after and after not in beats:
@@ -37,9 +37,9 @@ class WorkerViews:
         }
 
     async def order(self, name: str, caller: Caller, *, drain: bool, wait_s: float) -> tuple[dict[str, Any], bool]:
-        """Have a worker, given by name or id, take no more requests, or take them again.
+        """Have a worker, given by name or id, drain or resume.
 
-        Returns it, and whether it has said within `wait_s` that it does so. Raises NotFound, PermissionDenied.
+        Return it, and whether it has confirmed that within `wait_s`. Raises NotFound, PermissionDenied.
         """
         caller.require("admin")
         wid, beat = await self._find(name)
@@ -64,7 +64,10 @@ def _place(wid: str, beat: m.WorkerBeat | None) -> tuple[bool, str, str]:
 
 
 def view(wid: str, beat: m.WorkerBeat | None) -> dict[str, Any]:
-    """Return the object of a worker; None: its heartbeat has expired, and the scheduler has not yet found it dead."""
+    """Return the object of a worker.
+
+    beat: None if its heartbeat has expired, but the scheduler has not declared it dead.
+    """
     if beat is None:
         return {"id": wid, "object": "worker", "name": None, "state": "lost"}
     return {

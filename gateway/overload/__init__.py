@@ -1,1 +1,1 @@
-"""What keeps a gateway alive under too much load: admission of calls, and a heartbeat that is never late."""
+"""Overload protection of a gateway: admission, memory accounting, read limits, and a heartbeat that is never late."""

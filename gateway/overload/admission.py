@@ -1,13 +1,13 @@
-"""Which calls this gateway lets in. Pure: measurements, status and time are given.
+"""Which calls this gateway accepts. Pure: measurements, status and time are arguments.
 
-A call is let in or refused at once; what was let in is never dropped for load. Two limits are the gateway's own: calls
-in flight, and the lag of its event loop. Three are the queue's: requests and tokens that wait, and the memory of its
-server. And one wait is predicted, from arrival to the first token: a call is inbound until it is in the queue, then it
-waits for the requests ahead of it.
+A call is accepted or refused at once; an accepted one is never dropped for load. Two limits are the gateway's own:
+calls in flight, and the lag of its event loop. Three are the queue's: waiting requests, waiting tokens, and its
+server's memory. The last limit is the predicted time to the first token: the time as an inbound call, and the wait for
+the requests ahead.
 
-The queue's script counts requests exactly. The gateway knows the scheduler's status, sent once a second, and what it
-has submitted since. A refusal by the script costs as much work as a call that is let in, so the length of a queue that
-was nearly full is forecast: from its last count, the drain rate, and this gateway's own calls since.
+The queue's script counts requests exactly. The gateway knows the scheduler's status, sent once a second, and its own
+submissions since. A refusal by the script costs as much as an accepted call. So the length of a nearly full queue is
+forecast from its last count, the drain rate, and this gateway's calls since.
 """
 
 from __future__ import annotations
@@ -26,54 +26,54 @@ from protocol.wire.errors import BadRequest, Overloaded, QueueFull
 from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
 
 ROOM = 0.1
-"""Share of a limit that should be free again before a refused call is worth another try."""
+"""Share of a limit that should be free before a refused client retries; it determines Retry-After."""
 
 NEARLY_FULL = 1 - ROOM
-"""Share of `max_queued` from which on a queue's length is forecast: below it, no call is refused for an estimate."""
+"""Share of `max_queued` above which the queue's length is forecast; below it, no call is refused by an estimate."""
 
 MIN_RETRY_S = 1.0
 UNKNOWN_RETRY_S = 5.0
-"""Advice while the fleet's drain rate is unknown."""
+"""Retry-After, in seconds, while the fleet's drain rate is unknown."""
 
 MAX_MEMORY_SHARE = 0.9
-"""Share of the queue's memory from which on no call is let in: the rest is for what running ones have yet to write."""
+"""Share of the queue's memory above which calls are refused: running requests need the rest for their output."""
 
 STATUS_LIFE_MS = 5000
-"""Time for which submitted requests are remembered when no status comes that counts them."""
+"""Milliseconds for which submitted requests are counted here if no status arrives that includes them."""
 
 
 @dataclass(frozen=True, slots=True)
 class OverloadLimits:
-    """Limits of a gateway that operators do not set."""
+    """Limits of a gateway that operators cannot set."""
 
     max_lag_s: float = 2.0  # maximum lag of the event loop
-    max_inbound_s: float = 5.0  # maximum time from arrival to the queue; longer calls would time out on the way
-    min_inbound: int = 128  # calls below which the time from arrival to the queue is not estimated
-    inbound_span_s: float = 1.5  # least time for which the rate of inbound calls is measured
+    max_inbound_s: float = 5.0  # maximum time from arrival to the queue; slower calls would time out before it
+    min_inbound: int = 128  # inbound calls below which that time is not estimated
+    inbound_span_s: float = 1.5  # minimum period over which the rate of inbound calls is measured
 
 
 @dataclass(frozen=True, slots=True)
 class CallLoad:
-    """What a call would add to the queue, as far as it is known."""
+    """The load that a call adds to the queue, as far as it is known."""
 
     cls: str
     num: int = 1  # requests
-    num_tokens: int = 0  # prompts, virtual tokens and longest outputs of all; 0: nothing is tokenized yet
-    timeout_s: float = math.inf  # a request that has not begun by then is lost; inf: not known yet
+    num_tokens: int = 0  # prompts, virtual tokens and maximum outputs; 0: not tokenized yet
+    timeout_s: float = math.inf  # a request that has not begun by then fails; inf: not known yet
 
 
 @dataclass(slots=True)
 class _Queue:
-    """What this gateway knows of the requests of one class."""
+    """This gateway's knowledge of one class's queue."""
 
     counted_ms: int = 0
-    num_counted: int = 0  # requests queued then, without those of `num_new`
+    num_counted: int = 0  # requests queued at that time, without `num_new`
     num_new: int = 0  # submitted by this gateway since the scheduler's status
-    num_inbound: int = 0  # calls of this gateway that have passed the check before any work
+    num_inbound: int = 0  # this gateway's inbound calls whose class is known
 
 
 class Admission:
-    """Lets calls of one gateway in."""
+    """Admission control of one gateway's calls."""
 
     def __init__(
         self,
@@ -83,19 +83,19 @@ class Admission:
         limits: OverloadLimits | None = None,
         now_s: Callable[[], float] = now_s,
     ) -> None:
-        """`status`: the scheduler's latest; `lag_s`: of this gateway's event loop; `now_s`: unix time."""
+        """status: returns the scheduler's latest; lag_s: returns the event loop's lag; now_s: returns unix time."""
         self._settings = settings
         self._status = status
         self._lag_s = lag_s
         self._limits = limits or OverloadLimits()
         self._now_s = now_s
         self._queues = {cls: _Queue() for cls in CLASSES}
-        self._new: deque[tuple[int, CallLoad]] = deque()  # (unix ms, submitted since the status), oldest first
+        self._new: deque[tuple[int, CallLoad]] = deque()  # (unix ms, load) submitted since the status, oldest first
         self._num_new_tokens = 0
         self._inbound = Inbound(self._limits.min_inbound, self._limits.inbound_span_s)
         self._num_in_flight = 0
 
-    # ------------------------------------------------------------ a call's way
+    # ------------------------------------------------------------ the life of a call
 
     @property
     def num_in_flight(self) -> int:
@@ -112,7 +112,7 @@ class Admission:
         self._inbound.begin(self._now_s())
 
     def leave(self) -> None:
-        """Count the current task's call no more, if it was counted."""
+        """Stop counting the current task's call as in flight, if it was counted."""
         cost = COST.get()
         if cost is not None and cost.is_open:
             self.leave_inbound()
@@ -120,7 +120,7 @@ class Admission:
             self._num_in_flight -= 1
 
     def leave_inbound(self, *, reached_queue: bool = False) -> None:
-        """Count the current task's call as inbound no more: it `reached_queue`, waits for something else, or ends."""
+        """Stop counting the current task's call as inbound: it `reached_queue`, waits for something else, or ends."""
         cost = COST.get()
         if cost is None or not cost.is_inbound:
             return
@@ -130,7 +130,7 @@ class Admission:
             self._queues[cost.cls].num_inbound -= 1
 
     def submitted(self, load: CallLoad) -> None:
-        """Note what the queue has taken."""
+        """Count a load that the queue has accepted."""
         now_ms = self._now_ms()
         self._forget(now_ms - STATUS_LIFE_MS)
         self._new.append((now_ms, load))
@@ -138,19 +138,19 @@ class Admission:
         self._num_new_tokens += load.num_tokens
 
     def full(self, load: CallLoad, num_queued: int) -> Overloaded:
-        """Note that the queue refused a load since `num_queued` requests of its class waited; return the error."""
+        """Record that the queue refused a load because `num_queued` requests of its class wait; return the error."""
         queue = self._queues[load.cls]
         queue.counted_ms, queue.num_counted = self._now_ms(), num_queued - queue.num_new
         return self._full(load, num_queued)
 
-    # ------------------------------------------------------------ whether it is let in
+    # ------------------------------------------------------------ checks
 
     def check(self, load: CallLoad | None = None) -> None:
-        """Raise Overloaded for a call that is too much.
+        """Raise Overloaded if there is no room for a call.
 
-        Asked three times, the earlier the cheaper: at a call's arrival, when nothing of it has been read (no `load`);
-        before any work is done for it (`num_tokens` is 0); and before it is submitted.
-        Raises BadRequest for a load that the queue could never take, and QueueFull while its memory is nearly used up.
+        Called three times, each earlier check being cheaper: on arrival, before anything is read (no `load`); before
+        any work (`num_tokens` is 0); and before submission. Raises BadRequest for a load that the queue never accepts,
+        and QueueFull while its memory is nearly used up.
         """
         if load is None:
             self._check_gateway()
@@ -175,7 +175,7 @@ class Admission:
             self._queues[load.cls].num_inbound += 1
 
     def _check_gateway(self) -> None:
-        """Hold a call that has just arrived against what the gateway has to do already."""
+        """Refuse a call on arrival if the gateway itself is overloaded."""
         num, max_open, limits = self._num_in_flight, self._settings.max_open_calls, self._limits
         if num >= max_open:
             text = f"this gateway is answering {num} calls; the limit is {max_open}"
@@ -192,7 +192,7 @@ class Admission:
             raise Overloaded(f"{text}; the limit is {limits.max_inbound_s:g} s", wait_s)
 
     def _check_place(self, load: CallLoad, status: m.SchedulerStatus) -> None:
-        """Refuse a call that its queue is predicted to have no room for."""
+        """Refuse a call if its class's queue is predicted to be full."""
         queue, max_queued = self._queues[load.cls], self._settings.max_queued
         if queue.num_counted + queue.num_new >= NEARLY_FULL * max_queued:
             expected = self._expected(queue, status) + queue.num_inbound
@@ -200,7 +200,7 @@ class Admission:
                 raise self._full(load, math.ceil(expected))
 
     def _check_tokens(self, num_tokens: int, status: m.SchedulerStatus) -> None:
-        """Refuse what makes too many tokens wait. A call alone is never too large."""
+        """Refuse a call if too many tokens would wait. A call is accepted whatever its size if none wait."""
         queued_tokens, max_tokens = status.queued_tokens + self._num_new_tokens, self._settings.max_queued_tokens
         if queued_tokens and queued_tokens + num_tokens > max_tokens:
             num_queued = status.queued + sum(queue.num_new for queue in self._queues.values())
@@ -209,7 +209,7 @@ class Admission:
             raise Overloaded(text, self._drain_s(excess * num_queued), "queued_tokens")
 
     def _check_wait(self, load: CallLoad, status: m.SchedulerStatus) -> None:
-        """Refuse a call whose first token would come too late."""
+        """Refuse a call if its first token is predicted to come too late."""
         wait_s = self._wait_s(load, status)
         max_wait_s = min(self._settings.max_wait_s or load.timeout_s, load.timeout_s)
         if wait_s > max_wait_s:
@@ -217,9 +217,9 @@ class Admission:
             raise Overloaded(text, max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s), "wait")
 
     def _wait_s(self, load: CallLoad, status: m.SchedulerStatus) -> float:
-        """Return the time to a call's first token: until it is in the queue, and until those ahead of it have left.
+        """Return the predicted seconds to a call's first token: until it is queued, and until those ahead have left.
 
-        The queue drains while calls are inbound, so it is the longer of the two. What is unknown counts as 0.
+        The queue drains while calls are inbound, so it is the longer of the two. Unknown parts count as 0.
         """
         inbound_s = 0.0 if load.num_tokens else self._inbound.wait_s(self._now_s())
         if not status.drain_rate:
@@ -236,7 +236,7 @@ class Admission:
         return int(self._now_s() * 1000)
 
     def _take(self, status: m.SchedulerStatus) -> None:
-        """Take the counts of the scheduler's status, where they are the latest."""
+        """Adopt the counts of the scheduler's status if they are the latest."""
         self._forget(status.sent_ms)
         queued = {BATCH: status.queued_batch, INTERACTIVE: status.queued - status.queued_batch}
         for cls, queue in self._queues.items():
@@ -244,7 +244,7 @@ class Admission:
                 queue.counted_ms, queue.num_counted = status.sent_ms, queued[cls]
 
     def _forget(self, before_ms: int) -> None:
-        """Leave what was submitted before to the counts."""
+        """Move submissions before `before_ms` from `num_new` to the counts, which include them."""
         while self._new and self._new[0][0] < before_ms:
             _, load = self._new.popleft()
             self._queues[load.cls].num_new -= load.num
@@ -257,7 +257,7 @@ class Admission:
         return max(0.0, queue.num_counted + queue.num_new - drained)
 
     def _drain_s(self, num: float) -> float:
-        """Return when `num` requests will have left the queue, as the advice when to come back."""
+        """Return the seconds until `num` requests have left the queue, as Retry-After."""
         status = self._status()
         return max(MIN_RETRY_S, num / status.drain_rate) if status and status.drain_rate else UNKNOWN_RETRY_S
 
@@ -268,7 +268,7 @@ class Admission:
 
 
 def _check_memory(status: m.SchedulerStatus) -> None:
-    """Refuse a call that would take memory of the queue which running ones may need. Raises QueueFull."""
+    """Refuse a call while the queue's free memory is reserved for running requests. Raises QueueFull."""
     most = int(MAX_MEMORY_SHARE * status.max_bytes)
     if status.max_bytes and status.used_bytes >= most:
         raise QueueFull(f"the queue holds {status.used_bytes} bytes; new calls are accepted below {most}")

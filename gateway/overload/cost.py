@@ -1,8 +1,8 @@
-"""What the request that the current task works for costs this gateway: one object, from its arrival to its end.
+"""What the current task's request costs this gateway: one object, from its arrival to its end.
 
-`gate.py` opens it and closes it. In between, whoever learns more of the request says so here, before the work: how many
-bytes its values, its prompt and its answer may take (`hold`), that it waits for something else, or has reached the
-queue (`Admission.leave_inbound`), that its body is no longer held (`large.release`).
+`gate.py` opens and closes it. In between, code that learns more updates it before the work: the bytes that values,
+prompt and answer may take (`hold`), that the call waits for something else or has reached the queue
+(`Admission.leave_inbound`), and that its body is no longer held (`large.release`).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from gateway.overload.memory import CALL_BYTES, Charge
 from protocol.runtime.fair_slots import FairSlots
 
 FREED_AT_ONCE = 1 << 9
-"""Values that are freed before others have their turn."""
+"""Values freed before other threads run."""
 
 
 class LargeBody:
-    """The body of a request that costs work, and its slot, if it is large enough to need one."""
+    """The body of a request whose processing is limited, and its slot, if it is large enough to need one."""
 
     def __init__(self, tenant: str, bodies: FairSlots | None, work: FairSlots) -> None:
-        """`bodies`: the owner of its slot."""
+        """bodies: the slots of large bodies, one of which it has; None for a small body."""
         self._tenant = tenant
         self._bodies = bodies
         self._work = work
         self._values: list[Any] = []
 
     async def take_turn(self) -> None:
-        """Wait for a turn to work."""
+        """Wait for a turn to process the body."""
         await self._work.take(self._tenant)
 
     def give_turn(self) -> None:
@@ -39,36 +39,36 @@ class LargeBody:
         self._work.give(self._tenant)
 
     def keep(self, value: object) -> None:
-        """Keep what a body was read into until `free`, so that nobody else frees it, and all at once."""
+        """Keep an object parsed from the body until `free`, so that it is not freed all at once elsewhere."""
         self._values.append(value)
 
     def free(self) -> None:
-        """Let go of what was kept, in a thread. Nobody may hold it otherwise."""
+        """Free the kept objects in a thread. There must be no other references to them."""
         if self._values:
             values, self._values = self._values, []
             asyncio.get_running_loop().run_in_executor(None, free_slowly, values)
 
     def release(self) -> None:
-        """Release the slot, idempotently: the body is no longer held."""
+        """Release the slot, because the body is no longer held. Idempotent."""
         if self._bodies is not None:
             self._bodies.give(self._tenant)
             self._bodies = None
 
 
 class RequestCost:
-    """What a request counts for, and holds."""
+    """What a request holds and is counted as."""
 
     __slots__ = ("body", "charge", "cls", "is_inbound", "is_open")
 
     def __init__(self, charge: Charge | None = None) -> None:
-        self.charge = charge  # the memory it is charged
-        self.body: LargeBody | None = None  # None for a small one
+        self.charge = charge  # its charge of memory
+        self.body: LargeBody | None = None  # None for a small body
         self.is_open = False  # counted among the calls in flight
-        self.is_inbound = False  # on its way to the queue, which may still refuse it
+        self.is_inbound = False  # counted as inbound
         self.cls = ""  # class of its requests, once it is known
 
     def close(self) -> None:
-        """Hold nothing any more."""
+        """Release everything held."""
         if self.body is not None:
             self.body.release()
             self.body.free()
@@ -77,17 +77,17 @@ class RequestCost:
 
 
 COST: ContextVar[RequestCost | None] = ContextVar("cost", default=None)
-"""The cost of the request that the current task works for; None where it works for none."""
+"""The cost of the current task's request; None if the task works for none."""
 
 
 def is_inbound() -> bool:
-    """Return whether the current task's call is on its way to the queue, which may still refuse it."""
+    """Return whether the current task's call is inbound: not queued yet, and may be refused."""
     cost = COST.get()
     return cost is not None and cost.is_inbound
 
 
 def body_of_task() -> LargeBody | None:
-    """Return the body that the current task works on; None for a small one."""
+    """Return the current task's body; None for a small one."""
     cost = COST.get()
     return None if cost is None else cost.body
 
@@ -98,13 +98,13 @@ def _charge() -> Charge | None:
 
 
 def held() -> int:
-    """Return what the current task's call is charged."""
+    """Return the bytes charged to the current task's call."""
     charge = _charge()
     return 0 if charge is None else charge.num_bytes
 
 
 def hold(num_bytes: int) -> None:
-    """Charge the current task's call so many bytes in all. Raises as `Charge.hold`."""
+    """Set the current task's charge to `num_bytes` in total. Raises as `Charge.hold`."""
     charge = _charge()
     if charge is not None:
         charge.hold(num_bytes)
@@ -113,7 +113,7 @@ def hold(num_bytes: int) -> None:
 def shared() -> Charge | None:
     """Return an empty charge on the current call's holder, for memory that outlives the call.
 
-    The caller must close it. None where nothing is charged.
+    The caller must close it. None if the current task has no charge.
     """
     charge = _charge()
     return None if charge is None else charge.beside()
@@ -121,7 +121,7 @@ def shared() -> Charge | None:
 
 @contextmanager
 def own_cost(charge: Charge | None) -> Iterator[None]:
-    """Let the block count for itself: it holds a charge of its own, and works on no body of the current call's."""
+    """Run the block with a cost of its own: with the given charge, and without the current call's body."""
     token = COST.set(RequestCost(charge))
     try:
         yield
@@ -130,16 +130,16 @@ def own_cost(charge: Charge | None) -> Iterator[None]:
 
 
 def hold_values(num_bytes: int, values_bytes: int) -> None:
-    """Charge the current task's call for a body and the values that are about to be made of it."""
+    """Charge the current task's call for a body and the values about to be parsed from it."""
     hold(CALL_BYTES + 2 * num_bytes + values_bytes)
 
 
 def free_slowly(values: list[Any], at_once: int = FREED_AT_ONCE) -> None:
-    """Free lists and objects within each other, `at_once` of them, and empty the list that was given.
+    """Free nested lists and objects, `at_once` at a time, and empty the given list.
 
-    Freeing the outermost would free all of them at once, which holds the interpreter for milliseconds.
+    Freeing the outermost would free all at once, which holds the GIL for milliseconds.
     """
-    for value in values:  # the list grows meanwhile: what is within a value comes after it
+    for value in values:  # the list grows during the loop: children are appended
         if isinstance(value, dict):
             values.extend(value.values())
         elif isinstance(value, list):

@@ -1,12 +1,12 @@
-"""Whether a request may cost this gateway anything yet: decided here alone, from its arrival to its handler.
+"""Every check that a request passes before it may use this gateway's resources, from arrival to handler.
 
-    asked                    of                       refused with   cost of a refusal
-    when it arrives          `Admission.check()`      429            nothing of it has been read; calls only
-    then                     `Authentication`         401, 403       two reads of the queue, where there are keys
+    when                     check                    refused with   cost of a refusal
+    on arrival               `Admission.check()`      429            nothing has been read; calls only
+    then                     `Authentication`         401, 403       two reads of the queue, if there are keys
     before its body is read  `MemoryAccount`          429, 503       its headers
     the same                 `FairSlots`              429            its headers; large bodies wait for a slot
 
-What a call says in its body is held against the same limits by the same object (`cost.py`), once it is known:
+The contents of a call's body are checked against the same limits, through one object (`cost.py`):
 
     values are counted       `cost.hold_values`       400, 429, 503  one pass over its bytes
     its class is known       `Admission.check(load)`  429, 503       its values
@@ -46,14 +46,14 @@ from protocol.wire.errors import LorafleetError
 class LargeLimits:
     """Limits for large bodies."""
 
-    num_bodies: int = 12  # held at once, from the first byte that is read to the queue: up to 60 MB each as objects
+    num_bodies: int = 12  # held at once, from the first byte read until queued: up to 60 MB each as objects
     num_of_tenant: int = 4  # slots per tenant
     num_waiting: int = 64  # unread bodies waiting for a slot
     num_turns: int = 1  # bodies processed at once; each takes up to 800 MB, for four million tokens
 
 
 class Gate:
-    """Lets requests through to their handlers, or refuses them; counts what they cost until they end."""
+    """Passes requests to their handlers or refuses them, and counts their cost until they end."""
 
     def __init__(
         self,
@@ -65,7 +65,10 @@ class Gate:
         max_body_bytes: int,
         limits: LargeLimits | None = None,
     ) -> None:
-        """`shape_of`: how errors of a request are written. `max_body_bytes`: of a body that does not say its length."""
+        """shape_of: the error format of a request's API.
+
+        max_body_bytes: assumed size of a body without Content-Length.
+        """
         limits = limits or LargeLimits()
         self._app = app
         self._shape_of = shape_of
@@ -77,14 +80,14 @@ class Gate:
         self._work = FairSlots(limits.num_turns)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with an error."""
+        """Pass on a request, or answer it with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         await self._answer(scope, receive, send, is_inner=False)
 
     async def inner(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a request that this gateway asks of itself: its caller is known, and no client waits for it."""
+        """Pass on a request made by this gateway itself: its caller is known, and no client waits for it."""
         await self._answer(scope, receive, send, is_inner=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, *, is_inner: bool) -> None:
@@ -106,7 +109,10 @@ class Gate:
             cost.close()
 
     async def _let_in(self, scope: Scope) -> None:
-        """Count a call as in flight, and find who sent a request. Raises Overloaded, and as `Authentication.caller`."""
+        """Count a call as in flight, and authenticate the request.
+
+        Raises Overloaded, and as `Authentication.caller`.
+        """
         match: RouteMatch = scope[MATCH]
         if match.kind == "call":
             self._admission.check()
@@ -114,20 +120,23 @@ class Gate:
         scope[CALLER] = await self._authentication.caller(match, scope["headers"])
 
     async def _take(self, cost: RequestCost, scope: Scope) -> None:
-        """Charge a request for its body, and wait for a slot if that is large. Raises as `Charge.hold` and `take`."""
+        """Charge a request for its body, and wait for a slot if it is large.
+
+        Raises as `Charge.hold` and `FairSlots.take`.
+        """
         match: RouteMatch = scope[MATCH]
         holder = _holder_of(scope)
         cost.charge = self._memory.open(holder)
         cost.charge.hold(self._bytes_of(match, scope["headers"]))
         is_small = not match.is_large or _is_small(scope["headers"])
-        # A text that is only tokenized passes no limit of calls, so it waits for its turn whatever its size.
+        # Requests that only tokenize have no limit of calls, so each waits for its turn whatever its size.
         if not is_small:
             await self._bodies.take(holder)
         if not is_small or match.kind == "text":
             cost.body = LargeBody(holder, None if is_small else self._bodies, self._work)
 
     def _bytes_of(self, match: RouteMatch, headers: Sequence[tuple[bytes, bytes]]) -> int:
-        """Return what a request may take until the values of its body are counted. One without a body takes nothing."""
+        """Return the memory that a request may take until its body's values are counted; 0 without a body."""
         length = header_of(headers, b"content-length")
         most = self._max_body_bytes if match.is_large else min(self._max_body_bytes, SMALL_BODY_BYTES)
         if length is None:
@@ -140,7 +149,7 @@ class Gate:
 
 
 def _is_small(headers: Sequence[tuple[bytes, bytes]]) -> bool:
-    """Return whether a request says that its body is small, or that there is none."""
+    """Return whether a request declares a small body or none."""
     length = header_of(headers, b"content-length")
     if length is None:
         return header_of(headers, b"transfer-encoding") is None
@@ -148,7 +157,7 @@ def _is_small(headers: Sequence[tuple[bytes, bytes]]) -> bool:
 
 
 def _holder_of(scope: Scope) -> str:
-    """Return who holds a request's memory and slots: a tenant, its batches or, without keys, an address."""
+    """Return the holder of a request's memory and slots: a tenant, its batches or, without keys, an address."""
     caller: Caller = scope[CALLER]
     if caller.is_batch:
         return f"batches of {caller.owner}"

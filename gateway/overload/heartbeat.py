@@ -1,8 +1,8 @@
 """A gateway's heartbeat, sent by a thread with its own event loop and its own connection to the queue.
 
-Heartbeats of the main loop would be late under high load. A scheduler would then declare the gateway dead and cancel
-all its calls. The thread sends them for as long as the main loop makes progress at all; it also measures the main
-loop's lag, by a tick that is due ten times a second.
+Heartbeats of the main loop would be late under high load, and a scheduler would declare the gateway dead and cancel its
+calls. The thread sends them as long as the main loop makes any progress. A tick due ten times a second measures the
+main loop's lag.
 """
 
 from __future__ import annotations
@@ -24,65 +24,65 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a heartbeat does what."""
+    """Intervals of a heartbeat."""
 
     tick_s: float = 0.1
     beat_s: float = 1.0
     ttl_ms: int = 5000  # TTL of the heartbeat in the queue
-    stuck_s: float = 60.0  # without a turn of its loop a gateway counts as dead, though its process lives
+    stuck_s: float = 60.0  # maximum time without progress of the main loop; then heartbeats stop
     clock: Callable[[], float] = time.monotonic
 
 
 class LoopLag:
-    """How late an event loop runs. Pure.
+    """Measures how late an event loop runs. Pure.
 
-    Lag is the least of the last three ticks' delays: one long turn, or a process that was stopped, is no overload.
+    The lag is the minimum of the last three ticks' delays: one slow callback, or a suspended process, is no overload.
     """
 
     NUM_TICKS = 3
 
     def __init__(self, tick_s: float, now_s: float) -> None:
-        """`tick_s`: time from tick to tick of a loop that is on time."""
+        """tick_s: interval of ticks of a loop that is on time."""
         self._tick_s = tick_s
         self.ticked_s = now_s
-        """When the loop was last seen to turn."""
+        """Time of the latest tick."""
         self._delays_s = deque([0.0] * self.NUM_TICKS, self.NUM_TICKS)  # oldest first
 
     def tick(self, now_s: float) -> None:
-        """Note that the loop has turned."""
+        """Record a tick."""
         self._delays_s.append(now_s - self.ticked_s - self._tick_s)
         self.ticked_s = now_s
 
     def lag_s(self, now_s: float) -> float:
-        """Return a lower bound of the loop's lag; the tick that is overdue takes the place of the oldest."""
+        """Return a lower bound of the loop's lag; an overdue tick replaces the oldest."""
         oldest_s, *others_s = self._delays_s
         return min(max(oldest_s, now_s - self.ticked_s - self._tick_s), *others_s)
 
 
 class HeartbeatDied(RuntimeError):
-    """Nothing says any more that this gateway lives."""
+    """The heartbeat's thread has ended, so the scheduler will declare the gateway dead."""
 
 
 class Heartbeat:
-    """Says once a second that a gateway lives, and knows how late its event loop is."""
+    """Sends a gateway's heartbeat once a second, and measures the lag of its event loop."""
 
     def __init__(self, url: str, gid: str, pace: Pace | None = None) -> None:
-        """`url`: the queue's; `gid`: the gateway's id."""
+        """url: of the queue; gid: id of the gateway."""
         self._url = url
         self._gid = gid
         self._pace = pace or Pace()
         self._lag = LoopLag(self._pace.tick_s, self._pace.clock())
         self._failure: BaseException | None = None  # exception that ended the thread
         self.disk_full = False
-        """Whether the queue's server has refused the last heartbeat since it cannot write to its disk."""
+        """Whether the queue's server refused the last heartbeat because it cannot write to its disk."""
 
     @property
     def lag_s(self) -> float:
-        """Lower bound of the main loop's lag."""
+        """Lower bound of the main loop's lag, in seconds."""
         return self._lag.lag_s(self._pace.clock())
 
     async def tick(self) -> None:
-        """Measure the main loop, which runs this, until cancelled. Raises HeartbeatDied."""
+        """Measure the main loop, on which this must run, until cancelled. Raises HeartbeatDied."""
         while self._failure is None:
             await asyncio.sleep(self._pace.tick_s)
             self._lag.tick(self._pace.clock())
@@ -90,7 +90,10 @@ class Heartbeat:
 
     @contextlib.asynccontextmanager
     async def beating(self, bus: Bus, address: str) -> AsyncIterator[None]:
-        """Send heartbeats meanwhile, the first through `bus` before this returns. `address`: the gateway's."""
+        """Send heartbeats during the block; the first is sent through `bus` before it begins.
+
+        address: of the gateway.
+        """
         await self._beat_once(bus, address)
         loop = asyncio.new_event_loop()
         task = loop.create_task(self._beats(address))
@@ -101,7 +104,7 @@ class Heartbeat:
                 loop.run_until_complete(task)
             except asyncio.CancelledError as error:
                 self._failure = None if is_leaving else error
-            except BaseException as error:  # noqa: BLE001  the thread's edge: `tick` tells of it
+            except BaseException as error:  # noqa: BLE001  `tick` raises it in the main loop
                 self._failure = error
 
         thread = threading.Thread(target=run, name="heartbeat", daemon=True)
@@ -131,7 +134,7 @@ class Heartbeat:
         try:
             await self._beat_once(bus, address)
             self.disk_full = False
-        except Exception as error:  # noqa: BLE001  the turn's edge: the next heartbeat is a second away
+        except Exception as error:  # noqa: BLE001  the next heartbeat follows in a second
             self.disk_full = isinstance(error, DiskFull)
             FAILED.note("heartbeat", error)
 

@@ -1,9 +1,8 @@
-"""Large bodies: how many of them a gateway holds, and how many it works on at a time, shared evenly by tenants.
+"""Limits how many large bodies a gateway holds, and how many it processes at a time, shared evenly by tenants.
 
-A small body is read, checked and tokenized as it comes. A large one costs up to a second of CPU and hundreds of
-megabytes, so it waits for a place before it is read, and for its turn before each step of work. What a small one says
-of its answer's form, in schemas, grammars and tools, may cost a hundred times as much as its other bytes: `Checks` does
-that in a thread too, one at a time.
+A small body is read, checked and tokenized at once. A large one takes up to a second of CPU and hundreds of megabytes,
+so it waits for a slot before it is read, and for a turn before each step of work. Schemas, grammars and tools may cost
+a hundred times as much as other bytes: `Checks` processes even small ones in a thread, one at a time.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from protocol.runtime.fair_slots import FairSlots
 T = TypeVar("T")
 
 _TURNS: set[asyncio.Task[Any]] = set()
-"""Work that goes on whether anybody waits for it or not."""
+"""Tasks that run to their end even if their caller has left."""
 
 
 class Working:
-    """Work on the current task's body meanwhile: at once if it is small, else when it has its turn.
+    """Context manager for processing the current task's body: a small one at once, a large one when it has its turn.
 
-    Nothing may be awaited that depends on a client, or on another turn.
+    The block must not wait for a client or for another turn.
     """
 
     async def __aenter__(self) -> None:
@@ -35,16 +34,16 @@ class Working:
             await self._body.take_turn()
 
     async def __aexit__(self, *_: object) -> None:
-        """End it."""
+        """End the turn."""
         if self._body is not None:
             self._body.give_turn()
 
 
 async def work(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Return what a coroutine returns that works in threads, as within `Working`.
+    """Return the result of a coroutine that works in threads, run as within `Working`.
 
-    Threads cannot be cancelled: a cancelled caller leaves at once, but its turn lasts until the work ends. So no client
-    can have more work done at a time by hanging up.
+    Threads cannot be cancelled: a cancelled caller leaves at once, but its turn lasts until the work ends. So hanging
+    up does not let a client have more work done at a time.
     """
     body = body_of_task()
     return await make() if body is None else await _in_turn(body.take_turn, body.give_turn, make)
@@ -53,7 +52,7 @@ async def work(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
 async def _in_turn(
     take: Callable[[], Coroutine[Any, Any, None]], give: Callable[[], None], make: Callable[[], Coroutine[Any, Any, T]]
 ) -> T:
-    """Take a turn, which is given back when `make` has ended, even if nobody waits for it any more."""
+    """Take a turn and run `make`; the turn ends with `make`, even if the caller has left."""
     await take()
     task = asyncio.create_task(make())
     _TURNS.add(task)
@@ -62,63 +61,63 @@ async def _in_turn(
         _TURNS.discard(task)
         give()
         if not task.cancelled():
-            task.exception()  # its caller has left
+            task.exception()  # mark as retrieved: its caller may have left
 
     task.add_done_callback(end)
     return await asyncio.shield(task)
 
 
 FEW_BYTES = 1 << 11
-"""Bytes of a body with schemas, grammars or tools up to which it is checked in the event loop: about a millisecond."""
+"""Maximum bytes of a body with schemas, grammars or tools that is checked on the event loop: about a millisecond."""
 
 PLAIN_BYTES = 1 << 14
-"""The same of a body without."""
+"""The same for a body without them."""
 
 _FORMS = frozenset(
     {"tools", "response_format", "structured_outputs", "format", "text", "output_config", "grammar", "parameters",
      "guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex", "ebnf", "json_schema", "stop_regex"}
 )  # fmt: skip
-"""Fields of any API's bodies that say, or whose fields say, which form an answer has, or what ends it."""
+"""Fields of any API's bodies that define, themselves or in nested fields, an answer's form or its end."""
 
 
 class Checks:
-    """What takes more than a millisecond, in a thread, one at a time, by turns of tenants: checks of bodies, rows."""
+    """Runs work of more than a millisecond in a thread, one at a time, round-robin by tenant."""
 
     def __init__(self) -> None:
         self._turns = FairSlots(1)
 
     async def do(self, make: Callable[[], T], fields: Collection[str], num_bytes: int, tenant: str) -> T:
-        """Return what a function returns that checks a body, or raise what it raises.
+        """Return the result of a function that checks a body, in a thread if that may be slow. Raises as the function.
 
-        fields: those that the body has. num_bytes: its size.
+        fields: names of the body's fields. num_bytes: size of the body.
         """
         if num_bytes <= (PLAIN_BYTES if _FORMS.isdisjoint(fields) else FEW_BYTES):
             return make()
         return await self.in_thread(make, tenant)
 
     async def in_thread(self, make: Callable[[], T], tenant: str) -> T:
-        """Return what a function returns, or raise what it raises, in a thread, when it is the tenant's turn."""
+        """Return the result of a function, run in a thread when it is the tenant's turn. Raises as the function."""
         return await _in_turn(
             partial(self._turns.take, tenant), partial(self._turns.give, tenant), lambda: asyncio.to_thread(make)
         )
 
 
 def keep(value: object) -> None:
-    """Keep a value that the current task's body was read into until nobody else holds it; see `free`."""
+    """Keep an object parsed from the current task's body until `free`."""
     body = body_of_task()
     if body is not None:
         body.keep(value)
 
 
 def free() -> None:
-    """Free what was kept of the current task's body, in a thread: nobody else holds it any more."""
+    """Free the kept objects of the current task's body in a thread. There must be no other references to them."""
     body = body_of_task()
     if body is not None:
         body.free()
 
 
 def release() -> None:
-    """Release the slot of the current task's body, if it has one: the body is no longer held."""
+    """Release the slot of the current task's body, if it has one, because the body is no longer held."""
     body = body_of_task()
     if body is not None:
         body.release()

@@ -1,4 +1,4 @@
-"""Work on the event loop that others wait for: in slices, between which they have their turn."""
+"""Splits work on the event loop into slices, between which other tasks run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 SLICE_S = 0.00025
-"""Time after which a task that goes on working lets others have their turn: a quarter of what may hold the loop."""
+"""Seconds after which a working task yields to other tasks: a quarter of the maximum for one callback."""
 
 STEPS = 64
-"""Steps of work after which it does so in any case."""
+"""Steps after which it yields in any case."""
 
 
 class LoopSlice:
-    """How long the current task has worked since others had their turn.
+    """Measures how long the current task has worked since it last yielded.
 
-    Steps alone are no measure of that: some rows take a hundred times as long as others.
+    Counting steps is not enough: some rows take a hundred times as long as others.
     """
 
     __slots__ = ("_end_s", "_left")
@@ -29,7 +29,10 @@ class LoopSlice:
         self._begin()
 
     async def pause(self) -> None:
-        """Let others have their turn after a step, if the slice is over. A step should take a tenth of it at most."""
+        """Yield to other tasks if the slice is over.
+
+        Call after each step, which should take at most a tenth of a slice.
+        """
         self._left -= 1
         if not self._left or time.perf_counter() >= self._end_s:
             await asyncio.sleep(0)
@@ -40,7 +43,7 @@ class LoopSlice:
 
 
 async def each(values: Iterable[S], make: Callable[[S], T]) -> list[T]:
-    """Return what a function makes of each value, in slices. Raises what it raises."""
+    """Return the results of a function for each value, computed in slices. Raises as the function."""
     made, turn = list[T](), LoopSlice()
     for value in values:
         made.append(make(value))

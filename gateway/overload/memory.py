@@ -1,9 +1,9 @@
-"""The memory that calls may hold in a gateway: one account of bytes, charged before the work that takes them.
+"""The memory that calls may hold in a gateway: one account of bytes, charged before the memory is used.
 
-A call is charged the most that it can come to hold, as far as that is known: its body before it is read, its values
-before they are made, its prompt and longest answer before it is submitted. What a client does not read is charged to
-its address. What would be too much is refused before anything is done for it, and nothing that was charged is taken
-away. So a gateway's memory is the account's limit and what `docs/threat-model.md` lists beside it, whatever is asked.
+A call is charged the maximum that it may hold, as far as known: its body before it is read, its values before they are
+parsed, its prompt and longest answer before it is submitted. Unread output is charged to the client's address. A call
+that does not fit is refused before any work; granted memory is never revoked. So a gateway's memory is bounded by the
+account's limit plus the items in `docs/threat-model.md`, whatever clients send.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from __future__ import annotations
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 
 SHARE = 4
-"""A holder, which is a tenant or an address, may have one part in so many of the account."""
+"""A holder (tenant or address) may have 1/SHARE of the account."""
 
 RETRY_S = 5.0
-"""Retry-After of what finds no room: when a call will end is not known."""
+"""Retry-After, in seconds, if there is no room: a guess at when a call will end."""
 
 CALL_BYTES = 32 << 10
-"""What a call holds whatever it asks for: its tasks, headers, options and the objects around them."""
+"""Bytes that every call holds: its tasks, headers, options and the objects around them."""
 
 VALUE_BYTES, CONTAINER_BYTES, CHARACTER_BYTES = 96, 288, 4
-"""What a value of a body takes at most, beside its text; a list or an object; and a byte of a text."""
+"""Maximum bytes of a parsed value besides its text; of a list or object; and of a character."""
 
 SMALL_FACTOR, LARGE_FACTOR = 32, 16
-"""The same for each byte of a whole body, of one of up to 64 kB and a larger one, where its values are not counted."""
+"""Maximum bytes per byte of a body of up to 64 kB, and of a larger one, if its values are not counted."""
 
 
 class MemoryAccount:
-    """The bytes that are held, by whom, and how many they may be."""
+    """The bytes held in total and by each holder, with their limits."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -36,7 +36,7 @@ class MemoryAccount:
         self._of: dict[str, int] = {}  # bytes by holder
 
     def held_by(self, holder: str) -> int:
-        """Return the bytes that a holder has."""
+        """Return the bytes of a holder."""
         return self._of.get(holder, 0)
 
     def open(self, holder: str) -> Charge:
@@ -44,7 +44,7 @@ class MemoryAccount:
         return Charge(self, holder)
 
     def move(self, holder: str, num: int) -> None:
-        """Charge a holder `num` bytes more, or less. Raises Overloaded for its share, Unavailable for the whole."""
+        """Change a holder's bytes by `num`. Raises Overloaded beyond its share, Unavailable beyond the total."""
         own = self._of.get(holder, 0) + num
         if num > 0:
             if own > self.max_share:
@@ -61,7 +61,7 @@ class MemoryAccount:
 
 
 class Charge:
-    """What one call, or one connection, is charged."""
+    """The bytes charged to one call or connection."""
 
     __slots__ = ("_account", "_holder", "_is_closed", "num_bytes")
 
@@ -72,10 +72,10 @@ class Charge:
         self.num_bytes = 0
 
     def hold(self, num_bytes: int) -> None:
-        """Be charged so many bytes instead of those before, which stay charged where that raises.
+        """Set the charge to `num_bytes`; if that raises, the old charge remains.
 
-        Once it is closed it does nothing: work in a thread may outlive its call, and nobody would give its bytes back.
-        Raises as `MemoryAccount.move`, and BadRequest for what could never be charged.
+        Does nothing once closed: work in a thread may outlive its call, and its bytes would never be released. Raises
+        as `MemoryAccount.move`, and BadRequest if `num_bytes` exceeds a holder's share.
         """
         if num_bytes > self._account.max_share:
             raise BadRequest(
@@ -88,32 +88,32 @@ class Charge:
             self.num_bytes = num_bytes
 
     def beside(self) -> Charge:
-        """Return a charge of nothing to the same holder."""
+        """Return an empty charge on the same holder."""
         return self._account.open(self._holder)
 
     def close(self) -> None:
-        """Be charged nothing any more. A second time does nothing."""
+        """Release all bytes. Idempotent."""
         self._is_closed = True
         self._account.move(self._holder, -self.num_bytes)
         self.num_bytes = 0
 
 
 def values_bytes(raw: bytes) -> int:
-    """Return the most bytes that the values of a short JSON text take, found by counting in it."""
+    """Return the maximum bytes of a short JSON text's parsed values, by counting its punctuation."""
     num_containers = raw.count(b"[") + raw.count(b"{")
     return bytes_of_values(len(raw), raw.count(b",") + raw.count(b":") + num_containers + 1, num_containers)
 
 
 def bytes_of_values(num_bytes: int, num_values: int, num_containers: int) -> int:
-    """Return the most bytes that the values of a JSON text take: keys count as values, as do lists and objects."""
+    """Return the maximum bytes of a JSON text's parsed values. num_values: includes keys, lists and objects."""
     return CHARACTER_BYTES * num_bytes + VALUE_BYTES * num_values + CONTAINER_BYTES * num_containers
 
 
 def tenant_holder(name: str) -> str:
-    """Return the holder that a tenant is."""
+    """Return a tenant's name as a holder."""
     return f"tenant {name}"
 
 
 def address_holder(address: str) -> str:
-    """Return the holder that an address is, as connections are counted by; "" is this machine."""
+    """Return an address as a holder, by which connections are counted; "" is this machine."""
     return f"address {address or 'localhost'}"

@@ -1,8 +1,7 @@
-"""How much a tenant may ask beside calls, which have their limits: each read costs something, a list more.
+"""Rate limit of a tenant's requests other than calls: each read has a cost, a list a higher one.
 
-Nothing but a call goes into the queue, so none of the limits of calls holds it: without one of their own, clients that
-list and list would take the loop from everybody's streams. What counts is the work, not what comes of it: a page that
-shows nothing costs what was looked at for it.
+Such requests are not queued, so no limit of calls applies: unlimited lists would take the event loop from other
+clients' streams. The cost is the work, not the result: a page that shows nothing costs what was examined for it.
 """
 
 from __future__ import annotations
@@ -24,47 +23,47 @@ from gateway.http.paths import LISTS, PROBES
 from protocol.wire.errors import Overloaded
 
 LIST_COST = 10
-"""What a list costs beside its bytes, in reads: it is put together of many looks into the queue. So does a URL of no
-route, which is compared with those of all."""
+"""Cost of a list besides its bytes, in reads: it needs many reads of the queue. Also the cost of an unknown URL, which
+is compared with all routes."""
 
 BYTES_PER_READ = 4096
-"""Bytes of a list, and of other JSON beyond the first so many, that cost a read more, known once they are sent."""
+"""Bytes of a list, and of other JSON beyond this size, that cost one more read, charged once they are sent."""
 
 REQUESTS_PER_READ, FILES_PER_READ, ROWS_PER_READ, NAMES_PER_READ = 8, 32, 64, 128
-"""Looks at requests, files, rows of usage and names of adapters that cost a read: some tenths of a millisecond."""
+"""Examined requests, files, rows of usage and adapter names that cost one read: some tenths of a millisecond."""
 
 TOKENS_PER_READ, KEPT_BYTES_PER_READ = 512, 1 << 16
-"""The same of an answer's tokens that are read from its log, and of the bytes of a body that was kept."""
+"""Tokens read from an answer's log, and bytes of a stored body, that cost one read."""
 
 LISTS_AT_ONCE = 8
-"""Most lists that are made for one tenant, or one address, at a time."""
+"""Maximum lists prepared for one tenant or address at a time."""
 
 BURST_S = 5.0
-"""Seconds' worth of reads that may come at once."""
+"""Reads that may come at once, as seconds of the rate."""
 
 MAX_DEBT_S = 30.0
-"""Longest time in which what long lists have cost is waited for."""
+"""Maximum seconds that a reader waits for the cost of its long lists."""
 
 MAX_READERS = 10_000
-"""Readers that are remembered; the longest silent are forgotten, whose reads are all there again by then."""
+"""Maximum readers remembered; the longest silent is forgotten, whose reads have been refilled by then."""
 
 
 @dataclass(slots=True)
 class _Reader:
-    """What a tenant or an address may still read."""
+    """The remaining reads of a tenant or an address."""
 
     name: str
     per_s: float
     left: float
-    at_s: float  # when that was
+    at_s: float  # time of `left`
     num_lists: int = 0  # lists being prepared
 
     def owe(self, cost: float) -> None:
-        """Have less left, or a debt, which has an end."""
+        """Deduct a cost; the debt is limited."""
         self.left = max(self.left - cost, -MAX_DEBT_S * self.per_s)
 
     def refusal(self, cost: float) -> Overloaded:
-        """Return the error of a read for which not enough is left."""
+        """Return the error for a read whose cost exceeds the remaining reads."""
         wait_s = (cost - self.left) / self.per_s
         limits = f"{self.per_s:g} reads per second (a list counts as {LIST_COST}, plus one per 4 kB)"
         text = f"{self.name} may make {limits}; retry in {wait_s:.1f} s"
@@ -72,20 +71,20 @@ class _Reader:
 
 
 _READER: ContextVar[_Reader | None] = ContextVar("reader", default=None)
-"""Whose read the current task answers; None for what is no read, or has no limit."""
+"""The reader of the current task's request; None for a call, or without a limit."""
 
 
 def owe(cost: float) -> None:
-    """Let the current list cost so many reads more, for what has been looked at, whether it is shown or not."""
+    """Charge the current list for examined items, whether they are shown or not. cost: in reads."""
     reader = _READER.get()
     if reader is not None:
         reader.owe(cost)
 
 
 def spend(cost: float) -> None:
-    """Let the current read cost so many more before they are made. Raises Overloaded if its reader has none left."""
+    """Charge the current read for work about to be done. Raises Overloaded if its reader is in debt."""
     reader = _READER.get()
-    if reader is None or cost < 1:  # already paid for
+    if reader is None or cost < 1:  # covered by the request's own cost
         return
     if reader.left < 0:
         raise reader.refusal(1)
@@ -93,10 +92,10 @@ def spend(cost: float) -> None:
 
 
 class Reads:
-    """Lets requests that are no calls in as far as their senders have any left, and answers the others with 429."""
+    """Passes on requests other than calls while their sender has reads left, and answers the others with 429."""
 
     def __init__(self, app: ASGIApp, shape_of: ShapeOf, per_s: float, now_s: Callable[[], float] | None = None) -> None:
-        """`shape_of`: how errors of a request are written. `per_s`: reads a second, 0 for no limit."""
+        """shape_of: the error format of a request's API. per_s: reads per second, 0 for no limit."""
         self._app = app
         self._shape_of = shape_of
         self._per_s = per_s
@@ -125,7 +124,7 @@ class Reads:
             if message["type"] == "http.response.start":
                 kind = header_of(message.get("headers", ()), b"content-type") or ""
                 if not is_list and not kind.startswith("application/json"):
-                    free = sys.maxsize  # a stream, or a file as it lies: no work but to send it
+                    free = sys.maxsize  # streams and stored files cost no work besides sending
             else:
                 num_bytes = len(message.get("body", b""))
                 reader.owe(max(0, num_bytes - free) / BYTES_PER_READ)
@@ -141,7 +140,7 @@ class Reads:
             reader.num_lists -= is_list
 
     def _reader(self, name: str) -> _Reader:
-        """Return a reader with what it has left now. The others stay in the order in which they have read."""
+        """Return a reader with its reads refilled up to now. Readers are kept in order of their last read."""
         now_s, most = self._now_s(), BURST_S * self._per_s
         reader = self._readers.pop(name, None) or _Reader(name, self._per_s, most, now_s)
         reader.left = min(reader.left + (now_s - reader.at_s) * self._per_s, most)
@@ -153,7 +152,7 @@ class Reads:
 
 
 def _take(reader: _Reader, cost: int, *, is_list: bool) -> None:
-    """Let a reader read once more. Raises Overloaded."""
+    """Charge a reader for one more request. Raises Overloaded."""
     if is_list and reader.num_lists >= LISTS_AT_ONCE:
         raise Overloaded(
             f"{reader.num_lists} lists are being prepared for {reader.name}, which is the limit", 1.0, "reads"
@@ -164,17 +163,17 @@ def _take(reader: _Reader, cost: int, *, is_list: bool) -> None:
 
 
 def _is_counted(match: RouteMatch) -> bool:
-    """Return whether a request has no other limit: calls have theirs, texts take turns, probes are never refused."""
+    """Return whether a request has no other limit: calls and texts have their own, and probes are never refused."""
     return match.kind not in ("call", "text") and _path_of(match) not in PROBES
 
 
 def _path_of(match: RouteMatch) -> str:
-    """Return the path of a request's route, however the request spells it; its own where it has no route."""
+    """Return the path of a request's route; without a route, the request's own."""
     return match.route.path if match.route is not None else match.path
 
 
 def _name_of(scope: Scope) -> str:
-    """Return who reads: a tenant, or where there are no keys, an address; "" for this machine's own."""
+    """Return the reader's name: a tenant or, without keys, an address; "" for this machine."""
     caller: Caller = scope[CALLER]
     if caller.name:
         return f"tenant {caller.name}"

@@ -1,4 +1,4 @@
-"""Which of many pieces of work are done now: tenants take turns, so that one with thousands delays no other."""
+"""Round-robin selection of work by tenant, so that a tenant with thousands of items delays no other."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def shares(values: Sequence[T], tenant_of: Callable[[T], str], most: int) -> tuple[list[T], list[T]]:
-    """Return what is done now, by turns of tenants and at most `most` of each, and what waits for the next time.
+    """Return the values to process now, round-robin by tenant and at most `most` of each, and the remaining ones.
 
-    What one tenant has stays in its order.
+    Each tenant's values stay in order.
     """
     by_tenant: dict[str, list[T]] = {}
     for value in values:

@@ -1,1 +1,1 @@
-"""What became of single requests: their timelines, and whether they come out the same again."""
+"""Single requests: their timelines, their history, and replays."""

@@ -1,6 +1,6 @@
-"""Copies what has ended from the queue's history into the database of `--history`, beside the calls.
+"""Copies ended requests and refused calls from the queue's history into the database of `--history`.
 
-Every gateway of the fleet has this loop, and one of them copies at a time: whichever has the lease.
+Every gateway runs this loop; the holder of a lease copies.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from protocol.runtime.guarded import Loop
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import NotFound, ProtocolError, Unavailable
 
-if TYPE_CHECKING:  # it needs packages that most fleets do not have
+if TYPE_CHECKING:  # its packages are optional
     from gateway.requests.database import Database
 
 PAUSE_S, SWEEP_S = 1.0, 60.0
-"""Pause between two looks at what has ended, and between two at what is too old or too much in the database."""
+"""Seconds between two searches for new ends, and between two deletions of rows beyond the limits."""
 
 TENANTS_AT_ONCE, ENDS_AT_ONCE = 16, 32
-"""Tenants whose histories are read at once, and the most entries of each of their two streams: the others' are next."""
+"""Tenants whose histories are read at once, and maximum entries per read of each of a tenant's two streams."""
 
 ROWS_AT_ONCE, TEXTS_AT_ONCE = 32, 8
-"""Rows that are written at once, without and with texts."""
+"""Rows written at once, without and with texts."""
 
 DELETIONS_AT_ONCE, TRIMMED_AT_ONCE = 100, 8
-"""Texts deleted, and tenants trimmed, in one look."""
+"""Texts deleted, and tenants trimmed, per run."""
 
 RECENT_MS = 60_000 + MAINTAIN_MS
-"""How long after its last end was noted a tenant is still looked at. After a failure, all tenants are."""
+"""Tenants are checked for this time, in ms, after their last recorded end; after a failure, all tenants are."""
 
 LOST = ("request", "text", "gap")
 
 
 class Archiver:
-    """The copying of one gateway."""
+    """Copies the history while its gateway holds the lease."""
 
     def __init__(
         self, bus: Bus, gid: str, settings: Settings, database: Database, bases: GatewayBases, sweep_s: float = SWEEP_S
     ) -> None:
-        """bases: know what adapters bring beside their weights, by which their tokens are read later."""
+        """bases: hold the facts about adapters' own texts, by which kept tokens are decoded later."""
         self._bus = bus
         self._gid = gid
         self._settings = settings
@@ -57,35 +57,32 @@ class Archiver:
         self._bases = bases
         self._sweep_s = sweep_s
         self._keep_ms = int(1000 * settings.history_s)
-        self._more = asyncio.Event()  # there is more to copy, at once
+        self._more = asyncio.Event()  # set if there is more to copy, to skip the pause
         self._is_prepared = False
         self._looks_at_all = True
-        self._unfinished: dict[str, None] = {}  # tenants that have more to copy, however long ago it ended
-        self._complete_ms = now_ms()  # when the database last had all, as far as this gateway knows
-        self._written: dict[str, None] = {}  # tenants that have more in the database than when they were trimmed
-        self._too_much: dict[str, None] = {}  # those of them that are to be trimmed now
+        self._unfinished: dict[str, None] = {}  # tenants with more to copy, whatever its age
+        self._complete_ms = now_ms()  # when the copy was last known to be complete
+        self._written: dict[str, None] = {}  # tenants with new rows since they were last trimmed
+        self._too_much: dict[str, None] = {}  # tenants to trim now
         self._swept_s = time.monotonic()
         self.problem = ""
-        """Why nothing can be copied, "" for no problem."""
+        """Why nothing can be copied, "" if there is no problem."""
 
     def loop(self) -> Loop:
         """Return the loop. The caller must call `leave` after it."""
         for what in LOST:
-            HISTORY_LOST.labels(what)  # shown from the start
+            HISTORY_LOST.labels(what)  # creates the time series at 0
         return Loop("history", self.look, PAUSE_S, self._more, Backoff(1.0, 10.0))
 
     async def leave(self) -> None:
-        """Let another gateway copy, and close the database."""
+        """Release the lease to another gateway, and close the database."""
         with suppress(*CONNECTION_ERRORS):
             await self._bus.archive.leave(self._gid)
         with suppress(Unavailable):
             await self._database.close()
 
     async def look(self) -> None:
-        """Copy what is new, delete what is to be deleted, if this gateway is the one that does so.
-
-        Raises Unavailable.
-        """
+        """Copy new ends and delete expired rows, if this gateway holds the lease. Raises Unavailable."""
         archive = self._bus.archive
         if not await archive.lead(self._gid):
             self._looks_at_all, self._is_prepared, self._complete_ms = True, False, now_ms()
@@ -102,14 +99,14 @@ class Archiver:
             await archive.tell(self.problem)
             raise
         if has_more:
-            await asyncio.sleep(time.monotonic() - begun_s)  # calls have the loop for half of the time at least
+            await asyncio.sleep(time.monotonic() - begun_s)  # leaves the event loop to calls half of the time
             self._more.set()
         if self.problem:
             self.problem = ""
             await archive.tell("")
 
     async def _look(self) -> bool:
-        """Look at all recent ends once. Returns whether there is more to do."""
+        """Copy all recent ends once. Return whether there is more to do."""
         if not self._is_prepared:
             await self._database.prepare()
             self._is_prepared = True
@@ -131,7 +128,7 @@ class Archiver:
                 has_more, behind_ms = True, max(behind_ms, now_ms() - oldest)
             await self._copy(found)
             is_idle = is_idle and not found
-        if is_idle:  # then it is noticed nowhere else that the database is away
+        if is_idle:  # without writes, only this notices an unreachable database
             await self._database.check()
         self._looks_at_all = False
         self._complete_ms = now_ms() - behind_ms
@@ -143,8 +140,8 @@ class Archiver:
         past = [entry for one in found for entry in one.found]
         num = TEXTS_AT_ONCE if self._settings.history_text else ROWS_AT_ONCE
         for begin in range(0, len(past), num):
-            # What is read is written while nobody else can have taken over: a text that is deleted meanwhile is
-            # deleted from the database by whoever has the lease, later.
+            # Read and write within the lease: if a text is deleted in between, the lease's holder deletes it from the
+            # database afterwards.
             async with asyncio.timeout(LEASE_MS / 2000):
                 if not await self._bus.archive.lead(self._gid):
                     return
@@ -158,7 +155,7 @@ class Archiver:
         HISTORY_LOST.labels("gap").inc(sum(one.has_gap for one in found))
 
     async def _texts(self, past: list[Past]) -> tuple[list[bytes | None], int]:
-        """Return the texts of ends, as the database has them, and how many are lost."""
+        """Return the texts of ends in the database's form, and how many were lost."""
         texts: list[bytes | None] = [None] * len(past)
         if not self._settings.history_text:
             return texts, 0
@@ -176,7 +173,7 @@ class Archiver:
                 digest, texts_hash = one.text.digest, ""
                 if digest:
                     texts_hash = (await self._bases.default.own.facts(digest)).texts
-            except (NotFound, ProtocolError):  # nobody knows its adapter's tokens any more
+            except (NotFound, ProtocolError):  # its adapter's vocabulary is no longer known
                 num_lost += 1
             else:
                 text = structs.replace(one.text, texts=texts_hash)
@@ -184,7 +181,7 @@ class Archiver:
         return texts, num_lost
 
     async def _delete(self) -> bool:
-        """Delete the texts that their owners have deleted. Returns whether there are more."""
+        """Delete the texts that their owners have deleted. Return whether there are more."""
         which = await self._bus.archive.deletions(DELETIONS_AT_ONCE)
         if which:
             if not await self._database.delete_texts(which):
@@ -193,7 +190,7 @@ class Archiver:
         return len(which) == DELETIONS_AT_ONCE
 
     async def _sweep(self) -> bool:
-        """Delete what is too old or too much, some at a time. Returns whether there is more."""
+        """Delete some of the rows that are too old or beyond a tenant's limits. Return whether there are more."""
         has_more = False
         if time.monotonic() - self._swept_s >= self._sweep_s:
             has_more = await self._database.delete_before(now_ms() - self._keep_ms)

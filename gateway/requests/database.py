@@ -1,7 +1,7 @@
 """The history of requests in a database, SQLite or PostgreSQL (`--history`): a copy that outlives the queue's.
 
-One gateway writes it, as `archiver.py` says. A row is an entry of a tenant's history, by its place there, so that
-copying one twice changes nothing.
+One gateway at a time writes it, see `archiver.py`. A row's key is its entry's place in the tenant's history, so that
+copying an entry twice changes nothing.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
 EXAMPLE = "--history takes sqlite:///FILE or postgresql://USER@HOST/NAME"
 
 TIMEOUT_S = 5.0
-"""Most time that a read or write takes; then the database counts as away."""
+"""Maximum seconds for a read or write; after them the database counts as unreachable."""
 
 PAGE, DELETED_AT_ONCE = 32, 1000
-"""Rows that are read, and deleted, at once."""
+"""Rows per read, and per deletion."""
 
 READS, READS_OF_TENANT, READS_WAITING = 8, 2, 64
-"""Reads at a time, of all tenants and of one, and how many may wait for one of these places."""
+"""Concurrent reads in total and per tenant, and reads that may wait."""
 
 MAX_ID = 200
-"""Characters of a request's id; of a refused call it is what the client has sent."""
+"""Maximum characters of an id; a refused call has an id that its client chose."""
 
 REQUESTS = Table(
     "requests",
@@ -80,9 +80,9 @@ REQUESTS = Table(
     Index("requests_by_time", "ms", "seq", "mark"),
     Index("requests_by_id", "id"),
 )
-"""A row for each request that has ended and each refused call. `ms`, `seq` and `mark` are its `Place`: unix ms of its
-end first. `state` and `id` are of `entry`, which is JSON of `messages.HistoryEntry` with the model's name. `text` is
-`messages.KeptText`, msgpack, perhaps sealed."""
+"""One row per ended request or refused call. `ms`, `seq` and `mark` are its `Place`, where `ms` is the unix ms of its
+end. `state` and `id` repeat fields of `entry`, which is a `messages.HistoryEntry` with the model's name, as JSON.
+`text` is a `messages.KeptText`, msgpack, possibly sealed."""
 
 _C = REQUESTS.c
 _KEY = (_C.tenant, _C.ms, _C.seq, _C.mark)
@@ -90,7 +90,7 @@ _LATEST = (_C.ms.desc(), _C.seq.desc(), _C.mark)
 _REFUSED = "refused"
 _FIELDS = frozenset(m.HistoryEntry.__struct_fields__)
 
-# Statements are made once: making one takes longer than running it. Their values are parameters, whoever has sent them.
+# Statements are built once: building one takes longer than running it. All values are bound parameters.
 _LAST_MS = 1 << 62
 _AFTER = or_(
     _C.ms < bindparam("after_ms"),
@@ -106,7 +106,7 @@ _LISTED = (
     select(*_KEY, _C.entry)
     .where(
         _C.ms >= bindparam("since"), _C.ms < bindparam("until"), _AFTER
-    )  # with two upper bounds SQLite takes the worse
+    )  # given two upper bounds, SQLite uses the weaker one
     .order_by(*_LATEST)
     .limit(PAGE)
 )
@@ -145,7 +145,7 @@ STATEMENTS: dict[str, Executable] = {
     .values(text=None),
     "check": select(_C.ms).limit(1),
 }
-"""What the database is asked, besides adding rows."""
+"""All statements except the insertion of rows."""
 
 _ADD = {
     "sqlite": sqlite.insert(REQUESTS).on_conflict_do_nothing(index_elements=list(_KEY)),
@@ -154,17 +154,17 @@ _ADD = {
 
 
 class Database:
-    """The database. What it raises is Unavailable, and Overloaded for readers."""
+    """The history's database. Raises Unavailable if it fails, and Overloaded for readers."""
 
     def __init__(self, url: str, timeout_s: float = TIMEOUT_S) -> None:
-        """url: as `--history`. Raises BadRequest for one that cannot be used, ImportError without its driver."""
+        """url: the value of `--history`. Raises BadRequest if it cannot be used, ImportError without its driver."""
         self._url = url_of(url)
         self._timeout_s = timeout_s
         self._slots = FairSlots(READS, READS_OF_TENANT, READS_WAITING)
         try:
             more: dict[str, Any] = {"pool_size": READS + 2, "max_overflow": 0, "pool_timeout": timeout_s}
             if self._is_sqlite:
-                more["connect_args"] = {"timeout": timeout_s / 2}  # for a lock, in a thread that nothing can interrupt
+                more["connect_args"] = {"timeout": timeout_s / 2}  # waiting for a lock cannot be cancelled
                 _make_private(Path(self._url.database or ""))
             self._engine = create_async_engine(self._url, **more)
             if self._is_sqlite:
@@ -178,34 +178,34 @@ class Database:
         return self._url.get_backend_name() == "sqlite"
 
     async def close(self) -> None:
-        """Close all connections; those that do not answer are left."""
+        """Close all connections; those that do not respond in time are abandoned."""
         async with _failing_as_unavailable(self._timeout_s):
             await self._engine.dispose()
 
     @asynccontextmanager
     async def _begun(self) -> AsyncGenerator[AsyncConnection]:
-        """Give a connection within a transaction. Raises Unavailable."""
+        """Yield a connection within a transaction. Raises Unavailable."""
         async with _failing_as_unavailable(self._timeout_s), self._engine.begin() as connection:
             yield connection
 
     # ------------------------------------------------------------ writing: one gateway at a time
 
     async def prepare(self) -> None:
-        """Make the table unless it is there. Raises Unavailable."""
+        """Create the table if it does not exist. Raises Unavailable."""
         async with self._begun() as connection:
             await connection.run_sync(REQUESTS.metadata.create_all)
 
     async def write(self, rows: Sequence[tuple[Past, bytes | None]]) -> None:
-        """Add entries that can be read, each with its text, unless they are there. Raises Unavailable."""
+        """Insert entries with their texts, except unreadable ones and those already stored. Raises Unavailable."""
         values = [_values(past, entry, text) for past, text in rows if (entry := past.entry) is not None]
         if values:
             async with self._begun() as connection:
                 await connection.execute(self._add, values)
 
     async def delete_texts(self, which: Sequence[tuple[str, str]]) -> bool:
-        """Delete the texts of requests, each by its tenant and id. Raises Unavailable.
+        """Delete the texts of requests, each given by tenant and id. Raises Unavailable.
 
-        Returns False if a file may still have them, since somebody reads it: then call it again.
+        Return False if SQLite's log may still contain them because of a concurrent reader: then call it again.
         """
         async with self._begun() as connection:
             await connection.execute(STATEMENTS["forget"], [{"owner": tenant, "rid": rid} for tenant, rid in which])
@@ -217,13 +217,13 @@ class Database:
         return not is_busy
 
     async def delete_before(self, ms: int) -> bool:
-        """Delete what ended before a time, DELETED_AT_ONCE at most. Returns whether there may be more."""
+        """Delete up to DELETED_AT_ONCE rows that ended before a unix time in ms. Return whether there may be more."""
         return await self._deleted("old", before=ms)
 
     async def trim(self, tenant: str, max_requests: int, max_text_bytes: int) -> bool:
-        """Delete a tenant's oldest rows and texts beyond its limits, DELETED_AT_ONCE rows of a kind at most.
+        """Delete a tenant's oldest rows and texts beyond its limits, at most DELETED_AT_ONCE rows of a kind.
 
-        Returns whether there may be more. Raises Unavailable.
+        Return whether there may be more. Raises Unavailable.
         """
         more = await self._deleted("many", owner=tenant, most=max_requests)
         more |= await self._deleted("many refused", owner=tenant, most=MAX_REFUSALS)
@@ -235,7 +235,7 @@ class Database:
         async with self._begun() as connection:
             return (await connection.execute(STATEMENTS[what], values)).rowcount == DELETED_AT_ONCE
 
-    # ------------------------------------------------------------ reading: tenants share the places
+    # ------------------------------------------------------------ reading: tenants share the slots
 
     async def check(self) -> None:
         """Raise Unavailable unless the database can be read."""
@@ -245,7 +245,7 @@ class Database:
     async def walk(
         self, tenant: str | None, since_ms: int, until_ms: int, after: Place | None
     ) -> AsyncIterator[tuple[Place, str, m.HistoryEntry | None]]:
-        """Yield the ends of a tenant, None: of all, in a time, the latest first; as `History.walk`."""
+        """Yield the ends of a tenant, or of all for None, in a period, latest first; as `History.walk`."""
         place, what = after or Place(_LAST_MS, 0, ""), "all" if tenant is None else "own"
         while True:
             values = {"after_ms": place.ms, "after_seq": place.seq, "after_mark": place.mark}
@@ -258,9 +258,9 @@ class Database:
                 return
 
     async def find(self, tenant: str | None, ids: set[str]) -> tuple[str, m.HistoryEntry] | None:
-        """Return tenant and entry of the request with one of these ids, of a tenant or, None, of any.
+        """Return tenant and entry of the request with one of these ids, of one tenant or, for None, of any.
 
-        A refused call has the id that its client has sent, and stands behind all requests.
+        Requests are preferred to refused calls, whose ids are chosen by clients.
         """
         what = "named" if tenant is None else "own named"
         for owner, entry in await self._read(tenant, what, ids=sorted(_plain(one) for one in ids)):
@@ -269,14 +269,14 @@ class Database:
         return None
 
     async def text(self, tenant: str, rid: str) -> bytes | None:
-        """Return the text of a tenant's request as it was written, None without one."""
+        """Return the stored text of a tenant's request, None if there is none."""
         rows = await self._read(tenant, "text", rid=_plain(rid))
         return rows[0][0] if rows else None
 
     async def _read(self, tenant: str | None, what: str, **values: Any) -> Sequence[Any]:
-        """Return the rows of a statement. Raises Unavailable; Overloaded where too many of a tenant's reads wait.
+        """Return the rows of a statement. Raises Unavailable; Overloaded if too many of the tenant's reads wait.
 
-        tenant: whose rows are read, None: all tenants'.
+        tenant: whose rows are read; None: all tenants'.
         """
         try:
             async with _failing_as_unavailable(self._timeout_s):
@@ -295,7 +295,7 @@ class Database:
 
 
 def url_of(url: str) -> URL:
-    """Return a database's URL with its driver. Raises BadRequest."""
+    """Return a database's URL with its async driver. Raises BadRequest."""
     try:
         found = make_url(url)
     except (ArgumentError, ValueError) as error:
@@ -313,7 +313,7 @@ def url_of(url: str) -> URL:
 
 
 def _make_private(path: Path) -> None:
-    """Make a file that is its user's alone, or make it so. Files that SQLite puts beside it have its mode."""
+    """Create the file if needed, and restrict it to its user. SQLite gives its companion files the same mode."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -325,7 +325,7 @@ def _make_private(path: Path) -> None:
 def _set_up_sqlite(connection: Any, _: object) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for the writer
-    cursor.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten
+    cursor.execute("PRAGMA secure_delete=ON")  # overwrite deleted content
     cursor.close()
 
 
@@ -341,7 +341,7 @@ async def _failing_as_unavailable(timeout_s: float) -> AsyncGenerator[None]:
 
 
 def _plain(text: str) -> str:
-    """Return a text without NUL, which PostgreSQL takes nowhere."""
+    """Return a text without NUL, which PostgreSQL does not accept."""
     return text.replace("\0", "\ufffd")
 
 
@@ -358,5 +358,5 @@ def _entry(raw: str) -> m.HistoryEntry | None:
     try:
         found: dict[str, Any] = msgspec.json.decode(raw, type=dict[str, Any])
         return m.HistoryEntry(**{name: value for name, value in found.items() if name in _FIELDS})
-    except (msgspec.DecodeError, TypeError):  # another release wrote it
+    except (msgspec.DecodeError, TypeError):  # written by another release
         return None

@@ -1,6 +1,6 @@
-"""The list of the fleet's requests: those that run, those that wait, and the history of those that have ended.
+"""The list of the fleet's requests: running, queued, and the history of ended ones.
 
-A page looks at MAX_LOOKED_AT requests at most; it may have fewer than asked for, even none, and yet not be the last.
+A page examines at most MAX_LOOKED_AT requests: it may be shorter than its limit, even empty, without being the last.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from protocol.wire.errors import BadRequest
 from protocol.wire.keys import CLASSES
 from protocol.wire.records import RequestSummary
 
-if TYPE_CHECKING:  # it needs packages that most fleets do not have
+if TYPE_CHECKING:  # its packages are optional
     from gateway.requests.database import Database
 
 State = Literal["running", "queued", "ended"]
 STATES: tuple[State, ...] = get_args(State)
 Status = Literal["completed", "failed", "cancelled", "refused"]
-"""States of what has ended, and of a call that was refused."""
+"""Final states of requests, and that of a refused call."""
 MAX_LOOKED_AT = 1000
 LATE_MS = 5000
-"""How long after a refusal its entry is written, at most, unless the gateway is overloaded."""
+"""Maximum ms between a refusal and the writing of its entry, unless the gateway is overloaded."""
 MAX_SEARCHED = 20_000
-"""Ends that are looked at for one id."""
+"""Maximum ends searched for one id."""
 _AT_ONCE = 100
 
 _PLACES = {
@@ -43,30 +43,30 @@ _PLACES = {
     "queued": re.compile(rf"(?:(?:{'|'.join(CLASSES)})/(?:[0-9]{{1,18}}-[0-9]{{1,18}})?)?"),
     "ended": re.compile(r"(?:([0-9]{1,18})-([0-9]{1,18})/([0-9a-f]{12}))?"),
 }
-"""State -> form of a cursor in its list."""
+"""State -> pattern of a cursor's position in its list."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which requests a list shows; "", None and 0 stand for all."""
+    """Which requests a list shows; "", None and 0 match all."""
 
     state: State | None = None
     status: Status | None = None
     tenant: str | None = None
     model: str = ""
     q: str = ""  # part of an id, a model's or worker's name, or an error, in any case
-    since_ms: int = 0  # unix time of the end, or of the submission of what has not ended
+    since_ms: int = 0  # unix ms of the end; before it, of the submission
     until_ms: int = 0  # exclusive
 
     @property
     def states(self) -> list[State]:
-        """The states to look through, in their order."""
+        """The states to list, in order."""
         if self.state is not None:
             return [self.state]
         return ["ended"] if self.status is not None else list(STATES)
 
     def shows(self, view: dict[str, Any]) -> bool:
-        """Return whether an object of the list is shown, as far as its text and times say."""
+        """Return whether an object of the list matches the filters other than state and tenant."""
         ms = view["ended_ms"] or view["submitted_ms"]
         if ms < self.since_ms or (self.until_ms and ms >= self.until_ms):
             return False
@@ -88,17 +88,17 @@ class _Found:
 
 
 class RequestList:
-    """Makes pages of the list."""
+    """Builds pages of the list."""
 
     def __init__(self, bus: Bus, database: Database | None = None) -> None:
-        """database: where the history is, None: in the queue."""
+        """database: holds the history; None: the queue does."""
         self._bus = bus
         self._database = database
 
     async def page(self, caller: Caller, filters: Filters, limit: int, after: str) -> dict[str, Any]:
-        """Return a page of the requests that a caller sees: its tenant's, an admin all or those of a tenant it names.
+        """Return a page of the requests that a caller may see: its own tenant's; for an admin all, or a given tenant's.
 
-        after: `last_id` of the page before. Raises BadRequest, PermissionDenied.
+        after: `last_id` of the previous page. Raises BadRequest, PermissionDenied.
         """
         owner = caller.name if not caller.is_admin else filters.tenant
         if not caller.is_admin and filters.tenant is not None:
@@ -121,17 +121,17 @@ class RequestList:
                     looked, last = looked + 1, f"{kind}:{at}"
                     if view is None or not filters.shows(view):
                         continue
-                    if kind == "ended" or view["id"] not in seen:  # it may have gone on meanwhile
+                    if kind == "ended" or view["id"] not in seen:  # it may have moved to another state
                         seen.add(view["id"])
                         page.append(view)
             place = ""
         return _listed(page, None)
 
     async def find(self, caller: Caller, names: set[str]) -> dict[str, Any] | None:
-        """Return the object of a request that has ended and has one of these ids.
+        """Return the object of an ended request that has one of these ids, None if there is none.
 
-        None if it is not among the latest MAX_SEARCHED ends in the queue that the caller sees. Raises Overloaded once
-        the caller's reads are used up: each _AT_ONCE ends are paid for before they are looked at.
+        In the queue, only the caller's latest MAX_SEARCHED ends are searched. Raises Overloaded once the caller's reads
+        are used up: they are charged before each _AT_ONCE ends.
         """
         owner = None if caller.is_admin else caller.name
         if self._database is not None:
@@ -146,14 +146,14 @@ class RequestList:
             if looked == MAX_SEARCHED:
                 return None
             if looked % _AT_ONCE == 0:
-                await asyncio.sleep(0)  # others have a turn, and may use up the reads
+                await asyncio.sleep(0)  # other tasks run, and may use up the reads
                 reads.spend(_AT_ONCE / reads.REQUESTS_PER_READ)
         return None
 
     async def _walk_past(
         self, owner: str | None, since_ms: int, until_ms: int, after: Place | None
     ) -> AsyncIterator[tuple[Place, str, m.HistoryEntry | None]]:
-        """Yield ends, the latest first; see `History.walk`."""
+        """Yield ends, latest first; see `History.walk`."""
         if self._database is not None:
             walk = self._database.walk(owner, since_ms, until_ms, after)
         else:
@@ -162,13 +162,13 @@ class RequestList:
             yield found
 
     async def _tenants(self, owner: str | None) -> list[str]:
-        """Return the tenants whose histories are read: the owner, or for None those with the latest ends."""
+        """Return the tenants whose histories are read: the owner, or for None those with recent ends."""
         return [owner] if owner is not None else await self._bus.history.tenants()
 
     async def _open(
         self, kind: State, place: str, beats: dict[str, m.WorkerBeat], owner: str | None
     ) -> AsyncIterator[list[tuple[str, dict[str, Any] | None]]]:
-        """Yield requests that have not ended with their cursors, some at a time; None for one that is not shown."""
+        """Yield chunks of running or queued requests with their cursors; None for a request that is not shown."""
         async for chunk in self._walk(kind, place, beats):
             summaries = await self._bus.request_lists.summaries([one.rid for one in chunk])
             views = await each(summaries, lambda one: _shown(one, beats, owner))
@@ -177,7 +177,7 @@ class RequestList:
     async def _ended(
         self, place: str, owner: str | None, filters: Filters
     ) -> AsyncIterator[list[tuple[str, dict[str, Any] | None]]]:
-        """Yield what has ended with its cursors, the latest first, some at a time."""
+        """Yield chunks of ended requests with their cursors, latest first."""
         parts = _PLACES["ended"].fullmatch(place)
         after = Place(int(parts[1]), int(parts[2]), parts[3]) if parts is not None and parts[1] else None
         chunk, turn = list[tuple[str, dict[str, Any] | None]](), LoopSlice()
@@ -193,7 +193,7 @@ class RequestList:
             yield chunk
 
     async def _walk(self, kind: State, place: str, beats: dict[str, m.WorkerBeat]) -> AsyncIterator[list[_Found]]:
-        """Yield the requests that run or wait after a cursor, some at a time."""
+        """Yield chunks of the running or queued requests after a cursor."""
         if kind == "running":
             rids = {_place_of(rid): rid for beat in beats.values() for rid, _ in beat.progress}
             places = sorted(one for one in rids if one > place)
@@ -209,12 +209,12 @@ class RequestList:
 
 
 def _place_of(rid: str) -> str:
-    """Return the cursor of a running request. A page may end with another tenant's, whose id it must not reveal."""
+    """Return the cursor of a running request: a hash, as a page may end with another tenant's, whose id is secret."""
     return hashlib.blake2b(rid.encode(), digest_size=12).hexdigest()
 
 
 def _after(after: str) -> tuple[State | None, str]:
-    """Return the state and the position of a cursor. Raises BadRequest."""
+    """Split a cursor into state and position. Raises BadRequest."""
     if not after:
         return None, ""
     name, _, place = after.partition(":")
@@ -226,12 +226,12 @@ def _after(after: str) -> tuple[State | None, str]:
 
 
 def _listed(page: Sequence[dict[str, Any]], last: str | None) -> dict[str, Any]:
-    """Return a page as JSON; last: where the next one goes on, None for the last page."""
+    """Return a page as JSON. last: cursor of the next page, None for the last page."""
     return {"object": "list", "data": page, "has_more": last is not None, "last_id": last}
 
 
 def _shown(one: RequestSummary | None, beats: dict[str, m.WorkerBeat], owner: str | None) -> dict[str, Any] | None:
-    """Return the object of a request; None for one that has ended or is not the owner's, who is None for everybody."""
+    """Return the object of a request; None if it has ended or has another owner. owner: None for any."""
     if one is None or one.entry.state in m.TERMINAL or owner not in (None, one.tenant):
         return None
     beat = beats.get(one.entry.worker)

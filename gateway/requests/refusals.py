@@ -1,4 +1,4 @@
-"""Calls that this gateway refused, on their way into their tenants' histories."""
+"""Buffers this gateway's refused calls, and writes them into their tenants' histories."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from protocol.wire.error_codec import error_json
 from protocol.wire.errors import LorafleetError
 
 FLUSH_S = 1.0
-"""Pause between writes."""
+"""Seconds between writes."""
 
 MAX_OF_TENANT, MAX_WAITING = 20, 1000
-"""Refused calls of one tenant, and of all, that wait for a write; what is more is only counted in the metrics. A client
-that is refused thousands of times a second costs the queue this much."""
+"""Maximum buffered refused calls of one tenant, and of all; further ones count only in metrics. This bounds the queue's
+load from a client that is refused thousands of times a second."""
 
 MAX_TEXT = 300
-"""Longest message of an error, model or path in an entry, in characters."""
+"""Maximum characters of an error message, model or path in an entry."""
 
 
 class Refusals:
-    """The refused calls that wait to be written."""
+    """The refused calls not written yet."""
 
     def __init__(self, bus: Bus, keep_s: float) -> None:
-        """Start with none. keep_s: how long they are kept."""
+        """Start empty. keep_s: how long entries are kept, in seconds."""
         self._bus = bus
         self._keep_ms = int(1000 * keep_s)
         self._waiting: dict[str, list[m.HistoryEntry]] = {}
         self._num = 0
 
     def note(self, tenant: str, request_id: str, path: str, status: int, outcome: Outcome) -> None:
-        """Take a refused call, unless too many wait. path: of its route; status: of its answer."""
+        """Buffer a refused call, unless the buffer is full. path: of its route; status: HTTP status of its answer."""
         entries = self._waiting.setdefault(tenant, [])
         if outcome.error is None or len(entries) >= MAX_OF_TENANT or self._num >= MAX_WAITING:
             return
@@ -48,7 +48,7 @@ class Refusals:
         )  # fmt: skip
 
     async def flush(self) -> None:
-        """Write what waits. What the queue does not take is lost."""
+        """Write the buffered calls. On a failure of the queue they are lost."""
         waiting, self._waiting, self._num = self._waiting, {}, 0
         found = [(tenant, entry) for tenant, entries in waiting.items() for entry in entries]
         if found:

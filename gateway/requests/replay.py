@@ -1,4 +1,4 @@
-"""Runs a request again, with the same prompt, seed and adapter, and compares what comes out token by token."""
+"""Runs a request again, with the same prompt, seed and adapter, and compares the outputs token by token."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from protocol.wire.error_codec import error_from
 from protocol.wire.errors import Conflict, DeadlineExceeded, NotFound
 
 NUM_SHOWN = 8
-"""Token ids that are shown of each answer, from the first difference on."""
+"""Token ids shown of each output, from the first difference on."""
 
 LOOK_S = 5.0
-"""Pause after which the log is looked at, in case a message about it was lost."""
+"""Seconds after which the log is read, in case a message was lost."""
 
 
 async def replay(pipeline: Pipeline, rid: str, caller: Caller) -> dict[str, Any]:
-    """Return how a request that has ended compares with itself, run now.
+    """Run a completed request again and return how the outputs compare.
 
-    Raises Conflict while it runs, or where its prompt is not kept; Overloaded, Unavailable, DeadlineExceeded, and the
-    error with which it ends now.
+    Raises Conflict while it runs or if its prompt was not kept; Overloaded, Unavailable, DeadlineExceeded, and the
+    error with which the rerun ends.
     """
     bus = pipeline.bus
     owned, record = (await bus.owned([rid]))[0], await bus.record(rid)
@@ -52,7 +52,10 @@ async def replay(pipeline: Pipeline, rid: str, caller: Caller) -> dict[str, Any]
 
 
 async def _run(pipeline: Pipeline, submit: m.RequestHead, body: m.Body, model: str, caller: Caller) -> bytes:
-    """Run a request to its end and return its tokens (int32). It counts against the caller's limits, for a model."""
+    """Run a request to its end and return its tokens (int32).
+
+    It counts against the caller's limits and usage of `model`.
+    """
     bus, replies = pipeline.bus, pipeline.replies
     load = CallLoad(
         submit.cls, 1, submit.num_prefill_tokens + submit.max_new_tokens, pipeline.settings.request_timeout_s
@@ -92,7 +95,7 @@ async def _run(pipeline: Pipeline, submit: m.RequestHead, body: m.Body, model: s
 
 
 def compared(rid: str, again: str, before: bytes, now: bytes) -> dict[str, Any]:
-    """Return how two outputs (int32) compare. Pure."""
+    """Return how two outputs (int32) differ. Pure."""
     first, second = memoryview(before).cast("i"), memoryview(now).cast("i")
     num = min(len(first), len(second))
     at = next((i for i in range(num) if first[i] != second[i]), num)

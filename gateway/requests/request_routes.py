@@ -1,4 +1,4 @@
-"""The routes of single requests: what became of one, and whether it comes out the same again."""
+"""The routes of single requests: list, timeline, cancellation and replay."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from protocol.wire import messages as m
 from protocol.wire.errors import NotFound
 from protocol.wire.records import RequestRecord
 
-if TYPE_CHECKING:  # it needs packages that most fleets do not have
+if TYPE_CHECKING:  # its packages are optional
     from gateway.requests.database import Database
 
 MAX_CHARACTERS = 200
 MAX_MS = 1 << 45
-"""The latest time that a list may be asked for, unix ms: in the year 3084."""
+"""Maximum unix ms accepted by a list's time filters: in the year 3084."""
 
 _AT_ONCE = 16
 
@@ -43,7 +43,7 @@ class RequestEndpoints:
     """The routes' handlers."""
 
     def __init__(self, answers: Answers, pipeline: Pipeline, database: Database | None) -> None:
-        """database: where the history is, None: in the queue."""
+        """database: holds the history; None: the queue does."""
         self._answers = answers
         self._pipeline = pipeline
         self._list = RequestList(pipeline.bus, database)
@@ -63,12 +63,12 @@ class RequestEndpoints:
         limit: Annotated[int, Query(ge=1, le=100)] = 50,
         after: Annotated[str, Query(max_length=200)] = "",
     ) -> Response:
-        """Answer `GET /v1/requests`: those that run, those that wait, and the history of those that have ended."""
+        """Answer `GET /v1/requests`: running, queued and ended requests."""
         filters = Filters(state, status, tenant, model, q, since, until)
         return json_response(await self._list.page(caller_of(request), filters, limit, after))
 
     async def explain(self, request_id: str, request: Request) -> Response:
-        """Answer `GET /v1/requests/{id}`: of a call with several choices the first, or the one named: `ID-2`."""
+        """Answer `GET /v1/requests/{id}`. The id of a call means its first choice; `ID-2` names another one."""
         caller = caller_of(request)
         try:
             rid, record = await self._find(request_id, caller)
@@ -87,10 +87,10 @@ class RequestEndpoints:
         return await self._answers.respond(self._replay(request_id, caller_of(request)))
 
     async def cancel(self, request_id: str, request: Request) -> Response:
-        """Answer `POST /v1/requests/{id}/cancel`: of a call all its choices, or the one named."""
+        """Answer `POST /v1/requests/{id}/cancel`. The id of a call means all its choices; `ID-2` names one."""
         rid, _ = await self._find(request_id, caller_of(request))
         bus, rids = self._pipeline.bus, [rid]
-        if rid not in request_id:  # a call was named, and this is its first choice
+        if rid not in request_id:  # the id is a call's, and rid its first choice
             name = rid.removesuffix("-0")
             more = [f"{name}-{number}" for number in range(1, self._pipeline.settings.max_choices)]
             for begin in range(0, len(more), _AT_ONCE):
@@ -108,7 +108,7 @@ class RequestEndpoints:
         return json_response(await replay(self._pipeline, rid, caller))
 
     async def _find(self, request_id: str, caller: Caller) -> tuple[str, RequestRecord]:
-        """Return a request's id and record. Raises NotFound, also for another tenant's."""
+        """Return a request's id and record. Raises NotFound, also for another tenant's request."""
         name = _name_of(request_id)
         record = await self._pipeline.bus.record(name)
         if record is not None and (caller.is_admin or record.tenant == caller.name):
@@ -122,7 +122,7 @@ class RequestEndpoints:
 
 
 def _name_of(request_id: str) -> str:
-    """Return a request's id in the queue: of a call, as its answer names it, the first choice."""
+    """Return the queue's id of a request; for the id of a call, as its answer shows it, that of the first choice."""
     found = _ID.fullmatch(request_id[:MAX_CHARACTERS])
     rid = found[1] if found else request_id[:MAX_CHARACTERS]
     return rid if _CHOICE.search(rid) else f"{rid}-0"

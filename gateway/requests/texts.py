@@ -1,4 +1,4 @@
-"""The prompt and the output of a request that has ended, where an operator has them kept with the history."""
+"""The prompt and output of an ended request, if the operator keeps them with the history."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, NotFound, Overloaded
 from protocol.wire.tokens import Detokenizer, TokenTable
 
-if TYPE_CHECKING:  # it needs packages that most fleets do not have
+if TYPE_CHECKING:  # its packages are optional
     from gateway.requests.database import Database
 
 TOKENS_AT_ONCE = 1024
-"""Tokens that are decoded before others have their turn: some tenths of a millisecond."""
+"""Tokens decoded before other tasks run: some tenths of a millisecond."""
 
 MAX_CHARACTERS = 1 << 16
-"""Most characters of a prompt or an output that are shown: some tokens are a hundred spaces."""
+"""Maximum characters shown of a prompt or output: a token may be a hundred spaces."""
 
 
 class KeptTexts:
-    """Shows what is kept. Whoever calls it has checked that the caller may see the request."""
+    """Decodes kept texts. The caller must have checked that the client may see the request."""
 
     def __init__(self, pipeline: Pipeline, database: Database | None) -> None:
-        """database: where the history is, None: in the queue, which keeps no texts."""
+        """database: holds the history; None: the queue does, which keeps no texts."""
         self._pipeline = pipeline
         self._database = database
         self._max_tokens = pipeline.settings.history_text
 
     async def shown(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the prompt and output of a request, an object of the API, as it shows them.
+        """Return the prompt and output of a request, given as its API object; None if they are not kept.
 
-        None where none are kept. Raises Overloaded once the caller's reads are used up.
+        Raises Overloaded once the caller's reads are used up.
         """
         if self._database is None or not self._max_tokens or request["state"] not in m.TERMINAL:
             return None
@@ -43,7 +43,7 @@ class KeptTexts:
         archive, tenant, rid = self._pipeline.bus.archive, request["tenant"], request["id"]
         found: dict[str, Any] = {"prompt": None, "output": None, "is_cut": False, "problem": None}
         try:
-            if await archive.is_deleted(tenant, rid):  # before the database is asked, which may just have deleted it
+            if await archive.is_deleted(tenant, rid):  # the database may not have deleted it yet
                 return None
             raw = await self._database.text(tenant, rid)
             if raw is None:
@@ -54,17 +54,17 @@ class KeptTexts:
             output = await _decoded(files.tokens, text.output)
         except Overloaded:
             raise
-        except LorafleetError as error:  # the database is away, it was sealed otherwise, or its tokens are unknown now
+        except LorafleetError as error:  # unreachable database, other key, or unknown tokens
             return found | {"problem": error.message}
         found |= {"prompt": prompt[-MAX_CHARACTERS:], "output": output[:MAX_CHARACTERS] if text.has_output else None}
         is_cut = len(text.prompt) < 4 * request["prompt_tokens"] or max(len(prompt), len(output)) > MAX_CHARACTERS
         return found | {"is_cut": is_cut or (text.has_output and len(text.output) < 4 * request["output_tokens"])}
 
     async def _files(self, text: m.KeptText, tenant: str) -> ModelFiles:
-        """Return what a text's ids are tokens of. Raises as `OwnFiles.files`, and NotFound for those of no base here.
+        """Return the tokenizer of a text's ids. Raises as `OwnFiles.files`, and NotFound if no base here has it.
 
-        A gateway's only base may have had another name, so the tokenizer decides. An earlier version kept a name alone,
-        which is the gateway's or its workers'.
+        The tokenizer identifies the base, because the base may have been renamed. Texts of earlier versions have only
+        the base's name, which is the gateway's or its workers'.
         """
         own, reported = self._pipeline.resolver.bases.of(text.base).own, self._pipeline.fleet.named(text.base)
         names = ("", own.base.name, "" if reported is None else reported.name)
@@ -75,7 +75,7 @@ class KeptTexts:
 
 
 async def _decoded(tokens: TokenTable, ids: bytes) -> str:
-    """Return ids (int32) as text, with special tokens, some at a time. Raises BadRequest if they cannot be decoded."""
+    """Decode ids (int32) in slices, with special tokens. Raises BadRequest if they cannot be decoded."""
     detokenizer, parts = Detokenizer(tokens, special=True), list[str]()
     numbers = memoryview(ids).cast("i")
     for begin in range(0, len(numbers), TOKENS_AT_ONCE):

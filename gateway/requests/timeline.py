@@ -1,7 +1,6 @@
-"""A request's record as one timeline, in the order of time. Pure.
+"""A request's record as one timeline, in order of time. Pure.
 
-Times are unix ms: of the queue's server, of the scheduler that placed it, and of the worker that ran it. Machines whose
-clocks differ show that here.
+Times are unix ms by the clocks of the queue's server, the scheduler and the worker; they may disagree.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ TIERS = {
 
 
 def described(rid: str, record: RequestRecord, converted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the object of `GET /v1/requests/{id}`. converted: what its adapter approximates by LoRA, if it does."""
+    """Return the object of `GET /v1/requests/{id}`. converted: how LoRA approximates its adapter, if it does."""
     facts = record.facts
     error = error_from(facts.error) if facts.error else None
     return {
@@ -52,7 +51,10 @@ def _adapter(record: RequestRecord, converted: dict[str, Any] | None) -> dict[st
 
 
 def recalled(past: dict[str, Any]) -> dict[str, Any]:
-    """Return the same object of a request whose record has expired, from an object of the list: its main events."""
+    """Return the same object, with the main events only, for a request whose record has expired.
+
+    past: its list object.
+    """
     events: list[dict[str, Any]] = []
     if past["state"] == "refused":
         text = f"refused with status {past['status']}: {past['error']['message']}"
@@ -67,7 +69,7 @@ def recalled(past: dict[str, Any]) -> dict[str, Any]:
 
 
 def timeline(record: RequestRecord) -> list[dict[str, Any]]:
-    """Return what happened to a request: each with `ms`, `event`, a sentence `text`, and what belongs to it."""
+    """Return a request's events in order of time, each with `ms`, `event`, a sentence `text`, and details."""
     facts = record.facts
     events = [_event(facts.submitted_ms, "accepted", f"queued behind {record.num_ahead}", ahead=record.num_ahead)]
     for number, one in enumerate(record.assignments, start=1):
@@ -85,7 +87,7 @@ def _event(ms: int, event: str, text: str, **more: Any) -> dict[str, Any]:
 
 
 def _of_assignment(number: int, one: Assignment) -> list[dict[str, Any]]:
-    """Return what happened in an assignment."""
+    """Return the events of an assignment."""
     placed = one.placed
     name = placed.options[0].worker if placed.options else placed.wid
     events = [
@@ -123,7 +125,7 @@ def _why(placed: m.Placed) -> str:
 
 
 def _of_run(number: int, name: str, timing: m.Timing) -> list[dict[str, Any]]:
-    """Return what a worker tells of an assignment."""
+    """Return the events of an assignment that its worker has reported."""
     taken, common = timing.taken_ms, {"assignment": number, "worker": name}
     events = [
         _event(taken, "taken", f"received by {name}; {TIERS[timing.tier]}", adapter=timing.tier or None, **common)

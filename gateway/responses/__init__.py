@@ -1,1 +1,1 @@
-"""OpenAI's Responses API, on the base model and its adapters."""
+"""OpenAI's Responses and Conversations APIs, on base models and adapters."""

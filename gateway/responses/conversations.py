@@ -1,8 +1,8 @@
-"""Conversations that clients keep: made, changed and listed; and the turns that responses add to them.
+"""Stored conversations: created, changed and listed by clients; responses add their turns.
 
-A response of a conversation is made of the items that are there when it is asked, and of its own input. Its turn, its
-input and its output, is added as a whole once it has ended with an answer: by the next reader of the conversation, or
-by the sweep of any gateway, whichever gateway the response was asked at.
+A response's prompt consists of the conversation's items at the time of the request, and its own input. Its turn, the
+input and the output, is added as a whole once it has ended with an answer: by the next reader of the conversation, or
+by the sweep of any gateway.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from protocol.wire.errors import BadRequest, LorafleetError, NewerRecord, NotFou
 ID_PREFIX = "conv_"
 
 MAX_ADDED = 20
-"""Items that are added at once, as OpenAI has it."""
+"""Maximum items added at once, as in OpenAI's API."""
 
 SWEEP_S = 20.0
-"""Pause between looks for responses that have ended and whose conversations nobody has read since."""
+"""Seconds between searches for ended responses whose conversations were not read since."""
 
 LOOK_AGAIN_MS = 60_000
-"""Pause between two looks at a response that has not ended."""
+"""Milliseconds between two checks of a response that has not ended."""
 
 RETRY = Backoff(1.0, 600.0)
 
 _ID = re.compile(r"conv_[0-9a-f]{32}")
-_AT_ONCE, _OF_TENANT = 1000, 16  # turns that are looked at together, and added of each tenant
-_RETRY_S = 60.0  # s, until something may have been deleted or expired
+_AT_ONCE, _OF_TENANT = 1000, 16  # turns read together, and added per tenant
+_RETRY_S = 60.0  # Retry-After, in seconds, at a limit of stored data
 
 
 class TurnFailed(Exception):
-    """A response cannot be added to its conversation, for a reason of the gateway's own."""
+    """A response cannot be added to its conversation because of an internal error."""
 
     def __init__(self, response: str) -> None:
         super().__init__(f"{response} cannot be added to its conversation")
@@ -75,14 +75,14 @@ class Conversations:
         sweep_s: float = SWEEP_S,
         retry: Backoff = RETRY,
     ) -> None:
-        """jobs: one that is about to be deleted is added to its conversation before. retry: of a turn that fails."""
+        """jobs: a job is added to its conversation before it is deleted. retry: backoff of a turn that fails."""
         self._bus = bus
         self._queue = bus.conversations
         self._jobs = jobs
         self._stored = stored
         self.sweep_s = sweep_s
         self._turns = Items("conversations", backoff=retry)
-        ttl_s = max(settings.conversation_ttl_s, settings.job_ttl_s + KEPT_AFTER_EXPIRY_S)  # none ends before its turns
+        ttl_s = max(settings.conversation_ttl_s, settings.job_ttl_s + KEPT_AFTER_EXPIRY_S)  # outlives its turns
         self._limits = ConversationLimits(
             int(ttl_s * 1000),
             settings.tenant_conversations,
@@ -92,10 +92,10 @@ class Conversations:
         )
         jobs.before_forget = self._add_turn_of
 
-    # ------------------------------------------------------------ what clients do
+    # ------------------------------------------------------------ operations of clients
 
     async def create(self, request: ConversationRequest, caller: Caller) -> dict[str, Any]:
-        """Make a conversation. Raises BadRequest, Overloaded."""
+        """Create a conversation. Raises BadRequest, Overloaded."""
         items = _given(request.items or [])
         made = m.Conversation(ID_PREFIX + secrets.token_hex(16), caller.owner, now_ms(), dict(request.metadata or {}))
         await self._change(made.id, caller, record=made, is_new=True, items=items)
@@ -106,20 +106,20 @@ class Conversations:
         return view(await self._known(conversation_id, caller))
 
     async def update(self, conversation_id: str, metadata: Metadata | None, caller: Caller) -> dict[str, Any]:
-        """Give a conversation other metadata. Raises NotFound, Overloaded."""
+        """Replace a conversation's metadata. Raises NotFound, Overloaded."""
         known = await self._known(conversation_id, caller)
         changed = m.Conversation(known.id, known.tenant, known.created_ms, dict(metadata or {}))
         await self._change(known.id, caller, record=changed)
         return view(changed)
 
     async def delete(self, conversation_id: str, caller: Caller) -> dict[str, Any]:
-        """Delete a conversation with its items, also one that cannot be read. Its responses stay. Raises NotFound."""
+        """Delete a conversation with its items, also an unreadable one. Its responses remain. Raises NotFound."""
         if not _ID.fullmatch(conversation_id) or not await self._queue.drop(conversation_id, caller.owner):
             raise _not_found(conversation_id, "conversation_id")
         return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
     async def add(self, conversation_id: str, given: Sequence[Item], caller: Caller) -> dict[str, Any]:
-        """Add items at a conversation's end; return them. Raises BadRequest, NotFound, Overloaded."""
+        """Append items to a conversation; return them. Raises BadRequest, NotFound, Overloaded."""
         items = _given(given)
         if not items:
             raise BadRequest("items is an empty list", param="items")
@@ -160,10 +160,10 @@ class Conversations:
             raise _no_item(item_id)
         return view(known)
 
-    # ------------------------------------------------------------ what responses do
+    # ------------------------------------------------------------ turns of responses
 
     async def all_items(self, conversation_id: str, caller: Caller) -> list[Item]:
-        """Return the items that a response goes on with; the conversation lives on. Raises NotFound."""
+        """Return the items that a response continues, and extend the conversation's TTL. Raises NotFound."""
         known = await self._known(conversation_id, caller, "conversation")
         await self._add_turns(known.id, caller.owner)
         await self._change(known.id, caller)
@@ -175,10 +175,10 @@ class Conversations:
             await self._add_turns(job.conversation, job.tenant)
 
     async def _add_turns(self, conversation_id: str, tenant: str) -> None:
-        """Add the responses that have ended to a conversation, in the order of their ends: each once, or never.
+        """Add the ended responses of a conversation in the order of their ends, each at most once.
 
-        Those without an answer, failed and cancelled ones, add nothing. Raises what keeps one from being read now: then
-        nobody goes on without it.
+        Failed and cancelled responses add nothing. Raises temporary errors of reading a response, so that no later
+        response continues without it.
         """
         ids = await self._queue.turns(conversation_id)
         if not ids:
@@ -189,29 +189,29 @@ class Conversations:
         ended = [(fact.ended_ms if (fact := facts.get(id_)) is not None else 0, id_) for id_ in ids]
         for _, id_ in sorted(ended):
             fact, items = facts.get(id_), []
-            if fact is not None:  # else it is deleted
+            if fact is not None:  # otherwise it was deleted
                 status = end_of(jobs[id_], [fact]).status
                 if status in ("queued", "in_progress"):
                     continue
                 if status in GOES_ON:
                     try:
                         items = await self._turn(jobs[id_], fact)
-                    except NotFound as error:  # such as the adapter's texts, which may come back
+                    except NotFound as error:  # for example the adapter's texts, which may return
                         FAILED.note("conversations", error, id_)
                         continue
             await self._queue.change(conversation_id, tenant, self._limits, items=_written(items), response=id_)
 
     async def _turn(self, job: m.Job, fact: RequestFacts) -> list[Item]:
-        """Return what a response adds: nothing, if what is kept of it cannot be read.
+        """Return the items that a response adds; none if its stored record is unreadable.
 
-        Raises what passes by, and TurnFailed.
+        Raises temporary errors, and TurnFailed.
         """
         before = held()
         try:
             return await self._stored.turn(job, [fact])
         except NewerRecord:
             raise
-        except UnreadableRecord as error:  # it never can be; its client is told so where it asks for the response
+        except UnreadableRecord as error:  # permanent; a client that reads the response gets this error
             UNREADABLE.labels("Response").inc()
             FAILED.note("conversations", error, job.jid)
             return []
@@ -223,13 +223,13 @@ class Conversations:
             hold(before)
 
     async def add_due_turns(self) -> None:
-        """Look at each response whose time has come, by turns of tenants; add those that have ended to conversations.
+        """Check all due responses, round-robin by tenant, and add those that have ended to their conversations.
 
-        One whose turn fails repeatedly adds nothing.
+        A response whose turn fails repeatedly adds nothing.
         """
         while due := await self._queue.due(now_ms(), _AT_ONCE):
             turns, later = shares(due, attrgetter("tenant"), _OF_TENANT)
-            await self._queue.put_off(later, now_ms())  # behind all others
+            await self._queue.put_off(later, now_ms())  # to the end of the list
             for conversation_id, tenant in dict.fromkeys((turn.conversation, turn.tenant) for turn in turns):
 
                 async def leave_out(error: BaseException, of: str = conversation_id, tenant: str = tenant) -> None:
@@ -240,7 +240,7 @@ class Conversations:
             for turn in turns:
                 await self._queue.look_again(turn, now_ms() + LOOK_AGAIN_MS)
 
-    # ------------------------------------------------------------ the queue's part
+    # ------------------------------------------------------------ storage
 
     async def _known(self, conversation_id: str, caller: Caller, param: str = "conversation_id") -> m.Conversation:
         found = None
@@ -282,7 +282,7 @@ def view(conversation: m.Conversation) -> dict[str, Any]:
 
 
 def _given(items: Sequence[Item]) -> list[Item]:
-    """Return the items of a body with ids, which are new. Raises BadRequest."""
+    """Return a body's items with new ids. Raises BadRequest."""
     if len(items) > MAX_ADDED:
         raise BadRequest(
             f"items has {len(items)} entries; the limit is {MAX_ADDED} at a time", param="items", code="limit_exceeded"
@@ -299,7 +299,7 @@ def _written(items: Sequence[Item]) -> list[tuple[str, bytes]]:
 
 
 def _values(raws: Sequence[bytes]) -> list[Item]:
-    """Return items stored as JSON, and charge for them. Raises as `cost.hold`."""
+    """Parse items stored as JSON, and charge for them. Raises as `cost.hold`."""
     hold(held() + sum(len(raw) + values_bytes(raw) for raw in raws))
     return [orjson.loads(raw) for raw in raws]
 
@@ -314,7 +314,7 @@ def _no_item(item_id: str) -> NotFound:
 
 
 def _refusal(made: TurnOutcome, limits: ConversationLimits, num: int, tenant: str) -> LorafleetError:
-    """Return the error of a change that a limit has refused. num: of items that it would have added."""
+    """Return the error for a change refused by a limit. num: of items that it would have added."""
     if made.code == "conversations":
         text = f"you have {made.there} conversations; the limit is {limits.max_conversations}: delete some"
         return Overloaded(text, _RETRY_S)

@@ -1,7 +1,7 @@
-"""Input items of the Responses API: checked, brought into the form that lists show, and as messages. Pure.
+"""Items of the Responses API: validated, normalized to the form shown in lists, and converted to messages. Pure.
 
-A conversation is a list of items there: messages, reasoning, calls of functions and their results are items of their
-own. Which fields they have is in `bodies/parameters.toml`.
+In this API a conversation is a list of items: messages, reasoning, function calls and their results are separate items.
+`bodies/parameters.toml` has their fields.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from protocol.wire.errors import BadRequest
 Item = dict[str, Any]
 
 FIRST_OUTPUT = 0x8000
-"""The number in the id of an answer's first item; those of input items are below it."""
+"""Number in the id of a response's first output item; input items have lower numbers."""
 
 MAX_ID_CHARACTERS = 100
 
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
-"""Type of an item -> what its id begins with."""
+"""Type of an item -> prefix of its id."""
 
 _ID = re.compile(r"(?:msg|rs|fc|fco)_([0-9a-f]{32})([0-9a-f]{4})")
 _ROLES = ("user", "assistant", "system", "developer")
@@ -36,7 +36,7 @@ _NOT_READ = {
     "custom_tool_call": "tools are functions here",
     "custom_tool_call_output": "tools are functions here",
 }
-"""Type of an item that is not served -> why."""
+"""Type of an item that is not supported -> why."""
 
 _PARTS_OF = {"user": ("input_text",), "assistant": ("output_text", "refusal", "input_text")}
 _TEXT_OF = {
@@ -46,23 +46,23 @@ _TEXT_OF = {
     "reasoning_text": "text",
     "summary_text": "text",
 }
-"""Type of a part -> its field that has the text."""
+"""Type of a part -> its text field."""
 
 
 class ItemReference(NamedTuple):
-    """An item that an earlier response has."""
+    """A reference to an item of an earlier response."""
 
     call: str  # the id of that response, without its prefix
     id: str
 
 
 def item_id(kind: str, call: str, number: int) -> str:
-    """Return the id of an item. call: the id of the response that has it, without its prefix."""
+    """Return the id of an item. call: id of its response, without prefix."""
     return f"{PREFIXES[kind]}_{call}{number:04x}"
 
 
 def references(given: str | Sequence[Item] | None) -> Iterator[ItemReference]:
-    """Yield the references to items of other responses. Raises BadRequest for what is no such id."""
+    """Yield the references to items of other responses. Raises BadRequest for an invalid id."""
     if given is None or isinstance(given, str):
         return
     for i, item in enumerate(given):
@@ -84,10 +84,10 @@ def items_of(
     renamed: bool = False,
     param: str = "input",
 ) -> list[Item]:
-    """Return what a body has as items with ids. Raises BadRequest naming the place.
+    """Return a body's items with ids. Raises BadRequest naming the place.
 
-    call: the id of the response, without its prefix. known: the items that others refer to, by id. first: number of the
-    first item. renamed: all get new ids, for a conversation, which has each id once. param: the field of the body.
+    call: id of the response, without prefix. known: referenced items by id. first: number of the first item. renamed:
+    give all items new ids, because a conversation's ids are unique. param: name of the body's field.
     """
     if given is None:
         return []
@@ -112,7 +112,7 @@ def items_of(
 
 
 def _item(given: Item, kind: Any, place: str) -> Item:
-    """Return an item without its id."""
+    """Return a normalized item without its id."""
     if kind == "message":
         return _message(given, place)
     if kind == "function_call":
@@ -141,14 +141,14 @@ def _item(given: Item, kind: Any, place: str) -> Item:
 
 
 def unread_results(given: str | Sequence[Item] | None) -> Iterator[str]:
-    """Yield the places in an input, which is right, of what a text stands in for in results of functions."""
+    """Yield the places of replaced parts in the function results of a valid input."""
     for i, item in enumerate(given) if isinstance(given, list) else ():
         if item.get("type") == "function_call_output":
             yield from unread_parts(item.get("output"), f"input[{i}].output")
 
 
 def _with_stand_in(part: Any) -> Any:
-    """Return a part of a result, or the text in place of one that is no text."""
+    """Return a part of a result, replaced by a text if it is not text."""
     instead = stand_in(part.get("type")) if isinstance(part, dict) else None
     return part if instead is None else {"type": "input_text", "text": instead}
 
@@ -169,7 +169,7 @@ def _message(given: Item, place: str) -> Item:
 
 
 def _parts(content: Any, place: str, allowed: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a content that may only be text as parts."""
+    """Return a content as parts, all of which must be text. Raises BadRequest."""
     if not isinstance(content, list):
         raise BadRequest(f"{place} must be a string or a list of parts", param=place)
     made: list[dict[str, Any]] = []
@@ -191,7 +191,7 @@ def _string(given: Mapping[str, Any], name: str, place: str) -> str:
 
 
 def _check_object(arguments: str, place: str) -> None:
-    """Refuse arguments of a call that are no JSON object. Raises BadRequest."""
+    """Refuse arguments of a call that are not a JSON object. Raises BadRequest."""
     try:
         value = json_values.loads(arguments.encode() or b"{}", place)
     except BadRequest as error:
@@ -206,7 +206,10 @@ def _check_object(arguments: str, place: str) -> None:
 
 
 def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message]:
-    """Return items as messages in OpenAI's form. Raises BadRequest for calls without results, and the reverse."""
+    """Return items as messages in OpenAI's form.
+
+    Raises BadRequest for calls without results, and results without calls.
+    """
     made: list[Message] = []
     if instructions:
         made.append({"role": "system", "content": instructions})
@@ -249,11 +252,11 @@ def _content(parts: Sequence[Mapping[str, Any]]) -> str | list[dict[str, str]]:
 
 
 _JOINED = ("content", "reasoning_content")
-"""What the items of an assistant's turn are joined to: texts that are gathered in a list."""
+"""Fields of an assistant message that join the texts of several items, collected in lists."""
 
 
 def _add(message: Message, item: Item) -> None:
-    """Add an item to the assistant's turn that it is of."""
+    """Add an item to the assistant message of its turn."""
     if item["type"] == "function_call":
         namespace = item.get("namespace")
         name = flat_name(namespace, item["name"]) if namespace else item["name"]

@@ -1,6 +1,6 @@
-"""The output of one answer as it comes, token by token: its items, and the events that build them. Pure.
+"""The output items of one response, built token by token, and the events that build them. Pure.
 
-The same tokens give the same items and events for every reader at any time.
+The same tokens yield the same items and events for every reader at any time.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from gateway.text.answer_parts import Part
 from protocol.wire.tokens import TokenTable
 
 _ITEM_OF = {"text": "message", "reasoning": "reasoning", "call": "function_call", "arguments": "function_call"}
-"""Kind of a part -> type of the item that it is of."""
+"""Kind of a part -> type of the item that contains it."""
 
 _DELTA_OF = {
     "message": "response.output_text",
     "reasoning": "response.reasoning_text",
     "function_call": "response.function_call_arguments",
 }
-"""Type of an item -> what the types of its events begin with that have its text."""
+"""Type of an item -> prefix of the types of its text events."""
 
 
 class Event(NamedTuple):
-    """One event of a stream, without its number."""
+    """One event of a stream, without its sequence number."""
 
     type: str
     fields: dict[str, Any]
 
 
 class Output:
-    """The items of one answer."""
+    """Builds the output items of one response."""
 
     def __init__(self, call: str, rid: str, form: AnswerForm | None, tokens: TokenTable, options: CallOptions) -> None:
-        """call: the id of the response, without its prefix. rid: of its request. form: None for nothing but text."""
+        """call: id of the response, without prefix. rid: of its request. form: None for plain text."""
         self.items: list[Item] = []
-        """The items so far; text may still be added to the last one."""
+        """The items so far; the last one may still grow."""
         self.num_reasoning_tokens = 0
         self._call = call
         self._rid = rid
@@ -51,14 +51,14 @@ class Output:
         self._options = options
         self._namespaces = options.tools.namespaces if options.tools is not None else {}
         self._splitter = form.splitter() if form is not None else None
-        self._open = ""  # the type of the item to which text may still be added
-        self._texts: list[str] = []  # texts of that item
-        self._logprobs: list[bytes] = []  # logprobs of that item's tokens, as JSON
+        self._open = ""  # type of the unfinished item, "" if there is none
+        self._texts: list[str] = []  # its texts
+        self._logprobs: list[bytes] = []  # logprobs of its tokens, as JSON
         self._waiting: list[bytes] = []  # logprobs of tokens whose text has not arrived
         self._reasons = form is not None and form.thought is not None
 
     def read(self, piece: Piece) -> Iterator[Event]:
-        """Yield what a token changes, or the end."""
+        """Yield the events of a token, or of the end."""
         ended = bool(piece.finish)
         if self._options.num_shown is not None:
             self._waiting += self._entries(piece)
@@ -77,7 +77,7 @@ class Output:
             yield from self._close("completed" if piece.finish == "stop" else "incomplete")
 
     def cut(self) -> None:
-        """End the item that may still gain, as the answer has ended without an end of its own."""
+        """Close the unfinished item, because the response failed or was cancelled."""
         for _ in self._close("incomplete"):
             pass
 
@@ -88,7 +88,7 @@ class Output:
             yield from self._begin(kind, part)
             return
         if kind == "reasoning" and self._open != kind:
-            text = text.lstrip()  # white space alone is what templates and models write for no reasoning
+            text = text.lstrip()  # white space alone means no reasoning
             if not text:
                 return
         if self._open != kind:
@@ -137,18 +137,18 @@ class Output:
         yield Event("response.output_item.done", {"output_index": len(self.items) - 1, "item": item})
 
     def _place(self) -> dict[str, Any]:
-        """Return the fields by which events name the item that may still gain, and its only part."""
+        """Return the fields that identify the unfinished item, and its only part, in events."""
         place: dict[str, Any] = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
         return place if self._open == "function_call" else {**place, "content_index": 0}
 
     def _part(self, text: str) -> dict[str, Any]:
-        """Return the content of the item that may still gain. Logprobs of a text are there once it has ended."""
+        """Return the content of the unfinished item. The logprobs of a text are complete once it has ended."""
         if self._open == "reasoning":
             return {"type": "reasoning_text", "text": text}
         return {"type": "output_text", "annotations": [], "logprobs": _list(self._logprobs), "text": text}
 
     def _entries(self, piece: Piece) -> Iterator[bytes]:
-        """Yield the logprobs of a token as JSON."""
+        """Yield the logprobs of a piece's tokens as JSON."""
         for token in piece.logprobs:
             top = [self._entry(*pair) for pair in token.top[: self._options.num_shown]]
             yield orjson.dumps({**self._entry(token.id, token.logprob), "top_logprobs": top})
@@ -159,5 +159,5 @@ class Output:
 
 
 def _list(entries: list[bytes]) -> Any:
-    """Return JSON texts as a list to be written."""
+    """Return JSON texts as a JSON list."""
     return orjson.Fragment(b"[" + b",".join(entries) + b"]") if entries else []

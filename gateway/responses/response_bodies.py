@@ -1,4 +1,4 @@
-"""The HTTP body of `POST /v1/responses`. What items and tools hold is read in `items.py`."""
+"""The HTTP bodies of the Responses and Conversations APIs. `items.py` validates items, `tools.py` tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Metadata = Annotated[
 
 
 class TextConfig(JsonBody):
-    """The form of the answer's text."""
+    """The format of the answer's text."""
 
     OBJECT = "response_text"
 
@@ -35,7 +35,7 @@ class ReasoningConfig(JsonBody):
 
 
 class ConversationRef(JsonBody):
-    """The conversation that a response is a turn of."""
+    """The conversation that a response continues."""
 
     OBJECT = "response_conversation"
 
@@ -43,7 +43,7 @@ class ConversationRef(JsonBody):
 
 
 class PromptRequest(JsonBody):
-    """What the prompt of a response is made of. null always means the default."""
+    """The fields that determine a response's prompt. null always means the default."""
 
     model: Name = BASE
     input: str | Objects | None = None
@@ -91,7 +91,7 @@ class ResponseRequest(PromptRequest):
 
 
 def conversation_id_of(request: PromptRequest) -> str:
-    """Return the id of the conversation that a response is a turn of, "" for none."""
+    """Return the id of the conversation that a response continues, "" for none."""
     given = request.conversation
     return given.id if isinstance(given, ConversationRef) else given or ""
 
@@ -106,7 +106,7 @@ class ConversationRequest(JsonBody):
 
 
 class ConversationChange(JsonBody):
-    """`POST /v1/conversations/{id}`. null takes the metadata away."""
+    """`POST /v1/conversations/{id}`. null removes the metadata."""
 
     OBJECT = "conversation_change"
 

@@ -1,4 +1,4 @@
-"""*Parse* for the Responses API: from a body, and what went before, to a `ParsedCall`. Pure."""
+"""*Parse* for the Responses API: convert a body and its conversation to a `ParsedCall`. Pure."""
 
 from __future__ import annotations
 
@@ -30,26 +30,29 @@ from protocol.wire.keys import BATCH, INTERACTIVE
 from protocol.wire.messages.requests import SEED_BITS
 
 LOGPROBS = "message.output_text.logprobs"
-"""The value of `include` that is served."""
+"""The supported value of `include`."""
 
 ENCRYPTED = "reasoning.encrypted_content"
-"""The one that is accepted: reasoning is shown as it is, and comes back so."""
+"""The value of `include` accepted without effect: reasoning is returned, and sent back, as plain text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a body's input goes on with."""
+    """The conversation that a body continues, and the items that it references."""
 
     items: Sequence[Item] = ()  # items of the previous response, its output last
-    known: Mapping[str, Item] = field(default_factory=dict[str, Item])  # by id, items that the input refers to
+    known: Mapping[str, Item] = field(default_factory=dict[str, Item])  # referenced items by id
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseRules(Rules):
-    """What later stages refuse a call for, or shorten it to, as OpenAI does."""
+    """The checks of later stages, and OpenAI's way to limit the output to the context."""
 
     def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
-        """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
+        """Return the maximum output tokens, limited by the context's remaining room.
+
+        Raises BadRequest without any room.
+        """
         room = max_model_len - num_prompt_tokens
         if room < 1:
             message = (
@@ -62,18 +65,18 @@ class ResponseRules(Rules):
 
 @dataclass(frozen=True, slots=True)
 class CountRules(Rules):
-    """What a prompt that is only counted is refused for."""
+    """The checks of a prompt that is only counted."""
 
-    most: int  # tokens
+    most: int  # maximum tokens of a prompt
 
     def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
-        """Return that no answer is wanted, whatever the context has room for. Raises BadRequest."""
+        """Return 0, because no answer is generated; the context is no limit. Raises BadRequest for too many tokens."""
         check_tokens(self.most, self.param)(num_prompt_tokens)
         return 0
 
 
 def check_prompt(request: PromptRequest, settings: Settings) -> None:
-    """Refuse a prompt that can be seen to be wrong before anything is looked up. Raises BadRequest."""
+    """Refuse an invalid prompt before anything is read from the queue. Raises BadRequest."""
     goes_on = request.previous_response_id is not None or request.conversation is not None
     if request.input is None and not goes_on:
         raise BadRequest("input: it is missing", param="input")
@@ -87,7 +90,7 @@ def check_prompt(request: PromptRequest, settings: Settings) -> None:
 
 
 def check_input(request: ResponseRequest, settings: Settings, caller: Caller) -> None:
-    """Refuse what can be seen to be wrong before anything is looked up. Raises BadRequest."""
+    """Refuse an invalid body before anything is read from the queue. Raises BadRequest."""
     check_prompt(request, settings)
     if request.background and request.store is False:
         raise BadRequest(
@@ -116,9 +119,9 @@ def parse(
     items: Sequence[Item] = (),
     call_id: str = "",
 ) -> ParsedCall:
-    """Return what a body asks for. Raises BadRequest naming the parameter.
+    """Return the call that a body describes. Raises BadRequest naming the parameter.
 
-    items: of the whole conversation so far; none for a body whose answer is only read.
+    items: the whole conversation; empty for a stored body whose answer is only read.
     """
     return ParsedCall(
         caller=caller,
@@ -141,7 +144,7 @@ def parse_count(
 ) -> ParsedCall:
     """Return the call whose prompt is to be counted. Raises BadRequest naming the parameter.
 
-    most: tokens that are counted; `truncation` leaves no more than the context has room for.
+    most: maximum tokens counted; `truncation` limits the prompt to the context.
     """
     _constraint(request, settings)  # refuse an invalid response before anything is counted
     rules = ResponseRules("input", 1) if request.truncation == "auto" else CountRules("input", 1, most)
@@ -156,7 +159,7 @@ def parse_count(
 
 
 def _inputs(request: PromptRequest, settings: Settings, items: Sequence[Item]) -> ChatPrompt:
-    """Return what the template makes the prompt of. Raises BadRequest."""
+    """Return the prompt's messages and template variables. Raises BadRequest."""
     check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items, including earlier ones", "input")
     truncation = Truncation(None, drops_messages=True) if request.truncation == "auto" else None
     left_out = list(islice(unread_results(request.input), MAX_NAMED))
@@ -231,7 +234,7 @@ def _variables(request: PromptRequest) -> dict[str, Any]:
 
 
 def _constraint(request: PromptRequest, settings: Settings) -> Constraint | None:
-    """Return the grammar that `text.format` demands, None for none. Raises BadRequest."""
+    """Return the constraint of `text.format`, None if unconstrained. Raises BadRequest."""
     form, place = request.text.format if request.text is not None else None, "text.format"
     kind = form.get("type") if form is not None else "text"
     if form is None or kind == "text":
@@ -245,16 +248,15 @@ def _constraint(request: PromptRequest, settings: Settings) -> Constraint | None
     return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings, strict=strict)}
 
 
-# ---------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------- stored responses
 
 
 def to_be_stored(
     call: ParsedCall, request: ResponseRequest, items: Sequence[Item], num_own: int, max_bytes: int
 ) -> dict[str, Any]:
-    """Return what `parse_stored` needs to write the answer, and a later response to go on with it.
+    """Return what `parse_stored` needs to write the answer, and what a later response needs to continue it.
 
-    num_own: how many of the items, the last ones, are the body's own. Raises BadRequest for a conversation that has
-    more than `max_bytes` as JSON.
+    num_own: number of the last items, which are the body's own. Raises BadRequest for more than `max_bytes` of JSON.
     """
     kept = {
         "shown": dict(call.shown),
@@ -276,6 +278,6 @@ def parse_stored(kept: Mapping[str, Any], caller: Caller, settings: Settings) ->
     names = ("model", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens", "top_logprobs", "metadata")
     body = {name: kept["shown"][name] for name in names}
     request = ResponseRequest.model_validate({**body, "include": kept["include"], "background": kept["background"]})
-    request = request.model_copy(update={"stop": kept.get("stop")})  # responses of older gateways have none
+    request = request.model_copy(update={"stop": kept.get("stop")})  # absent in responses of older gateways
     parsed = parse(request, caller, settings)
     return msgspec.structs.replace(parsed, shown=kept["shown"])

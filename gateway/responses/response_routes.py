@@ -21,7 +21,7 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 Included = Annotated[list[str] | None, Query(alias="include[]")]
-"""What clients ask for besides a response: its logprobs, which are there if it was made with them."""
+"""Additional contents that clients request: logprobs, which exist only if the response was created with them."""
 
 
 class ResponseEndpoints:
@@ -52,7 +52,7 @@ class ResponseEndpoints:
         stream: bool = False,
         starting_after: Annotated[int | None, Query(ge=0, lt=1 << 31)] = None,
     ) -> Response:
-        """Answer `GET /v1/responses/{id}`: with the response, or its events from one on."""
+        """Answer `GET /v1/responses/{id}` with the response, or with its events after a given one."""
         check_included(include)
         if stream:
             after = -1 if starting_after is None else starting_after
@@ -86,7 +86,7 @@ class ResponseEndpoints:
 
 
 def check_included(include: list[str] | None) -> None:
-    """Refuse a value of `include` that is not served. Raises BadRequest."""
+    """Refuse an unsupported value of `include`. Raises BadRequest."""
     for name in include or ():
         if name != LOGPROBS:
             raise BadRequest(f"include: {brief(name)} is not supported; there is {LOGPROBS}", param="include")

@@ -1,6 +1,6 @@
-"""*Write* for the Responses API: an answer as a response object, whole or as the events that build it.
+"""*Write* for the Responses API: a response object, or the events that build it.
 
-Events are made token by token and numbered from 0, so that a replay of a response has the same ones.
+Events are made token by token and numbered from 0, so that every replay of a response has the same events.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from protocol.wire.errors import LorafleetError
 ID_PREFIX = "resp_"
 
 SILENT = 1 << 62
-"""More than any event's number: none is written."""
+"""Larger than any event's number: no events are written."""
 
 _CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
-"""Status of an error -> its code, of those that the official client's types know. All others are the server's."""
+"""Status of an error -> its code among those in the official client's types. All others are `server_error`."""
 
 
 class StreamErrors(OpenAIErrors):
-    """OpenAI's errors as responses; in a stream, as its event `error`."""
+    """OpenAI's errors as responses; in a stream, the event `error`."""
 
     def body(self, error: LorafleetError) -> bytes:
-        """Return the body of an error before any event."""
+        """Return the event's JSON for an error before any other event."""
         return error_json(error, 0)
 
     def response(self, error: LorafleetError, headers: Any = None) -> Any:
-        """Return the response of an error."""
+        """Return an error's response."""
         return OPENAI_ERRORS.response(error, headers)
 
 
@@ -53,17 +53,17 @@ def error_json(error: LorafleetError, number: int) -> bytes:
 
 STREAM_ERRORS = StreamErrors()
 FRAMING = Framing(SSE.media_type, lambda body: b"event: error\ndata: " + body + b"\n\n", SSE.idle)
-"""How errors, and what only keeps the connection alive, stand in a stream."""
+"""Frames errors and keep-alive parts in a stream."""
 
 
 def error_event(error: LorafleetError) -> bytes:
-    """Return the event of an error in a stream of which it is not known how many events were sent."""
+    """Return the event of an error in a stream whose number of sent events is unknown."""
     return FRAMING.event(STREAM_ERRORS.body(error))
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How an answer has ended, or that it has not."""
+    """How a response has ended, or that it has not."""
 
     status: str  # status as in the object
     error: LorafleetError | None = None
@@ -71,25 +71,25 @@ class End:
 
     @property
     def event(self) -> str:
-        """The type of the last event: there is none for a cancelled response."""
+        """The type of the last event; cancelled responses have none of their own."""
         return f"response.{'failed' if self.status == 'cancelled' else self.status}"
 
 
 def end_of(piece: Piece, ended_ms: int) -> End:
-    """Return the end of an answer that was not cut off."""
+    """Return the end of a response whose output ended normally."""
     return End("completed" if piece.finish == "stop" else "incomplete", None, ended_ms)
 
 
 def failure_of(error: LorafleetError) -> End:
-    """Return the end of an answer that was."""
+    """Return the end of a response that failed or was cancelled."""
     return End("cancelled") if error.code == "cancelled" else End("failed", error)
 
 
 class ResponseWriter(Writer):
-    """The response object of one answer, and the events of its stream."""
+    """Writes the object of one response, and the events of its stream."""
 
     def __init__(self, call: SubmittedCall, choice: Choice) -> None:
-        """choice: the only one of the call."""
+        """choice: the call's only choice."""
         self.output = Output(call.id, choice.rid, choice.prompt.form, choice.prompt.files.tokens, call.parsed.options)
         self.after = -1 if call.parsed.options.stream else SILENT
         """Events up to this number are not written."""
@@ -103,7 +103,7 @@ class ResponseWriter(Writer):
         self._last = Piece(0)
 
     def first(self) -> list[bytes]:
-        """Return the events that a stream begins with, the first time; of one in the background, that it is queued."""
+        """Return the first events of a stream, once; in the background, they say that it is queued."""
         if self._begun:
             return []
         self._begun = True
@@ -112,7 +112,7 @@ class ResponseWriter(Writer):
         return out + self._event("response.queued", {"response": self.object(End(status))}) if self._background else out
 
     def _run(self) -> list[bytes]:
-        """Return the events before the first one of the output, the first time."""
+        """Return the events before the first one of the output, once."""
         if self._is_running:
             return []
         self._is_running = True
@@ -128,7 +128,7 @@ class ResponseWriter(Writer):
         return out
 
     def last(self, end: End | None, usage: CallUsage) -> list[bytes]:
-        """Return the events that end a stream. end: None for that of the output."""
+        """Return the events that end a stream. end: None for the output's own end."""
         out = self._run()
         end = end or self.end(self._ended_ms)
         if end.status in ("cancelled", "failed"):
@@ -140,11 +140,11 @@ class ResponseWriter(Writer):
         return end_of(self._last, ended_ms)
 
     def failure(self, error: LorafleetError) -> bytes:
-        """Return the event of an error that is not the answer's own: that may go on."""
+        """Return the event of an error of the stream, not of the response, which may continue."""
         return FRAMING.event(error_json(error, self.number))
 
     def _event(self, kind: str, fields: dict[str, Any]) -> list[bytes]:
-        """Return an event, unless it is not wanted."""
+        """Return an event, or nothing if the client has it already."""
         number, self.number = self.number, self.number + 1
         if number <= self.after:
             return []
@@ -152,7 +152,7 @@ class ResponseWriter(Writer):
         return [b"event: " + kind.encode() + b"\ndata: " + body + b"\n\n"]
 
     def object(self, end: End, usage: CallUsage | None = None) -> dict[str, Any]:
-        """Return the response object. Without usage it has no output: that comes in events of its own."""
+        """Return the response object. Without usage it has no output, which separate events deliver."""
         error, completed = end.error, end.status == "completed"
         return {
             **self._head,
@@ -180,7 +180,7 @@ class ResponseWriter(Writer):
         return b"".join(self.last(None, usage))
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
-        """Return the answer, whose tokens were read, as one object."""
+        """Return the response object, after all tokens have been read."""
         return self.object(self.end(self._ended_ms), usage)
 
 
@@ -189,18 +189,18 @@ def _code(error: LorafleetError) -> str:
 
 
 def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> ResponseWriter:
-    """Return what writes a call's answer."""
+    """Return the writer of a call."""
     [choice] = choices
     return ResponseWriter(call, choice)
 
 
 def job_api(settings: Settings) -> JobApi:
-    """Return the reader of stored responses."""
+    """Return the parser and writer of stored responses."""
     return JobApi(lambda kept, caller: parse_stored(kept, caller, settings), writer_of, id_prefix=ID_PREFIX)
 
 
 class FollowedAnswer(GenerationAnswer):
-    """The answer of `/v1/responses` while it is made, whole or as a stream."""
+    """The answer of `/v1/responses` while it is generated."""
 
     errors = STREAM_ERRORS
     framing = FRAMING
@@ -210,20 +210,20 @@ class FollowedAnswer(GenerationAnswer):
         super().__init__(generation, self._made)
 
     async def last_frames(self) -> bytes:
-        """Return what a stream ends with."""
+        """Return the end of a stream."""
         return b"".join(self._made.last(self._made.end(await self._ended_ms()), self.generation.usage))
 
     async def whole(self, choices: list[Piece]) -> tuple[Any, dict[str, str]]:
-        """Return the answer of a call that is not streamed."""
+        """Return the answer of a call that is not streamed, and its headers."""
         return self._made.object(self._made.end(await self._ended_ms()), self.generation.usage), {}
 
     def failed(self, error: LorafleetError) -> bytes:
-        """Return what a stream ends with that was cut off."""
+        """Return the end of a stream that fails."""
         if self.generation.choices[0].cursor.ended:
             return b"".join(self._made.last(failure_of(error), usage_of(self.generation.choices)))
         return self._made.failure(error)
 
     async def _ended_ms(self) -> int:
-        """Return when the answer has ended, as every later reader is told."""
+        """Return when the response has ended, in unix ms, as later readers will see it."""
         facts = await self.generation.facts()
         return facts.ended_ms if facts is not None and facts.ended_ms else now_ms()

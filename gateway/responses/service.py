@@ -1,4 +1,4 @@
-"""Responses: made now or in the background, found again, gone on with, ended and deleted, by any gateway."""
+"""Responses: created, read, continued, cancelled and deleted, at any gateway."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, NotFound
 
 CANCEL_WAIT_S = 10.0
-"""Maximum time for a worker to release a cancelled response."""
+"""Maximum seconds to wait for a worker to end a cancelled response."""
 
 ITEM_BYTES = 1 << 8
-"""Weight of a stored item in the estimate of a body's parse time."""
+"""Size of a stored item in the estimate of a body's parse time."""
 
 MAX_REFERRED = 16
-"""Responses that the items of one input may refer to: each is read from its log."""
+"""Maximum responses whose items an input may reference: each is read from its log."""
 
 
 class Responses:
@@ -49,7 +49,7 @@ class Responses:
         self._conversations = conversations
 
     async def create(self, body: ResponseRequest, sent: Sent, caller: Caller) -> CallResult:
-        """Answer a body. Raises what the client did wrong, Overloaded and Unavailable."""
+        """Answer a body. Raises client errors, Overloaded and Unavailable."""
         check_input(body, self._settings, caller)
         pipeline = self._pipeline
         earlier = await pipeline.earlier.find(sent, caller)
@@ -94,9 +94,9 @@ class Responses:
         return json_answer(await self._stored.view(*(await self._stored.load(response_id, caller)), is_new=is_new))
 
     async def count(self, body: InputTokensRequest, caller: Caller, num_bytes: int) -> dict[str, Any]:
-        """Return how many tokens a body's prompt has. num_bytes: the body's size.
+        """Return the number of tokens of a body's prompt. num_bytes: size of the body.
 
-        Raises what the client did wrong, Overloaded and Unavailable.
+        Raises client errors, Overloaded and Unavailable.
         """
         check_prompt(body, self._settings)
         context = await self._context(body, caller)
@@ -115,7 +115,7 @@ class Responses:
         return {"object": "response.input_tokens", "input_tokens": prompt.num_tokens}
 
     async def _context(self, body: PromptRequest, caller: Caller) -> Context:
-        """Return what a body's input goes on with, and refers to. Raises BadRequest; NotFound for a conversation."""
+        """Return the conversation that a body continues, and referenced items. Raises BadRequest, NotFound."""
         items: list[Item] = []
         if body.conversation is not None:
             items = await self._conversations.all_items(conversation_id_of(body), caller)
@@ -142,7 +142,7 @@ class Responses:
         return Context(items, known)
 
     async def _items(self, response_id: str, caller: Caller) -> list[Item]:
-        """Return the items of a response, those of its output at their end. Raises NotFound, BadRequest."""
+        """Return the items of a response, its output last. Raises NotFound, BadRequest."""
         job, facts = await self._stored.load(response_id, caller)
         end = end_of(job, facts)
         if end.status not in GOES_ON:
@@ -157,11 +157,11 @@ class Responses:
         return await self._stored.view(*(await self._stored.load(response_id, caller)))
 
     async def stream(self, response_id: str, caller: Caller, after: int) -> SentAnswer:
-        """Return the events of a response with numbers greater than `after`, as they come. Raises NotFound."""
+        """Return the stream of a response's events with numbers greater than `after`. Raises NotFound."""
         return await self._stored.stream(*(await self._stored.load(response_id, caller)), after)
 
     async def cancel(self, response_id: str, caller: Caller) -> dict[str, Any]:
-        """End a response of the background and return it. A second time does nothing. Raises NotFound, BadRequest."""
+        """Cancel a background response and return it. Idempotent. Raises NotFound, BadRequest."""
         job, _ = await self._stored.load(response_id, caller)
         if not job.background:
             raise BadRequest("Cannot cancel a synchronous response: close its connection", code="not_background")
@@ -170,7 +170,7 @@ class Responses:
         return await self.get(response_id, caller)
 
     async def delete(self, response_id: str, caller: Caller) -> dict[str, Any]:
-        """Delete a response, ending it if it is not done. Its conversation keeps its turn. Raises NotFound."""
+        """Delete a response, cancelling it if it runs. Its conversation keeps its turn. Raises NotFound."""
         job, _ = await self._stored.load(response_id, caller)
         await self._jobs.forget(job)
         return {"id": response_id, "object": "response", "deleted": True}
@@ -178,7 +178,7 @@ class Responses:
     async def input_items(
         self, response_id: str, caller: Caller, limit: int, after: str | None, *, newest_first: bool
     ) -> dict[str, Any]:
-        """Return a page of the items that a response was made of. Raises NotFound, also for an unknown `after`."""
+        """Return a page of a response's input items. Raises NotFound, also for an unknown `after`."""
         job, _ = await self._stored.load(response_id, caller)
         items = await self._stored.input_items(job)
         if newest_first:

@@ -1,7 +1,7 @@
-"""Responses that are kept, read again from what the queue holds: whole, as events, and what a conversation gets of one.
+"""Stored responses, read from the queue: as objects, as events, and as turns of conversations.
 
-A response that is kept is a job, whose record has the whole conversation up to it. So each stands alone, whatever
-becomes of those before it.
+A stored response is a job whose record has the whole conversation before it. So it does not depend on earlier
+responses, which may be deleted.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from protocol.wire.error_codec import error_from
 from protocol.wire.errors import LorafleetError, NotFound
 
 GOES_ON = ("completed", "incomplete")
-"""Ends of a response that has an answer, with which a conversation goes on."""
+"""Final states with an answer that a conversation can continue."""
 
 
 class StoredResponses:
-    """The stored responses, by id."""
+    """Reads stored responses by id."""
 
     def __init__(self, pipeline: Pipeline, jobs: Jobs) -> None:
         self._pipeline = pipeline
         self._jobs = jobs
 
     async def load(self, response_id: str, caller: Caller) -> tuple[m.Job, Facts]:
-        """Return a response's job, and what the queue knows of its request. Raises NotFound."""
+        """Return a response's job, and the queue's facts about its request. Raises NotFound."""
         found = None
         if response_id.startswith(ID_PREFIX):
             with suppress(NotFound):
@@ -57,7 +57,7 @@ class StoredResponses:
     async def view(self, job: m.Job, facts: Facts, *, is_new: bool = False) -> dict[str, Any]:
         """Return a response as OpenAI's object. Raises NotFound.
 
-        is_new: it is the answer to the call that began it, which says `queued` whatever has happened since.
+        is_new: it answers the call that created it, so its state is `queued` whatever has happened since.
         """
         end, kept = End("queued") if is_new else end_of(job, facts), await self._jobs.request(job)
         if end.status in ("queued", "in_progress"):
@@ -67,7 +67,7 @@ class StoredResponses:
         return writer.object(end, usage)
 
     async def stream(self, job: m.Job, facts: Facts, after: int) -> JobStream:
-        """Return the events of a response with numbers greater than `after`, as they come. Raises NotFound."""
+        """Return the stream of a response's events with numbers greater than `after`. Raises NotFound."""
 
         async def opened() -> JobEvents:
             choices, writer = await self._open(job, facts, await self._jobs.request(job))
@@ -79,20 +79,20 @@ class StoredResponses:
         )
 
     async def input_items(self, job: m.Job) -> list[Item]:
-        """Return the items that a response was made of. Raises NotFound."""
+        """Return a response's input items. Raises NotFound."""
         kept = await self._jobs.request(job)
         with as_kept(f"what {job.jid} asked for"):
             return kept["items"]
 
     async def all_items(self, job: m.Job, facts: Facts) -> list[Item]:
-        """Return the items of a response that has an answer, those of its output at their end. Raises NotFound."""
+        """Return the items of a response that has an answer, its output last. Raises NotFound."""
         kept = await self._jobs.request(job)
         with as_kept(f"what {job.jid} asked for"):
             items = kept["items"]
         return [*items, *await self._output(job, facts, kept)]
 
     async def turn(self, job: m.Job, facts: Facts) -> list[Item]:
-        """Return what a conversation gets of a response that has an answer: its own input, and its output.
+        """Return the items that a response with an answer adds to its conversation: its own input, and its output.
 
         Raises NotFound.
         """
@@ -106,7 +106,7 @@ class StoredResponses:
         return orjson.loads(orjson.dumps(writer.output.items))
 
     async def _read(self, job: m.Job, facts: Facts, kept: Any) -> tuple[ResponseWriter, CallUsage]:
-        """Return the writer of a response that has ended, with all that this has come to. Raises NotFound."""
+        """Return the writer of an ended response with its whole output, and the usage. Raises NotFound."""
         choices, writer = await self._open(job, facts, kept)
         try:
             await self._jobs.read(choices, writer)
@@ -117,7 +117,7 @@ class StoredResponses:
         return writer, usage_of(choices)
 
     async def _open(self, job: m.Job, facts: Facts, kept: Any) -> tuple[Sequence[Choice], ResponseWriter]:
-        """Return a response to be read from its first token. Raises NotFound."""
+        """Return the choice and the writer of a response, before its first token. Raises NotFound."""
         _, call = await self._jobs.call(job, facts, kept)
         choices = choices_of(call)
         with as_kept(f"what {job.jid} asked for"):

@@ -1,7 +1,7 @@
-"""Tools of the Responses API as chats have them: functions, those in namespaces too. Pure.
+"""Converts tools of the Responses API, including functions in namespaces, to those of chats. Pure.
 
-A namespace is a group of functions, whose calls name it beside the function. Templates know no such thing: there a
-function's name is both together, and calls are taken apart again.
+A namespace is a group of functions; a call names both. Chat templates do not know namespaces: there the function's name
+joins both, and calls are split again.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ HOSTED = frozenset(
         "apply_patch", "tool_search",
     }
 )  # fmt: skip
-"""Types of tools that OpenAI runs, or that its models alone are trained to call."""
+"""Types of tools that OpenAI runs, or that only its models are trained to call."""
 
 MAX_NAME = 64
-"""Characters of the name of a function, and of a namespace."""
+"""Maximum characters of the name of a function or namespace."""
 
 _BETWEEN = "__"
 WORDS = ToolWords(name=".name", schema=".parameters", max_name=2 * MAX_NAME + len(_BETWEEN))
 
 
 def flat_name(namespace: str, name: str) -> str:
-    """Return the name of a namespace's function in templates and in what models write."""
+    """Return the name of a namespace's function in templates and model outputs."""
     return f"{namespace}{name}" if namespace.endswith(_BETWEEN) else f"{namespace}{_BETWEEN}{name}"
 
 
 def is_hosted(tool: Mapping[str, Any]) -> bool:
-    """Return whether a tool is one that no client runs."""
+    """Return whether a tool is one that clients do not run."""
     kind = tool.get("type")
     return isinstance(kind, str) and kind in HOSTED
 
 
 def shown_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tool as the response repeats it."""
+    """Return a tool as repeated in the response."""
     if tool.get("type") == "namespace":
         return {**tool, "description": tool.get("description") or ""}
     return {"description": None, "strict": None, "parameters": None, **tool}
 
 
 def tools_in(request: PromptRequest, settings: Settings) -> Tools | None:
-    """Return the functions that may be called, None for none. Raises BadRequest for tools that are none."""
+    """Return the functions that may be called, None if none. Raises BadRequest for unsupported tools."""
     check_num(len(request.tools or ()), MAX_TOOLS, "entries", "tools")
     spaces = [tool for tool in request.tools or () if tool.get("type") == "namespace"]
     within = sum(len(space["tools"]) for space in spaces if isinstance(space.get("tools"), list))
@@ -79,7 +79,7 @@ def tools_in(request: PromptRequest, settings: Settings) -> Tools | None:
 
 
 def _within(namespace: Mapping[str, Any], place: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield the functions of a namespace: the place of each in the body, its name there, and as chats have it.
+    """Yield the functions of a namespace: body path, name in the namespace, and definition for chats.
 
     Only the first one's description contains the namespace's description: repeated in each, it would use many tokens.
     """
@@ -103,7 +103,7 @@ def _within(namespace: Mapping[str, Any], place: str) -> Iterator[tuple[str, str
 
 
 def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return a tool as chats have it."""
+    """Return a tool's definition for chats. Raises BadRequest."""
     kind = tool.get("type")
     if kind != "function":
         why = "it runs at OpenAI"
@@ -121,7 +121,7 @@ def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    """Return a `tool_choice` as chats have it."""
+    """Return a `tool_choice` in the form of chats. Raises BadRequest."""
     if isinstance(choice, str) and choice not in ("none", "auto", "required"):
         text = f"tool_choice must be none, auto or required, or name a function, not {brief(choice)}"
         raise BadRequest(text, param="tool_choice")

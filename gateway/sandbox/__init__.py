@@ -1,1 +1,1 @@
-"""Processes that run what strangers wrote, and whose turn it is."""
+"""Processes that run untrusted templates and grammars, and the order of their jobs."""

@@ -1,7 +1,7 @@
-"""The sandbox's process: renders templates, compiles grammars, and can do nothing else.
+"""The sandbox's process: renders templates and compiles grammars, without access to anything else.
 
-Reads jobs from standard input and writes answers to standard output, each as four bytes of length and MessagePack. A
-first byte says that it is ready: all that it needs is imported and open, and what it does not need is taken away.
+Reads jobs from standard input and writes answers to standard output, each a four-byte length and MessagePack. A first
+byte reports readiness: all modules and files are loaded, and privileges are dropped.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ from protocol.wire.grammar_limits import GRAMMAR_LIMITS
 
 MAX_MEMORY_BYTES = 1 << 30
 WORN_BYTES = MAX_MEMORY_BYTES // 2
-"""A process that has grown by so much makes place for a new one, so that no job pays for those before it."""
+"""A process whose memory grew by this much is replaced, so that no job runs short because of earlier ones."""
 
 MAX_ANSWER_BYTES = 16 << 20
 MAX_REFUSAL = 1000  # characters
 READY, READY_UNFILTERED = b"!", b"?"
-"""The second: the kernel does not filter the process's system calls."""
+"""READY_UNFILTERED: the kernel does not filter the process's system calls."""
 
 SIZE_BYTES = 4
 WITH_VOCABULARY = "with-vocabulary"
-"""The process's last argument, if it is to read the base's vocabulary before its first job: up to a CPU second."""
+"""The process's last argument if it must read the base's vocabulary before its first job: up to one CPU second."""
 
 ANY_TEXT = '{"grammars":[{"lark_grammar":"start: /(.|\\n)*/"}]}'
 
 _EXCERPT = re.compile(r"\n *\d+ \| ")
-"""Begins the lines of a grammar that the compiler shows after an error. One made of a schema is nothing to a client."""
+"""Matches the start of the grammar lines that follow a compiler's error. For a grammar made from a schema they mean
+nothing to a client."""
 
 NOTHING_FITS = "no text is of this form: it may refer to itself, or leave no choice"
-"""What llguidance calls NoExtensionBias."""
+"""The message for llguidance's NoExtensionBias."""
 
 IMPORTED_LATE = (
     "encodings.idna", "encodings.latin_1", "encodings.unicode_escape", "encodings.utf_16", "jinja2.constants",
     "jinja2.debug", "html", "llguidance", "pprint", "textwrap", "traceback", "unicodedata",
 )  # fmt: skip
-"""Modules that a job may need and that Python would import then, when no file can be opened any more."""
+"""Modules that Python would import during a job, when files can no longer be opened."""
 
 
 class Render(msgspec.Struct, tag=True):
-    """A chat template that is to be rendered."""
+    """A job: render a chat template."""
 
     what: ClassVar[str] = "the adapter's chat template"  # in error messages
 
@@ -66,7 +67,7 @@ class Render(msgspec.Struct, tag=True):
 
 
 class Check(msgspec.Struct, tag=True):
-    """A grammar that is to be compiled for the base model's tokenizer."""
+    """A job: compile a grammar for the base model's tokenizer."""
 
     what: ClassVar[str] = "compiling the output's grammar"
 
@@ -77,31 +78,34 @@ SandboxJob = Render | Check
 
 
 class Answer(msgspec.Struct):
-    """What came of a job."""
+    """The result of a job."""
 
     text: str = ""
-    refusal: str = ""  # what is wrong with the template, or the grammar
-    worn: bool = False  # the process should make place for a new one
+    refusal: str = ""  # error of the template or grammar
+    worn: bool = False  # the process should be replaced
 
 
 def framed(message: SandboxJob | Answer) -> bytes:
-    """Return a message with its length before it."""
+    """Return a message with its length prefix."""
     payload = msgspec.msgpack.encode(message)
     return len(payload).to_bytes(SIZE_BYTES, "little") + payload
 
 
 class SandboxWorker:
-    """Does jobs, and remembers what they have in common."""
+    """Runs jobs, and caches templates and the vocabulary."""
 
     def __init__(self, tokenizer_file: int | None, is_worn: Callable[[], bool]) -> None:
-        """tokenizer_file: the base model's tokenizer.json, open. is_worn: whether the process has grown too large."""
+        """tokenizer_file: descriptor of the base model's tokenizer.json.
+
+        is_worn: whether the process has grown too large.
+        """
         self._tokenizer_file = tokenizer_file
         self._is_worn = is_worn
         self._template = lru_cache(maxsize=64)(self._read_template)
         self._vocabulary = lru_cache(maxsize=1)(self._read_vocabulary)
 
     def answer(self, payload: bytes) -> bytes:
-        """Return the framed answer to a job, whatever a stranger's code makes libraries raise."""
+        """Return the framed answer to a job; any exception becomes a refusal."""
         what = "a job"
         try:
             job = msgspec.msgpack.decode(payload, type=SandboxJob)
@@ -113,9 +117,9 @@ class SandboxWorker:
             message = _refusal(error.message)
         except MemoryError:
             message = _refusal(f"{what} wants more than {MAX_MEMORY_BYTES} bytes", worn=True)
-        except Exception as error:  # noqa: BLE001  the loop's edge
+        except Exception as error:  # noqa: BLE001  untrusted code may raise anything
             message = _refusal(f"{what} failed: {type(error).__name__}: {error}", worn=True)
-        except BaseException as error:  # noqa: BLE001  panics of native libraries, which may not work any more
+        except BaseException as error:  # noqa: BLE001  panics of native libraries, which may be broken afterwards
             message = _refusal(f"{what} failed: {error}", worn=True)
         if len(message) > SIZE_BYTES + MAX_ANSWER_BYTES:
             message = _refusal(f"{what} makes {len(message)} bytes; the limit is {MAX_ANSWER_BYTES}")
@@ -151,7 +155,7 @@ class SandboxWorker:
             raise BadRequest("this model has no tokenizer.json")
         with open(self._tokenizer_file, encoding="utf-8", closefd=False) as file:
             file.seek(0)  # an earlier job may have run out of memory while it read
-            return LLTokenizer(file.read(), slices=[])  # without what makes many masks cheap: a check needs one
+            return LLTokenizer(file.read(), slices=[])  # no slices: they speed up many masks, a check needs one
 
 
 def _refusal(text: str, *, worn: bool = False) -> bytes:
@@ -160,7 +164,7 @@ def _refusal(text: str, *, worn: bool = False) -> bytes:
 
 
 def _read(num_bytes: int) -> bytes:
-    """Return so many bytes of standard input, fewer where it ends."""
+    """Return `num_bytes` bytes of standard input, fewer at its end."""
     found = bytearray()
     while len(found) < num_bytes and (more := os.read(0, num_bytes - len(found))):
         found += more
@@ -176,24 +180,24 @@ def _write(data: bytes) -> None:
 def main(parent: int, tokenizer: str, with_vocabulary: bool) -> None:
     """Answer jobs until standard input ends.
 
-    parent: who started it. tokenizer: path of the base's, "" for none. with_vocabulary: whether it is read before the
-    first job, which would otherwise pay for it if it is a grammar.
+    parent: process id of the gateway. tokenizer: path of the base's tokenizer.json, "" for none. with_vocabulary: read
+    it before the first job, so that no grammar's CPU limit pays for it.
     """
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what the gateway has open, where it leaks
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # descriptors leaked by the gateway
     tokenizer_file = os.open(tokenizer, os.O_RDONLY) if tokenizer else None
     for name in IMPORTED_LATE:
         importlib.import_module(name)
     time.localtime()  # reads the time zone's file
     statm = os.open("/proc/self/statm", os.O_RDONLY)
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")  # where memory is short, the kernel ends this process first
+        score.write("1000")  # the OOM killer picks this process first
     silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 2)  # the gateway's log is not for strangers to write
+    os.dup2(silent, 2)  # untrusted code must not write into the gateway's log
     is_filtered = lock_down(parent, MAX_MEMORY_BYTES)
     most_pages = int(os.pread(statm, 64, 0).split()[0]) + WORN_BYTES // resource.getpagesize()
     worker = SandboxWorker(tokenizer_file, lambda: int(os.pread(statm, 64, 0).split()[0]) > most_pages)
     if with_vocabulary:
-        worker.answer(msgspec.msgpack.encode(Check(ANY_TEXT)))  # whatever comes of it, the next one is told again
+        worker.answer(msgspec.msgpack.encode(Check(ANY_TEXT)))  # an error is repeated for the next grammar
     _write(READY if is_filtered else READY_UNFILTERED)
     while head := _read(SIZE_BYTES):
         _write(worker.answer(_read(int.from_bytes(head, "little"))))

@@ -1,7 +1,7 @@
-"""Takes away from the calling process what rendering a template or compiling a grammar never needs.
+"""Drops the privileges of the calling process that rendering a template or compiling a grammar never needs.
 
-A template that escapes Jinja's sandbox, or a grammar that breaks a native library, then finds a process that can
-compute and answer, and nothing else: no file, socket, other process or signal, no memory beyond its limit.
+A template that escapes Jinja's sandbox, or a grammar that exploits a native library, can then only compute and answer:
+no files, sockets, other processes, signals, or memory beyond its limit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06  # instructions of classic BPF
 _AT_NUMBER, _AT_ARCHITECTURE = 0, 4  # offsets in the kernel's struct seccomp_data
 
 _CALLS = {
-    # Memory, the files that are already open, locks, handlers of its own signals, clocks, random numbers, its end.
+    # Memory, open files, locks, its own signal handlers, clocks, random numbers, exit.
     # brk mmap munmap mremap mprotect madvise · read write pread64 close fstat lseek · futex sched_yield
     # sched_getaffinity · rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack · clock_gettime gettimeofday · getrandom
     # · exit exit_group getpid gettid
@@ -33,17 +33,17 @@ _CALLS = {
         172, 178,
     )),
 }  # fmt: skip
-"""By machine: its number in the kernel's audit.h, and the system calls that stay allowed."""
+"""Machine -> its number in the kernel's audit.h, and the allowed system calls."""
 
 
 def lock_down(parent: int, max_memory_bytes: int) -> bool:
-    """Limit this process for good; return whether the kernel filters its system calls from now on.
+    """Restrict this process permanently; return whether the kernel filters its system calls.
 
-    It keeps its open files, and dies with `parent`, the process id of the one that started it. max_memory_bytes: more
-    address space than this, beyond what it has now, cannot be had.
+    It keeps its open files, and dies with `parent`, the process id of the one that started it. max_memory_bytes: limit
+    of additional address space.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    os.setpgid(0, 0)  # no signals from the terminal; a session of its own would be weighed against the whole gateway
+    os.setpgid(0, 0)  # no signals from the terminal; a separate session would get as much CPU as the whole gateway
     memory = address_space_bytes() + max_memory_bytes
     num_files = 1 + max(map(int, os.listdir("/proc/self/fd")))
     limits = {
@@ -60,19 +60,19 @@ def lock_down(parent: int, max_memory_bytes: int) -> bool:
     for option, value in ((_PR_SET_PDEATHSIG, signal.SIGKILL), (_PR_SET_DUMPABLE, 0), (_PR_SET_NO_NEW_PRIVS, 1)):
         if libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3):
             raise OSError(ctypes.get_errno(), f"prctl {option}")
-    if os.getppid() != parent:  # it ended before its end could be told
+    if os.getppid() != parent:  # the parent ended before PR_SET_PDEATHSIG
         os._exit(1)
     return _filter_calls(libc)
 
 
 def address_space_bytes() -> int:
-    """Return what RLIMIT_AS counts of this process."""
+    """Return this process's address space in bytes, as counted by RLIMIT_AS."""
     with open("/proc/self/statm", "rb") as statm:
         return int(statm.read().split()[0]) * resource.getpagesize()
 
 
 def _filter_calls(libc: ctypes.CDLL) -> bool:
-    """Let all system calls but a few fail, where the kernel can and this machine's numbers are known."""
+    """Make all system calls but the allowed ones fail. Return whether kernel and machine support it."""
     if platform.machine() not in _CALLS:
         return False
     architecture, calls = _CALLS[platform.machine()]

@@ -1,8 +1,8 @@
-"""One process of the sandbox, as the gateway sees it: asked one job at a time, believed nothing.
+"""The gateway's side of one sandbox process. It runs one job at a time; nothing it sends is trusted.
 
-A process that is idle has been asked nothing and has said nothing. Whatever it writes without being asked, or beyond
-one answer of the right size and form, ends it. A job whose caller has gone runs to its end or its limit, so no answer
-can be taken for the next one's, and clients that come and go cost no new processes.
+An idle process has no job and sends nothing. Output that is unsolicited, or is not one answer of valid size and form,
+ends the process. A job whose caller has gone runs to its end or limit: so no answer is taken for the next job's, and
+disconnecting clients cause no new processes.
 """
 
 from __future__ import annotations
@@ -40,35 +40,35 @@ START_S = 30.0
 
 SLOW_S = 0.25
 SLOW_NICENESS = 10
-"""A job that takes longer than `SLOW_S` gives way to everything else on the machine; hardly an honest one does."""
+"""A process whose job takes more CPU time than `SLOW_S` gets this niceness; an honest job hardly takes that long."""
 
 MIN_LOOK_S = 0.01
 LAST_MOMENT_S = 0.1
-"""How long a process that has closed its socket may take until it has ended: then how it ended is known."""
+"""Maximum seconds from the closing of a process's socket to its exit, so that its exit code is known."""
 
 REAP_S = 0.005
-"""How often it is asked whether a process has ended that is about to."""
+"""Seconds between checks whether a process that is ending has exited."""
 
 KILLED_COST_S = 0.5
-"""What a job that ends its process is charged for the next one's start."""
+"""CPU seconds charged to a job that ends its process, for the next one's start."""
 
 ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    # Each thread would reserve memory that counts against the limit, on a machine with many cores all of it.
+    # One thread each: threads reserve memory, on a machine with many cores all that the limit allows.
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
 }
-"""What is set for a process."""
+"""Environment variables of a process."""
 
 PASSED_ON = ("LD_LIBRARY_PATH", "PYTHONHOME")
-"""All that it sees of the gateway's environment, besides the time zone: where Python itself is."""
+"""The only variables passed on from the gateway, besides the time zone: they locate Python."""
 
 
 @dataclass(eq=False, slots=True)
 class QueuedJob(SandboxTurn):
-    """A job for a process, and who waits for its answer."""
+    """A job for a process, with the future of its answer."""
 
     what: str  # names it in error messages
     limit_s: float  # of CPU time
@@ -77,17 +77,17 @@ class QueuedJob(SandboxTurn):
 
     @property
     def most_s(self) -> float:
-        """Seconds after which it is given up, on a machine too busy to let it compute for `limit_s`."""
+        """Wall-clock seconds after which the job is abandoned, if a busy machine denies it `limit_s` of CPU time."""
         return 2 * self.limit_s + 1
 
     def fail(self, error: LorafleetError) -> None:
-        """Raise an error where the answer is waited for, if it still is."""
+        """Raise an error in the task that waits for the answer, if one still does."""
         if not self.answer.done():
             self.answer.set_exception(error)
 
 
 class SandboxProcess(asyncio.Protocol):
-    """A process that is started, does jobs, and ends."""
+    """A sandbox process from its start to its exit."""
 
     def __init__(
         self,
@@ -96,9 +96,10 @@ class SandboxProcess(asyncio.Protocol):
         on_gone: Callable[[SandboxProcess], object],
         start_s: float = START_S,
     ) -> None:
-        """Take what it tells. `start_s`: most seconds until it is ready.
+        """Store the callbacks. start_s: maximum seconds until the process is ready.
 
-        on_idle: it can do a job. on_done: a job has ended, and took so many CPU seconds. on_gone: it has ended.
+        on_idle: the process can take a job. on_done: a job has ended, with its CPU seconds. on_gone: the process has
+        exited.
         """
         self._on_idle = on_idle
         self._on_done = on_done
@@ -107,13 +108,13 @@ class SandboxProcess(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.Transport | None = None
-        self._last_moment_s = 0.0  # the loop's time at which it is killed, if its socket is closed
+        self._last_moment_s = 0.0  # loop time at which it is killed after its socket was closed
         self._timer: asyncio.TimerHandle | None = None
         self._received = bytearray()
         self._job: QueuedJob | None = None
-        self._begun_s = 0.0  # the loop's time
+        self._begun_s = 0.0  # loop time
         self._cpu_before_s: float | None = None
-        self._is_slow = False  # it gives way to everything else, for good
+        self._is_slow = False  # runs at `SLOW_NICENESS`, permanently
         self._is_ending = False
         self.was_ready = False
         self.is_filtered = False  # the kernel filters its system calls
@@ -122,12 +123,12 @@ class SandboxProcess(asyncio.Protocol):
 
     @property
     def pid(self) -> int:
-        """Its process id; 0 while it has none."""
+        """The process id; 0 before the start."""
         return self._process.pid if self._process is not None else 0
 
     async def start(self, command: Sequence[str]) -> None:
-        """Start it: it will be idle or gone. Raises OSError."""
-        # Where TZ is set, the C library does not look the zone's file up again.
+        """Start the process, which then becomes idle or exits. Raises OSError."""
+        # With TZ set, the C library does not read the zone's file again.
         zone = os.environ.get("TZ", ":/etc/localtime")
         environment = {**ENVIRONMENT, "TZ": zone, **{key: os.environ[key] for key in PASSED_ON if key in os.environ}}
         mine, its = socket.socketpair()
@@ -141,11 +142,11 @@ class SandboxProcess(asyncio.Protocol):
         await self._loop.create_unix_connection(lambda: self, sock=mine)
 
     def begin(self, job: QueuedJob) -> None:
-        """Do a job; it must be idle."""
+        """Run a job on the process, which must be idle."""
         assert self._transport is not None
         self._job, self.is_idle = job, False
         self._begun_s, self._cpu_before_s = self._loop.time(), self._cpu_s()
-        if sys.platform == "linux" and self._cpu_before_s is not None:  # in case this loop does not turn in time
+        if sys.platform == "linux" and self._cpu_before_s is not None:  # in case the event loop is late
             most_s = math.ceil(self._cpu_before_s + job.limit_s) + 1
             with suppress(OSError):
                 resource.prlimit(self.pid, resource.RLIMIT_CPU, (most_s, resource.RLIM_INFINITY))
@@ -154,7 +155,7 @@ class SandboxProcess(asyncio.Protocol):
         job.payload = b""
 
     def end(self, why: LorafleetError | None = None) -> None:
-        """Kill it. why: what its job, if it has one, fails with."""
+        """Kill the process. why: error of its job, if it has one."""
         if self._is_ending:
             return
         self._is_ending, self.is_idle = True, False
@@ -168,7 +169,7 @@ class SandboxProcess(asyncio.Protocol):
     # ------------------------------------------------------------ time
 
     def _look(self) -> None:
-        """See how far the job is; it may have computed for `limit_s`, and is given up after `most_s`."""
+        """Check the job's progress, and kill the process after `limit_s` of CPU time or `most_s` of wall-clock time."""
         job = self._job
         if job is None:
             return
@@ -192,29 +193,29 @@ class SandboxProcess(asyncio.Protocol):
         self._timer = self._loop.call_later(delay_s, look)
 
     def _cpu_s(self) -> float | None:
-        """Return the CPU seconds that it has used; None if it is gone, or the system does not tell."""
+        """Return the CPU seconds used by the process; None if it has exited, or the system does not report them."""
         if sys.platform == "linux":
             with suppress(OSError):
                 return time.clock_gettime(~self.pid << 3 | 2)  # as clock_getcpuclockid makes it
         return None
 
     def _used_s(self) -> float:
-        """Return the CPU seconds of its job, or the seconds that have passed where they are not known."""
+        """Return the CPU seconds of the current job; if unknown, its wall-clock seconds."""
         now_s, before_s = self._cpu_s(), self._cpu_before_s
         return self._loop.time() - self._begun_s if now_s is None or before_s is None else now_s - before_s
 
-    # ------------------------------------------------------------ what it says
+    # ------------------------------------------------------------ its output
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Note that it has been started."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        """Store the transport, and start the timer for readiness."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transport has another base class
         if self._is_ending:  # while it was being started
             self._transport.abort()
         else:
             self._look_after(self._start_s, self.end)
 
     def data_received(self, data: bytes) -> None:
-        """Take what it writes."""
+        """Process output: an answer, or the readiness byte. Anything else ends the process."""
         if self._is_ending:
             return
         self._received += data
@@ -224,7 +225,7 @@ class SandboxProcess(asyncio.Protocol):
             self.was_ready, self.is_filtered = True, self._received == READY
             self._become_idle()
         else:
-            self.end()  # nobody asked
+            self.end()  # unsolicited output
 
     def _read_answer(self, job: QueuedJob) -> None:
         if len(self._received) < SIZE_BYTES:
@@ -256,7 +257,7 @@ class SandboxProcess(asyncio.Protocol):
         self._on_idle(self)
 
     def _settle(self, job: QueuedJob, outcome: Answer | LorafleetError) -> None:
-        """Pass on what came of its job."""
+        """Deliver the outcome of the job and report its CPU seconds."""
         self._job = None
         cost_s = self._used_s()
         if not isinstance(outcome, Answer):
@@ -269,7 +270,7 @@ class SandboxProcess(asyncio.Protocol):
     # ------------------------------------------------------------ how it ends
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait until it has ended, and end it if it does not: it listens and answers no more."""
+        """Wait until the process exits, and kill it if it does not: it can no longer answer."""
         self.is_idle = False
         self._last_moment_s = self._loop.time() + LAST_MOMENT_S
         self._reap()
@@ -283,7 +284,7 @@ class SandboxProcess(asyncio.Protocol):
         self._look_after(REAP_S, self._reap)
 
     def _leave(self) -> None:
-        """Note that it has ended, or that it could not be started."""
+        """Clean up after the process has exited or could not be started."""
         self._is_ending = True
         if self._timer is not None:
             self._timer.cancel()
@@ -303,9 +304,9 @@ class SandboxProcess(asyncio.Protocol):
 
 
 def _launched(command: Sequence[str], socket_fd: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a process that reads and writes a socket, within a millisecond. Raises OSError.
+    """Start a process whose standard input and output are a socket, within a millisecond. Raises OSError.
 
-    Popen uses vfork. The event loop's `subprocess_exec`, of uvloop, forks: that stops a gateway of 600 MB for 40 ms.
+    Popen uses vfork. uvloop's `subprocess_exec` forks, which stops a gateway of 600 MB for 40 ms.
     """
     return subprocess.Popen(command, stdin=socket_fd, stdout=socket_fd, env=environment)
 

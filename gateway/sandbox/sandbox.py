@@ -1,9 +1,8 @@
-"""Runs what strangers wrote, chat templates of adapters and grammars of clients, in processes that can be killed.
+"""Runs untrusted code, adapters' chat templates and clients' grammars, in processes that can be killed.
 
-Jinja's sandbox keeps a template from Python's objects, not from an endless loop or a text without limit, and a grammar
-of a few lines may take minutes to compile. The processes, `child`, keep their time and memory apart from
-everybody else's requests, and can reach nothing (`lockdown`). `turns` says whose job is next, `process` is the
-gateway's side of one process.
+Jinja's sandbox protects Python's objects, but does not stop an endless loop or unlimited output; and a grammar of a few
+lines may take minutes to compile. The processes (`child`) have their own limits of time and memory, and no access to
+anything else (`lockdown`). `turns` orders the jobs; `process` is the gateway's side of one process.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE_S = 5.0
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
-"""How long no process is started after one that could not be: at first, and at most."""
+"""Seconds without a new start after a failed one: initially, and at most."""
 
 COMMAND = (sys.executable, "-s", "-P", "-m", "gateway.sandbox.child")
 
 
 class SandboxPool:
-    """A few processes for what strangers wrote, started when they are needed, shared fairly by tenants."""
+    """A few processes for untrusted code, started on demand and shared fairly by tenants."""
 
     def __init__(
         self,
@@ -45,8 +44,8 @@ class SandboxPool:
     ) -> None:
         """tokenizer: path of the base model's tokenizer.json, for grammars. on_wait: called in a task that must wait.
 
-        command: starts a process; the gateway's process id, `tokenizer` and maybe a word are added to it. start_s: its
-        most seconds until it is ready. template_s: most CPU seconds of a template.
+        command: starts a process; the gateway's process id, `tokenizer` and possibly WITH_VOCABULARY are appended.
+        start_s: maximum seconds until it is ready. template_s: maximum CPU seconds of a template.
         """
         self._num_processes = num_processes
         self.on_wait = on_wait
@@ -55,24 +54,24 @@ class SandboxPool:
         self._start_s = start_s
         self._template_s = template_s
         self._turns: Turns[QueuedJob] = Turns(num_processes)
-        self._processes: set[SandboxProcess] = set()  # from before their start until they are gone
-        self._idle: list[SandboxProcess] = []  # the next one last: it was used last, and remembers most
+        self._processes: set[SandboxProcess] = set()  # from before their start until their exit
+        self._idle: list[SandboxProcess] = []  # used as a stack: the latest has the warmest caches
         self._starts: set[asyncio.Task[None]] = set()
-        self._num_failed = 0  # starts, since the last that succeeded
-        self._retry_s = 0.0  # monotonic: no start before
+        self._num_failed = 0  # failed starts since the last success
+        self._retry_s = 0.0  # monotonic time before which none is started
         self._warned = False
         self._closed = False
 
     @property
     def pids(self) -> list[int]:
-        """Ids of the processes that run."""
+        """Ids of the running processes."""
         return [process.pid for process in self._processes if process.pid]
 
     async def do(self, job: SandboxJob, *, tenant: str, limit_s: float | None = None) -> Answer:
-        """Return what came of a job. limit_s: its most CPU seconds, None for those of a template.
+        """Return the answer to a job. limit_s: its maximum CPU seconds, None for a template's.
 
-        Raises BadRequest for what is the job's own fault, Overloaded at its tenant's limits, and Unavailable without a
-        process or on a machine that is too busy.
+        Raises BadRequest if the job itself fails, Overloaded at its tenant's limits, and Unavailable without a process
+        or on a machine that is too busy.
         """
         try:
             payload = framed(job)
@@ -93,14 +92,14 @@ class SandboxPool:
             self._turns.remove(mine)
 
     async def render(self, job: Render, *, tenant: str) -> str:
-        """Return what a template makes of messages. Raises as `do`, and BadRequest with the template's words."""
+        """Return the text rendered from messages. Raises as `do`, and BadRequest with the template's own error."""
         answer = await self.do(job, tenant=tenant)
         if answer.refusal:
             raise BadRequest(answer.refusal, param="messages")
         return answer.text
 
     async def close(self) -> None:
-        """End the processes. Jobs that wait or run fail with Unavailable."""
+        """End the processes. Waiting and running jobs fail with Unavailable."""
         self._closed = True
         self._dispatch()
         await asyncio.gather(*self._starts)
@@ -109,14 +108,14 @@ class SandboxPool:
             if process.pid:
                 await process.gone.wait()
 
-    # ------------------------------------------------------------ who does what
+    # ------------------------------------------------------------ dispatch
 
     def _dispatch(self) -> None:
-        """Give jobs to the processes that are idle, and start as many as there are more jobs for."""
+        """Give jobs to idle processes, and start processes for the remaining jobs."""
         if self._closed:
             self._fail_waiting(_closing())
         while self._idle:
-            if not self._idle[-1].is_idle:  # it has ended meanwhile
+            if not self._idle[-1].is_idle:  # it has ended in the meantime
                 self._idle.pop()
             elif (job := self._turns.next(time.monotonic())) is not None:
                 self._idle.pop().begin(job)
@@ -147,7 +146,7 @@ class SandboxPool:
             logger.warning("a process for templates and grammars: %s", error)
 
     def _ready(self, process: SandboxProcess) -> None:
-        """Take a process that can do a job, the first time or again."""
+        """Take a process that has become idle."""
         self._num_failed = 0
         if not process.is_filtered and not self._warned:
             self._warned = True
@@ -186,7 +185,7 @@ def _no_process(wait_s: float) -> Unavailable:
 
 @dataclass(frozen=True, slots=True)
 class SandboxedTemplate:
-    """A chat template that is only ever compiled and rendered in the sandbox."""
+    """A chat template that is compiled and rendered only in the sandbox."""
 
     source: str
     special_tokens: dict[str, str]
@@ -201,6 +200,9 @@ class SandboxedTemplate:
         variables: dict[str, Any],
         tenant: str,
     ) -> str:
-        """Return the prompt of normalized messages, as `ChatTemplate.render`. Raises as `SandboxPool.render`."""
+        """Return the prompt rendered from normalized messages, as `ChatTemplate.render`.
+
+        Raises as `SandboxPool.render`.
+        """
         job = Render(self.source, self.special_tokens, messages, add_generation_prompt, variables, continue_final)
         return await self.sandbox.render(job, tenant=tenant)

@@ -1,8 +1,8 @@
-"""The order in which a pool of processes does jobs, and how many may wait. Pure: times are given.
+"""Orders the jobs of a process pool, and limits how many may wait. Pure: times are arguments.
 
-Tenants take turns, those first whose jobs have cost little of late. No tenant has all the processes, so that another
-one's first job finds one. What waits is bounded in number and bytes, of each tenant and of all; what jobs cost is
-bounded in CPU seconds of each tenant.
+Tenants are served round-robin, first those without CPU debt. No tenant gets all processes, so that another's first job
+finds one. Waiting jobs are bounded in number and bytes, per tenant and in total; a tenant's jobs are bounded in CPU
+seconds.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ MAX_WAITING = 8192
 MAX_TENANT_WAITING = 2048
 MAX_WAITING_BYTES = 128 << 20
 MAX_TENANT_BYTES = 32 << 20
-"""Also the most of a single job."""
+"""Also the maximum of a single job."""
 
 MAX_DEBT_S = 30.0
 DEBT_RATE = 0.5
-"""A tenant may use so many CPU seconds a second in the long run, and `MAX_DEBT_S` more at once."""
+"""CPU seconds per second that a tenant may use in the long run; `MAX_DEBT_S` more are allowed in a burst."""
 
 RETRY_S = 2.0
 MIN_FORGET = 1024
-"""Number of tenants from which on those are looked for that are owed and owe nothing any more."""
+"""Number of tenants at which those without jobs and debt are removed."""
 
 
 @dataclass(eq=False, slots=True)
 class SandboxTurn:
-    """A job's place in the queue."""
+    """A queued job's tenant and size."""
 
     tenant: str
     num_bytes: int
@@ -43,34 +43,34 @@ T = TypeVar("T", bound=SandboxTurn)
 @dataclass(slots=True)
 class _Tenant(Generic[T]):
     waiting: OrderedDict[T, None] = field(default_factory=OrderedDict)
-    num_bytes: int = 0  # of those that wait
+    num_bytes: int = 0  # of waiting jobs
     num_running: int = 0
-    settled_s: float = -math.inf  # when what its jobs cost will be forgotten
+    settled_s: float = -math.inf  # when its debt is paid off
 
     def debt_s(self, now_s: float) -> float:
-        """Return the CPU seconds that it has used beyond its rate."""
+        """Return the CPU seconds used beyond its rate."""
         return max(0.0, self.settled_s - now_s) * DEBT_RATE
 
 
 class Turns(Generic[T]):
-    """The jobs that wait for one of `num_processes`."""
+    """The jobs that wait for one of `num_processes` processes."""
 
     def __init__(self, num_processes: int) -> None:
         self._most_running = max(1, num_processes - 1)
         self._tenants: dict[str, _Tenant[T]] = {}
         self._rings: tuple[OrderedDict[str, None], ...] = (OrderedDict(), OrderedDict())
-        """Tenants with jobs that wait, next first: those without debt, then the others."""
+        """Tenants with waiting jobs, next first: those without debt, then the others."""
         self._num_waiting = 0
         self._num_bytes = 0
         self._forget_at = MIN_FORGET
 
     def __contains__(self, turn: T) -> bool:
-        """Return whether a job waits."""
+        """Return whether a job is waiting."""
         tenant = self._tenants.get(turn.tenant)
         return tenant is not None and turn in tenant.waiting
 
     def add(self, turn: T, now_s: float) -> None:
-        """Let a job wait. Raises BadRequest for one that is too large, Overloaded and Unavailable without a place."""
+        """Queue a job. Raises BadRequest if it is too large, Overloaded or Unavailable if a limit is reached."""
         if turn.num_bytes > MAX_TENANT_BYTES:
             raise BadRequest(f"messages and template have {turn.num_bytes} bytes; the limit is {MAX_TENANT_BYTES}")
         tenant = self._tenants.get(turn.tenant) or _Tenant[T]()
@@ -107,19 +107,19 @@ class Turns(Generic[T]):
         self._forget_at = max(MIN_FORGET, 2 * len(self._tenants))
 
     def remove(self, turn: T) -> None:
-        """Take a job back, if it still waits."""
+        """Remove a job if it still waits."""
         if turn in self:
             self._take(self._tenants[turn.tenant], turn)
 
     def clear(self) -> list[T]:
-        """Take all jobs back that wait, and return them."""
+        """Remove and return all waiting jobs."""
         waiting = [turn for tenant in self._tenants.values() for turn in tenant.waiting]
         for turn in waiting:
             self.remove(turn)
         return waiting
 
     def num_ready(self, most: int) -> int:
-        """Return how many jobs would begin if there were processes enough, `most` at most."""
+        """Return how many jobs could begin with unlimited processes, at most `most`."""
         num = 0
         for ring in self._rings:
             for name in ring:
@@ -130,7 +130,7 @@ class Turns(Generic[T]):
         return num
 
     def next(self, now_s: float) -> T | None:
-        """Return whose turn it is, and count it as running; None if nobody may begin."""
+        """Return the next job and count it as running; None if none may begin."""
         for ring in self._rings:
             for name in ring:
                 tenant = self._tenants[name]
@@ -145,7 +145,7 @@ class Turns(Generic[T]):
         return None
 
     def ended(self, turn: T, cost_s: float, now_s: float) -> None:
-        """Note that a job that was running has ended, and the CPU seconds that it took."""
+        """Count a running job as ended, and charge its CPU seconds to its tenant."""
         tenant = self._tenants[turn.tenant]
         tenant.num_running -= 1
         tenant.settled_s = max(tenant.settled_s, now_s) + cost_s / DEBT_RATE

@@ -1,1 +1,1 @@
-"""The HTTP server: uvicorn's, with limits on connections, heads and bodies."""
+"""The HTTP server: uvicorn's, with limits on connections, request heads and bodies."""

@@ -1,9 +1,9 @@
-"""One connection of a client: uvicorn's protocol, and what it lacks: limits of bytes and time.
+"""One client connection: uvicorn's protocol, with additional limits of bytes and time.
 
-uvicorn and httptools bound a body's bytes in memory (reading pauses at 64 kB) and an answer's (writing does), and close
-connections that idle between two requests. They do not bound the head of a request, the framing of its body, requests
-sent ahead, or the time that any of these take. Heads count here as they arrive; time is looked at once a second, by
-`Connection.sweep`, so that a request costs no timer.
+uvicorn and httptools bound the buffered bytes of a body (reading pauses at 64 kB) and of an answer (writing pauses
+too), and close idle connections. They do not bound a request's head, its chunk framing, pipelined requests, or the time
+that any of these take. Heads are counted as they arrive; times are checked once a second by `Connection.sweep`, so that
+a request needs no timer.
 """
 
 from __future__ import annotations
@@ -25,53 +25,53 @@ from protocol.wire.errors import LorafleetError
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 1 << 16
-"""Largest head of a request: request line and headers; of what frames a body in chunks, beyond the body's own size."""
+"""Maximum bytes of a request's head (request line and headers), and of chunk framing beyond the body's own size."""
 
 MAX_HEADERS = 128
 
 MAX_PIPELINED = 16
-"""Most requests that a client may send ahead on one connection."""
+"""Maximum requests pipelined on one connection."""
 
 MIN_BYTES_PER_S = 8192
-"""Slowest client: bodies and answers get so much more time than their timeout."""
+"""Minimum rate of a client: timeouts of bodies and answers are extended by their bytes at this rate."""
 
 FREE_BYTES = 1 << 12
-"""Bytes of a head, or of a body that waits to be read, that a connection is not charged for: few honest ones have
-more."""
+"""Bytes of a head, or of an unread body, for which a connection is not charged; honest requests rarely have more."""
 
 UNSENT_BYTES = 1 << 13
-"""Bytes of an answer beyond the system's buffers from which on its client is waited for, and charged for them."""
+"""Unsent bytes of an answer, beyond the system's buffers, above which writing pauses and the client's address is
+charged."""
 
 LINGER_S = 2.0
-"""Time for which the rest of a refused request is read and thrown away, so that its client reads the answer."""
+"""Seconds for which the rest of a refused request is read and discarded, so that its client can read the answer."""
 
 MAX_LINGER_BYTES = 1 << 22
 
 MAX_HELD_BYTES = 1 << 16
-"""Parts of answers that wait for the end of a turn, on all connections together."""
+"""Maximum bytes of answers, on all connections together, buffered until the loop's next iteration."""
 
 CONNECTION = "lorafleet.connection"
-"""Scope key of the connection that a request came on, for `takes_parts` and `write_part`."""
+"""Scope key of a request's connection, for `takes_parts` and `write_part`."""
 
 Phase = Literal["idle", "head", "body", "answer", "linger"]
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """How long clients may take."""
+    """Time limits of clients."""
 
-    idle_s: float = 75.0  # before a request begins; longer than the usual 60 s of load balancers: they close first
+    idle_s: float = 75.0  # maximum idle time; longer than load balancers' usual 60 s: they close first
     head_s: float = 15.0
-    body_s: float = 60.0  # and a second for each MIN_BYTES_PER_S that have arrived
+    body_s: float = 60.0  # plus a second per MIN_BYTES_PER_S received bytes
     send_s: float = 60.0  # maximum time for a client to read its answer, plus a second per MIN_BYTES_PER_S unsent bytes
     discarded_bytes: int = 32 << 20  # maximum discarded bytes of an unread body
 
 
 class Parts:
-    """Parts of answers, to be written together once all of them are made.
+    """Buffers parts of several answers, to write them together.
 
-    A step brings a token to each of many streams. To make all parts and then to write them is less work than to write
-    each once it is made: what Python does and what the system does to send put each other out of the caches.
+    A step yields a token for each of many streams. Making all parts before writing any is faster than alternating: the
+    code of Python and of the kernel evict each other from the CPU caches.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Parts:
         self._num_bytes = 0
 
     def add(self, transport: asyncio.Transport, part: bytes) -> None:
-        """Take a part. It is written before anything that is put into the loop's queue from now on."""
+        """Buffer a part. It is written before any callback that is added to the loop from now on."""
         if not self._held:
             asyncio.get_running_loop().call_soon(self._write)
         self._held.append((transport, part))
@@ -95,19 +95,19 @@ class Parts:
 
 
 class _RefusedError(Exception):
-    """Ends the parsing of a request."""
+    """Aborts the parsing of a request."""
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that is dropped, with a reason, when its client takes too much or too long."""
+    """A connection that is dropped, with a reason, if its client exceeds a limit."""
 
     def __init__(
         self, *args: Any, limits: ConnectionLimits, shape_of: ShapeOf,
         on_lost: Callable[[], object], charge: Charge, parts: Parts, **more: Any,
     ) -> None:  # fmt: skip
-        """`shape_of`: how errors of a request are written; `on_lost` is called at the end.
+        """Store the limits. shape_of: the error format of a request; on_lost: called when the connection ends.
 
-        `charge`: what its address is charged for what has not been read here, or not there. `parts`: the server's.
+        charge: the address's charge for unread input and unsent output. parts: shared by the server's connections.
         """
         super().__init__(*args, **more)
         self._charge = charge
@@ -116,25 +116,25 @@ class Connection(HttpToolsProtocol):
         self._on_lost = on_lost
         self._parts = parts
         self._phase: Phase = "idle"
-        self._since_s = self.loop.time()  # begin of the phase
-        self._num_bytes = 0  # bytes received for it, approximately: a piece counts for the request in which it ends
+        self._since_s = self.loop.time()  # start of the phase, in loop time
+        self._num_bytes = 0  # bytes received in the phase, roughly: a chunk counts for the request it ends in
         self._num_body = 0  # bytes of the body among them
         self._num_headers = 0
         self._head_bytes = 0
-        self._unsent_since_s: float | None = None  # since when the client has not read
+        self._unsent_since_s: float | None = None  # loop time since which the client has not read
         self._unsent_bytes = 0
         self._refusal: LorafleetError | None = None
-        self._answering: RequestResponseCycle | None = None  # `cycle` is the request that came last
+        self._answering: RequestResponseCycle | None = None  # `cycle` is the latest request
 
-    # ------------------------------------------------------------ what is held
+    # ------------------------------------------------------------ memory
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin."""
+        """Set the limit of the write buffer."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=UNSENT_BYTES)
 
     def _settle(self) -> None:
-        """Charge the address for what this connection holds, which ends where there is no room for it."""
+        """Charge the address for the bytes that this connection holds; without room, refuse the request or drop it."""
         held = self.transport.get_write_buffer_size() + (self._num_bytes if self._phase == "head" else 0)
         cycles = [self.cycle] if self.cycle is not None else []
         held += sum(len(cycle.body) for cycle in (*cycles, *(waiting for waiting, _ in self.pipeline)))
@@ -146,10 +146,10 @@ class Connection(HttpToolsProtocol):
             else:
                 self._drop("memory")
 
-    # ------------------------------------------------------------ what arrives
+    # ------------------------------------------------------------ input
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has arrived, within the limits."""
+        """Parse received bytes, within the limits."""
         if self._phase == "linger":
             self._num_bytes += len(data)
             if self._num_bytes > MAX_LINGER_BYTES:
@@ -170,12 +170,12 @@ class Connection(HttpToolsProtocol):
             self._settle()
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of the request line."""
+        """Count and store a part of the request line."""
         self._count_head(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header. Those after a body are counted, and ignored."""
+        """Count and store a header. Trailers after a body are counted, and ignored."""
         self._num_headers += 1
         if self._num_headers > MAX_HEADERS:
             self._fail(HttpError(431, f"a request may have at most {MAX_HEADERS} headers", code="headers_too_large"))
@@ -184,32 +184,32 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Reset the counters for a new request."""
         super().on_message_begin()
         self._num_headers = self._head_bytes = 0
         if self._phase != "head":
             self._enter("head")
 
     def on_headers_complete(self) -> None:
-        """Begin to answer."""
+        """Start handling the request, unless too many are pipelined."""
         if len(self.pipeline) >= MAX_PIPELINED:
             self._fail(HttpError(400, f"at most {MAX_PIPELINED} requests may be pipelined", code="too_many_requests"))
         self._enter("body")
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of the body."""
+        """Count and pass on a part of the body."""
         self._num_body += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Note that the request is complete."""
+        """Enter the next phase after a complete request."""
         is_answered = self.cycle is None or self.cycle.response_complete
         self._enter("idle" if is_answered and not self.pipeline else "answer")
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Note that the answer is complete."""
+        """Enter the idle phase after a complete answer."""
         if self._phase == "answer" and not self.pipeline:
             self._enter("idle")
         super().on_response_complete()
@@ -225,27 +225,27 @@ class Connection(HttpToolsProtocol):
             self._fail(_head_too_large())
 
     def _fail(self, error: LorafleetError) -> None:
-        """Stop the parser, which ends in `send_400_response`."""
+        """Abort the parser, which then calls `send_400_response`."""
         self._refusal = error
         raise _RefusedError
 
-    # ------------------------------------------------------------ what is sent
+    # ------------------------------------------------------------ output
 
     def pause_writing(self) -> None:
-        """Note that the client does not read as fast as it is answered."""
+        """Record since when the client reads too slowly."""
         self._unsent_since_s, self._unsent_bytes = self.loop.time(), self.transport.get_write_buffer_size()
         super().pause_writing()
         self._settle()
 
     def resume_writing(self) -> None:
-        """Note that the client has read."""
+        """Record that the client has caught up."""
         self._unsent_since_s = None
         super().resume_writing()
         self._settle()
 
     @property
     def takes_parts(self) -> bool:
-        """Whether a part of the answer can be written at once: it has begun, in chunks, and its client reads it."""
+        """Whether `write_part` may be called: the answer has begun, is chunked, and its client keeps up."""
         cycle = self._answering
         return (
             cycle is not None
@@ -256,13 +256,16 @@ class Connection(HttpToolsProtocol):
         )
 
     def write_part(self, part: bytes) -> None:
-        """Write a part of the answer, at least one byte, in this turn of the loop; what follows, in a later one."""
+        """Write a non-empty part of the answer in this iteration of the loop.
+
+        What follows must be written in a later one.
+        """
         self._parts.add(self.transport, part)
 
-    # ------------------------------------------------------------ ends
+    # ------------------------------------------------------------ end
 
     def sweep(self, now_s: float) -> None:
-        """Drop the connection if its client takes too long."""
+        """Close the connection if its client takes too long."""
         limits, seconds = self._limits, now_s - self._since_s
         if self._charge.num_bytes:
             self._settle()
@@ -270,7 +273,7 @@ class Connection(HttpToolsProtocol):
             if now_s - self._unsent_since_s > limits.send_s + self._unsent_bytes / MIN_BYTES_PER_S:
                 self._drop("slow_reader")
         elif self.transport.is_closing():
-            # What it has been sent is small, and still it does not take it.
+            # The last bytes sent are few, yet the client does not read them.
             self._unsent_since_s, self._unsent_bytes = now_s, 0
         elif (self._phase == "linger" and seconds > LINGER_S) or (self._phase == "idle" and seconds > limits.idle_s):
             self.transport.close()
@@ -282,29 +285,29 @@ class Connection(HttpToolsProtocol):
             self._refuse(_too_slow(f"the request's body arrived too slowly: {self._num_body} bytes in {seconds:.0f} s"))
 
     def _body_s(self) -> float:
-        """Return how long the body may take that has come so far."""
+        """Return the maximum seconds for the body received so far."""
         return self._limits.body_s + self._num_body / MIN_BYTES_PER_S
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, or what the limits refuse."""
+        """Answer input that is not HTTP, or that exceeds a limit."""
         error, self._refusal = self._refusal or HttpError(400, msg, code="invalid_http"), None
         self._refuse(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let the server count."""
+        """Release the charge, and notify the server and the running requests."""
         self._charge.close()
         self._on_lost()
         self._abandon()
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Note which request is answered now: others may have been sent ahead, and wait."""
+        """Record which request is being answered: further ones may be pipelined."""
         self._answering = cycle
         cycle.scope[CONNECTION] = self  # type: ignore[typeddict-unknown-key]
         super()._start_asgi_task(cycle, app)
 
     def _refuse(self, error: LorafleetError) -> None:
-        """Answer a request with an error, as far as nothing of another answer has been sent, and close."""
+        """Answer a request with an error and close; drop the connection if another answer is in progress."""
         if self.transport.is_closing():
             return
         if self._is_answering():
@@ -319,13 +322,13 @@ class Connection(HttpToolsProtocol):
         self._enter("linger")
 
     def _is_answering(self) -> bool:
-        """Return whether an answer has begun, or is due, that an error would be taken for."""
+        """Return whether an answer has begun or is due, so that an error would be mistaken for it."""
         if self.cycle is None or self.cycle.response_complete:
             return False
         return bool(self.pipeline) or self._phase == "head" or self.cycle.response_started
 
     def _abandon(self) -> None:
-        """Let what is being answered know that nobody hears it."""
+        """Notify the requests being answered that the client has gone."""
         self.pipeline.clear()
         for cycle in (self._answering, self.cycle):
             if cycle is not None and not cycle.response_complete:
@@ -350,7 +353,7 @@ def _too_slow(message: str) -> HttpError:
 
 
 def _as_bytes(response: Response) -> bytes:
-    """Return a response as HTTP/1.1, after which the connection is closed."""
+    """Return a response as HTTP/1.1 bytes, with `connection: close`."""
     headers = [*response.raw_headers, (b"connection", b"close")]
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
     return STATUS_LINE[response.status_code] + lines + b"\r\n" + bytes(response.body)

@@ -1,4 +1,4 @@
-"""uvicorn's server, with the signals left to `protocol.runtime.service` and connections taken as fast as they come."""
+"""uvicorn's server, without its signal handling, and accepting many connections per iteration of the event loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACKLOG = 2048
 ACCEPTS_PER_TURN = 256
 MAX_FILES = 1 << 16
 RESERVED_FILES = 512
-"""Open files that clients may not take: they are for other uses, above all connections to the queue."""
+"""File descriptors not available to clients: they are for other uses, mainly connections to the queue."""
 
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -37,10 +37,10 @@ def _openai(_: object) -> ErrorShape:
 
 
 class HttpServer(uvicorn.Server):
-    """Serves the listening sockets that `serve` is given.
+    """Serves the listening sockets passed to `serve`.
 
-    uvloop's own servers take one connection in each turn of the loop (libuv 1.45 and later). In a gateway that brings
-    800 streams their tokens a turn takes 20 ms, so that of 800 new connections the last would wait for 15 s.
+    uvloop's own servers accept one connection per iteration of the loop (libuv 1.45 and later). In a gateway that
+    streams tokens to 800 clients an iteration takes 20 ms, so the last of 800 new connections would wait for 15 s.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class HttpServer(uvicorn.Server):
         shape_of: ShapeOf = _openai, origin_of: Callable[[Any], str] = origin_of,
         memory: MemoryAccount | None = None,
     ) -> None:  # fmt: skip
-        """`rest_s`: pause in which no connection is taken after one could not be; `shape_of`: as `Connection` has it.
+        """Store the limits. rest_s: seconds without accepting after a failure to accept; shape_of: see `Connection`.
 
-        `max_per_address`: most connections from one address, 0 for no limit. `origin_of`: what is one, by the system's.
-        `memory`: where addresses are charged for what their connections hold; None: no limit.
+        max_per_address: maximum connections per address, 0 for no limit. origin_of: maps a socket's address to the one
+        that is counted. memory: account that is charged for connections' buffers; None: no limit.
         """
         super().__init__(config)
         self._max_connections = max_connections
@@ -68,11 +68,11 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
+        """Do not handle signals; `protocol.runtime.service` does."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept."""
+        """Begin to accept connections."""
         await self.lifespan.startup()
         self.servers = []
         self._listeners = tuple(sockets or ())
@@ -84,19 +84,19 @@ class HttpServer(uvicorn.Server):
         self.started = True
 
     async def main_loop(self) -> None:
-        """Look after connections once a second until the server is to end, which it then does at once."""
+        """Run `on_tick` once a second until `end`, which takes effect at once."""
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._ending.wait()
 
     def end(self) -> None:
-        """Let `serve` return once answers have ended."""
+        """Make `serve` return once all answers have ended."""
         self.should_exit = True
         self._ending.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more, close the listeners, let answers end."""
+        """Stop accepting, close the listeners, and wait for answers to end."""
         for listener in self._listeners:
             asyncio.get_running_loop().remove_reader(listener)
         self._listeners = ()
@@ -106,13 +106,13 @@ class HttpServer(uvicorn.Server):
             listener.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        for _ in range(2):  # turns in which idle connections are closed; uvicorn would wait a tenth of a second
+        for _ in range(2):  # iterations in which idle connections close; uvicorn would wait 100 ms
             await asyncio.sleep(0)
         if self.server_state.connections or self.server_state.tasks:
             await super().shutdown()
 
     def _accept(self, listener: socket.socket) -> None:
-        """Take the connections that wait, but not so many that a turn of the loop becomes long."""
+        """Accept pending connections, limited in number so that the iteration stays short."""
         loop = asyncio.get_running_loop()
         for _ in range(ACCEPTS_PER_TURN):
             if len(self.server_state.connections) + len(self._opening) >= self._max_connections:
@@ -139,7 +139,7 @@ class HttpServer(uvicorn.Server):
             task.add_done_callback(self._opening.discard)
 
     def _rest(self, listener: socket.socket, why: object) -> None:
-        """Leave new connections to the system's queue for a while."""
+        """Stop accepting for `rest_s`; new connections wait in the system's queue."""
         logger.error("no connections are accepted for %g s: %s", self._rest_s, why)
         loop = asyncio.get_running_loop()
         loop.remove_reader(listener)
@@ -169,7 +169,7 @@ class HttpServer(uvicorn.Server):
             lost()
             if not isinstance(error, OSError):
                 raise
-            logger.debug("a connection could not be opened: %s", error)  # the client has left already
+            logger.debug("a connection could not be opened: %s", error)  # the client has already left
 
     def _lost(self, origin: str) -> None:
         self._num_of[origin] -= 1
@@ -177,7 +177,7 @@ class HttpServer(uvicorn.Server):
             del self._num_of[origin]
 
     async def on_tick(self, counter: int) -> bool:
-        """Look for clients that take too long; return whether to end."""
+        """Close connections of clients that take too long; return whether to end."""
         now_s = asyncio.get_running_loop().time()
         for connection in list(self.server_state.connections):
             if isinstance(connection, Connection):
@@ -186,9 +186,9 @@ class HttpServer(uvicorn.Server):
 
 
 def allow_connections() -> int:
-    """Let this process open as many files as it may; return how many connections of clients that allows.
+    """Raise this process's limit of open files to the maximum; return how many client connections that allows.
 
-    Shells set a lower limit, often 1,024, for programs that use `select`.
+    Shells often set a limit of 1,024, for programs that use `select`.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)

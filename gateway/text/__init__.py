@@ -1,1 +1,1 @@
-"""Text and tokens: tokenizers, and reading an answer."""
+"""Tokenizers, and the parsing of answers' text."""

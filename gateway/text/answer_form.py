@@ -1,4 +1,4 @@
-"""The form of a chat answer of reasoning, text and tool calls: how it is read, and the grammar of it. Pure."""
+"""The form of a chat answer with reasoning, text and tool calls: how it is parsed, and its grammar. Pure."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from gateway.tools.xml_calls import raw_parameters
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """What a chat answer may consist of besides text."""
+    """The allowed parts of a chat answer besides text."""
 
-    thought: Thought | None  # the marks of reasoning, if the template has any
+    thought: Thought | None  # the marks of reasoning, if the template has them
     opened: bool  # the prompt ends within the reasoning
-    style: ToolStyle | None  # how calls are written, if any may come
-    shown: Mapping[int, str]  # special tokens that delimit its parts, as text; others are no part of a text
-    raw: Mapping[str, Collection[str]]  # of each tool, the parameters whose values stand in tags as they are
+    style: ToolStyle | None  # how tool calls are written, if they are allowed
+    shown: Mapping[int, str]  # text of the special tokens that delimit parts; other special tokens are not shown
+    raw: Mapping[str, Collection[str]]  # tool -> its parameters whose values are raw text in tags, not JSON
 
     def splitter(self) -> AnswerParts:
-        """Return a new splitter, for one answer."""
+        """Return a new splitter for one answer."""
         return AnswerParts(thought=self.thought, opened=self.opened, style=self.style, raw=self.raw)
 
     def call_id(self, rid: str, index: int, prefix: str = "call_") -> str:
-        """Return the id of a request's call; the same each time the answer is read. prefix: of the API."""
+        """Return the id of a request's tool call, which is the same on each reading. prefix: depends on the API."""
         num = self.style.id_characters if self.style is not None else 24
         digest = hashlib.sha256(f"{rid}/{index}".encode()).hexdigest()[:num]
         return digest if num == 9 else prefix + digest
 
 
 def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool, continued: bool = False) -> AnswerForm | None:
-    """Return the form of an answer; None if it is nothing but text. opened: the prompt ends within the reasoning.
+    """Return the form of an answer; None if it is plain text. opened: the prompt ends within the reasoning.
 
-    continued: it ends within the answer's text, behind any reasoning.
+    continued: the prompt ends within the answer's text, after any reasoning.
     """
     template = files.template.source if files.template is not None else ""
     thought = None if continued else next((marks for marks in THOUGHTS if marks[1] in template), None)
@@ -61,13 +61,13 @@ def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool, continued: 
 async def found_form(
     files: ModelFiles, tools: Tools | None, *, opened: bool, continued: bool = False
 ) -> AnswerForm | None:
-    """Return what `form_of` does, which of many tools takes long."""
+    """Return `form_of(…)`, in a thread if many tools make it slow."""
     make = partial(form_of, files, tools, opened=opened, continued=continued)
     return make() if tools is None or tools.num_bytes <= FEW_BYTES else await asyncio.to_thread(make)
 
 
 def marker_ids(files: ModelFiles) -> MarkerId:
-    """Return a function that finds the ids of markers that are one token of a model."""
+    """Return a function that returns the id of a marker if it is a single token of a model."""
     return files.tokens.added.get
 
 
@@ -78,10 +78,10 @@ def answer_grammar(
     marker: MarkerId,
     max_thought: int | None = None,
 ) -> list[Constraint]:
-    """Return the grammar of an answer, followed by those that it refers to by name; [] if any answer will do.
+    """Return the grammar of an answer, followed by the grammars that it refers to by name; [] if unconstrained.
 
-    max_thought: tokens of reasoning, after which its end mark follows; None for any number. It has no effect where the
-    mark is not one token, which alone can be forced.
+    max_thought: maximum reasoning tokens, after which the end mark is forced; None for no limit. Ignored if the mark is
+    not a single token, since only a token can be forced.
     """
     if form is None or form.thought is None or marker(form.thought[1]) is None:
         max_thought = None
@@ -91,7 +91,7 @@ def answer_grammar(
     elif constraint is not None:
         grammars = [constraint]
     elif max_thought is not None and form is not None and form.thought is not None:
-        # An answer that opened reasoning would not be held to its limit.
+        # An answer may not open reasoning itself, which would have no limit.
         text = f"TEXT: /(?s:.*)/ & ~/[ \\n]*{lark_regex(form.thought[0])}(?s:.*)/"
         grammars = [{"lark_grammar": f"start: TEXT\n{text}"}]
     else:
@@ -108,10 +108,10 @@ def answer_grammar(
 def _after_reasoning(thought: Thought, marker: MarkerId, *, opened: bool, limit: int | None) -> Constraint:
     """Return the grammar of free reasoning, followed by an answer of the grammar named `answer`.
 
-    limit: most tokens of the reasoning, None for any number.
+    limit: maximum reasoning tokens, None for no limit.
     """
     begin, end = map(marker, thought)
-    # If the end mark is one token, its text must not be spelled out by others.
+    # If the end mark is one token, other tokens must not spell its text.
     other = "" if end is None else f" & ~/(?s:.*){lark_regex(thought[1])}(?s:.*)/"
     rules = [f"THOUGHT: /(?s:.*)/{other}", r"GAP: /[ \n]{1,4}/"]
     if end is None:

@@ -1,8 +1,8 @@
-"""Splits a chat answer, which comes in pieces, into reasoning, text for the user, and tool calls. Pure.
+"""Splits a streamed chat answer into reasoning, text and tool calls. Pure.
 
-What a model writes is a stranger's text: whoever writes the prompt may choose it. So each character costs the same
-however much came before it: a text that may still become the beginning of a call, or be dropped before one, is held up
-to a limit, and a long text is read some characters at a time.
+A model's output is untrusted: the author of the prompt may control it. So the cost per character does not depend on the
+preceding text. Text that may be the start of a call, or white space to be dropped before one, is held back up to a
+limit, and long text is processed in pieces.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gateway.tools.styles import ToolStyle
 from gateway.tools.xml_calls import XmlArguments
 from protocol.wire.text import overlap
 
-re2: Any = _re2  # it has no types
+re2: Any = _re2  # untyped
 
 Thought = tuple[str, str]
 """The marks before and after a model's reasoning."""
@@ -27,42 +27,42 @@ THOUGHTS: tuple[Thought, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"
 """The marks of Qwen, DeepSeek and most others; of Mistral."""
 
 MAX_HEAD = 1024
-"""Most characters of a call before its arguments. A longer text that began like one is none."""
+"""Maximum characters of a call before its arguments. Longer text is not a call."""
 
 MAX_SPACE = 1024
-"""Most white space that is no part of the text because reasoning or a call follows it."""
+"""Maximum white space dropped between text and the reasoning or call that follows."""
 
 AT_ONCE = 1024
-"""Characters that are read at a time."""
+"""Characters processed at a time."""
 
-_HEADS: dict[str, Any] = {  # how a call begins, by the way its body is written; the group is its name
+_HEADS: dict[str, Any] = {  # style of the body -> pattern of a call's start; the group is its name
     "json": re2.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*\S'),
     "named": re2.compile(r"(?:\[TOOL_CALLS\])?\s*([\w-]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]\s*\S"),
 }
 _FUNCTION = "<function="
-_IN_STRING, _BETWEEN = re.compile(r'["\\]'), re.compile(r'["{}\[\]]')  # what changes where in JSON one is
+_IN_STRING, _BETWEEN = re.compile(r'["\\]'), re.compile(r'["{}\[\]]')  # they change the state of the scan
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of an answer, or a piece of one. A call is its name, and the pieces of its arguments after it."""
+    """A part of an answer, or a piece of one. A call consists of a part with its name, then pieces of its arguments."""
 
     kind: Literal["text", "reasoning", "call", "arguments"]
-    text: str  # of a call: its name
-    index: int = 0  # of the call
+    text: str  # for a call, its name
+    index: int = 0  # index of the call
 
 
 class ReasoningSplitter:
-    """Separates reasoning, which stands between two marks at the beginning, from what follows."""
+    """Separates reasoning between two marks, at the beginning of an answer, from the rest."""
 
     def __init__(self, thought: Thought, *, opened: bool) -> None:
-        """Take `opened`: whether the prompt ends within the reasoning."""
+        """Start a new answer. opened: the prompt ends within the reasoning."""
         self._begin, self._end = thought
         self._state: Literal["start", "inside", "gap", "after"] = "inside" if opened else "start"
         self._held = ""
 
     def add(self, text: str) -> list[Part]:
-        """Return the parts that a text completes."""
+        """Add text; return the parts that are complete now."""
         self._held += text
         parts: list[Part] = []
         if self._state == "start":
@@ -88,7 +88,7 @@ class ReasoningSplitter:
         return parts
 
     def finish(self) -> list[Part]:
-        """Return what was held back, once no more text comes."""
+        """Return the text held back, at the end of the answer."""
         parts: list[Part] = []
         if self._state != "gap":
             _append(parts, "reasoning" if self._state == "inside" else "text", self._held)
@@ -97,10 +97,10 @@ class ReasoningSplitter:
 
 
 class CallSplitter:
-    """Separates tool calls from the text before them. Nothing but calls comes after the first."""
+    """Separates tool calls from the text before them. After the first call, other text is dropped."""
 
     def __init__(self, style: ToolStyle, raw: Mapping[str, Collection[str]]) -> None:
-        """raw: of each tool, the parameters whose values stand in tags as they are."""
+        """raw: tool -> its parameters whose values are raw text in tags, not JSON."""
         self._style = style
         self._raw_parameters = raw
         self._marker = style.marker
@@ -108,12 +108,12 @@ class CallSplitter:
             "text" if style.marker else "start"
         )
         self._held = ""
-        self._raw: list[str] = []  # how the first call began, to be shown as text if it is cut off
+        self._raw: list[str] = []  # the first call's beginning, shown as text if it is incomplete
         self._scan: _ValueScan | XmlArguments = _ValueScan()
         self.num_calls = 0
 
     def add(self, text: str) -> list[Part]:
-        """Return the parts that a text completes."""
+        """Add text; return the parts that are complete now."""
         self._held += text
         parts: list[Part] = []
         while self._advance(parts):
@@ -121,7 +121,7 @@ class CallSplitter:
         return parts
 
     def _advance(self, parts: list[Part]) -> bool:
-        """Read one part of the held text; return whether another may be read."""
+        """Parse one part of the held text; return whether another may follow."""
         if self._state == "start":
             begun = self._held.lstrip()
             is_long = len(self._held) - len(begun) > MAX_SPACE
@@ -141,7 +141,7 @@ class CallSplitter:
 
     def _text(self, parts: list[Part]) -> bool:
         before, found, rest = self._held.partition(self._marker)
-        # White space before a call is no part of the text.
+        # White space before a call is not part of the text.
         keep = 0 if found else overlap(before, self._marker)
         shown = _without_space(before[: len(before) - keep])
         _append(parts, "text", shown)
@@ -170,7 +170,7 @@ class CallSplitter:
         return True
 
     def _named(self) -> tuple[str, int] | None:
-        """Return the name of a call that the held text begins with, and where its arguments begin; None for none."""
+        """Return the name of the call that begins the held text, and where its arguments begin; None if incomplete."""
         held = self._held
         begins = held.find("{") if self._style.body == "json" else len(held) - len(held.lstrip())
         self._skip(begins if begins >= 0 else len(held))
@@ -178,7 +178,7 @@ class CallSplitter:
         return None if head is None else (head[1], head.end() - 1)
 
     def _function(self) -> tuple[str, int] | None:
-        """Return the same of a call in tags, the first in the held text that is one."""
+        """Return the same for the first call in tags within the held text."""
         while True:
             begins = self._held.find(_FUNCTION)
             if begins < 0:
@@ -190,11 +190,11 @@ class CallSplitter:
             if is_name and closed and rest.startswith("\n"):
                 return name, len(_FUNCTION) + len(name) + 2
             if is_name and not rest and len(self._held) < MAX_HEAD:
-                return None  # more of it may come
+                return None  # it may be incomplete
             self._skip(len(_FUNCTION))
 
     def _skip(self, num: int) -> None:
-        """Drop the beginning of the held text, which belongs to no call."""
+        """Drop the beginning of the held text, which is not part of a call."""
         if num and not self.num_calls:
             self._raw.append(self._held[:num])
         self._held = self._held[num:]
@@ -207,7 +207,7 @@ class CallSplitter:
         return self._scan.ended
 
     def finish(self) -> list[Part]:
-        """Return what was held back, once no more text comes."""
+        """Return the text held back, at the end of the answer."""
         parts: list[Part] = []
         if self._state in ("start", "text", "plain"):
             _append(parts, "text", self._held)
@@ -227,7 +227,7 @@ class _ValueScan:
         self.ended = False
 
     def take(self, text: str) -> tuple[str, str]:
-        """Return how much of the next text belongs to the object, and the rest."""
+        """Split the next text into the part that belongs to the object and the rest."""
         at = int(self._escaped and bool(text))
         self._escaped = self._escaped and not text
         while (found := (_IN_STRING if self._in_string else _BETWEEN).search(text, at)) is not None:
@@ -248,7 +248,7 @@ class _ValueScan:
 
 
 def _without_space(text: str) -> str:
-    """Return a text without the white space at its end, of which `MAX_SPACE` characters go at most."""
+    """Return a text without trailing white space, of which at most `MAX_SPACE` characters are dropped."""
     return text[: max(len(text.rstrip()), len(text) - MAX_SPACE)]
 
 
@@ -258,7 +258,7 @@ def _append(parts: list[Part], kind: Literal["text", "reasoning", "arguments"], 
 
 
 class AnswerParts:
-    """Splits one answer into the parts that its request and its model's template allow."""
+    """Splits one answer into the parts that its request and the model's template allow."""
 
     def __init__(
         self,
@@ -268,20 +268,20 @@ class AnswerParts:
         style: ToolStyle | None,
         raw: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        """thought: the marks of reasoning, if any; opened: the prompt ends within it; style: of calls, if any may come.
+        """thought: marks of reasoning, if any; opened: the prompt ends within it; style: of calls, if allowed.
 
-        raw: of each tool, the parameters whose values stand in tags as they are.
+        raw: tool -> its parameters whose values are raw text in tags, not JSON.
         """
         self._reasoning = ReasoningSplitter(thought, opened=opened) if thought is not None else None
         self._calls = CallSplitter(style, raw or {}) if style is not None else None
 
     @property
     def num_calls(self) -> int:
-        """Calls begun so far."""
+        """Number of calls begun so far."""
         return self._calls.num_calls if self._calls is not None else 0
 
     def add(self, text: str) -> list[Part]:
-        """Return the parts that a text completes."""
+        """Add text; return the parts that are complete now."""
         if len(text) <= AT_ONCE:
             return self._add(text)
         return [part for at in range(0, len(text), AT_ONCE) for part in self._add(text[at : at + AT_ONCE])]
@@ -291,7 +291,7 @@ class AnswerParts:
         return self._with_calls(parts)
 
     def finish(self) -> list[Part]:
-        """Return what was held back, once no more text comes."""
+        """Return the text held back, at the end of the answer."""
         parts = self._with_calls(self._reasoning.finish()) if self._reasoning is not None else []
         return parts + (self._calls.finish() if self._calls is not None else [])
 

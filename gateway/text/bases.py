@@ -1,4 +1,4 @@
-"""What a gateway reads of each base: its tokenizer, chat template and end tokens, and a sandbox with its tokenizer."""
+"""A gateway's data about each base: tokenizer, chat template, end tokens, and a sandbox with the tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BaseTexts:
-    """The files of one base, and of its adapters."""
+    """The text files of one base and of its adapters."""
 
     own: OwnFiles
     grammars: GrammarCheck
@@ -32,12 +32,12 @@ class BaseTexts:
 
     @property
     def files(self) -> ModelFiles:
-        """The base's own."""
+        """The base's own files."""
         return self.own.base
 
 
 class GatewayBases:
-    """The bases of a gateway: the default one, and further ones by name, of its settings and added while it runs."""
+    """The bases of a gateway: the default one, and further ones by name, from its settings or added while it runs."""
 
     def __init__(
         self,
@@ -48,33 +48,36 @@ class GatewayBases:
         added: Callable[[], m.AddedBases] = m.AddedBases,
         shows_reasons: bool = True,
     ) -> None:
-        """further: those of the settings; in place of what a base has, why it cannot be read.
+        """further: the other bases of the settings; for an unreadable base, the reason.
 
-        read: the files of a base of a name and a model. added: what operators have added and taken away, as is known
-        now. shows_reasons: as of `FleetView`.
+        read: reads the files of a base, given its name and model. added: returns the bases that operators have added
+        and removed so far. shows_reasons: as for `FleetView`.
         """
         self.default = default
         self._shows_reasons = shows_reasons
         self._further = dict(further)
         self._read = read
         self.in_settings = (default.files.name, *further)
-        """The names of the bases that the settings name, which nobody adds or takes away."""
+        """Names of the bases in the settings, which cannot be added or removed at run time."""
         self._known = added
-        self._added: dict[str, m.AddedBase] = {}  # those that have been read
+        self._added: dict[str, m.AddedBase] = {}  # added bases whose files have been read
 
     @property
     def names(self) -> list[str]:
-        """The names of the further bases, those that are still to be read among them."""
+        """Names of the further bases, including those not read yet."""
         return [*self.in_settings[1:], *(name for name in self._known().bases if name not in self.in_settings)]
 
     @property
     def removed(self) -> list[str]:
-        """The names of bases that were taken away."""
+        """Names of removed bases."""
         return self._known().removed
 
     @property
     def several_in_settings(self) -> bool:
-        """Whether stores name the base of every adapter. Where bases are only added, an unnamed one is the default."""
+        """Whether the settings have several bases.
+
+        If so, stores name the base of every adapter; otherwise none means the default.
+        """
         return len(self.in_settings) > 1
 
     def why_unreadable(self, name: str) -> str:
@@ -83,15 +86,14 @@ class GatewayBases:
         return found if isinstance(found, str) else ""
 
     def is_being_read(self, name: str) -> bool:
-        """Return whether a base was added, and has not been read yet as it is now."""
+        """Return whether the current version of an added base has not been read yet."""
         known = self._known().bases.get(name) if name not in self.in_settings else None
         return known is not None and self._added.get(name) != known
 
     def of(self, name: str) -> BaseTexts:
-        """Return what a base has; the name of a gateway's only one does not matter.
+        """Return a base's files; a gateway with only one base ignores the name.
 
-        Raises Unavailable if it cannot be read or has not been yet, and NotFound if it was taken away, or is none of
-        several.
+        Raises Unavailable if they cannot be read or are not read yet, and NotFound for a removed or unknown base.
         """
         if name in ("", self.default.files.name):
             return self.default
@@ -113,7 +115,7 @@ class GatewayBases:
         return found
 
     async def read(self) -> None:
-        """Read the bases that were added, one after the other, and leave those that were removed."""
+        """Read the files of added bases one after the other, and close removed ones."""
         known = self._known()
         for name in [name for name, base in self._added.items() if known.bases.get(name) != base]:
             del self._added[name]
@@ -123,12 +125,12 @@ class GatewayBases:
                 continue
             try:
                 found = await self._read(name, base.model)
-            except Exception as error:  # noqa: BLE001  the base's edge: whatever its files are, others are read
+            except Exception as error:  # noqa: BLE001  broken files of one base must not affect others
                 found = _why(name, error)
             self._added[name], self._further[name] = base, found
 
     async def close(self) -> None:
-        """End what each has started."""
+        """Close the sandboxes of all bases."""
         for base in (self.default, *self._further.values()):
             await _close(base)
 
@@ -139,7 +141,7 @@ async def _close(base: BaseTexts | str) -> None:
 
 
 def _why(name: str, error: Exception) -> str:
-    """Log why a base cannot be read, and return it."""
+    """Log and return why a base cannot be read."""
     why = error.message if isinstance(error, LorafleetError) else f"{error!s:.300}".split("\n", 1)[0] or repr(error)
     logger.warning("the base %s cannot be served by this gateway: %s", name, why)
     return why
@@ -148,9 +150,9 @@ def _why(name: str, error: Exception) -> str:
 async def open_bases(
     settings: Settings, bus: Bus, stores: HttpClient, on_wait: Callable[[], object], added: Callable[[], m.AddedBases]
 ) -> GatewayBases:
-    """Read the files of `model` and of `more_models`. A further base that cannot be read fails its own calls only.
+    """Read the files of `model` and `more_models`. An unreadable further base fails only its own calls.
 
-    on_wait: as of `SandboxPool`. added: as of `GatewayBases`. Raises BadRequest where `model` cannot be read.
+    on_wait: as for `SandboxPool`. added: as for `GatewayBases`. Raises BadRequest if `model` cannot be read.
     """
 
     async def read(one: Settings) -> BaseTexts:

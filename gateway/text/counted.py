@@ -1,4 +1,4 @@
-"""How many tokens of a text are counted, for whoever asks nothing else of it. Pure."""
+"""Limits on the number of tokens for requests that only tokenize. Pure."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
 
 MIN_TOKENIZED = 1 << 16
-"""Tokens of a text that are answered with, however short the model's context is."""
+"""Number of tokens always allowed in an answer, even if the model's context is shorter."""
 
 MAX_CHARACTERS_PER_TOKEN = 16
-"""Longer than this the tokens of a text are on average in no language: it is not worth finding out."""
+"""Upper bound of characters per token, on average, in any language: longer texts are refused without tokenizing."""
 
 
 def most_tokenized(base: m.ServedModel | None) -> int:
-    """Return how many tokens are answered with at most."""
+    """Return the maximum number of tokens in an answer."""
     return MIN_TOKENIZED if base is None else max(base.max_model_len, MIN_TOKENIZED)
 
 
 def check_tokens(limit: int, param: str) -> Callable[[int], None]:
-    """Return what raises BadRequest for more tokens than are answered with."""
+    """Return a function that raises BadRequest for more than `limit` tokens."""
 
     def check(num_tokens: int) -> None:
         if num_tokens > limit:

@@ -1,4 +1,4 @@
-"""The chat templates and added tokens that adapters bring, fetched from the stores and kept for the next request."""
+"""Chat templates and added tokens of adapters, fetched from the stores and cached."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from protocol.wire.tokens import TokenTable
 logger = logging.getLogger(__name__)
 
 MAX_KEPT = 32
-"""Sets of files that are kept; those with equal added tokens share these."""
+"""Maximum cached sets of files; sets with equal added tokens share a tokenizer."""
 
 MAX_KEPT_BYTES = 128 << 20
-"""Bytes of tokens that are kept, the newest ones always."""
+"""Maximum bytes of cached added tokens; the newest set is always kept."""
 
 NUM_READ, NUM_WAITING = 2, 64
-"""Adapters' texts that are read at once, one of a tenant, and that wait for that."""
+"""Adapters' texts read concurrently, at most one per tenant, and the maximum number of readings that wait."""
 
 READ_BYTES = 4 * MAX_TEXTS_BYTES
-"""What one takes meanwhile: as it was fetched, and as what it says."""
+"""Memory of one reading: the text as fetched, and as parsed."""
 
 MAX_FACTS = 10_000
 
@@ -42,16 +42,16 @@ TIMEOUT = httpx2.Timeout(30.0, connect=2.0)
 
 
 class OwnFacts(NamedTuple):
-    """What an adapter's record says for ever of how it is served."""
+    """Immutable facts from an adapter's record about how it is served."""
 
-    texts: str  # hash of its own texts, "" if it brings none
+    texts: str  # hash of its own text files, "" if it has none
     vocab_size: int  # 0: the base's
-    num_labels: int  # of a head of its own; 0: it has none
-    num_virtual: int  # virtual tokens that it puts before every prompt
+    num_labels: int  # labels of its own head; 0: it has none
+    num_virtual: int  # virtual tokens before every prompt
 
 
 class OwnFiles:
-    """The texts of adapters, kept by their hash."""
+    """The text files of adapters, cached by their hash."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class OwnFiles:
         self._stores = stores
 
     async def facts(self, digest: str) -> OwnFacts:
-        """Return what an adapter's record says of how it is served. Raises NotFound."""
+        """Return an adapter's facts from its record. Raises NotFound."""
         facts = self._facts.get(digest)
         if facts is None:
             record = await self._bus.get(self._bus.keys.adapter(digest), m.AdapterRecord)
@@ -87,10 +87,10 @@ class OwnFiles:
         return facts
 
     async def files(self, digest: str, texts: str, tenant: str) -> ModelFiles:
-        """Return the files to serve an adapter with: the base's, where it brings none (`texts` is ""), or its own.
+        """Return the files to serve an adapter with: the base's if it has none (`texts` is ""), or its own.
 
-        tenant: for whom they are read. Raises AdapterRefused when they cannot be used, NotFound and Unavailable when
-        they cannot be had, Overloaded when too many wait for that.
+        tenant: on whose behalf they are read. Raises AdapterRefused if they are unusable, NotFound and Unavailable if
+        they cannot be fetched, Overloaded if too many readings wait.
         """
         if not texts:
             return self.base
@@ -109,12 +109,12 @@ class OwnFiles:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes that the added tokens of what is kept take."""
+        """Bytes of the added tokens in the cache."""
         own = {id(files.encoder): files for files in self._kept.values() if files.encoder is not self.base.encoder}
         return sum(files.encoder.num_bytes + files.tokens.num_bytes for files in own.values())
 
     async def _read(self, digest: str, texts: str, tenant: str) -> ModelFiles:
-        """Fetch an adapter's texts, and make of them what it is served with: a few at a time, by turns of tenants."""
+        """Fetch and parse an adapter's texts: a few at a time, round-robin by tenant."""
         async with self._reading.held(tenant):
             raw = await self._fetch(digest)
             return await asyncio.to_thread(lambda: self._made(parse_texts(raw, texts)))
@@ -139,7 +139,10 @@ class OwnFiles:
         )
 
     def _with_added(self, added: list[AddedToken]) -> tuple[Encoder, TokenTable]:
-        """Return the base's tokenizer with added tokens, which those with the same share. Raises AdapterRefused."""
+        """Return the base's tokenizer with added tokens, shared with cached files that have the same.
+
+        Raises AdapterRefused.
+        """
         base = self.base
         assert base.base_tokens is not None
         tokens = base.base_tokens.with_added(added)

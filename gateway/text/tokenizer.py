@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of a model or an adapter."""
+"""The tokenizer and chat template of a base model or an adapter."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from protocol.wire.tokens import TokenTable
 
 
 class Encoding(NamedTuple):
-    """A text as tokens, with what belongs to each."""
+    """A tokenized text with details of each token."""
 
     ids: list[int]
-    offsets: Sequence[tuple[int, int]]  # where each begins and ends in the text, in characters
+    offsets: Sequence[tuple[int, int]]  # [start, end) of each in the text, in characters
     special: Sequence[int]  # 1 for a special token, else 0
     tokens: Sequence[str]
 
@@ -40,24 +40,24 @@ Pair = tuple[str, str]
 """Two texts, such as a query and a document."""
 
 PAIR_ROLES = ("query", "document")
-"""The roles of a pair's texts in a chat template, as sentence-transformers and vLLM name them."""
+"""The roles of a pair's texts in a chat template, as in sentence-transformers and vLLM."""
 
 
 class EncodedPair(NamedTuple):
-    """A pair of texts as tokens."""
+    """A tokenized pair of texts."""
 
     ids: list[int]
-    second: int = 0  # index of the first token of type 1; 0: there is none
+    second: int = 0  # index of the first token of type 1; 0: none
 
 
 class Encoder:
-    """A tokenizer: the base model's, or that with an adapter's added tokens.
+    """A tokenizer: the base model's, possibly with an adapter's added tokens.
 
-    It runs in threads, where the library frees the interpreter.
+    Its methods run in threads, where the library releases the GIL.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_bytes: int = 0) -> None:
-        """num_bytes: the memory that it takes beside the base's."""
+        """num_bytes: memory in addition to the base's."""
         self._tokenizer = tokenizer
         self.num_bytes = num_bytes
 
@@ -66,9 +66,9 @@ class Encoder:
         return self._tokenizer.token_to_id(token)
 
     def with_added(self, added: Sequence[AddedToken]) -> Encoder:
-        """Return what encodes with these added tokens in place of the own ones, and shares all else with this. Blocks.
+        """Return an encoder with these added tokens in place of its own; all else is shared. Blocks.
 
-        added: which `BaseTokens.with_added` takes. Raises AdapterRefused for those that the library numbers otherwise.
+        added: tokens accepted by `BaseTokens.with_added`. Raises AdapterRefused if the library assigns other ids.
         """
         base = self._tokenizer
         made = Tokenizer(base.model)
@@ -98,9 +98,9 @@ class Encoder:
     async def detailed(
         self, texts: Sequence[str], *, add_special_tokens: bool, check: Callable[[int], object]
     ) -> list[Encoding]:
-        """Return the tokens of each text, with what belongs to them.
+        """Return the tokens of each text with their details.
 
-        check: raises for a number of tokens that is too large, before lists are made of them.
+        check: raises if given a number of tokens that is too large, before lists are made of them.
         """
 
         def encode() -> list[Encoding]:
@@ -112,7 +112,7 @@ class Encoder:
         return await asyncio.to_thread(encode)
 
     async def shortened(self, texts: Sequence[str], most: int) -> list[str]:
-        """Return of each text its first tokens, at most so many, as text."""
+        """Return the beginning of each text, cut after `most` tokens."""
 
         def cut() -> list[str]:
             found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -127,7 +127,7 @@ class Encoder:
         return await asyncio.to_thread(cut)
 
     async def pairs(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
-        """Return the ids of each pair, and where its second text begins."""
+        """Return the ids of each pair, and the index where its second text begins."""
 
         def encode() -> list[EncodedPair]:
             found = self._tokenizer.encode_batch(list(pairs), add_special_tokens=True)
@@ -148,47 +148,47 @@ def _as_library(token: AddedToken) -> LibraryToken:
 
 
 def _second_of(types: Sequence[int]) -> int:
-    """Return the index from which on all tokens of a pair are of type 1, 0 if there are none, or others after them."""
+    """Return the index from which on all token types are 1; 0 if there is none, or if other types follow."""
     second = len(types) - sum(types)
     return second if 0 < second < len(types) and types[second] == 1 else 0
 
 
 TOKEN_BYTES, CHARACTER_BYTES = 1000, 100
-"""What the library takes for an added token and for each of its characters: measured, rounded up."""
+"""Memory that the library uses per added token and per character of it: measured, rounded up."""
 
 MAX_RENDERED_CHARS = 4 << 20
-"""Characters that an adapter's template may make of a conversation: no request has more either."""
+"""Maximum characters rendered by an adapter's template; requests are limited to as many."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChat:
-    """A conversation as tokens."""
+    """A tokenized conversation."""
 
     ids: list[int]
-    opened: bool  # it ends within the model's reasoning
-    continued: bool = False  # it ends within the text of an answer
+    opened: bool  # it ends within reasoning
+    continued: bool = False  # it ends within an answer's text
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The base model's tokenizer, chat template and end tokens, or these with what an adapter brings."""
+    """The tokenizer, chat template and end tokens of a base model, possibly changed by an adapter's files."""
 
     name: str  # served name of the base
     encoder: Encoder
     tokens: TokenTable
     template: ChatTemplate | SandboxedTemplate | None
     eos_ids: frozenset[int]
-    texts: Mapping[str, str]  # the base model's files that these were read from, by name
-    pair_template: ChatTemplate | None = None  # the settings', that makes prompts of pairs of texts
-    base_tokens: BaseTokens | None = None  # what `tokens` are of; None in files that are no model's own
+    texts: Mapping[str, str]  # the base model's text files, by name
+    pair_template: ChatTemplate | None = None  # from the settings; renders pairs of texts to prompts
+    base_tokens: BaseTokens | None = None  # source of `tokens`; None in an adapter's files
     tokenizer: str = ""  # hash of the base's tokenizer.json
-    own_ends: frozenset[int] = frozenset()  # end tokens that the base does not have, so that workers do not know them
+    own_ends: frozenset[int] = frozenset()  # end tokens that the base lacks, so workers do not know them
 
     @property
     def template_of_pairs(self) -> ChatTemplate | SandboxedTemplate | None:
-        """What makes prompts of pairs: the settings' template, or the own one if it names the roles of a pair's texts.
+        """The template that renders pairs: the settings', else the model's own if it has the roles of pairs.
 
-        None where there is neither.
+        None if there is neither.
         """
         own = self.template
         if self.pair_template is not None or own is None:
@@ -196,9 +196,9 @@ class ModelFiles:
         return own if all(role in own.source for role in PAIR_ROLES) else None
 
     async def encode_pairs(self, pairs: Sequence[Pair], *, tenant: str) -> list[EncodedPair]:
-        """Return the tokens of pairs of texts: as a template makes prompts of them, or as the tokenizer joins them.
+        """Return the tokens of pairs of texts, as rendered by a template or joined by the tokenizer.
 
-        tenant: who has the sandbox work, where it must. Raises as `encode_chat`.
+        tenant: whose turn in the sandbox it takes, if one is needed. Raises as `encode_chat`.
         """
         template = self.template_of_pairs
         if template is None:
@@ -221,18 +221,18 @@ class ModelFiles:
         variables: dict[str, Any], tenant: str, tools: list[dict[str, Any]] | None = None,
         check: Callable[[str], object] | None = None, add_special_tokens: bool = False,
     ) -> EncodedChat:  # fmt: skip
-        """Return the tokens of a conversation. tenant: who has the sandbox work, where it must.
+        """Return the tokens of a conversation. tenant: whose turn in the sandbox it takes, if one is needed.
 
-        continue_final: the last message, the assistant's, goes on. add_special_tokens: beside the template's own.
-        `check` is shown the rendered text before it is tokenized. Raises BadRequest when it cannot be rendered,
-        Overloaded and Unavailable when the sandbox has no place, and what `check` does.
+        continue_final: the answer continues the last message, the assistant's. add_special_tokens: besides the
+        template's own. check: called with the rendered text before it is tokenized; may raise. Raises BadRequest if the
+        conversation cannot be rendered, Overloaded and Unavailable if the sandbox is full.
         """
         template, encoder = self.template, self.encoder
         if template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
 
         def prepare() -> tuple[list[Message], str | None, dict[str, Any]]:
-            """Return the messages as templates have them, what of the last one is continued, and what else they get."""
+            """Return the messages in the template's form, the last one's continued text, and rendering options."""
             normal = normalize_messages(messages)
             final = _continued(normal) if continue_final else None
             if "tool_calls" not in template.source:
@@ -278,9 +278,9 @@ def _continued(messages: Sequence[Message]) -> str:
 
 
 def _chat(text: str, ids: list[list[int]], final: str | None) -> EncodedChat:
-    """Return a rendered conversation, in which the template has written the special tokens itself, with its tokens.
+    """Return a rendered conversation as tokens; the template has written the special tokens.
 
-    final: the text at its end that is to be continued, None for none.
+    final: text at its end that is to be continued, None if there is none.
     """
     opened = text.rstrip().endswith(tuple(begin for begin, _ in THOUGHTS))
     if final is not None:
@@ -289,13 +289,16 @@ def _chat(text: str, ids: list[list[int]], final: str | None) -> EncodedChat:
 
 
 def load_model_files(settings: Settings) -> ModelFiles:
-    """Read tokenizer, chat template and end tokens of `settings.model`. Blocks; raises BadRequest if it is no model."""
+    """Read tokenizer, chat template and end tokens of `settings.model`. Blocks.
+
+    Raises BadRequest if they are invalid.
+    """
     folder = model_folder(settings.model, TOKENIZER_FILES)
     try:
         return _model_files(settings, folder)
-    except AdapterRefused as error:  # the same files may be an adapter's
+    except AdapterRefused as error:  # from checks shared with adapters' files
         raise BadRequest(f"{folder}: {error.message}") from error
-    except (ValueError, TypeError, AttributeError, LookupError) as error:  # not UTF-8, no JSON or none of that form
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # not UTF-8, not JSON, or of another form
         raise BadRequest(f"the text files in {folder} cannot be read: {brief(error, 300)}") from error
 
 
@@ -318,7 +321,7 @@ def _model_files(settings: Settings, folder: Path) -> ModelFiles:
 
 
 def _pair_template(settings: Settings, texts: Mapping[str, str]) -> ChatTemplate | None:
-    """Return the template of the settings that makes prompts of pairs. Raises BadRequest for a file that is none."""
+    """Return the template for pairs from the settings. Raises BadRequest if its file is invalid."""
     path = settings.pair_template
     if path is None:
         return None
@@ -341,7 +344,7 @@ def _read_tokenizer(text: str) -> Tokenizer:
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:
-    """Return the ids that end a text: of the generation config and of the model config, as the worker does."""
+    """Return the end-of-text ids of the generation config and the model config, as the worker does."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name

@@ -1,1 +1,1 @@
-"""The routes that show what a tokenizer does: LoRAX's and vLLM's."""
+"""The tokenizer routes of LoRAX and vLLM."""

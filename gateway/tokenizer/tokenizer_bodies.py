@@ -21,7 +21,7 @@ _ADAPTER = tuple(AdapterParameters.model_fields)
 class TokenizeRequest(AdapterParameters):
     """`POST /tokenize`: LoRAX's form has `inputs`, vLLM's have `prompt` or `messages`.
 
-    LoRAX takes no adapter here; ours may bring tokens of their own.
+    Unlike LoRAX, this route accepts an adapter, which may have added tokens.
     """
 
     OBJECT = "tokenize"
@@ -38,7 +38,7 @@ class TokenizeRequest(AdapterParameters):
     tools: Objects | None = None
 
     def form(self) -> Form:
-        """Return which form it is. Raises BadRequest for none, for several, and for fields of another one."""
+        """Return the body's form. Raises BadRequest for none, for several, and for fields of another form."""
         given: list[Form] = [name for name in ("inputs", "prompt", "messages") if getattr(self, name) is not None]
         if not given:
             raise BadRequest("inputs: it is missing, and so are prompt and messages", param="inputs")

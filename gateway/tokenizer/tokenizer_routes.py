@@ -1,4 +1,4 @@
-"""Texts as tokens, and tokens as text: `/tokenize` in LoRAX's form and vLLM's, and vLLM's kin of it."""
+"""`/tokenize` in the forms of LoRAX and vLLM, and vLLM's `/detokenize` and `/tokenizer_info`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from protocol.wire import messages as m
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-"""transformers' class for a tokenizer.json whose model names none."""
+"""transformers' class for a tokenizer.json whose model does not name one."""
 
 
 class TokenizerEndpoints:
@@ -46,10 +46,10 @@ class TokenizerEndpoints:
     def __init__(self, answers: Answers, pipeline: Pipeline) -> None:
         self._respond = answers.respond
         self._pipeline = pipeline
-        self._info = b""  # the answer of `/tokenizer_info`, once it was asked for
+        self._info = b""  # cached answer of `/tokenizer_info`
 
     async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
-        """Answer `/tokenize`, in LoRAX's way or vLLM's."""
+        """Answer `/tokenize`, in LoRAX's or vLLM's form."""
         form, caller = body.form(), caller_of(request)
         if form == "inputs":
             return await self._respond(self._of_inputs(body, caller), errors=LORAX_ERRORS)
@@ -159,9 +159,9 @@ class TokenizerEndpoints:
     # ------------------------------------------------------------ parts
 
     async def _asked(self, model: str | None, caller: Caller) -> tuple[m.ServedModel, CallTarget]:
-        """Return the base model, and whose tokenizer is asked for.
+        """Return the base model and the target whose tokenizer is requested.
 
-        The base has the part of its context that prompts of this target have. Raises as `CallResolver.targets`.
+        The base's context length is reduced to the target's. Raises as `CallResolver.targets`.
         """
         models = Models([model or ""])
         base = await self._pipeline.call_resolver.base_of(models, caller, worker=False)
@@ -180,13 +180,13 @@ class TokenizerEndpoints:
 
 
 def _tokens_json(encoding: Encoding) -> bytes:
-    """Return LoRAX's answer: each token with where it lies in the text."""
+    """Return LoRAX's answer: each token with its position in the text."""
     parts = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
     return orjson.dumps([{"id": id_, "text": text, "start": start, "stop": stop} for id_, text, (start, stop) in parts])
 
 
 def _answer(ids: list[int], strings: Any, base: m.ServedModel) -> bytes:
-    """Return vLLM's answer. strings: the tokens as the vocabulary has them, None if they are not wanted."""
+    """Return vLLM's answer. strings: the tokens' strings in the vocabulary, None if not requested."""
     return orjson.dumps({"count": len(ids), "max_model_len": base.max_model_len, "tokens": ids, "token_strs": strings})
 
 

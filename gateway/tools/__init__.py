@@ -1,1 +1,1 @@
-"""Tool calls: how they are asked for, constrained and read."""
+"""Tool calls: their definitions, grammars and parsing."""

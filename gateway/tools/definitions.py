@@ -21,7 +21,7 @@ _NAME = re.compile(r"[a-zA-Z0-9_-]+")
 
 @dataclass(frozen=True, slots=True)
 class ToolWords:
-    """What an API calls the parts of a tool that is refused, and how long its name may be."""
+    """An API's field names of a tool, for errors, and its limit of a name's length."""
 
     name: str = ".function.name"
     schema: str = ".function.parameters"
@@ -33,25 +33,25 @@ OPENAI_WORDS = ToolWords()
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """The tools that a request may call."""
+    """The tools that the model may call."""
 
-    definitions: list[dict[str, Any]]  # given by the client, for the template
+    definitions: list[dict[str, Any]]  # as sent by the client, for the template
     schemas: dict[str, dict[str, Any]]  # argument schemas by tool name
     required: bool  # True: at least one call is required
-    parallel: bool  # more than one may
+    parallel: bool  # True: several calls are allowed
     num_bytes: int  # bytes of all definitions as JSON
-    strict: frozenset[str] = frozenset()  # names of those whose schemas must be held whole
-    not_held: Sequence[str] = ()  # places in the body, and the keywords there that calls are not held to
+    strict: frozenset[str] = frozenset()  # names of tools whose schemas must be enforced completely
+    not_held: Sequence[str] = ()  # body paths and keywords of schemas that are not enforced
     namespaces: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
-    """Name of a tool -> the namespace that it is in, and its name there, where the API has namespaces."""
+    """Tool -> its namespace and its name there, if the API has namespaces."""
 
     @property
     def names(self) -> list[str]:
-        """The names, in the client's order."""
+        """The tools' names, in the client's order."""
         return list(self.schemas)
 
     def outlined(self) -> Tools | None:
-        """Return the tools with outlines in place of their schemas but strict ones; None if all are strict."""
+        """Return the tools with the schemas of non-strict ones replaced by outlines; None if all are strict."""
         loose = {name: outline(schema) for name, schema in self.schemas.items() if name not in self.strict}
         return replace(self, schemas=self.schemas | loose) if loose else None
 
@@ -60,8 +60,8 @@ class _Definition(NamedTuple):
     """A tool as a request defines it."""
 
     name: str
-    parameters: Any  # schema of its arguments, unchecked
-    function: dict[str, Any]  # what it is part of
+    parameters: Any  # unchecked schema of its arguments
+    function: dict[str, Any]  # the object that defines it
     place: str  # location of the function in the body
     schema_place: str
 
@@ -73,7 +73,7 @@ class _Tool(NamedTuple):
     schema: dict[str, Any]  # schema of its arguments, as in the grammar
     is_strict: bool
     place: str  # location of its schema in the body
-    given: dict[str, Any] | None  # the schema as it was given, None where nothing but its outline is held
+    given: dict[str, Any] | None  # the schema as sent; None if only its outline is enforced
 
 
 def tools_of(
@@ -84,10 +84,10 @@ def tools_of(
     words: ToolWords = OPENAI_WORDS,
     places: Sequence[str] | None = None,
 ) -> Tools | None:
-    """Return the tools, as OpenAI has them, that a request may call; None for none.
+    """Return the tools that the model may call, None if none. tools: in OpenAI's form.
 
-    places: where in the body each is, None where all of its `tools` are given. Raises BadRequest naming the wrong field
-    in the API's words.
+    places: body path of each tool, None if they are the body's `tools`. Raises BadRequest naming the field in the API's
+    terms.
     """
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -120,7 +120,7 @@ def tools_of(
 
 
 def check_name(name: Any, place: str, most: int) -> str:
-    """Return the name of a tool. Raises BadRequest for one that no tool may have. most: characters."""
+    """Return a tool's name. Raises BadRequest if it is invalid. most: maximum characters."""
     if not isinstance(name, str) or len(name) > most or not _NAME.fullmatch(name):
         raise BadRequest(f"{place} must be 1 to {most} letters, digits, _ or -", param=place)
     return name
@@ -143,7 +143,7 @@ def _definition(tool: dict[str, Any], place: str, words: ToolWords) -> _Definiti
 
 
 def _checked(definitions: Iterable[_Definition], settings: Settings) -> dict[str, _Tool]:
-    """Return tools as a request may call them, by name. Raises BadRequest."""
+    """Return validated tools by name. Raises BadRequest."""
     tools: dict[str, _Tool] = {}
     for name, given, function, function_place, place in definitions:
         strict = is_strict(function, function_place)
@@ -154,12 +154,12 @@ def _checked(definitions: Iterable[_Definition], settings: Settings) -> dict[str
         except BadRequest:
             if strict or not isinstance(given, dict):
                 raise
-            tools[name] = _Tool(name, outline(given), False, place, None)  # beyond what a grammar may be made of
+            tools[name] = _Tool(name, outline(given), False, place, None)  # beyond the limits of grammars
     return tools
 
 
 def _not_held(tools: Iterable[_Tool]) -> list[str]:
-    """Return the places and keywords of tools' schemas that calls are not held to, as far as these are looked into."""
+    """Return the body paths and keywords of tools' schemas that are not enforced, as far as they are searched."""
     ignored: list[str] = []
     left = MAX_LOOKED_AT
     for tool in tools:
@@ -173,7 +173,7 @@ def _not_held(tools: Iterable[_Tool]) -> list[str]:
 
 
 def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list[str], bool]:
-    """Return the tools that a `tool_choice` allows, and whether one of them must be called."""
+    """Return the tools that a `tool_choice` allows, and whether a call is required. Raises BadRequest."""
     if choice is None or choice == "auto":
         return names, False
     if choice == "none":
@@ -201,7 +201,7 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
 
 
 def _known(tool: Any, names: list[str]) -> str:
-    """Return the name of a tool that a `tool_choice` names. Raises BadRequest if it is not among the tools."""
+    """Return the name of the tool in a `tool_choice`. Raises BadRequest if it is not among the tools."""
     function = tool.get("function") if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if name not in names:

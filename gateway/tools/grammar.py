@@ -1,4 +1,4 @@
-"""The grammar of answers that may hold calls: of the given tools alone, with arguments of their schemas. Pure."""
+"""The grammar of answers with tool calls: only the given tools, with arguments that match their schemas. Pure."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gateway.tools.xml_calls import RAW_VALUE_RULES, arguments_rules
 def tool_grammar(
     tools: Tools, style: ToolStyle, marker: MarkerId, text: Constraint | None, *, thought: str = ""
 ) -> list[Constraint]:
-    """Return the grammar of an answer that may hold calls, followed by those that it refers to by name.
+    """Return the grammar of an answer that may contain calls, followed by the grammars that it refers to by name.
 
-    text: the grammar of an answer without calls, None for any text. thought: what an answer without calls may not
-    begin with, as it opens reasoning; "" for nothing.
+    text: grammar of an answer without calls, None if unconstrained. thought: mark that opens reasoning, with which an
+    answer without calls may not begin; "" for none.
     """
     bodies = " | ".join(f"body_{i}" for i in range(len(tools.names)))
     more = f" ({_literal(style.between + style.open, marker)} body)*" if tools.parallel else ""
@@ -34,7 +34,7 @@ def tool_grammar(
     else:
         any_text = "/(?s:.*)/"
         if style.marker and marker(style.marker) is not None:
-            any_text += f" & ~/(?s:.*){lark_regex(style.marker)}(?s:.*)/"  # spelled out, it would be read as a call
+            any_text += f" & ~/(?s:.*){lark_regex(style.marker)}(?s:.*)/"  # its spelling would be parsed as a call
         if thought and marker(thought) is None:
             any_text += f" & ~/{lark_regex(thought)}(?s:.*)/"
         rules = [*_beside_text(style, marker, any_text), *rules]
@@ -42,7 +42,7 @@ def tool_grammar(
 
 
 def _body_rules(tools: Tools, style: ToolStyle, marker: MarkerId) -> list[str]:
-    """Return a rule for the body of a call of each tool: body_0, body_1 and so on, with the rules they need."""
+    """Return a rule for each tool's call body, `body_0`, `body_1` and so on, with the rules that they refer to."""
     rules: list[str] = []
     for i, (name, schema) in enumerate(tools.schemas.items()):
         after = _literal(style.close, marker)
@@ -67,20 +67,20 @@ def _lark(rules: list[str]) -> Constraint:
 
 def _beside_text(style: ToolStyle, marker: MarkerId, any_text: str) -> list[str]:
     """Return the rules of an answer that is text, and may end with calls."""
-    if not style.marker:  # calls have no marker: an answer that begins like a call is one
+    if not style.marker:  # without a marker, an answer that begins like a call is one
         tag = marker("<|python_tag|>")
         maybe = f"<[{tag}]>? " if tag is not None else ""
         return [f"start: TEXT | {maybe}calls", r"TEXT: " + any_text + r" & /(?s:[ \n\t]*[^{ \n\t].*)?/"]
     if marker(style.marker) is not None:
         return ["start: TEXT calls?", f"TEXT: {any_text}"]
-    # Once the marker stands there, the rest of a call must follow.
+    # After the marker, the rest of a call must follow.
     rest = (style.prefix + style.open).removeprefix(style.marker)
     lead = f"lead[lazy]: TEXT {lark_string(style.marker)}"
     return [f"start: TEXT | lead {_literal(rest, marker)} tail", lead, f"TEXT: {any_text}"]
 
 
 def _literal(text: str, marker: MarkerId) -> str:
-    """Return a text as literals of Lark: markers that are single tokens by their ids, the rest as strings."""
+    """Return a text as Lark literals: markers that are single tokens by id, the rest as strings."""
     parts: list[str] = []
     for piece in re.split(r"(\[(?:TOOL_CALLS|CALL_ID|ARGS)\]|</?tool_call>)", text):
         id_ = marker(piece) if piece else None

@@ -1,7 +1,7 @@
-"""What the schema of a tool's arguments says that no grammar can hold, and what of it always can be. Pure.
+"""What a grammar can enforce of the schema of a tool's arguments. Pure.
 
-A tool that is not `strict` is served whatever its schema says, as OpenAI and Anthropic do: the model is shown all of
-it, and the answer is held to as much as a grammar can be.
+A tool that is not `strict` is served whatever its schema contains, as OpenAI and Anthropic do: the model sees the whole
+schema, and the answer is constrained as far as a grammar can.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gateway.grammars.schemas import JSON_STYLE, STYLE
 from gateway.tools.xml_calls import raw_parameters
 
 LOOSE_STYLE: dict[str, Any] = {**JSON_STYLE, "lenient": True}
-"""How the grammar of a schema is made whose keywords need not all be held."""
+"""Style of the grammar of a schema whose keywords need not all be enforced."""
 
 NOT_HELD = frozenset(
     {
@@ -22,15 +22,15 @@ NOT_HELD = frozenset(
         "$dynamicRef", "$recursiveRef", "$recursiveAnchor",
     }
 )  # fmt: skip
-"""Keywords of JSON Schema that the compiler of grammars knows and cannot hold."""
+"""Keywords of JSON Schema that the grammar compiler knows but cannot enforce."""
 
 FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "unknown"}
 )
-"""The values of `format` that it can."""
+"""The values of `format` that it can enforce."""
 
 MAX_LOOKED_AT = 4096
-"""Objects and lists in all schemas of a request that are looked into for such keywords: about a millisecond."""
+"""Maximum objects and lists, in all schemas of a request, searched for such keywords: about a millisecond."""
 
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _VALUES = frozenset({"const", "enum", "default", "example", "examples", "required"})  # their values are not schemas
@@ -38,9 +38,9 @@ _UNNAMABLE = re.compile(r"[>\n]")  # characters not allowed in tag names, see `x
 
 
 def not_held(schema: dict[str, Any], most: int) -> tuple[list[str], int]:
-    """Return the keywords of a schema, and of those in it, that a grammar does not hold answers to, sorted.
+    """Return the keywords in a schema and its subschemas that a grammar does not enforce, sorted.
 
-    Beside them how many of its objects and lists were looked at, `most` at most: others are not searched.
+    Also return how many objects and lists were searched; `most` is the maximum.
     """
     found: set[str] = set()
     waiting: list[Any] = [schema]
@@ -63,7 +63,7 @@ def not_held(schema: dict[str, Any], most: int) -> tuple[list[str], int]:
 
 
 def outline(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return of a schema what a grammar can always hold: the names of arguments, and which of them are strings."""
+    """Return the part of a schema that a grammar can always enforce: the arguments' names, and which are strings."""
     given, names = schema.get("properties"), schema.get("required")
     raw = raw_parameters(schema)
     needed = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -1,4 +1,4 @@
-"""Tools as text, for models whose chat template does not know tools, in the words of Hermes' and Qwen's. Pure."""
+"""Tools as prompt text in the wording of Hermes and Qwen, for chat templates that do not know tools. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re2 as _re2  # pyright: ignore[reportMissingTypeStubs]
 
 from gateway.chat.message_text import Message, text_of
 
-re2: Any = _re2  # it has no types; a template may be a stranger's, on which `re` backtracks for minutes
+re2: Any = _re2  # untyped; on an untrusted template, `re` might backtrack for minutes
 _TAG = re2.compile(r"(?s)\{[%{].*?[%}]\}")
 _QUOTED = re2.compile(r"""(?s)'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 _VARIABLE = re2.compile(r"\btools\b")
@@ -33,12 +33,12 @@ For each function call, return a json object with function name and arguments wi
 
 @lru_cache(maxsize=64)
 def knows_tools(template: str) -> bool:
-    """Return whether a chat template, given by its source, writes tools into prompts."""
+    """Return whether a chat template, given as source, writes tools into prompts."""
     return any("tools" in tag and _VARIABLE.search(_QUOTED.sub("", tag)) for tag in _TAG.findall(template))
 
 
 def explain_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
-    """Return normalized messages, without calls, whose first explains the tools."""
+    """Return normalized messages, without calls, with an explanation of the tools in the first."""
     introduction = _INTRODUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     if messages[0]["role"] in ("system", "developer"):
         first = {**messages[0], "content": f"{text_of(messages[0]['content'])}\n\n{introduction}"}
@@ -47,7 +47,7 @@ def explain_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) 
 
 
 def without_calls(messages: Sequence[Message]) -> list[Message]:
-    """Return normalized messages in which calls and their results are text."""
+    """Return normalized messages with calls and their results converted to text."""
     return [_plain(message) for message in messages]
 
 

@@ -1,4 +1,4 @@
-"""How models write tool calls. A model learns one way with its chat template, and the template shows which. Pure."""
+"""How models write tool calls. A model learns one style with its chat template, which reveals it. Pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 MarkerId = Callable[[str], int | None]
-"""Returns the id of a marker that is one token, added to the vocabulary as a whole; None for other texts."""
+"""Returns the id of a marker that is a single added token; None for other texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolStyle:
-    """How calls are written: prefix, each call as open, body, close, with `between` in between, and suffix."""
+    """How calls are written: prefix; each call as open, body, close; `between` between calls; suffix."""
 
-    marker: str  # text that only calls begin with; "": an answer that holds calls begins with one
+    marker: str  # text with which only calls begin; "": an answer with calls begins with one
     prefix: str
     open: str
     close: str
@@ -36,7 +36,7 @@ QWEN_CODER = ToolStyle("<tool_call>", "", "<tool_call>\n", "\n</tool_call>", "\n
 
 
 def style_of(template: str) -> ToolStyle:
-    """Return how a chat template, given by its source, has calls written; Hermes' style if it does not know tools."""
+    """Return the style of calls in a chat template, given as source; Hermes' style if it does not know tools."""
     if "[TOOL_CALLS]" in template and "[ARGS]" in template:
         return MISTRAL_WITH_IDS if "[CALL_ID]" in template else MISTRAL_NAMED
     if "[TOOL_CALLS]" in template:

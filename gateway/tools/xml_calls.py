@@ -1,4 +1,4 @@
-"""Tool calls whose arguments stand in tags, as Qwen3-Coder writes them: their grammar, and their JSON. Pure.
+"""Tool calls with arguments in tags, as Qwen3-Coder writes them: their grammar, and conversion to JSON. Pure.
 
     <function=get_weather>
     <parameter=city>
@@ -6,7 +6,7 @@
     </parameter>
     </function>
 
-A string stands there as it is, and may not contain its end tag; every other value is JSON.
+A string is raw text, and may not contain its end tag; every other value is JSON.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _END_VALUE = "\n</parameter>"
 RAW_VALUE_RULES = [f"raw_value[lazy]: RAW_TEXT {lark_string(_END_VALUE + chr(10))}", "RAW_TEXT: /(?s:.*)/"]
 _TAG = re.compile(r"<parameter=([^>\n]++)>\n|</function>")
 MAX_TAG = 1024
-"""Most characters of a parameter's tag. A longer text is none, and what comes after it is not read."""
+"""Maximum characters of a parameter's tag. Longer text is not a tag, and what follows is ignored."""
 
 MAX_SHARED_BYTES = 1 << 20
 MAX_NAMED = 8
-"""Keywords that an error names."""
+"""Maximum keywords named in an error."""
 
 _PLAIN = frozenset({"type", "enum", "const", "title", "description", "default", "examples", "x-guidance"})
 _OF_OBJECTS = frozenset(
@@ -41,14 +41,14 @@ _OF_OBJECTS = frozenset(
 
 
 def raw_parameters(schema: dict[str, Any]) -> frozenset[str]:
-    """Return which parameters of a schema of arguments have values that are written as they are, not as JSON."""
+    """Return the parameters in a schema of arguments whose values are written as raw text, not as JSON."""
     properties = schema.get("properties")
-    named = properties if isinstance(properties, dict) else {}  # a wrong schema is refused when its grammar is made
+    named = properties if isinstance(properties, dict) else {}  # an invalid schema is refused with its grammar
     return frozenset(name for name, value in named.items() if _choices(value) is not None)
 
 
 def _choices(schema: Any) -> list[str] | None:
-    """Return the strings that a schema allows, [] for any string; None if it allows anything else."""
+    """Return the strings that a schema allows, [] for any string; None if other values are allowed."""
     if not isinstance(schema, dict) or not schema.keys() <= _PLAIN:
         return None
     values = [schema["const"]] if "const" in schema else schema.get("enum", [])
@@ -58,7 +58,7 @@ def _choices(schema: Any) -> list[str] | None:
 
 
 def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
-    """Return the rules of a function's arguments and its closing tag; the first is named `rule`.
+    """Return the rules of a function's arguments and closing tag; the first is named `rule`.
 
     They refer to RAW_VALUE_RULES. Raises BadRequest for schemas that tags cannot express.
     """
@@ -74,7 +74,7 @@ def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
         raise BadRequest(f"tools: the arguments of {name}: required must be a list of names", param="tools")
     properties = properties | {key: {} for key in required if key not in properties}
     shared = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
-    # Every value's schema has a copy of them.
+    # Every value's schema includes a copy of `shared`.
     check_num(len(json.dumps(shared)) * len(properties), MAX_SHARED_BYTES, "bytes of $defs and their copies", "tools")
     parts, rules, needed = [], [], frozenset(required)
     for i, (key, value) in enumerate(properties.items()):
@@ -89,7 +89,7 @@ def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
     if not isinstance(most, int) or most < len(properties):
         text = f"tools: the arguments of {name}: maxProperties must be at least the number of properties"
         raise BadRequest(text, param="tools")
-    if not properties and more is not False:  # a schema that names some parameters allows no others
+    if not properties and more is not False:  # free keys only if no parameters are named
         parts.append(f"{rule}_any{{0,{min(most, MAX_FREE_KEYS)}}}")
         rules += [f'{rule}_any: "<parameter=" /[^>\\n]+/ ">\\n" {rule}_any_value']
         rules += _value_rules(f"{rule}_any_value", {} if more is True else more, shared, raw=False)
@@ -108,10 +108,10 @@ def _value_rules(rule: str, schema: Any, shared: dict[str, Any], *, raw: bool = 
 
 
 class XmlArguments:
-    """Turns the tags of one call's arguments, up to the closing tag of the function, into the text of a JSON object."""
+    """Converts the tags of one call's arguments, up to the function's closing tag, to the text of a JSON object."""
 
     def __init__(self, raw: Collection[str]) -> None:
-        """raw: the parameters whose values are written as they are."""
+        """raw: the parameters whose values are raw text."""
         self._raw = raw
         self._name: str | None = None  # parameter whose value is being read
         self._num = 0
@@ -119,7 +119,7 @@ class XmlArguments:
         self.ended = False
 
     def take(self, text: str) -> tuple[str, str]:
-        """Return the JSON that more text completes, and the end of the text, to be given again with what follows it."""
+        """Return the JSON completed by a text, and the text's unread end, which must precede the next text."""
         out = ""
         while not self.ended:
             if self._name is not None:

@@ -1,1 +1,1 @@
-"""Webhooks: a POST, in OpenAI's form, notifies clients of the end of their jobs and batches."""
+"""Webhooks: POST requests, in OpenAI's format, that notify clients of the end of their jobs and batches."""

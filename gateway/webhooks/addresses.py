@@ -1,4 +1,4 @@
-"""Which IP addresses are of the public internet. Pure."""
+"""Tells public IP addresses from special ones. Pure."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _SPECIAL_V4 = tuple(
         ),
     )
 )  # fmt: skip
-"""IANA's IPv4 Special-Purpose Address Registry, multicast, and what is reserved."""
+"""IANA's IPv4 Special-Purpose Address Registry, multicast, and reserved networks."""
 
 _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
-"""All global unicast addresses that IANA has given out. What is outside is refused whole: mapped, compatible and
-translated IPv4 (NAT64), loopback, link-local, site-local, unique local, multicast, discard-only, SRv6 and whatever
-comes."""
+"""All global unicast addresses that IANA has allocated. All others are refused: mapped, compatible and translated IPv4
+(NAT64), loopback, link-local, site-local, unique local, multicast, discard-only, SRv6 and future ones."""
 
 _SPECIAL_V6 = tuple(
     map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20"))
 )
-"""IANA's IPv6 Special-Purpose Address Registry within it. The first is IETF's: Teredo, benchmarking, ORCHID, AS112 …;
-the third is 6to4. Teredo and 6to4 have IPv4 addresses in them, private ones among them, and are not used any more."""
+"""The entries of IANA's IPv6 Special-Purpose Address Registry within `_GLOBAL_V6`. The first is IETF's: Teredo,
+benchmarking, ORCHID, AS112 …; the third is 6to4. Teredo and 6to4 are obsolete, and embed IPv4 addresses, possibly
+private ones."""
 
-_ISATAP = (0x0000_5EFE, 0x0200_5EFE)  # the third quarter of an address that has an IPv4 address in its last (RFC 5214)
+_ISATAP = (0x0000_5EFE, 0x0200_5EFE)  # bits 64 to 95 of an address whose last 32 are an IPv4 address (RFC 5214)
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is one of the public internet. One with a scope, and what is no address, is not."""
+    """Return whether an IP address is public. Addresses with a scope, and invalid ones, are not."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What clients do with webhook endpoints, and with deliveries that were given up."""
+"""Operations of clients on webhook endpoints, and on failed deliveries."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Overloaded
 
 MAX_ENDPOINTS = 20
-"""Endpoints of a tenant."""
+"""Maximum endpoints of a tenant."""
 
 OLD_SECRET_MS = 24 * 3600 * 1000
 _HINT_CHARACTERS = 4
-_RETRY_S = 60.0  # s, until one of too many deliveries may have arrived
+_RETRY_S = 60.0  # Retry-After, in seconds, at the limit of waiting deliveries
 
 
 class WebhookService:
     """The webhook endpoints of the fleet."""
 
     def __init__(self, bus: Bus, outside: Outside, sender: WebhookSender, secret: FleetSecret | None) -> None:
-        """secret: seals what events are signed with; None: this fleet has none, and keeps no endpoints."""
+        """secret: seals the signing secrets; None: the fleet has none, and stores no endpoints."""
         self._webhooks = bus.webhooks
         self._outside = outside
         self._sender = sender
@@ -77,7 +77,7 @@ class WebhookService:
         return view(changed)
 
     async def rotate(self, endpoint_id: str, caller: Caller, *, keep_old: bool) -> dict[str, Any]:
-        """Give an endpoint a new secret; return it with that. keep_old: both sign for a day. Raises NotFound."""
+        """Give an endpoint a new secret; return both. keep_old: the old one also signs for a day. Raises NotFound."""
         endpoint, given, now = await self.get(endpoint_id, caller), new_secret(), now_ms()
         changed = msgspec.structs.replace(
             endpoint,
@@ -91,7 +91,7 @@ class WebhookService:
         return {**view(changed), "signing_secret": given}
 
     async def test(self, endpoint_id: str, event_type: str, caller: Caller) -> dict[str, Any]:
-        """Send a sample of an event; return what the endpoint answered. Raises NotFound, BadRequest, Overloaded."""
+        """Send a sample event; return the endpoint's status. Raises NotFound, BadRequest, Overloaded."""
         endpoint = await self.get(endpoint_id, caller)
         [type_] = _checked([event_type], "event_type")
         subject = f"{type_.partition('.')[0]}_test_{secrets.token_hex(8)}"
@@ -108,7 +108,7 @@ class WebhookService:
         }
 
     async def list(self, caller: Caller, limit: int, after: str | None) -> dict[str, Any]:
-        """Return a page of the caller's endpoints, the oldest first. Raises NotFound when `after` is unknown."""
+        """Return a page of the caller's endpoints, oldest first. Raises NotFound when `after` is unknown."""
         found = await self._webhooks.endpoints(caller.owner)
         if after is not None:
             ids = [endpoint.id for endpoint in found]
@@ -118,20 +118,20 @@ class WebhookService:
         return list_page([view(endpoint) for endpoint in found[:limit]], has_more=len(found) > limit)
 
     async def delete(self, endpoint_id: str, caller: Caller) -> None:
-        """Delete an endpoint, also one that cannot be read; what is on its way there is forgotten. Raises NotFound."""
+        """Delete an endpoint, also an unreadable one, and its waiting deliveries. Raises NotFound."""
         if not await self._webhooks.delete_endpoint(caller.owner, endpoint_id):
             raise _not_found(endpoint_id)
 
-    # ------------------------------------------------------------ given up
+    # ------------------------------------------------------------ failed deliveries
 
     async def given_up(self, caller: Caller) -> dict[str, Any]:
-        """Return the caller's deliveries that were given up, the newest first."""
+        """Return the caller's failed deliveries, newest first."""
         return {"object": "list", "data": [delivery_view(one) for one in await self._webhooks.given_up(caller.owner)]}
 
     async def retry(self, delivery_id: str, caller: Caller) -> dict[str, Any]:
-        """Send a delivery again that was given up, for another day; return it.
+        """Try a failed delivery again for another day; return it.
 
-        Raises NotFound, Overloaded, and Conflict when it is not known any more what it was.
+        Raises NotFound, Overloaded, and Conflict if its record is unreadable.
         """
         found = [one for one in await self._webhooks.given_up(caller.owner) if one.id == delivery_id]
         if not found:
@@ -146,7 +146,7 @@ class WebhookService:
         return delivery_view(again)
 
     async def _keep(self, changed: m.WebhookEndpoint) -> None:
-        """Write an endpoint that was changed. Raises NotFound when it was deleted meanwhile."""
+        """Write a changed endpoint. Raises NotFound if it was deleted in the meantime."""
         if not await self._webhooks.keep_endpoint(changed):
             raise _not_found(changed.id)
 
@@ -161,7 +161,7 @@ def _not_found(endpoint_id: str) -> NotFound:
 
 
 def _checked(events: Sequence[str], param: str) -> list[str]:
-    """Return types of events, each once. Raises BadRequest for one that is never sent."""
+    """Return event types without duplicates. Raises BadRequest for an unknown type."""
     for type_ in events:
         if type_ not in EVENTS:
             text = f"{param} has {brief(type_)}; supported events: {', '.join(EVENTS)}"

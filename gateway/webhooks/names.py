@@ -1,10 +1,10 @@
-"""Addresses of hosts that strangers name.
+"""Resolves host names that clients supply, which are untrusted.
 
-The event loop's own resolver asks from four threads that everything in a gateway shares: a few names that no server
-answers for would keep the queue's name waiting. A lookup here takes no thread: it is two datagrams from the loop, with
-two sockets, which are closed as soon as it ends, is cancelled or has taken `LOOKUP_S`.
+The event loop's own resolver uses four threads shared by the whole gateway: a few names whose servers do not respond
+would delay the lookup of the queue's name. A lookup here uses no thread, but two datagrams from the event loop, on two
+sockets that are closed when it ends, is cancelled or times out after `LOOKUP_S`.
 
-An answer is one datagram of 512 bytes, at most 30 addresses: reading more would hold the loop for milliseconds.
+An answer is one datagram of 512 bytes, at most 30 addresses: parsing more would block the loop for milliseconds.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ else:  # most gateways send no webhooks
     dns_exception, dns_nameserver = Late("dns.exception"), Late("dns.nameserver")
 
 LOOKUP_S = 5.0
-"""Most seconds that a lookup takes, whatever the machine's settings say."""
+"""Maximum seconds of a lookup, whatever the machine's resolver settings are."""
 
 MAX_HOST = 253
-"""Characters of the longest name (RFC 1035)."""
+"""Maximum characters of a host name (RFC 1035)."""
 
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE | re.ASCII)
 _NUMBER = re.compile(r"\d+|0x[0-9a-f]*", re.IGNORECASE | re.ASCII)
 
 
 class UnknownHostError(Exception):
-    """A host has no address, or no server answers; the text says which."""
+    """A host has no address, or no server responds; the message says which."""
 
 
 def is_name(host: str) -> bool:
-    """Return whether a host, in ASCII, may be a name of the DNS. One that ends in a number is a way to write IPv4."""
+    """Return whether an ASCII host may be a DNS name. Names that end in a number are forms of IPv4 addresses."""
     labels = host.removesuffix(".").split(".")
     return len(host) <= MAX_HOST and all(map(_LABEL.fullmatch, labels)) and _NUMBER.fullmatch(labels[-1]) is None
 
 
 def is_address(host: str) -> bool:
-    """Return whether a host is an IP address, without brackets."""
+    """Return whether a host is an IP address without brackets."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -60,7 +60,7 @@ def is_address(host: str) -> bool:
 
 
 class HostNames:
-    """Looks names up as the machine is set up to: /etc/hosts, then the servers of /etc/resolv.conf with its search."""
+    """Resolves names as the machine does: by /etc/hosts, then the servers and search list of /etc/resolv.conf."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class HostNames:
         port: int = 53,
         lookup_s: float = LOOKUP_S,
     ) -> None:
-        """server: `ADDRESS` or `ADDRESS:PORT` of the one DNS server to ask, of IPv4; "" for what `resolv` says.
+        """server: `ADDRESS` or `ADDRESS:PORT` (IPv4) of the only DNS server to use; "": those in `resolv`.
 
-        port: of the servers of `resolv`. lookup_s: most seconds that a lookup takes.
+        port: of the servers in `resolv`. lookup_s: maximum seconds of a lookup.
         """
         self._server = server
         self._port = port
@@ -83,7 +83,7 @@ class HostNames:
         self._read: tuple[tuple[int, int], dict[str, list[str]], dns.asyncresolver.Resolver] | None = None
 
     async def addresses(self, host: str) -> list[str]:
-        """Return the addresses of a host, at least one, those that there is a route to first.
+        """Return the addresses of a host, at least one, reachable ones first.
 
         host: in ASCII. Raises UnknownHostError.
         """
@@ -96,7 +96,7 @@ class HostNames:
         return sorted(found, key=_has_no_route)
 
     async def _asked(self, resolver: dns.asyncresolver.Resolver, host: str) -> list[str]:
-        """Ask for addresses of both kinds at once, and take what has come in time. Raises UnknownHostError."""
+        """Query IPv4 and IPv6 addresses concurrently, and return those received in time. Raises UnknownHostError."""
         kinds = [asyncio.create_task(self._of_kind(resolver, host, kind)) for kind in ("A", "AAAA")]
         try:
             done, late = await asyncio.wait(kinds, timeout=self._lookup_s)
@@ -131,16 +131,16 @@ class HostNames:
         return _hosts_of(self._hosts), resolver
 
     async def _settings(self) -> tuple[dict[str, list[str]], dns.asyncresolver.Resolver]:
-        """Return what both files say now. Raises UnknownHostError if they name no server."""
+        """Return the hosts and resolver by the current files. Raises UnknownHostError if no server is configured."""
         changed = _changed_ns(self._hosts), _changed_ns(self._resolv)
         if self._read is None or self._read[0] != changed:
-            # The first time it imports what asks, which takes a fifth of a second.
+            # In a thread: the first call imports the resolver, which takes 200 ms.
             self._read = changed, *await asyncio.to_thread(self._reading)
         return self._read[1], self._read[2]
 
 
 def _hosts_of(path: Path) -> dict[str, list[str]]:
-    """Return the addresses of each name that a file as /etc/hosts has; none if there is no such file."""
+    """Return the addresses per name in a file like /etc/hosts; none if it does not exist."""
     found: dict[str, list[str]] = {}
     for line in lines_of(path.read_text(errors="replace")) if path.exists() else ():
         address, *names = line.partition("#")[0].split() or [""]
@@ -150,7 +150,7 @@ def _hosts_of(path: Path) -> dict[str, list[str]]:
 
 
 def _datagrams_to(address: str, port: int) -> dns.nameserver.Nameserver:
-    """Return a DNS server that is asked by one datagram. What does not fit into its answer is left out of it."""
+    """Return a DNS server that is queried by one datagram. A truncated answer is used as it is."""
 
     class Datagrams(dns_nameserver.Do53Nameserver):
         async def async_query(self, request: Any, timeout: float, *_: Any, **__: Any) -> Any:
@@ -169,7 +169,7 @@ def _changed_ns(path: Path) -> int:
 
 
 def _has_no_route(address: str) -> bool:
-    """Return whether this machine has no way to an address. Nothing is sent: UDP is connected by a look at routes."""
+    """Return whether this machine has no route to an address. Nothing is sent: connecting UDP only checks routes."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

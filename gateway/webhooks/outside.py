@@ -1,8 +1,8 @@
-"""POSTs to URLs that strangers have named: only to addresses of the public internet, without redirects, bounded.
+"""POSTs to URLs that clients supply, which are untrusted: only to public addresses, without redirects, bounded.
 
-The name is resolved here and the request goes to the address that was looked at, so that it cannot change in between
-(DNS rebinding). Of an answer the status line is read and nothing else: a client of HTTP reads all headers, and as many
-answers before the last one (100 Continue) as a receiver likes to send, which would hold the loop.
+The host is resolved here, and the request goes to the checked address, so that it cannot change in between (DNS
+rebinding). Only the status line of the answer is read. An HTTP client would read all headers, and any number of interim
+answers (100 Continue), which would block the loop.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 TIMEOUT_S = 15.0
-"""Of an attempt from its lookup to the status that is answered."""
+"""Maximum seconds of an attempt, from the lookup to the status."""
 
 MAX_URL_CHARACTERS = 2048
 MAX_LINE = 1024
-"""Bytes of a line of an answer."""
+"""Maximum bytes of a line of an answer."""
 
 MAX_LINES = 64
-"""Lines of an answer up to its last status line, all of 100 Continue and its like before it included."""
+"""Maximum lines of an answer up to its final status line, including all interim answers such as 100 Continue."""
 
 AT_ONE_RECEIVER = 8
-"""Requests at once to one host, of all tenants."""
+"""Concurrent requests to one host, for all tenants."""
 
 AT_ONE_RECEIVER_OF_TENANT = 2
 
@@ -41,16 +41,16 @@ _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})(?:[ \r]|$)")
 
 
 class UnreachableError(Exception):
-    """The URL cannot be asked; the text says why, to its owner."""
+    """The URL cannot be reached; the message says why, for its owner."""
 
 
 class BusyReceiverError(Exception):
-    """So many requests are on their way to the host of a URL that this one has to wait."""
+    """Too many requests to the URL's host are in progress, so this one must wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class WebhookTarget:
-    """Where a request goes, all of it in ASCII."""
+    """The destination of a request, in ASCII."""
 
     scheme: str
     host: str  # without brackets
@@ -60,7 +60,7 @@ class WebhookTarget:
 
 
 class Outside:
-    """Sends to URLs of strangers."""
+    """Sends requests to untrusted URLs."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class Outside:
         timeout_s: float = TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """private: whether http:// and addresses of private networks are allowed. timeout_s: of one request.
+        """private: allow http:// and private addresses. timeout_s: of one request.
 
-        tls: whose certificates are trusted; None: those that this machine trusts.
+        tls: trusted certificates; None: those that this machine trusts.
         """
         self._private = private
         self._names = names or HostNames()
@@ -81,7 +81,7 @@ class Outside:
         self._tls = tls
 
     def check(self, url: str) -> None:
-        """Refuse a URL by its form. Raises BadRequest."""
+        """Refuse an invalid or disallowed URL. Raises BadRequest."""
         schemes = ("https", "http") if self._private else ("https",)
         if len(url) > MAX_URL_CHARACTERS:
             raise BadRequest(f"url has {len(url)} characters; the limit is {MAX_URL_CHARACTERS}", param="url")
@@ -93,13 +93,13 @@ class Outside:
             raise BadRequest(f"url must be {' or '.join(schemes)}: {brief(url)}", param="url")
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], tenant: str) -> int:
-        """Send a body for a tenant; return the status of the answer, of which nothing else is read.
+        """Send a body on behalf of a tenant; return the answer's status, of which nothing else is read.
 
-        Raises UnreachableError, and BusyReceiverError when nothing was sent.
+        Raises UnreachableError, and BusyReceiverError if nothing was sent.
         """
         try:
             target = target_of(url)
-        except ValueError as error:  # stored by a release that accepted URLs which this one refuses
+        except ValueError as error:  # stored by a release with other rules
             raise UnreachableError(f"the URL cannot be used: {error}") from error
         with self._receivers.held(target.host.lower(), tenant) as has_room:
             if not has_room:
@@ -132,10 +132,10 @@ class Outside:
             writer.write("\r\n".join(head).encode("ascii") + body)
             return await _status(reader)
         finally:
-            writer.transport.abort()  # without waiting for the receiver to end TLS
+            writer.transport.abort()  # without waiting for the receiver's TLS shutdown
 
     async def _address(self, host: str) -> str:
-        """Return an address of a host, all of whose addresses may be asked. Raises UnreachableError."""
+        """Return an address of a host, if all of its addresses are allowed. Raises UnreachableError."""
         try:
             addresses = await self._names.addresses(host)
         except UnknownHostError as error:
@@ -145,13 +145,13 @@ class Outside:
         return addresses[0]
 
     async def _context(self) -> ssl.SSLContext:
-        if self._tls is None:  # most gateways send nothing, and it reads all certificates
+        if self._tls is None:  # created on first use: it loads all certificates
             self._tls = await asyncio.to_thread(httpx2.create_ssl_context, trust_env=False)
         return self._tls
 
 
 async def _status(reader: asyncio.StreamReader) -> int:
-    """Return the status of an answer. Raises UnreachableError, EOFError, LimitOverrunError."""
+    """Return the final status of an answer. Raises UnreachableError, EOFError, LimitOverrunError."""
     is_first = True
     status = 0
     for _ in range(MAX_LINES):
@@ -163,12 +163,12 @@ async def _status(reader: asyncio.StreamReader) -> int:
             status = int(found[1])
             if not 100 <= status < 200 or status == 101:
                 return status
-        is_first = not line.strip()  # an answer before the last one has ended
+        is_first = not line.strip()  # an interim answer has ended
     raise UnreachableError(f"the endpoint sent no status within {MAX_LINES} lines")
 
 
 def target_of(url: str) -> WebhookTarget:
-    """Return where a URL leads, its name in the DNS's form (IDNA). Raises ValueError for what cannot be asked."""
+    """Parse a URL, its host converted to the form of the DNS (IDNA). Raises ValueError if it is not allowed."""
     parts = urlsplit(url)
     if not parts.hostname:
         raise ValueError("it has no host")

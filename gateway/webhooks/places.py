@@ -1,4 +1,4 @@
-"""Slots that tenants share: none takes so many that another finds none. Pure."""
+"""Slots shared by tenants, so that no tenant takes all of them. Pure."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 
 
 class TenantSlots:
-    """A number of slots, of which the last quarter is for tenants that have none yet."""
+    """A number of slots, the last quarter of which is reserved for tenants without any."""
 
     def __init__(self, most: int, most_of_one: int) -> None:
-        """most: of all tenants. most_of_one: of one tenant."""
+        """most: maximum of all tenants. most_of_one: maximum per tenant."""
         self.most = most
         self.most_of_one = most_of_one
         self._taken: Counter[str] = Counter()
 
     @property
     def num_taken(self) -> int:
-        """The taken slots of all tenants."""
+        """Number of slots taken by all tenants."""
         return self._taken.total()
 
     def of(self, tenant: str) -> int:
-        """Return how many slots a tenant has."""
+        """Return how many slots a tenant has taken."""
         return self._taken[tenant]
 
     def room(self, tenant: str) -> int:
@@ -33,7 +33,7 @@ class TenantSlots:
         return max(0, min(self.most_of_one - has, left - self.most // 4))
 
     def take(self, tenant: str) -> None:
-        """Take a slot for a tenant, which has room."""
+        """Take a slot for a tenant that has room."""
         self._taken[tenant] += 1
 
     def leave(self, tenant: str) -> None:
@@ -44,7 +44,7 @@ class TenantSlots:
 
     @contextmanager
     def held(self, tenant: str) -> Iterator[bool]:
-        """Hold a slot within the block, if there is room for the tenant; yield whether there is."""
+        """Hold a slot during the block, if the tenant has room; yield whether it has."""
         has_room = self.room(tenant) > 0
         if has_room:
             self.take(tenant)
@@ -56,10 +56,10 @@ class TenantSlots:
 
 
 class PlacesByHost:
-    """Slots at each of many receivers; an unused receiver takes no memory."""
+    """Slots per receiver; an unused receiver takes no memory."""
 
     def __init__(self, most: int, most_of_one: int) -> None:
-        """most: at one receiver. most_of_one: of one tenant there."""
+        """most: maximum per receiver. most_of_one: maximum per tenant and receiver."""
         self.most = most
         self._limits = most, most_of_one
         self._places: dict[str, TenantSlots] = {}
@@ -70,7 +70,7 @@ class PlacesByHost:
 
     @contextmanager
     def held(self, host: str, tenant: str) -> Iterator[bool]:
-        """Hold a slot at a receiver within the block, if there is room for the tenant; yield whether there is."""
+        """Hold a slot at a receiver during the block, if the tenant has room; yield whether it has."""
         places = self._places.setdefault(host, TenantSlots(*self._limits))
         try:
             with places.held(tenant) as has_room:

@@ -1,7 +1,7 @@
-"""Sends webhooks: one gateway of the fleet at a time makes deliveries of what has ended.
+"""Sends webhooks: one gateway at a time, the leader, creates and sends the deliveries of ended jobs and batches.
 
-Each is tried until it arrives, or a day has passed; then it is put aside. Tenants take turns (`kept.webhooks`), and
-share the places for deliveries on their way (`places`).
+A delivery is retried until it arrives or a day has passed; then it is set aside. Tenants are served round-robin
+(`bus.webhooks`), and share the slots of concurrent deliveries (`places`).
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, NewerRecord, Overloaded, UnreadableRecord
 
 MAX_AGE_MS = 24 * 3600 * 1000
-"""Age of a delivery from which on it is not tried any more."""
+"""Age in ms at which a delivery is no longer retried."""
 
 MAX_WAITING = 1000
-"""Deliveries of a tenant that wait to arrive; beyond that, further ones are given up at once."""
+"""Maximum waiting deliveries of a tenant; further ones fail at once."""
 
 CLAIM_MS = 60_000
-"""After so long a delivery that was begun is due again, if nothing was heard of it: its gateway has died."""
+"""Milliseconds after which a started delivery without a result is due again: its gateway has died."""
 
 MAX_TESTS = 16
-"""Tests of endpoints at once at a gateway, of all tenants. Like all such slots, the last quarter is for tenants that
-have none."""
+"""Concurrent tests of endpoints per gateway, for all tenants. As with all such slots, the last quarter is reserved for
+tenants without any."""
 
 MAX_TESTS_OF_TENANT = 2
 
-_TENANTS_AT_ONCE = 16  # tenants whose ended jobs are read together
-_ENDS_OF_TURN = 16  # ended jobs per tenant and turn
+_TENANTS_AT_ONCE = 16  # tenants whose ended jobs are read per turn
+_ENDS_OF_TURN = 16  # ended jobs read per tenant and turn
 
 
 @dataclass(frozen=True, slots=True)
 class SenderPace:
-    """What operators do not set, but tests."""
+    """Timings and limits that tests set, not operators."""
 
     poll_s: float = 1.0
     lease_s: float = 10.0
-    first_retry_s: float = 5.0  # four times as long after each attempt
+    first_retry_s: float = 5.0  # multiplied by four after each attempt
     max_retry_s: float = 4 * 3600.0
-    busy_s: float = 5.0  # delay before retrying a delivery whose receiver had too many requests
-    max_sending: int = 64  # deliveries at once, of all tenants
+    busy_s: float = 5.0  # seconds before retrying a delivery whose receiver is busy
+    max_sending: int = 64  # concurrent deliveries, for all tenants
     max_sending_of_tenant: int = 4
 
 
 class WebhookSender:
-    """Makes and sends deliveries while this gateway leads in that."""
+    """Creates and sends deliveries while this gateway is the leader."""
 
     def __init__(
         self, bus: Bus, gid: str, outside: Outside, secret: FleetSecret | None, pace: SenderPace | None = None
     ) -> None:
-        """gid: this gateway. secret: opens what endpoints' secrets are sealed with."""
+        """gid: id of this gateway. secret: unseals the endpoints' signing secrets."""
         self._bus = bus
         self._gid = gid
         self._outside = outside
@@ -73,8 +73,8 @@ class WebhookSender:
         self._sending: dict[tuple[str, str], asyncio.Task[None]] = {}  # by tenant and delivery
         self._places = TenantSlots(self._pace.max_sending, self._pace.max_sending_of_tenant)
         self._tests = TenantSlots(MAX_TESTS, MAX_TESTS_OF_TENANT)
-        self._more = asyncio.Event()  # a delivery was tried, so another one may begin; or there are more ends
-        # None is given up: what is wrong is one tenant's records, or a fault of this gateway, and the ends are bounded.
+        self._more = asyncio.Event()  # set if a delivery was tried, so another may begin, or there are more ends
+        # Unlimited tries: an error is caused by one tenant's records or by a bug here, and the ends are bounded.
         self._plans = Items("webhooks", max_tries=0, backoff=Backoff(1.0, 600.0))
 
     def loop(self) -> Loop:
@@ -82,38 +82,38 @@ class WebhookSender:
         return Loop("webhooks", self._look, self._pace.poll_s, self._more)
 
     async def leave(self) -> None:
-        """End the attempts that are under way: the next gateway makes them again."""
+        """Cancel the attempts in progress; the next leader repeats them."""
         tasks = list(self._sending.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look(self) -> None:
-        """Give some tenants a turn, if this gateway is the one that does so."""
+        """Run one turn if this gateway is the leader."""
         if await self._bus.webhooks.lead(self._gid, int(self._pace.lease_s * 1000)) and await self._turn():
             self._more.set()
 
     async def _turn(self) -> bool:
-        """Give some tenants a turn: make deliveries of their ends, and begin those that are due.
+        """Create deliveries of some tenants' ends, and begin those that are due. Return whether there is more to do.
 
-        Returns whether more is to be done at once. What a turn costs does not depend on how much waits: it looks at
-        `_TENANTS_AT_ONCE` times `_ENDS_OF_TURN` ends, and at twice as many tenants' deliveries as may be sent.
+        The cost of a turn does not depend on the backlog: it reads up to `_TENANTS_AT_ONCE` times `_ENDS_OF_TURN` ends,
+        and the deliveries of twice as many tenants as there are slots.
         """
         webhooks = self._bus.webhooks
         more = await webhooks.take_over(_TENANTS_AT_ONCE * _ENDS_OF_TURN)
         for tenant in await webhooks.tenants_with_ends(_TENANTS_AT_ONCE):
             if await self._plans.run(tenant, partial(self._plan, tenant)):
-                await webhooks.drop_ends(tenant, [])  # its ends wait, the others' do not
+                await webhooks.drop_ends(tenant, [])  # moves the tenant behind the others
             else:
                 more = True
         await self._begin()
         return more
 
     async def _begin(self) -> None:
-        """Give tenants a turn at the slots for deliveries, those first that have fewest.
+        """Begin due deliveries, first for tenants with the fewest slots.
 
-        Twice as many are looked at as there are places, so at least half of them have none: while places are free,
-        each look begins something or finds all that is due.
+        Twice as many tenants are considered as there are slots, so at least half of them have none: while slots are
+        free, each call begins a delivery or finds all due ones.
         """
         webhooks = self._bus.webhooks
         tenants = await webhooks.tenants_with_deliveries(2 * self._pace.max_sending)
@@ -127,7 +127,7 @@ class WebhookSender:
                     self._sending[tenant, delivery.id] = asyncio.create_task(self._send(delivery))
 
     async def _plan(self, tenant: str) -> None:
-        """Make deliveries of a tenant's oldest ends. Raises NewerRecord if only newer gateways can read them."""
+        """Create deliveries of a tenant's oldest ends. Raises NewerRecord if only newer gateways can read them."""
         webhooks = self._bus.webhooks
         endpoints = await webhooks.endpoints(tenant, leave_newer=True)
         ended = await webhooks.ended(tenant, _ENDS_OF_TURN)
@@ -137,7 +137,7 @@ class WebhookSender:
                 type_ = await self._type_of(one)
             except (NewerRecord, *CONNECTION_ERRORS):
                 raise
-            except Exception as error:  # noqa: BLE001  what is kept of it cannot be read; it must not keep the others back
+            except Exception as error:  # noqa: BLE001  an unreadable record must not block the others
                 FAILED.note("webhooks", error, f"the end of {one.id}, which no webhook reports")
                 continue
             deliveries += [new_delivery(endpoint, type_, one.id) for endpoint in endpoints if type_ in endpoint.events]
@@ -152,11 +152,11 @@ class WebhookSender:
         await webhooks.drop_ends(tenant, ended)
 
     async def _type_of(self, ended: EndedWork) -> str:
-        """Return the type of the event of an end, "" if nothing is known of it any more."""
+        """Return the event type of an end, "" if its job is no longer known."""
         if ended.type:
             return ended.type
         found = await self._bus.jobs.get_many([ended.id], leave_newer=True)
-        if not found:  # it cannot be read, either
+        if not found:  # expired, so that clients cannot read it either
             return ""
         job = found[0]
         facts = await self._bus.requests(job.rids)
@@ -167,7 +167,7 @@ class WebhookSender:
         return "response.incomplete" if is_cut else f"response.{state}"
 
     async def _send(self, delivery: m.Delivery) -> None:
-        """Try a delivery once, and note what came of it, whatever that is."""
+        """Try a delivery once, and record the result."""
         was_tried = False
         try:
             error = await self._tried(delivery)
@@ -177,7 +177,7 @@ class WebhookSender:
             )
         except BusyReceiverError:
             await self._postpone(delivery)
-        except Exception as error:  # noqa: BLE001  nothing is noted of it: it is due again after `CLAIM_MS`
+        except Exception as error:  # noqa: BLE001  nothing is recorded: it is due again after `CLAIM_MS`
             FAILED.note("webhooks", error, delivery.id)
         finally:
             self._sending.pop((delivery.tenant, delivery.id), None)
@@ -186,20 +186,20 @@ class WebhookSender:
                 self._more.set()
 
     async def _postpone(self, delivery: m.Delivery) -> None:
-        """Have a delivery looked at again soon. It counts as no attempt; without this it is due after `CLAIM_MS`."""
+        """Retry a delivery after `busy_s`, without counting an attempt; otherwise it would be due after `CLAIM_MS`."""
         try:
             await self._bus.webhooks.later(delivery, now_ms() + int(1000 * self._pace.busy_s))
         except CONNECTION_ERRORS as error:
             FAILED.note("webhooks", error, delivery.id)
 
     async def _tried(self, delivery: m.Delivery) -> str:
-        """Send a delivery to its endpoint. Returns what is wrong, "" if it has arrived or its endpoint is deleted.
+        """Send a delivery to its endpoint. Return the error, "" if it arrived or its endpoint was deleted.
 
-        Raises BusyReceiverError, and one of CONNECTION_ERRORS when the queue does not say where to send it.
+        Raises BusyReceiverError, and one of CONNECTION_ERRORS if the endpoint's record cannot be read.
         """
         try:
             endpoint = await self._bus.webhooks.endpoint(delivery.tenant, delivery.endpoint)
-        except UnreadableRecord as error:  # it may be rewritten, or another release may read it, within the day
+        except UnreadableRecord as error:  # retried: it may be rewritten, or read by another release
             return str(error)
         if endpoint is None:
             return ""
@@ -209,13 +209,13 @@ class WebhookSender:
             return str(error)
         except BusyReceiverError:
             raise
-        except Exception as error:  # noqa: BLE001  an attempt like any other: it is counted, the next comes later
+        except Exception as error:  # noqa: BLE001  counted as a failed attempt, and retried
             FAILED.note("webhooks", error, delivery.id)
             return f"it cannot be sent: {type(error).__name__}"
         return "" if is_success(status) else f"the endpoint answered {status}"
 
     async def _note(self, tried: m.Delivery) -> None:
-        """Note that a delivery was tried: it is done, or given up, or tried again later."""
+        """Record a tried delivery as done, as failed, or for a later retry."""
         pace, webhooks = self._pace, self._bus.webhooks
         if not tried.error:
             await webhooks.done(tried)
@@ -223,14 +223,14 @@ class WebhookSender:
         if now_ms() - tried.created_ms > MAX_AGE_MS:
             await webhooks.give_up(tried.tenant, [tried])
             return
-        # An exponent above 16 is more than a day, whatever the first pause is.
+        # 4**16 exceeds a day for any first pause.
         pause_s = min(pace.first_retry_s * 4 ** min(tried.attempts - 1, 16), pace.max_retry_s)
         await webhooks.later(tried, now_ms() + int(1000 * pause_s * random.uniform(0.8, 1.2)))
 
     async def test(self, endpoint: m.WebhookEndpoint, delivery: m.Delivery) -> int:
-        """Send a delivery at once, and once; return the status of the answer.
+        """Send a delivery immediately, without retries; return the answer's status.
 
-        Raises UnreachableError, PermissionDenied, and Overloaded when too many are on their way.
+        Raises UnreachableError, PermissionDenied, and Overloaded if too many are in progress.
         """
         with self._tests.held(endpoint.tenant) as has_room:
             if not has_room:
@@ -246,7 +246,7 @@ class WebhookSender:
                 raise Overloaded(str(error), TIMEOUT_S) from error
 
     async def post(self, endpoint: m.WebhookEndpoint, delivery: m.Delivery) -> int:
-        """Return the status that an endpoint answers a delivery with.
+        """Send a delivery to an endpoint; return the answer's status.
 
         Raises UnreachableError, BusyReceiverError, PermissionDenied.
         """
@@ -259,7 +259,7 @@ class WebhookSender:
 
 
 def is_success(status: int) -> bool:
-    """Return whether an endpoint that answers this has taken what was sent."""
+    """Return whether a status acknowledges a delivery."""
     return 200 <= status < 300
 
 

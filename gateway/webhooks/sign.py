@@ -1,4 +1,4 @@
-"""Events as they are sent, and their signatures (Standard Webhooks, https://www.standardwebhooks.com). Pure."""
+"""The events' JSON and signatures (Standard Webhooks, https://www.standardwebhooks.com). Pure."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ BATCH_EVENTS = tuple(f"batch.{end}" for end in ("completed", "failed", "expired"
 JOB_EVENTS = tuple(f"job.{end}" for end in ("completed", "failed", "cancelled"))
 RESPONSE_EVENTS = tuple(f"response.{end}" for end in ("completed", "failed", "incomplete", "cancelled"))
 EVENTS = (*BATCH_EVENTS, *RESPONSE_EVENTS, *JOB_EVENTS)
-"""The types of events that are sent. Those of jobs are this project's own."""
+"""The event types. Those of jobs are specific to this project."""
 
 
 def new_secret() -> str:
-    """Return a new secret, as clients are given it."""
+    """Return a new secret in the form given to clients."""
     return PREFIX + base64.b64encode(secrets.token_bytes(NUM_SECRET_BYTES)).decode()
 
 
 def event_id(type_: str, subject: str) -> str:
-    """Return the id of an event: the same however often it is noticed."""
+    """Return the id of an event, which is deterministic: the same event has the same id."""
     return "evt_" + hashlib.sha256(f"{type_}/{subject}".encode()).hexdigest()[:24]
 
 
@@ -44,7 +44,7 @@ def event_body(event: str, type_: str, subject: str, created_s: int) -> bytes:
 
 
 def signed_headers(event: str, body: bytes, now_s: int, keys: Sequence[str]) -> dict[str, str]:
-    """Return the headers of a delivery: id, time, and a signature by each of the secrets."""
+    """Return the headers of a delivery: id, time, and one signature per secret."""
     signed = f"{event}.{now_s}.".encode() + body
     digests = [hmac.digest(base64.b64decode(key.removeprefix(PREFIX)), signed, "sha256") for key in keys]
     return {

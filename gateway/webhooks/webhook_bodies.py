@@ -1,4 +1,4 @@
-"""The bodies of the routes of webhook endpoints."""
+"""The bodies of the webhook endpoints' routes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WebhookRequest(JsonBody):
 
 
 class WebhookChange(JsonBody):
-    """`POST /v1/webhook_endpoints/{id}`: what is left out stays."""
+    """`POST /v1/webhook_endpoints/{id}`: omitted fields are unchanged."""
 
     OBJECT = "webhook_change"
 

@@ -1,4 +1,4 @@
-"""OpenAI's routes of webhook endpoints, and those of deliveries that were given up."""
+"""OpenAI's routes for webhook endpoints, and the routes of failed deliveries."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class WebhookRoutes:
         return json_response(await self._webhooks.test(endpoint_id, body.event_type, caller_of(request)))
 
     async def given_up(self, request: Request) -> Response:
-        """Answer `GET /v1/webhook_deliveries`: those that were given up."""
+        """Answer `GET /v1/webhook_deliveries`: the failed deliveries."""
         return json_response(await self._webhooks.given_up(caller_of(request)))
 
     async def retry(self, delivery_id: str, request: Request) -> Response:
