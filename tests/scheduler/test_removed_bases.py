@@ -24,8 +24,9 @@ from tests.scheduler.test_late_bases import join, served
 
 async def test_what_waits_ends_what_runs_is_finished_and_its_workers_drain(bus: Bus) -> None:
     await bus.added_bases.add("b", "/models/b", 31)
-    first, second = await (await join(bus, "w1", "a")).join(), await (await join(bus, "w2", "b")).join()
+    first, second = await (await join(bus, "w1", "a")).join(), await join(bus, "w2", "b")
     second.capacity = 1
+    await second.join()
     await bus.streams.create(bus.keys.out(GATEWAY), 60)
     async with running_scheduler(bus):
         await submit(bus, make_submit("runs", base="b"))
@@ -34,6 +35,7 @@ async def test_what_waits_ends_what_runs_is_finished_and_its_workers_drain(bus: 
 
         async def is_full() -> bool:
             await second.read()
+            await second.beat()
             found = await bus.get(bus.keys.status, m.SchedulerStatus)
             return found is not None and "b" in found.bases and found.bases["b"].queued + len(second.held) == 21
 

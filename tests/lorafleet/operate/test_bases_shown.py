@@ -21,7 +21,7 @@ def base(name: str) -> m.ServedModel:
 
 async def add_worker(bus: Bus, wid: str, of: str) -> None:
     beat = m.WorkerBeat(wid=wid, name=f"worker-{wid}", base=of, capacity=4)
-    await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), 60_000)
+    await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), 3_600_000)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -37,7 +37,7 @@ async def test_commands_show_each_base_of_several(
         await bus.members.note_failure("bad", "no memory")
         loads = {"chat": m.BaseLoad(1, 3, 2), "embed": m.BaseLoad(0, 7, 0)}
         status = m.SchedulerStatus(queued=10, running=2, workers=1, drain_rate=0.0, bases=loads)
-        await bus.set(bus.keys.status, status, 60_000)
+        await bus.set(bus.keys.status, status, 3_600_000)
     further = ",".join(str(folders[name]) for name in ("embed", "bad")) if several else ""
     async with running_gateway(bus, folders["chat"], more_models=further) as gateway:
         monkeypatch.setenv("LORAFLEET_URL", gateway.url)
