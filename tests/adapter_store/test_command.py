@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def described(base: str) -> ServedModel:
-    """Return the description of the base by the process with torch; the first test runs that process itself."""
+    """Return the base's description from a process with torch; the first test runs that process itself."""
     return describe(base)
 
 

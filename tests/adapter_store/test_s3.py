@@ -176,7 +176,7 @@ async def test_a_body_without_end_is_cut(tmp_path: Path) -> None:
 
 
 async def test_objects_in_parts(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
-    """The ETag of an object uploaded in parts is not a checksum; its content is still checked."""
+    """The ETag of an object uploaded in parts is not a checksum; its content is correct all the same."""
     sites = [m.SiteShape(site.name, 50_000, 16) for site in WIDE]
     content = safetensors(lora_tensors(sites=sites, rank=8))
     base = msgspec.structs.replace(BASE, sites=sites)

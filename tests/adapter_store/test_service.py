@@ -136,7 +136,7 @@ def write_bad(folder: Path, config: dict[str, Any] | bytes | None, weights: byte
 
 
 async def test_bad_adapters_say_why_and_disturb_nobody(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """Each bad folder, beside a good one, is served once its files are corrected."""
+    """All bad folders lie beside a good one; each is served once its files are corrected."""
     await bus.set(bus.keys.base, BASE)
     for name, (config, weights, _) in BAD.items():
         write_bad(root / name, config, weights)

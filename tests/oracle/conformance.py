@@ -81,7 +81,7 @@ def conform(model: PreTrainedModel, adapters: Adapters | None = None) -> Outcome
         sites, passes = tried.sites, tried.passes
         loras = adapters_for(model, sites) if adapters is None else adapters(model, tried)
         oracle = Oracle(model, loras, scale=0.4)
-        step_tokens = 16 if passes is None or passes.continues != "nothing" else sum(LENGTHS)  # else a step fits a text
+        step_tokens = 16 if passes is None or passes.continues != "nothing" else sum(LENGTHS)  # else a text must fit
         engine = oracle.engine(max_step_tokens=step_tokens, max_num_seqs=8)
     except BadRequest as refusal:
         return Outcome(refused=refusal.message.partition(" cannot be served: ")[2].removeprefix("it has "))

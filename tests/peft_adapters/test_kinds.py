@@ -352,7 +352,7 @@ def test_digest_is_of_the_maths_only(name: str) -> None:
 
 
 def test_a_bias_of_its_own_is_taken_in_any_case() -> None:
-    """PEFT documents `MiSS_only`, but compares only the end, in lower case."""
+    """PEFT documents `MiSS_only`, but compares only the ending."""
     config = kind_config("MISS")
     for bias in ("MiSS_only", "miss_only", "MISS_only"):
         assert read(config | {"bias": bias}, kind_tensors(config)).sites

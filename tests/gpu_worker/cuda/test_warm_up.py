@@ -102,7 +102,7 @@ def _plain(value: object) -> object:
 
 
 def random_step(rng: np.random.Generator, most_seqs: int, most_tokens: int, num_slots: int) -> WarmUpStep:
-    """Return a step of decodes, chunks and short speculation queries, with few or many adapters, and perhaps the base."""
+    """Return a step of decodes, chunks and short draft checks, with few or many adapters, and perhaps the base."""
     num_seqs = int(2 ** rng.uniform(0, np.log2(most_seqs + 0.99)))
     num_new = np.ones(num_seqs, np.int64)
     if rng.random() < 0.3 and 5 * num_seqs <= most_tokens:

@@ -203,7 +203,7 @@ def test_a_merge_that_takes_too_long_is_refused(strategy: Strategy, tmp_path: Pa
 
 
 def test_whole_matrices_that_are_too_large_are_refused_unmade() -> None:
-    """A matrix product kept as factors is not such a matrix, whatever the size of the layer."""
+    """A merge that stays in factors makes no such matrix, whatever the size of the layer."""
     config = read_config(LORA, Reasons())
     assert config is not None
     parts = [MergeInput(config, AdapterSpec(()), {}.__getitem__, 1.0)] * 2

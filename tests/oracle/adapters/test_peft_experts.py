@@ -1,4 +1,4 @@
-"""Adapters saved when experts were linear layers give PEFT's results, which reads them as LoRA on fused parameters."""
+"""Adapters saved when experts were linear layers equal PEFT's, which reads them as LoRA on fused parameters."""
 
 from __future__ import annotations
 
