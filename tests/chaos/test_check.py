@@ -165,7 +165,7 @@ def test_requests_that_no_attempt_has_caused_are_named() -> None:
     calls = [
         called("vector", attempt("", "cut"), attempt("", "refused", code="queue_full"), attempt("abcde")),
         called("keyed whole", attempt("", "cut"), attempt("abcde")),
-    ]  # each attempt lasts from 10 to 20 s
+    ]  # each attempt begins at 10 s and ends at 20 s
     ends = [ended(rid, 100_000 + at_ms) for rid, at_ms in (("a", 15_000), ("b", 19_000), ("c", 12_000))]
     assert unexplained(calls, ends, 100_000.0) == []
     assert [one.rid for one in unexplained(calls, [*ends, ended("d", 119_900)], 100_000.0)] == ["d"]
@@ -256,7 +256,7 @@ async def test_a_worker_that_loads_a_base_is_hit_where_there_are_swaps(
 
 def test_a_base_is_silent_from_one_answer_to_the_next_and_to_both_ends() -> None:
     assert longest_silence_s([1.0, 12.0, 14.0, 90.0], 10.0, 20.0) == 6.0
-    assert longest_silence_s([16.0, 12.0], 10.0, 17.0) == 4.0  # answers are recorded in order of arrival
+    assert longest_silence_s([16.0, 12.0], 10.0, 17.0) == 4.0  # times may be recorded out of order
     assert longest_silence_s([], 10.0, 17.0) == 7.0
 
 

@@ -358,8 +358,7 @@ def test_workers_are_scaled_by_requests_and_from_none(chart: Any) -> None:
     assert (trigger["metadata"]["valueLocation"], trigger["metadata"]["targetValue"]) == ("demand", "16")
     assert find(manifests, "TriggerAuthentication", "")["spec"]["secretTargetRef"][0]["name"] == "admin-key"
     assert "replicas" not in find(manifests, "Deployment", "worker-cpu")["spec"]
-    # With no workers running, a gateway that was ready only with a worker would get no calls, so nothing would scale
-    # up.
+    # Without a worker, a gateway that is ready only with one would get no calls, so nothing would scale up.
     gateway = container(pods(manifests)["lf-lorafleet-gateway"])
     assert "tcpSocket" in gateway["readinessProbe"]
     assert "httpGet" in container(pods(render(chart, {}))["lf-lorafleet-gateway"])["readinessProbe"]
