@@ -1,4 +1,4 @@
-"""Documentation names files that exist, is in the site whole, and has one version with all that is released."""
+"""Documentation names files that exist, is completely on the site, and has the version of the release."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_linked_headings_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_diagrams_keep_their_lines(page: Path) -> None:
-    """Mermaid reads a statement per line: a diagram whose lines were filled like a paragraph is an error."""
+    """Mermaid reads one statement per line: a diagram reflowed like a paragraph is an error."""
     first_lines = re.findall(r"^```mermaid\n(.*)$", page.read_text(), re.MULTILINE)
     assert [line for line in first_lines if len(line.split()) > 2] == []
 

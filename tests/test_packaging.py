@@ -1,4 +1,4 @@
-"""The import graph is as designed, a wheel holds what it should under the right names, and tests have short names."""
+"""The import graph is as designed, a wheel contains the right files under the right names, and test names are short."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ WHEEL = {
     "peft_adapters": "peft_adapters",
     **{service: service for service in SERVICES},
 }
-PACKAGES = {**WHEEL, "chaos": "chaos"}  # it kills fleets: a tool of this repository, not of its users
+PACKAGES = {**WHEEL, "chaos": "chaos"}  # it kills fleets: a tool of this repository, not for its users
 MAY_IMPORT = {
     "protocol": set(),
     "lora_kernels": set(),
@@ -31,10 +31,10 @@ MAY_IMPORT = {
     "adapter_store": {"protocol", "peft_adapters"},
     "gpu_worker": {"protocol", "peft_adapters", "lora_kernels"},
     "lorafleet": {"protocol"},  # it starts services by name, in processes of their own
-    "chaos": {"protocol", "lorafleet", "gpu_worker"},  # of the worker only how it draws tokens
+    "chaos": {"protocol", "lorafleet", "gpu_worker"},  # only the sampling functions of the worker
 }
 LAYERED = ("gateway", "gpu_worker", "protocol", "lorafleet")
-"""Packages whose rooms are layers."""
+"""Packages whose subfolders ("rooms") are layers."""
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton"}
 HTTP_FRAMEWORKS = {"fastapi", "starlette", "uvicorn"}
@@ -42,39 +42,39 @@ MAY_BE_HEAVY = {"gpu_worker", "lora_kernels", "chaos"}
 
 PATCHES = {
     "gateway/bodies/test_json_outline.py",  # how much msgspec reads at once
-    "gateway/calls/test_keys_again.py",  # how often a queue is asked
-    "gateway/http/test_dispatch.py",  # in which thread FastAPI makes a route
+    "gateway/calls/test_keys_again.py",  # how often a queue is called
+    "gateway/http/test_dispatch.py",  # in which thread FastAPI builds a route
     "gateway/http/test_faults.py",  # a panic of the tokenizers library
-    "gateway/http/test_life.py",  # a queue that does what it is told and is not heard; one that was restarted
-    "gateway/test_added_bases.py",  # files that take as long as the test wants to be read
-    "gateway/test_loop_lag.py",  # what reads, judges and frees bodies, and in which thread
+    "gateway/http/test_life.py",  # a queue that runs a command whose reply is lost; one that was restarted
+    "gateway/test_added_bases.py",  # files that take as long to read as the test wants
+    "gateway/test_loop_lag.py",  # which code reads, checks and frees bodies, and in which thread
     "gateway/overload/test_refusals.py",  # a queue that is slow for as long as the test wants
-    "gpu_worker/adapters/loader/test_reserve.py",  # a system that allows no further process
-    "gpu_worker/cuda/test_waits.py",  # a mode of torch that needs a GPU
+    "gpu_worker/adapters/loader/test_reserve.py",  # a system that refuses another process
+    "gpu_worker/cuda/test_waits.py",  # a torch mode that needs a GPU
     "gpu_worker/model/test_kept_answers.py",  # versions of libraries, and processors
     "gpu_worker/sampling/test_grammars.py",  # a library that fails
-    "gpu_worker/service/test_service.py",  # the pause between beats; what is asked of engine and queue, in what order
-    "gpu_worker/service/test_start_failures.py",  # a model that cannot be loaded; a queue that takes no worker yet
-    "gpu_worker/service/test_swap.py",  # a process that is replaced; files and a queue that do not answer
-    "gpu_worker/test_memory.py",  # what torch says of a GPU's memory
+    "gpu_worker/service/test_service.py",  # the pause between heartbeats; the order of calls to engine and queue
+    "gpu_worker/service/test_start_failures.py",  # a model that cannot be loaded; a queue that refuses workers at first
+    "gpu_worker/service/test_swap.py",  # a process that is replaced; files and a queue that hang
+    "gpu_worker/test_memory.py",  # a GPU's memory as torch reports it
     "hostile/test_loops.py",  # loops that fail, in the tables of all services
-    "kernels/test_linear.py",  # what torch says of the processor
-    "kernels/triton/test_lora.py",  # which launches there are
-    "lorafleet/operate/test_commands.py",  # what is typed
+    "kernels/test_linear.py",  # the processor as torch reports it
+    "kernels/triton/test_lora.py",  # which kernels are launched
+    "lorafleet/operate/test_commands.py",  # keyboard input
     "oracle/adapters/test_expert_rows.py",  # which experts a step reaches
-    "oracle/adapters/test_peft_experts.py",  # modules of experts whose products nobody knows
-    "oracle/test_architectures.py",  # a model that is computed wrongly
-    "oracle/test_stack.py",  # what transformers computes on the way
+    "oracle/adapters/test_peft_experts.py",  # expert modules of an unknown form
+    "oracle/test_architectures.py",  # a model that is computed incorrectly
+    "oracle/test_stack.py",  # intermediate results of transformers
     "protocol/queue/test_bus.py",  # a restart between two commands
     "protocol/queue/test_history.py",  # how many commands are sent at once
     "protocol/queue/test_sealing.py",  # a key that expires between two commands
     "protocol/runtime/test_model_files.py",  # a folder of another user of the system
     "protocol/runtime/test_private_files.py",  # another user of the system
-    "scheduler/test_service.py",  # the pause between looks at beats
+    "scheduler/test_service.py",  # the pause between reads of heartbeats
 }
-"""Files of tests that replace an attribute, and of what."""
+"""Test files that replace an attribute -> the replaced thing, as a comment."""
 
-CONVERTER = ROOT / "lorafleet/convert_gguf.py"  # a process of its own, which only the quickstart starts
+CONVERTER = ROOT / "lorafleet/convert_gguf.py"  # a process of its own, started only by the quickstart
 
 
 def sources(package: str) -> list[Path]:
@@ -84,13 +84,13 @@ def sources(package: str) -> list[Path]:
 
 @cache
 def import_nodes(path: Path) -> tuple[ast.stmt, ...]:
-    """Return every import in a file, also of those inside functions."""
+    """Return every import statement of a file, including those inside functions."""
     nodes = ast.walk(ast.parse(path.read_text(), path))
     return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yield the top-level name of every import in a file, also of those inside functions."""
+    """Yield the top-level name of every import of a file, including those inside functions."""
     for node in import_nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -100,7 +100,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def run_python(code: str) -> str:
-    """Run code in a fresh interpreter at the repository's root; return what it printed."""
+    """Run code in a fresh interpreter at the repository's root; return its output."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -122,7 +122,7 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
 
 
 def dotted_imports(path: Path) -> Iterator[str]:
-    """Yield the full name of every module that a file imports from."""
+    """Yield the full name of every module from which a file imports."""
     for node in import_nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -133,7 +133,7 @@ def dotted_imports(path: Path) -> Iterator[str]:
 
 @cache
 def module_graph() -> dict[str, set[str]]:
-    """Return which of our modules each of them imports, also inside functions and for type checkers alone."""
+    """Return for each of our modules those that it imports, also inside functions and for type checkers alone."""
     modules: dict[str, Path] = {}
     for package in PACKAGES:
         root = ROOT / "kernels" if package == "lora_kernels" else ROOT
@@ -144,7 +144,7 @@ def module_graph() -> dict[str, set[str]]:
 
 
 def imported_modules(path: Path, modules: Set[str]) -> Iterator[str]:
-    """Yield the modules, of those given, that a file imports or imports names from."""
+    """Yield those of the given modules that a file imports or from which it imports names."""
     for node in import_nodes(path):
         names: list[tuple[str, str]] = []
         if isinstance(node, ast.Import):
@@ -164,7 +164,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 def rooms_of(package: str) -> list[str]:
-    """Return the rooms of a package from the lowest to the highest, as docs/structure.md#layers has them."""
+    """Return the rooms of a package from the lowest to the highest, as docs/structure.md#layers lists them."""
     page = (ROOT / "docs/structure.md").read_text()
     line = next(line for line in page.splitlines() if line.startswith(f"| `{package}/` | `"))
     return re.findall(r"`([^`]+)`", line.split("|")[2])
@@ -172,7 +172,7 @@ def rooms_of(package: str) -> list[str]:
 
 @pytest.mark.parametrize("package", LAYERED)
 def test_rooms_are_layers(package: str) -> None:
-    """A room imports only those below it. A module beside the rooms is one of its own, and may stand anywhere."""
+    """A room imports only rooms below it. A module beside the rooms counts as its own room, at any height."""
     graph, rooms = module_graph(), rooms_of(package)
     height = {room: number for number, room in enumerate(rooms)}
     parts = {name: name.split(".") for name in graph}
@@ -191,11 +191,11 @@ def test_rooms_are_layers(package: str) -> None:
             own = inside.get(name, name)
             others = (inside.get(one, one) for one in found if parts[one][0] == package and len(parts[one]) > 1)
             between.add(own, *(one for one in others if one != own))
-    between.prepare()  # raises where a module beside the rooms closes a circle
+    between.prepare()  # raises if a module beside the rooms closes a cycle
 
 
 def test_a_class_name_has_one_meaning() -> None:
-    """A public class has a name of its own among all packages, so that a search for it finds one thing."""
+    """Public class names are unique among all packages, so that a search for one finds one class."""
     found: dict[str, list[str]] = {}
     for package in WHEEL:
         for path in sources(package):
@@ -205,7 +205,7 @@ def test_a_class_name_has_one_meaning() -> None:
 
 
 MAX_UNFORMATTED = 160
-"""Statements of the product that the formatter leaves as they are: tables of data, and what would take a page."""
+"""Maximum number of product statements excluded from formatting: data tables, and code that would fill a page."""
 
 
 def test_the_formatter_has_the_last_word() -> None:
@@ -214,7 +214,7 @@ def test_the_formatter_has_the_last_word() -> None:
 
 
 def test_only_the_queue_package_touches_redis() -> None:
-    """Everybody else calls typed methods: no Redis client is imported, and `Bus._redis` is nobody else's."""
+    """All other packages call typed methods: none imports a Redis client or uses `Bus._redis`."""
     queue = ROOT / "protocol/queue"
     paths = [path for package in PACKAGES for path in sources(package)] + sorted((ROOT / "deploy").glob("*.py"))
     for path in paths:
@@ -235,7 +235,7 @@ def test_peft_adapters_knows_only_errors_and_messages() -> None:
 
 
 def test_the_gateway_reads_no_adapter_files() -> None:
-    """The gateway knows how a merge of adapters is named, and which texts an adapter may bring, nothing else."""
+    """The gateway knows only the names of adapter merges, and which texts an adapter may bring."""
     for path in sources("gateway"):
         found = {name for name in dotted_imports(path) if name.startswith("peft_adapters.")}
         known = ("peft_adapters.recipe", "peft_adapters.texts.files", "peft_adapters.texts.tokenizer_json")
@@ -243,7 +243,7 @@ def test_the_gateway_reads_no_adapter_files() -> None:
 
 
 def test_names_of_tests_are_short() -> None:
-    """A name of 70 characters or more is a sentence, which belongs into the docstring."""
+    """A name of 70 characters or more is a sentence, which belongs in the docstring."""
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     assert paths, "the check would prove nothing"
     long_names = [
@@ -255,7 +255,7 @@ def test_names_of_tests_are_short() -> None:
 
 
 def test_tests_patch_nothing_of_ours() -> None:
-    """What a test must change is a parameter or a setting. Those in PATCHES play faults, or watch, where nothing is."""
+    """Tests change parameters or settings. Those in PATCHES simulate faults, or observe, where no parameter exists."""
     patching = {
         path.relative_to(ROOT / "tests").as_posix()
         for path in (ROOT / "tests").rglob("*.py")
@@ -268,7 +268,7 @@ def test_tests_patch_nothing_of_ours() -> None:
 
 
 def test_clients_of_tests_wait_for_a_busy_machine() -> None:
-    """The client's own patience is 5 s, which is too short where others use the processors."""
+    """The client's default timeout is 5 s, which is too short on a busy machine."""
     call = re.compile(r"httpx2\.(?:Async)?Client\((?:[^()]|\([^()]*\))*\)")
     calls = [
         (path.relative_to(ROOT).as_posix(), made)
@@ -280,7 +280,7 @@ def test_clients_of_tests_wait_for_a_busy_machine() -> None:
 
 
 def test_the_gateway_makes_http_clients_in_threads_alone() -> None:
-    """The first one holds an event loop for 100 ms, each further one for 5: it reads all certificates."""
+    """The first client blocks an event loop for 100 ms, each further one for 5 ms: it reads all certificates."""
     makes = re.compile(r"httpx2\.(?:AsyncClient|Client|create_ssl_context)\b[^]]")
     found = {
         path.relative_to(ROOT).as_posix(): len(makes.findall(path.read_text()))
@@ -291,7 +291,7 @@ def test_the_gateway_makes_http_clients_in_threads_alone() -> None:
 
 
 def test_importing_light_packages_loads_no_torch() -> None:
-    """In one process, which is that much quicker: what is never loaded was loaded by none of them."""
+    """All packages are imported in one process, for speed: a module that is not loaded then was imported by none."""
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for package in sorted(PACKAGES.keys() - MAY_BE_HEAVY)
@@ -308,12 +308,12 @@ def test_the_worker_shell_imports_torch_only_when_it_loads_a_model() -> None:
 
 
 def test_a_process_of_the_sandbox_starts_without_numpy() -> None:
-    """Importing it is half of such a start, which is beside whatever else the machine computes."""
+    """Importing numpy takes half of such a start, which competes with the machine's other work."""
     assert run_python("import sys, gateway.sandbox.child; print('numpy' in sys.modules)") == "False"
 
 
 def test_kernels_never_finds_our_code(tmp_path: Path) -> None:
-    """Transformers imports Hugging Face's `kernels` by that name: ours must not answer to it, nor stand before it."""
+    """transformers imports Hugging Face's `kernels` by that name: our folder must neither answer to it nor hide it."""
     assert not (ROOT / "kernels/__init__.py").exists()
     origin = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
     assert run_python(origin) == "None"

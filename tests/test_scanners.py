@@ -1,7 +1,7 @@
-"""No pattern of ours takes more than linear time on any text, and JSON of strangers is read by one function.
+"""Our patterns take linear time on any text, and untrusted JSON is read by one function.
 
-Patterns are found in the modules and tried on texts made of pieces of themselves: whatever makes one begin anew, or go
-back, is among these.
+Patterns are found in the modules and tried on texts made from pieces of themselves, which include any text that makes a
+pattern restart or backtrack.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INLINE = {
     "peft_adapters/targets.py": "a config's pattern is compiled to see whether Python could; RE2 matches it",
     "adapter_store/http.py": "digits of one header, at most fifteen",
 }
-"""Files that use `re` elsewhere than in a constant, and why that is no scan of a stranger's text."""
+"""Files that use `re` other than in a constant -> why they do not scan untrusted text that way."""
 
 READERS = {
     "gateway/bodies/json_values.py": "the function itself",
@@ -45,26 +45,26 @@ READERS = {
     "gateway/books/prometheus.py": "replies of the operator's own Prometheus, of at most 2 MiB, in a thread",
     "gateway/requests/database.py": "a row of ours: an entry of the history, which scripts have bounded",
 }
-"""Files of the gateway that read JSON by other means than `json_values.loads`, and why they may."""
+"""Files of the gateway that read JSON other than with `json_values.loads` -> why they may."""
 
 METHODS = frozenset({"fullmatch", "match", "search", "finditer", "findall", "sub", "subn", "split"})
 
 NUM = 4000
-"""Characters of a text that a pattern is tried on."""
+"""Characters of a text on which a pattern is tried."""
 
 MOST_S = 0.02
-"""CPU seconds: a hundred times what a linear pattern takes, and less than a quadratic one does."""
+"""CPU time in seconds: a hundred times that of a linear pattern, but less than that of a quadratic one."""
 
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, ast.Module]:
-    """Modules by their paths, parsed once for all tests here."""
+    """Return the parsed modules by path, shared by all tests of this file."""
     paths = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
 
 
 def called(node: ast.AST, module: str) -> str:
-    """Return the function that a node calls of a module, "" for none."""
+    """Return the function of a module that a node calls, "" if none."""
     func = node.func if isinstance(node, ast.Call) else None
     is_of = isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == module
     return func.attr if is_of and isinstance(func, ast.Attribute) else ""
@@ -90,7 +90,7 @@ def patterns_in(value: object) -> Iterator[re.Pattern[str] | re.Pattern[bytes]]:
 
 
 def methods_of(files: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """Return what is called of constants, by their names."""
+    """Return the methods called on constants, by the constants' names."""
     found: dict[str, set[str]] = {}
     for tree in files.values():
         for node in ast.walk(tree):
@@ -104,7 +104,7 @@ def methods_of(files: dict[str, ast.Module]) -> dict[str, set[str]]:
 
 
 def applied(pattern: re.Pattern[str], methods: set[str], text: str) -> None:
-    """Use a pattern as it is used: where it begins at a place, again at each end until it does not match."""
+    """Apply a pattern as its methods do. `match` is repeated at each end of a match until it fails."""
     if "fullmatch" in methods:
         pattern.fullmatch(text)
     if "match" in methods:
@@ -117,7 +117,7 @@ def applied(pattern: re.Pattern[str], methods: set[str], text: str) -> None:
 
 
 def all_patterns(files: dict[str, ast.Module]) -> dict[str, tuple[re.Pattern[str], set[str]]]:
-    """Return every pattern that a module has as a constant, with what is called of it, by the module and its name."""
+    """Return every pattern that is a module's constant, with the methods called on it, by module and name."""
     found: dict[str, tuple[re.Pattern[str], set[str]]] = {}
     methods = methods_of(files)
     for name, tree in files.items():
@@ -134,7 +134,7 @@ def all_patterns(files: dict[str, ast.Module]) -> dict[str, tuple[re.Pattern[str
 
 
 def pieces_of(pattern: str) -> list[str]:
-    """Return texts that a pattern may match some of: words and marks in it, and one of each kind of character."""
+    """Return texts of which a pattern may match a part: its words and marks, and one character of each kind."""
     words = re.findall(r"[A-Za-z_:=<>-]{2,}", pattern)
     marks = re.findall(r"""["'/{}()\[\]<>.:,;=@#%&|*+?!~^$-]""", pattern)
     return [*dict.fromkeys([*words[:6], *marks[:8], "\\", "1", "a", " ", "\n"])]

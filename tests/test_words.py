@@ -1,4 +1,4 @@
-"""What users read has no words that only this project uses: help, settings, messages, the console, pages of docs."""
+"""Texts for users have no private words of this project: help, settings, messages, the console, documentation."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ STANDARD = {
     "cannot be asked": "cannot be served, is unavailable",
     "of one's own": "its own",
 }
-"""A private word, and the field's words for it."""
+"""Private word -> the field's words for it."""
 
 HARD = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in STANDARD), re.IGNORECASE)
 
 
 def found_in(text: str) -> list[str]:
-    """Return what is to be said otherwise, with the words around it."""
+    """Return each private word in a text, with the words around it and its replacement."""
     line = " ".join(text.split())
     return [
         f"{line[max(0, hit.start() - 30) : hit.end() + 30]!r}: {STANDARD[hit[0].lower()]}"
@@ -101,17 +101,17 @@ def found_in(text: str) -> list[str]:
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[Parser]:
-    """Yield a parser and those of its commands."""
+    """Yield a parser and the parsers of its commands."""
     assert isinstance(parser, Parser)
     yield parser
-    for action in parser._actions:  # argparse has no other way to ask
+    for action in parser._actions:  # argparse has no public way
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 yield from parsers(below)
 
 
 def messages(path: Path) -> Iterator[str]:
-    """Yield the texts of a module that are no docstrings: of errors, log lines and what commands print."""
+    """Yield the strings of a module that are not docstrings: errors, log lines and output of commands."""
     tree = ast.parse(path.read_text())
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -160,7 +160,7 @@ MAX_WORDS = 40
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yield the sentences of a page; code, tables, headings and the addresses of links are left out."""
+    """Yield the sentences of a page, without code, tables, headings and link addresses."""
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     text = "\n".join("" if re.match(r" *\||#|    |!\[", line) else line for line in text.splitlines())
     for block in re.split(r"\n\s*\n|\n(?=(?:- |\d+\. ))", re.sub(r"\]\([^)]*\)", "]", text)):

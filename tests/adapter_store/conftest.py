@@ -1,4 +1,4 @@
-"""A running store on a real queue, and a small Hub."""
+"""A running store on a real queue, and a small Hub stub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def root(settings: Settings) -> Path:
 
 @pytest_asyncio.fixture
 async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
-    """A Hub without a repository, asked without a token."""
+    """A Hub without repositories; clients have no token."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     async with run_hub() as stub:
         yield stub
@@ -56,7 +56,7 @@ def mirror(tmp_path: Path) -> Mirror:
 
 @pytest.fixture
 def timings() -> StoreTimings:
-    """The timings of the stores that `run_store` starts; a test may change them."""
+    """Return the timings of the stores that `run_store` starts; a test may change them."""
     return StoreTimings()
 
 

@@ -1,4 +1,4 @@
-"""What a store makes of bases that are added and taken away: whose an adapter is, and whose it never becomes."""
+"""A store while bases are added and removed: to which base an adapter belongs, and to which it never moves."""
 
 from __future__ import annotations
 

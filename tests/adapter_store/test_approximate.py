@@ -1,4 +1,4 @@
-"""A store that converts kinds of full rank: only when told to, one at a time, in turns, and within limits."""
+"""Conversion of full-rank kinds by a store: only if enabled, one at a time, tenants in turn, and within limits."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def base(model: Path) -> m.ServedModel:
 
 
 def c3a(folder: Path, seed: int = 5, **fields: Any) -> Path:
-    """Write an adapter of C3A, with some fields of its config changed."""
+    """Write a C3A adapter with the given config fields."""
     make_adapter(C3A, folder, seed=seed)
     config = folder / CONFIG_FILE
     config.write_text(json.dumps(json.loads(config.read_text()) | fields))
@@ -105,7 +105,7 @@ async def test_a_store_that_could_not_do_it_does_not_start(
 
 
 def converting(tmp_path: Path, model: Path, base: m.ServedModel, **limits: Any) -> tuple[Mirror, LocalSource]:
-    """Return a mirror that converts for one base, and the source of a folder with one adapter of C3A."""
+    """Return a mirror that converts for one base, and a folder source with one C3A adapter."""
     blobs = Blobs(tmp_path / "blobs")
     given: dict[str, Any] = {"timeout_s": 600.0, "max_bytes": 1 << 20} | limits
     approximation = Approximation(blobs, {base.name: str(model)}, bucket=None, **given)

@@ -1,4 +1,4 @@
-"""Which base of several an adapter belongs to: that of its registration, else that it names, else that it fits."""
+"""The base of an adapter: the one of its registration, else the one that it names, else the only one that it fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def base(name: str, **more: Any) -> ServedModel:
 
 
 class FakeMirror:
-    """Has one adapter, which names a base and fits some."""
+    """Has one adapter, which names the base `named` and fits the bases `fits`."""
 
     def __init__(self, named: str = "", fits: tuple[str, ...] = ()) -> None:
         self.named, self.fits = named, fits
@@ -107,7 +107,7 @@ async def test_nothing_is_guessed_while_a_base_is_still_starting() -> None:
     with pytest.raises(Unavailable, match="may fit two, of which no worker has started yet"):
         await chosen(bases, FakeMirror("", ("one",)))
     assert bases.set([base("one"), base("org/Three-7B")], ["two", "stranger"])
-    assert await chosen(bases, FakeMirror("", ("one",))) == "one"  # one that did not start holds nobody up
+    assert await chosen(bases, FakeMirror("", ("one",))) == "one"  # a base that failed to start delays no adapter
     assert bases.set([base(name) for name in NAMES], ["two"])
     with pytest.raises(AdapterRefused, match="several bases"):
         await chosen(bases, FakeMirror("", ("one", "two")))
@@ -134,7 +134,7 @@ async def test_a_fleet_of_one_base_takes_what_fits_it_whatever_it_names(names: t
 
 
 def test_what_a_fleet_of_one_base_published_is_of_an_unknown_one() -> None:
-    """Its catalogue names none: what would be kept in it while its source is away might be served by another."""
+    """Its catalogue names no base: another base could serve the adapters that it keeps while their source is down."""
     one = Bases(["one"])
     one.set([base("one")])
     assert one.get("") == base("one")
@@ -151,14 +151,14 @@ def test_a_change_of_any_base_is_one() -> None:
     bases = several()
     assert not bases.set([base(name) for name in reversed(NAMES)])
     assert bases.set([base("one"), base("two", fingerprint="other"), base("org/Three-7B")])
-    assert not bases.set([])  # a queue that was flushed: what was known stays
+    assert not bases.set([])  # an empty queue, after a flush: known bases are kept
     assert bases.names == list(NAMES)
 
 
 def test_what_a_version_names_is_kept_beside_its_readers(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
     blobs.note_base("v", "one")
-    assert blobs.named_base("v") is None  # nothing is known of the version
+    assert blobs.named_base("v") is None  # the version is not known yet
     blobs.note_version("v", "d")
     blobs.note_reader("v", "anyone")
     for name in ("one", "", "base two"):
@@ -168,5 +168,5 @@ def test_what_a_version_names_is_kept_beside_its_readers(tmp_path: Path) -> None
     assert (blobs.named_base("v"), blobs.readers_of("v")) == ("base two", {"anyone", "fleet"})
     blobs.note_version("v", "d")
     assert blobs.named_base("v") == "base two"
-    blobs.note_version("v", "other")  # a commit never changes, but a folder does
+    blobs.note_version("v", "other")  # the content of a folder, unlike that of a commit, can change
     assert (blobs.named_base("v"), blobs.readers_of("v")) == (None, set())

@@ -1,4 +1,4 @@
-"""Blobs are complete and checked, or absent: damage, crashes, quota."""
+"""Blobs are complete and verified, or absent: damage, crashes, quotas."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_blob_survives_restarts(tmp_path: Path) -> None:
 
 
 def test_equal_content_is_one_blob(tmp_path: Path) -> None:
-    """Also when configs differ only in fields without effect: the stored config is the canonical one."""
+    """Also if configs differ only in fields without effect: the stored config is canonical."""
     blobs = Blobs(tmp_path)
     first = put(blobs, 1)
     folder = write_adapter(blobs.staging("other"), 1, lora_dropout=0.5, base_model_name_or_path="/secret/path")
@@ -102,7 +102,7 @@ def test_what_has_no_room_is_refused_before_it_is_fetched(tmp_path: Path) -> Non
         pass
     (folder / WEIGHTS_FILE).write_bytes(bytes(200))
     with blobs.room(100, 700, folder), pytest.raises(NoRoom), blobs.room(1, 201, folder):
-        pass  # what an earlier fetch left counts as there
+        pass  # files left by an earlier fetch count as present
 
 
 def test_a_blob_removed_by_hand_is_the_first_to_leave(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_refuses_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
 
 
 def test_notes_of_a_version_that_threads_write_at_once_all_stay(tmp_path: Path) -> None:
-    """Takes of many tenants note their rights, and the first of them the base, each in a thread of its own."""
+    """Takes by many tenants record their access, and the first take also the base, each in its own thread."""
     blobs = Blobs(tmp_path)
     readers = {f"reader-{number}" for number in range(8)}
     with ThreadPoolExecutor(len(readers) + 1) as threads:

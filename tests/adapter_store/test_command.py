@@ -1,4 +1,4 @@
-"""`lorafleet adapter` as people run it, on folders, with and without a base model."""
+"""`lorafleet adapter` as users run it, on folders, with and without a base model."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def described(base: str) -> ServedModel:
-    """What the process with torch says of the base; the first test has it say so."""
+    """Return the base's description from a process with torch; the first test runs that process itself."""
     return describe(base)
 
 
 def adapter(described: ServedModel, *words: str) -> int:
-    """Run a command for a base that is described already; return its exit code."""
+    """Run a command with an existing description of the base; return its exit code."""
     parser = Parser()
     add_arguments(parser)
     return run(parser.parse_args([*words, "--base", "described"]), lambda _: described)

@@ -1,4 +1,4 @@
-"""A store serves adapters of MLX-LM and llama.cpp as PEFT's, and says of one without effect that it has none."""
+"""A store serves adapters of MLX-LM and llama.cpp as PEFT adapters, and marks adapters that have no effect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LLAMA = msgspec.structs.replace(BASE, head_dim=8)
 
 
 def same(weights: bytes, peft: Path) -> bool:
-    """Return whether weights are those that PEFT saved, whatever their order."""
+    """Return whether the tensors equal those that PEFT saved, in any order."""
     found, expected = load(weights), load((peft / WEIGHTS_FILE).read_bytes())
     return found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in found)
 
@@ -58,7 +58,7 @@ async def test_a_folder_of_gguf_is_served(bus: Bus, root: Path, tmp_path: Path, 
     pairs = peft_pairs(write_adapter(tmp_path / "peft"))
     write_gguf(pairs, root / "cpp" / "lora-f32.gguf", "llama", 8.0, heads=(2, 2))
     store = run_store()
-    await in_state(bus, "cpp", "failed")  # until the base is known, whose heads it takes to read it
+    await in_state(bus, "cpp", "failed")  # reading it takes the number of heads of a base, still unknown
     await bus.set(bus.keys.base, LLAMA)
     alias = await in_state(bus, "cpp", "on_disk")
     _, weights = await ask(await store.url(), alias.digest)
@@ -155,7 +155,7 @@ async def test_lora_that_peft_computes_nothing_with_must_be_zero(
 
 
 async def test_what_a_conversion_cost_is_what_this_file_says(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """Whoever registers the same weights, first or later, says nothing for others, and takes nothing from them."""
+    """Each file's claim is recorded for it alone, although others register the same weights before or after it."""
     await bus.set(bus.keys.base, BASE)
     layer = BASE.sites[0].name
     claims: dict[str, dict[str, Any] | None] = {
@@ -188,7 +188,7 @@ async def test_what_was_mapped_is_recorded(bus: Bus, root: Path, run_store: RunS
 
 
 async def test_what_is_recorded_follows_the_base(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """The name and its content stay the same: what the adapter changes of another base is recorded all the same."""
+    """Name and content stay the same, but the record now says what the adapter changes in the new base."""
     await bus.set(bus.keys.base, BASE)
     write_adapter(root / "text")
     run_store()
@@ -207,7 +207,7 @@ async def test_what_is_recorded_follows_the_base(bus: Bus, root: Path, run_store
 
 
 async def test_a_disk_without_room_takes_no_adapter(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """Neither what is fetched, nor what is made of it: room for both is asked for before, and for each piece."""
+    """Space for the fetched files and the converted ones is checked before the fetch, and for each piece."""
     peft = write_adapter(tmp_path / "peft")
     (tmp_path / "root").mkdir()
     write_mlx(peft, tmp_path / "root" / "mlx", scale=2.0)
@@ -215,7 +215,7 @@ async def test_a_disk_without_room_takes_no_adapter(tmp_path: Path, subtests: py
     source_bytes = size_of(*(tmp_path / "root" / "mlx" / name for name in (CONFIG_FILE, MLX_WEIGHTS)))
     for name, room, is_taken in (
         ("mlx", 2 * source_bytes + 600, True),
-        ("mlx", 2 * source_bytes - 600, False),  # room for one of both
+        ("mlx", 2 * source_bytes - 600, False),  # enough for one of the two
         ("peft", source_bytes // 2, False),
     ):
         with subtests.test(name=name, room=room):

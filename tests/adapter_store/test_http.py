@@ -20,7 +20,7 @@ from protocol.wire.errors import Conflict, NotFound, Unavailable
 
 DIGEST = "a" * 64
 BEARER = "0123abcd"
-WEIGHTS = bytes(range(256)) * 4096  # 1 MiB: more than a socket takes at once
+WEIGHTS = bytes(range(256)) * 4096  # 1 MiB: more than a socket accepts at once
 
 
 @pytest_asyncio.fixture
@@ -136,7 +136,7 @@ async def test_blobs_without_a_name_can_be_removed(client: httpx2.AsyncClient) -
 
 @pytest.mark.parametrize("shown", ["", f"Bearer {BEARER}x", "Bearer", f"Basic {BEARER}", BEARER, "Bearer \xe9"])
 async def test_only_the_fleet_is_served(client: httpx2.AsyncClient, shown: str) -> None:
-    """Without the token, not even the existence of an adapter shows; health is open."""
+    """Without the token, not even the existence of an adapter is visible; only the health endpoint is open."""
     headers = [(b"Authorization", shown.encode("latin-1"))]
     for method, path in (("GET", PATH), ("GET", "/adapters/nothing"), ("DELETE", f"/adapters/{DIGEST}")):
         answer = await client.request(method, path, headers=headers)
@@ -165,7 +165,7 @@ async def test_two_requests_on_one_connection(client: httpx2.AsyncClient) -> Non
 
 
 async def talk(client: httpx2.AsyncClient, raw: bytes) -> bytes:
-    """Send bytes; return all that comes until the server closes."""
+    """Send raw bytes; return everything received until the server closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
     try:
         writer.write(raw)

@@ -1,4 +1,4 @@
-"""The real Hub client and our download against a small Hub: access, revisions, faults, resuming."""
+"""The real Hub client and our download against a small Hub: access, revisions, faults, resumption."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hub(hub: HubStub) -> HubStub:
 
 
 async def test_a_branch_becomes_a_commit(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
-    """Only the two files are fetched, by commit; a new commit on the branch does not change what was resolved."""
+    """Only the two files are fetched, by commit; a new commit on the branch does not change the resolved version."""
     repo = hub.repos["org/public"]
     first = repo.refs["main"]
     old = await source.resolve("org/public")
@@ -111,14 +111,14 @@ async def test_access(closed: HubStub, source: HubSource, mirror: Mirror, name: 
     with pytest.raises((NotFound, PermissionDenied)):
         await source.fetch(
             await source.resolve(name, SourceAccess("hf_member")), CONFIG_FILE, Path(os.devnull), 10, SourceAccess()
-        )  # nothing was kept open for others
+        )  # the first caller's access is not kept for others
 
 
 @pytest.mark.parametrize("name", ["org/private", "org/gated"])
 async def test_what_a_token_opened_stays_closed_to_others(
     closed: HubStub, source: HubSource, mirror: Mirror, name: str
 ) -> None:
-    """Also by its commit, which never changes, and also where the Hub shows the repository to all."""
+    """Also for its commit, although its content never changes, and even if the Hub lists the repository publicly."""
     closed.tokens["hf_other"] = {name}
     commit = f"{name}@{closed.repos[name].refs['main']}"
     taken = await mirror.take(source, commit, BASE, SourceAccess("hf_member"))
@@ -161,7 +161,7 @@ async def test_a_repository_that_moved_is_confirmed_at_its_new_place(closed: Hub
 
 
 async def test_no_token_goes_to_another_host(closed: HubStub, source: HubSource, tmp_path: Path) -> None:
-    """Where the Hub redirects to, to serve large files: it has decided then, and what follows needs no token."""
+    """The Hub redirects downloads of large files to other hosts after its access check, so they need no token."""
     version = await source.resolve("org/private", SourceAccess("hf_member"))
     async with run_hub() as other:
         other.repos["org/private"] = Repo()
@@ -175,7 +175,7 @@ async def test_no_token_goes_to_another_host(closed: HubStub, source: HubSource,
 
 
 async def test_no_cookie_is_kept(closed: HubStub, source: HubSource, tmp_path: Path) -> None:
-    """A cookie may stand for the caller whose token got it; the next caller is another tenant."""
+    """A cookie may identify the caller whose token obtained it; the next caller may be another tenant."""
     member = SourceAccess("hf_member")
     for _ in range(2):
         version = await source.resolve("org/private", member)
@@ -205,14 +205,14 @@ async def test_what_anyone_has_read_is_read_without_the_hub(hub: HubStub, source
 
 
 async def test_a_tenants_slow_downloads_leave_room_for_others(hub: HubStub, source: HubSource, tmp_path: Path) -> None:
-    """Nor do they delay what is only looked at."""
+    """Nor do slow downloads delay calls that only resolve a version."""
     hub.gate = asyncio.Event()
     mirror = Mirror(Blobs(tmp_path / "blobs"), max_bytes=1 << 20, max_parallel=4)
     for i in range(8):
         hub.repos[f"org/{i}"] = Repo()
         hub.repos[f"org/{i}"].commit(adapter(i))
     hub.repos["org/small"] = Repo()
-    hub.repos["org/small"].commit(adapter_bytes(9, rank=1))  # which passes the gate
+    hub.repos["org/small"].commit(adapter_bytes(9, rank=1))  # small enough to pass the gate
     async with asyncio.TaskGroup() as tasks:
         slow = [tasks.create_task(mirror.take(source, f"org/{i}", BASE, tenant="greedy")) for i in range(8)]
         await wait_until(lambda: len(hub.requests(WEIGHTS_FILE)) == 3, "three are being fetched")
@@ -242,7 +242,7 @@ async def test_offline(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
     await offline.close()
 
 
-# ---------------------------------------------------------------- what it holds
+# ---------------------------------------------------------------- contents
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ async def test_passing_trouble_is_waited_out(hub: HubStub, source: HubSource, mi
 
 
 async def test_lasting_trouble_is_told(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
-    """Also for what is in the blobs: an old version is never served as the current one."""
+    """Also for an adapter in the blobs: an old version is never served as the current one."""
     await mirror.take(source, "org/public", BASE)
     hub.down = True
     with pytest.raises(Unavailable, match="503, 5 times"):
@@ -316,7 +316,7 @@ async def test_nobody_there(mirror: Mirror) -> None:
 
 @pytest.mark.parametrize("ignore_ranges", [False, True])
 async def test_cut_bodies_are_resumed(hub: HubStub, source: HubSource, mirror: Mirror, ignore_ranges: bool) -> None:
-    """After a cut only the rest is fetched, or the whole where ranges are not served; the content is right."""
+    """After a cut only the rest is fetched, or everything if ranges are not supported; the content is correct."""
     expected = hub.repos["org/public"].commits[hub.repos["org/public"].refs["main"]][WEIGHTS_FILE]
     hub.cut_at, hub.num_cuts, hub.ignore_ranges = 1000, 2, ignore_ranges
     taken = await mirror.take(source, "org/public", BASE)
@@ -344,7 +344,7 @@ async def test_an_unfinished_download_goes_on_in_the_next_process(
 
 
 class _Failing(HubSource):
-    """A source whose Hub goes down with the first cut."""
+    """A source whose Hub goes down at the first cut."""
 
     def __init__(self, real: HubSource, hub: HubStub) -> None:
         self.__dict__.update(real.__dict__)
@@ -359,7 +359,7 @@ class _Failing(HubSource):
 
 
 async def test_changed_content_is_not_taken(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
-    """Bytes with another checksum than the Hub gives are refused, and fetched again the next time."""
+    """Bytes whose checksum is not the Hub's are refused, and fetched again the next time."""
     repo = hub.repos["org/public"]
     version = await source.resolve("org/public")
     files = repo.commits[repo.refs["main"]]

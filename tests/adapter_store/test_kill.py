@@ -1,4 +1,4 @@
-"""A store process is killed at the worst moments, or its disk is full: it recovers, and serves nothing incomplete."""
+"""A store process that is killed at a bad moment, or whose disk is full, recovers and serves nothing incomplete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from protocol.wire import messages as m
 
 @contextmanager
 def store_process(settings: Settings, *within: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a store in its own process, started by `command`; at the end it is killed without a warning."""
+    """Run a store in its own process, started by the command `within`; kill it with SIGKILL at the end."""
     command = [*within, sys.executable, "-m", "adapter_store"]
     process = subprocess.Popen(command, env=os.environ | settings.environment(), stderr=subprocess.DEVNULL)
     try:
@@ -35,7 +35,7 @@ def store_process(settings: Settings, *within: str) -> Iterator[subprocess.Popen
 
 
 async def url_of(bus: Bus, before: set[str]) -> str:
-    """Wait for the address of a store that was not there `before`."""
+    """Wait for a store that was not among `before`; return its address."""
 
     async def find() -> str:
         for sid in set(await bus.members.ids(bus.keys.stores)) - before:
@@ -50,7 +50,7 @@ async def url_of(bus: Bus, before: set[str]) -> str:
 async def test_killed_in_mid_download(
     bus: Bus, settings: Settings, hub: HubStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next process resumes the download as soon as the lease of the dead one has expired."""
+    """The next process resumes the download as soon as the dead process's lease has expired."""
     await bus.set(bus.keys.base, BASE)
     hub.repos["org/a"] = Repo()
     hub.repos["org/a"].commit(adapter_bytes())
@@ -65,7 +65,7 @@ async def test_killed_in_mid_download(
     with store_process(settings) as process:
         await wait_until(lambda: hub.requests(WEIGHTS_FILE), "the download has begun")
         assert (await in_state(bus, "a", "downloading")).digest == ""
-        # What has come lies in memory until there is a megabyte or the body breaks off.
+        # Received bytes stay in memory until there is a megabyte or the connection breaks.
         hub.drop_gated = True
         hub.gate.set()
         await wait_until(received, "the first bytes are on disk")
@@ -73,7 +73,7 @@ async def test_killed_in_mid_download(
         hub.down = True
         process.kill()
     before = set(await bus.members.ids(bus.keys.stores))
-    await bus._redis.delete(bus.keys.fetching("a"))  # instead of waiting for its end
+    await bus._redis.delete(bus.keys.fetching("a"))  # instead of waiting for it to expire
     hub.down = False
     hub.gate = None
     hub.seen.clear()
@@ -85,7 +85,7 @@ async def test_killed_in_mid_download(
 
 @pytest.mark.parametrize("num_blobs", [0, 1, 5, 12])
 async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int) -> None:
-    """Killed after some of twenty adapters: every announced one can be fetched, and all are served in the end."""
+    """Killed after some of twenty adapters: every announced adapter can be fetched, and all are served in the end."""
     await bus.set(bus.keys.base, BASE)
     assert settings.adapters is not None
     for seed in range(20):
@@ -111,7 +111,7 @@ async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int)
 
 
 async def test_full_disk(bus: Bus, settings: Settings) -> None:
-    """The reason is clear, other adapters are still served, and once there is room, the adapter is fetched."""
+    """The reason is clear, other adapters are still served, and the adapter is fetched once there is space."""
     settings = settings.model_copy(update={"keep_free": 0})
     await bus.set(bus.keys.base, BASE)
     assert settings.adapters is not None
@@ -132,7 +132,7 @@ async def test_full_disk(bus: Bus, settings: Settings) -> None:
 
 
 async def test_ends_when_told(bus: Bus, settings: Settings, tmp_path: Path) -> None:
-    """SIGTERM gives exit code 0 and removes the store from the register."""
+    """SIGTERM ends it with exit code 0 and removes the store from the members."""
     with store_process(settings) as process:
         await url_of(bus, set())
         process.terminate()

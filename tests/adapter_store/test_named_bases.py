@@ -1,4 +1,4 @@
-"""Adapters of several bases from real sources: each has its base as often, and by as many names, as it is taken."""
+"""Adapters of several bases from real sources: each keeps its base however often and by whatever name it is taken."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def hub(hub: HubStub) -> HubStub:
 
 
 async def without_note(mirror: Mirror, key: str) -> None:
-    """Make a version one of an earlier release, which noted no base."""
+    """Turn a version into one of an earlier release, which recorded no base."""
     digest, _ = mirror.blobs._note_of(key)
     mirror.blobs._write_note(key, digest, mirror.blobs.readers_of(key))
 
@@ -57,7 +57,7 @@ async def without_note(mirror: Mirror, key: str) -> None:
 async def test_a_commit_names_its_base_at_every_look(
     hub: HubStub, source: HubSource, mirror: Mirror, has_note: bool
 ) -> None:
-    """Once it is here its source is asked nothing, not even for its files."""
+    """Once an adapter is stored, its source is not asked again, not even for its files."""
     commit = hub.repos["org/a"].commit(adapter_bytes(base_model_name_or_path="two"))
     unfit = several(ONE, msgspec.structs.replace(WIDE, model="two"))
     for _ in range(3):
@@ -91,12 +91,12 @@ async def test_what_fits_no_base_is_refused_before_its_weights_come(
     with pytest.raises(AdapterRefused, match=r"it fits no base of this fleet; tiny: .*; wide: "):
         await several(ONE, WIDE).take(mirror, source, "org/a", "", FLEET)
     assert len(mirror.blobs) == 0
-    with pytest.raises(Unavailable, match="of which no worker has started yet"):  # it may be of that one
+    with pytest.raises(Unavailable, match="of which no worker has started yet"):  # it may belong to the missing base
         await several(ONE, WIDE, missing=("late",)).take(mirror, source, "org/a", "", FLEET)
 
 
 async def test_gguf_is_of_the_base_that_alone_it_fits(tmp_path: Path, mirror: Mirror) -> None:
-    """Its weights are read for a base, so each is tried; it names none."""
+    """It names no base, and reading its weights takes one, so each base is tried."""
     (tmp_path / "adapters").mkdir()
     pairs = peft_pairs(write_adapter(tmp_path / "peft"))
     write_gguf(pairs, tmp_path / "adapters" / "cpp" / "a.gguf", "llama", 8.0, heads=(2, 2))
@@ -150,7 +150,7 @@ async def test_a_name_stays_served_when_it_does_not_fit_the_base_asked(
 async def test_what_one_base_served_is_kept_for_no_other_when_there_are_several(
     bus: Bus, hub: HubStub, run_store: RunStore
 ) -> None:
-    """Its entry names no base; while its source is away nothing says which it was, and any of the layout would do."""
+    """The old entry names no base; while the source is down, the store cannot tell which base of that layout it was."""
     hub.repos["org/a"].commit(adapter_bytes())
     await bus.set(bus.keys.base, ONE)
     store = run_store(hub_endpoint=hub.url)

@@ -1,4 +1,4 @@
-"""The pin controller compares what workers should hold with their beats, and sends the difference."""
+"""The pin controller compares the adapters that workers should hold with their heartbeats, and sends the difference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_pin_is_sent_until_the_worker_has_it(controller: PinController) -> Non
 
 
 def test_what_is_no_longer_pinned_is_unpinned(controller: PinController) -> None:
-    """Also when the name now refers to other content."""
+    """Also if the name now refers to other content."""
     beats = {"w1": beat("w1", pinned={"old": ""})}
     assert kinds(controller.messages(beats, {("new", "")}, set(), 0.0)) == [
         ("w1", "pin", "new"),
@@ -52,7 +52,7 @@ def test_a_preload_is_sent_once_for_each_worker_and_content(controller: PinContr
     assert kinds(controller.messages(beats, set(), {("d", "")}, 0.0)) == [("w1", "prefetch", "d")]
     assert controller.messages(beats, set(), {("d", "")}, 9.0) == []
     assert kinds(controller.messages(beats | {"w3": beat("w3")}, set(), {("d", "")}, 9.0)) == [("w3", "prefetch", "d")]
-    beats["w2"] = beat("w2")  # evicted since: by the worker itself, which was never told to fetch it
+    beats["w2"] = beat("w2")  # evicted by the worker itself; no order to fetch it was sent
     assert kinds(controller.messages(beats, set(), {("e", "")}, 9.0)) == [
         ("w1", "prefetch", "e"),
         ("w2", "prefetch", "e"),
@@ -62,7 +62,7 @@ def test_a_preload_is_sent_once_for_each_worker_and_content(controller: PinContr
 async def test_settings_pin_and_preload_beside_what_comes_later(
     bus: Bus, settings: Settings, run_store: RunStore, tmp_path: Path
 ) -> None:
-    """A store with `pin` and `preload` sends both to each worker; only pins of earlier settings end."""
+    """A store with `pin` and `preload` sends both to each worker; it ends only pins of earlier settings."""
     await bus.set(bus.keys.base, BASE)
     await bus.adapters.pin("gone", "settings")
     await bus.adapters.pin("c", "api")

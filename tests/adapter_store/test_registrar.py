@@ -1,4 +1,4 @@
-"""Registered names in a whole store: served, updated, moved, private, refused, retried, unregistered."""
+"""Registered names in a complete store: served, updated, moved, private, refused, retried, unregistered."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SECRET = "a secret of the tests"
 
 @pytest_asyncio.fixture
 async def hub(hub: HubStub, bus: Bus, timings: StoreTimings) -> HubStub:
-    """A Hub that stores use, with short pauses, and a base model in the fleet."""
+    """A Hub that stores use, with short pauses, while the fleet has a base model."""
     timings.trouble = timings.refusal = Backoff(0.05, 0.1)
     timings.retries = Retries(max_tries=1)
     await bus.set(bus.keys.base, BASE)
@@ -74,7 +74,7 @@ async def test_a_registered_name_is_served_and_kept_fresh(bus: Bus, hub: HubStub
 
 
 async def test_a_name_can_be_pointed_elsewhere(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
-    """To another repository or to a commit: the content changes in one step and is never missing."""
+    """To another repository or a commit: the content changes in one step and is never missing."""
     old_commit = hub.repos["org/a"].refs["main"]
     hub.repos["org/a"].commit(adapter_bytes(1))
     hub.repos["org/b"] = Repo()
@@ -154,7 +154,7 @@ async def test_trouble_passes_by_itself(bus: Bus, hub: HubStub, run_store: RunSt
 
 
 async def test_private_names(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
-    """Reached with a registration's token, seen by its tenant only; a token that is revoked ends it."""
+    """Fetched with the registration's token and visible to its tenant alone; revoking the token ends that."""
     hub.repos["org/p"] = Repo(private=True)
     hub.repos["org/p"].commit(adapter_bytes(7))
     hub.tokens = {"hf_mine": {"org/p"}, "hf_other": set()}
@@ -184,7 +184,7 @@ async def test_private_names(bus: Bus, hub: HubStub, run_store: RunStore) -> Non
 async def test_the_fleets_token_is_for_what_operators_register(
     bus: Bus, hub: HubStub, run_store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tenant's registration has it only where a gateway has lent it, and once it is fetched it stays closed."""
+    """A tenant's registration gets it only if a gateway has lent it; an adapter fetched with it stays closed."""
     monkeypatch.setenv("HF_TOKEN", "hf_fleet")
     hub.repos["org/p"] = Repo(private=True)
     commit = hub.repos["org/p"].commit(adapter_bytes(7))
@@ -209,7 +209,7 @@ async def test_the_fleets_token_is_for_what_operators_register(
 
 
 async def test_how_long_a_tenants_token_is_believed(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
-    """While the Hub does not answer, what it opened is kept as long as the setting says; an operator's name stays."""
+    """While the Hub is down, a tenant keeps access for as long as the setting says; an operator's name stays."""
     hub.tokens = {"hf_mine": {"org/a"}}
     run_store(refresh_s=0.05, access_check_s=0.01)
     await register(bus, "mine", token="hf_mine", tenant="acme")
@@ -238,7 +238,7 @@ async def test_how_long_a_tenants_token_is_believed(bus: Bus, hub: HubStub, run_
 
 
 async def test_tenants_have_a_share_of_the_registrations(bus: Bus) -> None:
-    """Neither its own names nor those that its requests invent are without end; others are not touched by it."""
+    """Both the tenant's own names and those created by its requests are limited; other tenants are not affected."""
 
     async def new(name: str, tenant: str, *, on_request: bool = False, max_own: int = 2, rate: int = 9) -> bool:
         owner = "" if on_request else tenant
@@ -304,7 +304,7 @@ async def test_requests_may_name_what_policy_lets_them(bus: Bus, hub: HubStub, r
 async def test_refused_requests_are_forgotten(
     bus: Bus, hub: HubStub, run_store: RunStore, timings: StoreTimings
 ) -> None:
-    """Names that requests invent are forgotten; a registered name stays, with its reason."""
+    """Names created by requests are forgotten; a registered name stays, with its reason."""
     timings.forget_refused_ms, timings.reload_s = 0, 0.05
     run_store(request_sources="hub")
     await register(bus, "kept", "hub:org/none")
@@ -318,7 +318,7 @@ async def test_refused_requests_are_forgotten(
 async def test_what_a_newer_release_has_registered_is_left_to_it(
     bus: Bus, hub: HubStub, run_store: RunStore, timings: StoreTimings
 ) -> None:
-    """An older store, which cannot read its registration, takes neither its name away nor what that stands for."""
+    """An older store that cannot read the registration removes neither its name nor the adapter behind it."""
     timings.reload_s, timings.record_kept_s = 0.05, 0.0
     store = run_store()
     for name in ("newer", "older", "last"):
@@ -363,7 +363,7 @@ async def test_a_folder_of_that_name_comes_first(
 
 
 async def test_slow_ones_keep_nobody_waiting(bus: Bus, hub: HubStub, settings: Settings, run_store: RunStore) -> None:
-    """While every download of the Hub hangs, folders are served, and the names are "downloading"."""
+    """While every download from the Hub hangs, folders are still served, and the hanging names are "downloading"."""
     assert settings.adapters is not None
     hub.gate = asyncio.Event()
     for i in range(10):
@@ -383,7 +383,7 @@ async def test_slow_ones_keep_nobody_waiting(bus: Bus, hub: HubStub, settings: S
 
 
 async def test_one_of_two_stores_fetches(bus: Bus, hub: HubStub, tmp_path: Path, run_store: RunStore) -> None:
-    """At a time; and each can serve the content, from its disk or by fetching it."""
+    """One at a time; and each store can serve the content, from its disk or by fetching it."""
     hub.gate = asyncio.Event()
     stores = [run_store(data=tmp_path / f"data{i}", adapters=None) for i in range(2)]
     await wait_until(lambda: _num_stores(bus, 2), "both have registered")

@@ -1,4 +1,4 @@
-"""S3 as a source and as the bucket that stores share, against a real server that checks credentials."""
+"""S3 as a source and as a bucket shared by stores, against a real server that checks credentials."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused, BadRequest, NotFound, PermissionDenied, Unavailable
 
-WIDE = [m.SiteShape(site.name, 20_000, 16) for site in BASE.sites]  # makes the weights 1.3 MB
+WIDE = [m.SiteShape(site.name, 20_000, 16) for site in BASE.sites]  # raises the weights to 1.3 MB
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def weights(seed: int = 0) -> bytes:
 
 
 async def test_takes_and_refreshes(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
-    """The ETags are the version: unchanged objects are not downloaded again, changed ones are new content."""
+    """The ETags identify the version: unchanged objects are not downloaded again, changed ones are new content."""
     upload(s3, "team/a", weights())
     first = await mirror.take(source, f"//{BUCKET}/team/a", BASE)
     assert first.version.source == f"s3://{BUCKET}/team/a"
@@ -85,7 +85,7 @@ async def test_one_of_mlx_is_taken(s3: S3Server, source: S3Source, mirror: Mirro
 
 
 def upload_gguf(s3: S3Server, prefix: str, folder: Path, seed: int = 0) -> Path:
-    """Upload llama.cpp's form of a PEFT adapter, which is made in a folder."""
+    """Make a PEFT adapter in a folder and upload llama.cpp's form of it; return the PEFT folder."""
     peft = write_adapter(folder / "peft", seed=seed)
     path = write_gguf(peft_pairs(peft), folder / "any-name.gguf", "llama", 8.0, heads=(2, 2))
     s3.client().put_object(Bucket=BUCKET, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
@@ -94,7 +94,7 @@ def upload_gguf(s3: S3Server, prefix: str, folder: Path, seed: int = 0) -> Path:
 
 async def test_one_in_gguf_is_taken(s3: S3Server, source: S3Source, mirror: Mirror, tmp_path: Path) -> None:
     peft, base = upload_gguf(s3, "team/cpp", tmp_path), msgspec.structs.replace(BASE, head_dim=8)
-    s3.client().put_object(Bucket=BUCKET, Key="team/cpp/older/other.gguf", Body=b"GGUF")  # deeper: another's
+    s3.client().put_object(Bucket=BUCKET, Key="team/cpp/older/other.gguf", Body=b"GGUF")  # deeper: another adapter's
     taken = await mirror.take(source, f"//{BUCKET}/team/cpp", base)
     folder = mirror.blobs.verified(taken.digest)
     assert folder is not None
@@ -112,7 +112,7 @@ async def test_two_in_gguf_are_refused(s3: S3Server, source: S3Source) -> None:
 
 
 class Crowded:
-    """An S3 client of a prefix with more objects than are listed, none of them an adapter's config."""
+    """An S3 client with a prefix of more objects than are listed, none of them an adapter's config."""
 
     meta = SimpleNamespace(endpoint_url="http://s3")
 
@@ -139,7 +139,7 @@ async def test_an_object_replaced_meanwhile_is_noticed(s3: S3Server, source: S3S
 
 
 async def test_tenants_get_nothing_with_the_fleets_credentials(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
-    """Whatever token they bring, and also if the adapter is here already."""
+    """Whatever token the tenant sends, and even if the adapter is already stored."""
     upload(s3, "team/a", weights())
     await mirror.take(source, f"//{BUCKET}/team/a", BASE)
     for access in (SourceAccess(), SourceAccess("hf_any")):
@@ -148,7 +148,7 @@ async def test_tenants_get_nothing_with_the_fleets_credentials(s3: S3Server, sou
 
 
 class LongBody:
-    """An S3 client whose objects have more bytes than their heads say."""
+    """An S3 client whose objects have more bytes than their headers say."""
 
     meta = SimpleNamespace(endpoint_url="http://s3")
 
@@ -176,7 +176,7 @@ async def test_a_body_without_end_is_cut(tmp_path: Path) -> None:
 
 
 async def test_objects_in_parts(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
-    """The ETag of an object uploaded in parts is no checksum; its content is right nevertheless."""
+    """The ETag of an object uploaded in parts is not a checksum; its content is correct all the same."""
     sites = [m.SiteShape(site.name, 50_000, 16) for site in WIDE]
     content = safetensors(lora_tensors(sites=sites, rank=8))
     base = msgspec.structs.replace(BASE, sites=sites)
@@ -331,7 +331,7 @@ async def test_a_registered_bucket_is_followed(bus: Bus, s3: S3Server, run_store
 async def test_a_store_gives_out_what_only_another_has(
     bus: Bus, settings: Settings, tmp_path: Path, run_store: RunStore
 ) -> None:
-    """The first sees the adapter folder, the second only the bucket."""
+    """Only the first store can read the adapter folder; the second has only the bucket."""
     await bus.set(bus.keys.base, BASE)
     assert settings.adapters is not None
     write_adapter(settings.adapters / "a")

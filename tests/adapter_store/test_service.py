@@ -1,4 +1,4 @@
-"""A whole store on a real queue and a real folder: what it serves and refuses, after changes and crashes, too."""
+"""A complete store on a real queue and a real folder: what it serves and refuses, also after changes and crashes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_serves_a_folder_as_an_adapter(bus: Bus, root: Path, run_store: Ru
 
 
 async def test_follows_the_folder(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """An adapter that appears later, in a nested folder, one that changes, one that is removed: no restart."""
+    """Without a restart: an adapter that is added, a nested one, a changed one and a removed one."""
     await bus.set(bus.keys.base, BASE)
     store = run_store()
     url = await store.url()
@@ -136,7 +136,7 @@ def write_bad(folder: Path, config: dict[str, Any] | bytes | None, weights: byte
 
 
 async def test_bad_adapters_say_why_and_disturb_nobody(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """The bad folders lie beside a good one at once; each is served once its files are corrected."""
+    """All bad folders lie beside a good one; each is served once its files are corrected."""
     await bus.set(bus.keys.base, BASE)
     for name, (config, weights, _) in BAD.items():
         write_bad(root / name, config, weights)
@@ -181,7 +181,7 @@ async def test_pickles_are_refused_without_being_opened(bus: Bus, root: Path, ru
 async def test_files_that_are_too_large_are_refused_unread(
     bus: Bus, root: Path, settings: Settings, run_store: RunStore
 ) -> None:
-    """Files of zeros that take no room on disk: the store would read or copy gigabytes of them."""
+    """Sparse files of zeros: the store would otherwise read or copy gigabytes."""
     await bus.set(bus.keys.base, BASE)
     for file, num_bytes in ((CONFIG_FILE, 1536 << 20), ("tokenizer.json", 4 << 30), (WEIGHTS_FILE, 9 << 30)):
         with (write_adapter(root / file.partition(".")[0]) / file).open("ab") as sparse:
@@ -195,7 +195,7 @@ async def test_files_that_are_too_large_are_refused_unread(
 
 
 async def test_nothing_leaves_the_root(bus: Bus, root: Path, tmp_path: Path, run_store: RunStore) -> None:
-    """Links inside the root are fine; links out of it are refused, for a folder, a file or a parent."""
+    """Links within the root are followed; links out of it are refused, for a folder, a file or a parent."""
     await bus.set(bus.keys.base, BASE)
     outside = write_adapter(tmp_path / "outside" / "secret")
     inside = write_adapter(root / "real")
@@ -240,7 +240,7 @@ async def test_badly_named_folders_are_told_once(
 
 
 async def test_a_folder_being_written_is_not_served(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """Written in twenty pieces, each seen by a scan: no state but "downloading" and, at the end, the whole."""
+    """Written in twenty pieces, each seen by a scan: the only states are "downloading" and, at the end, complete."""
     await bus.set(bus.keys.base, BASE)
     write_adapter(root / "other")
     run_store(scan_interval_s=0.02)
@@ -331,7 +331,7 @@ async def test_damaged_blobs_are_fetched_again(
 
 
 async def test_more_adapters_than_disk(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """Ten adapters, room for three: each can be asked at any time, again and again."""
+    """Ten adapters, space for three: each can be requested at any time, repeatedly."""
     await bus.set(bus.keys.base, BASE)
     size = (write_adapter(root / "a0") / WEIGHTS_FILE).stat().st_size + 300
     for seed in range(10):
@@ -345,7 +345,7 @@ async def test_more_adapters_than_disk(bus: Bus, root: Path, run_store: RunStore
 
 @pytest.mark.thorough
 async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """All registered at once, any of them can be used; equal contents share one blob."""
+    """All are registered at once and each can be served; equal contents share one blob."""
     await bus.set(bus.keys.base, BASE)
     for seed in range(1000):
         write_adapter(root / f"a{seed}", seed=seed % 500, rank=1)
@@ -365,7 +365,7 @@ async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) ->
 async def test_records_go_with_their_last_name(
     bus: Bus, root: Path, run_store: RunStore, timings: StoreTimings
 ) -> None:
-    """Also those of an earlier process; a record that still has a name stays."""
+    """Also records of an earlier process; a record that still has a name stays."""
     timings.record_kept_s = 0.0
     await bus.set(bus.keys.base, BASE)
     stale = m.AdapterRecord(digest="0" * 64, rank=1, num_bytes=1, config={}, modules=[], source="local:x", created_ms=1)
@@ -399,6 +399,6 @@ def test_a_store_is_reached_where_it_reaches_the_queue() -> None:
     assert reachable("192.0.2.7", "redis://queue:6379/0") == "192.0.2.7"
     assert reachable("::1", "unix:///tmp/queue.sock") == "[::1]"
     assert reachable("0.0.0.0", "unix:///tmp/queue.sock") == own
-    assert reachable("0.0.0.0", "redis://127.0.0.1:6379/0") == own  # nobody else reaches this machine's loopback
+    assert reachable("0.0.0.0", "redis://127.0.0.1:6379/0") == own  # other hosts cannot reach a loopback
     assert reachable("", f"rediss://store@{own}:6379/0") == own
     assert reachable("0.0.0.0", "redis://no-such-host.invalid/0") == own

@@ -1,4 +1,4 @@
-"""Adapters with tokens and a chat template of their own: from every source, part of the digest, never lost."""
+"""Adapters with their own tokens and chat template: from every source, part of the digest, never lost."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write_texts(folder: Path, **texts: str) -> None:
 async def test_texts_are_served_and_part_of_the_digest(bus: Bus, root: Path, run_store: RunStore) -> None:
     await bus.set(bus.keys.base, BASE)
     write_adapter(root / "plain", seed=1)
-    # What a config says of texts does not count.
+    # The config's own field for texts is ignored.
     own = write_adapter(root / "own", seed=1, lorafleet_texts="ab")
     url = await run_store().url()
     plain, alone = await in_state(bus, "plain", "on_disk"), await in_state(bus, "own", "on_disk")
@@ -118,7 +118,7 @@ DIFFERS = "tokenizer.json differs from the base model's in its merges; only adde
 async def test_another_tokenizer_than_the_base_s_is_refused(
     bus: Bus, root: Path, run_store: RunStore
 ) -> None:  # fmt: skip
-    """A copy of the base's is served, however it is written, and so is one with added tokens."""
+    """A copy of the base's tokenizer is served, in any serialization, and so is one with added tokens."""
     await bus.set(bus.keys.base, BASE)
     older = {**FILE, "model": {"vocab": FILE["model"]["vocab"], "merges": ["ä b"], "ignore_merges": False}}
     texts = {"copy": json.dumps({**older, "added_tokens": []}), "more": json.dumps(older), "other": OTHER}
@@ -129,7 +129,7 @@ async def test_another_tokenizer_than_the_base_s_is_refused(
     assert (other.status, DIFFERS in other.reason) == (422, True), other.reason
     digests = {(await in_state(bus, name, "on_disk")).digest for name in ("copy", "more")}
     assert len(digests) == 2
-    await bus.set(bus.keys.base, structs.replace(BASE, tokenizer=parts_of(OTHER)))  # with the same weights
+    await bus.set(bus.keys.base, structs.replace(BASE, tokenizer=parts_of(OTHER)))  # same weights
     assert DIFFERS in (await in_state(bus, "copy", "failed")).reason
     assert (await in_state(bus, "other", "on_disk")).digest
 

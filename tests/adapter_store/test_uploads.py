@@ -1,4 +1,4 @@
-"""Uploaded adapters: what a zip may hold, what it can cost, and how long it is kept."""
+"""Uploaded adapters: what a zip may contain, what it can cost, and how long it is kept."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_bomb_is_stopped_by_what_it_writes(tmp_path: Path) -> None:
     assert len(bomb) < 100_000
     with pytest.raises(TooLarge, match="more than 1048576 bytes"):
         unpacked(tmp_path, bomb)
-    # One that lies about its size in the directory and the entry's head.
+    # A zip whose directory and local header both state a false size.
     at = bomb.rindex(b"PK\1\2")
     lying = bytearray(bomb)
     for place in (22, at + 24):
@@ -119,7 +119,7 @@ def test_damage_in_a_file_is_told(tmp_path: Path) -> None:
 
 
 def test_any_damage_is_told_as_the_zips(tmp_path: Path) -> None:
-    """Whatever bytes are changed, cut, doubled or moved: an adapter, or an error that says what is wrong."""
+    """Bytes are changed, cut, duplicated or moved: the result is an adapter, or an error that names the fault."""
     random, refused = Random(0), Counter[str]()
     seeds = [zipped(GOOD), zipped(GOOD, zipfile.ZIP_STORED), zipped(GOOD | {"../x\0y": b"", "tokenizer.json": b"{}"})]
     numbers = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\1\0\0\0", b"PK\5\6", b"PK\6\6", b"PK\6\7"]
@@ -146,7 +146,7 @@ def test_any_damage_is_told_as_the_zips(tmp_path: Path) -> None:
 
 
 def altered(at: bytes, offset: int, value: bytes) -> bytes:
-    """Return a good zip with bytes replaced, counted from the last of its records of a kind."""
+    """Return a good zip with bytes replaced at an offset from the last record with the signature `at`."""
     raw = bytearray(zipped(GOOD))
     begin = raw.rindex(at) + offset
     raw[begin : begin + len(value)] = value
@@ -186,7 +186,7 @@ async def test_zips_made_to_confuse_are_4xx(tmp_path: Path, name: str) -> None:
 
 
 def test_entries_that_share_bytes_write_no_more_than_the_limit(tmp_path: Path) -> None:
-    """Hundreds of entries over one block of zeros are the worst that a zip can do."""
+    """Hundreds of entries over one block of zeros are the most costly zip possible."""
     kernel = zipped({"adapter_model.safetensors": bytes(1 << 20)})
     begin, end = kernel.rindex(b"PK\1\2"), kernel.rindex(b"PK\5\6")
     entry = kernel[begin:end]
@@ -196,7 +196,7 @@ def test_entries_that_share_bytes_write_no_more_than_the_limit(tmp_path: Path) -
     tail[12:16] = sum(map(len, entries)).to_bytes(4, "little")
     archive = tmp_path / "a.zip"
     archive.write_bytes(kernel[:begin] + b"".join(entries) + bytes(tail))
-    with suppress(BadRequest):  # versions of Python refuse it
+    with suppress(BadRequest):  # some versions of Python refuse it
         unpack(archive, tmp_path / "out", 1 << 20)
     assert size_of(tmp_path / "out") <= 1 << 20
 
@@ -204,7 +204,7 @@ def test_entries_that_share_bytes_write_no_more_than_the_limit(tmp_path: Path) -
 async def test_a_disk_without_room_takes_no_upload(tmp_path: Path) -> None:
     raw = zipped(GOOD)
     for free, is_taken in ((1000 + 2 * len(raw) - 1, False), (1000 + 7000, True), (1000 + 6999, False)):
-        # Its zip is 300 bytes, its adapter 7,000: found out while it is written.
+        # The zip has 300 bytes, its adapter 7000: the limit is detected while writing.
         kept = Uploads(tmp_path, 1 << 20, 1 << 20, Reserve(1000, lambda place, free=free: free))
         if is_taken:
             await kept.take(chunks(raw), len(raw))
@@ -236,7 +236,7 @@ async def test_uploads_beside_each_other_share_the_limit(tmp_path: Path) -> None
 
 
 async def test_what_two_unpack_to_at_once_shares_the_limit(tmp_path: Path) -> None:
-    """Zips of nine kilobytes that come to nine megabytes each, where there is room for one."""
+    """Two zips of nine kilobytes unpack to nine megabytes each, with space for one."""
     uploads = Uploads(tmp_path, 10_000_000, 100_000_000)
     raw = zipped({**GOOD, "adapter_model.safetensors": bytes(9_000_000)})
     both_are_there = asyncio.Barrier(2)
@@ -262,7 +262,7 @@ async def test_an_upload_becomes_a_folder_that_is_kept_by_its_name(tmp_path: Pat
     old = time.time() - KEPT_S - 1
     os.utime(place, (old, old))
     kept.sweep({source})
-    assert time.time() - place.stat().st_mtime < 60  # it is as new
+    assert time.time() - place.stat().st_mtime < 60  # the sweep has renewed it
     kept.sweep(set())
     assert place.exists()
     os.utime(place, (old, old))

@@ -1,4 +1,4 @@
-"""A folder settles and is removed when it should, over any history of scans."""
+"""A folder is reported as settled or removed at the right scan, for any history of scans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulation of eviction policies: what is counted adds up, and the worker's own pool loads less than LRU."""
+"""The simulation of eviction policies: its counts add up, and the worker's own pool loads less often than LRU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark on a CPU, with a tiny shape: the command that will be run where a GPU is at hand for minutes."""
+"""The GPU benchmark on a CPU with a tiny shape: tests the command that is run when a GPU is available for minutes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_adapters_of_one_rank_differ_and_fit_their_pool(tmp_path: Path) -> None:
 
 
 def test_the_peer_is_asked_for_the_same() -> None:
-    """With a stand-in for vLLM that keeps what it was asked."""
+    """A substitute for vLLM records its calls."""
     asked: list[tuple[int, int, int]] = []
 
     class Model:

@@ -1,4 +1,4 @@
-"""The parts that benchmark scripts share: adapters that differ, and a slow link that changes no byte."""
+"""Shared parts of benchmark scripts: adapters that differ, and a slow link that changes no byte."""
 
 from __future__ import annotations
 

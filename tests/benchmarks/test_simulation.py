@@ -1,4 +1,4 @@
-"""The simulated fleet: what requests and adapters take in virtual time, and the command that compares policies."""
+"""The simulated fleet: how long requests and adapters take in virtual time, and the command that compares policies."""
 
 from __future__ import annotations
 

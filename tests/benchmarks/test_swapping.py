@@ -1,4 +1,4 @@
-"""A simulated day of swaps: what a swap costs there, and how the policies compare in a small one."""
+"""A simulated day of swaps: the cost of a swap, and a comparison of the policies on a small case."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ONE = Cell(bases=2, workers=1, kind="steady", load=0.5, hours=0.01)
 
 
 def asked(*requests: tuple[float, str]) -> list[Request]:
-    """Return requests of a second, each given when it comes and for which base."""
+    """Return requests of one second each, from pairs of arrival time, s, and base."""
     return [Request(at_s, base, "t", 1.0, 1.0) for at_s, base in requests]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_request_for_another_base_waits_for_the_swap(policy: str) -> None:
     outcome = Day(ONE, policy).run(iter(asked((0.25, "b0"), (0.5, "b1"))))
-    late_s = 0.25 if policy == "swaps" else 0.0  # until it is asked again, at 1.5 s
+    late_s = 0.25 if policy == "swaps" else 0.0  # until the next decision, at 1.5 s
     assert outcome.waits_s == pytest.approx([0.0, 0.75 + late_s + ONE.start_s("b1")])
     assert outcome.swaps.total() == 1
     assert outcome.starting_s == ONE.start_s("b1")
@@ -31,7 +31,7 @@ def test_requests_of_a_base_are_served_together_but_by_fifo(policy: str, num: in
 
 
 def test_an_interrupted_request_goes_on_from_where_it_was() -> None:
-    """It takes longer than the bound, and another base waits."""
+    """The request takes longer than the bound while another base waits."""
     trace = [Request(0.0, "b0", "t", 60.0, 60.0), Request(1.0, "b1", "u", 1.0, 1.0)]
     outcome = Day(ONE, "swaps").run(iter(trace))
     assert outcome.swaps == {"bound": 1, "idle": 1}

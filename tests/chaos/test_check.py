@@ -1,4 +1,4 @@
-"""The checker of chaos runs is worth something: it lets right answers pass and finds each way to be wrong."""
+"""Tests of the checker of chaos runs: it accepts correct answers and detects each kind of wrong one."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_calls_that_were_taken_and_told_an_error_may_be_in_the_books() -> None:
 
 
 def test_every_vector_that_was_cut_off_may_be_in_the_books() -> None:
-    """Vectors are asked for without an Idempotency-Key."""
+    """Requests for vectors have no Idempotency-Key, so an interrupted one may have been charged."""
     books = Books()
     books.note(called("vector", attempt("", "cut"), attempt("", "cut"), attempt("abcde")), EXPECTED)
     assert books.least == {"sql": (1, 3, 5)}
@@ -165,7 +165,7 @@ def test_requests_that_no_attempt_has_caused_are_named() -> None:
     calls = [
         called("vector", attempt("", "cut"), attempt("", "refused", code="queue_full"), attempt("abcde")),
         called("keyed whole", attempt("", "cut"), attempt("abcde")),
-    ]  # each attempt from 10 to 20 s
+    ]  # each attempt begins at 10 s and ends at 20 s
     ends = [ended(rid, 100_000 + at_ms) for rid, at_ms in (("a", 15_000), ("b", 19_000), ("c", 12_000))]
     assert unexplained(calls, ends, 100_000.0) == []
     assert [one.rid for one in unexplained(calls, [*ends, ended("d", 119_900)], 100_000.0)] == ["d"]
@@ -256,14 +256,14 @@ async def test_a_worker_that_loads_a_base_is_hit_where_there_are_swaps(
 
 def test_a_base_is_silent_from_one_answer_to_the_next_and_to_both_ends() -> None:
     assert longest_silence_s([1.0, 12.0, 14.0, 90.0], 10.0, 20.0) == 6.0
-    assert longest_silence_s([16.0, 12.0], 10.0, 17.0) == 4.0  # answers are noted as they come
+    assert longest_silence_s([16.0, 12.0], 10.0, 17.0) == 4.0  # times may be recorded out of order
     assert longest_silence_s([], 10.0, 17.0) == 7.0
 
 
 def test_the_bound_on_silence_is_that_of_swaps_and_of_one_answer() -> None:
     rest_s = DECIDE_S + ANSWER_S
     assert silence_bound_s(3, 2, 19.0) == MAX_SWAP_WAIT_S + 19.0 + rest_s
-    assert silence_bound_s(3, 2, 20.0) == 5 * 3 * 20.0 / 2 + 20.0 + rest_s  # more than two workers can keep
+    assert silence_bound_s(3, 2, 20.0) == 5 * 3 * 20.0 / 2 + 20.0 + rest_s  # two workers cannot keep the bound
 
 
 def test_each_base_has_clients_of_its_own_and_some_ask_all() -> None:
@@ -286,7 +286,7 @@ def test_a_base_that_answers_nothing_without_faults_is_told() -> None:
 
 
 class ShortRun(Run):
-    """A run whose time for faults is over at once, with a client that is answered at once."""
+    """A run whose time for faults ends at once, with clients that are answered at once."""
 
     num_answers = 0
 
@@ -303,7 +303,7 @@ class ShortRun(Run):
 
 
 async def test_bases_are_asked_while_their_turns_are_watched(tmp_path: Path) -> None:
-    """Also when the time for faults ends before all of them have been inflicted."""
+    """Also if the time for faults ends before all of them have been injected."""
 
     async def newest(num: int) -> list[Any]:
         return []
@@ -380,7 +380,7 @@ def test_a_power_cut_soon_after_another_adds_nothing_to_the_file(tmp_path: Path)
         file.write_bytes(bytes(size))
         power.note()
     assert power.cut(60.0) == 10
-    file.write_bytes(bytes(18))  # the server takes a command off that is not whole
+    file.write_bytes(bytes(18))  # the server removes an incomplete command
     assert power.cut(60.0) == 0
     assert file.stat().st_size == 18
 
@@ -406,10 +406,10 @@ def test_events_that_are_the_same_each_time_pass() -> None:
     "reads",
     [
         [events(response(), 0, 2)],  # a gap
-        [events(response(), 0, 0)],  # one twice
+        [events(response(), 0, 0)],  # one event twice
         [[*events(response(), 0), *events(response())]],  # two ends
-        [events(response(), 0)[:-1]],  # none
-        [events(response(output="p"), 0)],  # of another response
+        [events(response(), 0)[:-1]],  # no end
+        [events(response(output="p"), 0)],  # an event of another response
         [events(response(), 0), [{**event, "x": 1} for event in events(response(), 0)]],
     ],
 )
@@ -446,7 +446,7 @@ def test_turns_that_are_lost_doubled_or_torn_are_found(order: str) -> None:
 def test_an_item_that_is_there_twice_is_found() -> None:
     items = [{**said(text), "role": "user"} for text in "0ab"]
     assert doubled(items) == []
-    assert len(doubled([*items, {**said("a"), "role": "user", "id": "z"}])) == 1  # the same input in another item
+    assert len(doubled([*items, {**said("a"), "role": "user", "id": "z"}])) == 1  # another item with the same input
     assert len(doubled([*items, said("b")])) == 1
 
 

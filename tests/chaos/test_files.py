@@ -1,4 +1,4 @@
-"""The chaos clients that store things let right answers pass, and find each way to be wrong."""
+"""The chaos clients that store data accept correct answers and detect each kind of wrong one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ASKS = {Ask(model, "x", 5, tuple(GREEDY.items())): Expected(f"as {model}", b"", 
 
 
 class FakeFleet(Insistent):
-    """Answers as a fleet does that stores what it is sent; `wrong` names what it does otherwise."""
+    """Answers as a fleet that stores its requests' data; `wrong` names the deviation."""
 
     def __init__(self, wrong: str = "") -> None:
         super().__init__(["http://nobody"], "")

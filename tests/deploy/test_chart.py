@@ -1,6 +1,6 @@
-"""The Helm chart, rendered by Helm's own engine: valid for the API server, and what its values promise.
+"""The Helm chart, rendered by Helm's own engine: valid for the API server, and true to its values.
 
-`make chart` runs these, in an environment that has the engine and the API's schemas; elsewhere they are skipped.
+`make chart` runs these in an environment that has the engine and the API's schemas; elsewhere they are skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHART = REPO / "deploy" / "helm" / "lorafleet"
 FILES = sorted((CHART / "ci").glob("*-values.yaml"))
 VERSIONS = ("1.27", "1.33")
 FOREIGN = {"keda.sh/v1alpha1", "monitoring.coreos.com/v1", "gateway.networking.k8s.io/v1"}
-"""API groups of other projects, for which there are no schemas here."""
+"""API groups of other projects, for which no schemas are available here."""
 
 Values = dict[str, Any]
 Manifest = dict[str, Any]
@@ -42,7 +42,7 @@ def values_of(name: str) -> Values:
 
 
 def render(chart: Any, values: Values, name: str = "lf") -> list[Manifest]:
-    """Return the objects of a release in the namespace ml. Raises what Helm does for values that it refuses."""
+    """Return the objects of a release in the namespace ml. Raises Helm's error for values that it refuses."""
     chart.validate_schema(values)
     texts = chart.render(values, name=name, namespace="ml", revision=1, is_install=True)
     return [
@@ -53,13 +53,13 @@ def render(chart: Any, values: Values, name: str = "lf") -> list[Manifest]:
 
 
 def find(manifests: list[Manifest], kind: str, name: str) -> Manifest:
-    """Return the one object of a kind whose name ends so."""
+    """Return the only object of a kind whose name has this ending."""
     (found,) = (m for m in manifests if m["kind"] == kind and m["metadata"]["name"].endswith(name))
     return found
 
 
 def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """Return the templates of pods by the names of what makes them."""
+    """Return pod templates by the names of the objects that create the pods."""
     return {m["metadata"]["name"]: m["spec"]["template"] for m in manifests if "template" in m.get("spec", {})}
 
 
@@ -148,7 +148,7 @@ def test_a_long_name_stays_a_name(chart: Any) -> None:
     assert max(len(m["metadata"]["name"]) for m in manifests) <= 63
 
 
-# ------------------------------------------------------------ what the code knows best
+# ------------------------------------------------------------ facts defined in the code
 
 
 def test_the_chart_has_the_rights_and_settings_of_this_version() -> None:
@@ -199,7 +199,7 @@ def test_no_secret_is_made_where_one_is_named(chart: Any) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_variable_is_a_setting(chart: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The services read what the chart writes: whole numbers as such, nothing misspelt."""
+    """The services read what the chart writes: integers are written as integers, and every name is a setting."""
     for pod in pods(render(chart, yaml.safe_load(file.read_text()) or {})).values():
         given = {
             k.removeprefix("LORAFLEET_").lower(): v for k, v in environment(pod).items() if k.startswith("LORAFLEET_")
@@ -259,7 +259,7 @@ def test_disruptions_take_one_of_several(chart: Any) -> None:
     assert [budget["maxUnavailable"] for budget in budgets] == [1] * len(budgets)
     covered = {name for name, pod in pods(manifests).items() for b in budgets if selects(b["selector"], pod)}
     assert covered == {f"lf-lorafleet-{name}" for name in ("gateway", "scheduler", "store", "worker-cpu")}
-    # One that would never let its only pod go would stop a node's drain.
+    # A budget that never lets the only pod go would block the draining of its node.
     alone = render(chart, values_of("open"))
     assert not [m for m in alone if m["kind"] == "PodDisruptionBudget" and "gateway" in m["metadata"]["name"]]
 
@@ -358,7 +358,7 @@ def test_workers_are_scaled_by_requests_and_from_none(chart: Any) -> None:
     assert (trigger["metadata"]["valueLocation"], trigger["metadata"]["targetValue"]) == ("demand", "16")
     assert find(manifests, "TriggerAuthentication", "")["spec"]["secretTargetRef"][0]["name"] == "admin-key"
     assert "replicas" not in find(manifests, "Deployment", "worker-cpu")["spec"]
-    # A gateway that waited for a worker to be ready would never be asked for one.
+    # Without a worker, a gateway that is ready only with one would get no calls, so nothing would scale up.
     gateway = container(pods(manifests)["lf-lorafleet-gateway"])
     assert "tcpSocket" in gateway["readinessProbe"]
     assert "httpGet" in container(pods(render(chart, {}))["lf-lorafleet-gateway"])["readinessProbe"]

@@ -1,4 +1,4 @@
-"""The compose file without Docker: its defaults name files that will be there, its variables reach the services."""
+"""The compose file, without Docker: its defaults name existing files, and its variables reach the services."""
 
 import os
 import re
@@ -22,13 +22,13 @@ SERVICES = ("gateway", "scheduler", "adapter_store", "gpu_worker")
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 COMPOSE = (ROOT / "compose.yaml").read_text()
 READERS = ("gateway", "gpu_worker")
-"""Services that read the base model's files."""
+"""Services that read files of the base model."""
 START_BYTES = 400 << 20
-"""A gateway with its model's tokenizer, before anybody has asked for anything."""
+"""Memory of a gateway with its model's tokenizer, before its first call."""
 
 
 def compose(file: str = COMPOSE, **variables: str) -> dict[str, Any]:
-    """Return the services of a file as `docker compose` sees them with these variables set."""
+    """Return the services of a file as `docker compose` resolves them with these variables."""
     text = VARIABLE.sub(lambda match: variables.get(match[1]) or match[2] or "", file)
     return yaml.safe_load(text)["services"]
 
@@ -39,7 +39,7 @@ def networks(service: dict[str, Any]) -> set[str]:
 
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
-    """Return what is mounted in a service: path in the container -> volume, or folder of this machine."""
+    """Return the mounts of a service: path in the container -> volume, or folder of the host."""
     return {volume.split(":")[1]: volume.split(":")[0] for volume in service["volumes"]}
 
 
@@ -47,7 +47,7 @@ def test_by_default_all_read_the_model_where_fetch_puts_it() -> None:
     services = compose()
     fetch = services["model"]
     assert fetch["entrypoint"][-2:] == ["lorafleet", "fetch"]
-    assert fetch["environment"]["LORAFLEET_MODEL"] == ""  # which is how `fetch` is asked for the quickstart model
+    assert fetch["environment"]["LORAFLEET_MODEL"] == ""  # makes `fetch` take the quickstart model
     data = Path(fetch["environment"]["LORAFLEET_DATA"])
     for name in READERS:
         assert services[name]["environment"]["LORAFLEET_MODEL"] == str(data / "models" / HUB_MODEL_ID.split("/")[1])
@@ -81,11 +81,11 @@ def test_several_models_reach_all_who_must_know_of_them_and_no_others() -> None:
 
 
 BASES = [sys.executable, str(ROOT / "deploy/bases.py"), "sh", "-c"]
-"""Runs a shell's command as a service is started."""
+"""The container's entrypoint, here with a shell command in place of a service."""
 
 
 def test_each_worker_takes_the_base_that_the_fewest_have_taken(tmp_path: Path) -> None:
-    """All know the same bases in the same order, so that a served name is the default one's alone."""
+    """All workers know the same bases in the same order, so that a served name applies only to the default base."""
     own = {"PATH": os.environ["PATH"], "MODELS": " a, org/b,/srv/c ,a,", "BASE_LOCKS": str(tmp_path)}
     own["LORAFLEET_SERVED_NAME"] = "chat"
     command = [*BASES, 'echo "$LORAFLEET_BASE of $LORAFLEET_MODEL,$LORAFLEET_MORE_MODELS"; read -r end']
@@ -125,7 +125,7 @@ def test_only_one_service_fetches_and_the_others_wait_for_it() -> None:
         writable = {volume.split(":")[0] for volume in services[name]["volumes"] if not volume.endswith(":ro")}
         assert writable == {"secret", "files" if name == "gateway" else "bases"}
     assert services["model"]["restart"] == "no"  # its error stays the last line of its log
-    assert services["model"]["image"] == services["gpu_worker"]["image"]  # converting takes torch
+    assert services["model"]["image"] == services["gpu_worker"]["image"]  # converting needs torch
 
 
 def test_the_default_adapters_are_the_examples() -> None:
@@ -141,9 +141,9 @@ def test_every_variable_is_in_the_example_with_its_default() -> None:
     used: dict[str, set[str]] = {}
     for match in VARIABLE.finditer(COMPOSE):
         used.setdefault(match[1], set()).add(match[2] or "")
-    assert used.pop("MODEL") == {"", "/data/models/SmolLM2-135M-Instruct"}  # both of which mean the quickstart model
+    assert used.pop("MODEL") == {"", "/data/models/SmolLM2-135M-Instruct"}  # both mean the quickstart model
     assert listed.pop("MODEL") == ""
-    assert listed.pop("COMPOSE_PROFILES") == ""  # which compose reads itself
+    assert listed.pop("COMPOSE_PROFILES") == ""  # compose reads it itself
     assert {name: {default} for name, default in listed.items()} == used
 
 
@@ -223,7 +223,7 @@ def test_who_has_ports_and_who_gets_outside() -> None:
     assert services["users"]["network_mode"] == "none"
     observers = {name for name, service in services.items() if service.get("profiles") == ["observe"]}
     assert observers == {"prometheus", "traces", "grafana"}
-    assert networks(services["grafana"]) == {"observe", "front"}  # it reaches no service of the fleet
+    assert networks(services["grafana"]) == {"observe", "front"}  # it cannot reach any service of the fleet
     assert known["observe"]["internal"]
     of_s3 = {name for name, service in services.items() if service.get("profiles") == ["s3"]}
     assert of_s3 == {"s3_keys", "s3", "s3_bucket"}

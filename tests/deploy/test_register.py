@@ -1,4 +1,4 @@
-"""The chart's job that registers adapters, by the script that it runs."""
+"""The chart's job that registers adapters, tested by running its script."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPT = "deploy/helm/lorafleet/files/register.py"
 
 
 class Gateway(BaseHTTPRequestHandler):
-    """Refuses `bad`, is not ready once, and keeps what it is asked."""
+    """Refuses `bad`, answers 503 to the first request, and records all requests."""
 
     asked: list[tuple[str, dict[str, Any]]]
 
@@ -29,7 +29,7 @@ class Gateway(BaseHTTPRequestHandler):
         self.wfile.write(b"told")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A release has one version everywhere; its workflow gives docker, gh and make the right commands."""
+"""A release has the same version everywhere; its workflow passes the right commands to docker, gh and make."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_notes_end_where_the_next_version_begins(tmp_path: Path) -> None:
 
 
 def run_job(name: str, folder: Path, machine: str = "") -> list[str]:
-    """Run the shell of a job's steps; return the commands that it gives to docker, gh and make."""
+    """Run the shell commands of a job's steps; return the commands that they pass to docker, gh and make."""
     jobs: dict[str, Any] = yaml.safe_load(WORKFLOW.read_text())["jobs"]
     programs = folder / "programs"
     programs.mkdir(exist_ok=True)

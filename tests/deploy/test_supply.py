@@ -1,4 +1,4 @@
-"""What the images install is locked with hashes, its licences are known, and no answer is no clean audit."""
+"""Packages in the images are locked with hashes and have known licenses; an audit without an answer fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXTRAS = {"control": ("tracing",), "worker": ("worker", "demo", "tracing")}
 
 
 def locked(image: str) -> dict[str, tuple[str, int]]:
-    """Return the version and the number of hashes of each package of a lock."""
+    """Return the version and the number of hashes of each package in an image's lock file."""
     text = (ROOT / f"requirements-{image}.lock").read_text()
     found: dict[str, tuple[str, int]] = {}
     for package in re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]:
@@ -51,7 +51,7 @@ def test_the_images_run_what_the_tests_ran_with() -> None:
         for name, (version, _) in locked(image).items():
             assert tested.get(name, version) == version, f"{name}: run `make lock-images`"
     assert locked("control").items() <= locked("worker").items()
-    assert re.search(r"^torch==\d", "\n".join(lines), re.MULTILINE)  # which the Dockerfile looks for
+    assert re.search(r"^torch==\d", "\n".join(lines), re.MULTILINE)  # the Dockerfile searches for this line
 
 
 def test_every_licence_is_known_and_permissive_or_reviewed() -> None:

@@ -1,4 +1,4 @@
-"""Adapters in a fleet over two hosts: what a worker knows of them, bad ones, and those fetched before their turn."""
+"""Adapters in a fleet on two hosts: the metadata that workers have, bad adapters, and early fetches."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ PROMPT = "Once upon a time"
 NUM_RUNNING = 2
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # of PEFT's SHiRA
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated"),  # by which PEFT passes prefixes
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # from PEFT's SHiRA
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated"),  # PEFT passes prefixes by it
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(240),
 ]
@@ -47,7 +47,7 @@ pytestmark = [
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessFleet]:
-    """The worker on a host of its own, where neither the adapter folder nor the store's files are."""
+    """The worker runs on its own host, without the adapter folder and the store's files."""
     folder: Path = tmp_path_factory.mktemp("fleet")
     model = make_tiny_model(folder / "model", max_len=12_000)
     for seed, name in enumerate(GOOD, start=1):
@@ -72,7 +72,7 @@ def hidden_folders(fleet: ProcessFleet) -> list[Path]:
 
 
 def blobs(fleet: ProcessFleet) -> Path:
-    """Return where the store keeps what it has fetched."""
+    """Return the folder in which the store keeps fetched adapters."""
     return fleet.folder / "data" / "adapters" / "blobs"
 
 
@@ -111,7 +111,7 @@ async def test_a_worker_on_another_host_has_adapters_from_the_store_alone(
 async def test_every_kind_that_peft_trains_is_asked_by_its_folders_name(
     fleet: ProcessFleet, http: httpx2.AsyncClient, right: dict[str, str]
 ) -> None:
-    """Trained by PEFT, saved and dropped into the folder, as a user does it; asked for together."""
+    """Trained by PEFT, saved and copied into the folder, as a user does it; requested at the same time."""
     names: dict[str, Kind] = {}
     for name, kind in (CASES | virtual_cases.CASES).items():
         if kind.base == LLAMA:
@@ -143,7 +143,7 @@ def train_on(model: Path, kind: Kind, folder: Path) -> None:
     targets = {} if issubclass(kind.config, PromptLearningConfig) else {"target_modules": ["q_proj", "down_proj"]}
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", **targets, **kind.options}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers that PEFT knows less of, and the like
+        warnings.simplefilter("ignore")  # for example about layers that PEFT does not know well
         torch.manual_seed(1)
         adapted: Any = get_peft_model(base, kind.config(**options))
         optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.2)
@@ -158,7 +158,7 @@ def train_on(model: Path, kind: Kind, folder: Path) -> None:
 async def test_fifty_bad_adapters_in_a_row_disturb_nobody(
     fleet: ProcessFleet, http: httpx2.AsyncClient, right: dict[str, str]
 ) -> None:
-    """Half are refused by the store, half by the worker that has to load them; each says why, to its own client."""
+    """The store refuses half, the worker that loads them the other half; each client gets its own reason."""
     reasons = write_bad(fleet.folder / "adapters", fleet.folder / "adapters" / "one")
     done = asyncio.Event()
     answered = dict.fromkeys(right, 0)
@@ -186,7 +186,7 @@ async def test_fifty_bad_adapters_in_a_row_disturb_nobody(
 
 
 def write_bad(root: Path, good: Path) -> dict[str, str]:
-    """Write 50 bad adapters, each different; return a part of the reason that each must give."""
+    """Write 50 bad adapters, each different; return a part of the reason expected for each."""
     config = json.loads((good / "adapter_config.json").read_text())
     raw = (good / "adapter_model.safetensors").read_bytes()
     tensors = load_file(good / "adapter_model.safetensors")
@@ -216,7 +216,7 @@ def write_bad(root: Path, good: Path) -> dict[str, str]:
 async def test_an_adapter_is_fetched_while_its_request_still_waits_in_the_queue(
     fleet: ProcessFleet, http: httpx2.AsyncClient
 ) -> None:
-    """The worker is full, also of requests that wait for adapters. The store has lost the files: it fetches as well."""
+    """The worker is full, with requests that wait for adapters too. The store lost the files, so it fetches again."""
     cold = [f"cold-{number}" for number in range(NUM_RUNNING + 1)]
     for name in cold:
         write_variant(fleet.folder / "adapters", name, lora_alpha=20 + cold.index(name))
@@ -245,7 +245,7 @@ async def test_an_adapter_is_fetched_while_its_request_still_waits_in_the_queue(
 
 
 def write_variant(root: Path, name: str, **changes: Any) -> None:
-    """Write an adapter with the weights of the first good one."""
+    """Write an adapter with the weights of the first good one and changed config fields."""
     shutil.copytree(root / GOOD[0], root.parent / name)
     config = root.parent / name / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
@@ -264,7 +264,7 @@ async def is_in(fleet: ProcessFleet, digest: str, tier: Literal["loading", "resi
 
 
 async def state_of_request(fleet: ProcessFleet, digest: str) -> bytes:
-    """Return where the only request for an adapter is."""
+    """Return the state of the only request for an adapter."""
     bus = fleet.bus
     keys = [key async for key in bus._redis.scan_iter(bus.keys.req("*").encode())]
     (state,) = [s for s, d in [await bus._redis.hmget(key, "state", "digest") for key in keys] if d == digest.encode()]

@@ -1,4 +1,4 @@
-"""A base is added to a real fleet with passwords on its queue, answers as PEFT does, and is taken away mid-stream."""
+"""A base is added to a real fleet whose queue has passwords, answers as PEFT does, and is removed during a stream."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ async def test_the_only_worker_becomes_a_base_that_is_added(tmp_path: Path, monk
             assert await is_its_own("one")
             assert await asyncio.to_thread(main, ["bases", "add", str(tmp_path / "two")]) == 0
             await wait_until(partial(is_its_own, "two"), "two answers", timeout_s=100, every_s=0.3)
-            for model in ("one", "two", "one"):  # once known, calls wait for the swap
+            for model in ("one", "two", "one"):  # once the base is known, calls wait for the swap
                 assert await is_its_own(model)
             assert await asyncio.to_thread(main, ["bases", "remove", "two"]) == 0
 

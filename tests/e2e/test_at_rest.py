@@ -1,4 +1,4 @@
-"""What a fleet leaves on the disk, gives its processes and lets into its queue: nothing for anybody else."""
+"""Everything that a fleet leaves on disk, passes to its processes or puts into its queue is closed to others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECRETS = {
 }
 MAY_SEE = {
     "gateway": {"LORAFLEET_SECRET"},
-    "worker": {"LORAFLEET_SECRET"},  # it opens sealed bodies
+    "worker": {"LORAFLEET_SECRET"},  # the worker opens sealed bodies
     "scheduler": set[str](),
     "store": {"LORAFLEET_SECRET", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
 }
@@ -38,7 +38,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     model = make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
     adapters = tmp_path_factory.mktemp("adapters")
     make_adapter(adapters / "first", model, seed=1)
-    for loose in ("adapters", "logs", "queue"):  # as an earlier version left them
+    for loose in ("adapters", "logs", "queue"):  # with the permissions of an earlier version
         (folder / "data" / loose).mkdir(parents=True)
         (folder / "data" / loose).chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
@@ -55,7 +55,7 @@ async def answer(fleet: RunningFleet, name: str) -> httpx2.Response:
 
 
 async def test_the_queues_file_holds_no_prompt(fleet: RunningFleet) -> None:
-    """Requests are answered, so they have been in the queue; test_sealing.py finds them there without a seal."""
+    """The requests are answered, so they were in the queue; test_sealing.py finds prompts there without a seal."""
     async with fleet.client() as client:
         prompt = "Once upon a time"
         found = (await client.post("/tokenize", json={"inputs": prompt, "add_special_tokens": True})).json()
@@ -67,7 +67,7 @@ async def test_the_queues_file_holds_no_prompt(fleet: RunningFleet) -> None:
 
 
 def services(fleet: RunningFleet) -> dict[str, psutil.Process]:
-    """Return the processes that the launcher has started, by service."""
+    """Return the processes started by the launcher, by service."""
     commands = {process: process.cmdline() for process in fleet.left_running()}
     return {command[-1]: process for process, command in commands.items() if command[-2:-1] == ["serve"]}
 
@@ -128,4 +128,4 @@ async def test_the_fleets_queue_lets_nobody_in_without_a_password(fleet: Running
 def test_the_launcher_tells_how_to_enter_without_a_password_in_it(fleet: RunningFleet) -> None:
     assert "REDIS_URL=unix://worker@" in fleet.output
     assert "LORAFLEET_REDIS_PASSWORD_FILE=" in fleet.output
-    assert (Path(fleet.output_file.parent) / "data/secret").exists() is False  # it was given as a variable
+    assert (Path(fleet.output_file.parent) / "data/secret").exists() is False  # the secret was given as a variable

@@ -25,7 +25,7 @@ PROMPT, TEXT = "Once upon a time", "my name is ada lovelace"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models `one`, `two`, `encoder` and `broken`, and their adapters."""
+    """Return a folder with the models `one`, `two`, `encoder` and `broken`, and their adapters."""
     root = tmp_path_factory.mktemp("bases")
     make_tiny_model(root / "one")
     make_tiny_model(root / "two", seed=5, max_len=256)
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_adapter(adapters / "pirate", root / "one", seed=1)
     make_adapter(adapters / "sailor", root / "two", seed=2)
     make_encoder_adapter(adapters / "legal", AutoModel.from_pretrained(root / "encoder"))
-    _name_base(adapters / "legal", "some/other-encoder")  # which is no base here, so that its shapes decide
+    _name_base(adapters / "legal", "some/other-encoder")  # not a base of this fleet, so the shapes decide
     make_adapter(adapters / "both", root / "one", seed=3)
     _name_base(adapters / "both", None)
     shutil.copytree(adapters / "legal", adapters / "liar")
@@ -71,7 +71,7 @@ def fleet(folder: Path) -> Iterator[RunningFleet]:
 
 @cache
 def generated(base: Path, adapter: Path | None) -> str:
-    """Return what transformers and PEFT say to PROMPT."""
+    """Return the output of transformers and PEFT for PROMPT."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
@@ -138,10 +138,10 @@ async def test_lists_and_status_tell_bases_apart(fleet: RunningFleet, folder: Pa
     assert [(base["name"], base["workers"], base["task"]) for base in whole["bases"]] == [
         ("one", 1, "generate"), ("two", 1, "generate"), ("encoder", 1, "embed"), ("broken", 0, None),
     ]  # fmt: skip
-    assert len({base["weights"] for base in whole["bases"]}) == 4  # of one, None
+    assert len({base["weights"] for base in whole["bases"]}) == 4  # one of them is None
     assert explained["base"] == "two"
     assert "two" in {row["base_model"] for day in usage["data"] for row in day["results"]}, usage
-    names = {tag["name"] for tag in tags}  # Ollama's routes speak of the default base
+    names = {tag["name"] for tag in tags}  # Ollama's routes show only the default base
     assert names >= {"one:latest", "pirate:latest"}
     assert not names & {"two:latest", "sailor:latest", "encoder:latest", "legal:latest"}
 

@@ -1,4 +1,4 @@
-"""`lorafleet demo` asks everybody at once, shows each answer, and ends cleanly when told to."""
+"""`lorafleet demo` calls all models at once, shows each answer, and ends cleanly on request."""
 
 import os
 import re
@@ -19,7 +19,7 @@ def test_the_demo_shows_every_answer_and_that_they_shared_steps(tmp_path: Path) 
     marker = secrets.token_hex(8)
     command = [sys.executable, "-m", "lorafleet", "demo", "--once", "--model", str(model), *QUICK]
     command += ["--adapters", str(tmp_path / "adapters"), "--data", str(tmp_path / "data"), "--port", "0"]
-    command += ["--tokens", "800"]  # so that on a busy machine none ends before the last has begun
+    command += ["--tokens", "800"]  # enough that even on a busy machine no answer ends before the last one begins
     environment = {**os.environ, MARKER: marker, "COLUMNS": "100"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Fleets on encoders serve embeddings, entities, ranks and labels of base and adapters, though a worker dies."""
+"""Fleets on encoders serve embeddings, entities, ranks and labels of base and adapters, even when a worker dies."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -27,7 +27,7 @@ from protocol.runtime.settings import Settings
 
 TEXTS = [" ".join(WORDS.split()[i : i + 3 + i % 4]) for i in range(12)]
 NUM_COPIES = 8
-"""Of each text, so that every worker gets some of a call's."""
+"""Copies of each text in a call, so that every worker gets some."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ async def fleet(tmp_path: Path, embedder: Path) -> AsyncIterator[ProcessFleet]:
 
 
 def embeddings_of(folder: Path, adapter: Path | None = None) -> np.ndarray:
-    """Return what transformers and PEFT say of TEXTS, each alone: the first token's hidden state, as LoRAX pools."""
+    """Return transformers' and PEFT's embedding of each of TEXTS alone: the first token's hidden state, as in LoRAX."""
     model = AutoModel.from_pretrained(folder)
     model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -78,7 +78,7 @@ async def test_embeddings_are_transformers_and_peft_s_while_a_worker_dies(fleet:
 
 @asynccontextmanager
 async def all_services(bus: Bus, model: Path, folder: Path, adapters: Path) -> AsyncIterator[str]:
-    """Run a fleet's services in this process, which starts faster. Yields the gateway's address."""
+    """Run a fleet's services in this process, which starts faster. Yield the gateway's address."""
     stop = asyncio.Event()
     settings = Settings(
         redis_url=bus.url, model=str(model), data=folder, adapters=adapters, port=0, device="cpu", dtype="float32",

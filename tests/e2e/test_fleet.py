@@ -1,4 +1,4 @@
-"""The whole path as separate processes: load, a killed worker, a joining one, a thousand adapters."""
+"""The whole path as separate processes: load, a killed worker, a joining worker, a thousand adapters."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PROMPTS = ["The first prompt", "Another", "and a third, rather longer one: " + 2
 
 
 class Oracle:
-    """What transformers and PEFT answer, one request at a time."""
+    """The answers of transformers and PEFT, one request at a time."""
 
     def __init__(self, model: Path, adapters: Path, names: list[str]) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        base.generation_config.eos_token_id = None  # as `ignore_eos`: the end token is a token like others
+        base.generation_config.eos_token_id = None  # as with `ignore_eos`: the end token is an ordinary token
         self.model = PeftModel.from_pretrained(base, str(adapters / names[0]), adapter_name=names[0])
         for name in names[1:]:
             self.model.load_adapter(str(adapters / name), adapter_name=name)
@@ -104,7 +104,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, model: Path, adapters:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def services(fleet: ProcessFleet) -> ProcessFleet:
-    """The fleet with both of its workers, whatever an earlier test did to them."""
+    """The fleet with both of its workers, restored after earlier tests."""
     for name in ("w0", "w1"):
         if not fleet.members[name].is_running:
             fleet.start("worker", name)
@@ -114,7 +114,7 @@ async def services(fleet: ProcessFleet) -> ProcessFleet:
 
 
 async def ask(client: AsyncOpenAI, name: str, prompt: str, num: int, seen: asyncio.Event | None = None) -> str:
-    """Stream one completion; `seen` is set once some tokens are there."""
+    """Stream one completion; `seen` is set once some tokens have arrived."""
     text = ""
     stream = await client.completions.create(
         model=name, prompt=prompt, max_tokens=num, temperature=0, stream=True, extra_body={"ignore_eos": True}
@@ -156,7 +156,7 @@ async def test_no_client_notices_that_a_worker_is_killed_in_mid_stream(
     names = [*(["base", *RANKS] * 3)]
     streams: list[asyncio.Task[str]] = []
     victim = ""
-    while not victim:  # on a busy machine all may have ended before their clients see that they have begun
+    while not victim:  # on a busy machine all may end before their clients see them begin
         await asyncio.gather(*streams)
         started = [asyncio.Event() for _ in names]
         streams = [
@@ -164,7 +164,7 @@ async def test_no_client_notices_that_a_worker_is_killed_in_mid_stream(
             for name, event in zip(names, started, strict=True)
         ]
         await started[-1].wait()
-        # Nobody may end while it is found out who has work to lose.
+        # No worker may end while the test finds out which one has requests.
         for worker in ("w0", "w1"):
             services.signal(worker, signal.SIGSTOP)
         victim = await _busiest(services)
@@ -199,7 +199,7 @@ async def test_any_of_a_thousand_registered_adapters_can_be_asked_at_once(
         new = {name: torch.empty_like(t).normal_(0, 0.2, generator=generator) for name, t in weights.items()}
         save_file(new, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps(config))
-    # Room for some of them only: the pool has to let adapters come and go.
+    # Only some fit, so the pool must load and evict adapters.
     services = ProcessFleet.prepare(
         tmp_path, model, many, durable=False, spawn=fork, adapter_pool_bytes=4 << 20, adapter_host_bytes=8 << 20
     )
@@ -224,7 +224,7 @@ async def _all_listed(client: AsyncOpenAI, num: int) -> bool:
 
 
 async def _busiest(services: ProcessFleet) -> str:
-    """Return the name of the worker that has the most requests right now, "" if none has any."""
+    """Return the name of the worker with the most requests now, "" if none has any."""
     bus = services.bus
     keys = [key async for key in bus._redis.scan_iter(bus.keys.req("*").encode())]
     facts = [await bus._redis.hmget(key, "state", "owner") for key in keys]

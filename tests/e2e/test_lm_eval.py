@@ -1,6 +1,6 @@
-"""lm-eval's `local-completions` against a fleet gives what its own `hf` backend with PEFT gives, in float32.
+"""lm-eval's `local-completions` with a fleet gives the results of its own `hf` backend with PEFT, in float32.
 
-lm-eval lives in an environment of its own: `make lm-eval` makes it and runs this.
+lm-eval needs its own environment: `make lm-eval` creates it and runs this.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from helpers.fleets import tiny_fleet
 from chaos.fleet import ProcessFleet
 
 PYTHON = Path(__file__).parents[2] / "build" / "lm-eval" / "bin" / "python"
-MAX_LENGTH = 128  # tokens of a window of lm-eval
+MAX_LENGTH = 128  # tokens of a window in lm-eval
 TOLERANCE = 1e-4
-FLOAT32 = 1.2e-7  # the precision of sums, in which `hf` adds up the tokens of a text
+FLOAT32 = 1.2e-7  # precision of the sums in which `hf` adds a text's tokens
 ADAPTERS = ("one", "two")
 
 SENTENCES = (
@@ -74,7 +74,7 @@ TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [{"text": sentence} for sentence in SENTENCES],
     ),
 }
-"""Task -> its configuration and its documents. Some windows are longer than `MAX_LENGTH`, some targets end the text."""
+"""Task -> its configuration and documents. Some windows exceed `MAX_LENGTH`; some targets end their texts."""
 
 pytestmark = [pytest.mark.lm_eval, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
@@ -93,11 +93,11 @@ def write_tasks(folder: Path) -> None:
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps({"id": i, **doc}) + "\n" for i, doc in enumerate(docs)))
         files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **files, **config}))  # JSON is YAML
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **files, **config}))  # JSON is valid YAML
 
 
 async def evaluate(fleet: ProcessFleet, out: Path, backend: str, **arguments: object) -> dict[tuple[str, int], Any]:
-    """Return what a backend of lm-eval answers to each document of each task."""
+    """Return the results of an lm-eval backend for each document of each task."""
     command = [
         str(PYTHON), "-m", "lm_eval", "--model", backend, "--tasks", ",".join(TASKS),
         "--model_args", ",".join(f"{name}={value}" for name, value in arguments.items()),
@@ -127,7 +127,7 @@ def samples_in(out: Path) -> dict[tuple[str, int], Any]:
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Any]:
-    """What `hf` has answered, by adapter."""
+    """Return the results of `hf` by adapter."""
     return {}
 
 

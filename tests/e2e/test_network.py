@@ -1,4 +1,4 @@
-"""A worker on another host whose cable is pulled, so that packets are lost without an error for either side.
+"""A worker on another host whose cable is unplugged, so that packets are lost without an error on either side.
 
 And a worker that the kernel kills because it uses too much memory.
 """
@@ -24,7 +24,7 @@ from chaos.clients.client import Call, Client
 from chaos.fleet import ProcessFleet, Shape
 from lorafleet.launcher.embedded import EmbeddedServer
 
-NUM_TOKENS = 5000  # a worker makes a thousand in a second, and tells once a second what it runs
+NUM_TOKENS = 5000  # a worker makes 1000 a second, and reports its requests once a second
 PORT = 7001
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)
 
 @pytest.fixture
 def memory() -> Iterator[MemoryGroup | None]:
-    """A new group that limits the memory of `near`, which ends with it; None where there are none."""
+    """Create a group that limits the memory of the worker `near`, and remove it at the end; None if unsupported."""
     if not os.access(MEMORY, os.W_OK):
         yield None
         return
@@ -42,7 +42,7 @@ def memory() -> Iterator[MemoryGroup | None]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def started(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Host, ProcessFleet]]:
-    """A fleet on the host `near` whose worker `far` reaches the queue through a cable, from another host."""
+    """A fleet on the host `near`, whose worker `far` runs on another host and reaches the queue through a cable."""
     folder: Path = tmp_path_factory.mktemp("fleet")
     model = make_tiny_model(folder / "model", max_len=12_000)
     make_adapter(folder / "adapters" / "one", model, seed=1)
@@ -69,7 +69,7 @@ async def started(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tup
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def hosts_and_fleet(started: tuple[Host, ProcessFleet]) -> tuple[Host, ProcessFleet]:
-    """The fleet with its cable, with `far` as its only worker, whatever an earlier test did to it."""
+    """The fleet with its cable, and `far` as its only worker, restored after earlier tests."""
     near, fleet = started
     near.run("ip link set cable1 up")
     if not fleet.members["far"].is_running:
@@ -86,7 +86,7 @@ async def hosts_and_fleet(started: tuple[Host, ProcessFleet]) -> tuple[Host, Pro
 
 
 def start_near(near: Host, fleet: ProcessFleet, memory: MemoryGroup | None) -> None:
-    """Start the worker `near` on the host of the queue, with limited memory where that is possible."""
+    """Start the worker `near` on the queue's host, with limited memory where possible."""
     fleet.add("worker", "near").within = (*(memory.within if memory else ()), *near.within)
     fleet.start("worker", "near")
 
@@ -102,7 +102,7 @@ async def ask(fleet: ProcessFleet, model: str) -> Call:
 
 
 async def running_on(fleet: ProcessFleet, name: str, least: int = 1) -> bool:
-    """Tell whether a worker is heard of, and runs at least so many requests."""
+    """Return whether a worker sends heartbeats and runs at least `least` requests."""
     beats = [beat for beat in (await fleet.bus.members.worker_beats()).values() if beat is not None]
     return any(beat.name == name and beat.running >= least for beat in beats)
 
@@ -116,7 +116,7 @@ async def test_a_network_cut_moves_streams_and_its_worker_joins_again(
     streams = [asyncio.create_task(ask(fleet, model)) for model in ("base", "one") * 2]
     await wait_until(lambda: running_on(fleet, "far"), "the far worker runs them")
     near.run("ip link set cable1 down")
-    start_near(near, fleet, memory)  # only now, so the streams must move here
+    start_near(near, fleet, memory)  # only now, so that the streams must move to it
     for call in await asyncio.gather(*streams):
         assert len(call.attempts) == 1, "the client did not notice"
         assert call.attempts[-1].text == right[call.ask.model]
@@ -137,7 +137,7 @@ async def test_a_network_cut_moves_streams_and_its_worker_joins_again(
 async def test_a_worker_that_the_kernel_kills_for_its_memory_loses_no_stream(
     hosts_and_fleet: tuple[Host, ProcessFleet], memory: MemoryGroup | None
 ) -> None:
-    """One that comes later takes what `near` had begun."""
+    """A worker that joins later continues the requests of `near`."""
     if memory is None:
         pytest.skip(f"{MEMORY}, the memory controller of cgroups v1, is not there or may not be written to")
     near, fleet = hosts_and_fleet

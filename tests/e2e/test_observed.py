@@ -1,6 +1,6 @@
-"""Dashboards, rules and alerts on a fleet that works: every query finds data, by Prometheus itself where it is here.
+"""Dashboards, rules and alerts on a loaded fleet: every query finds data, in Prometheus itself where it is installed.
 
-Debian's package `prometheus` has both programs; PROMETHEUS names a folder where they lie instead.
+Debian's package `prometheus` has both programs; PROMETHEUS may name a folder with them instead.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def program(name: str) -> str:
 
 
 def panels() -> dict[str, str]:
-    """Return the queries of all dashboards, by dashboard, panel and legend."""
+    """Return the queries of all dashboards by dashboard, panel and legend."""
     return {
         f"{path.stem}: {panel['title']}: {target['legendFormat']}": target["expr"]
         for path in sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
@@ -61,14 +61,14 @@ def rules() -> list[dict[str, Any]]:
 
 
 def base_names(queries: list[str]) -> set[str]:
-    """Return the series in queries, as they are declared."""
+    """Return the declared names of the series in queries."""
     found = {name for query in queries for name in NAME.findall(query)}
     return {re.sub(r"_(bucket|sum|count)$", "", name) if name not in DECLARED else name for name in found}
 
 
 @asynccontextmanager
 async def loaded(folder: Path) -> AsyncIterator[ProcessFleet]:
-    """Run a fleet that is asked all the time for its base and three adapters, of which one is evicted each time."""
+    """Run a fleet with constant requests to its base and three adapters, one of which is evicted each time."""
     model = make_tiny_model(folder / "model")
     for seed, name in enumerate(ADAPTERS, start=1):
         make_adapter(folder / "adapters" / name, model, seed=seed)
@@ -97,7 +97,7 @@ async def loaded(folder: Path) -> AsyncIterator[ProcessFleet]:
 
 
 def pages_of(fleet: ProcessFleet) -> dict[str, str]:
-    """Return the addresses of all pages of metrics, by service."""
+    """Return the addresses of all metrics endpoints by service."""
     ports = {name: member.settings.metrics_port for name, member in fleet.members.items()}
     ports["gateway"] = fleet.members["gateway"].settings.port
     return {name: f"127.0.0.1:{port}" for name, port in ports.items() if port}
@@ -147,7 +147,7 @@ async def test_a_loaded_fleet_shows_every_series_of_the_dashboards(tmp_path: Pat
 
 
 OF_BASES = "lorafleet_base_load"
-"""A series that fleets with one base do not show: see tests/gateway/test_bases.py."""
+"""A series that fleets with one base do not have: see tests/gateway/test_bases.py."""
 
 OPENMETRICS = {"accept": "application/openmetrics-text"}
 
@@ -166,7 +166,7 @@ async def test_prometheus_finds_data_for_every_panel_and_rule(tmp_path: Path) ->
         (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
         queries = {name: short.sub(f"[{WINDOW}]", expr) for name, expr in panels().items() if OF_BASES not in expr}
         known = [rule for rule in rules() if OF_BASES not in rule["expr"]]
-        for rule in known:  # of an alert what it compares, which is there whether it fires or not
+        for rule in known:  # for an alert, the compared expression, which has data even if the alert does not fire
             expr = short.sub(f"[{WINDOW}]", rule["expr"])
             queries[rule.get("alert") or rule["record"]] = re.sub(r"\s*(==|>|<)\s*[\d.]+\s*$", "", expr)
         with (tmp_path / "prometheus.log").open("wb") as log:
@@ -196,7 +196,7 @@ async def test_prometheus_finds_data_for_every_panel_and_rule(tmp_path: Path) ->
 
 
 async def _charts_have_data(url: str) -> bool:
-    """Return whether a gateway's charts of every range and group have numbers from Prometheus."""
+    """Return whether a gateway's charts have values from Prometheus, for every range and group."""
     http = HttpClient()
     charts = PrometheusCharts(url, 'job="gateway"', http)
     try:
@@ -218,7 +218,7 @@ async def _charts_have_data(url: str) -> bool:
 
 
 async def _wrong(http: httpx2.AsyncClient, port: int, query: str) -> str:
-    """Return what is wrong with a query's answer, "" if it has numbers."""
+    """Return the fault of a query's answer, "" if it has values."""
     try:
         response = await http.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query})
     except httpx2.TransportError as error:
@@ -231,7 +231,7 @@ async def _wrong(http: httpx2.AsyncClient, port: int, query: str) -> str:
     values = [float(sample["value"][1]) for sample in answer["data"]["result"]]
     if not values:
         return f"empty: {query}"
-    # A name that was not asked for lately has no quantile; one number is enough.
+    # Quantiles of names without recent requests are NaN; one number is enough.
     return "" if any(value == value for value in values) else f"not a number: {query}"
 
 

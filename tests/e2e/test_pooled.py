@@ -1,4 +1,4 @@
-"""A fleet on a decoder generates, embeds and labels at once, with adapters of each task, though a worker dies."""
+"""A fleet on a decoder generates, embeds and labels at once, with adapters of each task, even when a worker dies."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def classifier(model: Path) -> Any:
 
 
 def expected_of(model: Path, adapters: Path) -> dict[str, list[Any]]:
-    """Return what transformers and PEFT say of TEXTS, each alone: two vectors, probabilities, a text."""
+    """Return the results of transformers and PEFT for each of TEXTS alone: two vectors, probabilities, a text."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     texts = [tokenizer(text, return_tensors="pt") for text in TEXTS]
     plain: Any = AutoModel.from_pretrained(model)

@@ -1,6 +1,6 @@
-"""A fleet with a second of everything, while its processes die and drain; clients get whole answers.
+"""A fleet with two of each service, while its processes die and drain; clients get complete answers.
 
-The tests share one fleet, in any order: after each of them what has ended is started again, and nothing may be left.
+The tests share one fleet, in any order: after each test, processes that ended are restarted, and no request remains.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ SHAPE = Shape(gateways=2, schedulers=2, workers=("w0", "w1"), stores=1)
 MODELS = ("base", "one", "two")
 NUM_TOKENS = 150
 ENDLESS = 40_000
-"""Tokens of an answer that is not over before a test is: a worker makes a thousand in a second."""
+"""Number of tokens of an answer that outlasts its test: a worker makes 1000 a second."""
 
 PAUSE_S = 1.0
-"""Between two calls of a client: what restarts needs the cores."""
+"""Pause between two calls of a client, s: restarting services need the cores."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -62,7 +62,7 @@ async def shared_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterato
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def fleet(shared_fleet: ProcessFleet) -> AsyncIterator[ProcessFleet]:
-    """The fleet with all its processes; they are there again after the test, and nothing of its requests is left."""
+    """The fleet with all its processes; after the test they are restarted, and none of its requests remains."""
     yield shared_fleet
     for member in shared_fleet.members.values():
         if not member.is_running:
@@ -100,7 +100,7 @@ async def right(shared_fleet: ProcessFleet) -> dict[Ask, str]:
 
 
 class Traffic:
-    """Clients that ask again and again; every answer must be right, and what has begun must not be cut."""
+    """Clients that call repeatedly; every answer must be correct, and a begun answer must not be interrupted."""
 
     def __init__(self, fleet: ProcessFleet, right: dict[Ask, str], num_clients: int = 6) -> None:
         self.calls: list[Call] = []
@@ -134,13 +134,13 @@ class Traffic:
 
     @property
     def errors(self) -> list[Attempt]:
-        """What a client would have seen behind a load balancer that asks the next gateway when one refuses."""
+        """Return the failed attempts that a load balancer, which retries at the next gateway, would not have hidden."""
         unfinished = [attempt for call in self.calls for attempt in call.attempts if attempt.outcome != "complete"]
         return [a for a in unfinished if a.text or not (a.outcome == "cut" or a.code == "shutting_down")]
 
 
 async def test_restarts_of_every_service_under_load_show_no_error(fleet: ProcessFleet, right: dict[Ask, str]) -> None:
-    """First one of each service, all at the same time, then the other ones."""
+    """One process of each service first, all at the same time, then the others."""
     members = list(fleet.members.values())
     first = {member.service: member for member in members}.values()
     async with Traffic(fleet, right) as traffic:
@@ -149,11 +149,11 @@ async def test_restarts_of_every_service_under_load_show_no_error(fleet: Process
     assert traffic.errors == []
     today = now_ms() // (DAY_S * 1000)
     told = [await fleet.bus.usage.residency(day) for day in (today - 1, today)]
-    assert sum(len(seconds) for seconds in told) >= 2  # each worker has told of its pool when it drained
+    assert sum(len(seconds) for seconds in told) >= 2  # each worker has reported its pool's residency when it drained
 
 
 async def restart(fleet: ProcessFleet, member: Member) -> None:
-    """Drain a member, start it again and wait until it works."""
+    """Drain a member, restart it and wait until it works."""
     fleet.signal(member.name, signal.SIGTERM)
     await wait_until(lambda: not member.is_running, f"{member.name} has drained")
     assert member.process is not None
@@ -163,7 +163,7 @@ async def restart(fleet: ProcessFleet, member: Member) -> None:
 
 
 async def test_another_gateway_tells_what_a_killed_one_had_begun(fleet: ProcessFleet, right: dict[Ask, str]) -> None:
-    """With an Idempotency-Key the request goes on, told from its first token; without one it is cancelled."""
+    """With an Idempotency-Key the request continues, and is sent from its first token; without one it is cancelled."""
     ask = asks()[0]
     first, second = (member for member in fleet.members.values() if member.service == "gateway")
     one, other = (f"http://127.0.0.1:{member.settings.port}" for member in (first, second))
@@ -210,7 +210,7 @@ async def test_another_gateway_tells_what_a_killed_one_had_begun(fleet: ProcessF
 
 
 async def test_usage_is_what_clients_were_told_though_all_die(fleet: ProcessFleet, right: dict[Ask, str]) -> None:
-    """Every call has a key, so each is told its end at last, and no request is run without being told of."""
+    """Every call has a key, so each client finally gets its end, and no request runs without being reported."""
     before = await used(fleet)
     styles: tuple[Style, ...] = ("keyed stream", "keyed whole", "job")
     calls = [Call(ask, style, time.monotonic()) for ask in right for style in styles]
@@ -249,7 +249,7 @@ async def used(fleet: ProcessFleet) -> Counter[tuple[str, str]]:
 
 
 async def test_a_response_outlives_its_gateway_and_its_worker(fleet: ProcessFleet) -> None:
-    """Its events go on at the other gateway without a gap, and its text is the one that a chat has."""
+    """Its events continue at the other gateway without a gap, and its text is that of a chat."""
     first, second = (member for member in fleet.members.values() if member.service == "gateway")
     one, other = (f"http://127.0.0.1:{member.settings.port}/v1" for member in (first, second))
     async with httpx2.AsyncClient(timeout=120) as http:
@@ -283,7 +283,7 @@ async def test_a_response_outlives_its_gateway_and_its_worker(fleet: ProcessFlee
 async def test_two_hundred_long_streams_end_when_their_clients_leave(
     fleet: ProcessFleet, right: dict[Ask, str]
 ) -> None:
-    """What they would still have cost is never computed."""
+    """Their remaining tokens are never computed."""
     bus, before = fleet.bus, await num_computed(fleet)
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx2.AsyncClient(timeout=60, limits=limits) as http, asyncio.TaskGroup() as group:
@@ -316,7 +316,7 @@ async def test_the_store_may_be_down_while_what_is_resident_is_asked_for(
     fleet: ProcessFleet, right: dict[Ask, str]
 ) -> None:
     digests = [alias.digest for alias in await fleet.bus.adapters.aliases()]
-    for beat in await beats(fleet):  # else a worker that has lately become free would have to fetch them
+    for beat in await beats(fleet):  # otherwise a worker that has just become free would have to fetch them
         await fleet.bus.streams.tell([(beat.wid, m.Control(kind="prefetch", digest=digest)) for digest in digests])
     await wait_until(lambda: have_all(fleet, digests), "every worker has every adapter")
     fleet.kill("store")
@@ -329,7 +329,7 @@ async def test_a_standby_leads_when_the_leader_is_killed(fleet: ProcessFleet, ri
     token = (await bus._redis.get(bus.keys.leader)).decode()
     leader = next(member for member in fleet.members.values() if f"-{member.pid}-" in token)
     fleet.kill(leader.name)
-    # The lock lives for LEASE_MS = 2.5 s and standbys try every 0.25 s, see tests/scheduler: here it must only happen.
+    # The lease lasts LEASE_MS = 2.5 s and standbys try every 0.25 s, see tests/scheduler: here it must only happen.
     calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
     assert {call.ask: call.attempts[0].text for call in calls} == right
     assert (await bus._redis.get(bus.keys.leader)).decode() != token

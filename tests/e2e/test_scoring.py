@@ -1,4 +1,4 @@
-"""What lm-eval relies on, the logprobs of prompts: a real fleet, held to transformers and PEFT in float32."""
+"""The logprobs of prompts, on which lm-eval relies: a real fleet against transformers and PEFT, in float32."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Oracle:
         self.model.load_adapter(folder / "adapters" / "two", adapter_name="two")
 
     def logprobs(self, name: str, ids: list[int]) -> torch.Tensor:
-        """Return the logprobs [T, V] of what follows each token."""
+        """Return the logprobs [T, V] of the token after each token."""
         off = self.model.disable_adapter() if name == "base" else nullcontext(self.model.set_adapter(name))
         with torch.inference_mode(), off:
             return self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -65,7 +65,7 @@ def oracle(fleet: ProcessFleet) -> Oracle:
 
 
 async def test_scoring_counts_and_scores_every_token(http: httpx2.AsyncClient, oracle: Oracle) -> None:
-    """Prompts as ids, several in a call, with echo and `max_tokens` 1 or 0; the model predicts the end, or does not."""
+    """Prompts as ids, several in a call, with echo and `max_tokens` 1 or 0; the model predicts the end or does not."""
     end = oracle.tokenizer.eos_token_id
     prompts = [oracle.tokenizer(text)["input_ids"] for text in (PROMPT, "Blue is", "and a rather longer one, " * 9)]
     for name, bias, max_tokens in itertools.product(NAMES, ({}, {str(end): 100}), (0, 1)):

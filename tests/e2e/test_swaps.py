@@ -31,7 +31,7 @@ ENCODERS = ("encoder", "legal", "medical")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models `one`, `two`, `encoder` and `broken`, and two adapters for each of the first three."""
+    """Return a folder with the models `one`, `two`, `encoder` and `broken`, and two adapters for each but `broken`."""
     root = tmp_path_factory.mktemp("swaps")
     make_tiny_model(root / "one")
     make_tiny_model(root / "two", seed=5)
@@ -67,7 +67,7 @@ async def swaps(http: httpx2.AsyncClient) -> list[dict[str, Any]]:
 
 
 def embedded(folder: Path, name: str) -> np.ndarray:
-    """Return what transformers and PEFT make of TEXT."""
+    """Return the embedding of TEXT by transformers and PEFT."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "encoder")
     model: Any = AutoModel.from_pretrained(folder / "encoder")
     model = model if name == "encoder" else PeftModel.from_pretrained(model, str(folder / "adapters" / name))
@@ -76,7 +76,7 @@ def embedded(folder: Path, name: str) -> np.ndarray:
 
 
 async def ask(http: httpx2.AsyncClient, folder: Path, name: str) -> None:
-    """Ask a model, and compare."""
+    """Call a model and compare its answer with the expected one."""
     if name in DECODERS:
         answer = await http.post("/v1/completions", json=completion(name, PROMPT))
         assert answer.status_code == 200, answer.text
@@ -117,7 +117,7 @@ async def test_a_base_that_never_starts_fails_its_own_calls(fleet: RunningFleet,
 
 @asynccontextmanager
 async def flood(http: httpx2.AsyncClient, model: str) -> AsyncIterator[list[int]]:
-    """Keep a base asked for all the time. Yields the statuses of what has ended."""
+    """Send requests to a base all the time. Yield a list that collects the statuses of ended calls."""
     ended: list[int] = []
 
     async def go_on() -> None:

@@ -1,4 +1,4 @@
-"""Every command as a person meets it in a terminal of 80 columns: right and wrong input, Ctrl-C, a prompt, the end."""
+"""Every command as a user sees it in an 80-column terminal: right and wrong input, Ctrl-C, a prompt, the end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WRONG = (
     ("serve nothing", 2, "gateway, scheduler, worker, store"),
     ("bench --adapters 0 --no-plot", 2, "names no adapter"),
 )
-"""Command, exit code, and what its only message says."""
+"""Command, exit code, and text of its only message."""
 
 RIGHT = (
     ("status", "ready"),
@@ -74,12 +74,12 @@ RIGHT = (
     ("doctor", "is ready"),
     ("completion bash | head -1", "shtab"),
 )
-"""Command, and what it prints."""
+"""Command, and text that it prints."""
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Terminal, Terminal, str]]:
-    """A terminal in which `lorafleet up` runs, another one beside it, and what marks the processes of the first."""
+    """A terminal in which `lorafleet up` runs, a second terminal, and the marker of the first one's processes."""
     folder = tmp_path_factory.mktemp("terminal")
     model = make_tiny_model(folder / "tiny", max_len=4096)
     for seed, name in enumerate(("pirate", "haiku"), start=1):
@@ -91,7 +91,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Terminal, 
     (runtime := folder / "run").mkdir(mode=0o700)
     variables = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "XDG_RUNTIME_DIR": str(runtime),  # other fleets of this machine are not seen
+        "XDG_RUNTIME_DIR": str(runtime),  # hides other fleets of this machine
         "LORAFLEET_URL": "",
         "OPENAI_API_KEY": "",
         "OMP_NUM_THREADS": "1",
@@ -122,7 +122,7 @@ def test_commands_show_their_answer(fleet: tuple[Terminal, Terminal, str], comma
 
 
 def test_lists_fit_the_terminal(fleet: tuple[Terminal, Terminal, str]) -> None:
-    """What is too wide for a table is a line per value; nothing is cut."""
+    """What does not fit a table is shown with a line per value; nothing is cut."""
     for command in ("status", "adapters ls", "workers ls", "audit", "keys ls"):
         printed, _ = fleet[1].run(f"lorafleet {command}")
         wide = [line for line in printed.splitlines() if len(line) > 80]

@@ -1,4 +1,4 @@
-"""One trace through the queue: told by real services over OTLP, also when a worker is killed in the middle."""
+"""One trace through the queue: exported by real services over OTLP, even when a worker is killed midway."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not instal
 
 TRACE, OTHER = "4bf92f3577b34da6a3ce929d0e0e4736", "0af7651916cd43dd8448eb211c80319c"
 PARENT = "00f067aa0ba902b7"
-NUM = 3900  # tokens: they take longer than a worker needs to tell of their prefill, so that it dies while it makes them
+NUM = 3900  # output tokens: enough that the worker, which first reports its prefill, dies while it makes them
 
 
 async def test_a_trace_goes_through_the_queue_and_shows_a_death(tmp_path: Path) -> None:
@@ -60,12 +60,12 @@ async def test_a_trace_goes_through_the_queue_and_shows_a_death(tmp_path: Path) 
         finally:
             await fleet.close()
     check([span for span in collector.spans if span.trace == TRACE], holder, first[0])
-    assert {span.trace for span in collector.spans} == {TRACE, OTHER}  # nothing else was asked to be traced
+    assert {span.trace for span in collector.spans} == {TRACE, OTHER}  # no other request was traced
     (tmp_path / "trace.txt").write_text(drawn([span for span in collector.spans if span.trace == TRACE]))
 
 
 def check(spans: list[Span], holder: str, prefill: Span) -> None:
-    """Check one trace: who is below whom, in which order, and what links show."""
+    """Check one trace: the parents of its spans, their order, and their links."""
     by_name = {span.name: span for span in spans}
     root = by_name["text_completion pirate"]
     assert (root.parent, root.kind, root.service) == (PARENT, 2, "lorafleet-gateway")

@@ -1,4 +1,4 @@
-"""`lorafleet up` as a user runs it: answers, adapters that come later, and nothing left when it ends."""
+"""`lorafleet up` as a user runs it: answers, adapters added later, and nothing left when it ends."""
 
 import asyncio
 import json
@@ -149,13 +149,13 @@ async def test_a_second_fleet_on_the_same_port_or_data_is_refused(
 
 @pytest.mark.thorough
 async def test_a_hot_swap_under_32_streams(fleet: RunningFleet, model: Path, adapters: Path) -> None:
-    """No error, every answer is that of one version, and after the swap that of the new one; unloading then frees."""
+    """No error; every answer is of one version, and of the new one after the swap; unloading then frees memory."""
     folders = [make_adapter(adapters / f"version-{i}", model, seed=20 + i) for i in (1, 2)]
     old, new = (Oracle(model).greedy(PROMPT, 12, folder) for folder in folders)
     assert old != new
     ends = asyncio.Event()
     swapped = asyncio.Event()
-    answered: list[set[bool]] = [set() for _ in range(32)]  # whether a stream's answers had begun after the swap
+    answered: list[set[bool]] = [set() for _ in range(32)]  # per stream: did an answer begin after the swap?
 
     async with fleet.client() as client:
 
@@ -183,7 +183,7 @@ async def test_a_hot_swap_under_32_streams(fleet: RunningFleet, model: Path, ada
             await wait_until(lambda: all(True in begun for begun in answered), "all have the new one")
             ends.set()
         for folder in folders:
-            (folder / "adapter_config.json").unlink()  # else their own names keep the content
+            (folder / "adapter_config.json").unlink()  # otherwise the folders' own names keep the content
         await wait_until(lambda: _is_gone(fleet, "version-2"), "the folder's own name is gone")
         gone = (await client.delete("/v1/adapters/swapped")).json()
     assert (gone["kept_by"], gone["waiting"]) == ([], [])

@@ -1,4 +1,4 @@
-"""A worker joins, leaves and is killed while people wait for their answers."""
+"""Workers join, leave and are killed while clients wait for their answers."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ NUM_TOKENS = 800
 PROMPTS = ("Once upon a time", "The king said", "In the forest", "A ship sailed")
 MODELS = ("tiny", "pirate")
 FORMS = {"In the forest": r"([a-e]{6}-[0-9]{3} ){30,90}"}
-"""Regular expressions that answers to some prompts must follow."""
+"""Prompt -> regular expression that answers must match."""
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,13 @@ async def queue(fleet: RunningFleet) -> AsyncIterator[Bus]:
 
 
 async def live_workers(queue: Bus) -> dict[str, WorkerBeat]:
-    """Return the last beats of workers that take requests, by name."""
+    """Return the last heartbeats of workers that accept requests, by name."""
     beats = (await queue.members.worker_beats()).values()
     return {beat.name: beat for beat in beats if beat is not None and not beat.draining}
 
 
 async def ask_all(fleet: RunningFleet, texts: dict[tuple[str, str], str]) -> None:
-    """Stream an answer to every prompt from every model at once, into `texts` as it comes."""
+    """Stream an answer to every prompt from every model at once, and collect the texts in `texts`."""
 
     async def ask(model: str, prompt: str) -> None:
         body = completion(model, prompt, max_tokens=NUM_TOKENS, stream=True)
@@ -80,8 +80,8 @@ async def test_clients_get_their_whole_text_whatever_happens_to_workers(
     fleet.add_worker(model, "joined", tmp_path)
     await wait_until(lambda: joined(queue, 2), "two workers take requests", timeout_s=100)
 
-    # One is killed while it holds requests that have brought some tokens: the other resumes them, the launcher starts
-    # it again.
+    # One is killed while it runs requests that have produced some tokens: the other resumes them, and the launcher
+    # restarts the first.
     texts: dict[tuple[str, str], str] = {}
     asking = await ask_until_it_works(fleet, queue, "worker-0", texts)
     fleet.worker("worker-0").send_signal(signal.SIGKILL)
@@ -91,7 +91,7 @@ async def test_clients_get_their_whole_text_whatever_happens_to_workers(
     await wait_until(lambda: joined(queue, 2), "worker-0 takes requests again", timeout_s=100)
     assert "worker-0 was killed by SIGKILL; restarting it" in fleet.output
 
-    # One leaves in the middle of its work: it hands over.
+    # One leaves while it works: it hands its requests over.
     asking = await ask_until_it_works(fleet, queue, "joined", texts)
     leaver = fleet.worker("joined")
     leaver.send_signal(signal.SIGTERM)
@@ -105,8 +105,8 @@ async def ask_until_it_works(
 ) -> asyncio.Task[None]:
     """Return the running task of `ask_all` at a moment when a worker is in the middle of one of its requests.
 
-    Another round is asked when one has ended before that was seen: a busy machine may let the workers end their
-    requests between two looks, and the scheduler may give a round to the other worker alone.
+    A round that ends before that is repeated: on a busy machine the requests may end between two looks, and the
+    scheduler may give all of a round to the other worker.
     """
     for _ in range(20):
         texts.clear()
@@ -120,7 +120,7 @@ async def ask_until_it_works(
 
 
 async def test_a_worker_calls_the_tool_it_must(fleet: RunningFleet) -> None:
-    """A model of random weights and a template that knows no tools: what they say, the grammar says."""
+    """The model's weights are random and its template knows no tools, so the output follows from the grammar alone."""
     schema = {
         "type": "object",
         "properties": {"size": {"enum": ["small", "large"]}, "count": {"type": "integer", "minimum": 1, "maximum": 99}},
@@ -164,7 +164,7 @@ async def joined(queue: Bus, num_workers: int) -> bool:
 
 
 async def holds_some(queue: Bus, name: str) -> bool:
-    """Return whether a worker holds a request whose first tokens are there, but not half of them."""
+    """Return whether a worker runs a request of which some tokens, but fewer than half, are there."""
     beat = (await live_workers(queue))[name]
     for _, fields in await queue.streams.entries(queue.keys.work(beat.wid)):
         for item in decode(fields[b"b"], list[Assigned]):

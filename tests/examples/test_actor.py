@@ -1,4 +1,4 @@
-"""The model that plays a part in tours of agents says the steps of its prompt, one after the other."""
+"""The actor, a model for tours of agents, outputs the steps given in its prompt, one per call."""
 
 from __future__ import annotations
 

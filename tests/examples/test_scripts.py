@@ -1,4 +1,4 @@
-"""The examples run as their own heads say, against a fleet whose worker has no model."""
+"""The examples run as their own headers say, with a fleet whose worker has no model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECRET = "a secret of the tests"
 
 @pytest_asyncio.fixture
 async def url(bus: Bus, tmp_path: Path) -> AsyncIterator[str]:
-    """A fleet of one fake worker, with the adapter `mine` in its adapter folder."""
+    """The address of a fleet of one fake worker, with the adapter `mine` in its adapter folder."""
     model, root = make_model_folder(tmp_path / "model"), tmp_path / "adapters"
     write_adapter(root / "mine")
     stop = asyncio.Event()
@@ -59,7 +59,7 @@ async def url(bus: Bus, tmp_path: Path) -> AsyncIterator[str]:
 
 
 async def run(*command: str, url: str = "") -> str:
-    """Run an example, and return what it printed; it must succeed."""
+    """Run an example, which must succeed, and return its output."""
     environment = {**os.environ, "URL": url, "KEY": ""}
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE, env=environment)
     async with asyncio.timeout(60):

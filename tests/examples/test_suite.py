@@ -1,4 +1,4 @@
-"""`suite.py` compares an answer with a snapshot of another model by its form alone, and reads servers' flags."""
+"""`suite.py` compares an answer with a snapshot of another model only by its form, and reads servers' flags."""
 
 from __future__ import annotations
 

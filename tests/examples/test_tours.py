@@ -1,4 +1,4 @@
-"""The runner of `make tour` tells passed, failed and not installable apart, whatever a program's script does."""
+"""The runner of `make tour` distinguishes passed, failed and not installable, whatever a tour's script does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ tour.end()
 
 
 def installed(folder: Path) -> None:
-    """Make `folder` an environment without packages that `install` takes for complete."""
+    """Make `folder` an environment without packages that `install` accepts as complete."""
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(sys.executable)
     (folder / "installed.txt").write_text("pip")

@@ -1,4 +1,4 @@
-"""A worker of a plain model imports neither torch's compiler nor accelerate, and what it left out can still come."""
+"""A worker of a plain model imports neither torch's compiler nor accelerate; both can still be imported later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory: budgets, and caches that take none before they are used."""
+"""Memory: budgets, and caches whose pages are not allocated before use."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_caches_of_a_gpu_fill_what_there_is() -> None:
 
 
 def test_a_gpu_is_filled_up_to_the_part_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What others hold of it counts: of 100 bytes 60 are free."""
+    """Memory that other processes hold counts: of 100 bytes 60 are free."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60, 100))
     for utilization, usable in ((0.75, 35), (1.0, 60), (0.25, 0)):
         assert usable_bytes(torch.device("cuda"), Settings(gpu_memory_utilization=utilization)) == usable
@@ -119,5 +119,5 @@ def test_libraries_that_were_let_go_of_go_on_working() -> None:
     let_go_of_libraries()
     torch_code = re.search(r"r-xp .*libtorch_cpu.so(?:\n.*)+?\nRss: +(\d+) kB", Path("/proc/self/smaps").read_text())
     assert torch_code is not None
-    assert int(torch_code[1]) < 10_000  # an import touches 45 MB
+    assert int(torch_code[1]) < 10_000  # right after an import it is 45 MB
     assert torch.equal(torch.linspace(0, 1, 50).softmax(0), expected)

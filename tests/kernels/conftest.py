@@ -1,4 +1,4 @@
-"""Runs a test on every implementation there is here: the reference, and the native kernels per instruction set."""
+"""Runs a test on every available implementation: the reference, and the native kernels per instruction set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from lora_kernels.ops import Impl
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give `impl` the reference and the native kernels, and `native` these alone: with `--thorough` of all sets."""
+    """Run a test with `impl` on the reference and the native kernels, one with `native` on the latter.
+
+    With `--thorough`, the native kernels of all instruction sets are tried.
+    """
     isas = cpu.isas() if metafunc.config.getoption("--thorough") else cpu.tried_isas()
     native = [f"cpu-{isa}" for isa in isas]
     for name, params in (("impl", ["reference", *native]), ("native", native)):

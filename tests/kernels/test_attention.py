@@ -44,7 +44,7 @@ def test_steps_and_options(step: str, options: AttentionOptions, impl: Impl) -> 
         ((9, 3), (64, 64)),
         ((8, 1), (128, 128)),
         ((2, 2), (80, 80)),
-        ((5, 1), (20, 12)),  # fills no vector
+        ((5, 1), (20, 12)),  # fills no vector register
         ((4, 2), (192, 128)),  # multi-head latent attention
         ((40, 1), (16, 24)),  # more rows per query than a task usually has
     ],
@@ -54,7 +54,7 @@ def test_head_shapes(heads: tuple[int, int], head_dims: tuple[int, int], dtype: 
     assert_close(case.run(impl), case.expected())
 
 
-@pytest.mark.parametrize("slope", [0.02, 0.2, 2.0, -0.2, -2.0])  # after 64 keys: 1.3, 13, 130 more
+@pytest.mark.parametrize("slope", [0.02, 0.2, 2.0, -0.2, -2.0])  # logits change by 1.3, 13 or 130 over 64 keys
 def test_logits_that_rise_or_fall_from_key_to_key(slope: float, impl: Impl) -> None:
     for dtype in DTYPES:
         case = attention_case((70, 1), (400, 300), (6, 2), (32, 32), dtype)
@@ -137,7 +137,7 @@ def test_a_chunked_prompt_equals_the_whole_prompt(impl: Impl) -> None:
 
 
 def test_nothing_is_left_of_an_earlier_step(native: Impl) -> None:
-    """The kernels keep their working memory: what a step of NaN leaves there must not be read by the next."""
+    """The kernels reuse their working memory: NaN that one step leaves there must not be read by the next."""
     for dtype in DTYPES:
         spoiled = attention_case((64,), (64,), (6, 2), (64, 64), dtype)
         spoiled.v_cache.fill_(torch.nan)
@@ -175,7 +175,7 @@ def _another_block(case: AttentionCase) -> None:
     "mistake", [_one_key_more, _no_sinks, _no_softcap, _no_scale, _one_token_short, _another_block]
 )
 def test_the_comparison_notices(mistake: Callable[[AttentionCase], None], dtype: torch.dtype, native: Impl) -> None:
-    """What a broken kernel would compute: the tolerance of each dtype must tell it from the right answer."""
+    """Each mistake is what a broken kernel would compute; the tolerance of each dtype must detect it."""
     options: AttentionOptions = {"window": 20, "softcap": 2.0, "sinks": True}
     case = attention_case((30, 1), (30, 31), (6, 2), (32, 32), dtype, **options)
     expected = case.expected()

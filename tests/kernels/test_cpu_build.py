@@ -1,4 +1,4 @@
-"""Building the native kernels: once per version, and what happens where it cannot be done."""
+"""Building the native kernels: once per version, and the fallback where they cannot be built."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_of_several_that_start_together_one_builds(monkeypatch: pytest.MonkeyPat
 
 
 def fake_compiler(path: Path, log: Path) -> Path:
-    """Write a compiler that logs its arguments and makes an empty output file."""
+    """Write a compiler script that logs its arguments and creates an empty output file."""
     path.write_text(f"""#!/bin/sh
 echo "$@" >> {log}
 while [ "$1" != -o ]; do shift; done

@@ -1,4 +1,4 @@
-"""Layers run as one native call give, bit for bit, what the operations give, also in steps that are cut into blocks."""
+"""Layers run as one native call return the same bits as separate operations, also in steps that are cut into blocks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lora_kernels.tables import DecoderLayer, LayerChange, PagedAttention, RmsNo
 BF16 = torch.bfloat16
 WIDTH, HEADS, KV_HEADS, DIM, MLP, NUM_BLOCKS = 288, 4, 2, 32, 320, 40
 RANKS = ((5, 20), (3, 0))
-"""Of two adapters, at the sites of a layer's attention and at the others."""
+"""Ranks of each of two adapters: at q, k, v, gate and up, and at out and down."""
 
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
-    """Two threads, and sums that do not depend on the rows beside them."""
+    """Use two threads, and sums that do not depend on the rows beside them."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     with fixed_sums():
@@ -41,7 +41,7 @@ POOL_PAGES = 26
 
 
 def linears(seed: int, inputs: int, sizes: list[int], weights: str, impl: Impl) -> SiblingLinears:
-    """weights: a kind of quantised ones, with /int8 for inputs in int8; or bf16, or fp32."""
+    """Return siblings of these output sizes. weights: "bf16", "fp32" or a kind; "/int8" after a kind rounds inputs."""
     dtype = dtype_of(weights)
     if weights in ("bf16", "fp32"):
         packed = ops.pack_linear(randn(sum(sizes), inputs, dtype=dtype, seed=seed), impl=impl)
@@ -88,7 +88,7 @@ def adapters() -> AdapterTable:
 
 
 Plan = list[tuple[list[LayerChange], Tensor]]
-"""What each adapter changes, and on which rows."""
+"""Per adapter: the changes that it makes, and the rows that it changes."""
 
 
 def project(
@@ -163,19 +163,19 @@ LONG_STEPS = examples.some(
     product(["bf16", "q4_0", "q4_1", "q8_0/int8"], [(0, True), (17, False), (ALL_ROWS, False)]),
     ("bf16", (0, True)), ("q4_0", (17, False)), ("q4_1", (ALL_ROWS, False)), ("q8_0/int8", (17, False)),
 )  # fmt: skip
-"""Weights; how many of the first rows have no adapter, and whether heads have norms."""
+"""Weights; the number of leading rows without an adapter; whether heads have norms."""
 
 
 @pytest.mark.parametrize("case", LONG_STEPS, ids=str)
 def test_long_steps_are_what_operations_give(case: tuple[str, tuple[int, bool]], native: Impl) -> None:
-    """Two prompts and decodes, of which rows go to other threads than their neighbours."""
+    """Two prompts and several decodes, whose rows are spread over threads."""
     weights, (base_rows, head_norms) = case
     lengths, ends = np.array([200, 3, 150, 1, 1]), np.array([200, 40, 150, 33, 17])
     first_blocks = np.cumsum(-(-ends // BLOCK_TOKENS)) - -(-ends // BLOCK_TOKENS)
     blocks = (first_blocks[:, None] + np.arange(13)) % NUM_BLOCKS
     batch = ops.build_attention_batch(lengths, ends, blocks, "cpu")
     rows = int(lengths.sum())
-    slots = np.arange(rows, dtype=np.int32) // 3 % 3 - 1  # some of the base
+    slots = np.arange(rows, dtype=np.int32) // 3 % 3 - 1  # -1 is the base
     slots[:base_rows] = -1
     lora = ops.build_lora_batch(slots, "cpu", np.linspace(0.5, 1.5, rows, dtype=np.float32))
     table = adapters()
@@ -208,9 +208,9 @@ def test_long_steps_are_what_operations_give(case: tuple[str, tuple[int, bool]],
 def test_decodes_of_many_adapters_are_what_operations_give(
     num: int, per_adapter: int, native: Impl, *, is_fixed: bool, are_int8: bool
 ) -> None:
-    """Steps whose LoRA is computed beside the products, by adapters of many ranks, some of one layer's sites alone."""
+    """LoRA computed along with the products, for different ranks; some adapters have no rows at out and down."""
     ops.fix_sums(is_fixed)
-    rows = num * per_adapter + 3  # three of the base
+    rows = num * per_adapter + 3  # three rows of the base
     ranks = torch.tensor([(1 + 3 * i % 32, (16, 0, 7)[i % 3]) for i in range(num)], dtype=torch.int32)
     pages = torch.randperm(2 * num, generator=torch.Generator().manual_seed(5)).view(num, 1, 2).int() + 2
     table = AdapterTable(ranks, torch.linspace(0.2, 0.9, 2 * num).view(num, 2), pages)
@@ -247,15 +247,15 @@ def codes_of(rows: Tensor) -> Tensor:
     return (rows.float() * 200).to(torch.int8)
 
 
-# ---------------------------------------------------------------- what adapters change besides
+# ---------------------------------------------------------------- changes other than LoRA
 
 Q, K, V, OUT, GATE, UP, DOWN = range(7)
 UNEVEN_MLP = 336
-"""Size of an MLP with which the second of two sibling layers begins within a panel of packed weights."""
+"""MLP size for which the second of two sibling layers begins inside a panel of packed weights."""
 
 
 def numbered(layer: DecoderLayer) -> DecoderLayer:
-    """Give every linear layer a site of its own, in the order of Q to DOWN."""
+    """Give every linear layer its own site, numbered from Q to DOWN."""
     number = iter(range(7))
     parts = [
         replace(own, sites=[replace(site, index=next(number)) for site in own.sites])
@@ -274,7 +274,7 @@ def rotations(num: int, size: int, seed: int) -> Tensor:
 
 
 def changes_of_four(mlp: int) -> list[list[LayerChange]]:
-    """What four adapters change: factors, rotations of pairs, rotations of blocks, and factors around a bias."""
+    """Return the changes of four adapters: factors, pair rotations, block rotations, and factors around a bias."""
     queries, keys = HEADS * DIM, KV_HEADS * DIM
     return [
         [LayerChange(K, False, "scale", factors(keys, 1)), LayerChange(V, False, "scale", factors(keys, 2)),
@@ -323,7 +323,7 @@ def test_changes_of_layers_are_what_torch_makes_of_them(weights: str, rows: int,
     spread = float(want.float().std())
     torch.testing.assert_close(got.float(), want.float(), rtol=4 * rtol, atol=4 * atol * spread)
     differs = ((without - want).abs().amax(1) > 0.05 * spread).numpy()
-    if rows == 14:  # of a prompt every row sees those before it
+    if rows == 14:  # in a prompt, attention carries a change to later rows
         assert (differs == ((owner >= 0) & (owner < 4))).all()
 
 

@@ -1,4 +1,4 @@
-"""Gated delta rules and causal convolutions against transformers, by runs of many sequences' states."""
+"""Gated delta rules and causal convolutions against transformers, in runs of many sequences' states."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from lora_kernels.ops import GatedDelta, GatedScan, Impl
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 6, 16, 24), (4, 4, 128, 128), (1, 3, 33, 7)]
-"""Heads of keys, heads of values, key dimension, value dimension."""
+"""Key heads, value heads, key dimension, value dimension."""
 
 RUNS = torch.tensor([[0, 1, 2, 2, -1], [1, 2, 0, 3, -1], [2, 72, 5, 1, -1], [72, 75, 1, 1, 4], [75, 76, 5, 0, -1]])
-"""One token that keeps its slot, one that leaves another, a prompt, its second part that is saved, a prompt of one."""
+"""A token in its slot, a token to another slot, a prompt, its second part with a saved state, a prompt of a token."""
 
 NUM_SLOTS, NUM_TOKENS, ZERO = 6, 76, 5
 
@@ -56,7 +56,7 @@ def states_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_a_delta_rule_is_transformers(
     shape: tuple[int, int, int, int], per_channel: bool, dtype: torch.dtype, impl: Impl
 ) -> None:
-    if per_channel:  # Kimi's function has as many heads of keys as of values
+    if per_channel:  # Kimi's function has as many key heads as value heads
         shape = (shape[1], *shape[1:])
     many, one = (
         (chunk_kimi_delta_attention, recurrent_kimi_delta_attention)

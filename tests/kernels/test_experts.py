@@ -1,4 +1,4 @@
-"""LoRA on experts as rows of `lora_add_`: pair by pair, on every implementation there is here."""
+"""LoRA on experts as rows of `lora_add_`: pair by pair, on every available implementation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check(case: ExpertCase, impl: Impl) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 150])
 def test_pairs_of_adapters_of_several_ranks(num_tokens: int, dtype: torch.dtype, impl: Impl) -> None:
-    """Tokens of the base, of an adapter without rows here, and of four others; large tiles and small ones."""
+    """Tokens of the base, of an adapter without rows here, and of four others; with large and small tiles."""
     case = expert_case(num_tokens, [16, 3, 0, 40, 1], dtype=dtype)
     case.slots[-1] = 3
     assert case.order().tile_rows == (TILE_LARGE if 2 * num_tokens >= 32 * 6 else TILE_SMALL)

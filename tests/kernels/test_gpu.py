@@ -1,6 +1,6 @@
 """Every operation on a CUDA device: against fp32, captured in a graph, and without waiting for the device.
 
-Written without a GPU at hand: none of it has run yet. `benchmarks/gpu/kernels.py` times the same operations.
+Written without access to a GPU: none of it has run yet. `benchmarks/gpu/kernels.py` times the same operations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lora_kernels import ops
 from lora_kernels.experts import expert_batch, order_by_expert
 from lora_kernels.ops import Activation
 
-# cuBLAS asks for this where uninitialized memory is filled (kernel_cases.poisoned_memory). Read when CUDA starts.
+# cuBLAS requires this where uninitialized memory is filled (kernel_cases.poisoned_memory). CUDA reads it at its start.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 pytestmark = [
@@ -72,7 +72,7 @@ def test_lora_for_every_rank(rank: int, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lora_of_one_adapter_by_library_products(dtype: torch.dtype) -> None:
-    """An adapter of one page is always in order, and this step is long."""
+    """Rows of one adapter with one page are always in order, and the step is long: library products serve it."""
     check(lora_case(np.zeros(600, dtype=int), [16], 1024, (512, 512), dtype, device=DEVICE))
 
 
@@ -101,7 +101,7 @@ def test_lora_on_experts_without_waiting(num_tokens: int, num_experts: int, dtyp
 
 
 def test_one_graph_serves_any_mix() -> None:
-    """Captured with an empty list of rows, replayed with others copied over it, also with none."""
+    """The graph is captured with an empty list of rows and replayed with other lists, an empty one among them."""
     num_tokens, ranks = 64, [16, 3, 64, 8, 128]
     mixes = [token_slots(d, num_tokens, len(ranks)) for d in ("identical", "distinct", "zipf", "some base", "none")]
     case = lora_case(mixes[0], ranks, 1024, (1024, 256), torch.bfloat16, device=DEVICE)
@@ -128,7 +128,7 @@ def test_one_graph_serves_any_mix() -> None:
 
 
 def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Warm a step up on a side stream, as graphs ask for, and record it."""
+    """Run a step on a side stream, as CUDA graphs require, then capture and return it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

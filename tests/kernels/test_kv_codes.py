@@ -1,4 +1,4 @@
-"""Int8 caches: what is written is what `kv_codes` says, and attention over codes is that over the numbers they mean."""
+"""Int8 caches: writes produce the codes of `kv_codes`, and attention over codes equals attention over their values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_attention_is_that_of_the_decoded_cache(
 
 
 def test_one_long_decode(impl: Impl) -> None:
-    """It is split over threads."""
+    """The decode is split over threads."""
     case = attention_case((1,), (1100,), (9, 3), (64, 64), torch.bfloat16).coded()
     assert_close(case.run(impl), case.expected())
 
@@ -57,7 +57,7 @@ def test_a_number_is_off_by_half_a_step_at_most(impl: Impl) -> None:
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_not_lost(wrong: float, impl: Impl) -> None:
-    """Else a text would go on with garbage in place of an error."""
+    """Otherwise a text would continue with garbage instead of ending with an error."""
     for dtype in DTYPES:
         case = attention_case((20,), (20,), (2, 2), (32, 32), dtype).coded()
         k, v = torch.randn(20, 2, 32).to(dtype), torch.randn(20, 2, 32).to(dtype)
@@ -71,7 +71,7 @@ def test_what_is_not_finite_is_not_lost(wrong: float, impl: Impl) -> None:
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_with_fixed_sums_a_text_in_chunks_has_the_same_bits(dtype: torch.dtype, window: int, native: Impl) -> None:
-    """Also where tasks of few rows read codes as they lie, and others pack them."""
+    """Although tasks of few rows read codes in place, and others pack them first."""
     case = attention_case((150,), (150,), (4, 2), (64, 64), dtype, window=window).coded()
     k, v = torch.randn(150, 2, 64).to(dtype), torch.randn(150, 2, 64).to(dtype)
     ops.fix_sums(True)
@@ -83,7 +83,7 @@ def test_with_fixed_sums_a_text_in_chunks_has_the_same_bits(dtype: torch.dtype, 
 
 
 def _in_chunks(case: AttentionCase, k: torch.Tensor, v: torch.Tensor, sizes: list[int], impl: Impl) -> torch.Tensor:
-    """Return the outputs of a text that is written and attended to chunk by chunk, into an empty cache."""
+    """Write a text into an empty cache and attend to it, chunk by chunk; return all outputs."""
     caches, outs, end = (torch.zeros_like(case.k_cache), torch.zeros_like(case.v_cache)), list[torch.Tensor](), 0
     for size in sizes:
         own, end = slice(end, end + size), end + size

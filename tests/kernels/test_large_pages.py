@@ -1,4 +1,4 @@
-"""Memory for packed weights."""
+"""Memory in large pages for packed weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_mapping_goes_when_its_last_part_goes() -> None:
     first, second = memory.empty((PAGE,), torch.uint8), memory.empty((PAGE,), torch.uint8)
     place = second.data_ptr()
     second.fill_(5)
-    memory.empty((100 * PAGE,), torch.uint8)  # one of its own: the mapping of the others stays
+    memory.empty((100 * PAGE,), torch.uint8)  # gets a mapping of its own; the shared one stays
     del first
     assert _flags_at(place) is not None
     assert int(second[-1]) == 5
@@ -56,7 +56,7 @@ def test_large_pages_are_asked_for_as_long_as_patience_lasts() -> None:
 
 
 def _flags_at(place: int) -> list[str] | None:
-    """Return what the kernel notes of the mapping at an address; None where nothing is mapped."""
+    """Return the kernel's flags of the mapping at an address; None if nothing is mapped there."""
     is_there = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()

@@ -20,7 +20,7 @@ def weight_and_input(n: int, k: int, m: int, dtype: torch.dtype) -> tuple[torch.
 
 @pytest.mark.parametrize("m", [1, 2, 3, 13, 14, 15, 16, 17, 29, 32, 33, 64, 257])
 def test_rows(m: int, impl: Impl) -> None:
-    """Every remainder of the register tile, and more rows than a block has."""
+    """Row counts with every remainder of the register tile, and more rows than a block has."""
     for n, k in ((96, 64), (33, 130), (200, 2)):
         weight, x = weight_and_input(n, k, m, BF16)
         with poisoned_memory():
@@ -29,14 +29,14 @@ def test_rows(m: int, impl: Impl) -> None:
 
 
 def test_many_rows_of_many_features(native: Impl) -> None:
-    """So many that the input is cut in blocks of rows."""
+    """Enough rows and features that the input is processed in blocks of rows."""
     weight, x = weight_and_input(64, 4096, 700, BF16)
     assert_close(ops.linear(x, ops.pack_linear(weight, impl=native), impl=native), x.float() @ weight.float().T)
 
 
 @pytest.mark.parametrize("m", [65, 110, 257])
 def test_features_in_parts(m: int, native: Impl) -> None:
-    """Sums of many inputs are computed in several parts, and wait in memory between them."""
+    """Sums over many inputs are computed in parts; partial sums are stored between them."""
     weight, x = weight_and_input(330, 4128, m, BF16)
     with poisoned_memory():
         actual = ops.linear(x, ops.pack_linear(weight, impl=native), impl=native)

@@ -34,7 +34,7 @@ def check(case: LoraCase, impl: Impl) -> None:
 @pytest.mark.parametrize("num_tokens", SIZES)
 def test_every_mix_and_size(distribution: Distribution, num_tokens: int, impl: Impl) -> None:
     for i, dtype in enumerate(DTYPES):
-        ranks = list(RANKS[i::3])  # every rank with some dtype, and ranks 1 to 256 in one step
+        ranks = list(RANKS[i::3])  # each rank with one of the dtypes; ranks from 1 to 256 in one step
         case = lora_case(token_slots(distribution, num_tokens, len(ranks), 5), ranks, 96, (80, 33), dtype)
         check(case, impl)
         check(in_int8(case), impl)
@@ -43,7 +43,7 @@ def test_every_mix_and_size(distribution: Distribution, num_tokens: int, impl: I
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_rank_and_dtype(rank: int, dtype: torch.dtype, impl: Impl) -> None:
-    """Groups of one row, of a few, and of more than a tile, at widths that fill no vector."""
+    """Groups of one row, of a few, and of more than a tile, at widths that do not fill a vector register."""
     slots = np.repeat([0, 1, 2, -1], [1, 3, 70, 2])
     for k, widths in ((70, (64,)), (33, (200, 9, 130))):
         case = lora_case(slots, [rank] * 3, k, widths, dtype, row_scales=True)
@@ -76,7 +76,7 @@ def test_rows_without_an_adapter_are_not_touched(impl: Impl) -> None:
 
 
 def test_nothing_is_left_of_an_earlier_step(native: Impl) -> None:
-    """The kernels keep their working memory: what a step of NaN leaves there must not be read by the next."""
+    """The kernels reuse their working memory: NaN that one step leaves there must not be read by the next."""
     for dtype in DTYPES:
         spoiled = lora_case(np.repeat([0, 1], [40, 2]), [64, 64], 96, (80,), dtype)
         spoiled.x.fill_(torch.nan)
@@ -85,7 +85,7 @@ def test_nothing_is_left_of_an_earlier_step(native: Impl) -> None:
 
 
 def test_a_list_of_more_rows_than_the_input_has_is_refused(native: Impl) -> None:
-    """Such as that of a whole text, for a layer that sees the end of it: rows behind the output would be written."""
+    """For example the list of a whole text at a layer that sees only its end: writes would go beyond the output."""
     case = lora_case(np.repeat([0, -1], [3, 6]), [4], 32, (40,), torch.bfloat16)
     outs, x = [out[:8] for out in case.outs], case.x[:8]
     with pytest.raises(RuntimeError, match="a list of 9 rows is not of an input of 8"):
@@ -133,7 +133,7 @@ def _take_the_next_page(case: LoraCase) -> None:
     ],
 )
 def test_the_comparison_notices(mistake: Callable[[LoraCase], None], dtype: torch.dtype, native: Impl) -> None:
-    """What a broken kernel would compute: the tolerance of each dtype must tell it from the right answer."""
+    """Each mistake is what a broken kernel would compute; the tolerance of each dtype must detect it."""
     case = lora_case(token_slots("uniform", 50, 3), [20, 64, 33], 96, (80,), dtype, row_scales=True)
     check(case, native)
     expected = case.expected()

@@ -19,7 +19,7 @@ ROW, WORDS = torch.tensor([1]), torch.zeros(1, 2, dtype=torch.int32)
 
 
 def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
-    """What an operator says it mutates is what it mutates, and its fake result has the shape of the real one."""
+    """An operator mutates what its schema says, and its fake result has the real one's shape."""
     del native
     checks = ("test_schema", "test_faketensor")
     lorafleet = torch.ops.lorafleet
@@ -118,7 +118,7 @@ def test_rows_are_copied_where_the_pieces_say(native: Impl) -> None:
 
     for pool, expected in zip(copied(native), copied("reference"), strict=True):
         assert torch.equal(pool.view(torch.uint8), expected.view(torch.uint8))
-    assert torch.equal(copied(native)[1].view(torch.uint8), buffer[128:148])  # as bytes: some are no numbers
+    assert torch.equal(copied(native)[1].view(torch.uint8), buffer[128:148])  # compared as bytes: some are NaN
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_rms_norm_of_transposed_rows(impl: Impl) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_heads_are_gated_where_they_lie(dtype: torch.dtype, impl: Impl) -> None:
-    both = randn(7, 3, 40, dtype=dtype, seed=1) * 4  # a head's numbers, its gate behind them
+    both = randn(7, 3, 40, dtype=dtype, seed=1) * 4  # each head's values, followed by its gate
     x, gate = both[..., :20], both[..., 20:]
     expected, gates = x.float() * torch.sigmoid(gate.float()), gate.clone()
     ops.gate_heads_(x, gate, impl=impl)
@@ -133,8 +133,8 @@ def test_mask_logits_forbids_what_has_no_bit(vocab: int, dtype: torch.dtype, imp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 33, 5000])
 def test_argmax_is_the_first_of_the_largest(vocab: int, dtype: torch.dtype, impl: Impl) -> None:
-    x = randn(8, vocab, dtype=dtype)  # many are equal in bf16
-    x[1] = -x[1].abs() - 1  # none above zero
+    x = randn(8, vocab, dtype=dtype)  # bf16 has few values, so that many are equal
+    x[1] = -x[1].abs() - 1  # no value above zero
     x[2] = -torch.inf
     x[2, vocab // 2] = -5
     x[3] = x[3, 0]

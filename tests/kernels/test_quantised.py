@@ -1,4 +1,4 @@
-"""Weights that stay quantised: what GGUF's blocks stand for, and the product with them."""
+"""Weights that stay quantized: the values of GGUF's blocks, and products with them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_quantising_is_that_of_the_gguf_package(kind: Literal["q8_0", "q4_0"]) -
     numbers[3] = 0.0
     found = quantised.quantise(numbers, kind)
     expected = gguf.quantize(numbers.numpy(), gguf.GGMLQuantizationType[kind.upper()])
-    # A number halfway between two codes may be rounded either way.
+    # Rounding of a value halfway between two codes may differ.
     assert (found.rows.numpy() != expected).mean() < 0.002
     step = 1 / 127 if kind == "q8_0" else 1 / 8
     farthest = numbers.view(-1, 32).abs().amax(1).repeat_interleave(32).view(40, 96)
@@ -75,7 +75,7 @@ def test_product_is_that_of_the_numbers(kind: Kind, dtype: torch.dtype, impl: Im
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 8, 13, 29, 33, 48, 127, 128, 129, 300])
 def test_rows(rows: int, native: Impl) -> None:
-    """Every remainder of the register tiles, and more rows than share a widened chunk."""
+    """Row counts with every remainder of the register tiles, and more rows than share a widened chunk."""
     for weight in (random_weight("q4_k", 33, 512), random_weight("q8_0", 64, 352)):
         k = weight.in_features
         for dtype in (torch.float32, BF16):
@@ -85,7 +85,7 @@ def test_rows(rows: int, native: Impl) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_width(kind: Kind, native: Impl) -> None:
-    """A last chunk and a last panel that are not full, down to one block and one column."""
+    """Last chunks and panels that are not full, down to one block and one column."""
     generator = np.random.default_rng(0)
     block = quantised.block_inputs(kind)
     for _ in range(8):
@@ -105,7 +105,7 @@ def test_siblings_of_several_kinds(impl: Impl) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_inputs(kind: Kind, dtype: torch.dtype, impl: Impl) -> None:
-    """The product with rounded inputs, for every form, remainders of tiles, and a last chunk that is not full."""
+    """The product with rounded inputs, for every kind, tile remainders, and a last chunk that is not full."""
     block = quantised.block_inputs(kind)
     for rows, n, k in ((1, 70, 512), (9, 33, 256 + block), (13, 64, block)):
         weight, bias = random_weight(kind, n, k), torch.linspace(-1, 1, n).to(dtype)
@@ -116,7 +116,7 @@ def test_int8_inputs(kind: Kind, dtype: torch.dtype, impl: Impl) -> None:
 
 
 def test_int8_inputs_are_rounded(native: Impl) -> None:
-    """Else the test above would pass with exact ones, within what it allows bf16."""
+    """Otherwise the test above would pass with exact inputs, within its tolerance for bf16."""
     weight = random_weight("q8_0", 64, 512)
     x = randn(40, 512)
     exact, rounded = x @ oracle(weight).T, product(x, [weight], native, int8_inputs=True)
@@ -126,7 +126,7 @@ def test_int8_inputs_are_rounded(native: Impl) -> None:
 
 @pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
 def test_codes_of_inputs_are_exact(kind: Literal["q8_0", "q4_0"], native: Impl) -> None:
-    """Each output is one code times its scale and that of its only weight which is not zero."""
+    """Each output is one code times its scale, times the scale of the weight's only nonzero value."""
     weight = quantised.quantise(torch.eye(256) * (8 if kind == "q4_0" else 127), kind)
     weight.rows.view(-1, quantised.row_bytes(kind, 32))[:, :2] = torch.tensor([1.0]).half().view(torch.uint8)
     factor = weight.dequantise().diagonal()
@@ -145,9 +145,9 @@ def test_codes_of_inputs_are_exact(kind: Literal["q8_0", "q4_0"], native: Impl) 
 def test_few_rows_are_exact_whatever_the_size_of_their_numbers(
     kind: Kind, dtype: torch.dtype, rows: int, native: Impl
 ) -> None:
-    """Few rows are multiplied as sums of int8 codes: an input loses at most 2^-22 of the largest one of its group.
+    """Few rows are multiplied as sums of int8 codes: the error of an input is at most 2^-22 of its group's maximum.
 
-    Numbers are of any size from group to group, and in a group from 2^-12 of the largest one to that.
+    Magnitudes differ from group to group; within a group they go down to 2^-12 of its maximum.
     """
     weight, groups = random_weight(kind, 40, 1024), 1024 // 32
     sizes = torch.randint(-40 if dtype != torch.float16 else -6, 6, (rows, groups, 1), generator=seeded(rows))
@@ -175,9 +175,9 @@ def test_what_is_not_finite_stays_so(bad: float, int8_inputs: bool, impl: Impl) 
 
 
 def test_a_row_is_the_same_beside_others(native: Impl) -> None:
-    """Whatever is beside it, a row's product has the same bits: neither batch nor worker changes a token.
+    """A row's product has the same bits whatever rows are beside it: neither batch nor worker changes a token.
 
-    Few rows are multiplied in other ways than many, unless sums are fixed or inputs are rounded.
+    Without fixed sums and with exact inputs, few rows are multiplied in other ways than many.
     """
     cases: list[tuple[Kind, int]] = [("q4_1", 640), ("q8_0", 32 * 7), ("q6_k", 512)]
     for kind, width in cases:

@@ -1,4 +1,4 @@
-"""The reference against the mathematics written out per token, with none of its indexing in common."""
+"""The reference against the formulas written out per token; the two share no indexing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selective scans against the recurrence written out, against transformers, in parts, and far out."""
+"""Selective scans against the recurrence written out and against transformers, in parts, and at extreme values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_kernels.triton_ops.scan import selective_scan as by_doubling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 8, 16), (3, 33, 5), (CHUNK_TOKENS + 7, 70, 16)]
-"""Tokens, channels, states."""
+"""Tokens, channels, state size."""
 
 Scan = Callable[..., Tensor]
 
@@ -36,7 +36,7 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> d
 
 
 def written_out(given: dict[str, Tensor], state: Tensor) -> Tensor:
-    """The output [T, C] in double precision, token by token; `state` [C, N] is moved on."""
+    """Return the output [T, C] in double precision, computed token by token; updates `state` [C, N]."""
     x, dt, a, b, c, skip, gate, bias = (value.double() for value in given.values())
     out = torch.zeros_like(x)
     for t in range(len(x)):
@@ -94,7 +94,7 @@ def test_a_scan_in_parts_goes_on_where_it_was(scan: Scan) -> None:
 
 
 def test_steps_are_right_far_out(scan: Scan) -> None:
-    """Where softplus or the decay underflows, overflows or is all that there is."""
+    """Where softplus or the decay underflows, overflows, or dominates the result."""
     dt = torch.tensor([[-200.0, -50.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 88.0, 200.0, 1e4]])
     ones, none = torch.ones(1, 10), torch.zeros(10)
     given = {"x": ones, "dt": dt, "a": -torch.ones(10, 1), "b": torch.ones(1, 1), "c": torch.ones(1, 1)}

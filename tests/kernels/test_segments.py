@@ -1,4 +1,4 @@
-"""The work lists against what they are defined to say, token by token."""
+"""The work lists against their definition, token by token."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_lora_batch_layout_depends_on_the_token_count_alone() -> None:
     assert mixed.rows.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("lens", [(1, 20, 16), (1, 1, 1), (2, 1, 0)])  # the last with a sequence of padding
+@pytest.mark.parametrize("lens", [(1, 20, 16), (1, 1, 1), (2, 1, 0)])  # in the last, a sequence is padding
 def test_attention_batch_places_each_token_in_its_block(lens: tuple[int, ...]) -> None:
     query_lens, kv_lens = np.array(lens), np.array([17, 33, 16])
     block_tables = np.array([[7, 3, 0], [2, 9, 4], [5, 0, 0]])

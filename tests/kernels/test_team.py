@@ -1,4 +1,4 @@
-"""The threads that share an operation's tasks: nothing is left out or done twice, whoever else computes."""
+"""The threads that share an operation's tasks: each task runs exactly once, whatever else computes."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def test_more_threads_than_cores_and_than_tasks(native: Impl, num_threads: int, 
     del native, num_threads
     x, weight, expected = case(0, rows)
     for width in (32, 64, 1000):  # 1, 2 and 32 tasks
-        # A check takes long enough for helpers to go to sleep; the operation must wake them.
+        # A check takes so long that helpers go to sleep; the operation must wake them.
         packed = ops.pack_linear(weight[:width], impl="cpu")
         for _ in range(200):
             check(x, packed, expected[:, :width])
 
 
 def test_several_threads_compute_at_once(native: Impl, num_threads: int) -> None:
-    """The second caller finds the team busy and does its own work."""
+    """A second caller finds the team busy and runs its tasks itself."""
     del native
     failed: list[BaseException] = []
     start = threading.Barrier(4)
@@ -76,7 +76,7 @@ def test_several_threads_compute_at_once(native: Impl, num_threads: int) -> None
     assert not failed
 
 
-# ------------------------------------------------------------ which cores they are on
+# ------------------------------------------------------------ on which cores they run
 
 HELPED = """
 import os, sys, threading
@@ -92,7 +92,7 @@ threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0))).start()
 while True:
     assert torch.equal(ops.linear(x, packed, impl="cpu"), expected)
 """
-"""A process that computes with one helper until its input ends. Tells the id of the thread that computes."""
+"""A program that computes with one helper until its input ends. Prints the id of the thread that calls operations."""
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def cores() -> list[int]:
 
 @contextmanager
 def computing(cores: list[int]) -> Iterator[tuple[int, int]]:
-    """Run `HELPED` on two cores. Yields its process id and that of the thread that computes."""
+    """Run `HELPED` on two cores. Yield its process id and the id of its calling thread."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, "-c", HELPED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
@@ -117,12 +117,12 @@ def computing(cores: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def core_of(thread: int) -> int:
-    """Return the core that a thread is on, or was on last."""
+    """Return the core on which a thread runs, or last ran."""
     return int(Path(f"/proc/{thread}/stat").read_text().rpartition(")")[2].split()[36])
 
 
 def is_kept(pid: int, caller: int, helper_on: set[int], caller_on: int) -> bool:
-    """Return whether a helper may run on these cores alone while its caller is on that one."""
+    """Return whether a helper is limited to `helper_on` while its caller runs on `caller_on`."""
     before = core_of(caller)
     threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
     seen = helper_on in [os.sched_getaffinity(thread) for thread in threads if thread != caller]
@@ -145,7 +145,7 @@ async def test_helpers_keep_off_the_callers_core(cores: list[int]) -> None:
 
 
 def test_a_helper_that_waits_for_a_core_is_given_the_callers(tmp_path: Path) -> None:
-    """And one that has a core keeps it."""
+    """A helper that already has a core keeps it."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         pytest.skip("a compiler and Linux are needed")

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted, compiled ahead of time, and never compiled anew by a mere step."""
+"""The Triton kernels without a GPU: interpreted, compiled ahead of time, and never recompiled because of a step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent / "triton"
 
 
 def run(*args: str, **env: str) -> str:
-    """Run python in the repository's root and return what it printed; its failure is the test's."""
+    """Run python in the repository's root and return its output; its failure fails the test."""
     command = [sys.executable, *args]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,7 +35,7 @@ def run(*args: str, **env: str) -> str:
 
 @pytest.mark.timeout(600)
 def test_kernels_match_the_reference_in_the_interpreter() -> None:
-    """The interpreter must be chosen before triton is first imported, hence a process of its own."""
+    """The interpreter must be enabled before triton is first imported, so this needs a process of its own."""
     output = run("-m", "pytest", str(FOLDER), "-p", "no:cacheprovider", TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", output)
     assert passed is not None, output
@@ -49,7 +49,7 @@ def test_variants_compile_without_spills_and_are_documented(capsys: pytest.Captu
 
 
 def test_a_kernel_that_spills_is_found_unfit() -> None:
-    """The check can fail: an attention tile four times too large for its registers."""
+    """Proof that the check can fail: an attention tile four times too large for the registers."""
     target = triton_aot.TARGETS[0]
     launch = next(v.launch for v in triton_aot.variants(target) if v.launch.kernel is attention_kernel)
     crowded = replace(launch, args=launch.args | {"BLOCK_M": 256, "BLOCK_N": 64})
@@ -59,9 +59,9 @@ def test_a_kernel_that_spills_is_found_unfit() -> None:
 
 
 def test_steps_of_one_shape_share_their_kernels() -> None:
-    """A compilation in the middle of serving stalls every request: what changes by the step may not cause one.
+    """Compiling while serving stalls every request, so no property that varies from step to step may cause it.
 
-    Steps of nearly one size (the size decides tiles and splits), at other sites, lengths and alignments.
+    The steps have nearly one size, which decides tiles and splits, but other sites, lengths and alignments.
     """
     target, model = triton_aot.TARGETS[1], triton_aot.MODELS[1]
 
@@ -80,7 +80,7 @@ def test_steps_of_one_shape_share_their_kernels() -> None:
 
 
 def test_with_fixed_sums_no_step_chooses_another_kernel() -> None:
-    """Whatever a step's sequences, adapters and tokens: the same tiles, no splits. So a row has the same bits."""
+    """For any sequences, adapters and tokens, the tiles are the same and nothing is split, so a row has equal bits."""
     target, model = triton_aot.TARGETS[1], triton_aot.MODELS[1]
 
     def variants(query_lens: list[int], num_adapters: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""A tiny model of a type with two adapters, and what transformers and PEFT say to some prompts."""
+"""A tiny model of a type with two adapters, and the answers of transformers and PEFT to some prompts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gpu_worker.model.prepare import prepare_model
 from gpu_worker.planning.states import PROMPT_TOKENS
 
 NUM_TOKENS = 12
-BEGINNING = PROMPT_TOKENS + 20  # tokens that all long prompts have in common
+BEGINNING = PROMPT_TOKENS + 20  # number of tokens that all long prompts share
 
 
 class Case:
-    """A tiny model of a type with adapters, and what is right for some prompts."""
+    """A tiny model of a type with adapters, and the expected outputs of some prompts."""
 
     def __init__(self, model_type: str, long: tuple[int, ...] = (25, 40)) -> None:
-        """long: tokens of prompts after a long common beginning."""
+        """long: for each long prompt, its number of tokens after the shared beginning."""
         sites = prepare_model(tiny_model(model_type), frozenset(), None).sites
         model = tiny_model(model_type)
         self.oracle = Oracle(model, adapters_for(model, sites), scale=0.4)
@@ -36,7 +36,7 @@ class Case:
         }
 
     def requests(self, names: list[str] | None = None, **fields: Any) -> list[Any]:
-        """Return a request per adapter and prompt, named by both."""
+        """Return a request per adapter and prompt, with the id `<adapter>/<prompt>`."""
         return [
             greedy_request(f"{name}/{i}", name, prompt, NUM_TOKENS, **fields)
             for name in names or self.oracle.names
@@ -44,17 +44,17 @@ class Case:
         ]
 
     def check(self, asked: Asked, skip: int = 0) -> None:
-        """Hold answers to what is right behind the first `skip` tokens."""
+        """Compare outputs with the expected ones after their first `skip` tokens."""
         for name, expected in self.expected.items():
             assert [asked.ids[f"{name}/{i}"] for i in range(len(expected))] == [ids[skip:] for ids in expected], name
 
     def check_effect(self) -> None:
-        """Hold the adapters to it that each changes the answers."""
+        """Check that each adapter changes the outputs."""
         base, *others = self.expected.values()
         assert all(expected != base for expected in others)
 
     def check_preempted(self, engine: Engine) -> None:
-        """Let requests lose their places to quieter ones, and hold all of them to what is right."""
+        """Let requests of a quiet tenant preempt others, and check the outputs of all."""
         warm(engine, self.oracle.names)
         quiet = [replace(request, rid=f"quiet-{request.rid}") for request in self.requests(["all"])]
 
@@ -68,7 +68,7 @@ class Case:
         assert [asked.ids[f"quiet-all/{i}"] for i in range(len(self.prompts))] == self.expected["all"]
 
     def check_begun(self, engine: Engine) -> None:
-        """Ask for the rest of outputs that another worker has begun."""
+        """Check requests whose outputs another worker has begun."""
         begun = [
             replace(request, output=self.expected[request.digest][int(request.rid.partition("/")[2])][:7])
             for request in self.requests()

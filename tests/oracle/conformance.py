@@ -1,4 +1,4 @@
-"""One model type's test: a mixed batch of the base and two adapters against transformers and PEFT."""
+"""The test of one model type: a mixed batch of the base and two adapters against transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from protocol.wire.errors import BadRequest
 NUM_NEW = 8
 LENGTHS = (5, 33, 20)
 MAX_DIFFERENCE = 1e-4
-"""Largest difference of a logit from what PEFT computes, in fp32."""
+"""Maximum difference of a logit from PEFT's, in fp32."""
 
 
 NO_OUT_PROJ = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-"""Model types for which PEFT makes no LoRA on out_proj, which their fused kernels for training read past it."""
+"""Types for which PEFT refuses LoRA on out_proj: their fused training kernels read its weight without running it."""
 
 
 GOES_ON_BY: dict[Continues, str] = {
@@ -40,24 +40,24 @@ GOES_ON_BY: dict[Continues, str] = {
     "tokens": ", prompts by token after the first chunk",
     "nothing": ", each token after a pass over all of its text",
 }
-"""What a user must know of how sequences run unbatched."""
+"""Notes for users on how sequences run unbatched."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the engine made of a model type."""
+    """The engine's results for a model type."""
 
-    refused: str = ""  # why
-    difference: float = 0.0  # largest of any logit, under any adapter
-    effect: float = 0.0  # smallest change that an adapter makes to a prompt's logits, the largest of them
-    num_calls: int = 0  # of attention, in a forward pass; layers, where more of them run by shortcut
-    num_shortcuts: int = 0  # layers that run by shortcut as a whole
+    refused: str = ""  # the reason
+    difference: float = 0.0  # maximum over all logits and adapters
+    effect: float = 0.0  # maximum change of a prompt's logits by an adapter, minimum over both
+    num_calls: int = 0  # attention calls in a forward pass, or layers that run by shortcut if there are more
+    num_shortcuts: int = 0  # whole layers that run by shortcut
     notes: str = ""
-    num_grouped: int = 0  # modules of experts whose LoRA is rows of the pool
+    num_grouped: int = 0  # expert modules whose LoRA is rows of the pool
 
 
 Adapters = Callable[[PreTrainedModel, BaseModel], dict[str, Lora]]
-"""Returns the adapters to compare with, given the untouched model and the prepared one."""
+"""Return the adapters to compare, given the untouched model and the prepared one."""
 
 
 def try_type(model_type: str, adapters: Adapters | None = None) -> Outcome:
@@ -66,13 +66,13 @@ def try_type(model_type: str, adapters: Adapters | None = None) -> Outcome:
         model = tiny_model(model_type)
     except ImportError as error:
         return Outcome(refused=f"not tried: {one_line(error).partition(' but ')[0]}")
-    except AttributeError as error:  # a config for which transformers' AutoModelForCausalLM makes no model
+    except AttributeError as error:  # transformers' AutoModelForCausalLM makes no model from this config
         return Outcome(refused=f"not tried: {one_line(error)}")
     return conform(model, adapters)
 
 
 def conform(model: PreTrainedModel, adapters: Adapters | None = None) -> Outcome:
-    """Compare tokens and logits of the engine with PEFT's. Raises AssertionError where they differ.
+    """Compare the engine's tokens and logits with PEFT's. Raises AssertionError where they differ.
 
     adapters: None for `adapters_for`.
     """
@@ -81,7 +81,7 @@ def conform(model: PreTrainedModel, adapters: Adapters | None = None) -> Outcome
         sites, passes = tried.sites, tried.passes
         loras = adapters_for(model, sites) if adapters is None else adapters(model, tried)
         oracle = Oracle(model, loras, scale=0.4)
-        step_tokens = 16 if passes is None or passes.continues != "nothing" else sum(LENGTHS)  # where a text must fit
+        step_tokens = 16 if passes is None or passes.continues != "nothing" else sum(LENGTHS)  # else a text must fit
         engine = oracle.engine(max_step_tokens=step_tokens, max_num_seqs=8)
     except BadRequest as refusal:
         return Outcome(refused=refusal.message.partition(" cannot be served: ")[2].removeprefix("it has "))
@@ -99,7 +99,7 @@ def conform(model: PreTrainedModel, adapters: Adapters | None = None) -> Outcome
         expected, base = (oracle.logits(who, ids)[len(prompt) - 1 : -1] for who in (name, ""))
         tokens, generated = oracle.generate(name, prompt, NUM_NEW)
         if engine.model.mixers.calls or engine.model.passes:
-            expected = generated  # transformers computes some mixers otherwise token by token than at once
+            expected = generated  # for some mixers, transformers computes token by token otherwise than at once
         rows = torch.stack([logits[request.rid, number] for number in range(NUM_NEW)])
         differences.append((rows - expected).abs().max().item())
         assert got == tokens, f"{request.rid}: {got} is not {tokens}, its logits {differences[-1]:.1g} off"
@@ -116,7 +116,7 @@ def conform(model: PreTrainedModel, adapters: Adapters | None = None) -> Outcome
 
 
 def notes_on(model: PreTrainedModel, engine: Engine, sites: list[SiteInfo]) -> list[str]:
-    """Return what a user of the type must know."""
+    """Return notes for users of the type."""
     notes = []
     if model.config.get_text_config() is not model.config:
         notes.append("text only")
@@ -139,9 +139,9 @@ def notes_on(model: PreTrainedModel, engine: Engine, sites: list[SiteInfo]) -> l
 
 
 def adapters_for(model: PreTrainedModel, sites: list[SiteInfo]) -> dict[str, Lora]:
-    """Return two adapters of different ranks: on some attention layers, and on every layer but the head."""
+    """Return two adapters of different ranks: on some attention layers, and on every layer except the head."""
     model_type = str(FAMILY_OF_TYPE.get(model.config.model_type))
-    moved = _MOE_TARGET_MODULE_MAPPING.get(model_type, {})  # last names that PEFT takes for the fused experts
+    moved = _MOE_TARGET_MODULE_MAPPING.get(model_type, {})  # last names that PEFT redirects to the fused experts
     inner = [site for site in sites if any(part.isdigit() for part in site.name.split("."))]
     inner = [site for site in inner if site.name.rpartition(".")[2] not in moved]
     if model.config.model_type in NO_OUT_PROJ:
@@ -155,7 +155,7 @@ def adapters_for(model: PreTrainedModel, sites: list[SiteInfo]) -> dict[str, Lor
 
 
 def targets_of(model: PreTrainedModel, sites: list[SiteInfo]) -> tuple[str, ...]:
-    """Return target_modules that mean these sites and no other module: last names where they are clear."""
+    """Return target_modules that match these sites and no other module: last names where they are unambiguous."""
     names = {site.name for site in sites}
     last = {name.rpartition(".")[2] for name in names}
     clear = {part for part in last if all(n in names for n, _ in model.named_modules() if n.rpartition(".")[2] == part)}
@@ -163,7 +163,7 @@ def targets_of(model: PreTrainedModel, sites: list[SiteInfo]) -> tuple[str, ...]
 
 
 def watch_logits(engine: Engine) -> dict[tuple[str, int], Tensor]:
-    """Return a map that fills with the logits [V] of each request's output tokens, by number."""
+    """Return a dict that fills with the logits [V] of output tokens, by request id and token number."""
     seen: dict[tuple[str, int], Tensor] = {}
     run = engine.runner.run
 

@@ -1,4 +1,4 @@
-"""A base with sixteen adapters that several files ask, made once."""
+"""A base with sixteen adapters, made once for several files."""
 
 from __future__ import annotations
 

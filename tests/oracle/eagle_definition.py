@@ -9,7 +9,7 @@ from oracle.peft_oracle import Oracle
 from torch import Tensor
 
 WIDTH, HEADS = 64, 4
-TAPS = (2, 4, 5)  # of the published code: the inputs of layers 2, n // 2 and n - 3, for the 8 layers of the tests' base
+TAPS = (2, 4, 5)  # published: inputs of layers 2, n // 2 and n - 3; the tests' base has n = 8
 EPS = 1e-5
 
 Tensors = dict[str, Tensor]
@@ -20,7 +20,7 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor) -> Tensor:
-    """Return heads [T, H, D], each turned by the angles of its position."""
+    """Return heads [T, H, D], each rotated by the angles of its position."""
     half = x.shape[-1] // 2
     angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(half) / half)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
@@ -29,9 +29,9 @@ def rotated(x: Tensor) -> Tensor:
 
 
 def layer(own: Tensors, embeds: Tensor, hidden: Tensor) -> Tensor:
-    """Return the head's hidden states [T, D] after it has read the embeddings and hidden states of T tokens.
+    """Return the head's hidden states [T, D] from the embeddings and hidden states of T tokens.
 
-    As `LlamaDecoderLayeremb` there: attention reads both, normed, side by side.
+    As in `LlamaDecoderLayeremb` there: attention reads both, normalized and concatenated.
     """
 
     def mid(name: str, x: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def by_definition(
 ) -> tuple[list[int], list[Tensor]]:
     """Return `num` draft tokens after a text under an adapter, and the logits of each. start: the head's first token.
 
-    The base's hidden states of each token go with the embedding of the next one; behind them go the head's own, which
-    are those before its last norm (`topK_genrate` there, with a tree of one branch).
+    The base's hidden states of each token are paired with the next token's embedding. After the text, the head's own
+    hidden states before its last norm take their place (`topK_genrate` there, with a tree of one branch).
     """
     ids = torch.from_numpy(text.astype(np.int64))[start:]
     with torch.inference_mode(), oracle._under(name) as model:

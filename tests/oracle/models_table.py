@@ -1,4 +1,4 @@
-"""Writes the tables of docs/models.md: `make models-table`. The tests hold the engine to what is written there."""
+"""Write the tables of docs/models.md: `make models-table`. The tests compare the engine with these tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOC = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def main() -> int:
-    """Try every type, one after the other, and write what came of it; return the exit code."""
+    """Try every type in sequence and write the results; return the exit code."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     outcomes: dict[str, Outcome] = {}
@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def served_table(outcomes: dict[str, Outcome]) -> list[str]:
-    """Return the lines of the table of types that are served."""
+    """Return the lines of the table of served types."""
     served = {name: outcome for name, outcome in outcomes.items() if not outcome.refused}
     return [
         f"{len(served)} of {len(outcomes)} types, transformers {transformers.__version__}; "
@@ -50,7 +50,7 @@ def served_table(outcomes: dict[str, Outcome]) -> list[str]:
 
 
 def refused_table(outcomes: dict[str, Outcome]) -> list[str]:
-    """Return the lines of the table of types that are refused."""
+    """Return the lines of the table of refused types."""
     return [
         "| type | reason |",
         "| --- | --- |",

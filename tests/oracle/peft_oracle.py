@@ -1,4 +1,4 @@
-"""What is right: a Hugging Face model and PEFT, one request at a time. And the engine, asked for the same."""
+"""The oracle: a Hugging Face model and PEFT, one request at a time; and an engine with the same base and adapters."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TINY_VOCAB = 199
 MLP = ("gate_proj", "up_proj", "down_proj")
 FAMILY_OF_TYPE: dict[str, str] = transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN  # pyright: ignore[reportPrivateImportUsage]
-"""PEFT's: model type -> the type after whose experts it converts them."""
+"""PEFT's table: model type -> the type by whose rules it converts experts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A random adapter to be made: no matrix is zero."""
+    """The description of a random adapter, in which no matrix is zero."""
 
     rank: int
     targets: tuple[str, ...] = (*ATTENTION, *MLP)
@@ -59,7 +59,7 @@ class Oracle:
         self.names = ["", *loras]
         self._model: Any = base
         self._files: dict[str, FetchedAdapter] = {}
-        self._greedy: dict[tuple[str, bytes, int, float], list[int]] = {}  # what `greedy` has computed
+        self._greedy: dict[tuple[str, bytes, int, float], list[int]] = {}  # results of `greedy`
         generator = torch.Generator().manual_seed(99)
         for name, lora in loras.items():
             options = {"lora_alpha": 2 * lora.rank, **lora.options}
@@ -78,14 +78,14 @@ class Oracle:
         self._model.eval()
 
     def round_rows(self) -> None:
-        """Let PEFT compute with what rows in int8 stand for. Engines still fetch the adapters as they were made."""
+        """Let PEFT compute with the values that int8 rows represent. Engines still fetch the unrounded adapters."""
         round_rows(self._model)
 
     def fetch(self, name: str) -> FetchedAdapter:
         return self._files[name]
 
     def greedy(self, name: str, prompt: np.ndarray, num_tokens: int, *, scale: float = 1.0) -> list[int]:
-        """Return the greedy continuation under one adapter, computed alone, once. scale: multiplies the adapter's."""
+        """Return one adapter's greedy continuation, computed alone and cached. scale: multiplies the adapter's own."""
         key = (name, prompt.tobytes(), num_tokens, scale)
         if key not in self._greedy:
             self._greedy[key] = self.generate(name, prompt, num_tokens, scale=scale)[0]
@@ -94,7 +94,7 @@ class Oracle:
     def generate(
         self, name: str, prompt: np.ndarray, num_tokens: int, *, scale: float = 1.0
     ) -> tuple[list[int], torch.Tensor]:
-        """Return the greedy continuation under one adapter, computed alone, and the logits [num_tokens, V] of it."""
+        """Return the greedy continuation under one adapter, computed alone, and its logits [num_tokens, V]."""
         ids = torch.from_numpy(prompt.astype(np.int64))[None]
         options: dict[str, Any] = {
             "attention_mask": torch.ones_like(ids), "max_new_tokens": num_tokens, "do_sample": False,
@@ -135,7 +135,7 @@ class Oracle:
     def engine(
         self, tokenizer: Tokenizer | None = None, *, draft: LoadedDraft | None = None, **settings: Any
     ) -> Engine:
-        """Return an engine over a copy of the base that fetches these adapters."""
+        """Return an engine on a copy of the base that fetches these adapters."""
         values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
         impl = "reference" if values.get("kernels") == "reference" else None
         model = prepare_model(copy.deepcopy(self.untouched), frozenset(), impl)
@@ -144,7 +144,7 @@ class Oracle:
 
 
 def round_rows(model: torch.nn.Module) -> None:
-    """Round PEFT's LoRA on linear layers, in place: each rank row to 127 steps up to its largest number, and back."""
+    """Round PEFT's LoRA on linear layers in place: each rank row to multiples of 1/127 of its maximum."""
     for layer in model.modules():
         linear = not isinstance(layer, ParamWrapper) or isinstance(layer.get_base_layer(), torch.nn.Linear)
         if isinstance(layer, LoraLayer) and linear:
@@ -164,7 +164,7 @@ def packed_engine(
     tokenizer: str | None = None,
     draft: LoadedDraft | LoadedHead | None = None,
 ) -> Engine:
-    """Return an engine to which plain adapters come packed, as the loader's process packs them."""
+    """Return an engine that gets plain adapters packed, as from the loader process."""
     packers: list[RowPacker] = []
 
     def fetch_rows(name: str) -> FetchedAdapter | PackedRows:
@@ -178,7 +178,7 @@ def packed_engine(
 
 
 class Asked:
-    """Outputs of an engine, by request."""
+    """An engine's outputs, by request id."""
 
     def __init__(self) -> None:
         self.ids: dict[str, list[int]] = {}
@@ -200,7 +200,7 @@ class Asked:
 
 
 def warm(engine: Engine, names: Iterable[str]) -> None:
-    """Bring adapters into the pool, so that how many run together does not depend on how fast they load."""
+    """Load adapters into the pool, so that load times do not decide how many run together."""
     loaded = threading.Event()
     engine.adapters.on_loaded = loaded.set
     wanted = {name for name in names if name}
@@ -213,7 +213,7 @@ def warm(engine: Engine, names: Iterable[str]) -> None:
 
 
 def ask(engine: Engine, requests: Iterable[EngineRequest], after_step: Callable[[int], object] | None = None) -> Asked:
-    """Run requests to their ends. after_step: called with the number of steps made so far."""
+    """Run requests to their ends. after_step: called with the number of steps run so far."""
     loaded = threading.Event()
     engine.adapters.on_loaded = engine.grammars.on_ready = loaded.set
     asked = Asked()
@@ -242,7 +242,7 @@ def greedy_request(rid: str, name: str, prompt: np.ndarray, num_tokens: int, **f
 
 
 def vary_norms(model: PreTrainedModel) -> None:
-    """Move the vectors of a random model off their ones and zeros, which would hide how they are used."""
+    """Change the norm vectors of a random model: ones and zeros would hide how they are used."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -250,7 +250,7 @@ def vary_norms(model: PreTrainedModel) -> None:
 
 
 def random_llama(*, std: float, **fields: Any) -> LlamaForCausalLM:
-    """Return a random fp32 Llama. std: of its weights, large enough that its answers vary."""
+    """Return a random fp32 Llama. std: standard deviation of its weights, large enough that outputs vary."""
     config = LlamaConfig(
         initializer_range=std, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, **fields
     )
@@ -270,7 +270,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def sixteen_loras(*, head: bool) -> dict[str, Lora]:
-    """Return 16 adapters of mixed ranks, targets and options, some of them on the head if wished."""
+    """Return 16 adapters of mixed ranks, targets and options. head: whether some of them adapt the head."""
     ranks = (1, 3, 8, 16, 64)
     with_head = (*ATTENTION, "lm_head") if head else ATTENTION
     targets = ((*ATTENTION, *MLP), ("q_proj", "v_proj"), MLP, ("o_proj", "down_proj"), with_head, ("gate_proj",))

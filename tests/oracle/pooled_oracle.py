@@ -1,4 +1,4 @@
-"""What is right of embeddings and scores: transformers' classes and PEFT, one text at a time. And folders of models."""
+"""The oracle of embeddings and scores: transformers' classes and PEFT, one text at a time; and folders of models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Q_V = ("q_proj", "v_proj")
 
 
 def classifier_of(model: PreTrainedModel, num_labels: int) -> PreTrainedModel:
-    """Return a random sequence classifier on the decoder of a causal LM, which it shares."""
+    """Return a random sequence classifier that shares the decoder of a causal LM."""
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
     with torch.random.fork_rng(devices=[]):
@@ -49,14 +49,14 @@ def classifier_of(model: PreTrainedModel, num_labels: int) -> PreTrainedModel:
 
 @dataclass
 class PooledOracle:
-    """A causal LM, and adapters of all tasks by name; "" is the base. Each is a PEFT model of its own."""
+    """A causal LM, and adapters of all tasks by name; "" is the base. Each adapter is a PEFT model of its own."""
 
     base: PreTrainedModel
     models: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FetchedAdapter] = field(default_factory=dict)
 
     def add(self, name: str, kind: str, num_labels: int = 0, **fields: Any) -> None:
-        """Make a random adapter. kind: PEFT's task type; num_labels: of a SEQ_CLS one."""
+        """Make a random adapter. kind: PEFT's task type. num_labels: labels of a SEQ_CLS adapter."""
         untouched = copy.deepcopy(self.base)
         if num_labels:
             untouched = classifier_of(untouched, num_labels)
@@ -86,7 +86,7 @@ class PooledOracle:
             return decoder(**self._inputs(text), use_cache=False).last_hidden_state[0]
 
     def scores(self, name: str, text: np.ndarray) -> Tensor:
-        """Return the logits [labels] that PEFT's classifier gives a text, alone."""
+        """Return the logits [labels] of PEFT's classifier for a text, computed alone."""
         with torch.inference_mode():
             return self.models[name](**self._inputs(text)).logits[0]
 
@@ -97,12 +97,12 @@ class PooledOracle:
         )
 
     def engine(self, **settings: Any) -> Engine:
-        """Return an engine over a copy of the base, with these adapters."""
+        """Return an engine on a copy of the base, with these adapters."""
         model = prepare_model(copy.deepcopy(self.base), frozenset(), None)
         return build_engine(model, _settings(settings), self.files.__getitem__)[0]
 
     def engine_of(self, folder: Path, **settings: Any) -> Engine:
-        """Return an engine over a model folder, with these adapters."""
+        """Return an engine on a model folder, with these adapters."""
         given = _settings(settings)
         model = load_model(folder, torch.device("cpu"), torch.float32, None, score_tokens=given.score_tokens)
         return build_engine(model, given, self.files.__getitem__)[0]
@@ -117,7 +117,7 @@ def request_for(task: Task, rid: str, name: str, text: np.ndarray, **fields: Any
 
 
 def numbers_of(asked: Asked, rid: str) -> np.ndarray:
-    """Return the numbers of a request that has ended well."""
+    """Return the output values of a request that has ended without an error."""
     end = asked.finish[rid]
     assert end.finish == "stop", end.error
     return np.array(asked.ids[rid], "<i4").view("<f4")
@@ -129,7 +129,7 @@ def difference(got: np.ndarray, expected: Tensor) -> float:
 
 
 def conform_pooled(model: PreTrainedModel) -> None:
-    """Compare embeddings and, where the type has a classifier, scores of an adapter with transformers and PEFT."""
+    """Compare an adapter's embeddings, and scores if the type has a classifier, with transformers and PEFT."""
     tried = prepare_model(copy.deepcopy(model), frozenset(), None)
     if tried.tasks.pooling is None:
         return

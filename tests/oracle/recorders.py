@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA graphs on a CPU, which hold a recorded step to the same rules."""
+"""Substitutes for CUDA graphs on a CPU, which check that a recorded step follows the same rules."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ WAITS = {
 
 
 class Rerun:
-    """Replays by calling the step again: what changes must lie in its tensors, but Python runs."""
+    """Replays by calling the step again: inputs must be changed in place, but Python code runs."""
 
     def __init__(self) -> None:
-        self.num_replays: list[int] = []  # of each recording
+        self.num_replays: list[int] = []  # per recording
 
     def record(self, step: Callable[[], object]) -> Replay:
         step()
@@ -44,7 +44,7 @@ class Rerun:
 
 
 class Tape(Rerun):
-    """Replays the operators of the first run on the very tensors it had: no Python, no new memory, no other sizes."""
+    """Replays the operators of the first run on the same tensors: without Python, new memory, or other sizes."""
 
     def record(self, step: Callable[[], object]) -> Replay:
         with Recording() as recording:
@@ -69,7 +69,7 @@ class Recording(TorchDispatchMode):
         with torch.inference_mode():
             for func, args, kwargs, outs in self._calls:
                 for out, again in zip(outs, tensors(func(*args, **kwargs)), strict=True):
-                    if again.data_ptr() != out.data_ptr():  # no view, and nothing done in place
+                    if again.data_ptr() != out.data_ptr():  # neither a view nor an in-place operation
                         out.copy_(again)
 
 

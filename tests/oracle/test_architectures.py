@@ -1,4 +1,4 @@
-"""What is found out about a model before it serves: what it is made of, how far it can go, why it is refused."""
+"""What is found out about a model before it serves: its structure, its maximum length, and reasons to refuse it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from protocol.wire.messages import OPAQUE
     [
         ("bert", {"is_decoder": False}, "both directions"),
         ("xlnet", {}, "AttentionInterface.*no cache of its own to continue from"),
-        ("reformer", {}, "no cache of its own"),  # long texts draw lots
+        ("reformer", {}, "no cache of its own"),  # it hashes long texts at random
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(model_type: str, fields: dict[str, Any], reason: str) -> None:
@@ -56,7 +56,7 @@ def test_a_norm_is_only_taken_for_what_it_computes() -> None:
     [("qwen3_5_text", True), ("olmo_hybrid", True), ("mamba2", False), ("kimi_linear", False)],
 )
 def test_a_gated_norm_is_taken_if_silu_of_the_gate_comes_last(model_type: str, is_known: bool) -> None:
-    """Mamba2 has its gate before the norm, Kimi the sigmoid of it."""
+    """Mamba2 applies the gate before the norm, and Kimi uses its sigmoid."""
     modules = tiny_model(model_type).modules()
     module = next(module for module in modules if type(module).__name__.endswith("RMSNormGated"))
     norm = find_norm(module, "reference")
@@ -67,7 +67,7 @@ def test_a_gated_norm_is_taken_if_silu_of_the_gate_comes_last(model_type: str, i
 
 
 def test_a_gated_norm_takes_fp32_beside_a_gate_in_bf16() -> None:
-    """So Falcon H1's does where it comes before the gate: the weight and the gate have the model's dtype."""
+    """Falcon H1's norm gets such input if it comes before the gate: weight and gate have the model's dtype."""
     module = FalconH1RMSNormGated(64, norm_before_gate=True).to(torch.bfloat16)
     norm = find_norm(module, None)
     assert norm is not None
@@ -77,7 +77,7 @@ def test_a_gated_norm_takes_fp32_beside_a_gate_in_bf16() -> None:
 
 @pytest.mark.parametrize(("clip", "is_short"), [(None, True), (20.0, False)])
 def test_attention_that_clips_large_numbers_keeps_its_own_forward(clip: float | None, is_short: bool) -> None:
-    """No query, key or value of a trial run is that large."""
+    """Clipping cannot be seen in a trial run, whose queries, keys and values are all smaller."""
     model = prepare_model(tiny_model("olmo", clip_qkv=clip), frozenset(), None)
     attention = model.layers[0].call.module
     assert isinstance(getattr(attention.forward, "__self__", None), RotaryAttention) is is_short
@@ -129,7 +129,7 @@ def test_shared_keys_and_values_take_memory_once() -> None:
 
 
 class Routed(nn.Module):
-    """Sends five tokens to its first expert, and of more tokens only some."""
+    """Routes five tokens to its first expert, and only part of further tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Routed(nn.Module):
 
 
 def test_an_expert_of_an_unbatched_text_takes_lora_on_the_rows_it_sees() -> None:
-    """The rows of an unbatched pass are of one text, and so of one adapter."""
+    """The rows of an unbatched pass belong to one text, and so to one adapter."""
     llama = tiny_model("llama")
     llama.get_submodule("model.layers.0").mlp = Routed(64)
     model = prepare_model(llama, frozenset(), None)
@@ -149,7 +149,7 @@ def test_an_expert_of_an_unbatched_text_takes_lora_on_the_rows_it_sees() -> None
 
 
 class ByToken(nn.Linear):
-    """Scales each token, which is what the first two dimensions tell: as compressed-tensors does."""
+    """Scales each token, which it finds by the first two dimensions, as compressed-tensors does."""
 
     def forward(self, input: Tensor) -> Tensor:
         size = input.abs()
@@ -158,7 +158,7 @@ class ByToken(nn.Linear):
 
 
 def test_a_linear_layer_of_another_kind_is_called_as_the_model_calls_it() -> None:
-    """And carries adapters, but gives its weight to nobody."""
+    """The layer can be adapted, but no other code may use its weight."""
     llama = tiny_model("llama")
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         llama.get_submodule(name).__class__ = ByToken
@@ -171,7 +171,7 @@ def test_a_linear_layer_of_another_kind_is_called_as_the_model_calls_it() -> Non
 
 
 def test_a_model_that_computes_something_else_is_not_served() -> None:
-    """Here every query sees three keys at most."""
+    """In this model every query sees at most three keys."""
     oracle = Oracle(tiny_model("llama", rope_parameters=None), {}, scale=1.0)
     model = prepare_model(copy.deepcopy(oracle.untouched), frozenset(), "reference")
     settings = Settings(model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)

@@ -53,13 +53,13 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert": ("modernbert", MORE["modernbert"]),
     "modernbert, mean": ("modernbert", MORE["modernbert"] | {"classifier_pooling": "mean"}),
 }
-"""Type of model -> its type in transformers, and fields of its config beside the sizes."""
+"""Kind of model -> its type in transformers, and fields of its config besides the sizes."""
 
 LAYERS = ATTENTION | {"xlm-roberta": ["key", "value"], "electra": ["query", "value"]}
 
 
 def make_classifier(kind: str, num_labels: int = NUM_LABELS) -> PreTrainedModel:
-    """Return a tiny random classifier in fp32; only its last layer depends on the number of labels."""
+    """Return a tiny random fp32 classifier; only its last layer depends on the number of labels."""
     model_type, more = TYPES[kind]
     config = type(AutoConfig.for_model(model_type))(**SIZES | more)
     config.num_labels = NUM_LABELS
@@ -82,12 +82,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "seven labels": {"r": 4, "num_labels": 7, "use_dora": True},
     "the base's head": {"r": 5, "task_type": None, "target_modules": "all-linear"},
 }
-"""Name -> fields of its LoraConfig, and the number of its labels."""
+"""Name -> fields of the adapter's LoraConfig, and its number of labels."""
 
 
 @dataclass
 class Oracle:
-    """A classifier and its adapters under PEFT, each with a base of its own, one text at a time."""
+    """A classifier and its adapters under PEFT, each on its own copy of the base, one text at a time."""
 
     kind: str
     adapters: dict[str, dict[str, Any]] = field(default_factory=lambda: ADAPTERS)
@@ -113,7 +113,7 @@ class Oracle:
             self.models[name] = model.eval()
 
     def says(self, name: str, text: np.ndarray, second: int = 0) -> Tensor:
-        """Return the logits [N] of a text, or of a pair whose second text begins at `second`."""
+        """Return the logits [N] of a text, or of a pair whose second text begins at index `second`."""
         ids = torch.from_numpy(text.astype(np.int64))[None]
         more = {"token_type_ids": torch.from_numpy(types_of(len(text), second))[None]} if second else {}
         with torch.inference_mode():
@@ -153,7 +153,7 @@ def test_a_mixed_batch_has_the_logits_of_peft(kind: str) -> None:
             num = min(len(said), len(base))
             effects[one.digest] = max(effects[one.digest], (said[:num] - base[:num]).abs().max().item())
         if one.second:
-            assert (said - oracle.says(one.digest, one.prompt)).abs().max() > MAX_DIFFERENCE  # types have an effect
+            assert (said - oracle.says(one.digest, one.prompt)).abs().max() > MAX_DIFFERENCE  # token types matter
     assert min(effects.values()) > MIN_EFFECT, effects
     assert engine.counters.num_steps == 1
 

@@ -16,7 +16,7 @@ from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, in its compiler
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from torch's compiler
 
 NUM_TOKENS = 12
 SETTINGS = Settings(

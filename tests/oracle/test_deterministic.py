@@ -1,4 +1,4 @@
-"""With fixed sums, a text has the same bits in any batch; and its tokens are still those of the oracle."""
+"""With fixed sums, a text has the same bits in any batch, and its tokens are still the oracle's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDE = {
     "vocab_size": TINY_VOCAB, "hidden_size": 320, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 5, "num_key_value_heads": 1,
 }  # fmt: skip
-"""Wide enough that a library adds by the shape of a product."""
+"""Wide enough that a library's order of sums depends on the shape of a product."""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def fixed() -> Iterator[None]:
 
 
 def requests_of(oracle: Oracle) -> list[EngineRequest]:
-    """Return requests whose logprobs show the bits of their logits, of every adapter."""
+    """Return requests of every adapter, with logprobs, which show the bits of their logits."""
     wish = Sampling(temperature=0.0, ignore_eos=True, num_logprobs=5)
     texts = prompts(9, TINY_VOCAB, (3, 17, 32, 45, 70))
     return [
@@ -55,7 +55,7 @@ def test_logprobs_have_the_same_bits_in_any_batch(dtype: torch.dtype, kernels: s
     base = random_llama(std=0.1, **WIDE)
     torch.nn.Module.to(base, dtype)
     oracle = Oracle(base, {"x8": Lora(8), "x40": Lora(40)}, scale=0.3)
-    if kernels == "reference":  # whose attention is a product of all of a chunk's queries
+    if kernels == "reference":  # its attention is one product over all queries of a chunk
         with pytest.raises(BadRequest, match="deterministic is on, but llama computes a text"):
             oracle.engine(kernels=kernels, deterministic=True)
         return

@@ -1,4 +1,4 @@
-"""A draft model that fails, or whose drafts are of no use: answers stay what they are, and nobody waits for it long."""
+"""A draft model that fails, or whose drafts are useless: outputs stay the same, and steps soon stop waiting for it."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from gpu_worker.planning.step_plan import StepPlan
 
 
 class PanicException(BaseException):
-    """As pyo3's."""
+    """A panic as pyo3 raises it."""
 
 
 class ByShares(Always):
-    """Drafts while the sequence with the least share of right tokens has a half, whatever that takes."""
+    """Drafts while every sequence has a share of correct tokens above one half, whatever the cost."""
 
     def choose(self, seqs: Sequence[Draftable], most: int, num_tokens: int) -> DraftChoice:
-        """Choose as many draft tokens as may be, or none."""
+        """Choose the maximum number of draft tokens, or none."""
         return super().choose(seqs, most, num_tokens) if min(one.rate for one in seqs) > 0.5 else DraftChoice()
 
     def is_probe_due(self, num_tokens: int) -> bool:
-        """Return that no pass is only measured: what is counted are those of drafts."""
+        """Return False: passes that only measure would disturb the counts of drafting passes."""
         return False
 
 
 class Watched(BaseModel):
     """A model whose logits can be changed."""
 
-    passes_seen: list[int]  # tokens of each pass since the logits are changed
+    passes_seen: list[int]  # tokens of each pass since `change` was set
     change: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor | None) -> Tensor:
-        """Run the step, and change its logits."""
+        """Run the step and apply `change` to its logits."""
         logits = super().forward(input_ids, position_ids, logit_rows)
         if self.change is None:
             return logits
@@ -58,7 +58,7 @@ def watched(draft: LoadedDraft) -> LoadedDraft:
 
 
 def count_passes(draft: LoadedDraft, change: Callable[[Tensor], Tensor]) -> list[int]:
-    """Return a list that gets the tokens of each pass from now on. change: made to its logits."""
+    """Return a list to which each pass from now on appends its number of tokens. change: applied to the logits."""
     assert isinstance(draft.model, Watched)
     draft.model.passes_seen, draft.model.change = [], change
     return draft.model.passes_seen
@@ -118,7 +118,7 @@ def test_after_a_failure_it_drafts_again_some_time(tiny: Oracle) -> None:
 
 
 def test_a_text_whose_blocks_were_taken_earns_its_reading_anew(tiny: Oracle) -> None:
-    """Texts that take each other's blocks in turn would otherwise be read anew in every step."""
+    """Otherwise texts that take each other's blocks would be read again in every step."""
     engine = tiny.engine(draft=drafting(tiny.untouched), **SPECULATING)
     source = draft_model_of(engine)
     request = greedy_request("r", "", prompts(1, TINY_VOCAB)[0], NUM_TOKENS)
@@ -144,7 +144,7 @@ def test_logits_that_are_no_numbers_draft_wrong_tokens_and_no_more(tiny: Oracle,
 
 
 def test_drafts_that_a_grammar_forbids_count_as_wrong() -> None:
-    """They are cut off before the step, so that no step says that they were wrong."""
+    """They are cut off before the step, so that no step finds them wrong."""
     base = random_llama(
         std=0.2, vocab_size=WORDS, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2,
@@ -152,7 +152,7 @@ def test_drafts_that_a_grammar_forbids_count_as_wrong() -> None:
     oracle = Oracle(base, {}, scale=1)
     draft = watched(replace(drafting(base), payoff=ByShares()))
     engine = oracle.engine(TOKENIZER, draft=draft, **SPECULATING)
-    never = WORDS - 1  # a token that the grammar allows nowhere
+    never = WORDS - 1  # a token that the grammar never allows
 
     def only(logits: Tensor) -> Tensor:
         return torch.zeros_like(logits).index_fill_(1, torch.tensor([never]), 1.0)

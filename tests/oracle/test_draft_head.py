@@ -1,4 +1,4 @@
-"""Drafts by an EAGLE-3 head are those of its published definition, and change no answer, however wrong they are."""
+"""Drafts by an EAGLE-3 head follow its published definition and change no output, however wrong they are."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 LAYERS, INNER = 8, 96
-DRAFTED = 150  # tokens that the head knows
+DRAFTED = 150  # size of the head's vocabulary
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLMEagle3"],
     "model_type": "llama",
@@ -53,11 +53,11 @@ CONFIG: dict[str, Any] = {
 }
 
 FEW: dict[str, Any] = {"kv_cache_bytes": 9 * LAYERS * 4096 * 8 // 7, "max_model_len": 128, "max_num_seqs": 3}
-"""Room for nine blocks of the base, and three of the head."""
+"""Space for nine blocks of the base and three of the head."""
 
 
 def deep_llama(vocab_size: int = TINY_VOCAB) -> PreTrainedModel:
-    """Return a random Llama whose next token depends on the last one more than on those before."""
+    """Return a random Llama whose next token depends more on the last token than on those before."""
     model = random_llama(
         std=0.2,
         vocab_size=vocab_size,
@@ -80,7 +80,7 @@ def deep() -> Oracle:
 
 
 def random_tensors(vocab_size: int = TINY_VOCAB, drafted: int = DRAFTED) -> Tensors:
-    """Return the tensors of a head, by their published names, which knows some tokens of the base in disorder."""
+    """Return a head's tensors by their published names. It knows some of the base's tokens, in shuffled order."""
     generator = torch.Generator().manual_seed(5)
 
     def numbers(*shape: int) -> Tensor:
@@ -103,9 +103,9 @@ def random_tensors(vocab_size: int = TINY_VOCAB, drafted: int = DRAFTED) -> Tens
 
 
 def good_tensors(base: PreTrainedModel) -> Tensors:
-    """Return those of a head that says what the base says after its last token alone, so that it is often right.
+    """Return a head that predicts what the base predicts from its last token alone, so that it is often right.
 
-    Its attention sees nothing but tokens that are the last one, whose embeddings it passes on.
+    Its attention sees only earlier copies of the last token, and passes their embedding on.
     """
     made = random_tensors(base.config.vocab_size, base.config.vocab_size)
     same, none = torch.eye(WIDTH), torch.zeros(WIDTH, WIDTH)
@@ -120,7 +120,7 @@ def good_tensors(base: PreTrainedModel) -> Tensors:
 
 
 def saved(folder: Path, tensors: Tensors, **config: Any) -> str:
-    """Save a head; return its path."""
+    """Save a head to a folder; return its path."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     save_file(tensors, folder / "model.safetensors")
@@ -135,7 +135,7 @@ def engine_of(
     payoff: Payoff | None = None,
     **settings: Any,
 ) -> Engine:
-    """Return an engine over a copy of the base, with a head that drafts whenever it may."""
+    """Return an engine on a copy of the base, with a head that drafts whenever possible."""
     model = prepare_model(copy.deepcopy(oracle.untouched), frozenset(), None)
     loaded = load_draft_model(head, tokenizer, model, None)
     assert isinstance(loaded, LoadedHead)
@@ -151,7 +151,7 @@ def head_of(engine: Engine) -> DraftHead:
 
 
 def watch_logits(engine: Engine) -> list[Tensor]:
-    """Return a list that gets the logits of each pass of the engine's head."""
+    """Return a list to which each pass of the engine's head appends its logits."""
     head, found = head_of(engine).head, list[Tensor]()
     forward = head.forward
 
@@ -171,7 +171,7 @@ def watch_logits(engine: Engine) -> list[Tensor]:
 def test_drafts_are_those_of_the_published_definition(
     deep: Oracle, tmp_path: Path, num_read: int, settings: dict[str, Any]
 ) -> None:
-    """After right drafts and wrong ones, beside others, and from the hidden states that each adapter makes."""
+    """After right and wrong drafts, beside others, and from the hidden states of each adapter."""
     for made in (random_tensors(), good_tensors(deep.untouched)):
         engine = engine_of(
             deep, saved(tmp_path, made, draft_vocab_size=len(made["d2t"])), num_read=num_read, **settings
@@ -333,7 +333,7 @@ def test_a_head_that_fails_costs_no_answer(deep: Oracle, tmp_path: Path, part: s
 
 
 def test_virtual_tokens_stop_no_drafts(tmp_path: Path) -> None:
-    """An adapter's virtual tokens are read by the base's hidden states alone: they have no embedding of the base."""
+    """The head skips an adapter's virtual tokens: they have hidden states, but no embedding of the base."""
     oracle = Oracle(deep_llama(), {}, scale=0.1)
     tuned = get_peft_model(deep_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
     tuned.save_pretrained(str(tmp_path / "soft"))

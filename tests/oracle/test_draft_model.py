@@ -1,4 +1,4 @@
-"""A draft model changes no answer, however wrong it is: tokens are those of transformers and PEFT."""
+"""A draft model changes no output, however wrong it is: tokens are those of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ SPECULATING: dict[str, Any] = {"max_draft_tokens": 4, "max_num_seqs": 3}
 
 
 class Always(Payoff):
-    """Lets the draft model draft whenever it may, whatever that takes."""
+    """Lets the draft model draft whenever possible, whatever the cost."""
 
     def __init__(self, num_read: int = 1 << 20) -> None:
-        """num_read: tokens that it reads at once at most."""
+        """num_read: maximum number of tokens that the draft model reads at once."""
         super().__init__()
         self._num_read = num_read
 
     def choose(self, seqs: Sequence[Draftable], most: int, num_tokens: int) -> DraftChoice:
-        """Choose as many draft tokens as may be."""
+        """Choose the maximum number of draft tokens."""
         return DraftChoice(most, self._num_read)
 
 
 def near(model: PreTrainedModel, noise: float = 0.02) -> PreTrainedModel:
-    """Return a copy of a model with changed weights, which is right about half of the time."""
+    """Return a copy of a model with perturbed weights, whose drafts are right about half of the time."""
     changed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def near(model: PreTrainedModel, noise: float = 0.02) -> PreTrainedModel:
 
 
 def other_llama() -> LlamaForCausalLM:
-    """Return a random Llama that knows more tokens than the base and is hardly ever right."""
+    """Return a random Llama with more tokens than the base, whose drafts are hardly ever right."""
     return random_llama(
         std=0.3, vocab_size=TINY_VOCAB + 57, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1,
@@ -73,7 +73,7 @@ def other_llama() -> LlamaForCausalLM:
 
 
 def drafting(model: PreTrainedModel, num_read: int = 1 << 20) -> LoadedDraft:
-    """Return a copy of a model as a draft model that drafts whenever it may."""
+    """Return a copy of a model as a draft model that drafts whenever possible."""
     return LoadedDraft(prepare_model(copy.deepcopy(model), frozenset(), None), Always(num_read))
 
 
@@ -85,7 +85,7 @@ def draft_model_of(engine: Engine) -> DraftModel:
 
 
 def watch_drafts(engine: Engine) -> list[tuple[np.ndarray, list[int]]]:
-    """Return a list that gets every text that the engine's draft model drafts for, with the draft."""
+    """Return a list to which each draft of the engine's draft model is appended, with its text."""
     source = draft_model_of(engine)
     propose, found = source.propose, list[tuple[np.ndarray, list[int]]]()
 
@@ -123,7 +123,7 @@ def test_greedy_answers_are_pefts(tiny: Oracle, settings: dict[str, Any]) -> Non
     "num_read", [12, pytest.param(1 << 20, marks=pytest.mark.thorough)], ids=["in-chunks", "at-once"]
 )
 def test_drafts_are_what_the_draft_model_says_by_itself(tiny: Oracle, num_read: int) -> None:
-    """After right drafts and wrong ones, beside others: what it has read of each text is that text."""
+    """After right and wrong drafts, and beside others: its cache matches each text."""
     model = near(tiny.untouched)
     alone, engine = (
         Oracle(copy.deepcopy(model), {}, scale=1),
@@ -160,7 +160,7 @@ def test_a_draft_model_that_is_wrong_costs_no_answer(tiny: Oracle) -> None:
 
 
 def compare_drawn(oracle: Oracle, plain: Engine, speculating: Engine) -> None:
-    """Compare what two engines answer to requests that draw, penalise, stop, or ask for logprobs."""
+    """Compare the outputs of two engines for requests with sampling, penalties, stop strings and logprobs."""
     ways: list[dict[str, Any]] = [
         {"temperature": 0.3},
         {"temperature": 0.5, "top_p": 0.8, "num_logprobs": 2},
@@ -222,7 +222,7 @@ def test_a_request_resumed_in_the_middle_goes_on_exactly(tiny: Oracle) -> None:
 
 
 def test_cached_blocks_hold_no_wrong_draft(tiny: Oracle) -> None:
-    """What answers left in the prefix cache serves the prompts that begin with them."""
+    """Prompts that begin with an earlier output use its blocks in the prefix cache."""
     engine, names = tiny.engine(draft=drafting(near(tiny.untouched)), **SPECULATING), tiny.names[:4]
     [text] = prompts(1, TINY_VOCAB, (45,))
     first = ask(engine, [greedy_request(name, name, text, NUM_TOKENS) for name in names]).ids
@@ -253,7 +253,7 @@ def test_a_cancelled_request_leaves_nothing_behind(tiny: Oracle) -> None:
 
 
 def four_blocks(oracle: Oracle) -> Engine:
-    """Return an engine whose draft model, the base's twin, has four blocks."""
+    """Return an engine whose draft model, a copy of the base, has four blocks."""
     draft = drafting(oracle.untouched)
     [layer, _] = draft.model.layers
     engine = oracle.engine(draft=draft, **SPECULATING, kv_cache_bytes=8 * 4 * 2 * layer.block_bytes(torch.float32))
@@ -275,7 +275,7 @@ def test_texts_without_room_are_answered_without_drafts(tiny: Oracle) -> None:
 
 
 def test_blocks_are_those_of_the_texts_that_are_drafted_for(tiny: Oracle) -> None:
-    """They are taken from others; what was read of these is read again."""
+    """Blocks are taken from other texts, which are read again later."""
     source = draft_model_of(four_blocks(tiny))
     first, second, long = (make_seq("", text, 30) for text in prompts(3, TINY_VOCAB, (37, 40, 70)))
 
@@ -294,7 +294,7 @@ def test_blocks_are_those_of_the_texts_that_are_drafted_for(tiny: Oracle) -> Non
 
 
 def test_adapters_of_other_vocabularies_and_of_virtual_tokens(tmp_path: Path) -> None:
-    """The draft model never guesses a token that an adapter lacks, and reads a text without its virtual tokens."""
+    """The draft model never drafts a token that an adapter lacks, and reads a text without its virtual tokens."""
     kinds = {
         "fewer": Kind(LLAMA, {"modules_to_save": ["embed_tokens", "lm_head"]}, num_tokens=150),
         "more": Kind(LLAMA, {"modules_to_save": ["embed_tokens", "lm_head"]}, num_tokens=TINY_VOCAB + 5),

@@ -1,4 +1,4 @@
-"""A base's own head for further tokens (MTP) drafts what its definition says, and changes no answer."""
+"""A base's own multi-token prediction head (MTP) drafts by its definition and changes no output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LORAS = {"x1": Lora(4, ("q_proj", "v_proj", "in_proj_qkv", "out_proj")), "x2": L
 
 
 def head_tensors(config: Any) -> Tensors:
-    """Return the tensors of a random head, by their published names."""
+    """Return a random head's tensors by their published names."""
     generator = torch.Generator().manual_seed(3)
     width, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads * dim, config.num_key_value_heads * dim
@@ -59,7 +59,7 @@ def head_tensors(config: Any) -> Tensors:
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Oracle, Tensors, str]:
-    """Return a hybrid base with adapters, the tensors of its own head, and the folder of both."""
+    """Return a hybrid base with adapters, its own head's tensors, and the folder that holds both."""
     base: Any = tiny_model("qwen3_5_text")
     folder = tmp_path_factory.mktemp("hybrid")
     base.save_pretrained(folder)
@@ -70,7 +70,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Oracle, Tensors, s
 
 
 def engine_of(oracle: Oracle, folder: str, **settings: Any) -> Engine:
-    """Return an engine over a copy of the base, whose own head drafts whenever it may."""
+    """Return an engine on a copy of the base, whose own head drafts whenever possible."""
     model = prepare_model(copy.deepcopy(oracle.untouched), frozenset(), None)
     loaded = load_draft_model(folder, None, model, None, Path(folder))
     assert isinstance(loaded, LoadedHead)
@@ -85,9 +85,9 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def by_definition(own: Tensors, oracle: Oracle, name: str, text: np.ndarray, num: int) -> list[int]:
     """Return `num` draft tokens after a text under an adapter.
 
-    As in vllm/model_executor/models/qwen3_5_mtp.py: the norms of the embedding and of the base's last hidden states,
-    side by side through `fc`, one layer of Qwen3.5 with full attention, a norm, and the base's head. Behind the text
-    that norm's output stands in for the base's hidden states.
+    As in vllm/model_executor/models/qwen3_5_mtp.py: the normalized embedding and last hidden states of the base,
+    concatenated, pass through `fc`, a Qwen3.5 layer with full attention, a norm, and the base's head. After the text,
+    that norm's output replaces the base's hidden states.
     """
     config: Any = oracle.untouched.config
     eps, dim, heads, kv_heads = (

@@ -1,4 +1,4 @@
-"""Every type of encoder that docs/encoders.md names computes what the untouched model does, packed or text by text."""
+"""Every encoder type named in docs/encoders.md computes what the untouched model does, packed or text by text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHER_SIZES: dict[str, dict[str, Any]] = MORE | {
 
 
 def named(way: str) -> list[str]:
-    """Return the types that the page says run in a way."""
+    """Return the types that the page lists under a way to run: packed, or text by text."""
     found = re.search(rf"  - {way}: (.*?)[;.]", PAGE.read_text(), re.DOTALL)
     assert found is not None
     return [name.strip() for name in found[1].split(",")]
@@ -46,5 +46,5 @@ def test_a_type_is_served_as_the_page_says(model_type: str, apart: bool) -> None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = auto.from_config(config, attn_implementation="eager").eval()
-        model = prepare_encoder(module, task, None)  # which compares it with the untouched one
+        model = prepare_encoder(module, task, None)  # compares it with the untouched model
         assert (model.apart, bool(model.sites)) == (apart, True)

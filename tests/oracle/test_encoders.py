@@ -54,7 +54,7 @@ ATTENTION = {
     "albert": ["query", "dense"], "modernbert": ["Wqkv", "Wo"], "deberta-v2": ["query_proj", "value_proj"],
     "mpnet": ["q", "v"],
 }  # fmt: skip
-"""Of each type, linear layers that only occur within its layers."""
+"""Per type: names of linear layers that occur only in its layers."""
 
 WITHOUT_POOLER = ("distilbert", "modernbert", "deberta-v2")
 WORDS = {"bert": "word_embeddings", "distilbert": "word_embeddings"}
@@ -77,13 +77,13 @@ def make_encoder(model_type: str, task: Task) -> PreTrainedModel:
 
 
 def adapters_of(model_type: str, task: Task) -> dict[str, dict[str, Any]]:
-    """Return the LoraConfig fields of adapters by name: plain ones, and what else PEFT saves for such models."""
+    """Return adapters' LoraConfig fields by name: plain adapters, and all else that PEFT saves for such models."""
     attention = ATTENTION[model_type]
     found: dict[str, dict[str, Any]] = {
         "few": {"r": 3, "target_modules": attention[:1]},
         "all": {"r": 5, "target_modules": "all-linear", "use_rslora": True, "lora_alpha": 4},
     }
-    if task == "classify":  # PEFT saves the head whole unless told otherwise
+    if task == "classify":  # PEFT saves the whole head by default
         found["whole head"] = {"r": 4, "target_modules": attention, "modules_to_save": ["classifier"]}
     if model_type in WORDS:
         found["dora"] = {"r": 4, "target_modules": attention, "use_dora": True}
@@ -151,7 +151,7 @@ def request(rid: str, name: str, text: np.ndarray, task: Task, **fields: Any) ->
 
 
 def ask(engine: EncoderEngine, requests: Sequence[EngineRequest]) -> dict[str, TokenOutput]:
-    """Bring the adapters into the pool, then run requests to their ends."""
+    """Load the adapters into the pool, then run requests to their ends."""
     loaded = threading.Event()
     engine.wake_with(loaded.set)
     wanted = {request.digest for request in requests if request.digest}
@@ -191,7 +191,7 @@ def test_a_mixed_batch_is_what_peft_computes_alone(case: tuple[str, Task]) -> No
     oracle = Oracle(make_encoder(model_type, task), task, adapters_of(model_type, task))
     engine = oracle.engine(Pooling("mean"), max_step_tokens=1024)
     texts = prompts(len(LENGTHS), TINY_VOCAB, LENGTHS)
-    texts[1][4] = SIZES["pad_token_id"]  # which RoBERTa's positions pass over
+    texts[1][4] = SIZES["pad_token_id"]  # RoBERTa's positions skip padding tokens
     asked = [request(f"{name}/{i}", name, text, task) for i, text in enumerate(texts) for name in ("", *oracle.files)]
     logits: list[Tensor] = []
     if task == "classify":
@@ -230,7 +230,7 @@ def test_pooling_scales_and_steps_that_are_too_small_for_all() -> None:
         for i, text in enumerate(texts):
             expected = pooled(oracle.says("few" if i % 2 else "", text))
             assert (torch.from_numpy(floats(found[str(i)])) - expected).abs().max() < MAX_DIFFERENCE
-        assert engine.counters.num_steps == 3  # 3 + 17 tokens, and two that are too long for a step of 20
+        assert engine.counters.num_steps == 3  # 3 + 17 tokens in one step, and two texts longer than a step of 20
     half = ask(engine, [request("half", "few", texts[1], "embed", lora_scale=0.5)])["half"]
     whole, base = oracle.says("few", texts[1])[-1], oracle.says("", texts[1])[-1]
     vector = torch.from_numpy(floats(half))
@@ -261,7 +261,7 @@ def test_what_cannot_be_computed_is_told_and_nothing_else_suffers() -> None:
         "labels": "this worker's model does embed; it does not classify",
     }
     assert len(found["good"].ids) == 64
-    engine.add(request("again", "", good, "embed", output=[1, 2]))  # whose log is whole already
+    engine.add(request("again", "", good, "embed", output=[1, 2]))  # its log is complete already
     [again] = engine.step()
     assert (again.seq0, again.ids, again.finish) == (2, [], "stop")
     engine.add(request("gone", "", good, "embed"))
@@ -291,19 +291,19 @@ def test_texts_that_yield_come_after_others_and_never_wait_for_ever() -> None:
 
     for number in range(6):
         engine.add(request(f"flood-{number}", "", long, "embed", yields=True))
-    assert step() == ["flood-0", "flood-1"]  # alone it has all of a step
+    assert step() == ["flood-0", "flood-1"]  # alone, the flood may fill a step
     engine.add(request("quiet-0", "", short, "embed"))
     assert step() == ["quiet-0"]  # a text of the flood would make this step five times as long
     for number in range(1, 5):
         engine.add(request(f"quiet-{number}", "", short, "embed"))
-    assert step() == ["flood-2", *(f"quiet-{number}" for number in range(1, 5))]  # twice as long is what it may take
-    num_steps, last = 2, list[str]()  # in which it has been passed over
+    assert step() == ["flood-2", *(f"quiet-{number}" for number in range(1, 5))]  # the step may be twice as long
+    num_steps, last = 2, list[str]()  # steps in which the flood's next text was passed over
     while "flood-3" in engine._requests:
         engine.add(request(f"quiet-{num_steps + 3}", "", short, "embed"))
         last = step()
         num_steps += 1
     assert num_steps == MAX_SKIPS + 2
-    assert last == ["flood-3", "flood-4"]  # as long ago as the other, before the text that has just come
+    assert last == ["flood-3", "flood-4"]  # both have waited equally long, longer than the newest text
     assert step() == ["flood-5", f"quiet-{num_steps + 2}"]
     assert not engine._num_skips
 

@@ -1,4 +1,4 @@
-"""GGUF models in their own blocks: the tokens of transformers, which dequantises the same file, and of PEFT on it."""
+"""GGUF models served from their own blocks: tokens of transformers, which dequantizes the same file, and of PEFT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 128}),  # transformers reads no other from a GGUF file
+    "qwen3": ("qwen3", {"head_dim": 128}),  # the only size that transformers reads from a GGUF file
     "gemma2": ("gemma2", {"initializer_range": 0.01, "sliding_window": 64, "query_pre_attn_scalar": 256}),
     "gemma3": (
         "gemma3_text",
@@ -69,7 +69,7 @@ def engine_on(folder: Path, oracle: Oracle, dtype: torch.dtype = torch.float32, 
 
 
 def answers(engine: Engine, oracle: Oracle) -> Iterator[tuple[str, Any, list[int]]]:
-    """Yield adapter, prompt and tokens of a mixed batch."""
+    """Yield adapter, prompt and tokens of each request of a mixed batch."""
     asked = [(name, prompt) for prompt in prompts(3, VOCAB - 2) for name in oracle.names]
     requests = [greedy_request(str(i), name, prompt, NUM_TOKENS) for i, (name, prompt) in enumerate(asked)]
     got = ask(engine, requests)
@@ -109,7 +109,7 @@ def test_tokens_are_those_of_transformers_and_peft(case: str, tmp_path: Path) ->
 
 
 def test_config_tokenizer_and_template_are_those_of_the_file(tmp_path: Path) -> None:
-    """Also of a file whose name does not say what it is, as Ollama's."""
+    """Also for a file whose name does not reveal its format, such as Ollama's."""
     file, folder = tmp_path / "sha256-1234", tmp_path / "folder"
     write_gguf(tiny("llama"), file, "q4_0")
     make_folder(file, folder)
@@ -138,12 +138,12 @@ def test_bf16_logits_are_near_those_of_the_dequantised_weights(tmp_path: Path) -
             exact, *found = [model_logits(model, prompt, [1, 2, 3]).float() for model in models]
             rounded, ours = [(logits - exact).square().mean().item() for logits in found]
             ratios.append(ours / rounded)
-    # Both round their activations, which is most of either's error: of one prompt the ratio is between 0.02 and 4.
+    # Both errors are mostly from rounded activations: for single prompts their ratio is between 0.02 and 4.
     assert 0 < statistics.median(ratios) < 1.5
 
 
 def test_rope_factors_of_the_file_are_applied(tmp_path: Path) -> None:
-    """Llama 3's frequencies for long texts are a tensor in GGUF, which transformers ignores there."""
+    """GGUF stores Llama 3's frequencies for long texts as a tensor, which transformers ignores."""
     file, folder = tmp_path / "tiny.gguf", tmp_path / "folder"
     factors = torch.linspace(1, 8, 16)
     write_gguf(tiny("llama"), file, "q8_0", rope_factors=factors)

@@ -1,6 +1,6 @@
 """The engine on a CUDA device: the tokens of the untouched model, and no kernel compiled after the first request.
 
-Written without a GPU at hand: none of it has run yet.
+Written without access to a GPU: none of it has run yet.
 """
 
 from __future__ import annotations

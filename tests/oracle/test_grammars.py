@@ -1,6 +1,6 @@
-"""Outputs that must follow a grammar: in mixed batches, speculating, after preemption and elsewhere, the same tokens.
+"""Outputs that must follow a grammar: the same tokens in mixed batches, with drafts, after preemption and elsewhere.
 
-What is right: the likeliest token by transformers' and PEFT's logits that a matcher made for the purpose accepts.
+The oracle is the most likely token by transformers' and PEFT's logits that a separate matcher accepts.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def tiny() -> Oracle:
 
 
 def by_hand(oracle: Oracle, request: EngineRequest) -> list[int]:
-    """Return the greedy output, every token looked for by a matcher that has no masks."""
+    """Return the greedy output, each token found with a matcher that has no masks."""
     matcher = LLMatcher(LLTokenizer(TOKENIZER.to_str(), n_vocab=VOCAB, eos_token=END), request.grammar)
     ids: list[int] = []
     while len(ids) < request.max_new_tokens:
@@ -82,7 +82,7 @@ def by_hand(oracle: Oracle, request: EngineRequest) -> list[int]:
 
 
 def requests_of(oracle: Oracle) -> list[EngineRequest]:
-    """Return one request per adapter and grammar, and some without any."""
+    """Return one request per adapter and grammar, and some without a grammar."""
     texts = prompts(4, VOCAB, (3, 17, 9, 24))
     made: list[EngineRequest] = []
     for i, name in enumerate(oracle.names):
@@ -150,7 +150,7 @@ def test_an_output_that_is_whole_ends_without_another_token(tiny: Oracle, expect
 
 
 def test_drawn_outputs_follow_their_grammars_too(tiny: Oracle) -> None:
-    """Whatever else a request wants of its tokens: the mask comes last before they are drawn."""
+    """Whatever other options a request has: the mask is applied last, just before sampling."""
     ways: list[dict[str, Any]] = [
         {"temperature": 1.5, "logit_bias": {END: 100.0}},
         {"temperature": 0.9, "top_p": 0.7, "min_tokens": 50, "ignore_eos": False},
@@ -211,7 +211,7 @@ def test_a_grammar_is_compiled_once(tiny: Oracle) -> None:
 
 
 class Impatient(MaskFiller):
-    """Fills a mask only after it was waited for in vain: each is late once."""
+    """Fills a mask only after a wait for it has failed: each mask is late once."""
 
     def __init__(self, on_filled: Callable[[], object]) -> None:
         super().__init__(on_filled)
@@ -238,9 +238,9 @@ class Impatient(MaskFiller):
 
 
 def assert_late_masks_change_no_token(oracle: Oracle, tokenizer: Tokenizer, **settings: Any) -> None:
-    """Ask the base and every adapter for outputs by three grammars, with most masks late.
+    """Check the base's and every adapter's outputs for three grammars, with most masks late.
 
-    tokenizer: the model's, in place of `TOKENIZER`.
+    tokenizer: the model's tokenizer, instead of `TOKENIZER`.
     """
     requests = [
         greedy_request(f"{name}/{which}", name, prompt, 20, grammar=text)

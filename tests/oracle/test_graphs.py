@@ -1,4 +1,4 @@
-"""Recorded decode steps give the tokens of the untouched model, whatever is replayed: any mix, padding, preemption."""
+"""Recorded decode steps give the tokens of the untouched model in any replay: mixed, padded, after preemption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def oracle() -> Oracle:
 
 
 def lengths(oracle: Oracle) -> dict[str, tuple[str, np.ndarray, int]]:
-    """Requests by id: adapter, prompt, and how many tokens, all different so that every batch size comes about."""
+    """Return requests by id: adapter, prompt, and number of tokens, all different so that every batch size occurs."""
     asked = prompts(4, TINY_VOCAB, (5, 33, 20, 12))
     return {
         f"{name}/{i}": (name, prompt, 3 + 3 * (4 * n + i))
@@ -45,7 +45,7 @@ def expected(oracle: Oracle) -> dict[str, list[int]]:
 def recorded(oracle: Oracle, recorder: Rerun, kernels: str, *, mixed: bool = False, **settings: Any) -> Engine:
     engine = oracle.engine(kernels=kernels, **settings)
     for stack in stacks(engine):
-        stack._stack = None  # layer by layer: one native call for all is no operator, which is what a tape records
+        stack._stack = None  # run layer by layer: a tape records operators, and the one native call is none
     limits = engine.config.limits
     most_tokens = limits.max_step_tokens if mixed else 0
     engine.runner.record(recorder, limits.max_num_seqs, engine.config.max_model_len, most_tokens)
@@ -107,12 +107,12 @@ def test_a_batch_of_the_base_model_alone_replays_what_has_no_adapter_work(
         assert asked.ids[rid] == expected[rid]
         used = np.flatnonzero(np.subtract(recordings.num_replays, before))
         assert len(used) == 1
-        assert used[0] % 2 == (0 if name else 1)  # with adapters is recorded first
+        assert used[0] % 2 == (0 if name else 1)  # for each size, the graph with adapters is recorded first
 
 
 @pytest.mark.parametrize(("recorder", "kernels"), RECORDERS)
 def test_padding_touches_no_block_of_anybody(oracle: Oracle, recorder: type[Rerun], kernels: str) -> None:
-    """Three sequences in a step of four: every slot of the cache that is not theirs keeps its bits, but the dummy's."""
+    """In a replay of four rows with three sequences, only their cache slots and the dummy's change."""
     engine = recorded(oracle, recorder(), kernels, max_num_seqs=4, kv_cache_bytes=64 * 16 * 512)
     num_blocks = engine.config.num_blocks
     for layer in engine.model.layers:
@@ -161,9 +161,9 @@ def test_steps_whose_adapters_do_more_than_lora_run_as_they_are(recorder: type[R
 
 @NATIVE
 def test_a_step_that_reads_from_the_device_cannot_be_recorded(oracle: Oracle) -> None:
-    """The tape would notice what a capture dies of: the reference takes the lists' counts to the host."""
+    """The tape detects what makes a capture fail. The norm here reads a value from the device."""
     engine = oracle.engine(max_num_seqs=2)
-    engine.model.plain = None  # which is one operation on a CPU
+    engine.model.plain = None  # on a CPU it is one operation
     norm = engine.model.module.get_submodule("model.norm")
     compute = norm.forward
     norm.forward = lambda x: compute(x * x.sum().item())

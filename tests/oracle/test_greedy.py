@@ -1,4 +1,4 @@
-"""Greedy tokens of the base and 16 adapters, all in one engine at once, equal Hugging Face and PEFT one by one."""
+"""Greedy tokens of the base and 16 adapters, all in one engine at once, equal Hugging Face's and PEFT's alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW_BLOCKS = {"kv_cache_bytes": 30 * 16 * 512, "max_model_len": 96}
 
 @pytest.fixture(scope="module")
 def asked_prompts(tiny: Oracle) -> dict[str, list[np.ndarray]]:
-    """Two prompts for every adapter, out of five for all: only the adapter keeps their cached prefixes apart."""
+    """Return two prompts per adapter, out of five in total: only the adapter keeps their cached prefixes apart."""
     shared = prompts(5, TINY_VOCAB)
     return {name: [shared[i % 5], shared[(i + 2) % 5]] for i, name in enumerate(tiny.names)}
 
@@ -106,7 +106,7 @@ def test_who_loses_its_place_to_others_says_the_same(
     )
 
     def let_some_in(num_steps: int) -> None:
-        """Let as many in as run at once; in between, those that yield get the places again."""
+        """Add as many requests as can run at once; in between, those that yield get the slots back."""
         if num_steps % 40 == 12:
             for _ in range(min(4, len(quiet))):
                 engine.add(quiet.pop())
@@ -132,7 +132,7 @@ def test_64_adapters_run_in_one_batch() -> None:
 
 
 def test_a_model_of_smollm2s_width_too() -> None:
-    """12 layers of width 576, 9 heads over 3: as those of SmolLM2-135M, with random weights."""
+    """12 layers of width 576 with 9 heads over 3, as in SmolLM2-135M, with random weights."""
     base = random_llama(
         std=0.06, vocab_size=8192, hidden_size=576, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True,

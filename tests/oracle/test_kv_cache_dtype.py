@@ -21,7 +21,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 NUM_TOKENS = 16
-NUM_ADAPTERS = 5  # of the oracle's, one of them the base
+NUM_ADAPTERS = 5  # of the oracle, including the base
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"prefix_cache": False},
     "prefixes": {},
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def rounded_cache() -> Iterator[None]:
-    """Let transformers' own attention see keys and values as the codes have them."""
+    """Let transformers' own attention see keys and values rounded as in the cache."""
     own = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def rounded(x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def test_tokens_are_those_of_rounded_keys_and_values(
 
 
 def test_rounding_is_seen(tiny: Oracle, asked: list[tuple[str, np.ndarray]]) -> None:
-    """Else the test above would pass without any codes."""
+    """Otherwise the test above would pass without rounding."""
     _, prompt = asked[0]
     with rounded_cache():
         other = tiny.logits("", prompt)

@@ -1,4 +1,4 @@
-"""Layers with states beside transformers' own: outputs and states of several sequences, at different places."""
+"""Layers with states against transformers' own: outputs and states of several sequences, in different slots."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from lora_kernels.tables import GatedDelta, GatedScan
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers stay transformers' own")
 
 LENGTHS = (9, 1, 30)
-"""Tokens of each sequence's prompt."""
+"""Number of prompt tokens of each sequence."""
 
 NUM_DECODES, NUM_SLOTS = 5, 8
 
 
 class Beside:
-    """A layer of transformers, which continues each of several texts, in the dtype that is served and in fp32."""
+    """A layer of transformers that continues each of several texts, in the served dtype and in fp32."""
 
     def __init__(self, layer: nn.Module, config: Any) -> None:
         self.dtypes = [layer.get_parameter("dt_bias").dtype, torch.float32]
         self.layers = [layer, copy.deepcopy(layer).float()]
-        self.errors = torch.zeros(3)  # squares of ours, of theirs, and of the numbers themselves
+        self.errors = torch.zeros(3)  # sums of squares: our errors, theirs, and the exact values
         self.caches = [[DynamicCache(config=config) for _ in LENGTHS] for _ in self.layers]
 
     def compare(self, found: Tensor, theirs: Tensor, exact: Tensor) -> None:
-        """Note by how much results are off."""
+        """Add the errors of one result."""
         assert found.shape == exact.shape
         self.errors += torch.stack([x.float().square().sum() for x in (found - exact, theirs - exact, exact)])
 
     def conclude(self) -> None:
-        """Hold the errors to those of transformers, which rounds more often in 16 bits, and begin again."""
+        """Compare our errors with those of transformers, which rounds more often in 16 bits, and reset them."""
         ours, theirs, size = self.errors.sqrt().tolist()
         assert ours <= 1.5 * theirs + 1e-5 * size
         self.errors.zero_()
 
     def check(self, found: Sequence[Tensor], texts: Sequence[Tensor]) -> None:
-        """Hold the outputs [1, n, D] for each text's next rows [1, n, D] against both."""
+        """Add the errors of outputs [1, n, D] for each text's next rows [1, n, D]."""
         for i, (own, rows) in enumerate(zip(found, texts, strict=True)):
             theirs, exact = (
                 layer(rows.to(dtype), caches[i])
@@ -59,7 +59,7 @@ class Beside:
             self.compare(own, theirs, exact)
 
     def check_states(self, found: GatedDelta | GatedScan, slots: Sequence[int]) -> None:
-        """Hold the states in the texts' slots against both."""
+        """Add the errors of the states in the texts' slots."""
         for i, slot in enumerate(slots):
             theirs, exact = (numbers(caches[i].get_recurrent_state(0, state_idx=0)) for caches in self.caches)
             is_turned = isinstance(found, GatedScan)
@@ -78,7 +78,7 @@ LAYERS = {
     "mamba2": ("backbone.layers.0.mixer", ScanMixer),
     "bamba": ("model.layers.0.mamba", ScanMixer),
 }
-"""Types of models, a layer of each, and what takes its place."""
+"""Model types, a layer of each, and the layer that replaces it."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -96,7 +96,7 @@ def test_outputs_and_states_are_transformers(model_type: str, dtype: torch.dtype
         assert len(stacks_of(model.module)) == 1
     model.mixers.allocate(NUM_SLOTS, device)
     texts = [randn(1, num + NUM_DECODES, base.config.hidden_size, dtype=dtype, seed=num) for num in LENGTHS]
-    slots, later = [5, 0, 3], [5, 6, 3]  # one moves to another slot at its first decode
+    slots, later = [5, 0, 3], [5, 6, 3]  # one sequence moves to another slot at its first decode
     with torch.inference_mode():
         ends = list(itertools.accumulate(LENGTHS))
         parts = zip(ends, LENGTHS, slots, strict=True)

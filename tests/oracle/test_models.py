@@ -1,4 +1,4 @@
-"""Every model type is what docs/models.md says: served with PEFT's tokens and logits, or refused with its reason."""
+"""Every model type is as docs/models.md says: served with PEFT's tokens and logits, or refused with its reason."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ SERVED, REFUSED = read_table("served"), read_table("refused")
 
 ALWAYS = {
     "llama", "qwen3", "phi3", "gpt2", "gemma3_text", "gpt_oss",
-    "qwen2_moe",  # windows that only the mask knows
+    "qwen2_moe",  # windows visible only in the mask
     "deepseek_v3",  # latent attention: values narrower than keys
     "gemma4_text",  # layers that share keys and values
-    "diffllama",  # attention called twice in a layer
-    "mamba2", "granitemoehybrid",  # layers that keep states; more in test_states.py
+    "diffllama",  # attention called twice per layer
+    "mamba2", "granitemoehybrid",  # layers with states; more of them in test_states.py
 }  # fmt: skip
-"""The types that the short run tries; the others wait for `make test-models`."""
+"""The types of a short run; `make test-models` runs the others."""
 
 WHOLE_LAYERS = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "ministral", "cwm", "seed_oss"}
-"""Types whose every layer must run by shortcut: a silent loss of speed is a fault too."""
+"""Types whose every layer must run by shortcut: losing that silently would be a performance regression."""
 
 REQUIRED = {
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
@@ -89,5 +89,5 @@ def test_rope_scalings(rope: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.models) for name in SERVED])
 def test_embeddings_and_scores_are_those_of_transformers(model_type: str) -> None:
-    """Embeddings are held to `AutoModel`, scores to the type's sequence classifier, where transformers has these."""
+    """The oracles are `AutoModel` and the type's sequence classifier, where transformers has them."""
     conform_pooled(tiny_model(model_type))

@@ -25,9 +25,9 @@ from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling
 
 TYPES = {
-    "falcon": "chunks",  # attention written in the layer
-    "bart": "chunks",  # positions of its own
-    "rwkv": "chunks",  # a state beside the cache object
+    "falcon": "chunks",  # computes attention inside the layer
+    "bart": "chunks",  # own positions
+    "rwkv": "chunks",  # a state outside the cache object
     "deepseek_v32": "chunks",  # an index of keys in the cache
     "recurrent_gemma": "tokens",  # states in attributes of modules
     "openai-gpt": "nothing",
@@ -35,7 +35,7 @@ TYPES = {
 
 
 RARE = ("deepseek_v32", "bart")
-"""Types that `make test-models` tries: the others take the same ways."""
+"""Types only for `make test-models`: the others take the same code paths."""
 
 
 @pytest.fixture(
@@ -58,7 +58,7 @@ def test_every_adapter_changes_the_answer(case: Case) -> None:
 @pytest.mark.parametrize("step_tokens", [24, 400])
 def test_prompts_in_chunks_change_no_token(case: Case, step_tokens: int) -> None:
     if case.oracle.untouched.config.model_type == "openai-gpt":
-        step_tokens = 400  # of which each text must fit one step
+        step_tokens = 400  # a step must fit each whole text
     engine = engine_of(case, max_step_tokens=step_tokens, max_num_seqs=16)
     warm(engine, case.oracle.names)
     asked = ask(engine, case.requests())
@@ -140,12 +140,12 @@ OF_A_TEXT = {
     "lora": {}, "dora": {"use_dora": True}, "biases": {"lora_bias": True},
     "weights": {"modules_to_save": ["kv_b_proj"]},
 }  # fmt: skip
-"""PEFT's activated LoRA takes no input of such a layer, which has four dimensions."""
+"""Adapters of a layer whose input has four dimensions, which PEFT's activated LoRA does not accept."""
 
 
 @pytest.mark.parametrize("name", OF_A_TEXT)
 def test_layers_that_see_all_of_a_text_have_adapters(name: str, tmp_path: Path) -> None:
-    """Keys and values are made anew of what the cache keeps of each token, by a layer that adapters may change."""
+    """A layer that adapters may change computes keys and values again from what the cache keeps of each token."""
     fields = {k: v for k, v in tiny_config("deepseek_v32").to_dict().items() if k not in ("model_type", "dtype")}
     targets = ["kv_a_proj_with_mqa"] if name == "weights" else ["kv_b_proj"]
     kind = Kind(("deepseek_v32", fields), {"target_modules": targets, **OF_A_TEXT[name]})
@@ -158,7 +158,7 @@ OF_AN_END = {"lora": {}, "activated": {"alora_invocation_tokens": INVOCATION}, "
 
 @pytest.mark.parametrize("name", examples.some(OF_AN_END, "activated"))
 def test_layers_that_see_the_end_of_a_text_have_adapters(name: str, tmp_path: Path) -> None:
-    """Doge's masks come of the values that a window keeps: fewer rows than the text has, and more than the pass."""
+    """Doge computes masks from the values in a window: fewer rows than the text has, and more than the pass."""
     kind = Kind(("doge", {"sliding_window": 12}), {"target_modules": ["dt_proj", "q_proj"], **OF_AN_END[name]})
     make_adapter(kind, tmp_path)
     check_exact(kind, tmp_path, max_step_tokens=16)
@@ -166,7 +166,7 @@ def test_layers_that_see_the_end_of_a_text_have_adapters(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["dora", "weights"])
 def test_a_linear_layer_of_a_class_of_its_own_is_one(name: str, tmp_path: Path) -> None:
-    """Falcon's compute what torch's do, so that whatever needs their weights is served."""
+    """Falcon's linear layers compute the same as torch's, so adapters that need their weights are served."""
     fields = {"dora": {"use_dora": True}, "weights": {"modules_to_save": ["query_key_value"]}}[name]
     targets = ["dense"] if name == "weights" else ["query_key_value", "dense_4h_to_h"]
     kind = Kind(("falcon", {"bias": True}), {"target_modules": targets, **fields})
@@ -218,7 +218,7 @@ def test_a_text_that_is_computed_anew_fits_one_step() -> None:
 
 
 def test_a_step_counts_a_pass_for_each_sequence() -> None:
-    """In the model of its time, so that what yields takes no more of it than it may."""
+    """The step time model then knows their cost, so that yielding sequences stay within their limit."""
     oracle = Oracle(tiny_model("falcon"), {}, scale=0.4)
     engine = oracle.engine()
     ask(engine, [greedy_request(f"{i}", "", prompt, NUM_TOKENS) for i, prompt in enumerate(prompts(4, 190))])

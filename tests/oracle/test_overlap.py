@@ -1,4 +1,4 @@
-"""Steps launched before the tokens of the one before are known: in what order, and what ends or leaves meanwhile."""
+"""Steps launched before the previous step's tokens are known: their order, and requests that end or leave meanwhile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tiny() -> Oracle:
 
 
 def launches_of(engine: Engine) -> list[int]:
-    """Return a list that grows with each launch, by how many tokens it will give."""
+    """Return a list to which each launch appends how many tokens it will return."""
     launches: list[int] = []
     run = engine.runner.run
 

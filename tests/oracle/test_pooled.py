@@ -146,7 +146,7 @@ def test_texts_are_pooled_over_their_chunks(oracle: PooledOracle, mode: Any, tmp
 
 
 def embedding_folder(model: PreTrainedModel, folder: Path, mode: str, *, unit_length: bool) -> Path:
-    """Write a model as sentence-transformers does."""
+    """Write a model folder as sentence-transformers does."""
     model.save_pretrained(folder)
     kinds = ["Transformer", "Pooling", *(["Normalize"] if unit_length else [])]
     modules = [
@@ -329,7 +329,7 @@ def test_a_result_that_is_in_the_log_already_ends_the_request(oracle: PooledOrac
 
 
 def test_texts_that_yield_let_others_pass(oracle: PooledOracle) -> None:
-    """They lose their places to chats of others, begin anew, and give the same numbers."""
+    """They are preempted by other tenants' chats, begin again, and return the same values."""
     engine = oracle.engine(max_num_seqs=2, max_step_tokens=16, max_slowdown=0)
     late = [request_for("embed", str(i), "", texts()[4], tenant="greedy", yields=True) for i in range(3)]
     for request in late:
@@ -372,4 +372,4 @@ def test_a_pool_begins_anew_with_the_first_token() -> None:
         pool.add(torch.full((3, 4), 100.0), 0)
         for start, end in ((0, 4), (4, 5), (5, 9)):
             pool.add(hidden[start:end], start)
-        assert torch.allclose(pool.vector, Pooling(mode).apply(hidden), atol=1e-6)  # sums in another order
+        assert torch.allclose(pool.vector, Pooling(mode).apply(hidden), atol=1e-6)  # the order of sums differs

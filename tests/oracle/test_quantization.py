@@ -1,4 +1,4 @@
-"""`quantization`: a folder that is quantised once, beside transformers with the same weights dequantised."""
+"""`quantization`: a folder is quantized once, and compared with transformers on the same weights dequantized."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ LORAS = {"few": Lora(4, ("q_proj", "down_proj")), "all": Lora(7, (*ATTENTION, *M
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    cpu.load()  # the native kernels lie in the same cache, and are not to be built for each test
+    cpu.load()  # the cache also holds the native kernels, which must not be built for each test
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache" / "quantised"
 
 
 def base(folder: Path, **fields: Any) -> LlamaForCausalLM:
-    """Write a tiny model whose width is no multiple of a block for one layer."""
+    """Write a tiny model in which one layer's width is not a multiple of a block."""
     model = random_llama(
         std=0.1, vocab_size=160, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, **fields,
@@ -64,7 +64,7 @@ def base(folder: Path, **fields: Any) -> LlamaForCausalLM:
 def dequantised(model: Any, quantization: str) -> LlamaForCausalLM:
     model.tie_weights()
     head = model.lm_head
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # the embedding stays as it is
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # untied: the embedding is not changed
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
             kind = "q8_0" if quantization == "int8" or module is head else "q4_0"
@@ -95,7 +95,7 @@ def test_tokens_are_those_of_the_dequantised_weights(
     assert len({tuple(got.ids[str(i)]) for i in range(3)}) == 3, "adapters change the answer"
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.filterwarnings("ignore")  # PEFT's warnings
 @pytest.mark.parametrize("quantization", examples.some(["int8", "int4"], "int8"))
 def test_kinds_besides_lora_are_what_peft_computes(quantization: Literal["int8", "int4"], tmp_path: Path) -> None:
     """The kinds run in one batch; those that need a layer's own weights are refused."""

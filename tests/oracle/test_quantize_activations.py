@@ -1,4 +1,4 @@
-"""`quantize_activations`: tokens are those of transformers whose linear layers see their inputs rounded as ours do."""
+"""`quantize_activations`: tokens are those of transformers whose linear layers get inputs rounded in the same way."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu.load()  # the native kernels lie in the same cache, and are not to be built for each test
+    cpu.load()  # the cache also holds the native kernels, which must not be built for each test
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def with_rounded_inputs(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Round what the layers that are quantised multiply; what PEFT adds to them sees their inputs as they are."""
+    """Round the inputs of the layers that are quantized; PEFT's additions to them still see unrounded inputs."""
 
     def hook(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (round_inputs(args[0]), *args[1:])
@@ -89,7 +89,7 @@ def test_with_fixed_sums_a_text_has_the_same_bits_in_any_batch(tmp_path: Path) -
 
 
 def test_rounding_is_seen(tmp_path: Path) -> None:
-    """Else the test above would pass with exact inputs."""
+    """Otherwise the test above would pass with exact inputs."""
     folder = tmp_path / "base"
     model, other = dequantised(base(folder), "int8"), with_rounded_inputs(dequantised(base(folder), "int8"))
     made = quantised_folder(folder, read_config(folder), "int8", KEPT)

@@ -1,4 +1,4 @@
-"""One request's answer: the same whoever runs beside it, wherever it is resumed, and as Hugging Face computes it."""
+"""One request's output: independent of what runs beside it and of where it is resumed, and equal to Hugging Face's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tiny() -> Oracle:
 
 
 def sampled_requests(num_tokens: int = 20) -> list[EngineRequest]:
-    """Requests of every adapter and every way to sample."""
+    """Return requests of every adapter and every sampling option."""
     ways: list[dict[str, Any]] = [
         {"temperature": 1.0},
         {"temperature": 0.7, "top_k": 20},
@@ -93,7 +93,7 @@ def test_logprobs_are_those_of_the_model(tiny: Oracle) -> None:
 
 
 def test_logprobs_of_the_whole_vocabulary_are_those_of_the_model(tiny: Oracle) -> None:
-    """Whole vocabularies of output and prompt are right in a batch with requests that want a few logprobs, or none."""
+    """Logprobs over the whole vocabulary, of outputs and prompts, in a batch with requests that want few or none."""
     prompt, num = prompts(1, TINY_VOCAB, (30,))[0], 4
     ways = {"whole": (-1, -1, TINY_VOCAB), "few": (3, 2, 0), "none": (None, None, 0)}
     requests = [
@@ -120,16 +120,16 @@ def test_logprobs_of_the_whole_vocabulary_are_those_of_the_model(tiny: Oracle) -
         assert np.allclose(given[1:, 0], chosen[: len(prompt) - 1], atol=1e-4)
         assert np.allclose(given[1:, 2:], expected[: len(prompt) - 1].numpy(), atol=1e-4)
         found.append(output)
-    assert not any(np.allclose(found[0], other, atol=1e-2) for other in found[1:])  # the adapters matter
+    assert not any(np.allclose(found[0], other, atol=1e-2) for other in found[1:])  # the adapters have an effect
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle, overlap: str) -> None:
-    """In chunks, beside others, from the cache for others only, and after a preemption."""
+    """In chunks, beside others, with a cache that only others may use, and after a preemption."""
     size = 2 + 2 * 3
     lengths = [1, 2, 40, 100, 100, 100, 100, 33]
     given = prompts(len(lengths), TINY_VOCAB, lengths)
-    given[4:7] = given[3:4] * 3  # the same four times: what one has computed must not be skipped by the next
+    given[4:7] = given[3:4] * 3  # four equal prompts: cached blocks must not make the later ones skip logprobs
     names = [*tiny.names, *tiny.names][: len(given)]
     requests = [
         EngineRequest(str(i), 1, name, prompt, Sampling(temperature=0.0, ignore_eos=True, num_logprobs=3), 8)
@@ -166,7 +166,7 @@ def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle, overlap: str) 
         assert records[1:, 2::2].view("<i4").tolist() == top.tolist()
         assert np.allclose(records[1:, 3::2], values.numpy(), atol=1e-4)
     resumed = ask(engine, [replace(r, epoch=2, output=plain.ids[r.rid][:3]) for r in asking])
-    assert resumed.prompt_logprobs == {}  # they are in the queue since the first token
+    assert resumed.prompt_logprobs == {}  # they have been in the queue since the first token
 
 
 def logits_under(oracle: Oracle, name: str, ids: np.ndarray) -> torch.Tensor:
@@ -214,7 +214,7 @@ def test_penalties_equal_generate(tiny: Oracle) -> None:
 
 
 def test_adapters_that_arrive_late_join_the_batch(tiny: Oracle) -> None:
-    """The pool holds two pages, one of the adapters needs both: they must take turns."""
+    """The pool holds two pages and one adapter needs both, so adapters must alternate."""
     prompt = prompts(1, TINY_VOCAB, (12,))[0]
     engine = tiny.engine(adapter_pool_bytes=300_000)
     assert engine.adapters.pool.capacity[0] == 2

@@ -1,4 +1,4 @@
-"""Speculation changes no answer: the tokens are those of Hugging Face and PEFT, and those of an engine without."""
+"""Speculation changes no output: tokens are those of Hugging Face and PEFT, and of an engine without it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPECULATING: dict[str, Any] = {"max_draft_tokens": 6, "max_num_seqs": 8}
 
 @pytest.fixture(scope="module")
 def repetitive() -> list[np.ndarray]:
-    """Prompts that say things twice."""
+    """Return prompts that repeat themselves."""
     return [np.concatenate((part, part[: len(part) // 2])) for part in prompts(5, TINY_VOCAB, (3, 8, 17, 24, 31))]
 
 
@@ -98,7 +98,7 @@ def test_a_request_resumed_in_the_middle_goes_on_exactly(tiny: Oracle, repetitiv
 
 
 def test_cached_blocks_hold_no_wrong_draft(tiny: Oracle, repetitive: list[np.ndarray]) -> None:
-    """What answers left in the prefix cache serves the prompts that begin with them."""
+    """Prompts that begin with an earlier output use its blocks in the prefix cache."""
     engine = tiny.engine(**SPECULATING)
     warm(engine, tiny.names)
     first = ask_few(engine, [greedy_request(name, name, repetitive[4], NUM_TOKENS) for name in tiny.names]).ids

@@ -1,4 +1,4 @@
-"""Layers run as one native call give, bit for bit, what they give one by one; where that is not so they stay apart."""
+"""Layers in one native call give the same bits as one by one; layers for which that does not hold stay separate."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STACKED = {
     "phi3": ("qkv_proj", "gate_up_proj"),
     "qwen3_5_text": ("in_proj_qkv", "up_proj"),
 }
-"""Types that consist of such layers, and what an adapter may target there."""
+"""Types that consist of such layers, and names that an adapter may target in them."""
 
 
 def stacks(engine: Engine) -> list[LayerStack]:
@@ -77,9 +77,9 @@ def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.
     (stack,) = stacks(stacked)
     assert len(stack.layers) == base.config.num_hidden_layers
     for layer in stacks(apart):
-        layer._stack = None  # built by the engine's check; without it layers run one by one
-    # Behind the last attention a stack computes fewer rows, beside which a row may have other bits unless sums are
-    # fixed; of plain weights it computes all, and with fixed sums they have no stack.
+        layer._stack = None  # built by the engine's check; without it layers run separately
+    # After the last attention a stack computes fewer rows, and a row's bits may depend on the others unless sums are
+    # fixed. With plain weights it computes all rows; with fixed sums plain weights have no stack.
     with fixed_sums() if dtype == torch.bfloat16 else nullcontext():
         got, expected = logits_of(stacked, ["", "one", "two"]), logits_of(apart, ["", "one", "two"])
     assert type(stack._stack) is cpu.NativeDecoderStack
@@ -116,8 +116,8 @@ def test_products_that_add_many_adapters_do_so_bit_by_bit(case: tuple[tuple[int,
     finally:
         cpu.set_isa(best)
     assert type(stack._stack) is cpu.NativeDecoderStack
-    # All prompts are one step, behind whose last attention a stack computes fewer rows, and a row has other bits beside
-    # those unless sums are fixed. Rows whose first tokens are the same are compared from there on.
+    # All prompts are one step. After its last attention a stack computes fewer rows, and a row's bits depend on the
+    # others unless sums are fixed. Rows with equal first tokens are compared from there on.
     prompts_step, *decodes = zip(got[-6:], expected[-6:], strict=True)
     same = torch.eq(*(one.argmax(-1) for one in prompts_step))
     assert len(same) == 3 * len(oracle.names)
@@ -154,13 +154,13 @@ ONE_CALL: dict[str, Kind] = {
     "beft": FORMS["beft without biases"],
     "a head": Kind(LLAMA, {"target_modules": ["lm_head", "q_proj"], "use_dora": True}),
 }
-"""Kinds of which the one call makes all."""
+"""Kinds that the one native call computes entirely."""
 
 
 def test_what_adapters_multiply_and_add_is_made_in_the_one_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It gives what layers give one by one; a step with an adapter that it cannot make leaves it."""
+    """It gives the results of separate layers; a step with an adapter that it cannot compute is not one call."""
     others = {"shira": CASES["shira"], "ln_tuning": CASES["ln_tuning"]}
     for name, kind in (ONE_CALL | others).items():
         make_adapter(kind, tmp_path / name)
@@ -204,7 +204,7 @@ def test_what_adapters_multiply_and_add_is_made_in_the_one_call(
 
 
 def test_layers_with_rotary_embeddings_of_their_own_stay_apart() -> None:
-    """Each layer of a list must get what the first gets."""
+    """The native call passes the first layer's input angles to every layer."""
     model = tiny_model("llama")
     for i, layer in enumerate(model.get_submodule("model.layers").children()):
         layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: (args, turned(kwargs, i)), with_kwargs=True)
@@ -244,7 +244,7 @@ def test_angles_are_those_that_the_model_computes() -> None:
 
 
 def test_a_few_sines_wake_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_model("gemma3_text")  # no plain decoder, which looks its angles up
+    base = tiny_model("gemma3_text")  # not a plain decoder, which looks its angles up in a table
     rotary, seen = type(base.model.rotary_emb), list[int]()
     compute = rotary.forward
 

@@ -36,7 +36,7 @@ TYPES = {
 
 
 RARE = ("falcon_h1", "nemotron_h", "jamba")
-"""Types that `make test-models` tries: each of their mixers is another type's too."""
+"""Types only for `make test-models`: another type has each of their mixers too."""
 
 
 @pytest.fixture(
@@ -59,7 +59,7 @@ def test_prompts_in_chunks_and_saved_states_change_no_token(case: Case, step_tok
         asked = ask(engine, case.requests())
         found = engine.counters.num_cached_tokens - before
         case.check(asked)
-        if again:  # the last full block of each prompt, as far as its last token is not part of it
+        if again:  # cached up to the last full block of each prompt that does not contain its last token
             full = [(len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS for prompt in case.prompts]
             assert found == len(case.oracle.names) * sum(full)
 
@@ -80,10 +80,10 @@ def test_an_output_that_another_worker_began_goes_on(case: Case) -> None:
 
 
 class Knowing:
-    """A draft model that knows the answers, and changes some tokens of them."""
+    """A draft model that knows the expected outputs, and changes some of their tokens."""
 
     def __init__(self, expected: Mapping[str, list[int]]) -> None:
-        """expected: by request."""
+        """expected: request id -> output ids."""
         self._expected = expected
         self._rng = np.random.default_rng(1)
 
@@ -107,7 +107,7 @@ class Knowing:
 
 
 def test_draft_tokens_right_or_wrong_change_no_token(case: Case) -> None:
-    """Behind wrong ones, states are those before the step again; twice, so that some are found in the prefix cache."""
+    """After wrong drafts, states are reset to those before the step; the second run finds some in the prefix cache."""
     engine = case.oracle.engine(max_num_seqs=3, max_draft_tokens=4)
     expected = {f"{name}/{i}": ids for name, own in case.expected.items() for i, ids in enumerate(own)}
     engine.batcher.draft_model = Knowing(expected)
@@ -189,7 +189,7 @@ PROJECTIONS = {
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("model_type", PROJECTIONS)
 def test_adapters_of_other_kinds_on_a_mixers_own_projections(model_type: str, name: str, tmp_path: Path) -> None:
-    """In one mixed batch with the base, prompts in chunks."""
+    """In one mixed batch with the base, with prompts in chunks."""
     base = (model_type, tiny_config(model_type).to_dict())
     kind = Kind(base, {"target_modules": PROJECTIONS[model_type], **KINDS[name]})
     make_adapter(kind, tmp_path)

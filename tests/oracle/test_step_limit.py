@@ -1,4 +1,4 @@
-"""Limited steps change no answer: who yields is computed in other steps, and the tokens are those without a limit."""
+"""Limited steps change no output: yielding sequences run in other steps, with the same tokens as without a limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW_BLOCKS: dict[str, Any] = {"kv_cache_bytes": 30 * 16 * 512, "max_model_len": 
 
 
 def watched(batcher: Batcher) -> list[StepPlan]:
-    """Give a batcher a step model by which a token takes as long as an empty step, and return the plans it makes."""
+    """Give a batcher a step model in which a token costs as much as an empty step; return a list of its plans."""
     plans: list[StepPlan] = []
     plan = batcher.plan
 

@@ -1,4 +1,4 @@
-"""A tiny random model of any causal-LM type of transformers, its config derived from the config class."""
+"""A tiny random model of any causal-LM type of transformers; its config is derived from the config class."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ _SIZES: dict[tuple[str, ...], Any] = {
     ("pad_token_id",): 0,
     ("bos_token_id", "cls_token_id"): 1,
     ("eos_token_id", "sep_token_id"): 2,
-    ("is_decoder",): True,  # BERT and its kin
+    ("is_decoder",): True,  # BERT and similar types
 }
-"""Field names of config classes that mean the same, and what a tiny model has there."""
+"""Names that config classes use for the same field -> its value in a tiny model."""
 
 TINY = {name: value for names, value in _SIZES.items() for name in names}
 
@@ -105,7 +105,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "rembert": {"initializer_range": 0.1},
     "smollm3": {"no_rope_layer_interval": 2},
-    "xlstm": {"hidden_size": 128},  # so that transformers' cache rounds no size
+    "xlstm": {"hidden_size": 128},  # a size that transformers' cache does not round
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "initializer_range": 0.05,
@@ -116,16 +116,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"initializer_range": 0.05, **_HYBRID3},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What cannot be derived, by model type."""
+"""Fields that cannot be derived, by model type."""
 
 
 def causal_types() -> list[str]:
     """Return every model type of transformers that has a causal LM."""
-    return sorted(set(CONFIG_MAPPING.keys()) & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())  # imports none of them
+    return sorted(set(CONFIG_MAPPING.keys()) & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())  # without importing the models
 
 
 def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
-    """Return the config of a tiny model of `model_type` that has every kind of layer the type's default has."""
+    """Return the config of a tiny model of `model_type` that has every kind of layer of the type's default."""
     return _shrink(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}) | fields)
 
 
@@ -136,7 +136,7 @@ def _shrink(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> 
         default = config_class(**overrides)
     names = {field.name for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in TINY.items() if name in names} | _layer_kinds(default, names)
-    if "kv_lora_rank" in names:  # latent attention: each head has keys of its own
+    if "kv_lora_rank" in names:  # latent attention: each head has its own keys
         values["num_key_value_heads"] = values["num_attention_heads"]
     parts = cast(dict[str, type[PreTrainedConfig]], config_class.sub_configs)  # a property of the class
     for name in parts:
@@ -148,7 +148,7 @@ def _shrink(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> 
 
 
 def _layer_kinds(default: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
-    """Return one layer of each kind that the default config has, two if there is one kind."""
+    """Return one layer of each kind of the default config, or two if it has only one kind."""
     lists = [name for name in ("layer_types", "mlp_layer_types") if name in names and getattr(default, name, None)]
     if not lists:
         return {}
@@ -159,12 +159,12 @@ def _layer_kinds(default: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
 
 
 def tiny_model(model_type: str, **fields: Any) -> PreTrainedModel:
-    """Return a random fp32 model of `model_type`, the same each time. fields: of its config, instead."""
+    """Return a random fp32 model of `model_type`, the same on each call. fields: override its config's."""
     return decoder_of(tiny_config(model_type, **fields))
 
 
 def decoder_of(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a random fp32 model, the same each time, with no parameter at its usual start."""
+    """Return a random fp32 model, the same on each call, in which no parameter has its usual initial value."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

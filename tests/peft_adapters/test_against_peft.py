@@ -1,4 +1,4 @@
-"""PEFT is the oracle: what it adapts, at which rank and scale, is what we read."""
+"""PEFT is the oracle: we read the same adapted modules, ranks and scales as PEFT applies."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FAMILIES = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 
 def served(model: PreTrainedModel) -> m.ServedModel:
-    """Describe a model as a worker would."""
+    """Return a model's description as a worker makes it."""
     sites: list[m.SiteShape] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -72,7 +72,7 @@ def served(model: PreTrainedModel) -> m.ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """An adapter that PEFT made: as configured, as saved, and as PEFT applies it."""
+    """An adapter made by PEFT: as configured, as saved, and as applied."""
 
     asked: dict[str, Any]
     config: dict[str, Any]
@@ -84,7 +84,7 @@ class Saved:
 
 
 def save(model: PreTrainedModel, config: LoraConfig) -> Saved:
-    """Let PEFT apply and save a random adapter. Raises what PEFT raises."""
+    """Let PEFT apply and save a random adapter. Raises PEFT's own errors."""
     asked = as_json(config)
     peft_model = get_peft_model(model, config)
     layers = {
@@ -101,7 +101,7 @@ def save(model: PreTrainedModel, config: LoraConfig) -> Saved:
 
 
 def as_json(config: LoraConfig) -> dict[str, Any]:
-    """Write a config as PEFT does, before it was applied to a model."""
+    """Return a config as PEFT writes it before it is applied to a model."""
     fields = config.to_dict()
     return json.loads(json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}))
 
@@ -110,12 +110,12 @@ def as_json(config: LoraConfig) -> dict[str, Any]:
 @settings(max_examples=examples.of(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_reads_what_peft_applies(family: str, data: st.DataObject) -> None:
-    """Same modules, ranks and scales, from the config as written and as saved; PEFT's errors are refusals."""
+    """Modules, ranks and scales match, from the config as written and as saved; where PEFT fails, we refuse."""
     fields = data.draw(lora_configs(family))
     model = FAMILIES[family]()
     base = served(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of patterns that match nothing, and the like
+        warnings.simplefilter("ignore")  # for example about patterns without a match
         try:
             saved = save(model, LoraConfig(**fields))
         except (ValueError, TypeError):  # nothing matches, or the fields contradict each other

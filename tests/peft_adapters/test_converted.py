@@ -1,4 +1,4 @@
-"""What an adapter says of its conversion is told if it is what we may have written, and never more than fits."""
+"""An adapter's record of its conversion is shown only if we may have written it, and only up to the limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GOOD: dict[str, Any] = {"peft_type": "C3A", "keep": 0.999, "errors": {"a": 0.1, 
 
 
 def file(*layers: str) -> set[str]:
-    """Return the names of the tensors of an adapter with rank rows at some layers."""
+    """Return the tensor names of an adapter with rank rows at these layers."""
     return {f"base_model.model.{layer}.lora_{half}.weight" for layer in layers for half in "AB"}
 
 

@@ -1,4 +1,4 @@
-"""Heads for labels that adapters bring to models that decode, which have no such layer among their sites."""
+"""Label heads that adapters bring to decoders, which have no such layer among their sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = "base_model.model.score"
 
 
 def read(more: dict[str, tuple[int, ...]], base: ServedModel = DECODER, **fields: Any) -> AdapterSpec:
-    """Read an adapter with LoRA on all sites of BASE, and further tensors of these shapes."""
+    """Read an adapter with LoRA on all sites of BASE, plus zero tensors of the shapes in `more`."""
     tensors = lora_tensors() | {name: np.zeros(shape) for name, shape in more.items()}
     file = safetensors(tensors)
     return read_adapter(lora_config(**SAVED | fields), parse_header(file, len(file)), base)

@@ -1,4 +1,4 @@
-"""An adapter's digest is of what changes the maths, of all of it and of nothing else."""
+"""An adapter's digest covers everything that changes the computation, and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def digest(config: dict[str, Any], raw: bytes) -> str:
 
 
 def test_digest_is_of_what_a_conversion_cost() -> None:
-    """Another claim is another adapter: nobody's is shown of a file that says something else, or nothing."""
+    """Another claim makes another adapter, so no claim is shown for a file that contains another or none."""
     tensors = lora_tensors()
     raw = safetensors(tensors)
     layer, other = (

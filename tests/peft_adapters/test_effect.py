@@ -1,4 +1,4 @@
-"""An adapter without effect is one whose every product is exactly zero."""
+"""An adapter has no effect if each of its products is exactly zero."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def zeroed(*parts: str, value: float = 0.0) -> dict[str, np.ndarray[Any, Any]]:
 
 def test_a_usual_adapter_has_an_effect() -> None:
     assert effect(lora_tensors())
-    assert effect(zeroed("layers.0", "q_proj"))  # one layer is enough
+    assert effect(zeroed("layers.0", "q_proj"))  # one layer with an effect is enough
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
@@ -77,7 +77,7 @@ WITH_IDLE = structs.replace(BASE, idle=[IDLE])
 
 
 def idle(value: float, targets: Any = "all-linear", shape: tuple[int, int] = (16, 4), **fields: Any) -> AdapterSpec:
-    """Read an adapter with LoRA on a layer that never runs, whose B has one value, and check it."""
+    """Check an adapter with LoRA on a layer that never runs. value: of all entries of its B."""
     tensors = lora_tensors(sites=[*BASE.sites, IDLE])
     tensors[f"base_model.model.{IDLE.name}.lora_B.weight"] = np.full(shape, value)
     raw = safetensors(tensors)
@@ -99,7 +99,7 @@ def test_lora_on_a_layer_that_never_runs_may_be_there_and_must_be_zero(targets: 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"targets": ["q_proj", "v_proj"]}, "does not have or cannot adapt"),  # it is not meant
+        ({"targets": ["q_proj", "v_proj"]}, "does not have or cannot adapt"),  # the list omits it
         ({"shape": (16, 5)}, r"lora_B has shape \[16, 5\]"),
         ({"shape": (1 << 12, 4)}, r"lora_B has shape \[4096, 4\]"),
         ({"use_dora": True}, "tensors missing for targeted layers"),

@@ -1,4 +1,4 @@
-"""Heads of labels that adapters bring: with a number of labels of their own, whole, within a limit."""
+"""Label heads that adapters bring: with their own number of labels, complete, within a limit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG: dict[str, Any] = {
 
 
 def read(shapes: dict[str, tuple[int, ...]], base: ServedModel = BASE, **config: Any) -> AdapterSpec:
-    """Read an adapter with LoRA on the query and other tensors of these shapes, by name."""
+    """Read an adapter with LoRA on the query, plus tensors of these shapes, by name."""
     lora = {f"{QUERY}.lora_A.weight": (2, WIDTH), f"{QUERY}.lora_B.weight": (WIDTH, 2)}
     infos: dict[str, TensorInfo] = {}
     begin = 0

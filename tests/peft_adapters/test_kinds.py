@@ -1,4 +1,4 @@
-"""Kinds of adapters besides LoRA: what each config field does, what is refused, and what its digest is of."""
+"""Adapter kinds besides LoRA: what each config field does, what is refused, and what their digests cover."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ CHANGED: dict[str, Any] = {
     "group_size": 2, "oft_block_size": 8, "coft": True, "eps": 0.1, "block_share": True, "use_cayley_neumann": False,
     "num_cayley_neumann_terms": 3, "boft_block_size": 8, "boft_block_num": 4, "token_indices": [7], "theta_d_length": 9,
 }  # fmt: skip
-"""Another valid value of each field that changes what is computed; a field without one has only one that is served."""
+"""Field that changes the computation -> another valid value. A field that is not here has only one served value."""
 
 
 UNKNOWN_EFFECT = {"HRA", "DEFT", "BOFT", "IA3", "ROAD", "LN_TUNING", "TRAINABLE_TOKENS"}
-"""Kinds of which the file alone does not tell."""
+"""Kinds whose effect cannot be told from the file alone."""
 
 
 def read(config: dict[str, Any], tensors: dict[str, Any], base: m.ServedModel | None = KIND_BASE) -> AdapterSpec:
@@ -79,7 +79,7 @@ def test_peft_can_convert_what_is_told_to_be_converted() -> None:
 
 
 def _converts(kind: PeftType) -> bool:
-    """Return whether the source of a kind's layers says that PEFT can convert them."""
+    """Return whether the source code of a kind's layers says that PEFT can convert them."""
     layer = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "tuner_layer_cls", None)
     if layer is None:
         return False
@@ -87,12 +87,12 @@ def _converts(kind: PeftType) -> bool:
     own: list[Any] = [c for c in classes if inspect.isclass(c) and issubclass(c, layer)]
     answers = [layer_class.supports_lora_conversion for layer_class in own]
     texts = [inspect.getsource(answer) for answer in answers]
-    return any("return True" in text or "return not isinstance" in text for text in texts)  # but for Conv1D
+    return any("return True" in text or "return not isinstance" in text for text in texts)  # any but Conv1D
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_field_of_peft_is_known(name: str) -> None:
-    """A field that PEFT has is read, or is known to change nothing; a field of ours is one of PEFT's."""
+    """We read each of PEFT's fields or know that it has no effect; each of our fields exists in PEFT."""
     kind = kind_of(name)
     assert kind is not None
     theirs = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)])}
@@ -101,7 +101,7 @@ def test_every_field_of_peft_is_known(name: str) -> None:
     assert set(kind.fields) <= theirs
     assert {pattern for pattern in ("rank_pattern", "alpha_pattern") if pattern in theirs} == kind.patterns
     defaults = {field.name: field.default for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)])}
-    defaults["token_indices"] = ()  # by a factory
+    defaults["token_indices"] = ()  # PEFT has a default factory
     assert {key: field.default for key, field in kind.fields.items()} == {key: defaults[key] for key in kind.fields}
 
 
@@ -141,7 +141,7 @@ def test_refuses_wrong_fields_with_their_values(name: str) -> None:
     assert kind is not None
     for field, form in kind.fields.items():
         whole = [-7.5, 1 << 60] if type(form.default) is int and form.wants.startswith("a whole") else []
-        texts = [] if field == "feedforward_modules" else ["odd value"]  # which is a pattern there
+        texts = [] if field == "feedforward_modules" else ["odd value"]  # there a string is a valid pattern
         for wrong in ([-1], {}, *texts, *whole):
             assert f"{field} " in reasons(config | {field: wrong}, tensors)
     assert "bias some" in reasons(config | {"bias": "some"}, tensors)
@@ -173,7 +173,7 @@ def test_refuses_what_boft_cannot_be_on_a_layer() -> None:
 
 
 def test_numbered_vectors_have_one_name_each() -> None:
-    """PEFT reads none without its prefix; another tensor of the same number must not take its place unseen."""
+    """PEFT ignores vectors without the prefix; such a tensor must not silently replace one of the same number."""
     config = kind_config("TINYLORA")
     tensors = kind_tensors(config)
     other = {"tinylora_v.0": 2 * tensors["base_model.tinylora_v.0"]}
@@ -182,7 +182,7 @@ def test_numbered_vectors_have_one_name_each() -> None:
 
 
 def test_vectors_are_numbered_by_layers_that_run_alone() -> None:
-    """PEFT counts the others too, so that a file without their tensors would have other vectors on all layers."""
+    """PEFT also counts idle layers, so a file without their tensors would assign other vectors to all layers."""
     config = kind_config("TINYLORA")
     idle = structs.replace(KIND_BASE, idle=[m.SiteShape("model.layers.0.cross.q_proj", 16, 16)])
     text = "TINYLORA is not served where it counts layers that the model does not run: model.layers.0.cross.q_proj"
@@ -199,7 +199,7 @@ def test_shares_of_vectors_are_numbers_from_0_to_1(value: Any) -> None:
 
 
 def test_tensors_that_layers_share_are_looked_up_and_not_copied_for_each() -> None:
-    """A file of 2 MB may have 20,000 of them: with their copies 4,000 layers took three seconds to read."""
+    """A file of 2 MB may have 20,000 of them: copying them for each of 4,000 layers took three seconds."""
     config, found = kind_config("TINYLORA"), Reasons()
     raw = written(kind_tensors(config))
     infos, fields = parse_header(raw, len(raw)), read_config(config, found)
@@ -245,7 +245,7 @@ def test_on_quantised_layers_only_what_needs_their_weight_is_refused(name: str) 
 
 
 def test_rows_are_counted_before_any_are_made() -> None:
-    """A few kB may stand for gigabytes: the number is in the reason."""
+    """A few kB may expand to gigabytes; the refusal names the number of rows."""
     config = kind_config("LOHA", r=65)
     found = reasons(config, kind_tensors(config))
     assert f"LOHA makes {65 * 65} rank rows, where {MAX_KIND_ROWS} are served" in found
@@ -274,7 +274,7 @@ def hra_rows(u: NDArray[Any], weight: NDArray[Any], *, orthogonal: bool) -> tupl
 @pytest.mark.parametrize("orthogonal", [False, True])
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_many_reflections_are_what_one_after_the_other_gives(shift: float, orthogonal: bool) -> None:
-    """shift: of all vectors, which makes them alike. Compared with PEFT's loops, in fp64."""
+    """Compared with PEFT's loops in fp64. shift: added to all vectors, which makes them similar."""
     generator = np.random.default_rng(0)
     u = (generator.normal(size=(96, 70)) + shift).astype(np.float32)
     weight = generator.normal(size=(40, 96)).astype(np.float32)
@@ -292,7 +292,7 @@ def test_many_reflections_are_what_one_after_the_other_gives(shift: float, ortho
 
 
 def test_vectors_without_an_orthogonal_part_of_their_own_are_refused() -> None:
-    """What PEFT makes of them are the directions of its rounding errors."""
+    """PEFT would compute directions from rounding errors for them."""
     generator = np.random.default_rng(0)
     pairs = np.repeat(generator.normal(size=(96, 4)).astype(np.float32), 2, axis=1)
     weight = generator.normal(size=(40, 96)).astype(np.float32)
@@ -352,7 +352,7 @@ def test_digest_is_of_the_maths_only(name: str) -> None:
 
 
 def test_a_bias_of_its_own_is_taken_in_any_case() -> None:
-    """PEFT documents `MiSS_only`, and compares the end alone."""
+    """PEFT documents `MiSS_only`, but compares only the ending."""
     config = kind_config("MISS")
     for bias in ("MiSS_only", "miss_only", "MISS_only"):
         assert read(config | {"bias": bias}, kind_tensors(config)).sites
@@ -362,7 +362,7 @@ def test_a_bias_of_its_own_is_taken_in_any_case() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_refused_has_no_digest_of_what_is_read(name: str) -> None:
-    """1 is not true, 0 not false, 8.0 not 8: each stays in the canonical config if it stands for a default."""
+    """1 is not true, 0 not false, 8.0 not 8: the canonical config keeps such a value, although it equals a default."""
     kind = kind_of(name)
     assert kind is not None
     config = kind_config(name)

@@ -1,4 +1,4 @@
-"""What of an adapter a quantised layer can carry, told from its config and tensors alone."""
+"""Which parts of an adapter a quantized layer can have, decided by its config and tensors alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is not served is refused by name, with every reason at once."""
+"""Adapters that cannot be served are refused by name, with all reasons at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from protocol.wire.errors import AdapterRefused
 
 
 def read(config: dict[str, Any], base: m.ServedModel | None = BASE, **tensor_changes: Any) -> AdapterSpec:
-    """Read an adapter for BASE with a changed config, or with tensors replaced (None: removed)."""
+    """Read an adapter for BASE with this config, and with some tensors replaced, or removed if None."""
     tensors = {**lora_tensors(), **tensor_changes}
     raw = safetensors({name: tensor for name, tensor in tensors.items() if tensor is not None})
     return read_adapter(config, parse_header(raw, len(raw)), base)
@@ -40,7 +40,7 @@ def reasons(config: dict[str, Any], base: m.ServedModel | None = BASE, **tensor_
 UNSERVED: dict[str, Any] = {
     "layer_replication": [[0, 2], [1, 3]],
     "use_qalora": True,
-    "use_bdlora": False,  # for PEFT a config object or null
+    "use_bdlora": False,  # PEFT accepts only a config object or null
     "arrow_config": {"top_k": 1},
     "kasa_config": {"beta": 0.1},
     "monteclora_config": {"num_samples": 2},
@@ -59,7 +59,7 @@ SERVED: dict[str, Any] = {
     "ensure_weight_tying": "",
     "alora_invocation_tokens": "alora_invocation_tokens",
 }
-"""Fields that change the maths -> a word of the refusal of what is no value for them."""
+"""Field that changes the computation -> a word of the refusal of an invalid value."""
 
 
 def test_the_helper_adapter_is_good() -> None:
@@ -78,7 +78,7 @@ def test_refuses_features_by_name(field: str) -> None:
 def test_features_switched_off_are_no_matter(field: str, off: Any) -> None:
     config = lora_config(**{field: off})
     takes_objects = field.endswith("_config") or field == "use_bdlora"
-    if takes_objects and off is not None:  # {} is KaSA with its defaults, and PEFT stumbles over false
+    if takes_objects and off is not None:  # {} is KaSA with its defaults, and PEFT fails on false
         assert any(field in reason for reason in reasons(config))
         assert any(field in reason for reason in reasons(canonical_config(config)))
     else:
@@ -98,7 +98,7 @@ def test_refuses_other_types_by_name(peft_type: Any) -> None:
 
 
 def test_gives_every_reason_at_once() -> None:
-    """Config, feature, missing, superfluous and misshapen tensors, in one refusal."""
+    """One refusal covers config, features, and missing, superfluous and misshapen tensors."""
     q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     v1 = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     found = reasons(
@@ -181,7 +181,7 @@ def test_refuses_bad_fields(fields: dict[str, Any], part: str) -> None:
 
 
 def test_refuses_another_base() -> None:
-    """Unknown layers, and the same layers in other shapes."""
+    """For unknown layers, and for the same layers with other shapes."""
     other = m.ServedModel(
         model="o", name="o", fingerprint="", model_type="gpt2", vocab_size=9, max_model_len=9,
         sites=[m.SiteShape("transformer.h.0.attn.q_proj", 16, 16)],
@@ -195,7 +195,7 @@ def test_refuses_another_base() -> None:
 
 
 def test_refuses_a_vocabulary_of_nothing() -> None:
-    """The file decides how many tokens an embedding has, but not that it has none."""
+    """The file decides how many tokens an embedding has, but there must be at least one."""
     embedding = m.SiteShape("model.embed_tokens", BASE.vocab_size, 16, "embedding")
     base = msgspec.structs.replace(BASE, sites=[*BASE.sites, embedding])
     config = lora_config(modules_to_save=["embed_tokens"])

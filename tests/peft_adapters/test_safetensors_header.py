@@ -1,4 +1,4 @@
-"""No header, however hostile, gets past the parser, crashes it, or makes it use memory; good ones are read exactly."""
+"""No hostile header passes the parser, crashes it or makes it use much memory; valid headers are read exactly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(header: Header | bytes, num_body_bytes: int = 0) -> bytes:
 
 
 def good_header(shapes: list[tuple[int, ...]], dtypes: list[str]) -> tuple[Header, int]:
-    """Return a header of contiguous tensors and the bytes they take."""
+    """Return a header of contiguous tensors, and the number of bytes of their data."""
     header: Header = {}
     at = 0
     for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
@@ -54,7 +54,7 @@ def good_files(draw: st.DrawFn) -> tuple[Header, int]:
 
 
 def check_layout(tensors: dict[str, TensorInfo], file_size: int) -> None:
-    """Assert that every tensor's bytes are its own, inside the file, and as many as its shape needs."""
+    """Assert that tensors do not overlap, lie inside the file, and have the sizes that their shapes need."""
     at = None
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
         assert at is None or tensor.begin == at
@@ -101,7 +101,7 @@ def change(key: str, value: Any) -> Callable[[Header], None]:
 
 
 def shift(begin: int, end: int) -> Callable[[Header], None]:
-    """Move the last tensor's place."""
+    """Return a change that moves the begin and end offsets of the last tensor."""
 
     def apply(header: Header) -> None:
         offsets = last(header)["data_offsets"]
@@ -187,7 +187,7 @@ def test_refuses_a_file_that_is_cut_or_has_a_tail(file: tuple[Header, int], by: 
 
 @given(good_files(), st.data())
 def test_never_fails_otherwise(file: tuple[Header, int], data: st.DataObject) -> None:
-    """Bytes changed at random are refused, or still describe a sound layout."""
+    """Randomly changed bytes are refused, or still describe a valid layout."""
     raw = bytearray(build(*file))
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
@@ -220,7 +220,7 @@ def test_a_size_bomb_costs_nothing(claimed: int) -> None:
 
 @pytest.mark.parametrize("piece", [b'"%d":{},', b'"%d":[],', b'"%d":"",'])
 def test_memory_is_bounded(piece: bytes) -> None:
-    """The costliest megabyte of JSON stays within 64 MB, and its refusal is short."""
+    """The most expensive megabyte of JSON stays within 64 MB, and its refusal is short."""
     body = b"".join(piece % i for i in range(70_000))[: MAX_HEADER_BYTES - 100].rpartition(b",")[0]
     raw = build(b"{" + body + b"}")
     tracemalloc.start()
@@ -250,7 +250,7 @@ def test_a_header_that_is_known_is_read_no_other_way(padding: int) -> None:
         found = read_header(raw)
         assert dict(found) == parse_header(raw, len(raw))
         assert (read_header(bytearray(raw)) is found) == (padding == 0)
-        with pytest.raises(AdapterRefused, match="where its header describes"):  # the same header, of another file
+        with pytest.raises(AdapterRefused, match="where its header describes"):  # the same header in another file
             read_header(raw + b"x")
 
 

@@ -1,4 +1,4 @@
-"""Patterns mean what PEFT, with Python's `re`, says, or are refused; none takes long."""
+"""Patterns match exactly what Python's `re`, which PEFT uses, matches, or are refused; none takes long."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_an_accepted_pattern_means_what_python_says(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", [r"(.*a){20}$", r"(a|aa)+$", r"(.*.*.*.*.*)*x", r"(?:.*?){9}y"])
 def test_hostile_patterns_take_no_time(pattern: str) -> None:
-    """Each would keep Python's `re` busy for ages on one name: the test's time limit is the check."""
+    """Each would keep Python's `re` busy for a very long time on one name: the test's timeout is the check."""
     names = NameTargets.read(pattern)
     assert not any(names.chosen("a" * 5000 + "b") for _ in range(20))
 
@@ -57,7 +57,7 @@ def test_the_first_matching_pattern_counts() -> None:
     st.sampled_from([*MODULES, "lm-head", "xq_proj", "layers_0"]),
 )
 def test_plain_keys_mean_what_python_says(keys: list[str], module: str) -> None:
-    """They are compared without a regular expression, and mean the same."""
+    """They are compared without a regular expression, with the same results."""
     ranks = PatternMap({key: i for i, key in enumerate(keys)})
     matching = [key for key in ranks.numbers if re.match(rf"(.*\.)?({key})$", module)]
     assert ranks.get(module, -1) == (ranks.numbers[matching[0]] if matching else -1)
@@ -73,7 +73,7 @@ def test_saved_modules_mean_what_python_says(names: list[str], module: str) -> N
 
 
 def test_many_plain_names_compile_nothing() -> None:
-    """A regular expression takes a millisecond to compile, so that 20,000 of them would take twenty seconds."""
+    """A regular expression takes a millisecond to compile, so 20,000 of them would take twenty seconds."""
     saved = SavedModules.read([f"module_{i}" for i in range(20_000)])
     ranks = PatternMap({f"model.layers.{i}.q_proj": i for i in range(20_000)})
     assert saved.patterns == ()

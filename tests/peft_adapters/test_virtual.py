@@ -1,4 +1,4 @@
-"""Adapters of virtual tokens: what each config field does, what is refused, with which value and limit."""
+"""Adapters with virtual tokens: what each config field does, and refusals, which name the value and the limit."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ CLASSIFIER: dict[str, Any] = {"task_type": CLASSIFIES, "modules_to_save": ["scor
 
 
 def saved(**weights: tuple[int, ...]) -> Tensors:
-    """Return what a prompt and modules saved whole are in a file: shapes by module, each with its weight alone."""
+    """Return a prompt's tensors plus modules saved whole, each with only a weight of the given shape."""
     whole = {f"base_model.{name}.weight": np.ones(shape, np.float32) for name, shape in weights.items()}
     return virtual_tensors("PROMPT_TUNING") | whole
 
@@ -204,7 +204,7 @@ def test_classifiers_that_are_not_served_are_refused_by_name(reason: str) -> Non
     config = virtual_config("PROMPT_TUNING", **CLASSIFIER | fields)
     assert reason in reasons(config, tensors, base)
     raw = written(tensors)
-    assert adapter_digest(config, parse_header(raw, len(raw)), raw)  # nor does another part of the store fail on it
+    assert adapter_digest(config, parse_header(raw, len(raw)), raw)  # nor does the digest fail on it
 
 
 @pytest.mark.parametrize("kind", sorted(PREFIXES | {"CPT"}))
@@ -238,14 +238,14 @@ def test_a_digest_is_of_what_counts(kind: str) -> None:
 
 
 def test_a_bomb_is_refused_before_anything_is_made() -> None:
-    """A config that asks for a million tokens, and for products of matrices that the file does not have."""
+    """The configs request a million tokens, and products of matrices that the file does not have."""
     wide = structs.replace(VIRTUAL_BASE, max_model_len=0)
     bombs = [
         virtual_config(kind, num_virtual_tokens=MAX_WHOLE, **({"num_ranks": MAX_WHOLE} if kind == MULTITASK else {}))
         for kind in NO_EFFECT
     ]
     for config in bombs:
-        reasons(config, virtual_tensors(config["peft_type"]), wide)  # imports what it needs
+        reasons(config, virtual_tensors(config["peft_type"]), wide)  # a first call imports what it needs
         tracemalloc.start()
         try:
             found = reasons(config, virtual_tensors(config["peft_type"]), wide)

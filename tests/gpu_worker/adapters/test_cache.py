@@ -1,4 +1,4 @@
-"""Adapters between host memory and the pool: which wait, which leave, which are never evicted."""
+"""Adapters between host memory and the pool: which are loaded, which are evicted, and which never are."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_store_that_does_not_answer_stops_no_copy_from_the_host() -> None:
 
 
 def test_a_starved_adapter_gets_its_turn() -> None:
-    """Requests for `a` overlap without end; after a while no new one is taken until `b` has been loaded."""
+    """Requests for `a` overlap without end; after a while no new one is admitted until `b` has been loaded."""
     loading = Loading(1, [make_adapter("a", 8), make_adapter("b", 8)])
     loading.load("a", until="a")
     assert loading.cache.acquire("a") is not None
@@ -107,7 +107,7 @@ def test_a_starved_adapter_gets_its_turn() -> None:
         loading.cache.poll()
         loading.cache.load(["b"])
         if loading.cache.acquire("a") is not None:
-            loading.cache.release("a")  # another request of `a` has come and one has gone
+            loading.cache.release("a")  # a newer request holds `a`, and an older one has ended
         else:
             refused += 1
         if "b" not in loading.cache.host:

@@ -1,4 +1,4 @@
-"""What a worker tells the fleet of its adapters."""
+"""The adapter events that a worker sends to the fleet."""
 
 from __future__ import annotations
 

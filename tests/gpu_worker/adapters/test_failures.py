@@ -1,4 +1,4 @@
-"""What could not be loaded is tried again ever more rarely, and at once after a success."""
+"""Loads that failed are retried with growing delays; a success resets the delay."""
 
 from __future__ import annotations
 

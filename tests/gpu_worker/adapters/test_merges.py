@@ -1,4 +1,4 @@
-"""Merges beside other adapters: what waits for what, how many run, and when one ends without a result."""
+"""Merges beside other adapters: what waits for them, how many run at once, and when one ends without a result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MERGES = [f"merge-{i}" for i in range(2 * NUM_STAGERS)]
 
 
 def loading(merge_timeout_s: float = 60.0) -> Loading:
-    """A cache to which no merge comes before `merges_go_on` is set."""
+    """Return a cache whose merges do not finish before `merges_go_on` is set."""
     adapters = [make_adapter(digest, 8) for digest in ("a", *MERGES)]
     found = Loading(4, adapters, merge_timeout_s=merge_timeout_s)
     found.merges_go_on.clear()
@@ -39,7 +39,7 @@ def test_one_tenant_never_has_all_the_threads() -> None:
 
 
 def test_a_merge_that_nobody_waits_for_is_given_up() -> None:
-    """Merges that have not begun never do; one that is wanted again begins again, and counts as no failure."""
+    """Merges that have not begun are dropped; one requested again is computed again, and its end is not a failure."""
     cold = loading()
     cold.settle(*MERGES, until=lambda: len(cold.merging) == NUM_MERGERS)
     cold.settle("a", until=lambda: cold.cache.is_resident("a") and not cold.cache.loading)

@@ -1,4 +1,4 @@
-"""The adapter pool's bookkeeping: no page or slot is lost or shared, nobody in use leaves."""
+"""The adapter pool's bookkeeping: no page or slot is lost or shared, and no adapter in use is evicted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = PagePool(CAPACITY, (100, 300, 1000), num_slots=4)
 
     def _pages_of(self, before: dict[str, Resident], digests: set[str]) -> list[int]:
-        """Return the pages by group that adapters held."""
+        """Return per group how many pages these adapters had."""
         return [sum(len(before[digest].pages[group]) for digest in digests) for group in range(len(CAPACITY))]
 
     def _pick(self, data: st.DataObject) -> str:
@@ -45,7 +45,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert evicted == {d: before[d].num_bytes for d in evicted}
         queued = {d for d in evicted if d in self.pool.queued}
         for r in movable if queued else ():
-            # One that is waited for leaves only when those nobody waits for have left or are of no use.
+            # A queued adapter is evicted only if the unqueued ones that stay have no pages in its groups.
             spared = r.digest not in evicted and r.digest not in self.pool.queued
             assert not spared or all(
                 not (lost and have) for lost, have in zip(self._pages_of(before, queued), r.pages, strict=True)
@@ -77,7 +77,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(digest=st.sampled_from(DIGESTS), pinned=st.booleans())
     def set_pinned(self, digest: str, pinned: bool) -> None:
-        """Whether it is there or not; kept only while half of the pool is left to others."""
+        """Pin or unpin an adapter, resident or not; the pin holds only while others keep half of the pool."""
         others = [r for r in self.pool.residents.values() if r.pinned and r.digest != digest]
         self.pool.set_pinned(digest, pinned)
         assert (digest in self.pool.pins) == pinned

@@ -1,4 +1,4 @@
-"""Pins and evictions: what is pinned stays, what is evicted leaves once nobody uses it, and both are told."""
+"""Pins and evictions: pinned adapters stay, evicted ones leave once unused, and the fleet learns of both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from protocol.wire.messages import AdapterEvent
 
 
 class Ordered(Loading):
-    """A cache with pins and evictions, kept as the engine does it: load what is wanted, then evict what may leave."""
+    """A cache with pins and evictions, driven in the engine's order: load wanted adapters, then evict."""
 
     def __init__(self, num_pages: int, adapters: list[HostAdapter]) -> None:
         super().__init__(num_pages, adapters)
@@ -19,7 +19,7 @@ class Ordered(Loading):
         self.queued: list[str] = []
 
     def run(self) -> list[AdapterEvent]:
-        """Step until nothing is on its way any more; returns what was told of evictions."""
+        """Run steps until no adapter is loading any more; return the eviction events."""
         events: list[AdapterEvent] = []
         while True:
             self.changed.clear()
@@ -48,7 +48,7 @@ def test_a_pinned_adapter_comes_and_stays() -> None:
 
 
 def test_pins_take_at_most_half_of_the_pool() -> None:
-    """The one too many is served like any other, says why it is not kept, and is kept once there is room."""
+    """The adapter over the limit is served unpinned, its pin names the reason, and it is pinned once there is room."""
     loading = Ordered(4, [make_adapter(name, 8) for name in "abcd"] + [make_adapter("wide", 33)])
     for name in "abc":
         loading.residency.pin(name)

@@ -1,4 +1,4 @@
-"""The pool's tensors: how a budget is split, and in which order a stream copies."""
+"""The pool's tensors: how a byte budget is split, and in which order a stream copies."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_copies_through_a_small_piece_of_memory_are_whole(num_bytes: int) -> Non
     launched: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     class Late(torch.Tensor):
-        """A device's tensor, to which a copy is made when it is waited for."""
+        """A device tensor whose copies happen only when they are waited for."""
 
         def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Late:  # type: ignore[override]
             assert non_blocking
@@ -77,7 +77,7 @@ def test_copies_through_a_small_piece_of_memory_are_whole(num_bytes: int) -> Non
 
 
 def test_a_copy_allocates_then_waits_for_steps_then_writes() -> None:
-    """Memory that was freed on the default stream may be read there by what was launched before it was allocated."""
+    """New memory may have been freed on the default stream, where steps launched before may still read it."""
     rows_at_wait: list[float] = []
     stream = RecordedStream(lambda: rows_at_wait.append(weights.lora_sites[0].a_rows.abs().sum().item()))
     weights = PoolWeights(SITES, [], 100_000, "cpu", 1 << 20, stream)

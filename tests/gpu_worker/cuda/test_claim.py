@@ -1,4 +1,4 @@
-"""Workers that see the same GPUs take one each."""
+"""Workers that see the same GPUs claim one each."""
 
 from __future__ import annotations
 

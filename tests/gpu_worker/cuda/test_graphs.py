@@ -1,4 +1,4 @@
-"""Which steps are replayed, at which size, with what padding."""
+"""CUDA graphs: which steps are replayed, at which size, and with what padding."""
 
 from __future__ import annotations
 

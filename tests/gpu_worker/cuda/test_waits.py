@@ -1,4 +1,4 @@
-"""What finds the host waiting for a GPU warns of nothing itself: warnings are errors in these tests."""
+"""The detection of host waits for a GPU emits no warning itself: in these tests a warning is an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_worker.cuda.waits import is_wait, no_waits
 def test_the_mode_is_set_and_taken_back_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[object] = []
 
-    def set_mode(mode: object) -> None:  # as torch does
+    def set_mode(mode: object) -> None:  # torch warns here too
         warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all.", stacklevel=2)
         modes.append(mode)
 

@@ -1,4 +1,4 @@
-"""Every kernel that a random step launches was launched by a step of the warm-up, as Triton tells kernels apart."""
+"""The warm-up launches every kernel variant, as Triton distinguishes them, that a random step launches."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 class Planner:
-    """Plans what a step launches on a card, without running it."""
+    """Plans the launches of a step on a GPU without running them."""
 
     def __init__(self, model: triton_aot.Model, target: triton_aot.Target) -> None:
         self.model, self.target = model, target
-        self.known: dict[object, object] = {}  # by what decides a variant and more
-        self.seen: set[tuple[int, bool]] = set()  # steps whose experts were planned
+        self.known: dict[object, object] = {}  # hashable launch arguments -> variant
+        self.seen: set[tuple[int, bool]] = set()  # (tokens, has scales) of steps whose experts were planned
         self.table = AdapterTable(
             meta(TABLE_SLOTS, 9, dtype=torch.int32), meta(TABLE_SLOTS, 9, dtype=torch.float32),
             meta(TABLE_SLOTS, 2, 4, dtype=torch.int32),
@@ -41,7 +41,7 @@ class Planner:
         return {self.variant(launch) for launch in self.launches(step)}
 
     def variant(self, launch: Launch) -> object:
-        """Return the constants that Triton compiles the kernel of a launch with."""
+        """Return the key under which Triton compiles the kernel of a launch."""
         plain = tuple(_plain(value) for value in launch.args.values())
         key = (launch.kernel.fn.__name__, launch.limits, plain)
         if key not in self.known:
@@ -66,7 +66,7 @@ class Planner:
         )
 
     def experts(self, step: WarmUpStep) -> Iterator[Launch]:
-        """LoRA on the two products of a mixture's experts, in steps that have an adapter: one of each size."""
+        """Yield the LoRA launches of a mixture's two products, once per size, for steps with an adapter."""
         form = (step.num_tokens, step.has_scales)
         if self.model is not triton_aot.MODELS[0] or (step.slots < 0).all() or form in self.seen:
             return
@@ -102,7 +102,7 @@ def _plain(value: object) -> object:
 
 
 def random_step(rng: np.random.Generator, most_seqs: int, most_tokens: int, num_slots: int) -> WarmUpStep:
-    """Decodes, chunks and short queries of a speculation, of a few adapters or many, with none among them."""
+    """Return a step of decodes, chunks and short draft checks, with few or many adapters, and perhaps the base."""
     num_seqs = int(2 ** rng.uniform(0, np.log2(most_seqs + 0.99)))
     num_new = np.ones(num_seqs, np.int64)
     if rng.random() < 0.3 and 5 * num_seqs <= most_tokens:
@@ -128,7 +128,7 @@ FULL = (256, 2048, 300)
     ids=str,
 )  # fmt: skip
 def test_no_step_compiles_a_kernel_after_the_warm_up(target: triton_aot.Target, sizes: tuple[int, int, int]) -> None:
-    """sizes: most sequences and tokens of a step, slots of the adapter pool."""
+    """sizes: maximum sequences and tokens of a step, and slots of the adapter pool."""
     for model in triton_aot.MODELS[:3]:
         planner = Planner(model, target)
         steps = list(warm_up_steps(*sizes, MAX_PROMPT_ROWS))

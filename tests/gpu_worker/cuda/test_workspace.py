@@ -1,4 +1,4 @@
-"""What the largest steps take is measured before there are caches, and leaves the model as it was."""
+"""The workspace of the largest steps is measured before caches exist, and measuring leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from protocol.runtime.settings import Settings
 
 
 class Meter:
-    """Says of each run in turn what it is told to."""
+    """Reports the given peaks, one per run."""
 
     def __init__(self, *sizes: int) -> None:
         self.sizes = list(sizes)

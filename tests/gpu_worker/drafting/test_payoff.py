@@ -1,4 +1,4 @@
-"""Draft tokens are drafted where measured times say that they pay for every sequence, and nowhere else."""
+"""A draft model drafts only where measured times say that this pays for every sequence of the step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BASE_S, TOKEN_S, PASS_S = 0.1, 0.004, 0.01
 
 
 def seconds(num_seqs: int, pass_s: float = PASS_S) -> Callable[[int], float]:
-    """Return what drafting and a step of so many sequences take, by the number of draft tokens of each."""
+    """Return the time, s, of drafting and a step of `num_seqs` sequences, by the number of draft tokens of each."""
     return lambda num: BASE_S + TOKEN_S * num_seqs * (1 + num) + pass_s * num
 
 
 def measured(base_s: float = BASE_S, pass_s: float = PASS_S, read_s: float = 0.001) -> Payoff:
-    """Return what has seen steps and passes of all sizes."""
+    """Return a `Payoff` that has measured steps and passes of all sizes."""
     payoff = Payoff()
     for i in range(3 * MIN_STEPS):
         num = 1 + i % 16
@@ -57,7 +57,7 @@ def test_a_draft_model_as_slow_as_the_base_never_pays() -> None:
 
 
 def test_who_gains_least_decides() -> None:
-    """A sequence whose drafts are wrong would wait for those of the others."""
+    """Drafting for the others would delay a sequence whose own drafts are wrong."""
     good, bad = (0.9, 8), (0.1, 8)
     assert length_that_pays([good, good], 4, seconds(2))[0] == 4
     assert length_that_pays([good, bad], 4, seconds(2))[0] == 0
@@ -83,7 +83,7 @@ def test_nothing_is_drafted_before_steps_were_measured() -> None:
 
 
 def test_it_stops_where_steps_with_more_tokens_turn_out_long() -> None:
-    """What more tokens cost is not known while all steps have one; the first steps with drafts show it."""
+    """The cost of more tokens is unknown while every step has one; the first steps with drafts reveal it."""
     payoff = Payoff()
     for i in range(2 * MIN_STEPS):
         payoff.note_pass(1 + i % 16, PASS_S)
@@ -99,7 +99,7 @@ def test_it_stops_where_steps_with_more_tokens_turn_out_long() -> None:
 
 def test_a_text_is_read_once_its_request_has_had_enough_steps() -> None:
     payoff = measured()
-    unread = 400  # 0.4 s, and at most 0.1 s are saved in a step
+    unread = 400  # reading takes 0.4 s, and a step saves at most 0.1 s
     by_steps = [payoff.choose([candidate(num_unread=unread, num_steps=num)], 8, 1) for num in range(100)]
     first = next(num for num, choice in enumerate(by_steps) if choice.num_drafts)
     assert 4 < first < 20
@@ -117,7 +117,7 @@ def test_it_reads_no_longer_at_once_than_a_step_takes() -> None:
 
 
 def test_many_tokens_are_read_at_once_only_after_nearly_as_many() -> None:
-    """Where short passes seem to take the same time whatever they read, that says nothing about long ones."""
+    """That short passes take the same time, however much they read, says nothing about long ones."""
     payoff = measured(read_s=0.0)
     num_read: list[int] = []
     for _ in range(4):
@@ -127,14 +127,14 @@ def test_many_tokens_are_read_at_once_only_after_nearly_as_many() -> None:
 
 
 def test_reading_a_text_in_many_passes_costs_all_of_them() -> None:
-    """Where a token more takes no time, the passes still do: 3000 of 0.01 s each, and less than 0.1 s is saved."""
+    """Even if further tokens are free, passes are not: 3000 of 0.01 s each, while a step saves less than 0.1 s."""
     payoff = measured(read_s=0.0)
     wanted = [payoff.choose([candidate(num_unread=10**5, num_steps=num)], 8, 1).num_drafts > 0 for num in (300, 10**4)]
     assert wanted == [False, True]
 
 
 def test_reading_is_worth_it_for_all_together() -> None:
-    """A step that saves 60 ms for all of its sequences does not save that once for each."""
+    """A step that gets 60 ms shorter saves 60 ms in total, not 60 ms for each of its sequences."""
     payoff = measured(pass_s=0.001, read_s=0.0005)
     one = candidate(num_unread=400, num_steps=6)
     assert payoff.choose([one], 4, 1).num_drafts > 0
@@ -145,7 +145,7 @@ def test_reading_is_worth_it_for_all_together() -> None:
 
 
 def test_passes_that_were_slow_by_chance_are_measured_again() -> None:
-    """Beside busy processes at the start, for instance. The time for it is small, however slow passes are."""
+    """For example beside busy processes at the start. Probing takes little time, however slow passes are."""
     payoff = measured(pass_s=10 * PASS_S, read_s=0.01)
     num_steps = num_probes = 0
     while not payoff.choose([candidate()], 8, 1).num_drafts:
@@ -177,7 +177,7 @@ def test_the_share_of_right_tokens_is_learnt() -> None:
 
 
 def test_drafts_that_are_always_wrong_become_rare_and_stay_so() -> None:
-    """They are tried again, since texts change, but cost next to nothing."""
+    """Drafts are still tried, because texts change, but the trials cost almost nothing."""
     payoff, acceptance = measured(), Acceptance()
     drafted: list[bool] = []
     for _ in range(4000):

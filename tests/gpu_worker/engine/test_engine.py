@@ -1,4 +1,4 @@
-"""The engine and its thread: every request ends once, whatever goes wrong with it or beside it."""
+"""The engine and its thread: every request ends exactly once, whatever fails in it or beside it."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ GREEDY = Sampling(temperature=0.0, ignore_eos=True)
 
 
 class Panic(BaseException):
-    """What a panic of a library in Rust is: no `Exception`."""
+    """A panic of a Rust library, which is not an `Exception`."""
 
 
 class Store:
-    """Adapters of a folder, which can be held back."""
+    """A folder's adapters; fetching blocks while `open` is cleared."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.open = threading.Event()
         self.open.set()
         self.fetched: list[str] = []
-        self.added: dict[str, list[AddedToken]] = {}  # what some of them add to the base's tokens
+        self.added: dict[str, list[AddedToken]] = {}  # digest -> tokens that the adapter adds to the base's
 
     def fetch(self, digest: str) -> FetchedAdapter:
         assert self.open.wait(timeout=60)
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Running:
-    """An engine in its thread, and its outputs."""
+    """An engine in its thread, with its outputs."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.store = Store(folder)
@@ -100,7 +100,7 @@ class Running:
             self.thread.ack_step()
 
     def ends(self, rids: set[str]) -> dict[str, TokenOutput]:
-        """Wait for the ends of requests; every output before them must follow on the one before."""
+        """Wait until these requests end; return their last outputs. Check that outputs continue each other."""
         ends: dict[str, TokenOutput] = {}
         self.ids: dict[str, list[int]] = {}
         while rids - ends.keys():
@@ -133,7 +133,7 @@ def request(
 
 
 def replace_sampling(**fields: Any) -> Sampling:
-    """Return greedy sampling with fields that nobody has checked."""
+    """Return greedy sampling with the given fields, without validation."""
     return msgspec.structs.replace(GREEDY, **fields)
 
 
@@ -194,7 +194,7 @@ def test_what_ends_a_text_is_found_with_the_adapters_own_tokens(folder: Path) ->
         for num_known, num_new in (
             (1, 1),
             (2, 0),
-        ):  # with two, its last worker died before it said that this is the end
+        ):  # two: the last worker died before it reported the end
             running.thread.submit(request("resumed", "warm", output=ids[:num_known], **way))
             [end] = running.steps.get(timeout=60)
             assert (end.finish, end.seq0, end.ids) == ("stop", num_known, ids[num_known:][:num_new])
@@ -417,7 +417,7 @@ def test_what_steps_cost_is_learnt_with_the_adapters_that_ran(running: Running) 
 
 
 def test_a_worker_counts_what_it_did(folder: Path) -> None:
-    """In a pool with room for one adapter."""
+    """The pool holds one adapter at a time."""
     running = Running(folder, adapter_pool_bytes=160_000)
     prompt = list(range(5, 45))
     for rid, digest in (("a", "warm"), ("b", "warm"), ("c", "cold")):
@@ -428,7 +428,7 @@ def test_a_worker_counts_what_it_did(folder: Path) -> None:
     counters = stats.counters
     assert counters.num_steps == 9
     assert counters.num_output_tokens == 9
-    assert counters.num_cached_tokens == 32  # of the second request, whose prompt and adapter were known
+    assert counters.num_cached_tokens == 32  # of the second request, which repeats prompt and adapter
     assert counters.num_computed_tokens == 3 * (40 + 2) - 32
     assert (stats.num_loads, counters.num_evictions) == (2, 1)
     phases = (counters.plan_s, counters.inputs_s, counters.forward_s, counters.sample_s, counters.finish_s)
@@ -436,7 +436,7 @@ def test_a_worker_counts_what_it_did(folder: Path) -> None:
 
 
 class FullRunner:
-    """Runs steps of at most so many tokens, as a device whose memory ends there."""
+    """Runs steps of at most `most` tokens; larger ones fail as if device memory ran out."""
 
     def __init__(self, engine: Engine, most: int, *, after_forward: bool) -> None:
         self._runner, self._most, self._after = engine.runner, most, after_forward

@@ -1,4 +1,4 @@
-"""What is kept of a batch from step to step is that of its sequences as they run now."""
+"""Data kept of a batch from step to step matches the sequences that run now."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_another_batch_is_noticed_and_so_is_another_admission() -> None:
     assert batch.is_of(list(seqs))
     assert not batch.is_of(seqs[:1])
     assert not batch.is_of(seqs[::-1])
-    seqs[0].blocks = [5, 2]  # it was preempted and has got the same blocks: its adapter may lie in another slot
+    seqs[0].blocks = [5, 2]  # preempted, then given the same blocks: its adapter may be in another slot
     assert not batch.is_of(seqs)
 
 
 def test_lists_that_are_written_over_are_those_made_anew() -> None:
-    """Six decodes run, in which one sequence fills its block and gets two more, so that the tables become wider."""
+    """Over six decodes, in which one sequence fills its block and gets two more, so that the tables become wider."""
     seqs = [sequence("a", [5]), sequence("b", [7, 1])]
     for seq, num in zip(seqs, (14, 20), strict=True):
         seq.max_tokens, seq._tokens = 64, np.arange(64, dtype=np.int32)

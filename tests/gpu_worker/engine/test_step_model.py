@@ -1,4 +1,4 @@
-"""The model of step time finds the terms that made the times, and nothing before it has seen enough."""
+"""The step time model recovers the terms from which times were made, and predicts nothing before it has enough data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from protocol.wire.messages import StepModel
 
 
 def steps(num: int, seed: int = 0) -> list[tuple[int, int, int]]:
-    """Return (tokens, kv_tokens, ranks) of decodes and prefills, mixed."""
+    """Return (tokens, kv_tokens, ranks) of `num` mixed decodes and prefills."""
     rng = np.random.default_rng(seed)
     tokens = np.where(rng.random(num) < 0.3, rng.integers(100, 512, num), rng.integers(1, 64, num))
     return list(
@@ -37,7 +37,7 @@ def test_the_terms_are_found() -> None:
 
 
 def test_steps_that_are_slow_by_chance_count_as_much_as_others() -> None:
-    """The sum of many steps comes out right."""
+    """Predictions for many steps add up to the measured total."""
     fitted, rng, sums = StepFit(), np.random.default_rng(2), np.zeros(2)
     for tokens, kv, ranks in steps(3000):
         seconds = (0.01 + 5e-4 * tokens) * rng.gamma(6.0, 1 / 6.0)  # standard deviation 40 %
@@ -48,7 +48,7 @@ def test_steps_that_are_slow_by_chance_count_as_much_as_others() -> None:
 
 
 def test_passes_of_one_sequence_are_told_from_their_tokens() -> None:
-    """Where sequences run one by one, each pass has a cost of its own, which a decode has as much as a prompt."""
+    """Where sequences run unbatched, each pass has a fixed cost, the same for a decode as for a prompt."""
     truth, fitted = StepModel(a=0.001, b=2e-4, e=0.01), StepFit()
     rng = np.random.default_rng(3)
     for _ in range(400):
@@ -100,7 +100,7 @@ def test_what_recent_steps_leave_open_stays_known() -> None:
 
 @pytest.mark.parametrize("is_limited", [True, False])
 def test_one_long_step_tells_at_once_what_more_tokens_cost(is_limited: bool) -> None:
-    """If the time of steps matters to somebody: another such step would come before the terms are solved again."""
+    """Where step time is limited: otherwise another long step would run before the terms are solved again."""
     meter = StepMeter()
     for step in range(MIN_STEPS):
         meter.learn(0.01, StepWork(4 if step == 0 else 1, 50, 0))

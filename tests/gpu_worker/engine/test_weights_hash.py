@@ -1,4 +1,4 @@
-"""Weights are told apart by samples of their numbers, however their files are cut."""
+"""Weights are distinguished by samples of their values, independent of how files are split."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_other_numbers_names_shapes_and_dtypes_have_another(tmp_path: Path) -> N
 
 def test_a_change_between_two_samples_is_not_seen_as_the_page_says(tmp_path: Path) -> None:
     changed = tensors()
-    changed["large"].flatten()[SAMPLE] += 1  # bytes 16384 to 16388: after the first sample, before the second
+    changed["large"].flatten()[SAMPLE] += 1  # bytes 16384 to 16388, between the first and the second sample
     one, other = (weights_hash(folder_of(tmp_path / n, c)) for n, c in (("a", tensors()), ("b", changed)))
     assert one == other
 
@@ -75,7 +75,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" 
 @pytest.mark.parametrize("stray", [b"", LFS_POINTER, (2).to_bytes(8, "little") + b"{}"])
 @pytest.mark.parametrize("num_files", [1, 2])
 def test_files_that_no_loader_reads_do_not_count(tmp_path: Path, stray: bytes, num_files: int) -> None:
-    """Such as the original form of the weights, which repositories have beside that of transformers."""
+    """For example weights in their original form, which repositories hold beside the form for transformers."""
     parts = [tensors()] if num_files == 1 else [{"a": torch.ones(8)}, {"b": torch.zeros(8)}]
     folder = folder_of(tmp_path / "m", *parts)
     before = weights_hash(folder)

@@ -1,4 +1,4 @@
-"""A model folder that cannot be used is refused in one line that names what is wrong."""
+"""An unusable model folder is refused with one line that names the fault."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_an_encoder_is_read_for_what_it_was_made_for(tmp_path: Path) -> None:
     assert task_of(read_config(embedder)) == "embed"
     model: Any = read_model(embedder, CPU, torch.float32)
     assert model.pooler is None
-    edit_config(embedder, architectures=["BertForMaskedLM"])  # as most checkpoints say
+    edit_config(embedder, architectures=["BertForMaskedLM"])  # as in most checkpoints
     assert task_of(read_config(embedder)) == "embed"
     edit_config(embedder, architectures=["BertForSequenceClassification"])
     assert task_of(read_config(embedder)) == "score"
@@ -156,7 +156,7 @@ def test_pooling_is_what_sentence_transformers_files_say(
 
 
 async def test_a_worker_leaves_with_the_refusal(folder: Path, bus: Bus) -> None:
-    """The command line makes exit code 2 of it, after which `up` does not try again."""
+    """The command line turns the refusal into exit code 2, which tells `up` not to restart the worker."""
     truncate(folder)
     settings = Settings(redis_url=bus.url, model=str(folder), device="cpu")
     with pytest.raises(BadRequest, match="cannot be loaded"):

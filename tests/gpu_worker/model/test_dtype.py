@@ -1,4 +1,4 @@
-"""Which numbers a worker computes in, and by which kernels, where nobody has said it."""
+"""The default dtype and instruction set, where the settings name none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an untouched model has said is kept for later starts, never taken for another's, and held against the engine."""
+"""An untouched model's logits are kept for later starts, used only for that model, and compared with the engine's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from protocol.wire.errors import BadRequest
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    if not cpu.load():  # the native kernels lie in the same cache, and are not to be built for each test
+    if not cpu.load():  # the cache also holds the native kernels, which must not be built for each test
         pytest.fail("this machine has no native kernels")
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
     return make_tiny_model(tmp_path / "base")
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What the untouched model has said since the test began."""
+    """The answers of the untouched model since the test began."""
     found: list[object] = []
 
     def ask(*args: object) -> LogitsCheck:

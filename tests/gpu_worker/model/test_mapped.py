@@ -1,4 +1,4 @@
-"""A model whose weights are mapped is the one that transformers reads; what cannot be is left to transformers."""
+"""A model with mapped weights equals the one that transformers reads; models that cannot be mapped use transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from protocol.runtime.settings import Settings
 
 MAPPED = {"llama", "gemma3_text", "qwen2", "gpt2", "mamba2"}
 LEFT = {"gptj", "mixtral"}
-"""Types whose computed numbers transformers rounds in its own way, or whose files have other tensors than the model."""
+"""Types whose computed tensors transformers rounds in its own way, or whose files have other tensors than the model."""
 
 CANNOT_BE_RUN = {"blt", "gemma4_assistant", "gemma4_unified_assistant"}
 CANNOT_BE_MADE = {"emu3", "gemma3n", "mllama", "musicgen", "musicgen_melody"}

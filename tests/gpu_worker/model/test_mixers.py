@@ -1,4 +1,4 @@
-"""Mixers' states: what a run leaves where."""
+"""Mixers: the states that a run leaves, and their slots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_worker.layers.mixers import ChunkScan, Run, StateBatch
 
 
 def test_a_scan_leaves_the_state_that_it_begins_with_as_it_is() -> None:
-    """States with one column too, of which a transposed view needs no copy to be contiguous."""
+    """Also for states with one column, whose transposed view is contiguous without a copy."""
     x, dt, b, c = torch.randn(1, 2, 3, 4), torch.rand(1, 2, 3), *torch.randn(2, 1, 2, 1, 1)
     args, options = (x, dt, -torch.rand(3), b, c), {"chunk_size": 8, "dt_limit": (0.0, 0.5)}
     scan = ChunkScan(mamba2_chunk_scan, mamba2_selective_state_update, args, options)

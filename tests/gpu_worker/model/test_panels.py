@@ -1,4 +1,4 @@
-"""Packed weights of a quantised folder are kept, mapped by later starts, and never taken for others."""
+"""Packed weights of a quantized folder are kept, mapped by later starts, and never used for other weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    if not cpu.load():  # the native kernels lie in the same cache, and are not to be built for each test
+    if not cpu.load():  # the cache also holds the native kernels, which must not be built for each test
         pytest.fail("this machine has no native kernels")
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
     base = make_tiny_model(tmp_path / "base")
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_written_is_served(folder: Path, caplog: pytest.
     model = read(gone)
     for path in kept(gone):
         path.unlink()
-        path.mkdir()  # nothing can be put in its place
+        path.mkdir()  # a folder that no file can replace
         (path / "file").touch()
     again = read(gone)
     assert all(torch.equal(model[name], tensor) for name, tensor in again.items())

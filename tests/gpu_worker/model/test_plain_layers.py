@@ -1,4 +1,4 @@
-"""Which linear layers are nothing but a product with their weight, so that it may be taken out of them."""
+"""Which linear layers are only a product with their weight, so that the weight may be used without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tied embedding has no memory of its own where the head's weight is packed, and gives the same rows."""
+"""A tied embedding has no memory of its own where the head's weight is packed, and returns the same rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def native() -> None:
 
 
 def embedding_of(model_type: str, dtype: torch.dtype, **config: Any) -> tuple[Any, Any]:
-    """Return a model's embedding as transformers has it, and as it is served."""
+    """Return a model's embedding in two forms: of transformers, and as served."""
     model: Any = tiny_model(model_type, **config)
     model.to(dtype)
     served = prepare_model(copy.deepcopy(model), frozenset(), None)

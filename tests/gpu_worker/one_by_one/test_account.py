@@ -1,4 +1,4 @@
-"""What a model's own caches take, and how many of them have room."""
+"""Unbatched models: the memory that a model's own cache takes, and how many caches fit."""
 
 from __future__ import annotations
 

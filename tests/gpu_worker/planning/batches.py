@@ -1,4 +1,4 @@
-"""Batchers with adapters that are resident or not, and sequences for them."""
+"""Batchers for tests, and sequences for them, with adapters that are resident or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from protocol.wire.messages import Sampling
 
 
 class FakeSlots:
-    """Adapters that are resident or not."""
+    """Adapter slots of which the test says which adapters are resident."""
 
     def __init__(self) -> None:
         self.resident: set[str] = set()
@@ -37,7 +37,7 @@ class FakeSlots:
 
 
 class FakeDrafts:
-    """A draft model that drafts at random, and checks what it is asked."""
+    """A draft model that drafts random tokens and checks the batcher's calls."""
 
     def __init__(self, limits: BatchLimits) -> None:
         self.limits = limits
@@ -46,7 +46,7 @@ class FakeDrafts:
         self.known: set[Sequence] = set()
 
     def propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> dict[Sequence, list[int]]:
-        """Draft up to the limits, or nothing."""
+        """Return random drafts up to the limits, or none."""
         assert limits
         assert plan.limited is None
         assert not plan.preempted
@@ -61,7 +61,7 @@ class FakeDrafts:
         return {seq: self.rng.integers(5, size=self.rng.integers(limit + 1)).tolist() for seq, limit in limits.items()}
 
     def learn(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
-        """Take what became of a draft."""
+        """Check and count the outcome of a draft."""
         assert seq in self.known
         assert 0 <= num_right <= num_drafted
         assert num_drafted > 0

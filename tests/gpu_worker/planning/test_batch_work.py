@@ -1,4 +1,4 @@
-"""Batch work beside others: it yields to all of them, also to those who yield, and makes their steps hardly longer."""
+"""Batch work yields to all other requests, even to those that yield, and hardly lengthens their steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.gpu_worker.planning.batches import finish_step, make_batcher, make_se
 
 
 def filled(*others: Sequence, num: int = 6) -> tuple[Batcher, list[Sequence]]:
-    """Return a batcher in which others and batch work decode; a step takes 1 s and 0.04 s a token."""
+    """Return a batcher in which `num` batch sequences and `others` decode; a step takes 1 s plus 0.04 s per token."""
     batcher, _ = make_batcher(256, max_num_seqs=8, max_step_tokens=512, max_slowdown=2.0, max_batch_slowdown=1.1)
     lines = [make_seq(f"line{i}", np.arange(4) + 4 * i, 500, batch=True, tenant="t") for i in range(num)]
     for seqs in (lines, others):
@@ -29,7 +29,7 @@ def filled(*others: Sequence, num: int = 6) -> tuple[Batcher, list[Sequence]]:
 
 
 def run(batcher: Batcher, num: int) -> list[list[str]]:
-    """Return who takes part in the next steps, each as long as the model says."""
+    """Return the request ids of each of the next `num` steps, timed as the step model predicts."""
     found: list[list[str]] = []
     for _ in range(num):
         plan = batcher.plan()
@@ -42,7 +42,7 @@ def run(batcher: Batcher, num: int) -> list[list[str]]:
 def test_batch_work_has_a_bound_of_its_own() -> None:
     batcher, _ = filled(make_seq("quiet", np.arange(4) + 100, 500))
     plans = run(batcher, 4)
-    plans.remove(["quiet"])  # it is measured how long that takes
+    plans.remove(["quiet"])  # alone once, to measure the time of its step
     assert plans == [["quiet", *(f"line{i}" for i in turn)] for turn in ((0, 1), (2, 3), (4, 5))], "0.104 s are left"
 
 
@@ -69,7 +69,7 @@ def test_steps_of_batch_work_alone_are_short_while_others_may_come() -> None:
     quiet = make_seq("quiet", np.arange(4) + 100, 500)
     batcher, lines = filled(quiet)
     batcher.remove(quiet)
-    batcher.step_model = StepModel(a=0.1, b=0.09)  # three times an empty step leave room for two tokens
+    batcher.step_model = StepModel(a=0.1, b=0.09)  # within three times an empty step there is room for two tokens
     plans = run(batcher, SHORT_STEPS_AFTER + 3)
     assert [len(plan) for plan in plans[: SHORT_STEPS_AFTER - 1]] == (SHORT_STEPS_AFTER - 1) * [2]
     assert plans[-1] == [seq.rid for seq in lines], "nobody has come for long"
@@ -81,7 +81,7 @@ def test_batch_work_waits_where_a_flood_and_a_quiet_stream_are() -> None:
     assert {rid for plan in run(batcher, 5) for rid in plan} == {"quiet", "flood"}
     for seq in (quiet, flood):
         batcher.remove(seq)
-        seq.is_bound = False  # as one whose adapter is loaded
+        seq.is_bound = False  # as while its adapter is loading
         batcher.add(seq)
     assert run(batcher, 1) == [[seq.rid for seq in lines]], "nobody else can run"
 
@@ -94,15 +94,15 @@ def test_batch_work_is_the_first_to_lose_its_place() -> None:
 
 
 def percentiles_of(*, with_batch: bool) -> tuple[float, float]:
-    """Return the 99th percentiles of TTFT and of gaps between tokens, s, of requests at a third of what a CPU can do.
+    """Return the 99th percentiles, s, of TTFT and of the gaps between tokens.
 
-    The clock is the test's own: a step takes 8 ms and 0.45 ms a token, more or less.
+    Load is a third of a CPU's capacity. Time is simulated: a step takes about 8 ms plus 0.45 ms per token.
     """
     batcher, _ = make_batcher(4096, max_num_seqs=64, max_step_tokens=512, max_slowdown=1.8, max_batch_slowdown=1.1)
     meter, rng, arrivals, names = StepMeter(), np.random.default_rng(1), np.random.default_rng(2), count()
     now_s, next_s = 0.0, 0.0
-    last_s: dict[Sequence, float] = {}  # of each request: when it came, or its last token
-    found: dict[bool, list[float]] = {True: [], False: []}  # whether it is the first token -> times, s
+    last_s: dict[Sequence, float] = {}  # arrival, or time of the last token
+    found: dict[bool, list[float]] = {True: [], False: []}  # is first token -> times, s
     while now_s < 40.0:
         while next_s <= now_s:
             seq = make_seq(f"r{next(names)}", rng.integers(0, 50, 96), 64, yields=True, tenant="t")
@@ -122,7 +122,7 @@ def percentiles_of(*, with_batch: bool) -> tuple[float, float]:
         batcher.step_model = meter.model
         finish_step(batcher, plan)
         for seq in [seq for seq in plan.num_new if seq.num_pending == 1 and seq.num_output]:
-            if seq in last_s and now_s > 5.0:  # until then nothing is known of the time of steps
+            if seq in last_s and now_s > 5.0:  # before, too few step times are measured
                 found[seq.num_output == 1].append(now_s - last_s[seq])
             last_s |= {seq: now_s} if seq in last_s else {}
             if seq.num_tokens >= seq.max_tokens:

@@ -1,4 +1,4 @@
-"""The batcher against a simulated cache: whatever it plans, every token's keys and values are where they must be."""
+"""The batcher against a simulated cache: in every plan, each token finds the keys and values of those before it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.gpu_worker.planning.batches import FakeDrafts, FakeSlots, finish_step
 
 
 class Cache:
-    """What each slot of the paged cache holds: a hash of all the tokens up to it and of the adapter."""
+    """For each slot of the paged cache: a hash of the adapter and of all tokens up to the slot."""
 
     def __init__(self) -> None:
         self.slots: dict[tuple[int, int], bytes] = {}
 
     def run(self, plan: StepPlan) -> None:
-        """Compute a plan's tokens, checking that all tokens before them are in place."""
+        """Compute a plan's tokens, after checking that all tokens before them are cached."""
         for seq, num_new in plan.num_new.items():
             chain = hashlib.sha256(seq.request.digest.encode()).digest()
             tokens = np.concatenate((seq.tokens, np.array(plan.drafts.get(seq, []), np.int32)))
@@ -45,7 +45,7 @@ class Cache:
 
 
 class BatcherMachine(RuleBasedStateMachine):
-    """Requests of three adapters with common beginnings come, run, are cancelled; adapters come late."""
+    """Requests of three adapters with shared prefixes arrive, run and are cancelled; adapters become resident late."""
 
     @initialize(
         num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans(),
@@ -63,8 +63,8 @@ class BatcherMachine(RuleBasedStateMachine):
         self.batcher = Batcher(self.limits, self.blocks, self.slots, "base", draft_model=self.drafts)
         self.batcher.step_model = StepModel(a=1.0, b=token_s, c=token_s / 100, d=token_s / 50)
         self.paused = False
-        self.has_changed = False  # whether the last plan has changed who yields
-        self.idle_plans: dict[Sequence, int] = {}  # decoding sequence that yields -> plans since its last turn
+        self.has_changed = False  # whether the last plan changed which sequences yield
+        self.idle_plans: dict[Sequence, int] = {}  # yielding sequence that decodes -> plans since it last took part
         self.cache = Cache()
         self.rng = np.random.default_rng(0)
         self.max_len = num_blocks * BLOCK_TOKENS
@@ -106,9 +106,9 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         running = list(self.batcher.running)
-        before = {seq: seq.priority for seq in self.batcher}  # one passed over too often ceases to yield
+        before = {seq: seq.priority for seq in self.batcher}  # a sequence passed over too often ceases to yield
         plan = self.batcher.plan()
-        after = {seq: seq.priority for seq in self.batcher}  # one whose tenant had most begins to
+        after = {seq: seq.priority for seq in self.batcher}  # a sequence of the heaviest tenant begins to yield
         self.has_changed, self.levels = before != after, sorted(set(after.values()))
         has_others = not self.has_changed and (self.levels[:1] == [0] or len(self.levels) > 1)
         assert plan.num_tokens <= self.limits.max_step_tokens
@@ -137,7 +137,7 @@ class BatcherMachine(RuleBasedStateMachine):
                     self.batcher.remove(seq)
 
     def check_turns(self, plan: StepPlan, decodes: list[Sequence]) -> None:
-        """Decodes that do not yield are in every step; those that yield are where there is time, else in turn."""
+        """Check that decodes that do not yield are in every step, and others where time is left, else in rotation."""
         others = [seq for seq in decodes if not self.yields(seq)]
         yielding = [seq for seq in decodes if self.yields(seq) and seq.priority in self.levels[:2]]
         assert list(plan.num_new)[: len(others)] == others, "everybody who does not yield is in every step"
@@ -162,11 +162,11 @@ class BatcherMachine(RuleBasedStateMachine):
             assert self.idle_plans[seq] <= 3 * self.limits.max_num_seqs, "it has waited for more than a round"
 
     def yields(self, seq: Sequence) -> bool:
-        """Whether a sequence yields to others that are here, or may come."""
+        """Return whether a sequence yields to others that are present or may come."""
         return seq.priority > (self.levels[0] if len(self.levels) > 1 else 0)
 
     def check_batch(self, plan: StepPlan, others: list[Sequence], taking_part: list[Sequence]) -> None:
-        """Batch work is in no step with another's prompt, and makes no step longer than it may."""
+        """Check that batch work shares no step with another request's prompt, and lengthens none beyond its limit."""
         self.paused = False
         if set(plan.num_new) - set(others) - set(taking_part):
             assert not taking_part, "beside a prompt"
@@ -176,7 +176,7 @@ class BatcherMachine(RuleBasedStateMachine):
     def check_time(
         self, plan: StepPlan, others: list[Sequence], yielding: list[Sequence], slowdown: float
     ) -> None:  # fmt: skip
-        """A limited step is longer than it may be by the first sequence that yields at most."""
+        """Check the limit of a step: it may be exceeded by at most the first sequence that yields."""
         model = self.batcher.step_model
         limit_s = slowdown * predicted_s(plan, others, model) * (1 + 1e-9)
         is_one_token = len(yielding) == 1 and plan.num_new[yielding[0]] == 1
@@ -191,7 +191,7 @@ class BatcherMachine(RuleBasedStateMachine):
         assert {d: n for d, n in self.slots.refs.items() if n} == {d: refs.count(d) for d in set(refs)}
 
     def teardown(self) -> None:
-        """Whatever happened: once all adapters are there, everything ends within a bounded number of steps."""
+        """Check that everything ends within a bounded number of steps once all adapters are resident."""
         if not hasattr(self, "batcher"):
             return
         self.slots.resident = {"a", "b"}
@@ -205,7 +205,7 @@ class BatcherMachine(RuleBasedStateMachine):
 
 
 def predicted_s(plan: StepPlan, seqs: Iterable[Sequence], model: StepModel) -> float:
-    """Return what the step model says of a step that holds of a plan only some sequences, without draft tokens."""
+    """Return the predicted time, s, of a step with only these sequences of the plan, without draft tokens."""
     num_new = {seq: plan.num_new[seq] - len(plan.drafts.get(seq, ())) for seq in seqs}
     num_kv = sum(seq.num_computed + num for seq, num in num_new.items())
     ranks = 16 * len({seq.request.digest for seq in num_new if seq.request.digest})
@@ -255,7 +255,7 @@ def test_another_adapter_shares_no_block() -> None:
 
 
 def activated(rid: str, prompt: np.ndarray, active_from: int, num_base: int) -> Sequence:
-    """Return a sequence whose adapter sets in at a token, `num_base` tokens being the base model's before it."""
+    """Return a sequence whose adapter sets in at token `active_from`; the first `num_base` tokens are as the base's."""
     seq = make_seq(rid, prompt, 4, digest="a")
     seq.activates, seq.active_from, seq.num_base = True, active_from, num_base
     return seq
@@ -264,16 +264,16 @@ def activated(rid: str, prompt: np.ndarray, active_from: int, num_base: int) -> 
 @pytest.mark.parametrize(
     ("first", "second", "shared"),
     [
-        ((40, 40), None, 2),  # the base model's blocks before the invocation, either way
+        ((40, 40), None, 2),  # before the invocation the blocks are the base model's, in either order
         (None, (40, 40), 2),
         ((40, 40), (40, 40), 3),
         ((40, 40), (24, 24), 1),
         ((40, 40), (20, 20), 1),
         ((0, 0), (40, 40), 0),
-        ((0, 0), (40, 0), 0),  # what sets in is not all it changes: nothing is the base model's
+        ((0, 0), (40, 0), 0),  # the adapter also changes tokens before it sets in: no block is the base model's
         ((40, 0), (40, 0), 3),
         ((40, 0), None, 0),
-        ((1 << 40, 1 << 40), None, 3),  # never
+        ((1 << 40, 1 << 40), None, 3),  # the adapter never sets in
     ],
 )
 def test_blocks_before_an_invocation_are_shared_with_the_base(
@@ -405,12 +405,12 @@ def test_blocks_that_others_share_are_not_freed_by_taking_them() -> None:
     batcher, _ = make_batcher(8)
     holder = make_seq("holder", np.arange(65), 8)
     flood = make_seq("flood", np.arange(65), 8, yields=True)
-    for seq in (holder, flood):  # five blocks each, of which they share four
+    for seq in (holder, flood):  # five blocks each, four of them shared
         batcher.add(seq)
         finish_step(batcher, batcher.plan())
     batcher.add(
         make_seq("quiet", np.arange(40) + 100, 8)
-    )  # two are free, and one is to grow into: one more is not enough
+    )  # two blocks are free, one of them reserved for growth: freeing one more is not enough
     assert not batcher.plan().preempted
 
 
@@ -441,7 +441,7 @@ def test_hits_on_free_blocks_count_as_taken() -> None:
     holder = make_seq("holder", np.arange(40) + 100, 40)
     batcher.add(holder)
     finish_step(batcher, batcher.plan())
-    # Three blocks are free, two of them hold the beginning: its third and a spare one for the holder are one too many.
+    # Two of three free blocks hold the prefix: a third one for `again` and a spare one for the holder do not fit.
     again = make_seq("again", np.arange(33), 40)
     batcher.add(again)
     assert list(batcher.plan().num_new) == [holder]

@@ -1,4 +1,4 @@
-"""KV blocks: no block is lost, handed out twice, or found under a hash it does not hold."""
+"""KV blocks: none is lost, handed out twice, or found under the hash of other content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_BLOCKS = 8
 
 
 class BlockMachine(RuleBasedStateMachine):
-    """Random use of a small pool against a plain model of what each block holds."""
+    """Random operations on a small pool, compared with a plain model of each block's content."""
 
     tables = Bundle("tables")
 
@@ -27,7 +27,7 @@ class BlockMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS)
         self.held: dict[int, list[int]] = {}  # table id -> blocks
-        self.content: dict[int, bytes] = {}  # block -> the hash it was published under, until handed out again
+        self.content: dict[int, bytes] = {}  # block -> hash under which it was published, until it is reused
         self.next_id = 0
 
     def _keep(self, blocks: list[int]) -> int:
@@ -94,7 +94,7 @@ class BlockMachine(RuleBasedStateMachine):
 
     @rule(kept=st.sets(st.integers(0, NUM_BLOCKS - 1)), data=st.data())
     def predict_release(self, kept: set[int], data: st.DataObject) -> None:
-        """What `num_freed` says of tables one after the other is what is free once no other table holds a block."""
+        """Check that `num_freed`, over tables freed in sequence, counts the blocks that no other table holds."""
         ids = data.draw(st.lists(st.sampled_from(sorted(self.held)), unique=True)) if self.held else []
         dropped = Counter[int]()
         num_freed = sum(self.pool.num_freed(self.held[table], dropped, kept) for table in ids)
@@ -182,5 +182,5 @@ def test_a_leak_is_found() -> None:
 
 
 def test_all_parts_mean_blocks_of_the_same_size() -> None:
-    """The kernels import nothing of ours, so the number stands there once more."""
+    """The kernels import none of our modules, so they define the number a second time."""
     assert ops.BLOCK_TOKENS == BLOCK_TOKENS

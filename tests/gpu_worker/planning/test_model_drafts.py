@@ -1,4 +1,4 @@
-"""What the batcher asks of a draft model, and tells it: nobody waits for drafts of which nothing can come."""
+"""What the batcher asks of a draft model and reports to it: no step waits for drafts that cannot be used."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.gpu_worker.planning.batches import FakeSlots, make_seq
 
 @dataclass(slots=True)
 class Scripted:
-    """A draft model that drafts the same for every sequence."""
+    """A draft model that drafts the same tokens for every sequence."""
 
     draft: list[int]
-    asked: list[dict[str, int]] = field(default_factory=list[dict[str, int]])  # limits by request
+    asked: list[dict[str, int]] = field(default_factory=list[dict[str, int]])  # request id -> limit, for each call
     learnt: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])
 
     def propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> dict[Sequence, list[int]]:
@@ -44,7 +44,7 @@ class Scripted:
 
 
 def decoding(source: Scripted, *texts: list[int], num_blocks: int = 100) -> tuple[Batcher, list[Sequence]]:
-    """Return a batcher whose sequences have each one token to compute."""
+    """Return a batcher with one sequence per text, each with one token to compute."""
     batcher = Batcher(BatchLimits(4, 64, True, 4, 16), BlockPool(num_blocks), FakeSlots(), "base", draft_model=source)
     seqs = [make_seq(str(i), np.array(text), 40) for i, text in enumerate(texts)]
     for seq in seqs:
@@ -56,7 +56,7 @@ def decoding(source: Scripted, *texts: list[int], num_blocks: int = 100) -> tupl
 
 
 def finish(batcher: Batcher, plan: StepPlan, token: int = 99) -> None:
-    """Complete a plan: each sequence gets a token, none of them drafted."""
+    """Complete a plan: each sequence gets `token`, and no draft is correct."""
     batcher.complete(plan)
     for seq in plan.num_new:
         seq.append(token)
@@ -93,7 +93,7 @@ def test_who_drafts_from_its_own_text_waits_for_nobodys_drafts() -> None:
 
 
 def test_nothing_is_drafted_that_has_no_blocks() -> None:
-    """Drafts that were dropped for lack of blocks would be waited for in vain, in step after step."""
+    """Drafts without blocks would be dropped, so the step would wait for them in vain."""
     source = Scripted([5, 6, 7, 8])
     batcher, [seq] = decoding(source, list(range(BLOCK_TOKENS - 3)), num_blocks=1)
     drafted: list[int] = []

@@ -1,4 +1,4 @@
-"""The phases of a step, without places and blocks: who is first, who yields, who waits."""
+"""The phases of a step's plan, without slots and blocks: which sequence is first, which yields, which waits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEAR = StepModel(a=1.0, b=2.0)  # a decode takes longer than an empty step
 
 
 class AllFits:
-    """Queues in which nothing lacks but tokens."""
+    """Queues in which only tokens are scarce: slots and blocks always suffice."""
 
     def __init__(self, *seqs: Sequence, model: StepModel = CHEAP) -> None:
         self.running = [seq for seq in seqs if seq.num_computed]
@@ -99,7 +99,7 @@ def test_batch_work_has_a_step_that_nobody_else_can_use() -> None:
     queues.waiting.clear()
     queues.running += [quiet, flood]
     for seq in (quiet, flood):
-        seq.expected_row, seq.num_tokens = 0, seq.max_tokens  # nothing of it is to be computed
+        seq.expected_row, seq.num_tokens = 0, seq.max_tokens  # none of its tokens remains to be computed
     assert fill(policy, queues) == {"line": 1}
     quiet.expected_row = -1
     assert "line" not in fill(policy, queues)

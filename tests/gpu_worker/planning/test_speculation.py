@@ -1,4 +1,4 @@
-"""Draft tokens come from the last time the same was said, and fewer are made where they are wrong."""
+"""Drafts by prompt lookup repeat the last occurrence of the same tokens, and get shorter where they are wrong."""
 
 from __future__ import annotations
 

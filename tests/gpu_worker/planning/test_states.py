@@ -1,4 +1,4 @@
-"""State slots: none is lost or held twice, none is reused before a step has read it."""
+"""State slots: none is lost or used twice, and none is reused before a step has read it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_which_positions_are_worth_a_state() -> None:
     last = num_prompt - num_prompt % BLOCK_TOKENS
     assert worth_saving(num_prompt, 0, num_prompt) == [PROMPT_TOKENS, 2 * PROMPT_TOKENS, last]
     assert worth_saving(num_prompt, PROMPT_TOKENS, 2 * PROMPT_TOKENS) == [2 * PROMPT_TOKENS]
-    assert worth_saving(BLOCK_TOKENS, 0, BLOCK_TOKENS) == []  # its last token's logits are needed
+    assert worth_saving(BLOCK_TOKENS, 0, BLOCK_TOKENS) == []  # the logits of its last token are needed
     grown = 10 * OUTPUT_TOKENS
     assert worth_saving(20, grown - 1, grown) == [grown]
     assert worth_saving(20, grown - 1, grown, with_output=False) == []

@@ -1,4 +1,4 @@
-"""Steps that what yields may not make much longer: who takes part in which, and what is measured."""
+"""Limits on how much yielding sequences lengthen steps: which take part in which step, and what is measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.gpu_worker.planning.batches import finish_step, make_batcher, make_se
 
 
 def limited_flood(num: int = 6, *, max_slowdown: float) -> tuple[Batcher, Sequence, list[Sequence]]:
-    """Return a batcher in which one sequence and a flood that yields to it decode; a step takes 1 s + 0.1 s a token."""
+    """Return a batcher, a decoding sequence, and a decoding flood that yields; a step takes 1 s + 0.1 s per token."""
     batcher, _ = make_batcher(64, max_num_seqs=8, max_slowdown=max_slowdown)
     quiet = make_seq("quiet", np.arange(4) + 100, 500)
     flood = [make_seq(f"flood{i}", np.arange(4) + 4 * i, 500, yields=True) for i in range(num)]
@@ -40,7 +40,7 @@ def test_what_yields_takes_turns_in_the_time_that_others_leave() -> None:
         assert plan.num_new.pop(quiet) == 1
         turns.append(list(plan.num_new))
         finish_step(batcher, plan)
-    # 1.3 x 1.1 s leave 0.33 s for them.
+    # 1.3 x 1.1 s leave 0.33 s for the flood: three tokens a step.
     assert turns == [flood[:3], flood[3:], flood[:3], flood[3:]]
 
 
@@ -48,7 +48,7 @@ def test_a_step_is_limited_by_what_others_were_measured_to_take() -> None:
     batcher, quiet, _ = limited_flood(max_slowdown=2.0)
     plan = batcher.plan()
     assert plan.num_new == {quiet: 1}
-    batcher.note_time(plan, 0.83)  # and not 1.1, as the model says
+    batcher.note_time(plan, 0.83)  # the model predicts 1.1
     finish_step(batcher, plan)
     assert batcher.plan().num_tokens == 1 + 5, "1.1 s and five times 0.1 s are within twice 0.83 s"
 
@@ -113,7 +113,7 @@ def test_how_long_others_take_is_known_before_anybody_yields() -> None:
     batcher, quiet, _ = limited_flood(0, max_slowdown=2.0)
     for _ in range(2 * ALONE_EVERY):
         plan = batcher.plan()
-        batcher.note_time(plan, 1.23)  # and not 1.1, as the model says
+        batcher.note_time(plan, 1.23)  # the model predicts 1.1
         finish_step(batcher, plan)
     batcher.add(make_seq("late", np.arange(40) + 200, 50, yields=True))
     plan = batcher.plan()
@@ -160,7 +160,7 @@ def test_a_tenant_of_few_long_prompts_fills_no_more_than_a_step() -> None:
 
 
 def test_who_was_alone_yields_no_longer_to_one_who_fills_the_steps() -> None:
-    """A tenant that is alone yields to whoever comes; when that one takes most of the steps, it yields itself."""
+    """A tenant that is alone yields to a newcomer; once the newcomer takes most of each step, the newcomer yields."""
     batcher, _ = make_batcher(1024, max_num_seqs=16, max_step_tokens=64, max_slowdown=2.0)
     quiet = make_seq("quiet", np.arange(4), 900, tenant="quiet", alone=True)
     line = make_seq("line", np.arange(4) + 50, 500, tenant="quiet", batch=True)
@@ -232,7 +232,7 @@ def test_where_all_yield_or_nobody_does_plans_are_the_same_with_a_limit(others: 
 
 
 def test_bursts_beside_a_quiet_stream_make_hardly_a_step_long() -> None:
-    """With a clock of its own: of a thousand steps with a token of the stream, three take more than twice as long."""
+    """In simulated time: of 1000 steps with a token of the stream, at most three take more than twice as long."""
     batcher, _ = make_batcher(1024, max_num_seqs=64, max_step_tokens=512, max_slowdown=1.8)
     meter, rng, names = StepMeter(), np.random.default_rng(1), count()
 
@@ -245,7 +245,7 @@ def test_bursts_beside_a_quiet_stream_make_hardly_a_step_long() -> None:
         if not any(seq.request.tenant == "quiet" for seq in batcher):
             add("quiet", 4, 60, yields=False)
         if step >= 300 and step % 100 == 0:
-            for i in range(48):  # a tenant's first requests do not yield
+            for i in range(48):  # the first requests of a tenant do not yield
                 add("flood", 4 + i, 1 + i % 60, yields=i >= 8)
         plan = batcher.plan()
         seconds = (0.010 + 0.0007 * plan.num_tokens) * rng.uniform(0.95, 1.1)

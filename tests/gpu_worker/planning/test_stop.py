@@ -1,4 +1,4 @@
-"""How requests end: tokens, strings, lengths, and the same after a resumption."""
+"""How requests end: stop tokens, stop strings, lengths, and the same after a request is resumed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check(
 
 
 def feed(stop: StopRules, ids: list[int]) -> tuple[int, str]:
-    """Return how many ids were taken before the end, and the end."""
+    """Return how many ids were accepted before the end, and the finish reason."""
     for i, token in enumerate(ids, 1):
         finish = stop.add(token)
         if finish:
@@ -103,7 +103,7 @@ def test_nothing_stops_within_min_tokens(tokenizer: Tokenizer) -> None:
 @settings(max_examples=examples.of(200), deadline=None)
 @given(data=st.data())
 def test_gateway_and_worker_end_at_the_same_token(data: st.DataObject) -> None:
-    """Whatever the tokenizer, the stop rule, the special tokens that a chat answer shows, and the steps."""
+    """For any tokenizer, stop rule, special tokens shown by a chat answer, and split into steps."""
     file = data.draw(st.sampled_from(list(families().values())), label="tokenizer")
     tokens = BaseTokens(json.dumps(file)).table
     id_ = st.integers(0, len(tokens.pieces) - 1)

@@ -1,4 +1,4 @@
-"""Grammars over tables of tokens: outputs follow them, and what cannot be used is one request's error."""
+"""Grammars over token tables: outputs follow them, and an unusable grammar fails only its own request."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def grammars() -> Iterator[Grammars]:
 
 
 def random_output(grammars: Grammars, matcher: GrammarMatcher, rng: np.random.Generator) -> list[int]:
-    """Return the ids of an output, each chosen at random among those that the grammar allows."""
+    """Return the ids of a random output, each drawn from the tokens that the grammar allows."""
     ids: list[int] = []
     while not matcher.is_complete:
         [mask] = grammars.fill([(matcher, [])], 60.0)
@@ -57,7 +57,7 @@ def random_output(grammars: Grammars, matcher: GrammarMatcher, rng: np.random.Ge
 
 @pytest.mark.parametrize("name", SERVED)
 def test_outputs_follow_the_grammar(grammars: Grammars, name: str) -> None:
-    """With tokens of any family, as the text that the adapter's decoder makes of them."""
+    """For tokenizers of every family, in the text that the adapter's decoder produces."""
     tokens = tokens_of(families()[name])
     valid = Draft202012Validator(SCHEMA)
     for seed in range(20):
@@ -73,7 +73,7 @@ def test_outputs_follow_the_grammar(grammars: Grammars, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["BertTokenizer", "words"])
 def test_tokens_that_begin_a_text_as_none_are_an_error(grammars: Grammars, name: str) -> None:
-    """Every token of such a tokenizer is one text at the beginning and another one elsewhere."""
+    """In such a tokenizer every token has one text at the beginning of an output and another one elsewhere."""
     matcher = grammars.make(GRAMMAR, tokens_of(families()[name]), [], []).result()
     grammars.fill([(matcher, [])], 60.0)
     with pytest.raises(BadRequest, match="no token can begin it"):
@@ -132,11 +132,11 @@ def test_vocabularies_are_made_one_at_a_time_and_kept(grammars: Grammars) -> Non
 
 
 def test_steps_go_on_between_two_vocabularies(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each holds the interpreter, so none is begun before its share of time has passed since the last one."""
+    """Building one holds the interpreter lock, so the next waits until its share of time has passed."""
     waited: list[bool] = []
     monkeypatch.setattr(grammars._closed, "wait", lambda timeout: waited.append(timeout > 0))
     for tokens in [tokens_of(tokenizer_file(added_tokens=[added(f"own {i}")])) for i in range(3)]:
-        grammars.vocabulary(tokens)  # the next one is asked for at once, long before its share of time has passed
+        grammars.vocabulary(tokens)  # the next one is requested at once, before that share has passed
     assert waited == [False, True, True]
 
 
@@ -154,7 +154,7 @@ def test_a_base_without_a_vocabulary_refuses_grammars_at_once(monkeypatch: pytes
     for _ in range(2):
         with pytest.raises(BadRequest, match="no tokens"):
             base.make(GRAMMAR, base._tokens, [], []).result()
-    assert len(asked) == 2  # as a file, and as a list of tokens
+    assert len(asked) == 2  # once as a file, once as a list of tokens
     base.close()
 
 

@@ -28,11 +28,11 @@ NOTHING = np.zeros(0, np.int32)
 PAIR = np.dtype([("id", "<i4"), ("logprob", "<f4")])
 
 ids = st.integers(0, VOCAB - 1)
-few = st.integers(0, 3)  # so that the words occur
+few = st.integers(0, 3)  # few values, so that the words occur
 
 
 def processed(processor: LogitsProcessor, output: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """Return logits as transformers changes them after a prompt without any bad word, and the output."""
+    """Return logits as transformers processes them after the output and a prompt that contains no bad word."""
     text = [VOCAB - 1] * 5 + output
     scores = processor(cast(torch.LongTensor, torch.tensor([text], dtype=torch.long)), logits.clone())  # pyright: ignore[reportArgumentType]
     assert isinstance(scores, torch.Tensor)
@@ -40,7 +40,7 @@ def processed(processor: LogitsProcessor, output: list[int], logits: torch.Tenso
 
 
 def row_of(output: list[int], **fields: Any) -> SampleRow:
-    """Return the row of a request as the engine makes it."""
+    """Return a request's row as the engine builds it."""
     wish, output_ids = Sampling(temperature=0.0, **fields), np.array(output, np.int32)
     adjustment = Adjustment.of(wish, NOTHING)
     banned, mask = ((), None) if adjustment is None else adjustment.restricted(output_ids, (), None)
@@ -48,7 +48,7 @@ def row_of(output: list[int], **fields: Any) -> SampleRow:
 
 
 def may_follow(row: SampleRow) -> set[int]:
-    """Return the tokens that may be chosen in a row, of logits that prefer none."""
+    """Return the tokens that can be sampled in a row whose logits are all equal."""
     found: set[int] = set()
     logits = torch.zeros(1, VOCAB)
     while True:
@@ -97,7 +97,7 @@ def test_they_narrow_a_grammar_and_what_is_banned(
 
 def test_each_row_of_a_mixed_batch_has_its_own() -> None:
     logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(1))
-    logits[:, 9] = 50.0  # what all would choose
+    logits[:, 9] = 50.0  # the token that every row would choose
     rows = [
         row_of([]),
         row_of([], bad_words=[[9]]),
@@ -171,7 +171,7 @@ def test_a_request_that_leaves_no_token_fails_alone_and_says_why() -> None:
     assert other.failure is None
     assert sample(torch.zeros(2, VOCAB), rows).ids[1] in (1, 5)
     drafted = sequence([4], [], allowed_token_ids=[5], bad_words=[[6, 5]])
-    sample_rows([drafted], {drafted: [6]}, {})  # behind a draft token that is not allowed nothing may follow
+    sample_rows([drafted], {drafted: [6]}, {})  # after a draft token that is not allowed, no token need be allowed
     assert drafted.failure is None
 
 
@@ -196,4 +196,4 @@ def test_listed_tokens_have_their_logprobs_in_their_order(of: Any) -> None:
     assert plain["id"].tolist() == expected[1].topk(2).indices.tolist()
     assert last["id"].tolist() == [7]
     assert result.ids[2] == 3
-    assert last["logprob"][0] == pytest.approx(float(expected[2, 7]), abs=1e-6)  # the model's own, as in vLLM
+    assert last["logprob"][0] == pytest.approx(float(expected[2, 7]), abs=1e-6)  # of the model's own logits, as in vLLM

@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, against Hugging Face's processors; noise that depends on (seed, position) only."""
+"""Sampling: the distributions of Hugging Face's processors, with noise that depends on (seed, position) only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def at_position(position: int, **fields: Any) -> SampleRow:
 
 
 def draws(logits: torch.Tensor, num: int, **fields: Any) -> np.ndarray:
-    """Draw `num` tokens from one row of logits, at positions 0 … num - 1."""
+    """Return `num` tokens drawn from one row of logits, at positions 0 … num - 1."""
     rows = [at_position(position, **fields) for position in range(num)]
     return sample(logits.expand(num, -1), rows).ids
 
@@ -51,7 +51,7 @@ def kept_by(logits: torch.Tensor, num: int = 4000, **fields: Any) -> set[int]:
 
 
 def processed(processor: LogitsProcessor, ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """Return a copy of logits as transformers changes them after these tokens."""
+    """Return a copy of the logits as transformers processes them after these tokens."""
     scores = processor(cast(torch.LongTensor, torch.tensor([ids])), cast(torch.FloatTensor, logits.clone()))
     assert isinstance(scores, torch.Tensor)
     return scores
@@ -134,7 +134,7 @@ def test_top_p_sorts_a_flat_distribution_whole() -> None:
 
 
 def test_top_p_is_the_same_to_the_bit_where_the_host_does_not_wait() -> None:
-    """Flat rows beside pointed ones; sums of fp32 probabilities that come short of p."""
+    """For flat and peaked rows, and rows whose fp32 probabilities add up to less than p."""
     generator = torch.Generator().manual_seed(6)
     logits = torch.randn(48, 2 * sampling.TOP_P_CANDIDATES, generator=generator) * torch.logspace(-2, 1, 48)[:, None]
     logits[::5] = (logits[::5] * 4).round() / 4  # ties
@@ -243,7 +243,7 @@ def test_choosing_never_waits_for_a_gpu() -> None:
     assert ids.tolist() == sample(logits.cpu(), rows).ids.tolist()
 
 
-# ---------------------------------------------------------------- what LoRAX does otherwise
+# ---------------------------------------------------------------- where LoRAX differs
 
 PAIR = np.dtype([("id", "<i4"), ("logprob", "<f4")])
 
@@ -280,7 +280,7 @@ def test_logprobs_may_be_of_what_was_drawn_from() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("vocab", "num_known"), [(1000, 1000), (1000, 600), (70, 96)])
 def test_what_a_mask_forbids_is_never_chosen(dtype: torch.dtype, vocab: int, num_known: int) -> None:
-    """num_known: tokens that the mask is about; those beyond are forbidden."""
+    """num_known: number of tokens that the mask covers; the others are forbidden."""
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(4, vocab, generator=generator).to(dtype)
     may = np.random.default_rng(1).random((4, -(-num_known // 32) * 32)) < 0.1
@@ -309,7 +309,7 @@ def test_a_watermark_can_be_found() -> None:
             token = int(sample(logits, [wish]).ids[0])
             num_green[watermark] += token in set(watermark_ids(text[-1], vocab).tolist())
             text.append(token)
-    # Of 200 tokens 100 are green by chance, with a deviation of 7; the watermark makes it e^2 / (1 + e^2) = 88 %.
+    # By chance 100 of 200 tokens are green, standard deviation 7; the watermark raises that to e^2 / (1 + e^2) = 88 %.
     assert num_green[True] > 150
     assert num_green[False] < 135
 
@@ -334,7 +334,7 @@ def test_a_threshold_found_by_digits_is_that_of_sorting(kind: str) -> None:
 
 
 def test_probabilities_add_up_to_the_same_in_any_order() -> None:
-    """A GPU adds in any order, so that a seed would give another token in another run."""
+    """A GPU adds in any order; if sums depended on it, a seed would not give the same token in every run."""
     generator = torch.Generator().manual_seed(2)
     probs = (8 * torch.randn(4, 50_000, generator=generator)).softmax(-1)
     orders = [torch.randperm(50_000, generator=generator) for _ in range(8)]

@@ -1,4 +1,4 @@
-"""A worker on a queue, around an engine without a model, and what a test asks of both."""
+"""A worker on a real queue with an engine that has no model, and queries about both for tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def running_worker(
     served: m.ServedModel = SERVED,
     **settings: Any,
 ) -> AsyncIterator[tuple[WorkerService, asyncio.Event]]:
-    """A worker on the queue; leaving the block drains it."""
+    """Run a worker on the queue; leaving the block drains it."""
     engine = engine or FakeEngine(step_s=step_s, vocab_size=VOCAB)
     own = Bus(bus.url)
     worker = WorkerService(own, engine, served, Settings(worker_name="w", **settings))

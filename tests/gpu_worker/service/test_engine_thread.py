@@ -1,4 +1,4 @@
-"""The engine's thread, around an engine without a model: whoever waits for it gets an answer, whatever it raises."""
+"""The engine's thread, with an engine without a model: every caller that waits for it gets an answer or an error."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ WAIT_S = 30.0
 
 
 class IdleEngine(BaseEngine):
-    """An engine that holds what it is given and puts nothing out."""
+    """An engine that holds its requests and never outputs a token."""
 
     def __init__(self) -> None:
         super().__init__(Loading(1, []).cache)
         self.held: list[str] = []
         self.wake: Callable[[], object] = lambda: None
         self.stepping = threading.Event()  # set once a step has begun
-        self.go = threading.Event()  # cleared: a step does not end
+        self.go = threading.Event()  # while cleared, a step does not end
         self.go.set()
         self.num_steps = 0
         self.held_at_start: list[str] | None = None
@@ -67,7 +67,7 @@ class IdleEngine(BaseEngine):
 
 
 class Running:
-    """An engine thread that has been started, and its deaths."""
+    """A started engine thread, and the errors with which it died."""
 
     def __init__(self, engine: IdleEngine, max_commands: int) -> None:
         self.engine = engine
@@ -76,7 +76,7 @@ class Running:
         self.thread.start(lambda outputs: None, self.deaths.put)
 
     def hold(self) -> None:
-        """Keep the thread in the middle of a step."""
+        """Keep the thread inside a step."""
         self.engine.go.clear()
         self.engine.stepping.clear()
         self.engine.wake()
@@ -102,7 +102,7 @@ def run() -> Iterator[Run]:
 
 
 def eventually(is_true: Callable[[], bool]) -> None:
-    """Wait until something is true."""
+    """Wait until the condition holds."""
     deadline = time.monotonic() + WAIT_S
     while not is_true():
         assert time.monotonic() < deadline
@@ -114,7 +114,7 @@ def request(rid: str) -> EngineRequest:
 
 
 class Panic(BaseException):
-    """What a panic of a library in Rust is: no `Exception`."""
+    """A panic of a Rust library, which is not an `Exception`."""
 
 
 def broken(*_args: object, **_options: object) -> NoReturn:

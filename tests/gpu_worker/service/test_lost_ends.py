@@ -1,4 +1,4 @@
-"""A queue that has lost its last second: what a worker had written comes again."""
+"""When the queue has lost its last second of writes, a worker writes them again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def test_a_log_that_lost_its_end_is_mended_before_more_is_written(bus: Bus
 
 
 async def test_a_lost_end_comes_again_while_its_neighbour_runs(bus: Bus) -> None:
-    """A power cut takes the queue's last second, and with it one end of a work entry that is not done yet."""
+    """A power cut loses the last second of writes: among them one of the two ends that a work entry waits for."""
     await bus.streams.create(bus.keys.out(GATEWAY), 300)
     await submit(bus, "ended", max_new=3)
     await submit(bus, "runs", max_new=100_000)
@@ -31,7 +31,7 @@ async def test_a_lost_end_comes_again_while_its_neighbour_runs(bus: Bus) -> None
         before = [await bus._redis.dump(key) for key in keys]
         await wait_until(lambda: _is_completed(bus, "ended"), "it completes")
         assert await bus._redis.hget(own(worker.wid), "ended") is None
-        async with bus._redis.pipeline(transaction=True) as pipe:  # as the queue was a second ago
+        async with bus._redis.pipeline(transaction=True) as pipe:  # restore the queue's state of a second ago
             pipe.delete(bus.keys.tok("ended"))
             for key, value in zip(keys, before, strict=True):
                 pipe.restore(key, 600_000, value, replace=True)

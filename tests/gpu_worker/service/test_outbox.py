@@ -1,4 +1,4 @@
-"""What the queue says of a step counts for the assignment that the step was built from, and for no later one."""
+"""The queue's reply to a step script concerns the assignment for which the step was built, not a later one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ids(num: int) -> bytes:
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("code", ["stale", "terminal", "missing", "cancelled", "length"])
 def test_a_refusal_says_nothing_of_a_later_assignment(code: str, epoch: int) -> None:
-    """A queue that lost its last second gives an epoch twice, so it tells no assignments apart."""
+    """A queue that lost its last second may give an epoch twice, so the epoch does not distinguish assignments."""
     outbox, pending = Outbox("w"), {"r": PendingOutput(0, ids(2), finish="stop")}
     outbox.take(FIRST, [request(FIRST)])
     assert outbox.build(pending).rows
@@ -36,7 +36,7 @@ def test_a_refusal_says_nothing_of_a_later_assignment(code: str, epoch: int) -> 
 
 
 def test_what_became_durable_is_not_added_to_a_later_assignment() -> None:
-    """Its log was read from the queue, and may hold that already; nor has it ended."""
+    """The later assignment read its log from the queue, which may already contain this output; and it has not ended."""
     outbox, pending = Outbox("w"), {"r": PendingOutput(0, ids(2), finish="stop")}
     outbox.take(FIRST, [request(FIRST)])
     step = outbox.build(pending)

@@ -1,4 +1,4 @@
-"""The time that adapters spend in a pool: of each look the time since the one before."""
+"""The time that adapters spend in a pool: each look adds the time since the previous one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worker's shell on a real queue, around an engine without a model: what becomes durable, and who owns it."""
+"""The worker's service on a real queue, with an engine without a model: what becomes durable, and who owns it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ async def test_a_drained_worker_hands_over_and_another_goes_on_where_it_stopped(
 
 
 async def test_a_worker_hands_over_while_the_queue_s_memory_is_full(bus: Bus) -> None:
-    """There is no room for how long its adapters were there: that is lost, and no request waits for it."""
+    """The record of how long its adapters were resident does not fit and is lost; no request waits for it."""
     await submit(bus, "r", max_new=200)
     async with running_worker(bus, step_s=0.02) as (worker, stop):
         worker.engine.pin("a" * 64)
@@ -188,14 +188,14 @@ async def test_cancel_ends_a_running_request_once_with_its_usage(bus: Bus) -> No
 
 
 async def test_the_order_to_cancel_may_get_lost(bus: Bus) -> None:
-    """The flag alone stops a request: the next step is refused for it, and only for it."""
+    """The flag in the record is enough: the queue refuses the request's next step row, and no other."""
     await bus.streams.create(bus.keys.out(GATEWAY), 300)
     for rid in ("r", "other"):
         await submit(bus, rid, max_new=200)
     async with running_worker(bus) as (worker, _):
         await assign(bus, worker.wid, "r", "other")
         await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
-        # What the cancel script does, but for the order.
+        # The writes of the cancel script, without its control message.
         await bus._redis.hset(bus.keys.req("r"), "cancel", 1)
         await bus._redis.hdel(bus.keys.own(worker.wid), "r")
         await wait_until(lambda: _is(bus, "r", "cancelled"), "it is cancelled")
@@ -206,7 +206,7 @@ async def test_the_order_to_cancel_may_get_lost(bus: Bus) -> None:
 async def test_what_is_dropped_is_cancelled_before_anything_is_waited_for(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """Meanwhile it may be assigned again, and the engine would be told to forget what it has just been given."""
+    """During a wait the request may be assigned again; a later cancel would then hit the new assignment."""
     done: list[str] = []
     owned = OwnedRequest("r", 1, b"1-0", "", "t", num_prompt_tokens=5, record_bytes=0)
     async with running_worker(bus) as (worker, _):
@@ -319,7 +319,7 @@ async def test_a_worker_that_leaves_does_not_come_back(bus: Bus) -> None:
         async def delete_and_ask_for_a_beat(stream: str, num_entries: int) -> bool:
             gone = await delete_stream(stream, num_entries)
             worker._beat_now.set()
-            for _ in range(20):  # time for a beat, if anything still beats
+            for _ in range(20):  # time for a heartbeat, if any is still sent
                 await bus._redis.ping()
             return gone
 
@@ -334,7 +334,7 @@ async def test_a_message_nobody_can_read_does_not_take_its_neighbours_along(bus:
     await submit(bus, "r", max_new=5)
     async with running_worker(bus) as (worker, _):
         keys = bus.keys
-        async with bus._redis.pipeline(transaction=True) as pipe:  # so that one read brings both
+        async with bus._redis.pipeline(transaction=True) as pipe:  # so that one read returns both
             pipe.xadd(keys.work(worker.wid), {"b": b"\xc1 no message"})
             pipe.xadd(keys.ctl(worker.wid), {"b": b"\xc1 no message"})
             pipe.hset(keys.req("r"), mapping={"state": "assigned", "epoch": 1, "owner": worker.wid})
@@ -393,7 +393,7 @@ async def test_a_worker_shows_its_own_metrics_on_its_port(bus: Bus) -> None:
 
 
 class LoadingEngine(FakeEngine):
-    """An engine that says how many adapters have come to its pool."""
+    """An engine that reports a number of loaded adapters."""
 
     num_loads = 0
 
@@ -402,7 +402,7 @@ class LoadingEngine(FakeEngine):
 
 
 async def test_it_beats_at_once_when_an_adapter_has_come(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheduler lets only a few adapters be on their way, and learns from beats which have come."""
+    """The scheduler limits how many adapters load at a time, and learns from heartbeats which have been loaded."""
     monkeypatch.setattr(service, "BEAT_S", 3600.0)
     engine = LoadingEngine(step_s=0.002, vocab_size=VOCAB)
     async with running_worker(bus, engine=engine) as (worker, _):

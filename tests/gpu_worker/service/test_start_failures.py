@@ -1,6 +1,6 @@
-"""Workers of another base than their fleet's may not join, and where there are several the queue knows why one failed.
+"""Workers of a foreign base may not join a fleet; a fleet of several bases records why one did not start.
 
-Calls and adapters of the base depend on it.
+Calls and adapters of the base depend on that record.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ async def test_a_model_that_cannot_be_loaded(
         raise error
 
     monkeypatch.setattr(program, "_load", load)
-    assert await failures(bus, "") == {}  # a fleet of one base waits for another worker
+    assert await failures(bus, "") == {}  # a fleet of one base waits for another worker and records nothing
     [(name, told)] = (await failures(bus)).items()
     assert (name, told.startswith(reason)) == ("fake", True), told
     await bus.members.forget_failures(["fake"])
@@ -60,7 +60,7 @@ async def test_a_model_that_cannot_be_loaded(
 
 
 async def test_a_base_that_does_not_start_while_the_queue_is_full(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why cannot be noted. The worker ends for what is wrong with the base, or serves another one."""
+    """The reason cannot be recorded. The worker ends with the base's error, or starts another base."""
 
     def load(*_: Any) -> Any:
         raise BadRequest("no such folder")
@@ -77,7 +77,7 @@ async def test_a_base_that_does_not_start_while_the_queue_is_full(bus: Bus, monk
 
 
 async def test_a_worker_joins_once_the_queue_takes_it(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its base is loaded by then: as the first base of a process, and as the one that it has become."""
+    """Until then it keeps the loaded base and tries again."""
     errors = [DiskFull("MISCONF the log cannot be written"), ConnectionError("refused"), MemoryFull("OOM")]
     join = Members.join
 
@@ -109,7 +109,7 @@ async def test_a_worker_that_may_not_join_yet_ends_when_it_is_stopped(
 
 @pytest.mark.parametrize("weights", ["own", "others"])
 async def test_a_base_that_may_not_join(bus: Bus, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
-    """Its name is taken, or its weights are there under another one."""
+    """Another base has its name, or its weights are served under another name."""
     served = fake_served("fake")
     other = fake_served("fake" if weights == "others" else "copy")
     served, other = (msgspec.structs.replace(one, weights=w) for one, w in ((served, "own"), (other, weights)))
@@ -125,7 +125,7 @@ OTHERS = [
     fake_served("other", vocab_size=17),
     msgspec.structs.replace(fake_served("x", vocab_size=17), name=SERVED.name),
 ]
-"""A model of another name, and one of the name that is served."""
+"""A model of another name, and one with the served name."""
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=["other name", "same name"])
@@ -136,7 +136,7 @@ async def test_workers_of_another_model_may_not_join(bus: Bus, other: m.ServedMo
             await stranger.run(asyncio.Event())
         assert await bus.members.ids(bus.keys.workers) == [worker.wid]
         assert not await bus._redis.exists(bus.keys.work(stranger.wid), bus.keys.ctl(stranger.wid))
-    async with running_worker(bus, served=other):  # nobody serves the old one any more
+    async with running_worker(bus, served=other):  # no worker serves the old model any more
         assert await bus.get(bus.keys.base, m.ServedModel) == other
 
 

@@ -1,4 +1,4 @@
-"""A worker whose step never ends: its process ends, and says where it was, even if no other thread can run."""
+"""A worker whose step never ends: its process exits and logs where it was stuck, even if no other thread can run."""
 
 from __future__ import annotations
 

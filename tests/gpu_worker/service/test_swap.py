@@ -1,6 +1,6 @@
-"""A worker starts itself again to serve another base: what it obeys, what is left of it, and how starts come to an end.
+"""A worker restarts itself to serve another base: which orders it obeys, what survives, and how failed starts end.
 
-Its process is real, around an engine without a model.
+The process is real; its engine has no model.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ sys.exit(run(lambda stop: program.serve(settings, stop)))
 
 
 class RunningProgram:
-    """The process, and its life on the queue."""
+    """A worker process, seen through the queue, its output and `/proc`."""
 
     def __init__(self, bus: Bus, process: asyncio.subprocess.Process, output: Path, port: int) -> None:
         self.bus, self.process, self.output, self.port = bus, process, output, port
 
     async def beat_of(self, base: str, other_than: str = "") -> m.WorkerBeat:
-        """Wait until it serves a base under another id than one; return its heartbeat."""
+        """Wait for a heartbeat of a worker on `base` whose id is not `other_than`; return it."""
 
         async def found() -> m.WorkerBeat | None:
             assert self.process.returncode is None, self.output.read_text()
@@ -88,7 +88,7 @@ class RunningProgram:
         return await wait_until(found, lambda: f"it serves {base}; it has said: {self.output.read_text()}")
 
     async def offers(self, wid: str, *bases: str) -> m.WorkerBeat:
-        """Wait until it may become these bases and no others; return its heartbeat."""
+        """Wait until the worker offers to become exactly these bases; return its heartbeat."""
 
         async def found() -> m.WorkerBeat | None:
             beat = (await self.bus.members.worker_beats()).get(wid)
@@ -108,12 +108,12 @@ class RunningProgram:
         for one in folder.iterdir():
             try:
                 found[int(one.name)] = os.readlink(one)
-            except OSError:  # closed meanwhile
+            except OSError:  # closed in the meantime
                 continue
         return found
 
     def signals(self) -> dict[str, str]:
-        """Return which signals its main thread blocks, ignores and catches."""
+        """Return which signals the process blocks, ignores and catches."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return dict(line.split(":\t", 1) for line in lines if line.startswith(("SigBlk", "SigIgn", "SigCgt")))
 
@@ -143,14 +143,14 @@ async def test_a_worker_becomes_another_base_and_nothing_of_it_is_left(bus: Bus,
         pid, signals = worker.process.pid, worker.signals()
         leaked = [fd for fd, path in worker.descriptors().items() if path == "/dev/null" and fd > 2]
         assert leaked
-        for base in ("a", "stranger"):  # its own, and none that it knows
+        for base in ("a", "stranger"):  # its own base, and an unknown one
             await worker.order(first.wid, base)
         await submit(bus, "r", max_new=400)
         assert await assign(bus, first.wid, "r") == "ok"
         await wait_until(lambda: log(bus, "r"), "it has begun to answer")
-        before = worker.descriptors()  # with all its connections to the queue
+        before = worker.descriptors()  # including all its connections to the queue
         await worker.order(first.wid, "b")
-        await worker.order(first.wid, "broken")  # the first order is obeyed
+        await worker.order(first.wid, "broken")  # ignored: the first order counts
         second = await worker.beat_of("b")
         assert (second.name, second.may_become) == ("w", ["a", "broken"])
         assert second.wid != first.wid
@@ -160,7 +160,7 @@ async def test_a_worker_becomes_another_base_and_nothing_of_it_is_left(bus: Bus,
         assert process.environ()[SWAP_VARIABLE]
         assert "LEAK" not in process.environ()
         assert (process.children(), worker.signals()) == ([], signals)
-        # A connection to the queue more or fewer is open at a time; what an exec kept would be all of them.
+        # The number of open queue connections varies by one or two; descriptors kept across exec would double it.
         assert len(worker.descriptors()) <= len(before) + 2, (before, worker.descriptors())
         assert [fd for fd, path in worker.descriptors().items() if path == "/dev/null" and fd > 2] == leaked
         with await asyncio.to_thread(urlopen, f"http://127.0.0.1:{worker.port}/metrics") as answer:
@@ -177,9 +177,9 @@ async def test_a_worker_becomes_another_base_and_nothing_of_it_is_left(bus: Bus,
     assert said == ["loading a", "loading b", "loading broken", "loading b"]
 
 
-@pytest.mark.thorough  # tests/e2e/test_added_bases.py has a worker become an added base, and come back
+@pytest.mark.thorough  # tests/e2e/test_added_bases.py covers a swap to an added base and back
 async def test_a_worker_becomes_a_base_that_was_added_and_comes_back(bus: Bus, tmp_path: Path) -> None:
-    """It needs not be told of it at its start, but the files must be on its machine."""
+    """The worker need not know the base at its start, but the base's files must be on its machine."""
     (tmp_path / "b").mkdir()
     async with running(bus, tmp_path, "a") as worker:
         first = await worker.beat_of("a")
@@ -254,7 +254,7 @@ async def test_the_order_of_a_swap_names_the_way_back(bus: Bus, monkeypatch: pyt
 async def test_a_base_that_is_taken_away_meanwhile_is_not_begun(
     bus: Bus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """While its worker leaves for it."""
+    """The base is removed while the worker drains in order to swap to it."""
     (tmp_path / "config.json").write_text("{}")
     await bus.added_bases.add("b", str(tmp_path), 31)
     started = _fake_exec(monkeypatch)
@@ -304,7 +304,7 @@ async def test_a_queue_that_is_away_when_the_base_is_loaded_ends_no_worker(
 async def test_a_worker_comes_back_from_an_added_base_that_does_not_start(
     bus: Bus, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """Its record is gone, or cannot be read: that it is one of several is known from the process before."""
+    """Its record is gone or unreadable: the previous process has passed on that it is an added base."""
     settings = _settings(bus).model_copy(update={"more_models": ""})
     started = _fake_exec(monkeypatch)
     start = {"base": "b", "fallbacks": ["a"], "began_ms": 1, "added": {"b": "/models/b"}}
@@ -334,7 +334,7 @@ async def test_a_worker_comes_back_from_an_added_base_that_does_not_start(
 async def test_time_in_which_there_was_no_queue_is_none_of_a_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The scheduler would take every swap for one of minutes, and give none."""
+    """Counted as start time, it would make swaps look minutes long, and the scheduler would order none."""
     _fake_exec(monkeypatch)
     server = EmbeddedServer(tmp_path, durable=False, guarded=False)
     bus, stop = Bus(server.url), asyncio.Event()
@@ -357,7 +357,7 @@ async def test_time_in_which_there_was_no_queue_is_none_of_a_start(
 
 
 async def test_files_that_do_not_answer_silence_no_worker(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a network's file system whose server is away."""
+    """For example on a network file system whose server is down."""
     asked, answered = threading.Event(), threading.Event()
 
     def hang(_: str) -> bool:
@@ -420,7 +420,7 @@ def test_the_draft_model_is_of_the_base_of_model_alone() -> None:
 
 
 class _Executed(BaseException):
-    """Stands for the end of the process that executes another."""
+    """Stands for the end of a process that has called exec."""
 
 
 def _fake_exec(

@@ -1,4 +1,4 @@
-"""What a config and sentence-transformers' files say of labels and of scores."""
+"""What a model's config and sentence-transformers' files say about labels and scores."""
 
 from __future__ import annotations
 

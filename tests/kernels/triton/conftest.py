@@ -1,7 +1,7 @@
-"""These tests run the Triton kernels in Triton's interpreter, which must be chosen before triton is first imported.
+"""These tests run the Triton kernels in Triton's interpreter, which must be enabled before triton is first imported.
 
-So they have a process of their own: `TRITON_INTERPRET=1 pytest tests/kernels/triton`, or `test_triton.py` beside this
-folder, which does that. In any other run nothing is collected here.
+So they need a process of their own: `TRITON_INTERPRET=1 pytest tests/kernels/triton`, which `test_triton.py` in the
+parent folder starts. In any other run nothing is collected here.
 """
 
 import os

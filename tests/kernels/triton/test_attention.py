@@ -62,13 +62,13 @@ def test_matches_reference_with_options(step: str, options: AttentionOptions) ->
 
 @pytest.mark.parametrize("query_len", [2, 4, 5])
 def test_short_queries_are_served_as_decodes(query_len: int) -> None:
-    """A step of speculation: each sequence's tokens are one tile, its keys split over programs."""
+    """In a step with speculation, each sequence's tokens are one tile, and its keys are split over programs."""
     launches = check_launches(attention_case((query_len, 1, query_len), (100, 7, query_len), (8, 1), (16, 16), FP32))
     assert [launch.kernel for launch in launches] == [attention.attention_kernel, attention.reduce_kernel]
 
 
 def test_splits_keys_by_the_batch_shape_alone() -> None:
-    """So that a captured graph serves any length, the grid may not depend on it."""
+    """The grid may not depend on lengths, so that a captured graph serves any length."""
     grids: set[tuple[int, int, int]] = set()
     for kv_len in (1, 16, 17, 300):
         launches = check_launches(attention_case((1,), (kv_len,), (4, 2), (16, 16), FP32))
@@ -78,7 +78,7 @@ def test_splits_keys_by_the_batch_shape_alone() -> None:
 
 
 def test_passes_over_sequences_without_queries() -> None:
-    """The padding of a captured graph: they must not disturb the others' answers."""
+    """Such sequences pad a captured graph and must not change the answers of others."""
     case = attention_case((1, 1), (20, 35), (4, 2), (16, 16), FP32)
     expected = case.expected()
     case.batch.query_starts = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)

@@ -1,7 +1,7 @@
-"""Fixed sums in the Triton kernels, interpreted: other tiles, the same answers; and the product that only they use.
+"""Fixed sums in the interpreted Triton kernels: other tiles, the same answers; and the product that only they use.
 
-That a row has the same bits beside others is shown by the launches (`test_triton.py`): in the interpreter a tile's
-product is the host library's, whose sums depend on where in the tile a row lies.
+That a row has the same bits beside others follows from the launches (`test_triton.py`). The interpreter cannot show it:
+it computes tiles with the host's library, whose sums depend on a row's position in the tile.
 """
 
 from __future__ import annotations

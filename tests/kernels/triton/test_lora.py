@@ -39,7 +39,7 @@ def test_matches_reference_for_every_mix(distribution: Distribution, num_tokens:
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_matches_reference_for_every_rank(rank: int) -> None:
-    """Small and large tiles, with a neighbour of another rank."""
+    """Small and large tiles, beside an adapter of another rank."""
     for num_tokens in (3, 70):
         slots = np.where(np.arange(num_tokens) % 35 == 1, 1, 0)
         check(lora_case(slots, [rank, 5], k=32, widths=(48,), dtype=FP32))
@@ -47,7 +47,7 @@ def test_matches_reference_for_every_rank(rank: int) -> None:
 
 @pytest.mark.parametrize(("k", "widths"), [(16, (16,)), (100, (33, 7, 65)), (256, (300, 16)), (200, (16,) * 5)])
 def test_matches_reference_for_odd_widths(k: int, widths: tuple[int, ...]) -> None:
-    """Widths below and across a block, and more siblings than one launch takes."""
+    """Widths smaller than a block and across blocks, and more siblings than one launch takes."""
     slots = token_slots("some base", 9, num_slots=4)
     check(lora_case(slots, [16, 8, 48, 2], k=k, widths=widths, dtype=FP16))
 
@@ -57,7 +57,7 @@ def test_scales_rows_by_request() -> None:
 
 
 def test_leaves_everything_else_alone() -> None:
-    """Rows of the base model, sites an adapter does not touch, and the columns beside a slice keep their bits."""
+    """Rows of the base, sites that an adapter does not change, and columns beside a slice keep their bits."""
     case = lora_case(token_slots("some base", 20, 3), [8, 16, 4], 32, (24, 40), FP32)
     fused = torch.randn(20, 24 + 8 + 40)
     before = fused.clone()
@@ -77,7 +77,7 @@ def test_leaves_everything_else_alone() -> None:
 
 @pytest.mark.parametrize(("num_sms", "splits"), [(1, 1), (30, 4), (200, 16)])
 def test_split_sums_agree(num_sms: int, splits: int) -> None:
-    """A device's size decides how K is split, never the answer. Of 16 parts of 17 blocks, 7 are empty."""
+    """The number of multiprocessors decides how K is split, not the answer. Of 16 parts of 17 blocks, 7 are empty."""
     case = lora_case(token_slots("distinct", 6, 6), [16, 3, 8, 40, 16, 1], 1040, (64,), FP32)
     device = Device(backend="cuda", num_sms=num_sms, capability=80, upcast=True)
     outs = [out.clone() for out in case.outs]
@@ -103,7 +103,7 @@ def test_a_program_strides_over_tiles() -> None:
 
 
 def test_a_recorded_step_serves_any_mix() -> None:
-    """What a CUDA graph replays is the launches of one step, while the work list is overwritten in place."""
+    """A CUDA graph replays the launches of one step, while the work list is overwritten in place."""
     num_tokens, ranks = 18, [16, 3, 64, 8]
     mixes = [token_slots(d, num_tokens, len(ranks)) for d in ("identical", "distinct", "zipf", "some base", "none")]
     case = lora_case(mixes[0], ranks, 32, (24, 16), FP32)
@@ -128,7 +128,7 @@ def test_a_recorded_step_serves_any_mix() -> None:
 
 
 class TestUniformStep:
-    """A long step of one adapter is two library products a site, where that can be decided without the device."""
+    """A long step of one adapter runs as two library products per site, if the host can tell without the device."""
 
     @pytest.fixture
     def launches(self, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:

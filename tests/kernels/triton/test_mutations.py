@@ -1,7 +1,7 @@
-"""Kernels broken on purpose: the comparisons of this folder must notice each of these mistakes.
+"""Kernels broken on purpose: the comparisons of this folder must detect each of these mistakes.
 
-A copy of a kernel file is changed in one place, and the cases below run on it. The text to replace must be there
-exactly once, so a mutation whose target has gone fails too.
+A copy of a kernel file is changed in one place, and the cases below run on it. The replaced text must occur exactly
+once, so a mutation whose target no longer exists fails too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from helpers.kernel_cases import AttentionOptions, assert_close, attention_case,
 from lora_kernels.triton_ops import attention, lora
 from lora_kernels.triton_ops.launch import Device
 
-# A broken kernel may well meet NaN on its way to a wrong answer.
+# A broken kernel may compute NaN on its way to a wrong answer.
 MUTANT = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 FP32 = torch.float32
-DEVICE = Device(backend="cuda", num_sms=70, capability=80, upcast=True)  # of a size that splits these cases
+DEVICE = Device(backend="cuda", num_sms=70, capability=80, upcast=True)  # with so many multiprocessors, K is split
 
 
 def mutant(original: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
@@ -36,7 +36,7 @@ def mutant(original: ModuleType, old: str, new: str, folder: Path) -> ModuleType
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
+    sys.modules[path.stem] = module  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
     finally:
@@ -45,7 +45,7 @@ def mutant(original: ModuleType, old: str, new: str, folder: Path) -> ModuleType
 
 
 def run_lora(module: ModuleType) -> None:
-    """Mixed ranks on scattered pages, several splits, one program for several tiles, factors by row."""
+    """Mixed ranks on scattered pages, several splits, one program for several tiles, and scales per row."""
     for slots, k in ((token_slots("some base", 40, 3), 600), (np.full(90, 1), 96)):
         case = lora_case(slots, [16, 40, 3], k, (24, 40), FP32, row_scales=True)
         outs = [out.clone() for out in case.outs]
@@ -57,7 +57,7 @@ def run_lora(module: ModuleType) -> None:
 
 
 def run_attention(module: ModuleType) -> None:
-    """A mixed step, its decodes split, with the options, where most mistakes show, and without."""
+    """A mixed step with split decodes: with all options, where most mistakes show, and without."""
     plain: AttentionOptions = {}
     for options in (AttentionOptions(window=20, softcap=2.0, sinks=True), plain):
         case = attention_case((1, 33, 2, 1), (150, 56, 90, 20), (3, 1), (32, 16), FP32, **options)

@@ -76,7 +76,7 @@ def test_rotary(dtype: torch.dtype, head_dim: int, rotary_dim: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # to inf, as it should
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # the overflow to inf is correct
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
 def test_gated_act(dtype: torch.dtype, act: Activation) -> None:
     fused = 3 * randn(3, 2 * 1100, dtype=dtype)

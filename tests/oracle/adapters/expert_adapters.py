@@ -1,4 +1,4 @@
-"""Adapters on the fused experts of any type of model."""
+"""Adapters on the fused experts of any model type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpu_worker.model.model import BaseModel
 
 
 def stacks(model: BaseModel) -> list[str]:
-    """Return the names of the stacks of experts' matrices that adapters may change."""
+    """Return the names of the stacked expert matrices that adapters may change."""
     return [
         f"{name}.{parameter}"
         for name, adaptable in model.adaptable.modules.items()
@@ -20,7 +20,7 @@ def stacks(model: BaseModel) -> list[str]:
 
 
 def expert_adapters(model: PreTrainedModel, tried: BaseModel) -> dict[str, Lora]:
-    """Two of different ranks on all experts, one with attention beside them, and one on linear layers alone."""
+    """Return three adapters: rank 2 on all experts and attention, rank 20 on all experts, and one on linear layers."""
     dense = adapters_for(model, tried.sites)["few"]
     options = dense.options | {"target_parameters": stacks(tried)}
     return {"low": Lora(2, dense.targets, options), "high": Lora(20, (), options), "dense": dense}

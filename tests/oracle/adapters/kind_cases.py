@@ -1,4 +1,4 @@
-"""Adapters of every kind besides LoRA that PEFT saves and we serve, in every form that their configs have."""
+"""Adapters of every served PEFT kind besides LoRA, in every form that their configs allow."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ CASES: dict[str, Kind] = {
     "ln_tuning": Kind(LLAMA, {"target_modules": ["norm", "input_layernorm"]}, config=LNTuningConfig),
     "trainable_tokens": Kind(LLAMA, {**TOKENS, "target_modules": None}, config=TrainableTokensConfig),
 }  # fmt: skip
-"""Each kind once."""
+"""One case per kind."""
 
 FORMS: dict[str, Kind] = {
     "loha, patterns": Kind(
@@ -109,4 +109,4 @@ FORMS: dict[str, Kind] = {
     "bias of its own": Kind(BIASED, {"r": 4, "bias": "vera_only"}, config=VeraConfig),
     "modules_to_save": Kind(LLAMA, {"r": 2, "modules_to_save": ["lm_head", "norm"]}, config=LoKrConfig),
 }  # fmt: skip
-"""Their other forms, and what an adapter may have beside."""
+"""The kinds' other forms, and what an adapter of them may contain besides."""

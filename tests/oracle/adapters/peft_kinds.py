@@ -1,4 +1,4 @@
-"""Adapters of every kind, made and saved by PEFT; what PEFT computes with them loaded again; what our engine does."""
+"""Adapters of every kind, made and saved by PEFT, and the logits that PEFT and our engine compute with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.runtime.settings import Settings
 
 MAX_DIFFERENCE = 1e-4
-"""Largest difference of a logit from PEFT's, fp32. Every adapter must change the logits by 100 times as much."""
+"""Maximum difference of a logit from PEFT's, fp32. Every adapter must change the logits by 100 times as much."""
 
 TINY = {
     "vocab_size": TINY_VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -36,10 +36,10 @@ TINY = {
 BIASES = {"attention_bias": True, "mlp_bias": True}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4}
 INVOCATION = [7, 11, 13]
-NUM_TOKENS = 5  # of output
+NUM_TOKENS = 5  # output tokens per request
 
 Base = tuple[str, dict[str, Any]]
-"""Model type, and fields of its config besides TINY; {"tiny": True}: those that `tiny_model` gives it."""
+"""Model type, and fields of its config besides TINY; {"tiny": True} takes the fields of `tiny_model`."""
 
 LLAMA: Base = ("llama", {})
 TIED: Base = ("llama", {"tie_word_embeddings": True})
@@ -51,7 +51,7 @@ GPT_OSS: Base = ("gpt_oss", {"head_dim": 16, "sliding_window": 12, **EXPERTS})
 
 
 def make_base(base: Base) -> PreTrainedModel:
-    """Return a tiny random model in fp32 with no parameter at its usual start."""
+    """Return a tiny random fp32 model in which no parameter has its usual initial value."""
     model_type, fields = base
     if fields.get("tiny"):
         return tiny_model(model_type, vocab_size=TINY_VOCAB)
@@ -64,19 +64,19 @@ class Kind:
 
     base: Base
     options: dict[str, Any] = field(default_factory=dict)
-    num_tokens: int = TINY_VOCAB  # of the adapter's vocabulary
+    num_tokens: int = TINY_VOCAB  # size of the adapter's vocabulary
     config: type[PeftConfig] = LoraConfig
 
 
 def make_adapter(kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5) -> None:
-    """Let PEFT make and save an adapter in which everything that is trained is random."""
+    """Let PEFT make and save an adapter whose trained parameters are all random."""
     model = base_for(kind)
     fields = _fields(kind)
     if kind.config is AdaLoraConfig:
         fields["total_step"] = 10
     generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # of tied weights, layers without a bias, and the like
+        warnings.simplefilter("ignore")  # about tied weights, layers without a bias and the like
         torch.manual_seed(seed)
         peft = get_peft_model(model, kind.config(**fields | kind.options))
         with torch.no_grad():
@@ -95,15 +95,15 @@ def make_adapter(kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5) ->
 
 
 def _fields(kind: Kind) -> dict[str, Any]:
-    """Return the fields that every adapter here has, unless its options say otherwise."""
+    """Return the config fields of every adapter here, which the kind's options may override."""
     fields: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    if issubclass(kind.config, PromptLearningConfig):  # of virtual tokens
+    if issubclass(kind.config, PromptLearningConfig):  # kinds with virtual tokens
         del fields["target_modules"]
     return fields | {"r": 4, "lora_alpha": 8} if issubclass(kind.config, LoraConfig) else fields
 
 
 def train_adapter(kind: Kind, folder: Path) -> bool:
-    """Let PEFT make an adapter, train it for three steps and save it. Returns whether every part of it changed."""
+    """Let PEFT make an adapter, train it for three steps and save it. Return whether all trained parameters changed."""
     fields = _fields(kind)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -123,7 +123,7 @@ def train_adapter(kind: Kind, folder: Path) -> bool:
 
 
 def base_for(kind: Kind) -> PreTrainedModel:
-    """Return the base as the adapter's user must prepare it: with rows for the adapter's own tokens."""
+    """Return the base as the adapter's user must prepare it: with embedding rows for the adapter's own tokens."""
     model = make_base(kind.base)
     if kind.num_tokens != TINY_VOCAB:
         with torch.random.fork_rng(devices=[]):
@@ -144,7 +144,7 @@ def load(kind: Kind, folder: Path) -> PeftModel:
 
 
 def peft_logits(model: PeftModel, prompt: np.ndarray, output: Sequence[int]) -> Tensor:
-    """Return PEFT's logits for each output token [n, V], the adapter active as in `generate`."""
+    """Return PEFT's logits for each output token [n, V], with the adapter active as in `generate`."""
     options: dict[str, Any] = {}
     invocation = getattr(model.active_peft_config, "alora_invocation_tokens", None)
     if invocation:
@@ -161,7 +161,7 @@ def model_logits(model: torch.nn.Module, prompt: np.ndarray, output: Sequence[in
 
 
 def make_engine(base: Base, folders: dict[str, Path], *, draft: LoadedDraft | None = None, **settings: Any) -> Engine:
-    """Return an engine over a base that fetches adapters by name from folders."""
+    """Return an engine on a base that reads adapters by name from folders."""
     values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
     impl = "reference" if values.get("kernels") == "reference" else None
     model = prepare_model(make_base(base), frozenset(), impl)
@@ -169,7 +169,7 @@ def make_engine(base: Base, folders: dict[str, Path], *, draft: LoadedDraft | No
 
 
 def engine_logits(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, tuple[list[int], Tensor]]:
-    """Run requests together. Returns the output ids of each and the logits [n, V] they were chosen from."""
+    """Run requests in one batch. Return for each its output ids and the logits [n, V] from which they were chosen."""
     kept: dict[str, list[Tensor]] = {request.rid: [] for request in requests}
     run = engine.runner.run
 
@@ -195,7 +195,7 @@ def engine_logits(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str
 
 
 def difference(ours: Tensor, peft: Tensor) -> float:
-    """Return the largest difference of a logit; tokens that PEFT does not know must be impossible in ours."""
+    """Return the maximum logit difference; check that ours are -inf for tokens that PEFT does not know."""
     width = peft.shape[-1]
     assert (ours[:, width:] == -torch.inf).all(), "a token of another vocabulary is possible"
     return (ours[:, :width] - peft).abs().max().item()
@@ -203,14 +203,14 @@ def difference(ours: Tensor, peft: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """How one kind of adapter compares."""
+    """How one kind of adapter compares with PEFT, as maxima over all logits."""
 
-    difference: float  # of a logit from PEFT's
-    change: float  # of a logit from the base model's, by PEFT
+    difference: float  # from PEFT's logits
+    change: float  # by which PEFT's logits differ from the base's
 
 
 def measure(kind: Kind, folder: Path, **settings: Any) -> Measured:
-    """Run a saved adapter in a mixed batch with its base, which must stay itself, and hold it against PEFT."""
+    """Run a saved adapter in a mixed batch with its base; compare both with PEFT and the plain base."""
     engine = make_engine(kind.base, {"tuned": folder}, **settings)
     requests = [greedy_request(f"{i}", "tuned", prompt, NUM_TOKENS) for i, prompt in enumerate(asked_prompts(kind))]
     beside = greedy_request("base", "", asked_prompts(Kind(LLAMA))[2], NUM_TOKENS)
@@ -231,14 +231,14 @@ def measure(kind: Kind, folder: Path, **settings: Any) -> Measured:
 
 
 def check_exact(kind: Kind, folder: Path, **settings: Any) -> None:
-    """Assert that our logits with a saved adapter are PEFT's, and that it changes them a hundred times as much."""
+    """Assert that our logits with a saved adapter equal PEFT's, and that it changes them 100 times as much or more."""
     measured = measure(kind, folder, **settings)
     assert measured.difference <= MAX_DIFFERENCE
     assert measured.change >= 100 * MAX_DIFFERENCE
 
 
 def asked_prompts(kind: Kind) -> list[np.ndarray]:
-    """Return prompts that use the adapter's own tokens and, once, its invocation."""
+    """Return prompts that use the adapter's own tokens and, in one of them, its invocation."""
     vocab = min(kind.num_tokens, TINY_VOCAB) if kind.num_tokens < TINY_VOCAB else kind.num_tokens
     found = [prompt % vocab for prompt in prompts(3, vocab, (5, 40, 23))]
     found[0][1], found[1][3], found[1][20] = 3, vocab - 1, 150 % vocab

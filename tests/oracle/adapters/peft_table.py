@@ -1,4 +1,4 @@
-"""Writes the table of measured differences into docs/peft.md: `make peft-table`."""
+"""Write the table of measured differences into docs/peft.md: `make peft-table`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny quantised checkpoints, written as the quantisation libraries write them, and adapters on them beside PEFT's."""
+"""Tiny quantized checkpoints in the formats of the quantization libraries, and adapters on them compared with PEFT."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
-BASE: Base = ("llama", {"intermediate_size": 128})  # bitsandbytes runs 4 bits on a CPU by blocks of 64
+BASE: Base = ("llama", {"intermediate_size": 128})  # on a CPU bitsandbytes needs 4-bit blocks of 64
 CPU = torch.device("cpu")
-GROUP = 32  # weights that share a scale, of the 4-bit formats
+GROUP = 32  # weights that share a scale in the 4-bit formats
 BITS = 4
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight neighbours lies at which four bits of an AWQ word."""
+"""For each group of four bits in an AWQ word: which of eight neighbors it holds."""
 
 ADAPTERS = {
     "few": Kind(BASE, {"target_modules": ["q_proj", "down_proj"]}),
@@ -64,24 +64,25 @@ ADAPTERS = {
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """One way to quantise a base."""
+    """One way to quantize a base."""
 
-    packages: tuple[str, ...]  # that transformers wants for it
-    write: Callable[[Path], object]  # makes a model folder
+    packages: tuple[str, ...]  # that transformers needs to load it
+    write: Callable[[Path], object]  # writes a model folder
     dtype: torch.dtype = torch.float32  # of activations
-    rounds: bool = False  # activations too, to fewer bits than fp32 has
+    rounds: bool = False  # whether activations are also rounded to fewer bits than fp32 has
     note: str = ""
 
     def allowed(self, sensitivity: float) -> float:
-        """Return how far a logit may be from PEFT's: where activations are rounded, another order of sums moves some.
+        """Return the allowed difference of a logit from PEFT's.
 
-        sensitivity: how far a change of its embeddings' last digits moves PEFT's own.
+        Where activations are rounded, another order of sums moves some to the next code. sensitivity: difference of
+        PEFT's logits when the last digits of its embeddings change.
         """
         return MAX_OVER_SENSITIVITY * sensitivity if self.rounds else MAX_DIFFERENCE
 
     @property
     def missing(self) -> str:
-        """The packages that are not installed."""
+        """Return the packages that are not installed, separated by commas."""
         return ", ".join(name for name in self.packages if importlib.util.find_spec(name) is None)
 
 
@@ -89,7 +90,7 @@ class Scheme:
 
 
 def by_transformers(make_config: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Callable[[Path], None]:
-    """Return a writer that lets transformers quantise while it loads, and save."""
+    """Return a writer that lets transformers quantize while loading, and save the result."""
 
     def write(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as plain:
@@ -103,7 +104,7 @@ def by_transformers(make_config: Callable[[], Any], dtype: torch.dtype = torch.f
 
 
 def by_hand(config: dict[str, Any], pack: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Path], None]:
-    """Return a writer that puts `pack(weight)` in the place of the weight of every linear layer but the head."""
+    """Return a writer that replaces the weight of every linear layer except the head by `pack(weight)`."""
 
     def write(folder: Path) -> None:
         model = make_base(BASE)
@@ -128,17 +129,17 @@ def edit_config(folder: Path, **fields: object) -> None:
 
 
 def affine(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise [N, K] to 4 bits: codes [N, K], scales and zero points [N, K / GROUP], w = (code - zero) * scale."""
+    """Quantize [N, K] to 4 bits: codes [N, K], scales and zero points [N, K / GROUP], w = (code - zero) * scale."""
     groups = weight.reshape(len(weight), -1, GROUP)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = ((high - low) / (2**BITS - 1)).half().float()
-    zero = (-low / scale).round().clamp(1, 2**BITS - 1)  # GPTQ's files hold one less
+    zero = (-low / scale).round().clamp(1, 2**BITS - 1)  # GPTQ's files store zero - 1
     codes = (groups / scale[..., None] + zero[..., None]).round().clamp(0, 2**BITS - 1)
     return codes.reshape(weight.shape).int(), scale, zero.int()
 
 
 def pack_words(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Put eight neighbours [n, 8 m] in a word each: int32 [n, m]."""
+    """Pack each eight neighbors of [n, 8 m] into a word: int32 [n, m]."""
     parts = codes.reshape(len(codes), -1, 8)[..., list(order)].to(torch.int64)
     words = (parts << (BITS * torch.arange(8))).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
@@ -164,7 +165,7 @@ def pack_awq(weight: Tensor) -> dict[str, Tensor]:
 
 
 def pack_fp8_blocks(weight: Tensor) -> dict[str, Tensor]:
-    """As DeepSeek writes them: a scale for each 32 by 32 weights."""
+    """Quantize as DeepSeek does: to FP8, with one scale per 32 by 32 weights."""
     n, k = weight.shape
     blocks = weight.reshape(n // GROUP, GROUP, k // GROUP, GROUP)
     scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
@@ -191,7 +192,7 @@ def pack_int4_groups(weight: Tensor) -> dict[str, Tensor]:
 
 
 def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the config of compressed-tensors for symmetric weights."""
+    """Return a compressed-tensors config for symmetric weights."""
     group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
@@ -210,7 +211,7 @@ FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_blo
 
 
 def torchao(module: str) -> Any:
-    """Return a module of torchao, which few environments have."""
+    """Return a module of torchao, which few environments have installed."""
     return importlib.import_module(f"torchao.{module}")
 
 
@@ -277,7 +278,7 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def write_torchao_int4(folder: Path) -> None:
-    """As torchao saves its default int4 layout, which only its GPU kernels can make."""
+    """Write the default int4 layout as torchao saves it; torchao itself can create it only with its GPU kernels."""
     quantization = torchao("quantization")
     model = make_base(BASE).bfloat16()
     model.config.save_pretrained(folder)
@@ -301,23 +302,23 @@ def write_torchao_int4(folder: Path) -> None:
 GPU_ONLY: dict[str, Scheme] = {
     "torchao int4": Scheme(AO, write_torchao_int4, torch.bfloat16, note="kernels of mslk; PEFT 0.21 itself refuses it"),
 }
-"""What is loaded here and cannot run: refused at start."""
+"""Schemes that can be loaded but not run on a CPU; they are refused at start."""
 
 
 # ---------------------------------------------------------------- measuring
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Let transformers load a folder as its users do."""
+    """Load a folder with transformers as its users do."""
     options: dict[str, Any] = {"device_map": {"": CPU}, "dtype": dtype, "attn_implementation": "eager"}
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    if quantisation_of(model.config) == "compressed-tensors":  # PEFT adapts no packed weights: unpacked in a first pass
+    if quantisation_of(model.config) == "compressed-tensors":  # PEFT adapts no packed weights: a pass unpacks them
         model_logits(model, np.arange(4), [0])
     return model
 
 
 def engine_on(folder: Path, dtype: torch.dtype, adapters: dict[str, Path]) -> Engine:
-    """Return an engine on a quantised folder, read as a worker reads it."""
+    """Return an engine on a quantized folder, loaded as in a worker."""
     model = prepare_model(read_model(folder, CPU, dtype), frozenset(), None)
     settings = Settings(
         model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20, max_step_tokens=16, max_num_seqs=8
@@ -327,23 +328,23 @@ def engine_on(folder: Path, dtype: torch.dtype, adapters: dict[str, Path]) -> En
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """How adapters on a quantised base compare: differences of a logit, the largest over all rows."""
+    """How adapters on a quantized base compare: maximum logit differences over all rows."""
 
-    difference: float  # from PEFT's on the same base, the base's own included
-    sensitivity: float  # that the last digits of its embeddings make to PEFT's own
-    change: float  # that an adapter makes, the smallest of the adapters
-    rounding: float  # that quantising makes to the base
+    difference: float  # from PEFT's on the same base, including the base's own
+    sensitivity: float  # of PEFT's logits when the last digits of its embeddings change
+    change: float  # caused by an adapter; the smallest over the adapters
+    rounding: float  # of the base, caused by quantization
 
 
 def measure(scheme: Scheme, folder: Path, kinds: Mapping[str, Kind] = ADAPTERS) -> Measured:
-    """Run a mixed batch, in chunks, of the quantised base and adapters, and hold each row against PEFT alone."""
+    """Run the quantized base and adapters in one batch with chunked prefill; compare each row with PEFT alone."""
     adapters = {name: folder / name for name in kinds}
     for name, kind in kinds.items():
         make_adapter(kind, adapters[name], scale=0.1)
     base = folder / "base"
     base.mkdir()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' own
+        warnings.simplefilter("ignore")  # of the quantization libraries
         scheme.write(base)
         engine = engine_on(base, scheme.dtype, adapters)
         prompts = asked_prompts(Kind(BASE))
@@ -355,7 +356,7 @@ def measure(scheme: Scheme, folder: Path, kinds: Mapping[str, Kind] = ADAPTERS) 
         engine.check_integrity()
 
         def logits_of(model: Any, name: str) -> Tensor:
-            """Return what a model says to the texts of one adapter's rows: [n, V]."""
+            """Return a model's logits for the texts of one adapter's rows: [n, V]."""
             mine = [(r.prompt, got[r.rid][0]) for r in requests if r.digest == name]
             more = task_of(kinds[name]) if name else {}
             return torch.cat([model_logits(model, text, ids, **more)[-len(ids) :].float() for text, ids in mine])
@@ -381,7 +382,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 def refusal(scheme: Scheme, folder: Path) -> str:
-    """Return why a base is refused that can be loaded and cannot run here."""
+    """Return why a base is refused that can be loaded but cannot run here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scheme.write(folder)

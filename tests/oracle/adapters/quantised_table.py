@@ -1,4 +1,4 @@
-"""Writes the table of quantised bases into docs/peft.md: `make quantised-table`. What is missing keeps its row."""
+"""Write the table of quantized bases into docs/peft.md: `make quantised-table`. Rows of missing libraries stay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEAD = ["base", "with", "computes in", "difference from PEFT", "last digits", "a
 
 
 def main() -> int:
-    """Measure every way to quantise whose libraries are here and write what came of it; return the exit code."""
+    """Measure every scheme whose libraries are installed and write the table; return the exit code."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     known = read_table(NAME, DOCUMENT)
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def row_of(name: str, scheme: Scheme) -> list[str]:
-    """Return the table's cells for one way to quantise, but the first."""
+    """Return the table's cells for one scheme, except the first."""
     versions = ", ".join(
         f"{package.replace('_', '-')} {importlib.metadata.version(package)}" for package in scheme.packages
     )

@@ -1,4 +1,4 @@
-"""LoRA on fused experts is rows of the adapter pool, added by one grouped operation, and gives what PEFT gives."""
+"""LoRA on fused experts as rows of the adapter pool, added by one grouped operation, gives PEFT's results."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from gpu_worker.model.prepare import prepare_model
 
 ALWAYS = {
     "mixtral", "qwen3_moe",
-    "gpt_oss",  # weights transposed, biases, gates and ups alternating
-    "nemotron_h",  # no gate, layers that keep states
+    "gpt_oss",  # transposed weights, biases, alternating gates and ups
+    "nemotron_h",  # no gate, and layers with states
     "deepseek_v3",
-    "longcat_flash",  # experts that do nothing, in a form of its own
+    "longcat_flash",  # experts that compute nothing, in a form of its own
 }  # fmt: skip
-"""The types that the short run tries; the others wait for `make test-models`."""
+"""The types of a short run; `make test-models` runs the others."""
 
 RUN_AGAIN = {"longcat_flash"}
-"""Types whose modules of experts are no pairs of token and expert, and run again with other weights."""
+"""Types whose expert modules do not map pairs of token and expert, and run a second time with other weights."""
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_experts_of_every_type_are_those_of_peft(model_type: str) -> None:
         return
     outcome = conform(model, expert_adapters)
     assert not outcome.refused
-    # Some types' logits are large, and so are the last digits of their sums, without experts too.
+    # Some types have large logits, whose last digits differ by more, even without experts.
     assert outcome.difference <= MAX_DIFFERENCE * max(1, outcome.effect)
     assert outcome.effect >= 100 * MAX_DIFFERENCE
     assert bool(outcome.num_grouped) == (model_type not in RUN_AGAIN)
@@ -77,7 +77,7 @@ def oracle() -> Oracle:
 
 
 def page_budget(oracle: Oracle, num_pages: int) -> int:
-    """Return the adapter_extra_bytes that are room for so many pages of each shape of experts."""
+    """Return the adapter_extra_bytes that hold `num_pages` pages of each shape of experts."""
     tried = prepare_model(copy.deepcopy(oracle.untouched), frozenset(), None)
     sizes = [page_bytes(shape) for shape in expert_shapes(expert_sites(tried.adaptable.experts))]
     return int(num_pages * sum(sizes) / EXPERT_SHARE) + 1
@@ -85,7 +85,7 @@ def page_budget(oracle: Oracle, num_pages: int) -> int:
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_mixed_batches_while_adapters_come_and_go(oracle: Oracle, kernels: str) -> None:
-    """Room for the largest adapter alone, or for two of the others: tokens and logits are PEFT's throughout."""
+    """There is room for the largest adapter alone, or for two others: tokens and logits always equal PEFT's."""
     layers = len([name for name, _ in oracle.untouched.named_modules() if name.endswith(".experts")])
     engine = oracle.engine(
         kernels=kernels, max_step_tokens=24, max_num_seqs=8, adapter_extra_bytes=page_budget(oracle, 2 * layers)
@@ -108,7 +108,7 @@ def test_mixed_batches_while_adapters_come_and_go(oracle: Oracle, kernels: str) 
 
 @pytest.mark.parametrize("name", ["experts", "experts, down alone", "experts, transposed"])
 def test_the_worker_packs_no_rows_of_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come packed: Python in the worker would hold up its steps."""
+    """They arrive packed from the loader: packing in the worker's Python would delay its steps."""
     make_adapter(KINDS[name], tmp_path)
     monkeypatch.setattr(Packer, "pack", lambda *_: pytest.fail("the worker packs an adapter"))
     assert measure(KINDS[name], tmp_path).difference <= MAX_DIFFERENCE
@@ -123,7 +123,7 @@ def test_rows_without_room_are_refused_by_name(oracle: Oracle) -> None:
 
 
 def test_slots_of_adapters_without_rows_are_no_experts(oracle: Oracle) -> None:
-    """A slot that had rows for experts goes to an adapter without any: its tokens get none of them."""
+    """A slot that had rows for experts is reused by an adapter without any, whose tokens must not get them."""
     engine = oracle.engine()
     prompt = prompts(1, 199, (9,))[0]
     assert ask(engine, [greedy_request("a", "high", prompt, 3)]).ids["a"] == oracle.greedy("high", prompt, 3)
@@ -144,7 +144,7 @@ class NoWaits(TorchDispatchMode):
 
 
 def test_no_layer_of_experts_waits_for_the_device(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which experts rows go to is known to the device alone."""
+    """Only the device knows to which experts rows are routed."""
     forward, ran = GroupedExperts.forward, list[bool]()
 
     def watched(self: GroupedExperts, *args: Any, **kwargs: Any) -> Tensor:
@@ -159,7 +159,7 @@ def test_no_layer_of_experts_waits_for_the_device(oracle: Oracle, monkeypatch: p
 
 
 def test_steps_with_rows_of_experts_are_not_replayed(oracle: Oracle) -> None:
-    """Which adapters have some, a recording does not know."""
+    """A recorded step does not know which adapters have such rows."""
     engine, recorder = oracle.engine(kernels="reference", max_num_seqs=4), Rerun()
     engine.runner.record(recorder, 4, engine.config.max_model_len)
     warm(engine, oracle.names)
@@ -204,7 +204,7 @@ def test_rows_of_experts_that_nobody_goes_to_are_not_read(
 
 
 class Doubled(nn.Module):
-    """Looks like a module of experts, and computes something else."""
+    """Has the attributes of an expert module but computes something else."""
 
     has_gate, has_bias, is_transposed, has_post_expert_norm = True, False, False, False
 

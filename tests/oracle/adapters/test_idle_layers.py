@@ -1,7 +1,8 @@
 """LoRA on layers that the model does not run, or whose weights it reads without running them, as Jamba's `dt_proj`.
 
-PEFT wraps such a layer and adds to its output, which nobody asks for. So the LoRA there is never trained and stays
-zero, and an adapter with it is served. One that is not zero may give two answers in PEFT, merged or not: it is refused.
+PEFT wraps such a layer and adds to its output, which nothing reads. So the LoRA there gets no gradient and stays zero,
+and an adapter with it is served. If it is not zero, the merged and the unmerged adapter may differ in PEFT: it is
+refused.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from peft_adapters.format import WEIGHTS_FILE
 
 TARGETS: dict[str, Any] = {
     "jamba": "all-linear",
-    "mamba": ["in_proj", "x_proj", "dt_proj"],  # PEFT refuses its out_proj
+    "mamba": ["in_proj", "x_proj", "dt_proj"],  # PEFT refuses LoRA on its out_proj
     "falcon_mamba": ["in_proj", "x_proj", "dt_proj"],
     "bart": "all-linear",
     "mllama": "all-linear",
     "longcat_flash": "all-linear",
 }
 IDLE = {"bart": "encoder_attn.", "mllama": "layers.1.", "longcat_flash": "classifier."}
-"""What the names of the layers have that do not run: attention to an encoder or to images, routers read for their
-weights; `dt_proj` of the others."""
+"""Part of the names of layers that do not run; `dt_proj` for the other types.
+
+They are attention to an encoder or to images, and routers whose weights are read.
+"""
 
 
 def kind_on(model_type: str) -> Kind:
@@ -44,7 +47,7 @@ def test_what_is_zero_is_served_and_the_rest_is_exact(model_type: str, tmp_path:
     idle = [name for name in tensors if part in name and "lora_B" in name]
     assert idle
     with pytest.raises(AssertionError, match=f"LoRA must be zero here.*{part}"):
-        measure(kind, tmp_path)  # whose requests end with this error
+        measure(kind, tmp_path)  # the requests in it end with this error
     save_file({name: tensor * (name not in idle) for name, tensor in tensors.items()}, file)
     check_exact(kind, tmp_path)
 

@@ -1,4 +1,4 @@
-"""With rows in int8 an adapter gives what PEFT gives with the numbers that they stand for."""
+"""An adapter with int8 rows gives PEFT's results for the values that the rows represent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUNDED = [
     "name", examples.some(ROUNDED, "lora", "conv1d", "dora and biases", "dora embedding", "alora", "experts")
 )
 def test_kinds_are_those_of_peft_on_the_same_numbers(name: str, tmp_path: Path) -> None:
-    """What is no row, such as biases, embeddings and experts, is not rounded. DoRA's norms are of rounded rows."""
+    """Parts that are not rows stay unrounded, such as biases, embeddings and experts. DoRA's norms use rounded rows."""
     make_adapter(KINDS[name], tmp_path)
     measured = measure(KINDS[name], tmp_path, max_step_tokens=16, max_num_seqs=8, lora_dtype="int8")
     assert measured.difference <= MAX_DIFFERENCE

@@ -1,4 +1,4 @@
-"""Other forms of the kinds besides LoRA, on other bases: Qwen3, a mixture, a hybrid; rows in int8; after training."""
+"""Other forms of the kinds besides LoRA: on Qwen3, a mixture and a hybrid; with int8 rows; and after training."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.kinds.converted import CONVERTED_FIELD, read_converted
 from protocol.wire.errors import BadRequest
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of PEFT's SHiRA
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # from PEFT's SHiRA
 
 ELSEWHERE = [
     (name, base) for name, kind in CASES.items() for base in BASES
-    if kind.base == LLAMA and (name, base) != ("ln_tuning", "falcon_h1")  # PEFT fails on its norm without a weight
+    if kind.base == LLAMA and (name, base) != ("ln_tuning", "falcon_h1")  # PEFT fails on its norm, which has no weight
 ]  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_other_bases_give_what_peft_gives(name: str, base: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_trained_adapter_is_read(name: str, tmp_path: Path) -> None:
-    """As PEFT leaves it after a few steps of training: with its own start, in which much is zero."""
+    """As PEFT saves it after a few training steps from its own initialization, in which much is zero."""
     train_adapter(CASES[name], tmp_path)
     measured = measure(CASES[name], tmp_path)
     assert measured.difference <= MAX_DIFFERENCE
@@ -91,7 +91,7 @@ FULL_RANK = {
 
 @pytest.mark.parametrize("name", FULL_RANK)
 def test_a_kind_of_full_rank_is_approximated_on_request(name: str, tmp_path: Path) -> None:
-    """A conversion that keeps all gives PEFT's logits; one that keeps less has fewer rows and the error it reports."""
+    """A conversion that keeps all gives PEFT's logits; one that keeps less has fewer rows and the reported error."""
     kind = FULL_RANK[name]
     make_base(LLAMA).save_pretrained(str(tmp_path / "base"))
     make_adapter(kind, tmp_path / "adapter")
@@ -100,7 +100,7 @@ def test_a_kind_of_full_rank_is_approximated_on_request(name: str, tmp_path: Pat
     for keep in (1.0, 0.9):
         errors = convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / f"lora-{keep}", keep)
         assert len(errors) == 4
-        assert max(errors.values()) <= (1 - keep * keep) ** 0.5 + 4e-4  # PEFT adds squares in fp32, of 6e-8
+        assert max(errors.values()) <= (1 - keep * keep) ** 0.5 + 4e-4  # error of PEFT's fp32 squares: 6e-8
         record = json.loads((tmp_path / f"lora-{keep}" / CONFIG_FILE).read_text())[CONVERTED_FIELD]
         assert record == {"peft_type": name.upper(), "keep": keep, "errors": errors}
         told = AdapterFolder.read(tmp_path / f"lora-{keep}")
@@ -159,7 +159,7 @@ def test_what_peft_would_leave_out_is_refused(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("spoiled", ["adapter", "base"])
 def test_what_has_no_finite_error_leaves_no_folder(spoiled: str, tmp_path: Path) -> None:
-    """PEFT fails on the adapter's numbers; the base's reach the errors."""
+    """PEFT fails on infinities in the adapter; those in the base appear in the errors."""
     make_base(LLAMA).save_pretrained(str(tmp_path / "base"))
     make_adapter(FULL_RANK["c3a"], tmp_path / "adapter")
     (file,) = (tmp_path / spoiled).glob("*.safetensors")

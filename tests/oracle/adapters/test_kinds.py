@@ -1,6 +1,6 @@
-"""Every kind of adapter besides LoRA gives PEFT's logits, in one batch with others, and scaled where PEFT can do that.
+"""Every adapter kind besides LoRA gives PEFT's logits, in one batch with others, and scaled if PEFT can scale it.
 
-`test_kind_forms.py` has their other forms and other bases.
+`test_kind_forms.py` tests their other forms and other bases.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from torch import nn
 from gpu_worker.engine.engine import Engine
 from protocol.wire.errors import BadRequest
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of PEFT's SHiRA
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # from PEFT's SHiRA
 
 UNSCALED = ("ia3", "road", "beft", "oft", "ln_tuning", "trainable_tokens")
-"""Kinds that add nothing to weights."""
+"""Kinds that add nothing to weights, so that they have no scale."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -44,7 +44,7 @@ def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
 
 
 def on_llama(tmp_path: Path) -> dict[str, Path]:
-    """Return a folder with an adapter of each kind for the same base."""
+    """Return folders with an adapter of each kind for the same base."""
     folders = {name: tmp_path / name for name, kind in CASES.items() if kind.base == LLAMA}
     for name, folder in folders.items():
         make_adapter(CASES[name], folder)
@@ -78,7 +78,7 @@ SCALED = ("loha", "lokr", "vera", "miss", "delora", "hra", "deft", "shira")
 
 @pytest.mark.parametrize("name", examples.some(SCALED, "loha", "vera", "hra", "shira"))
 def test_a_scale_multiplies_what_is_added_to_weights(name: str, tmp_path: Path) -> None:
-    """The oracle is the base with the weights of PEFT's merge, moved half as far from its own."""
+    """The oracle is the base with PEFT's merged weights moved halfway back to its own."""
     kind = CASES[name]
     make_adapter(kind, tmp_path)
     merged = load(kind, tmp_path).merge_and_unload()

@@ -1,4 +1,4 @@
-"""Adapters merged at request time are what PEFT's `add_weighted_adapter` makes of them, whatever runs beside them."""
+"""Adapters merged at request time equal the results of PEFT's `add_weighted_adapter`, whatever runs beside them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def digest_of(name: str) -> str:
 
 
 class Merging:
-    """An engine and PEFT with the same adapters."""
+    """An engine, and PEFT with the same adapters."""
 
     def __init__(self, base: Base, options: dict[str, dict[str, Any]], root: Path, **settings: Any) -> None:
         self.base = base
@@ -98,7 +98,7 @@ class Merging:
 
     def expected(self, name: str, prompt: np.ndarray, ids: list[int], **options: Any) -> torch.Tensor:
         seed = options.pop("seed", 0)
-        # Called when PEFT has drawn the start values of the new adapter, which it then throws away.
+        # Called after PEFT has drawn initial values of the new adapter, which it then discards.
         seeding = mock.patch("peft.tuners.lora.model._freeze_adapter", side_effect=lambda *_: torch.manual_seed(seed))
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), seeding:
             warnings.simplefilter("ignore")
@@ -181,7 +181,7 @@ def test_a_merge_is_loaded_once_and_kept_under_its_own_digest(merging: Merging) 
 
 
 def test_lorax_arithmetic(merging: Merging) -> None:
-    """Both factors carry the weight: one adapter at half weight is a quarter of it. The first one's scale counts."""
+    """Both factors are weighted, so half weight yields a quarter of the adapter. The first adapter's scale is used."""
     prompt = prompts(1, TINY_VOCAB, (20,))[0]
     quarter = greedy_request("scaled", digest_of("a"), prompt, 4, lora_scale=0.25)
     halved = greedy_request("lorax", merge_digest(["a"], [0.5], arithmetic="lorax"), prompt, 4)
@@ -203,7 +203,7 @@ def test_a_merge_that_takes_too_long_is_refused(strategy: Strategy, tmp_path: Pa
 
 
 def test_whole_matrices_that_are_too_large_are_refused_unmade() -> None:
-    """Factors are no such matrices, whatever the size of the layer."""
+    """A merge that stays in factors makes no such matrix, whatever the size of the layer."""
     config = read_config(LORA, Reasons())
     assert config is not None
     parts = [MergeInput(config, AdapterSpec(()), {}.__getitem__, 1.0)] * 2
@@ -224,7 +224,7 @@ def test_whole_matrices_that_are_too_large_are_refused_unmade() -> None:
 
 
 def rename(weights: Path) -> None:
-    """Give tensors the names that a multimodal wrapper has for them."""
+    """Rename the tensors as in a multimodal wrapper."""
     found = load_file(weights)
     save_file({name.replace(".layers.", ".language_model.layers."): tensor for name, tensor in found.items()}, weights)
 

@@ -1,4 +1,4 @@
-"""Adapters of MLX-LM and llama.cpp, converted, give the logits of the PEFT adapter that they were made of."""
+"""Adapters of MLX-LM and llama.cpp, once converted, give the logits of the PEFT adapter from which they were made."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ QWEN3: Base = ("qwen3", {"head_dim": 16})
 PHI3: Base = ("phi3", {})
 GEMMA3: Base = ("gemma3_text", {"head_dim": 16, "sliding_window": 12, "tie_word_embeddings": True})
 LFM2: Base = ("lfm2", {"layer_types": ["conv", "full_attention"]})
-WIDE: Base = ("llama", {"head_dim": 32})  # heads that do not divide the width
+WIDE: Base = ("llama", {"head_dim": 32})  # head size times number of heads is not the width
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 MLX: dict[str, tuple[Kind, str]] = {
@@ -65,7 +65,7 @@ def served(base: Base) -> ServedModel:
 
 
 def hold(kind: Kind, peft: Path, source: Path, target: Path, base: ServedModel | None) -> None:
-    """Convert an adapter and hold its logits against those of the PEFT adapter that it was made of."""
+    """Convert an adapter; compare its logits with those of the PEFT adapter from which it was made."""
     weights = "adapters.safetensors" if base is None else "lora.gguf"
     plan = plan_conversion(source, weights, (source / weights).stat().st_size, base)
     assert plan is not None

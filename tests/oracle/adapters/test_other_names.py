@@ -1,4 +1,4 @@
-"""Adapters trained on a twin of the base, of the same weights under other names, give what PEFT gives on the twin."""
+"""Adapters trained on a twin of the base, with equal weights under other names, give PEFT's results on the twin."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ def lora(*targets: str, **fields: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """A base that is served, and the model of the same weights that the adapter is made on."""
+    """A served base, and the model with the same weights on which the adapter is trained."""
 
     served: Callable[[], PreTrainedModel]
     trained: Callable[[], PreTrainedModel]
-    weights: Callable[[Weights], Weights]  # the trained model's from the served one's
+    weights: Callable[[Weights], Weights]  # converts the served model's weights to the trained one's
     config: dict[str, Any]
     mapped: dict[str, str]
 
@@ -169,7 +169,7 @@ CASES: dict[str, Twins] = {
 
 
 def save(model: PreTrainedModel, config: dict[str, Any], folder: Path) -> None:
-    """Let PEFT make and save an adapter in which everything that is trained is random."""
+    """Let PEFT make and save an adapter whose trained parameters are all random."""
     generator = torch.Generator().manual_seed(5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -190,7 +190,7 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def twin_of(twins: Twins) -> PreTrainedModel:
-    """Return the model to train on with the served one's weights."""
+    """Return the model to train, with the weights of the served one."""
     model = twins.trained()
     lacking = model.load_state_dict(twins.weights(twins.served().state_dict()), strict=False)
     assert not lacking.unexpected_keys
@@ -199,7 +199,7 @@ def twin_of(twins: Twins) -> PreTrainedModel:
 
 
 def hold(served: PreTrainedModel, folder: Path, expected: torch.nn.Module, base: PreTrainedModel) -> dict[str, str]:
-    """Hold the engine's logits of an adapter, beside the base's, against PEFT's. Returns what was mapped."""
+    """Compare the engine's logits under an adapter and under the base with PEFT's. Return the mapped names."""
     settings = Settings(
         model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20, max_step_tokens=16, max_num_seqs=8
     )

@@ -1,4 +1,4 @@
-"""Adapters saved when experts were linear layers give what PEFT gives, which reads them as LoRA on fused parameters."""
+"""Adapters saved when experts were linear layers equal PEFT's, which reads them as LoRA on fused parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ WHERE = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}
 
 
 def old_tensors(base: Base, targets: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what transformers 4 and PEFT saved for these targets, random."""
+    """Yield random tensors as transformers 4 and PEFT saved them for these targets."""
     model, generator = make_base(base), torch.Generator().manual_seed(2)
     names = FAMILIES[base[0]]
     fused = {**dict.fromkeys(names.fused, "gate_up_proj"), names.down: "down_proj"}
@@ -110,7 +110,7 @@ PATTERNS: dict[str, tuple[Base, list[str], str]] = {
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_pattern_means_the_layers_that_it_matched(name: str, tmp_path: Path) -> None:
-    """PEFT 0.21 converts lists of names alone: the same adapter with a list is what decides."""
+    """PEFT 0.21 converts lists of names only, so the oracle is the same adapter with a list."""
     base, targets, pattern = PATTERNS[name]
     for folder, meant in (("list", targets), ("pattern", pattern)):
         write(base, targets, tmp_path / folder)
@@ -139,8 +139,8 @@ def test_what_peft_cannot_convert_is_refused_by_name(tmp_path: Path) -> None:
         "half": "only one of w1 and w3",
         "hole": "missing for targeted layers: model.layers.1.mlp.experts.2.w2.lora_B",
         "lost": "loses what is adapted of w1 and w3",
-        "pattern": "layers that the base model does not have",  # it matches some experts only
-        "new": "list the layers",  # of which the file has none
+        "pattern": "layers that the base model does not have",  # the pattern matches only some experts
+        "new": "list the layers",  # the file has none of these layers
         "whole": "list the layers",
     }
     engine = make_engine(MIXTRAL, {name: tmp_path / name for name in reasons})
@@ -172,9 +172,9 @@ MANY = {**EXPERTS, "num_experts": 16, "num_local_experts": 16}
 def test_rows_read_the_experts_that_they_go_to_alone(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two of sixteen for a token: the others' weights are not touched, and may be anything.
+    """A token uses two of sixteen experts: the weights of the others are not read and may hold anything.
 
-    Where modules of experts are run again; `test_expert_rows.py` has those whose LoRA is rows of the pool.
+    For expert modules that run a second time; `test_expert_rows.py` tests those whose LoRA is rows of the pool.
     """
     fields = {
         **(QWEN3_MOE if model_type == "qwen3_moe" else GPT_OSS if model_type == "gpt_oss" else MIXTRAL)[1],

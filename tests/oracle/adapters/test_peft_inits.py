@@ -1,4 +1,4 @@
-"""Inits that take a part out of the base: refused by name as saved, unless PEFT converted them for the whole base."""
+"""Inits that take a part out of the base: refused by name unless PEFT converted the adapter for the whole base."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ IDS = torch.arange(TINY_VOCAB)[None]
 
 
 def start(init: str, model: PreTrainedModel, **fields: Any) -> PeftModel:
-    """Let PEFT begin as for training: the base loses what the adapter gets."""
+    """Start training in PEFT: the base loses the part that initializes the adapter."""
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": init} | fields
     config = LoraConfig(task_type="CAUSAL_LM", **fields)
     if init == "corda":
@@ -57,12 +57,12 @@ def start(init: str, model: PreTrainedModel, **fields: Any) -> PeftModel:
 
 
 def config_of(peft: PeftModel) -> Any:
-    """Return a model's `LoraConfig`, whose `init_lora_weights` has a type that does not know all of PEFT's inits."""
+    """Return a model's `LoraConfig`; untyped, because the type of `init_lora_weights` lacks some of PEFT's inits."""
     return peft.peft_config["default"]
 
 
 def train_and_save(peft: PeftModel, init: str, root: Path) -> None:
-    """Save as PEFT's guides say: `raw` as it is, `converted` for the base as it was."""
+    """Save as PEFT's guides say: `raw` for the reduced base, `converted` for the unchanged one."""
     config = config_of(peft)
     config.init_lora_weights = True
     peft.save_pretrained(str(root / "start"))
@@ -101,7 +101,7 @@ def test_a_converted_save_is_served_and_an_unconverted_one_refused(init: str, tm
 
 
 def test_as_saved_it_is_served_on_the_base_that_was_saved_with_it(tmp_path: Path) -> None:
-    """The other way of PEFT's guides: the base without that part is saved too, and the adapter is plain LoRA on it."""
+    """The guides' other way: the reduced base is saved too, and the adapter is plain LoRA on it."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
@@ -117,7 +117,7 @@ def test_as_saved_it_is_served_on_the_base_that_was_saved_with_it(tmp_path: Path
 
 
 def test_loftq_is_refused_by_name(tmp_path: Path) -> None:
-    """PEFT makes it on a GPU alone; what it saves is an adapter whose config says so."""
+    """PEFT makes it only on a GPU; here a plain adapter's config is edited to say so."""
     make_adapter(Kind(LLAMA), tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     config |= {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}

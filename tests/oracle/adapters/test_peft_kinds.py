@@ -1,4 +1,4 @@
-"""Every kind of adapter that PEFT saves gives PEFT's logits, in chunks, beside others, however it was made."""
+"""Every adapter that PEFT saves gives PEFT's logits, in chunks and beside others, however it was made."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ESSENTIAL = (
     "lora", "patterns", "conv1d", "dora and biases", "dora embedding", "embedding and head, tied", "scaled embedding",
     "added tokens", "experts", "experts, transposed", "router", "weights as parameters",
 )  # fmt: skip
-"""Kinds of which no other one runs the same code, those of the batch of `DENSE` aside; `make test-all` has all."""
+"""Kinds with code that no other kind and no adapter of `DENSE` runs; `make test-all` runs all kinds."""
 
 
 @pytest.mark.parametrize("name", examples.some(KINDS, *ESSENTIAL))
@@ -100,7 +100,7 @@ def test_tensors_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path
 
 
 def test_an_activated_adapter_shares_what_is_before_its_invocation(tmp_path: Path) -> None:
-    """Whole blocks of it, whoever computed them first; what comes after is computed anew and is PEFT's."""
+    """Whole blocks before the invocation are shared, whichever model computed them; later tokens equal PEFT's."""
     kinds = {"alora": KINDS["alora"], "lora": KINDS["lora"]}
     for name, kind in kinds.items():
         make_adapter(kind, tmp_path / name)
@@ -150,7 +150,7 @@ MIXED = {
 
 @pytest.mark.parametrize("family", examples.some(MIXED, "dense"))
 def test_one_adapter_of_each_kind_in_one_batch(family: str, tmp_path: Path) -> None:
-    """Chunked, preempted and found in the prefix cache, every row is as if it ran alone, and as PEFT computes it."""
+    """Chunked, preempted or found in the prefix cache: every row equals PEFT's result for it alone."""
     kinds = MIXED[family]
     base = next(iter(kinds.values())).base
     folders = {name: tmp_path / name for name in kinds}
@@ -201,7 +201,7 @@ NORMS = {"llama": ["norm", "input_layernorm"], "gpt2": ["ln_f", "ln_1"]}
 
 @st.composite
 def kinds(draw: st.DrawFn) -> Kind:
-    """Draw any combination of what is served, with what PEFT does not combine left in."""
+    """Draw any combination of served options, including combinations that PEFT refuses."""
     family = draw(st.sampled_from([BIASED, TIED, GPT2]))
     model_type = family[0]
     leaves = draw(st.lists(st.sampled_from(LEAVES[model_type]), min_size=1, max_size=3, unique=True))
@@ -232,7 +232,7 @@ def kinds(draw: st.DrawFn) -> Kind:
     return Kind(family, options)
 
 
-# The same configs each time: what PEFT does not combine is without number. Look for more without `derandomize`.
+# Derandomized, because PEFT refuses countless combinations. Remove `derandomize` to search for more.
 @pytest.mark.thorough
 @settings(
     max_examples=examples.of(25), deadline=None, derandomize=True,
@@ -247,11 +247,11 @@ def test_any_config_is_served_as_peft_does(kind: Kind, tmp_path_factory: pytest.
             make_adapter(kind, folder)
             load(kind, folder)
         except (ValueError, TypeError, KeyError):
-            assume(False)  # PEFT does not combine it: nothing to compare with
-    if "trainable_token_indices" in kind.options:  # refused by name
+            assume(False)  # PEFT refuses the combination: there is nothing to compare with
+    if "trainable_token_indices" in kind.options:  # these combinations are refused by name
         options = kind.options
         assume(not ("use_dora" in options and "lm_head" in options["target_modules"]))
         assume(not {*ENDS[kind.base[0]]} & {*options.get("modules_to_save", ())})
     measured = measure(kind, folder, max_step_tokens=32, max_num_seqs=8)
-    # Rounding grows with what an adapter adds: a scale of 4 on every layer is nothing unusual here.
+    # Rounding errors grow with the change that an adapter makes: scales of 4 on every layer occur here.
     assert measured.difference <= MAX_DIFFERENCE * max(1.0, measured.change)

@@ -1,6 +1,6 @@
-"""Any change to an adapter's files ends in one of two ways: a refusal with its reasons, or what PEFT makes of them.
+"""Any change to an adapter's files ends in one of two ways: a refusal with its reasons, or PEFT's results.
 
-There is no third way, whatever the change: this is what keeps a file nobody thought of from being served wrongly.
+There is no third way, so a file that nobody has foreseen is not served wrongly.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "saved": {"modules_to_save": ["lm_head"]}, "alora": {"alora_invocation_tokens": INVOCATION},
     "patterns": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"down_proj": 30}},
 }  # fmt: skip
-"""Good ones to begin with, all on one base."""
+"""Valid adapters to start from, all on one base."""
 
 NAMES = ["q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens", "norm", "0", "mlp", "layers", ""]
 names = st.lists(st.sampled_from(NAMES), max_size=3)
@@ -154,7 +154,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(name: str, root: Path, target: Path, data: st.DataObject) -> None:
-    """Write a good adapter into `target` with one to three things about it changed."""
+    """Write a valid adapter into `target` with one to three changes."""
     config: dict[str, Any] = json.loads((root / name / CONFIG_FILE).read_text())
     found = load_file(root / name / WEIGHTS_FILE)
     in_file = data.draw(st.booleans())

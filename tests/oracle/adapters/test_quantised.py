@@ -1,4 +1,4 @@
-"""Adapters on quantised bases: what PEFT computes on the same base, or a refusal that says why."""
+"""Adapters on quantized bases: PEFT's results on the same base, or a refusal that says why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oracle.peft_oracle import ask, greedy_request
 from gpu_worker.loading.checkpoint import read_model
 from gpu_worker.model.model import fingerprint_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the quantisation libraries have many
+pytestmark = pytest.mark.filterwarnings("ignore")  # the quantization libraries emit many
 
 
 def need(scheme: Scheme) -> None:
@@ -36,11 +36,11 @@ def test_logits_are_those_of_peft_on_the_same_base(name: str, tmp_path: Path) ->
 
 
 NOT_OF_PEFT = {
-    # sizes of packed weights, of which TinyLoRA has singular vectors; UniLoRA's scales are zero
+    # these kinds depend on the sizes of packed weights, TinyLoRA on their singular vectors; UniLoRA's scales are zero
     "bitsandbytes nf4": {"loha", "lokr", "delora", "tinylora", "unilora"},
     "torchao int8": {"delora"},
 }
-"""Kinds whose adapters PEFT does not load, or without effect, on a base that a library has quantised."""
+"""Kinds whose adapters PEFT cannot load, or loads without effect, on a base quantized by this library."""
 
 NEED_WEIGHTS = {"hra", "deft"}
 
@@ -67,7 +67,7 @@ def test_what_only_a_gpu_can_run_is_loaded_and_refused_by_name(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8", "compressed-tensors W4A16", "GPTQ int4"])
 def test_what_needs_the_weights_of_a_quantised_layer_is_refused(name: str, tmp_path: Path) -> None:
-    """Also where PEFT would give it: by name, and nothing else is served wrongly meanwhile."""
+    """Also where PEFT supports it: refused by name, while other requests get correct answers."""
     scheme = SCHEMES[name]
     need(scheme)
     base = tmp_path / "base"

@@ -1,4 +1,4 @@
-"""Virtual tokens: every kind gives the logits and greedy tokens of PEFT's forward, together with whatever else runs."""
+"""Virtual tokens: every kind gives the logits and greedy tokens of PEFT's forward, whatever runs beside it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from protocol.runtime.settings import BLOCK_TOKENS, Settings
 from protocol.wire.errors import AdapterRefused, BadRequest
 from protocol.wire.messages import Sampling
 
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # by which PEFT passes prefixes
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # PEFT passes prefixes by it
 
 ALL = CASES | BASES
 ONE_OF_EACH = (
@@ -58,11 +58,11 @@ ONE_OF_EACH = (
     "prompt_tuning on a hybrid", "prefix_tuning in layers with windows",
 )  # fmt: skip
 TWO = ("prompt_tuning", "prefix_tuning")
-"""One kind of embeddings, and one of keys and values."""
+"""One kind with embeddings, and one with keys and values."""
 
 
 def made(name: str, folder: Path, **fields: Any) -> Kind:
-    """Let PEFT make an adapter in a folder; fields: further ones of its config."""
+    """Let PEFT make an adapter in a folder. fields: further fields of its config."""
     kind = ALL[name]
     kind = replace(kind, options=kind.options | fields)
     make_adapter(kind, folder)
@@ -70,7 +70,7 @@ def made(name: str, folder: Path, **fields: Any) -> Kind:
 
 
 def several(tmp_path: Path) -> dict[str, Path]:
-    """Return folders of adapters of every kind for the same base, and of LoRA."""
+    """Return folders of adapters of every kind, and of LoRA, for the same base."""
     folders = {name: tmp_path / name for name in (*CASES, "lora")}
     for name, kind in CASES.items():
         make_adapter(kind, folders[name])
@@ -80,7 +80,7 @@ def several(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", examples.some(ALL, *ONE_OF_EACH))
 def test_logits_and_tokens_are_those_of_peft(name: str, tmp_path: Path) -> None:
-    """In chunks of a few tokens, so that virtual tokens and the text are computed in one step and in several."""
+    """In small chunks, so that virtual tokens and text are computed in one step and in several."""
     kind = made(name, tmp_path)
     engine = make_engine(kind.base, {"tuned": tmp_path}, max_step_tokens=16, max_num_seqs=8)
     texts = {"short": asked(), "long": asked(40), "one": asked(1)}
@@ -127,7 +127,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_tokens_are_the_same_however_steps_are_made(name: str, settings: str, tmp_path: Path) -> None:
     kind, num = made(name, tmp_path), 24
     engine = make_engine(LLAMA, {"tuned": tmp_path}, **SETTINGS[settings])
-    repeated = np.tile(asked(5), 6)  # what prompt lookup finds drafts in
+    repeated = np.tile(asked(5), 6)  # prompt lookup finds drafts in it
     texts = {"repeated": repeated, "short": asked(), "long": asked(40), "other": prompts(1, TINY_VOCAB, (33,))[0]}
     requests = [greedy_request(text, "tuned", prompt, num) for text, prompt in texts.items()]
     got, peft = ask(engine, requests), load(kind, tmp_path)
@@ -167,7 +167,7 @@ def test_a_resumed_request_goes_on_exactly(name: str, tmp_path: Path) -> None:
 
 
 def count_rows(engine: Engine) -> list[int]:
-    """Return a list to which each step's number of tokens is added."""
+    """Return a list to which each step appends its number of tokens."""
     counts: list[int] = []
     run = engine.runner.run
 
@@ -181,14 +181,14 @@ def count_rows(engine: Engine) -> list[int]:
 
 @pytest.mark.parametrize("name", TWO)
 def test_virtual_tokens_are_computed_once_for_all_requests_and_tenants(name: str, tmp_path: Path) -> None:
-    """Another tenant finds the full blocks of virtual tokens, and nothing of what the first has asked."""
+    """Another tenant reuses the full blocks of virtual tokens, but no block of the first tenant's prompt."""
     kind = made(name, tmp_path, num_virtual_tokens=3 * BLOCK_TOKENS + 5)
     engine = make_engine(LLAMA, {"tuned": tmp_path})
     peft, rows = load(kind, tmp_path), count_rows(engine)
     expected = peft_greedy(kind, peft, asked(40), 4)
 
     def tokens_of(tenant: str) -> tuple[int, int]:
-        """Return how many tokens a request of a tenant computes, and how many of its own are reported as cached."""
+        """Return how many tokens a tenant's request computes, and how many of its own tokens are reported as cached."""
         before = sum(rows)
         got = ask(engine, [greedy_request("r", "tuned", asked(40), 4, salt=tenant)])
         assert got.ids["r"] == expected
@@ -203,7 +203,7 @@ def test_virtual_tokens_are_computed_once_for_all_requests_and_tenants(name: str
 
 @pytest.mark.parametrize("name", TWO)
 def test_an_evicted_adapter_takes_its_blocks_along(name: str, tmp_path: Path) -> None:
-    """And comes back the same."""
+    """A later load of it gives the same tokens."""
     kind = made(name, tmp_path)
     engine = make_engine(LLAMA, {"tuned": tmp_path})
     expected = peft_greedy(kind, load(kind, tmp_path), asked(30), 4)
@@ -220,7 +220,7 @@ def test_an_evicted_adapter_takes_its_blocks_along(name: str, tmp_path: Path) ->
 
 
 def test_steps_behind_virtual_tokens_cost_nothing_more(tmp_path: Path) -> None:
-    """A decode is a step of the base: no rows have extras."""
+    """A decode is a plain step of the base, without extras for any row."""
     made("prefix_tuning", tmp_path)
     engine = make_engine(LLAMA, {"tuned": tmp_path})
     found: list[bool] = []
@@ -257,7 +257,7 @@ def test_logprobs_of_a_prompt_are_of_the_users_tokens(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("config", [SOFT, PREFIX])
 def test_outputs_follow_a_grammar(config: Any, tmp_path: Path) -> None:
-    """The oracle is the likeliest token by PEFT's forward that a matcher accepts which has no masks."""
+    """The oracle is the most likely token by PEFT's forward that a matcher without masks accepts."""
     kind = Kind(("llama", {"vocab_size": VOCAB}), SOME, config=config)
     make_adapter(kind, tmp_path)
     engine = packed_engine(
@@ -334,7 +334,7 @@ def test_numbers_that_are_not_finite_are_refused(name: str, number: float, tmp_p
 
 
 def change_file(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
-    """Write an adapter's tensors anew, as `change` returns them."""
+    """Rewrite an adapter's tensors; `change` returns the new ones."""
     path = folder / WEIGHTS_FILE
     save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
 
@@ -360,7 +360,7 @@ def test_embeddings_are_of_the_last_token(name: str, tmp_path: Path) -> None:
 
 
 def hex_of(name: str) -> str:
-    """Return a digest that stands for a name."""
+    """Return a digest derived from a name."""
     return name.encode().hex()
 
 
@@ -385,21 +385,21 @@ def test_bases_without_room_for_a_prefix_are_refused_by_name(model_type: str, tm
 # ---------------------------------------------------------------- every model type
 
 ROBERTA = {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
-"""Types whose own positions begin behind the padding token's, where the engine's begin at 0, as the oracle's do."""
+"""Types whose own positions start after the padding token's id; the engine's and the oracle's start at 0."""
 
 NO_MODEL = {"mllama", "moshi", "gemma4_unified"}
-"""Types on which PEFT cannot even make such an adapter, or does not find the embedding of the text model inside."""
+"""Types on which PEFT cannot make such an adapter, or does not find the text model's embedding."""
 
 NOT_SERVED = {"gemma3n_text", "inkling_text", "inkling2_text", "inkling2_loop_text"}
-"""Types with an embedding in every layer, or one that is more than a look-up."""
+"""Types with an embedding in every layer, or with one that is more than a look-up."""
 
 
 @pytest.mark.models
 @pytest.mark.parametrize("config", [SOFT, PREFIX])
 @pytest.mark.parametrize("model_type", sorted(read_table("served").keys() - ROBERTA - NO_MODEL))
 def test_every_type_is_served_as_peft_or_refused(model_type: str, config: Any, tmp_path: Path) -> None:
-    """Where PEFT's own forward fails, the adapter is refused. Only prompts: states may depend on how they are made."""
-    options = SOME if config is PREFIX else {**SOME, "num_attention_heads": 1}  # which it cannot find on each
+    """Where PEFT's own forward fails, the adapter is refused. Prompts only, since states may depend on chunking."""
+    options = SOME if config is PREFIX else {**SOME, "num_attention_heads": 1}  # PEFT cannot derive it for every type
     kind = Kind((model_type, {"tiny": True}), options, config=config)
     try:
         make_adapter(kind, tmp_path)
@@ -407,7 +407,7 @@ def test_every_type_is_served_as_peft_or_refused(model_type: str, config: Any, t
     except Exception:  # noqa: BLE001  whatever a model's code raises
         expected = None
     if not (tmp_path / WEIGHTS_FILE).exists():
-        return  # there is no such adapter
+        return  # PEFT could not make the adapter
     engine = make_engine(kind.base, {"tuned": tmp_path}, max_step_tokens=64, max_num_seqs=8)
     asking = [greedy_request("r", "tuned", asked(), 1)]
     error = ask(engine, asking).finish["r"].error

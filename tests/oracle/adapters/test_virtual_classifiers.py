@@ -1,4 +1,4 @@
-"""Classifiers of virtual tokens: encoders and decoders give the logits of PEFT's classifier, with the saved head."""
+"""Classifiers with virtual tokens: encoders and decoders give the logits of PEFT's classifier, with the saved head."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS: dict[str, PeftConfig] = {
 def taught(base: Any, config: PeftConfig, seed: int, width: int = 0) -> tuple[Any, FetchedAdapter]:
     """Return PEFT's classifier with a random prompt and head, and the files that it saves.
 
-    width: of the input embedding, where PEFT does not find it in the model's config.
+    width: of the input embedding, if PEFT does not find it in the model's config.
     """
     config = copy.deepcopy(config)
     if width:
@@ -116,7 +116,7 @@ def test_virtual_tokens_count_against_the_context() -> None:
 
 
 def test_a_decoder_s_classifier_has_the_logits_of_peft() -> None:
-    """Also of a text that ends with the padding token, which transformers does not see behind embeddings."""
+    """Also for a text that ends with the padding token, which transformers does not notice after embeddings."""
     base = tiny_llama()
     base.config.pad_token_id = 7
     oracle = PooledOracle(base)

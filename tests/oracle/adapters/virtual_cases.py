@@ -1,4 +1,4 @@
-"""Adapters of virtual tokens of every kind that PEFT saves, and what PEFT computes with them."""
+"""Adapters with virtual tokens of every kind that PEFT saves, and PEFT's results for them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GEMMA: Base = (
 QWEN3: Base = ("qwen3", {"head_dim": 24})
 SLIDING: Base = ("mistral", {"sliding_window": 20})
 NUM = 21
-"""Virtual tokens of most: more than a block of the cache, and no multiple of one."""
+"""Usual number of virtual tokens: more than one cache block, and not a multiple of one."""
 
 SOME: dict[str, Any] = {"num_virtual_tokens": NUM}
 SOFT, PREFIX = PromptTuningConfig, PrefixTuningConfig
@@ -53,7 +53,7 @@ CASES: dict[str, Kind] = {
     ),
     "cartridge": Kind(LLAMA, {**SOME, "num_virtual_tokens": 40}, config=CartridgeConfig),
 }  # fmt: skip
-"""Each kind, and what PEFT runs when it saves."""
+"""One case per kind, and per module that PEFT runs when it saves."""
 
 BASES: dict[str, Kind] = {
     "prompt_tuning on qwen3": Kind(QWEN3, SOME, config=SOFT),
@@ -70,7 +70,7 @@ BASES: dict[str, Kind] = {
     "prefix_tuning in layers with windows": Kind(GEMMA, SOME, config=PREFIX),
     "prefix_tuning in a window": Kind(SLIDING, SOME, config=PREFIX),
 }
-"""Other bases."""
+"""The same kinds on other bases."""
 
 
 def is_prefix(kind: Kind) -> bool:
@@ -78,21 +78,21 @@ def is_prefix(kind: Kind) -> bool:
 
 
 def task_of(kind: Kind) -> dict[str, Any]:
-    """Return what PEFT wants to know besides the text."""
+    """Return the arguments that PEFT needs besides the text."""
     is_multitask = kind.config is MultitaskPromptTuningConfig
     return {"task_ids": torch.zeros(1, dtype=torch.int64)} if is_multitask else {}
 
 
 def virtual_logits(kind: Kind, model: PeftModel, prompt: np.ndarray, output: Sequence[int]) -> Tensor:
-    """Return the logits for each output token [n, V] of PEFT's forward, which gives those of virtual tokens too."""
+    """Return PEFT's logits for each output token [n, V]; its forward also returns those of virtual tokens."""
     return model_logits(model, prompt, output, use_cache=True, **task_of(kind))[-len(output) :]
 
 
 def peft_greedy(kind: Kind, model: PeftModel, prompt: np.ndarray, num_tokens: int) -> list[int]:
-    """Return the tokens that are likeliest by PEFT's forward, one pass over the whole text for each.
+    """Return the most likely tokens by PEFT's forward, with one pass over the whole text per token.
 
     PEFT 0.21's own `generate` looks for the cache under a name that transformers 5 no longer uses: it puts a prompt's
-    virtual tokens before every token, and leaves a prefix out.
+    virtual tokens before every token, and omits a prefix.
     """
     ids: list[int] = []
     for _ in range(num_tokens):
@@ -101,5 +101,5 @@ def peft_greedy(kind: Kind, model: PeftModel, prompt: np.ndarray, num_tokens: in
 
 
 def asked(length: int = 9) -> np.ndarray:
-    """Return a prompt that is short enough for virtual tokens to lie in a window of 20 tokens."""
+    """Return a prompt that is short enough for virtual tokens to fit a window of 20 tokens."""
     return prompts(1, TINY_VOCAB, (length,))[0]

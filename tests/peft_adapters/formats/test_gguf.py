@@ -1,4 +1,4 @@
-"""LoRA in GGUF, written by gguf's own library, is planned as PEFT's; anything else is refused within limits."""
+"""LoRA in GGUF, written by gguf's own library, is planned as in PEFT's form; all else is refused within limits."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_names_are_those_of_gguf_s_own_map(name: str) -> None:
 
 
 def file(**changes: Any) -> Any:
-    """Return a function that writes a file with these changes, and the base it is read for."""
+    """Return a function that writes a file with these changes, and the base for which it is read."""
     values = {"pairs": PAIRS, "architecture": "llama", "alpha": 6.0} | changes
 
     def write(folder: Path) -> bytes:
@@ -90,7 +90,7 @@ def file(**changes: Any) -> Any:
 
 
 def patched(**changes: int) -> Any:
-    """Return a function that writes a good file with numbers of its first 24 bytes replaced."""
+    """Return a function that writes a good file with some numbers of its first 24 bytes replaced."""
     at = {"magic": (0, "<I"), "version": (4, "<I"), "tensors": (8, "<Q"), "fields": (16, "<Q"), "key": (24, "<Q")}
 
     def write(folder: Path) -> bytes:
@@ -107,7 +107,7 @@ def cut(size: int) -> Any:
 
 
 def shared(num: int, size: int = 8) -> Any:
-    """Return a function that writes a file of many tensors with the same bytes, each `size` numbers."""
+    """Return a function that writes a file of many tensors over the same bytes, each with `size` numbers."""
 
     def write(folder: Path) -> bytes:
         entries = b"".join(
@@ -158,7 +158,7 @@ def test_what_is_not_served_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def header(value: bytes, *, kind: int = 9) -> bytes:
-    """Return a file with one field "a" of a type, with these bytes, and no tensors."""
+    """Return a header without tensors, whose field "a" has this type and these bytes."""
     return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<I", kind) + value
 
 
@@ -189,7 +189,7 @@ def test_any_change_is_read_or_refused(tmp_path: Path, at: int, value: bytes, si
 
 
 def test_heads_are_undone_as_transformers_undoes_them() -> None:
-    """transformers reads llama.cpp's models back with a function of its own, written apart from this one."""
+    """The oracle is transformers' function that reads llama.cpp's models back, which was written independently."""
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
     rows = RANDOM.normal(size=(32, 5)).astype("f4")

@@ -1,4 +1,4 @@
-"""Adapters of MLX-LM are planned as PEFT's, or refused with every reason."""
+"""Adapters of MLX-LM are planned as PEFT adapters, or refused with every reason."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_layers_of_other_ranks_keep_one_scale() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_what_mlx_lm_computed_is_what_is_read(kind: str) -> None:
-    """The folders were made by the layers of mlx-lm 0.32.2 on a CPU; layers.npz has what these answered to x."""
+    """The layers of mlx-lm 0.32.2 wrote the folders, on a CPU; layers.npz contains inputs x and their outputs."""
     folder = Path(__file__).parent / "mlx_lm" / kind
     raw = (folder / "adapters.safetensors").read_bytes()
     plan = convert_mlx(json.loads((folder / "adapter_config.json").read_text()), parse_header(raw, len(raw)))

@@ -1,4 +1,4 @@
-"""Names that trainers other than PEFT write are those of PEFT's saver, or left as they are."""
+"""Tensor names written by other trainers are mapped to those of PEFT, or left unchanged."""
 
 from __future__ import annotations
 

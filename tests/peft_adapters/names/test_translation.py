@@ -1,4 +1,4 @@
-"""Adapters under other names are mapped to the base's own modules, each tensor to its place, or refused."""
+"""Adapters with other names are mapped to the base's own modules, each tensor to its place, or refused."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ UNSLOTH = (
     r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
     r"\.(?:(?:k_proj|v_proj|q_proj)))"
 )
-"""What Unsloth's `get_peft_regex` writes for the language part of a multimodal model."""
+"""Patterns that Unsloth's `get_peft_regex` writes for the language part of a multimodal model."""
 
 
 def base(decoder: str = "model", model_type: str = "llama", fused: bool = False) -> m.ServedModel:
-    """Return a base whose decoder has this name; with a head, a wrapper with a tower."""
+    """Return a base with a head, whose decoder has this name.
+
+    `model.language_model` makes it a multimodal wrapper, with a vision tower.
+    """
     layout = LAYOUTS[decoder]
     own = FUSED if fused else {name: SIZES[name.rpartition(".")[2]] for name in SPLIT}
     sites = [m.SiteShape(layout.inside("embed_tokens"), 64, IN, "embedding")]
@@ -42,7 +45,7 @@ def base(decoder: str = "model", model_type: str = "llama", fused: bool = False)
 
 
 def adapter(modules: dict[str, int]) -> dict[str, np.ndarray[Any, Any]]:
-    """Return LoRA of modules, named as in the base, with these outputs."""
+    """Return the LoRA tensors of modules. modules: name in the base -> outputs."""
     found: dict[str, np.ndarray[Any, Any]] = {}
     for module, size in modules.items():
         found[f"base_model.model.{module}.lora_A.weight"] = np.ones((RANK, IN))
@@ -151,7 +154,7 @@ def test_other_names_and_fused_layers_together() -> None:
     }
 
 
-# ---------------------------------------------------------------- half-matching ones
+# ---------------------------------------------------------------- partial matches
 
 WHOLE = adapter(layers("model", Q_V))
 PHI = base("model", "phi3", fused=True)
@@ -163,7 +166,7 @@ WRAPPED = adapter(layers("model.language_model", Q_V))
 
 
 def renamed(old: str, new: str, tensors: dict[str, np.ndarray[Any, Any]] = WHOLE, num: int = 99) -> Any:
-    """Return tensors, the first `num` of them renamed."""
+    """Return the tensors with the first `num` of them renamed."""
     return {name.replace(old, new) if i < num else name: value for i, (name, value) in enumerate(tensors.items())}
 
 
@@ -183,7 +186,7 @@ def saved(module: str, rows: int) -> dict[str, np.ndarray[Any, Any]]:
 
 
 Case = tuple[Any, m.ServedModel, dict[str, Any], str]
-"""Tensors, base model, fields of the config, and a part of the reason."""
+"""Tensors, base model, config fields, and a part of the reason for the refusal."""
 
 NAMES: dict[str, Case] = {
     "one tensor of the wrapper": (renamed("model.layers", "model.language_model.layers", num=1), base(), {}, NOT_THERE),

@@ -1,4 +1,4 @@
-"""A tokenizer.json: the base's tokens become text as `tokenizers` says, and of an adapter's only added tokens count."""
+"""A tokenizer.json: token texts match `tokenizers`, and from an adapter's file only the added tokens are used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXTS = ["Hello  world, it's 漢字 123\n\n\tdon't!", "", " a b", "<s>x</s> zebr
 
 
 def by_decoder() -> list[Any]:
-    """Return a family for each decoder that there is, with each kind of model."""
+    """Return one family for each combination of decoder and model type."""
     found = {json.dumps([file["decoder"], file["model"]["type"]]): name for name, file in families().items()}
     return [pytest.param(families()[name], id=name) for name in found.values()]
 
@@ -79,7 +79,8 @@ OTHERS = [
     added("<|tool|>"),
     added("<pad>", special=True),
 ]
-"""Tokens of the vocabulary and new ones; of those that `tokenizer_file` adds, two are ordinary and two are gone."""
+"""Tokens of the vocabulary and new ones. Of those added by `tokenizer_file`, two become ordinary and two are missing.
+"""
 
 
 @pytest.mark.parametrize("file", by_decoder())
@@ -112,7 +113,7 @@ def streamed(table: TokenTable, ids: list[int], sizes: list[int]) -> str:
 @settings(max_examples=examples.of(60), deadline=None)
 @given(data=st.data())
 def test_ids_of_every_family_become_their_text(file: dict[str, Any], data: st.DataObject) -> None:
-    """However they are cut into steps, with special tokens, unknown ids and halves of characters among them."""
+    """For any split into steps, with special tokens, unknown ids and incomplete characters."""
     tokenizer, table = load(file), table_of(file)
     bytes_ = [i for i, piece in enumerate(table.pieces) if table.invalid == "byte" and _is_byte(tokenizer, i)]
     ids = data.draw(st.lists(st.integers(0, len(table.pieces) + 3), max_size=20), label="ids")
@@ -120,7 +121,7 @@ def test_ids_of_every_family_become_their_text(file: dict[str, Any], data: st.Da
     runs = _runs(ids, set(bytes_) | table.hidden, table)
     if all(_is_regular(run) for run in runs):
         assert streamed(table, ids, sizes) == tokenizer.decode(ids)
-    else:  # `tokenizers` takes back what it has shown of a run, once its bytes turn out to be no text
+    else:  # `tokenizers` retracts text of a run that it has emitted once the bytes prove invalid
         assert len(streamed(table, ids, sizes)) <= len(tokenizer.decode(ids))
     assert streamed(table, ids, sizes) == table.decode(ids)
 
@@ -144,7 +145,7 @@ def _runs(ids: list[int], bytes_and_hidden: set[int], table: TokenTable) -> list
 
 
 def _is_regular(run: bytes) -> bool:
-    """Return whether a run of bytes is text, or begins with no character at all."""
+    """Return whether a run of bytes is valid text, or does not even start with a character."""
     try:
         run.decode()
     except UnicodeDecodeError as error:
@@ -166,7 +167,7 @@ def test_a_text_is_shown_no_later_than_by_tokenizers(name: str) -> None:
 
 
 def test_bytes_that_are_no_text_after_some_that_are() -> None:
-    """What was shown stays; each byte that is no text becomes one mark, as `tokenizers` does where none was shown."""
+    """Emitted text stays; each invalid byte becomes one U+FFFD, as with `tokenizers` where nothing was emitted."""
     file = families()["Llama-2, older"]
     ids = file["model"]["vocab"]
     table = table_of(file)
@@ -238,7 +239,7 @@ def test_what_is_written_otherwise_is_the_same(parts: dict[str, Any]) -> None:
 
 
 def test_a_template_that_adds_nothing_is_none() -> None:
-    """transformers 5 writes one where there was none."""
+    """transformers 5 writes one even if there was none."""
     single, pair = [{"Sequence": {"id": "A", "type_id": 0}}], [{"Sequence": {"id": "B", "type_id": 1}}]
     template = {"type": "TemplateProcessing", "single": single, "pair": single + pair, "special_tokens": {}}
     file = tokenizer_file()
@@ -385,7 +386,7 @@ def test_what_is_no_tokenizer_is_refused(text: str, said: str) -> None:
 @settings(max_examples=examples.of(300), deadline=None)
 @given(st.data())
 def test_a_changed_file_is_served_or_refused(data: st.DataObject) -> None:
-    """Whatever stands in a place of a file: it is refused, or its added tokens become text."""
+    """Whatever replaces a part of a file: the file is refused, or its added tokens have texts."""
     base = families()[data.draw(st.sampled_from(sorted(families())), label="family")]
     file = copy.deepcopy(base)
     holder: Any = file

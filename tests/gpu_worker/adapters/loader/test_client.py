@@ -1,4 +1,4 @@
-"""The loader's process: it may die, the worker may die, and nothing hangs or is left behind."""
+"""The loader process: if it or the worker dies, nothing hangs and no process or file is left behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGEST = "0" * 64
 
 
 class SlowStore:
-    """A store that notes every request and answers 404 once `answers` is set."""
+    """A store that records every request and answers 404 once `answers` is set."""
 
     def __init__(self) -> None:
         self.url = ""

@@ -1,4 +1,4 @@
-"""Fetching adapters: from whichever store answers, and only what the digest stands for."""
+"""Fetching adapters: from any store that answers, and only content that matches the digest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ GOOD = FetchedAdapter(CONFIG, weights(1.0))
 
 @contextmanager
 def store(files: dict[str, bytes], folder: Path | None = None, asked: list[str] | None = None) -> Iterator[str]:
-    """A store that holds `files`, by path, and says that they are in a folder. asked: what it is asked for."""
+    """Serve `files` by URL path, as a store does.
+
+    folder: the store's folder, sent in a header with each config. asked: collects the requested paths.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -68,7 +71,7 @@ def store(files: dict[str, bytes], folder: Path | None = None, asked: list[str] 
 
 
 def with_texts(own: OwnTexts) -> tuple[str, dict[str, bytes]]:
-    """Return the digest of an adapter with texts of its own, and what a store has of it, unchecked."""
+    """Return an adapter's digest and a store's files for it. own: texts of the adapter, which are not validated."""
     texts = msgspec.json.encode(own)
     adapter = FetchedAdapter({**CONFIG, TEXTS_FIELD: hashlib.sha256(texts).hexdigest()}, GOOD.weights)
     digest = digest_of(adapter)
@@ -85,7 +88,7 @@ def files_of(digest: str, adapter: FetchedAdapter) -> dict[str, bytes]:
 
 @pytest.fixture(params=[StoreClient, Loader])
 def client(request: pytest.FixtureRequest) -> Iterator[StoreClient | Loader]:
-    """Both in this process and in one of its own."""
+    """The client in this process, and the same in a loader process."""
     client = request.param()
     yield client
     if isinstance(client, Loader):
@@ -162,7 +165,7 @@ def test_added_tokens_come_with_an_adapter_or_are_refused(client: StoreClient | 
 
 
 def expert_weights() -> bytes:
-    """Return LoRA of rank 2 on both products of 3 experts, 4 wide."""
+    """Return the LoRA of rank 2 on both products of 3 experts of width 4."""
     prefix, rng = "base_model.model.model.layers.0.mlp.experts", np.random.default_rng(0)
     sizes = {f"{prefix}{inner}.lora_{half}.weight": size for inner, pair in {
         ".base_layer": ((6, 4), (8, 6)), "": ((6, 4), (4, 6))}.items() for half, size in zip("AB", pair, strict=True)

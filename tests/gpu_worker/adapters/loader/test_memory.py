@@ -1,4 +1,4 @@
-"""The memory that the loader's process keeps for its next adapters: what it is given, and how much that is at most."""
+"""Files of memory that the loader reuses for its next adapters: which ones it gets, and the limit on kept bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_file_is_used_again_for_an_adapter_of_about_its_size() -> None:
     kept = KeptFiles()
     first = kept.take(3 * ROUND_BYTES)
     kept.give_back(first)
-    with closing(kept.take(ROUND_BYTES // 2)) as small:  # it would take too much of what is kept
+    with closing(kept.take(ROUND_BYTES // 2)) as small:  # the kept file is much larger than asked for
         assert small is not first
         assert kept.take(2 * ROUND_BYTES) is first
         with closing(kept.take(2 * ROUND_BYTES)) as another:
@@ -36,7 +36,7 @@ def test_what_is_kept_has_a_limit_and_large_files_drive_out_none() -> None:
     before = num_open_files()
     for file in (*small, large):
         kept.give_back(file)
-    assert num_open_files() == before - 2 * 2  # the first and the large one; a map has a descriptor too
+    assert num_open_files() == before - 2 * 2  # a small file and the large one; each mapping has its own descriptor
     assert [kept.take(ROUND_BYTES) for _ in range(3)] == small[1:]
     for file in small[1:]:
         file.close()

@@ -1,4 +1,4 @@
-"""What the loader's process does when packing fails: the worker hears of it, and nothing stays open."""
+"""The loader process when packing fails: the worker gets the error, and no descriptor stays open."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class OneAdapter:
 
 
 class FailingPacker:
-    """A packer that takes memory and then raises, or finds that the adapter is not plain."""
+    """A packer that allocates memory and then raises, or reports that the adapter is not plain."""
 
     def __init__(self, error: Exception | None) -> None:
         self.error = error
@@ -49,7 +49,7 @@ class FailingPacker:
 
 @pytest.fixture
 def worker() -> Iterator[tuple[socket.socket, LoaderServer]]:
-    """A worker's end of the socket, and the server at the other end."""
+    """Yield the worker's end of the socket, and the loader's server on the other end."""
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs):
         yield ours, LoaderServer(theirs, OneAdapter())
@@ -79,7 +79,7 @@ def test_no_memory_stays_open_when_nothing_is_packed(
 
 
 class KeptFile:
-    """Stores that hold one adapter under every digest, and keep a view of the memory that it was read into."""
+    """Stores that hold one adapter under every digest, and keep a view of the memory into which they read it."""
 
     def __init__(self, config: dict[str, Any], weights: bytes) -> None:
         self.config, self.weights = config, weights
@@ -116,12 +116,12 @@ def test_a_large_file_is_given_back_while_it_is_packed(is_large: bool) -> None:
     with mmap.mmap(received[1], 0) as rows:
         assert rows[:] == bytes(ones.tobytes() * 2)
     os.close(received[1])
-    middle = len(weights) // 4  # of A
+    middle = len(weights) // 4  # in the middle of A
     assert store.view[middle : middle + 4] == (bytes(4) if is_large else ones.tobytes()[:4])
 
 
 class SomeAdapters:
-    """Stores whose adapters are given by digest."""
+    """Stores that hold the given adapters by digest."""
 
     def __init__(self, weights: dict[str, bytes]) -> None:
         self.weights = weights
@@ -137,7 +137,7 @@ class SomeAdapters:
 
 
 class MemoryInReserve(MemoryReserve):
-    """Memory of any size, without a process, in which nobody has written but zeros."""
+    """A reserve that always has a file of the requested size, filled with zeros, without a process."""
 
     num_taken = 0
 
@@ -149,7 +149,7 @@ class MemoryInReserve(MemoryReserve):
 
 
 def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> None:
-    """Rows and files of later adapters are what they are alone: numbers, zeros between them, and length."""
+    """Rows and files in reused memory equal those in fresh memory: values, zero padding and length."""
     name = "base_model.model.layers.0.q.lora_{}.weight"
 
     def weights(seed: int, width: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Memory in reserve: it is there once it was asked for, has a limit, and adapters come without it where it is gone."""
+"""Memory in reserve: a size is available after a first request, the total is limited, and adapters load without it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the reserve is 
 
 MAX_FILES = 4
 PATIENCE_S = 240.0
-"""The process that makes files has the processors only while nothing else wants them."""
+"""Timeout, s: the process that makes the files runs at idle priority, so a busy machine delays it."""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def reserve() -> Iterator[MemoryReserve]:
 
 
 async def taken(reserve: MemoryReserve, num_bytes: int) -> int:
-    """Take a file as soon as there is one."""
+    """Take a file from the reserve as soon as one is available."""
     text = f"a file for {num_bytes} bytes is in reserve"
     return await wait_until(lambda: reserve.take(num_bytes), text, timeout_s=PATIENCE_S)
 
@@ -69,12 +69,12 @@ async def test_files_of_other_sizes_give_way(reserve: MemoryReserve) -> None:
     os.close(await taken(reserve, MAX_FILES * ROUND_BYTES))
     assert reserve.num_bytes == MAX_FILES * ROUND_BYTES, "the next one of that size"
     for fd, inode in held:
-        with suppress(OSError):  # it is closed, and its number may be another file's by now
+        with suppress(OSError):  # it is closed; its number may belong to another file by now
             assert os.fstat(fd).st_ino != inode
 
 
 def come(reserve: MemoryReserve) -> list[tuple[int, int]]:
-    """Return the descriptors and inodes of the files that have come, and ask for no more."""
+    """Return the descriptors and inodes of the files in reserve, without ordering more."""
     assert reserve.take(MAX_FILES * ROUND_BYTES + 1) is None, "more than all that it may have"
     return [(fd, os.fstat(fd).st_ino) for _, fd in reserve._files]
 
@@ -82,7 +82,7 @@ def come(reserve: MemoryReserve) -> list[tuple[int, int]]:
 async def test_where_the_process_is_gone_there_is_nothing_in_reserve(reserve: MemoryReserve) -> None:
     os.close(await taken(reserve, 1))
     os.kill(reserve.pid, signal.SIGKILL)
-    while (fd := reserve.take(1)) is not None:  # what had come before
+    while (fd := reserve.take(1)) is not None:  # files made before the process died
         os.close(fd)
     await asyncio.to_thread(os.waitid, os.P_PID, reserve.pid, os.WEXITED | os.WNOWAIT)
     assert [reserve.take(1) for _ in range(3)] == [None] * 3

@@ -1,4 +1,4 @@
-"""Turns: one thread at a time, the earliest request first, and none is lost when one fails."""
+"""Turns: one thread at a time, in the order of requests; a failure does not lose a turn."""
 
 from __future__ import annotations
 

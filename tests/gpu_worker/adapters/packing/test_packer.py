@@ -1,4 +1,4 @@
-"""Packing adapters with torch: what cannot be computed with is refused."""
+"""Packing adapters with torch: adapters with unusable values are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows packed without torch are those that torch packs, for every pair of dtypes; what is not plain is left alone."""
+"""Rows packed without torch equal those that torch packs, for all dtypes; other adapters are left to torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
 
 
 def packers(dtype: torch.dtype, head: torch.dtype = torch.float32) -> tuple[Packer, RowPacker]:
-    """Return both packers for a model whose last linear layer has a dtype of its own, and no rows in the tests."""
+    """Return both packers for one model. head: dtype of its last linear layer, which has no rows in these tests."""
     sites = [
         SiteInfo("layers.0.q", 0, 0, 5, 7, "linear", dtype),
         SiteInfo("layers.0.k", 1, 0, 5, 2, "linear", dtype),
@@ -49,7 +49,7 @@ def packers(dtype: torch.dtype, head: torch.dtype = torch.float32) -> tuple[Pack
 
 
 def tensors(dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tensor]:
-    """Return an adapter's tensors: numbers of all sizes, halves between two bf16 numbers among them."""
+    """Return an adapter's tensors, with values of all magnitudes, among them ties between two bf16 numbers."""
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}
     for site, rank, k, n in (("0.q", 3, 5, 7), ("0.up", 17, 4, 9), ("1.up", 17, 4, 9)):
@@ -61,7 +61,7 @@ def tensors(dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tensor]:
 
 
 def expert_packers(dtype: torch.dtype) -> tuple[Packer, RowPacker]:
-    """Return both packers for a model with 4 experts of 8 inputs, 6 in between, and one linear layer."""
+    """Return both packers for a model with one linear layer and 4 experts of 8 inputs and inner size 6."""
     prefix = "model.layers.0.mlp"
     shapes = {f"{prefix}.experts.gate_up_proj": (12, 8), f"{prefix}.experts.down_proj": (8, 6)}
     sites = [ExpertSite(name, torch.empty(0), None, ExpertShape(4, k, n, dtype)) for name, (n, k) in shapes.items()]
@@ -80,7 +80,7 @@ def expert_packers(dtype: torch.dtype) -> tuple[Packer, RowPacker]:
 
 
 def expert_adapter(*, layers: bool, rank: int = 3) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return config and tensors of an adapter: of fused experts as PEFT saves it, or as `layers` of each expert."""
+    """Return config and tensors of an adapter: fused experts as PEFT saves them, or per expert if `layers`."""
     generator, prefix = torch.Generator().manual_seed(0), "base_model.model.model.layers.0"
     shapes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {"q_proj": ((rank, 8), (5, rank))}
     if layers:
@@ -101,13 +101,13 @@ def expert_adapter(*, layers: bool, rank: int = 3) -> tuple[dict[str, Any], dict
 
 
 def pack_rows(packer: RowPacker, weights: dict[str, Tensor], config: dict[str, Any] = CONFIG) -> PackedRows | None:
-    return packer.pack(config, save(weights), lambda num_bytes: bytearray(b"\xff") * num_bytes)  # of NaN
+    return packer.pack(config, save(weights), lambda num_bytes: bytearray(b"\xff") * num_bytes)  # memory full of NaN
 
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_other_kinds_are_those_of_torch(dtype: torch.dtype, int8: bool) -> None:
-    """For each kind, whose rows are made of its tensors; what is more than rows, or needs weights, is left alone."""
+    """Kinds whose rows follow from their tensors alone; a kind that needs weights or more is left to torch."""
     served = KIND_BASE
     sites = [SiteInfo(s.name, i, 0, s.in_features, s.out_features, "linear", dtype) for i, s in enumerate(BASE.sites)]
     packer = Packer(sites, served, AdaptableModules(StepContext()), int8=int8)
@@ -158,7 +158,7 @@ def test_rows_are_those_of_torch(stored: torch.dtype, served: torch.dtype, head:
 
 
 def test_a_packer_that_has_seen_others_says_what_a_new_one_says() -> None:
-    """Adapters with one header, whose configs differ in one field each, in any order, each of them twice."""
+    """Every config, in random order and each twice, for adapters with one header: configs differ in one field each."""
     changes: list[dict[str, Any]] = [
         {}, {"lora_alpha": 7.3}, {"lora_alpha": -2}, {"lora_alpha": 0}, {"lora_alpha": None}, {"lora_alpha": "5"},
         {"lora_alpha": True}, {"lora_alpha": 1e39}, {"use_rslora": True}, {"use_rslora": True, "lora_alpha": 7.3},
