@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.scripted_fleet import make_model_folder, running_gateway
+from helpers.waiting import wait_until
 
 from lorafleet.__main__ import main
 from protocol.queue.bus import Bus
@@ -19,9 +20,13 @@ def base(name: str) -> m.ServedModel:
     )
 
 
-async def add_worker(bus: Bus, wid: str, of: str) -> None:
-    beat = m.WorkerBeat(wid=wid, name=f"worker-{wid}", base=of, capacity=4)
-    await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), 3_600_000)
+async def keep_alive(bus: Bus, workers: dict[str, str]) -> None:
+    """Write heartbeats of workers, by id the name of their base, for as long as commands take."""
+    while True:
+        for wid, name in workers.items():
+            beat = m.WorkerBeat(wid=wid, name=f"worker-{wid}", base=name, capacity=4)
+            await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), 60_000)
+        await asyncio.sleep(0.2)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -30,16 +35,21 @@ async def test_commands_show_each_base_of_several(
 ) -> None:
     folders = {name: make_model_folder(tmp_path / name) for name in ("chat", "embed", "bad")}
     await bus.set(bus.keys.base, base("chat"))
-    await add_worker(bus, "w1", "chat")
     if several:
         await bus._redis.hset(bus.keys.bases, "embed", m.encode(base("embed")))
-        await add_worker(bus, "w2", "embed")
         await bus.members.note_failure("bad", "no memory")
         loads = {"chat": m.BaseLoad(1, 3, 2), "embed": m.BaseLoad(0, 7, 0)}
         status = m.SchedulerStatus(queued=10, running=2, workers=1, drain_rate=0.0, bases=loads)
         await bus.set(bus.keys.status, status, 3_600_000)
     further = ",".join(str(folders[name]) for name in ("embed", "bad")) if several else ""
-    async with running_gateway(bus, folders["chat"], more_models=further) as gateway:
+    workers = {"w1": "chat"} | ({"w2": "embed"} if several else {})
+    async with running_gateway(bus, folders["chat"], more_models=further) as gateway, asyncio.TaskGroup() as group:
+        beats = group.create_task(keep_alive(bus, workers))
+
+        async def have_joined() -> bool:
+            return {*await bus.members.worker_beats()} == {*workers}
+
+        await wait_until(have_joined, "the workers are known")
         monkeypatch.setenv("LORAFLEET_URL", gateway.url)
         monkeypatch.setenv("COLUMNS", "200")
 
@@ -49,13 +59,14 @@ async def test_commands_show_each_base_of_several(
             return [line.split() for line in capsys.readouterr().out.splitlines()]
 
         listed, top, status_lines = await told("workers", "list"), await told("top", "--once"), await told("status")
-    workers = [row for row in (*listed, *top) if row[:1] in (["worker-w1"], ["worker-w2"])]
+        beats.cancel()
+    shown_workers = [row for row in (*listed, *top) if row[:1] in (["worker-w1"], ["worker-w2"])]
     if not several:
         assert "base" not in [cell.lower() for row in (*listed, *top) for cell in row]
-        assert all("chat" not in row for row in workers)
+        assert all("chat" not in row for row in shown_workers)
         assert any(row[2] == "chat" for row in status_lines if len(row) > 2)
         return
-    assert [row[2] for row in workers] == ["chat", "embed"] * 2
+    assert [row[2] for row in shown_workers] == ["chat", "embed"] * 2
     shown = {row[0]: row[1:] for row in top if row[:1] in (["chat"], ["embed"], ["bad"]) and len(row) > 4}
     assert shown["chat"] == ["ready", "1", "3", "2", "0"]
     assert shown["embed"] == ["no", "worker", "0", "7", "0", "0"]
