@@ -47,7 +47,7 @@ TEMPLATE = (
 )
 
 
-def make_model_folder(folder: Path) -> Path:
+def make_model_folder(folder: Path, template: str = TEMPLATE) -> Path:
     """Write the files a gateway reads: a byte-level tokenizer with few merges, so that characters span tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
@@ -64,7 +64,7 @@ def make_model_folder(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": "tiny"}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(template)
     return folder
 
 

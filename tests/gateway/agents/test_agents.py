@@ -29,8 +29,7 @@ Answer = tuple[str, list[tuple[str, dict[str, Any]]], str, int]
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a gateway whose model calls tools, and whose context holds an agent's prompt byte by byte."""
-    folder = make_model_folder(tmp_path / "model")
-    (folder / "chat_template.jinja").write_text((HERE.parent / "templates" / "qwen.jinja").read_text())
+    folder = make_model_folder(tmp_path / "model", (HERE.parent / "templates" / "qwen.jinja").read_text())
     fleet.max_model_len = 200_000
     await fleet.register()
     async with gateway_client(bus, folder) as client:

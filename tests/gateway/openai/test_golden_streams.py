@@ -177,8 +177,7 @@ async def test_streams_are_as_committed(
 ) -> None:
     folder = model_folder
     if template == "qwen":
-        folder = make_model_folder(tmp_path / "model")
-        (folder / "chat_template.jinja").write_text(QWEN)
+        folder = make_model_folder(tmp_path / "model", QWEN)
         fleet.max_model_len = 1024
         await fleet.register()
     await fleet.add_adapter("fox", "ab" * 32)

@@ -190,8 +190,7 @@ async def test_roles_that_a_template_has(bus: Bus, fleet: ScriptedFleet, tmp_pat
     fleet.max_model_len = 1 << 18
     await fleet.register()
     for number, (template, roles) in enumerate(((any_role, ("critic", "Judge_2")), (some, ("critic",)))):
-        folder = make_model_folder(tmp_path / str(number))
-        (folder / "chat_template.jinja").write_text(template)
+        folder = make_model_folder(tmp_path / str(number), template)
         async with gateway_client(bus, folder) as http:
             for role in ("critic", "Judge_2"):
                 messages = [*USER, {"role": role, "content": " it is bad "}]
