@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx2
 import pytest
+from helpers.openai_events import events_of
 from helpers.scripted_fleet import Script, ScriptedFleet
 from openai import AsyncOpenAI
 
@@ -21,9 +21,7 @@ def body_of(path: str, **fields: Any) -> dict[str, Any]:
 
 
 async def chunks_of(http: httpx2.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:
-    answer = await http.post(path, json=body_of(path, stream=True, **fields))
-    assert answer.status_code == 200, answer.text
-    return [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+    return events_of(await http.post(path, json=body_of(path, stream=True, **fields)))
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

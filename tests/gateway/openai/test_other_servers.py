@@ -8,6 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.good_bodies import CHAT, COMPLETION
+from helpers.openai_events import events_of, text_of
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet
 from tokenizers import Tokenizer
 
@@ -172,13 +173,4 @@ async def test_a_stop_string_is_shown_if_it_is_wanted(
         body = {**ROUTES[path], "stop": ["how"], "include_stop_str_in_output": included, "stream": stream}
         answer = await http.post(path, json={**body, "max_tokens": 100})
         shown = text[: text.index("how")] + ("how" if included else "")
-        assert text_of(answer, stream) == shown
-
-
-def text_of(answer: httpx2.Response, stream: bool) -> str:
-    if not stream:
-        choice = answer.json()["choices"][0]
-        return choice["text"] if "text" in choice else choice["message"]["content"]
-    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
-    choices = [event["choices"][0] for event in events if event["choices"]]
-    return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
+        assert text_of(events_of(answer)) == shown

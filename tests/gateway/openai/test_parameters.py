@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.good_bodies import CHAT, COMPLETION
+from helpers.openai_events import events_of
 from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFleet, gateway_client
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -337,16 +338,7 @@ async def test_every_counted_token_has_its_logprob(
                     }
                     body |= {"echo": "echo" in path} if "chat" not in path else {"top_logprobs": 0}
                     body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-                    response = await http.post(f"/v1/{path.split()[0]}", json=body)
-                    if stream:
-                        events = [
-                            line.removeprefix("data: ")
-                            for line in response.text.splitlines()
-                            if line.startswith("data: {")
-                        ]
-                        answers = [json.loads(event) for event in events]
-                    else:
-                        answers = [response.json()]
+                    answers = events_of(await http.post(f"/v1/{path.split()[0]}", json=body))
                     usage = answers[-1]["usage"]
                     found = [
                         choice["logprobs"] for answer in answers for choice in answer["choices"] if choice["logprobs"]
