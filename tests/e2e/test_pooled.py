@@ -113,21 +113,3 @@ async def test_all_tasks_of_one_base_while_a_worker_dies(fleet: ProcessFleet, mo
     first = np.array(expected["search"])[:, :10]
     first /= np.linalg.norm(first, axis=1, keepdims=True)
     assert np.abs(shorter - np.tile(first, (NUM_COPIES, 1))).max() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("path", "name", "fields", "reason"),
-    [
-        ("/v1/completions", "sorts", {"prompt": "x"}, "generates no text"),
-        ("/v1/classify", "chat", {"input": "x"}, "no classification head"),
-        ("/v1/classify", "tiny", {"input": "x"}, "no classification head"),
-        ("/v1/embeddings", "search", {"input": "x", "dimensions": 65}, "have 64 entries"),
-    ],
-)
-async def test_what_a_name_cannot_do_is_a_400(
-    fleet: ProcessFleet, path: str, name: str, fields: dict[str, Any], reason: str
-) -> None:
-    async with httpx2.AsyncClient(base_url=fleet.url, timeout=60, trust_env=False) as client:
-        answer = await client.post(path, json={"model": name, **fields})
-    assert answer.status_code == 400
-    assert reason in answer.json()["error"]["message"]
