@@ -16,9 +16,10 @@ import pytest
 import torch
 from helpers.factories import make_adapter, make_encoder_adapter, make_tiny_encoder, make_tiny_model
 from helpers.fleets import RunningFleet, completion, fleet_up
+from helpers.text_oracle import Oracle
 from helpers.waiting import wait_until
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 PROMPT, TEXT = "Once upon a time", "my name is ada lovelace"
 
@@ -70,13 +71,7 @@ def fleet(folder: Path) -> Iterator[RunningFleet]:
 @cache
 def generated(base: Path, adapter: Path | None) -> str:
     """Return what transformers and PEFT say to PROMPT."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
-    tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    with torch.inference_mode():
-        found = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-    return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    return Oracle(base).greedy(PROMPT, 12, adapter)
 
 
 async def test_every_name_is_answered_by_its_base_and_adapter(fleet: RunningFleet, folder: Path) -> None:

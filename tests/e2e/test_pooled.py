@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from helpers.factories import make_adapter, make_decoder_adapter, make_tiny_model
 from helpers.fleets import one_worker_dies, services_of
+from helpers.text_oracle import Oracle
 from helpers.waiting import wait_until
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from chaos.fleet import ProcessFleet
 
@@ -61,13 +62,7 @@ def expected_of(model: Path, adapters: Path) -> dict[str, list[Any]]:
         found["search"] = [F.normalize(own(**ids).last_hidden_state[0, -1], dim=0).numpy() for ids in texts]
         own = PeftModel.from_pretrained(classifier(model), str(adapters / "sorts")).eval()
         found["sorts"] = [own(**ids).logits[0].softmax(-1).numpy() for ids in texts]
-        base = AutoModelForCausalLM.from_pretrained(model)
-        base.generation_config.eos_token_id = None
-        own = PeftModel.from_pretrained(base, str(adapters / "chat")).eval()
-        outs = [
-            own.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :] for ids in texts
-        ]
-    found["chat"] = [tokenizer.decode(out, skip_special_tokens=True) for out in outs]
+    found["chat"] = [Oracle(model).greedy(text, 12, adapters / "chat") for text in TEXTS]
     return found
 
 
