@@ -66,7 +66,6 @@ THOROUGH = (
     "e2e/test_observed.py",
     "e2e/test_pooled.py",
     "e2e/test_reliability.py",
-    "e2e/test_scoring.py",
     "e2e/test_swaps.py",
     "e2e/test_terminal.py",
     "e2e/test_traces.py",
