@@ -27,7 +27,6 @@ from protocol.queue.bus import Bus
 
 TESTS = Path(__file__).parent
 LONGER_S: dict[str, int] = {
-    "adapter_store/test_service.py": 60,  # a thousand adapters
     "chaos": 120,  # whole fleets
     "e2e": 120,  # whole fleets
     "e2e/test_workers.py": 240,  # three rounds of 6,400 tokens in one test
