@@ -1,4 +1,4 @@
-"""Parameters of vLLM, SGLang and TGI do what they do there, on both routes, streamed or not."""
+"""Forms of an output, and parameters of vLLM, SGLang and TGI: they do what they do there, on both routes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,35 @@ from helpers.openai_events import events_of, text_of
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet
 from tokenizers import Tokenizer
 
-from gateway.grammars.schemas import JSON_STYLE
+from gateway.grammars.schemas import JSON_STYLE, MAX_FREE_KEYS
 
 ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-CLOSED = {**SCHEMA, "additionalProperties": False}
+ANY, CLOSED = {"type": "object", "maxProperties": MAX_FREE_KEYS}, {**SCHEMA, "additionalProperties": False}
 JSON = {"json_schema": {**CLOSED, "x-guidance": JSON_STYLE}}
 REGEX = {"lark_grammar": "start: /[ab]+/"}
-FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+FORMS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
+    ({"response_format": {"type": "text"}}, None),
+    ({"structured_outputs": None}, None),
+    ({"response_format": {"type": "json_object"}}, {"json_schema": {**ANY, "x-guidance": JSON_STYLE}}),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}},
+        JSON,
+    ),
+    (
+        {"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}},
+        {"json_schema": {**CLOSED, "x-guidance": {"whitespace_flexible": False, "lenient": False}}},
+    ),
+    (
+        {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " "}},
+        {"json_schema": {**CLOSED, "x-guidance": {**JSON_STYLE, "whitespace_pattern": " "}}},
+    ),
+    ({"structured_outputs": {"choice": ["yes", 'n"o', "ü"]}}, {"lark_grammar": 'start: "yes" | "n\\"o" | "ü"'}),
+    ({"structured_outputs": {"regex": r"a/b\/c\d"}}, {"lark_grammar": r"start: /a\/b\/c\d/"}),
+    (
+        {"structured_outputs": {"grammar": "start: WORD\nWORD: /[a-z]+/"}},
+        {"lark_grammar": "start: WORD\nWORD: /[a-z]+/"},
+    ),
     ({"guided_json": SCHEMA}, JSON),
     ({"guided_json": json.dumps(SCHEMA), "guided_decoding_backend": "xgrammar"}, JSON),
     (
@@ -40,14 +61,15 @@ FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("path", ROUTES)
-async def test_forms_of_other_servers_reach_the_worker(
+async def test_what_the_output_must_be_reaches_the_worker(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str
 ) -> None:
     for fields, constraint in FORMS:
         fleet.seen.clear()
         answer = await http.post(path, json={**ROUTES[path], **fields})
         assert answer.status_code == 200, answer.text
-        assert json.loads(fleet.seen[0][1].grammar) == {"grammars": [constraint]}
+        grammar = fleet.seen[0][1].grammar
+        assert (json.loads(grammar) if grammar else None) == (constraint and {"grammars": [constraint]})
 
 
 async def test_tgi_s_grammar_is_enforced_on_its_own_route(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
