@@ -151,6 +151,20 @@ class ScriptedFleet:
             )  # fmt: skip
         await self.bus.adapters.publish([(alias, record)])
 
+    async def cancel(self, http: httpx2.AsyncClient, response_id: str) -> Any:
+        """Cancel a response of the background and return it; its worker goes on when the queue knows that."""
+        asking = asyncio.create_task(http.post(f"/v1/responses/{response_id}/cancel"))
+        request = self.bus.keys.req(f"{response_id.removeprefix('resp_')}-0")
+
+        async def is_known() -> bool:
+            return asking.done() or await self.bus._redis.hget(request, "cancel") == b"1"
+
+        await wait_until(is_known, "the queue knows of the cancellation")
+        self.go.set()
+        answer = await asking
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
     async def run(self) -> None:
         """Play until cancelled."""
         last = {self.bus.keys.sub(cls): b"0" for cls in CLASSES}

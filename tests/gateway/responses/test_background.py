@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +116,7 @@ async def test_a_response_is_cancelled_once(http: httpx2.AsyncClient, fleet: Scr
     if hold:
         await reached(http, response["id"], "in_progress")
         await wait_until(lambda: fleet.seen, "a worker has it")
-    cancelling = asyncio.create_task(http.post(f"{PATH}/{response['id']}/cancel"))
-    if hold:
-        bus, rid = fleet.bus, fleet.seen[-1][0].rid
-
-        async def is_ordered() -> bool:
-            return await bus._redis.hget(bus.keys.req(rid), "cancel") == b"1"
-
-        await wait_until(is_ordered, "its end is ordered")
-    fleet.go.set()
-    cancelled = (await cancelling).json()
+    cancelled = await fleet.cancel(http, response["id"])
     assert (cancelled["status"], cancelled["error"], cancelled["usage"]) == ("cancelled", None, None)
     assert (await http.post(f"{PATH}/{response['id']}/cancel")).json() == cancelled
     events = events_of((await http.get(f"{PATH}/{response['id']}", params={"stream": True})).content)

@@ -154,15 +154,7 @@ async def test_what_has_no_answer_adds_nothing(http: httpx2.AsyncClient, fleet: 
     response = await asked(http, conversation, background=True)
     if how == "cancelled":
         await is_running(http, response["id"])
-        cancelling = asyncio.create_task(http.post(f"{RESPONSES}/{response['id']}/cancel"))
-        bus, rid = fleet.bus, fleet.seen[-1][0].rid
-
-        async def is_ordered() -> bool:
-            return await bus._redis.hget(bus.keys.req(rid), "cancel") == b"1"
-
-        await wait_until(is_ordered, "its end is ordered")
-        fleet.go.set()  # the worker's next step is refused
-        await cancelling
+        await fleet.cancel(http, response["id"])  # the worker's next step is refused
     if how == "deleted":
         await http.delete(f"{RESPONSES}/{response['id']}")
         fleet.go.set()
