@@ -39,7 +39,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Run
 
 @pytest_asyncio.fixture
 async def queue(fleet: RunningFleet) -> AsyncIterator[Bus]:
-    bus = Bus(fleet.redis_url)
+    bus = Bus(fleet.door("worker").queue_url())  # who sees requests and work
     yield bus
     await bus.close()
 
