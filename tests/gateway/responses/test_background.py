@@ -16,8 +16,10 @@ from pydantic import BaseModel
 
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
+from tests.gateway.batches.test_batches import ended as batch_ended
 
 TEXT = Script().text
+
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"model": "base", "input": "hi", "max_output_tokens": 100, "background": True}
 
@@ -231,16 +233,11 @@ async def test_lines_of_a_batch_ask_for_responses(client: AsyncOpenAI, gateway: 
     raw = b"\n".join(map(orjson.dumps, lines))
     file = await client.files.create(file=("lines.jsonl", raw), purpose="batch")
     batch = await client.batches.create(input_file_id=file.id, endpoint=PATH, completion_window="24h")
-
-    async def has_ended() -> Any:
-        found = await client.batches.retrieve(batch.id)
-        return found if found.status == "completed" else None
-
-    done = await wait_until(has_ended, "the batch has ended")
-    answer = orjson.loads((await client.files.content(done.output_file_id)).content)
+    done = await batch_ended(client, batch)
+    answer = orjson.loads((await client.files.content(done.output_file_id or "")).content)
     response = held_to(answer["response"]["body"])
     assert (response["status"], response["store"]) == ("incomplete", False)
-    error = orjson.loads((await client.files.content(done.error_file_id)).content)
+    error = orjson.loads((await client.files.content(done.error_file_id or "")).content)
     assert error["response"]["body"]["error"]["param"] == "store"
     assert await bus._redis.keys(f"{bus.keys.tag}:job:*") == []
 
