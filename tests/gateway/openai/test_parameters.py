@@ -209,7 +209,8 @@ async def test_the_best_of_several_choices_are_shown(
         (3, "7"),
     ]
     assert all((choice["logprobs"] is None) == (logprobs is None) for choice in answer["choices"])
-    assert answer["usage"]["completion_tokens"] == 8
+    prompts = sum(len(fleet.tokenizer.encode(prompt).ids) for prompt in body["prompt"])
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (prompts, 8)
     assert len(fleet.seen) == 8
 
 
