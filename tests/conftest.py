@@ -200,6 +200,14 @@ def queue_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS
     server.stop()
 
 
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """A queue server of the test alone, which keeps what it has on the disk."""
+    server = start_embedded(tmp_path / "durable")
+    yield server
+    server.stop()
+
+
 @pytest_asyncio.fixture
 async def bus(queue_server: EmbeddedServer) -> AsyncIterator[Bus]:
     """A client on an empty queue. After the test, every key must have a TTL or be on the permanent list."""
