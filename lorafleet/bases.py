@@ -12,6 +12,8 @@ from lorafleet.shared.tables import print_list
 PATH = "/v1/bases"
 COLUMNS = ("name", "state", "model", "added", "")
 
+run = run_action
+
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
@@ -27,11 +29,6 @@ def add_arguments(parser: Parser) -> None:
     for action in dict.fromkeys(actions.choices.values()):  # an action with an alias is listed twice
         add_json_flag(action)
         add_flags(action)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
-    return run_action(args)
 
 
 def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:

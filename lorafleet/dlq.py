@@ -14,6 +14,8 @@ from lorafleet.shared.tables import print_list
 PATH = "/v1/dead_letters"
 PAGE = 100
 
+run = run_action
+
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
@@ -28,11 +30,6 @@ def add_arguments(parser: Parser) -> None:
         action.set_defaults(do=do)
         add_json_flag(action)
         add_flags(action)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
-    return run_action(args)
 
 
 def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -23,6 +23,8 @@ from protocol.wire.errors import BadRequest
 LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "kept_bytes", "weight")
 _UNITS_S = {"m": 60, "h": 3600, "d": 86_400, "y": 365 * 86_400}
 
+run = run_action
+
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
@@ -58,11 +60,6 @@ def add_arguments(parser: Parser) -> None:
     for action, do in ((create, _create), (listing, _list), (revoke, _revoke)):
         action.set_defaults(do=do)
         add_flags(action)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises BadRequest, NotFound, Unavailable."""
-    return run_action(args)
 
 
 def _scope_names(text: str) -> tuple[str, ...]:

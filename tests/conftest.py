@@ -27,7 +27,6 @@ from protocol.queue.bus import Bus
 
 TESTS = Path(__file__).parent
 LONGER_S: dict[str, int] = {
-    "adapter_store/test_service.py": 60,  # a thousand adapters
     "chaos": 120,  # whole fleets
     "e2e": 120,  # whole fleets
     "e2e/test_workers.py": 240,  # three rounds of 6,400 tokens in one test
@@ -66,7 +65,6 @@ THOROUGH = (
     "e2e/test_observed.py",
     "e2e/test_pooled.py",
     "e2e/test_reliability.py",
-    "e2e/test_scoring.py",
     "e2e/test_swaps.py",
     "e2e/test_terminal.py",
     "e2e/test_traces.py",
@@ -198,6 +196,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def queue_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """A queue server for all tests of this process."""
     server = start_embedded(Path(tmp_path_factory.mktemp("queue")), durable=False)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """A queue server of the test alone, which keeps what it has on the disk."""
+    server = start_embedded(tmp_path / "durable")
     yield server
     server.stop()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lorafleet.__main__ import COMMANDS, parser_of
-from lorafleet.shared.parser import Parser
 from protocol.runtime.settings import Settings
+from tests.lorafleet.test_parser import parsers
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = (
@@ -98,16 +97,6 @@ def found_in(text: str) -> list[str]:
         f"{line[max(0, hit.start() - 30) : hit.end() + 30]!r}: {STANDARD[hit[0].lower()]}"
         for hit in HARD.finditer(line)
     ]
-
-
-def parsers(parser: argparse.ArgumentParser) -> Iterator[Parser]:
-    """Yield a parser and the parsers of its commands."""
-    assert isinstance(parser, Parser)
-    yield parser
-    for action in parser._actions:  # argparse has no public way
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from parsers(below)
 
 
 def messages(path: Path) -> Iterator[str]:

@@ -11,6 +11,8 @@ from lorafleet.shared.parser import ALIASES, Parser
 from lorafleet.shared.tables import print_list
 from protocol.wire.errors import Internal
 
+run = run_action
+
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
@@ -33,11 +35,6 @@ def add_arguments(parser: Parser) -> None:
         add_json_flag(action)
     for action in (listing, show, tail, cancel):
         add_flags(action)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
-    return run_action(args)
 
 
 def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from protocol.wire.errors import Unavailable
 PATH, FLEET_PATH = "/v1/workers", "/v1/fleet"
 COLUMNS = ("name", "state", "base", "running", "waiting", "slots", "kv", "pool", "resident", "host", "id")
 
+run = run_action
+
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
@@ -41,11 +43,6 @@ def add_arguments(parser: Parser) -> None:
     for action in dict.fromkeys(actions.choices.values()):  # an action with an alias is listed twice
         add_json_flag(action)
         add_flags(action)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
-    return run_action(args)
 
 
 def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -343,25 +343,6 @@ async def test_more_adapters_than_disk(bus: Bus, root: Path, run_store: RunStore
     assert (await get(f"{await store.url()}/health")).json()["num_bytes"] <= 3 * size
 
 
-@pytest.mark.thorough
-async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """All are registered at once and each can be served; equal contents share one blob."""
-    await bus.set(bus.keys.base, BASE)
-    for seed in range(1000):
-        write_adapter(root / f"a{seed}", seed=seed % 500, rank=1)
-    store = run_store()
-
-    async def all_on_disk() -> bool:
-        return sum(alias.state == "on_disk" for alias in await bus.adapters.aliases()) == 1000
-
-    await wait_until(all_on_disk, "all are on disk", timeout_s=90, every_s=0.2)
-    for seed in (0, 499, 999):
-        alias = await bus.adapters.alias(f"a{seed}")
-        assert alias is not None
-        await ask(await store.url(), alias.digest)
-    assert (await get(f"{await store.url()}/health")).json()["num_blobs"] == 500
-
-
 async def test_records_go_with_their_last_name(
     bus: Bus, root: Path, run_store: RunStore, timings: StoreTimings
 ) -> None:

@@ -7,6 +7,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import httpx2
 import pytest
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.fleets import completion, fleet_up
@@ -16,6 +17,11 @@ from lorafleet.__main__ import main
 from tests.e2e.test_bases import PROMPT, generated
 
 ADAPTERS = {"pirate": "one", "sailor": "two"}
+
+
+async def says(http: httpx2.AsyncClient, model: str) -> str:
+    answer = await http.post("/v1/completions", json=completion(model, PROMPT))
+    return answer.json()["choices"][0]["text"] if answer.is_success else f"{answer.status_code}"
 
 
 @pytest.mark.thorough
@@ -39,13 +45,9 @@ async def test_a_base_is_added_asked_and_taken_away_while_it_answers(
         monkeypatch.setenv("LORAFLEET_URL", fleet.url)
         async with fleet.client() as http:
 
-            async def says(model: str) -> str:
-                answer = await http.post("/v1/completions", json=completion(model, PROMPT))
-                return answer.json()["choices"][0]["text"] if answer.is_success else f"{answer.status_code}"
-
             async def is_as_peft(model: str) -> bool:
                 adapter = tmp_path / "adapters" / model if model in ADAPTERS else None
-                return await says(model) == generated(tmp_path / ADAPTERS.get(model, model), adapter)
+                return await says(http, model) == generated(tmp_path / ADAPTERS.get(model, model), adapter)
 
             await wait_until(partial(is_as_peft, "pirate"), "the adapter is there", timeout_s=60, every_s=0.3)
             assert "two is added" in await lorafleet("bases", "add", str(tmp_path / "two"))
@@ -54,7 +56,7 @@ async def test_a_base_is_added_asked_and_taken_away_while_it_answers(
             for model in ("two", "sailor", "pirate", "one"):
                 await wait_until(partial(is_as_peft, model), f"{model} answers", timeout_s=100, every_s=0.3)
             assert generated(tmp_path / "two", None) != generated(tmp_path / "one", None)
-            assert await says("two:pirate") == "404"
+            assert await says(http, "two:pirate") == "404"
             listed = await lorafleet("bases", "list")
             assert [line.split()[:2] for line in listed.splitlines()[1:]] == [["one", "ready"], ["two", "ready"]]
             body = completion("sailor", PROMPT) | {"max_tokens": 300, "stream": True}
@@ -69,7 +71,7 @@ async def test_a_base_is_added_asked_and_taken_away_while_it_answers(
             assert [end for end in ends if end] == ["length"], "what runs is finished"
 
             async def is_gone() -> bool:
-                return await says("two") == "404" and await says("sailor") in ("404", "503")
+                return await says(http, "two") == "404" and await says(http, "sailor") in ("404", "503")
 
             await wait_until(is_gone, "its calls are refused", every_s=0.2)
 
@@ -100,12 +102,8 @@ async def test_the_only_worker_becomes_a_base_that_is_added(tmp_path: Path, monk
         monkeypatch.setenv("LORAFLEET_URL", fleet.url)
         async with fleet.client() as http:
 
-            async def says(model: str) -> str:
-                answer = await http.post("/v1/completions", json=completion(model, PROMPT))
-                return answer.json()["choices"][0]["text"] if answer.is_success else f"{answer.status_code}"
-
             async def is_its_own(model: str) -> bool:
-                return await says(model) == generated(tmp_path / model, None)
+                return await says(http, model) == generated(tmp_path / model, None)
 
             assert await is_its_own("one")
             assert await asyncio.to_thread(main, ["bases", "add", str(tmp_path / "two")]) == 0
@@ -115,7 +113,7 @@ async def test_the_only_worker_becomes_a_base_that_is_added(tmp_path: Path, monk
             assert await asyncio.to_thread(main, ["bases", "remove", "two"]) == 0
 
             async def is_gone() -> bool:
-                return await says("two") == "404"
+                return await says(http, "two") == "404"
 
             await wait_until(is_gone, "its calls are refused", every_s=0.2)
             assert await is_its_own("one")

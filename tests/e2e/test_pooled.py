@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from helpers.factories import make_adapter, make_decoder_adapter, make_tiny_model
 from helpers.fleets import one_worker_dies, services_of
+from helpers.text_oracle import Oracle
 from helpers.waiting import wait_until
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from chaos.fleet import ProcessFleet
 
@@ -61,13 +62,7 @@ def expected_of(model: Path, adapters: Path) -> dict[str, list[Any]]:
         found["search"] = [F.normalize(own(**ids).last_hidden_state[0, -1], dim=0).numpy() for ids in texts]
         own = PeftModel.from_pretrained(classifier(model), str(adapters / "sorts")).eval()
         found["sorts"] = [own(**ids).logits[0].softmax(-1).numpy() for ids in texts]
-        base = AutoModelForCausalLM.from_pretrained(model)
-        base.generation_config.eos_token_id = None
-        own = PeftModel.from_pretrained(base, str(adapters / "chat")).eval()
-        outs = [
-            own.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :] for ids in texts
-        ]
-    found["chat"] = [tokenizer.decode(out, skip_special_tokens=True) for out in outs]
+    found["chat"] = [Oracle(model).greedy(text, 12, adapters / "chat") for text in TEXTS]
     return found
 
 
@@ -113,21 +108,3 @@ async def test_all_tasks_of_one_base_while_a_worker_dies(fleet: ProcessFleet, mo
     first = np.array(expected["search"])[:, :10]
     first /= np.linalg.norm(first, axis=1, keepdims=True)
     assert np.abs(shorter - np.tile(first, (NUM_COPIES, 1))).max() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("path", "name", "fields", "reason"),
-    [
-        ("/v1/completions", "sorts", {"prompt": "x"}, "generates no text"),
-        ("/v1/classify", "chat", {"input": "x"}, "no classification head"),
-        ("/v1/classify", "tiny", {"input": "x"}, "no classification head"),
-        ("/v1/embeddings", "search", {"input": "x", "dimensions": 65}, "have 64 entries"),
-    ],
-)
-async def test_what_a_name_cannot_do_is_a_400(
-    fleet: ProcessFleet, path: str, name: str, fields: dict[str, Any], reason: str
-) -> None:
-    async with httpx2.AsyncClient(base_url=fleet.url, timeout=60, trust_env=False) as client:
-        answer = await client.post(path, json={"model": name, **fields})
-    assert answer.status_code == 400
-    assert reason in answer.json()["error"]["message"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,45 +112,3 @@ async def test_a_base_that_never_starts_fails_its_own_calls(fleet: RunningFleet,
         answer = await http.post("/v1/completions", json=completion("broken", PROMPT))
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "base_failed"), answer.text
         await ask(http, folder, "sailor")
-
-
-@asynccontextmanager
-async def flood(http: httpx2.AsyncClient, model: str) -> AsyncIterator[list[int]]:
-    """Send requests to a base all the time. Yield a list that collects the statuses of ended calls."""
-    ended: list[int] = []
-
-    async def go_on() -> None:
-        while True:
-            body = completion(model, PROMPT) | {"max_tokens": 400}
-            ended.append((await http.post("/v1/completions", json=body)).status_code)
-
-    tasks = [asyncio.create_task(go_on()) for _ in range(12)]
-    try:
-        await wait_until(lambda: len(ended) > 12, "the flood has begun", timeout_s=200)
-        yield ended
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def test_a_flood_for_one_base_keeps_no_other_waiting_for_ever(fleet: RunningFleet, folder: Path) -> None:
-    async with httpx2.AsyncClient(base_url=fleet.url, timeout=400) as http, flood(http, "one") as ended:
-        for name in ("sailor", "legal"):
-            await ask(http, folder, name)
-        num = len(ended)
-        await wait_until(lambda: len(ended) > num, "the flood goes on", timeout_s=200)
-        assert set(ended) == {200}
-
-
-async def test_with_as_many_workers_as_bases_nothing_is_swapped(folder: Path) -> None:
-    flags = ("--adapters", str(folder / "adapters"))
-    with fleet_up(folder / "pair", folder / "one", *flags, further=[folder / "two"]) as running:
-        await wait_until(lambda: _has_adapters(running, 4), "it is ready", timeout_s=200, every_s=0.3)
-        async with httpx2.AsyncClient(base_url=running.url, timeout=200) as http:
-            for _ in range(10):
-                await asyncio.gather(*(ask(http, folder, name) for name in DECODERS))
-            assert await swaps(http) == []
-            async with flood(http, "one"):
-                await ask(http, folder, "captain")
-            assert await swaps(http) == []

@@ -42,11 +42,19 @@ async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
 @pytest_asyncio.fixture
 async def qwen(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a gateway whose model reasons, and calls tools in Hermes' way."""
-    folder = make_model_folder(tmp_path / "model")
-    (folder / "chat_template.jinja").write_text((Path(__file__).parent / "templates" / "qwen.jinja").read_text())
+    folder = make_model_folder(tmp_path / "model", (Path(__file__).parent / "templates" / "qwen.jinja").read_text())
     fleet.max_model_len = 1024
     await fleet.register()
     async with gateway_client(bus, folder) as http:
+        yield http
+
+
+@pytest_asyncio.fixture
+async def agent(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of a gateway whose model has room for the tools of an agent."""
+    fleet.max_model_len = 1 << 18
+    await fleet.register()
+    async with gateway_client(bus, model_folder) as http:
         yield http
 
 

@@ -16,15 +16,12 @@ from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
-from tests.gateway.test_bases import add, base, chat, set_bases
+from tests.gateway.test_bases import add, base, chat, set_bases, speaking
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    found = {name: make_model_folder(tmp_path / name) for name in ("a", "b")}
-    for name, folder in found.items():
-        (folder / "chat_template.jinja").write_text(f"{name} says {{{{ messages[0].content }}}}")
-    return found
+    return {name: speaking(tmp_path, name) for name in ("a", "b")}
 
 
 @pytest_asyncio.fixture

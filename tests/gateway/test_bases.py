@@ -47,10 +47,12 @@ async def add(bus: Bus, name: str, of: str, digest: str = "") -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    found = {name: make_model_folder(tmp_path / name) for name in ("a", "b", "b:2")}
-    for name, folder in found.items():
-        (folder / "chat_template.jinja").write_text(f"{name} says {{{{ messages[0].content }}}}")
-    return found
+    return {name: speaking(tmp_path, name) for name in ("a", "b", "b:2")}
+
+
+def speaking(root: Path, name: str) -> Path:
+    """Return the folder of a base whose prompts begin with its name."""
+    return make_model_folder(root / name, f"{name} says {{{{ messages[0].content }}}}")
 
 
 @pytest_asyncio.fixture

@@ -19,7 +19,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Unavailable
 from protocol.wire.messages.requests import KNOWN_FIELDS
-from tests.gateway.test_bases import add, base, chat, set_bases
+from tests.gateway.test_bases import add, base, chat, set_bases, speaking
 
 
 async def knows_scores(bus: Bus) -> None:
@@ -171,8 +171,7 @@ async def test_numbers_wait_for_their_base_to_be_known(
 
 
 async def test_native_routes_that_take_a_model_ask_its_base(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
-    folders = {name: make_model_folder(tmp_path / name) for name in "abc"}
-    (folders["b"] / "chat_template.jinja").write_text("b says {{ messages[0].content }}")
+    folders = {name: speaking(tmp_path, name) for name in "abc"}
     await set_bases(bus, base("a"), base("b"), base("c", task="score", labels=["x", "y"]), a=1, b=1, c=1)
     await knows_scores(bus)
     await add(bus, "second", "b")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import httpx2
 import pytest_asyncio
-from helpers.scripted_fleet import ScriptedFleet, gateway_client, make_model_folder
+from helpers.scripted_fleet import ScriptedFleet, gateway_client
 
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
-from tests.gateway.test_bases import base, chat
+from tests.gateway.test_bases import base, chat, speaking
 
 NAMES = ("a", "b", "c")
 
@@ -32,9 +32,7 @@ ON_ITS_WAY = {name: m.BaseLoad(may_become=1) for name in NAMES}
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a gateway, which looks at the fleet again for each call that it would refuse."""
-    folders = [make_model_folder(tmp_path / name) for name in NAMES]
-    for name, folder in zip(NAMES, folders, strict=True):
-        (folder / "chat_template.jinja").write_text(f"{name} says {{{{ messages[0].content }}}}")
+    folders = [speaking(tmp_path, name) for name in NAMES]
     await tell(bus, UNREACHED)
     async with gateway_client(bus, folders[0], more_models=f"{folders[1]},{folders[2]}") as client:
         yield client

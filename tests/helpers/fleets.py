@@ -59,11 +59,6 @@ class RunningFleet:
         (users,) = self.output_file.parent.glob("data/queue/*/users")
         return Settings(redis_url=f"unix://{user}@{found[1]}", redis_password_file=password_file(users, user))
 
-    @property
-    def redis_url(self) -> str:
-        """The embedded queue, as its operator enters it."""
-        return self.door("operator").queue_url()
-
     def is_ready(self) -> bool:
         """Return whether the launcher has announced the fleet. Raises AssertionError when it has ended instead."""
         assert self.process.poll() is None, self.output

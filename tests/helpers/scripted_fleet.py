@@ -47,7 +47,7 @@ TEMPLATE = (
 )
 
 
-def make_model_folder(folder: Path) -> Path:
+def make_model_folder(folder: Path, template: str = TEMPLATE) -> Path:
     """Write the files a gateway reads: a byte-level tokenizer with few merges, so that characters span tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
@@ -64,7 +64,7 @@ def make_model_folder(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": "tiny"}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(template)
     return folder
 
 
@@ -150,6 +150,20 @@ class ScriptedFleet:
                 **{"rank": 8, "num_bytes": 10, "config": {}, "modules": ["q_proj"], **facts},
             )  # fmt: skip
         await self.bus.adapters.publish([(alias, record)])
+
+    async def cancel(self, http: httpx2.AsyncClient, response_id: str) -> Any:
+        """Cancel a response of the background and return it; its worker goes on when the queue knows that."""
+        asking = asyncio.create_task(http.post(f"/v1/responses/{response_id}/cancel"))
+        request = self.bus.keys.req(f"{response_id.removeprefix('resp_')}-0")
+
+        async def is_known() -> bool:
+            return asking.done() or await self.bus._redis.hget(request, "cancel") == b"1"
+
+        await wait_until(is_known, "the queue knows of the cancellation")
+        self.go.set()
+        answer = await asking
+        assert answer.status_code == 200, answer.text
+        return answer.json()
 
     async def run(self) -> None:
         """Play until cancelled."""

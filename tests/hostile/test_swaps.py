@@ -181,4 +181,5 @@ def test_names_of_strangers_force_no_swap() -> None:
     victims, flood = Victims(["a"]), Flood("flood", [f"stranger {i}" for i in range(50)], 5)
     fleet = run(Fleet(["a", "b"], 1), 5, victims, flood)
     assert not fleet.starts
+    assert "stranger 1" not in fleet.scheduler.swaps.reachable()
     assert victims.longest_ms(fleet) <= 2 * STEP_MS

@@ -18,7 +18,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[Parser]:
     """Yield a parser and those of its commands."""
     assert isinstance(parser, Parser)
     yield parser
-    for action in parser._actions:
+    for action in parser._actions:  # argparse has no other way to ask
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 yield from parsers(below)

@@ -9,6 +9,7 @@ import pytest
 from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from protocol.wire import messages as m
 from scheduler.backlog import OfferResult
@@ -84,12 +85,8 @@ def test_the_nearer_an_adapter_is_the_less_it_costs() -> None:
     assert costs[0] < costs[2] < costs[1] < costs[3]  # half of the way from the store is longer than from the host
     for near, far in (({"resident": ["d"]}, {"host": ["d"]}), ({"resident": ["d"]}, {"loading": ["d"]})):
         for first, second in ((near, far), (far, near)):
-            site = Site(m.WorkerBeat(**_fields(one, first)), m.WorkerBeat(**_fields(two, second)))
+            site = Site(structs.replace(one, **first), structs.replace(two, **second))
             assert site.wid("d") == ("w0" if first is near else "w1"), (near, far)
-
-
-def _fields(base: m.WorkerBeat, more: dict[str, Any]) -> dict[str, Any]:
-    return {name: getattr(base, name) for name in base.__struct_fields__} | more
 
 
 def test_a_cold_adapter_goes_to_its_home_and_stays_there() -> None:

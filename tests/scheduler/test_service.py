@@ -75,14 +75,6 @@ async def test_a_full_queue_is_scheduled_and_its_scheduler_warns(bus: Bus, caplo
     assert levels.count("WARNING") == 1
 
 
-async def test_a_worker_is_told_which_requests_yield(bus: Bus) -> None:
-    worker = await FakeWorker(bus, "w1", capacity=8).join()
-    await submit(bus, make_submit("quiet", tenant="quiet"), *(make_submit(f"r{i}", tenant="flood") for i in range(9)))
-    async with running_scheduler(bus):
-        await holds(worker, "quiet", *(f"r{i}" for i in range(6)))
-        assert {item.tenant: item.yields for item in worker.held.values()} == {"quiet": False, "flood": True}
-
-
 async def test_a_dead_workers_requests_go_to_another_with_their_tokens(bus: Bus) -> None:
     await bus.streams.create(bus.keys.out("g-test"), 300)
     first = await FakeWorker(bus, "w1").join()

@@ -112,15 +112,6 @@ def test_a_fleet_whose_workers_become_nothing_orders_nothing() -> None:
     assert scheduler.bases()["b"] == m.BaseLoad(0, 1, 0, 0)
 
 
-def test_bases_that_strangers_name_force_no_swap() -> None:
-    scheduler = scheduler_of(beat("a"))
-    for i in range(200):
-        scheduler.submit(make_submit(f"r{i}", base=f"stranger {i}", submitted_ms=0, tenant=f"t{i}"), 0)
-    for at_ms in range(0, 120_000, 1000):
-        assert ordered(scheduler, float(at_ms)) == {}
-    assert "stranger 1" not in scheduler.swaps.reachable()
-
-
 def test_an_order_that_comes_to_nothing_is_given_again() -> None:
     scheduler = scheduler_of(beat("a"))
     scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
@@ -238,15 +229,20 @@ async def _join(bus: Bus, wid: str, base: str, name: str = "w") -> FakeWorker:
     return await worker.join()
 
 
-async def _becomes(bus: Bus, worker: FakeWorker, base: str, wid: str) -> FakeWorker:
-    """Obey an order as a worker does, once it has come."""
+async def _ordered(worker: FakeWorker) -> str:
+    """Return the base that a worker is ordered to become, once the order has come."""
 
-    async def is_ordered() -> bool:
+    async def order() -> str:
         await worker.read()
         await worker.beat()
-        return any(order.kind == "serve" and order.base == base for order in worker.orders)
+        return next((order.base for order in worker.orders if order.kind == "serve"), "")
 
-    await wait_until(is_ordered, f"it is ordered to become {base}")
+    return await wait_until(order, "it is ordered to become another base")
+
+
+async def _becomes(bus: Bus, worker: FakeWorker, base: str, wid: str) -> FakeWorker:
+    """Obey an order as a worker does, once it has come."""
+    assert await _ordered(worker) == base
     await bus.members.leave(worker.wid)
     return await _join(bus, wid, base)
 
@@ -300,13 +296,7 @@ async def test_calls_of_a_base_that_fails_are_told_and_others_go_on(bus: Bus, no
 
 async def _back(bus: Bus, worker: FakeWorker, wid: str, *, noted: bool) -> FakeWorker:
     """Obey an order, and come back with the base that it had."""
-
-    async def is_ordered() -> bool:
-        await worker.read()
-        await worker.beat()
-        return any(order.kind == "serve" for order in worker.orders)
-
-    await wait_until(is_ordered, "it is ordered away")
+    await _ordered(worker)
     await bus.members.leave(worker.wid)
     if noted:
         await bus.members.note_failure("b", "no memory")
@@ -320,20 +310,11 @@ async def test_a_leader_that_comes_after_the_order_goes_on(bus: Bus) -> None:
         await bus._redis.hset(bus.keys.bases, base, m.encode(served(base)))
     await submit(bus, make_submit("r", base="b", submitted_ms=now_ms()))
     async with running_scheduler(bus):
-        await _order(bus, worker)
+        await _ordered(worker)
     worker.orders.clear()
     async with running_scheduler(bus):
         worker = await _becomes(bus, worker, "b", "w2")
         await holds(worker, "r")
-
-
-async def _order(bus: Bus, worker: FakeWorker) -> None:
-    async def is_ordered() -> bool:
-        await worker.read()
-        await worker.beat()
-        return bool(worker.orders)
-
-    await wait_until(is_ordered, "it is ordered away")
 
 
 async def test_a_worker_of_a_removed_base_becomes_another_one(bus: Bus) -> None:

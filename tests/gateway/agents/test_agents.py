@@ -14,7 +14,7 @@ import httpx2
 import orjson
 import pytest
 import pytest_asyncio
-from helpers import anthropic_events, response_events
+from helpers import anthropic_events, examples, response_events
 from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 
 from gateway.bodies.parameter_check import IGNORED_HEADER
@@ -29,8 +29,7 @@ Answer = tuple[str, list[tuple[str, dict[str, Any]]], str, int]
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a gateway whose model calls tools, and whose context holds an agent's prompt byte by byte."""
-    folder = make_model_folder(tmp_path / "model")
-    (folder / "chat_template.jinja").write_text((HERE.parent / "templates" / "qwen.jinja").read_text())
+    folder = make_model_folder(tmp_path / "model", (HERE.parent / "templates" / "qwen.jinja").read_text())
     fleet.max_model_len = 200_000
     await fleet.register()
     async with gateway_client(bus, folder) as client:
@@ -109,22 +108,30 @@ async def text_of(http: httpx2.AsyncClient, sent: dict[str, Any], body: dict[str
     return "".join(part["text"] for part in parts)
 
 
-async def goes_its_steps(
-    http: httpx2.AsyncClient,
-    fleet: ScriptedFleet,
-    name: str,
-    call: tuple[str, dict[str, Any]],
-    reasons: tuple[str, str],
+EDIT = {"old_string": "helo", "new_string": "hello"}
+STEPS: dict[str, tuple[str, dict[str, Any], tuple[str, str]]] = {
+    "claude_code": ("Edit", {"file_path": "/work/notes.txt", **EDIT}, ("tool_use", "end_turn")),
+    "codex": ("exec_command", {"cmd": "cat notes.txt"}, ("completed", "completed")),
+    "opencode": ("edit", {"filePath": "/w", "oldString": "helo", "newString": "hello"}, ("tool_calls", "stop")),
+    "qwen_code": ("edit", {"file_path": "/work/notes.txt", **EDIT}, ("tool_calls", "stop")),
+    "open_webui": ("correct", {"old": "helo", "new": "hello"}, ("tool_calls", "stop")),
+}
+"""Agent -> the tool that it is asked to call, what with, and why its two answers end."""
+
+
+@pytest.mark.parametrize("name", examples.some(STEPS, "claude_code", "codex", "opencode"))
+async def test_an_agent_calls_its_tool_and_reads_the_result(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, name: str
 ) -> None:
-    """Give an agent the tool call that it asks for, then the answer to what its last call had besides."""
+    """Then it gets the answer to what its last call had besides."""
     sent = shape(name)
     for probe in sent["probes"]:
         assert (await http.request(*probe.split())).status_code == 200
-    tool, arguments = call
+    tool, arguments, reasons = STEPS[name]
     written = json.dumps({"name": tool, "arguments": arguments})
     fleet.script = lambda submit, body: Script(f"<tool_call>\n{written}\n</tool_call>", chunk=7)
     text, calls, reason, num_tokens = await asked(http, sent, sent["task"])
-    assert (text.strip(), calls, reason) == ("", [call], reasons[0])
+    assert (text.strip(), calls, reason) == ("", [(tool, arguments)], reasons[0])
     assert num_tokens > 0  # agents count what is left of the context
     assert tool in fleet.prompt()  # its tools are shown to the model
     fleet.script = lambda submit, body: Script(DONE)
@@ -136,33 +143,6 @@ async def goes_its_steps(
         text = await text_of(http, sent, aside)
         assert text
         assert DONE.startswith(text)  # some ask for few tokens
-
-
-async def test_claude_code(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    call = ("Edit", {"file_path": "/work/notes.txt", "old_string": "helo", "new_string": "hello"})
-    await goes_its_steps(http, fleet, "claude_code", call, ("tool_use", "end_turn"))
-
-
-async def test_codex(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    call = ("exec_command", {"cmd": "cat notes.txt"})
-    await goes_its_steps(http, fleet, "codex", call, ("completed", "completed"))
-
-
-@pytest.mark.thorough
-async def test_qwen_code(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    call = ("edit", {"file_path": "/work/notes.txt", "old_string": "helo", "new_string": "hello"})
-    await goes_its_steps(http, fleet, "qwen_code", call, ("tool_calls", "stop"))
-
-
-async def test_opencode(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    call = ("edit", {"filePath": "/work/notes.txt", "oldString": "helo", "newString": "hello"})
-    await goes_its_steps(http, fleet, "opencode", call, ("tool_calls", "stop"))
-
-
-@pytest.mark.thorough
-async def test_open_webui(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    call = ("correct", {"old": "helo", "new": "hello"})
-    await goes_its_steps(http, fleet, "open_webui", call, ("tool_calls", "stop"))
 
 
 # ---------------------------------------------------------------- what no text model reads

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import pytest_asyncio
 from helpers import anthropic_events
-from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
+from helpers.scripted_fleet import Script, ScriptedFleet
 
 from gateway.anthropic.client_tools import CLIENT_TOOLS
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.bodies.parameters import CLIENT_TOOL_TYPES
-from protocol.queue.bus import Bus
 
 PATH = "/v1/messages"
 BODY: dict[str, Any] = {"model": "base", "max_tokens": 300, "messages": [{"role": "user", "content": "hi"}]}
@@ -38,15 +34,6 @@ CALLS: list[tuple[str, str, dict[str, Any]]] = [
 """Type and name of a tool, and what a call of it has, in the order of the schema."""
 
 
-@pytest_asyncio.fixture
-async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model has room for the tools of an agent."""
-    fleet.max_model_len = 1 << 16
-    await fleet.register()
-    async with gateway_client(bus, model_folder) as client:
-        yield client
-
-
 def calls(fleet: ScriptedFleet, name: str, given: dict[str, Any]) -> None:
     """Let the model call a tool."""
     written = json.dumps({"name": name, "arguments": given})
@@ -58,14 +45,14 @@ def test_every_type_that_is_taken_is_known() -> None:
 
 
 async def test_a_model_calls_them_and_reads_their_results(
-    subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
+    subtests: pytest.Subtests, agent: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
     assert {kind for kind, _, _ in CALLS} == set(CLIENT_TOOLS)
     for kind, name, given in CALLS:
         with subtests.test(tool=kind, given=given):
             body = {**BODY, "tools": [{"type": kind, "name": name, "cache_control": {"type": "ephemeral"}}]}
             calls(fleet, name, given)
-            whole = await http.post(PATH, json=body)
+            whole = await agent.post(PATH, json=body)
             assert whole.status_code == 200, whole.text
             assert IGNORED_HEADER not in whole.headers
             message = whole.json()
@@ -73,29 +60,29 @@ async def test_a_model_calls_them_and_reads_their_results(
             assert (block["type"], block["name"], block["input"]) == ("tool_use", name, given)
             assert message["stop_reason"] == "tool_use"
             assert str(CLIENT_TOOLS[kind]["description"])[:40] in fleet.prompt()
-            streamed = await http.post(PATH, json={**body, "stream": True})
+            streamed = await agent.post(PATH, json={**body, "stream": True})
             built = anthropic_events.built(anthropic_events.events_of(streamed.content))
             assert built["content"][0]["input"] == given
             result = {"type": "tool_result", "tool_use_id": block["id"], "content": "it is done"}
             turns = [{"role": "assistant", "content": [block]}, {"role": "user", "content": [result]}]
             fleet.script = lambda submit, body: Script("Thanks.")
-            answer = await http.post(PATH, json={**body, "messages": [*BODY["messages"], *turns]})
+            answer = await agent.post(PATH, json={**body, "messages": [*BODY["messages"], *turns]})
             assert answer.status_code == 200, answer.text
             assert "it is done" in fleet.prompt()
 
 
-async def test_calls_are_held_to_what_is_documented(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+async def test_calls_are_held_to_what_is_documented(agent: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     """Forced, an editor is called with one of its commands: the grammar on the queue has them."""
     tool = {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool", "max_characters": 10_000}
     calls(fleet, "str_replace_based_edit_tool", {"command": "view", "path": "/a"})
-    answer = await http.post(PATH, json={**BODY, "tools": [tool], "tool_choice": {"type": "any"}})
+    answer = await agent.post(PATH, json={**BODY, "tools": [tool], "tool_choice": {"type": "any"}})
     assert answer.status_code == 200, answer.text
     grammar = json.dumps(fleet.seen[-1][1].grammar)
     assert all(word in grammar for word in ("str_replace", "insert_text", "view_range"))
     assert "undo_edit" not in grammar
 
 
-async def test_a_client_may_say_itself_what_they_take(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+async def test_a_client_may_say_itself_what_they_take(agent: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     tool = {
         "type": "bash_20250124",
         "name": "bash",
@@ -103,13 +90,13 @@ async def test_a_client_may_say_itself_what_they_take(http: httpx2.AsyncClient, 
         "input_schema": {"type": "object", "properties": {"script": {"type": "string"}}},
     }
     calls(fleet, "bash", {"script": "ls"})
-    answer = await http.post(PATH, json={**BODY, "tools": [tool]})
+    answer = await agent.post(PATH, json={**BODY, "tools": [tool]})
     assert answer.status_code == 200, answer.text
     assert "Runs it on the moon." in fleet.prompt()
     assert "restart" not in fleet.prompt()
 
 
-async def test_what_is_wrong_with_one_is_named(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+async def test_what_is_wrong_with_one_is_named(agent: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     bash = {"type": "bash_20250124", "name": "bash"}
     for tools, param in (
         ([{"type": "bash_20250124"}], "tools[0].name"),
@@ -120,7 +107,7 @@ async def test_what_is_wrong_with_one_is_named(http: httpx2.AsyncClient, fleet: 
         ([{**bash, "input_schema": {"type": "array"}}], "tools[0].input_schema"),
         ([{**bash, "description": 3}], "tools[0].description"),
     ):
-        answer = await http.post(PATH, json={**BODY, "tools": tools})
+        answer = await agent.post(PATH, json={**BODY, "tools": tools})
         error = answer.json()["error"]
         assert (answer.status_code, error["details"]["param"]) == (400, param), answer.text
     assert fleet.seen == []

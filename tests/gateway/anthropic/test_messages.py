@@ -255,10 +255,9 @@ async def test_reasoning_is_a_block_with_a_signature(qwen: httpx2.AsyncClient, f
 
 
 async def test_templates_are_told_whether_to_reason(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
-    folder = make_model_folder(tmp_path / "model")
     names = ("enable_thinking", "thinking", "thinking_budget", "reasoning_effort", "own")
     shown = " ".join(f"{{{{ {name} is defined and {name} }}}}" for name in names)
-    (folder / "chat_template.jinja").write_text(f"<think></think>{shown}{{{{ messages[0].content }}}}")
+    folder = make_model_folder(tmp_path / "model", f"<think></think>{shown}{{{{ messages[0].content }}}}")
     async with gateway_client(bus, folder) as http:
         for given, told in (
             ({}, "False False False False False"),

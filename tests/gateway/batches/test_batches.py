@@ -118,14 +118,6 @@ async def test_a_refused_line_ends_in_the_error_file_and_no_other(client: AsyncO
     assert rows["line-4"]["error"] == {"code": "invalid_request", "message": "stream cannot be true in a batch"}
 
 
-async def test_a_batch_in_which_every_line_fails_is_complete(client: AsyncOpenAI) -> None:
-    batch = await ended(client, await started(client, [line(i, model="nobody") for i in range(3)]))
-    assert batch.status == "completed"
-    assert batch.output_file_id is None
-    assert batch.request_counts is not None
-    assert batch.request_counts.failed == 3
-
-
 async def test_a_cancelled_batch_keeps_what_it_has(client: AsyncOpenAI, fleet: ScriptedFleet, bus: Bus) -> None:
     fleet.script = lambda submit, body: Script(hold_after=0 if submit.max_new_tokens == 9 else None)
     lines = [line(1), line(2), line(3, max_tokens=9), line(4, max_tokens=9)]
@@ -181,14 +173,6 @@ async def test_the_list_has_the_newest_first_and_pages(client: AsyncOpenAI) -> N
     first = await client.batches.list(limit=2)
     assert [batch.id for batch in first.data] == made[:0:-1]
     assert [batch.id async for batch in client.batches.list(limit=2)] == made[::-1]
-
-
-async def test_a_batch_without_its_input_fails_with_what_it_has(client: AsyncOpenAI, fleet: ScriptedFleet) -> None:
-    uploaded = await client.files.create(file=("in.jsonl", file_of([line(1)])), purpose="batch")
-    await client.files.delete(uploaded.id)
-    with pytest.raises(APIStatusError) as caught:
-        await client.batches.create(input_file_id=uploaded.id, endpoint=CHAT, completion_window="24h")
-    assert caught.value.status_code == 400
 
 
 async def test_lines_run_by_model_and_beginning(client: AsyncOpenAI, fleet: ScriptedFleet) -> None:

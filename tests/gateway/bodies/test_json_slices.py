@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx2
 import numpy as np
-import orjson
 import pytest
 from helpers.asgi import AsgiClient
+from helpers.openai_events import events_of
 from helpers.scripted_fleet import Script, ScriptedFleet
 from hypothesis import given
 from hypothesis import strategies as st
@@ -212,15 +212,12 @@ async def test_many_logprobs_are_whole_in_slices(
     fleet.script = lambda submit, body: Script(text="abc " * 100, eos=False, finish="length", chunk=10_000)
     body = {"model": "base", "prompt": "hi", "max_tokens": 200, "logprobs": 20, "n": 2, "stream": stream}
     answer = await http.post("/v1/completions", json=body)
-    if stream:
-        found: dict[int, list[str]] = {0: [], 1: []}
-        for line in answer.text.splitlines():
-            if line.startswith("data: {"):
-                for choice in orjson.loads(line[6:])["choices"]:
-                    found[choice["index"]] += (choice["logprobs"] or {"tokens": []})["tokens"]
-    else:
+    found: dict[int, list[str]] = {0: [], 1: []}
+    for event in events_of(answer):
+        for choice in event["choices"]:
+            found[choice["index"]] += (choice["logprobs"] or {"tokens": []})["tokens"]
+    if not stream:
         assert answer.headers["transfer-encoding"] == "chunked"
-        found = {choice["index"]: choice["logprobs"]["tokens"] for choice in answer.json()["choices"]}
         assert all(len(choice["logprobs"]["top_logprobs"]) == 200 for choice in answer.json()["choices"])
     assert [len(tokens) for tokens in found.values()] == [200, 200]
     assert "".join(found[0]) == ("abc " * 100)[: len("".join(found[0]))]

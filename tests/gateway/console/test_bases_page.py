@@ -6,23 +6,12 @@ from pathlib import Path
 
 import pytest
 from helpers.browser import REASON, WIDE, Tab, axe, running_browser
-from helpers.scripted_fleet import make_model_folder, running_gateway
+from helpers.several_bases import gateway_of_bases
 
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
 pytest.importorskip("playwright.async_api", reason=REASON)
-
-
-def base(name: str) -> m.ServedModel:
-    return m.ServedModel(
-        model=name, name=name, fingerprint="f", model_type="t", vocab_size=300, max_model_len=256, sites=[]
-    )
-
-
-async def add_worker(bus: Bus, wid: str, of: str) -> None:
-    beat = m.WorkerBeat(wid=wid, name=f"worker-{wid}", base=of, capacity=4)
-    await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), 60_000)
 
 
 async def add_adapter(bus: Bus, name: str, of: str) -> None:
@@ -35,20 +24,9 @@ async def add_adapter(bus: Bus, name: str, of: str) -> None:
 
 @pytest.mark.parametrize("several", [True, False])
 async def test_bases_are_shown_with_what_is_theirs(bus: Bus, tmp_path: Path, several: bool) -> None:
-    folders = {name: make_model_folder(tmp_path / name) for name in ("chat", "embed", "bad")}
-    further = ",".join(str(folders[name]) for name in ("embed", "bad")) if several else ""
-    await bus.set(bus.keys.base, base("chat"))
-    await add_worker(bus, "w1", "chat")
     for name, of in (("one", "chat"), ("two", "embed"), ("three", "embed")):
         await add_adapter(bus, name, of if several else "")
-    if several:
-        await bus._redis.hset(bus.keys.bases, "embed", m.encode(base("embed")))
-        await add_worker(bus, "w2", "embed")
-        await bus.members.note_failure("bad", "no memory")
-        loads = {"chat": m.BaseLoad(1, 3, 2), "embed": m.BaseLoad(0, 7, 0)}
-        status = m.SchedulerStatus(queued=10, running=2, workers=1, drain_rate=0.0, bases=loads)
-        await bus.set(bus.keys.status, status, 60_000)
-    async with running_gateway(bus, folders["chat"], more_models=further) as gateway, running_browser() as browser:
+    async with gateway_of_bases(bus, tmp_path, several=several) as gateway, running_browser() as browser:
         tab = Tab(await (await browser.new_context(viewport=WIDE, bypass_csp=True)).new_page(), gateway.url)
         await tab.enter()
         workers = tab.page.get_by_role("region", name="Workers").get_by_role("row")

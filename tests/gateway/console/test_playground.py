@@ -162,9 +162,8 @@ async def test_a_link_opens_a_prompt_for_models(fleet: ScriptedFleet, tab: Tab) 
 
 
 async def test_tools_are_called_and_their_results_sent(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
-    folder = make_model_folder(tmp_path / "model")
     template = Path(__file__).parents[1] / "templates" / "qwen.jinja"
-    (folder / "chat_template.jinja").write_text(template.read_text())
+    folder = make_model_folder(tmp_path / "model", template.read_text())
     fleet.max_model_len = 2048
     await fleet.register()
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'

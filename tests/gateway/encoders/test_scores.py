@@ -253,6 +253,8 @@ async def test_a_reranker_is_asked_by_a_prompt(bus: Bus, fleet: ScriptedFleet, t
         assert answer.status_code == 400
         assert "its chat template has no roles query and document" in answer.json()["error"]["message"]
         chat = {"model": "base", "messages": [{"role": "user", "content": "the fox"}]}
+        refused = await http.post("/v1/chat/completions", json={**chat, "model": "moods"})
+        assert (refused.status_code, "generates no text" in refused.text) == (400, True), refused.text
         assert len((await http.post("/v1/classify", json=chat)).json()["data"]) == 1
         told = fleet.tokenizer.decode(ids_of(fleet.seen[0][1]), skip_special_tokens=False)
         assert told == "<|im_start|>user\nthe fox<|im_end|>\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from gateway.files.files import FORM_BYTES, FileService, UploadLimits
 from gateway.files.s3_storage import S3Storage
 from gateway.files.storage import FolderStorage, Storage
 from gateway.files.upload import UploadedForm
-from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
+from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, DiskFull, now_ms
 from protocol.queue.kept.files import Files, Outcome
@@ -247,13 +247,6 @@ def _expired(file: m.File) -> m.File:
 
 
 # ---------------------------------------------------------------- deleting
-
-
-@pytest.fixture
-def durable(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    server = start_embedded(tmp_path / "durable")
-    yield server
-    server.stop()
 
 
 @pytest_asyncio.fixture

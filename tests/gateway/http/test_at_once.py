@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.openai_events import text_of
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet
 from helpers.waiting import wait_until
 
@@ -17,11 +18,6 @@ from protocol.wire import messages as m
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 60}
 COMPLETION = {"model": "base", "prompt": "hi", "stream": True, "max_tokens": 60}
 SAMPLE = Script()
-
-
-def text_of(events: list[dict[str, Any]]) -> str:
-    choices = [choice for event in events for choice in event["choices"]]
-    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 
 
 def waiters() -> set[asyncio.Future[Any]]:

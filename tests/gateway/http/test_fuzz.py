@@ -153,68 +153,18 @@ FUZZED = examples.some(
 
 
 @pytest.mark.parametrize("path", FUZZED)
-async def test_no_numbers_and_half_characters_are_client_errors(http: httpx2.AsyncClient, path: str) -> None:
-    """In every place of a good body, also in those that nothing looks at."""
+async def test_odd_values_are_no_fault_in_any_place(http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str) -> None:
+    """What is no JSON, a number or half a character, is a client error, also in a place that nothing looks at."""
+    fleet.script = lambda submit, body: Script(text="hi", chunk=64)
     wrong = []
     for i, at in enumerate([*places(GOOD[path]), ("unknown",)]):
         good = json.loads(json.dumps(GOOD[path]))
         put(good, at, "@")
-        for odd in (NUMBERS[i % len(NUMBERS)], HALVES[i % len(HALVES)]):
+        for odd in (NUMBERS[i % len(NUMBERS)], HALVES[i % len(HALVES)], '"\\u0000"', "9" * 30):
             body = json.dumps(good).replace('"@"', odd).encode()
             answer = await http.post(path, content=body, headers={"content-type": "application/json"})
-            if not 400 <= answer.status_code < 500:
+            if answer.status_code >= 500 or (answer.status_code < 400 and odd in (*NUMBERS, *HALVES)):
                 wrong.append((at, odd[:20], answer.status_code, answer.content[:200]))
-            else:
+            elif answer.status_code >= 400:
                 check_shape(path, answer)
     assert not wrong
-
-
-@pytest.mark.parametrize("path", FUZZED)
-async def test_nul_and_huge_numbers_are_no_fault(http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str) -> None:
-    fleet.script = lambda submit, body: Script(text="hi", chunk=64)
-    for at in [*places(GOOD[path]), ("unknown",)]:
-        good = json.loads(json.dumps(GOOD[path]))
-        put(good, at, "@")
-        for odd in ('"\\u0000"', "9" * 30):
-            body = json.dumps(good).replace('"@"', odd).encode()
-            answer = await http.post(path, content=body, headers={"content-type": "application/json"})
-            assert answer.status_code < 500, (at, odd[:20], answer.content)
-
-
-SURROGATE = '"\\ud800"'
-DEEP = "[" * 200_000
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": {"a": 1}, "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "x" * 100_000, "content": "x"}]}, "messages[0].role"),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]}]},
-            "messages[0].tool_calls[0].function.arguments",
-        ),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[NaN]"}}]}]},
-            "messages[0].tool_calls[0].function.arguments",
-        ),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": SURROGATE}}]}]},
-            "messages[0].tool_calls[0].function.arguments",
-        ),
-        ({"structured_outputs": {"json": DEEP}}, "structured_outputs.json"),
-        ({"stop_token_ids": [5] * 500_000}, "stop_token_ids"),
-        ({"logit_bias": {str(i): 999 for i in range(50_000)}}, "logit_bias"),
-        ({"model": "x" * 2000}, "model"),
-        ({"model": [5] * 500_000}, "model"),
-        ({"stop": [5] * 500_000}, "stop"),
-        ({"tools": [5] * 500_000}, "tools"),
-        ({"merged_adapters": {"ids": [5] * 100_000, "weights": []}}, "merged_adapters.ids"),
-    ],
-)
-async def test_what_is_wrong_or_too_much_is_named(http: httpx2.AsyncClient, fields: dict[str, Any], param: str) -> None:
-    answer = await http.post("/v1/chat/completions", json={**good_bodies.CHAT, **fields})
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (400, param)
-    assert len(answer.content) < 4000

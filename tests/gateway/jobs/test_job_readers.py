@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx2
 import pytest
+from helpers.openai_events import events_of, text_of
 from helpers.scripted_fleet import Script, ScriptedFleet
 from helpers.waiting import wait_until
 from starlette.responses import Response
@@ -303,8 +303,7 @@ async def test_forty_streams_of_a_job_read_its_log_as_often_as_one(
         await bus._redis.config_resetstat()
         streams = [asyncio.create_task(http.get(path)) for _ in range(num)]
         answers = await asyncio.gather(*streams)
-        texts = {"".join(json.loads(line[6:])["choices"][0]["text"] for line in answer.text.split("\n")
-                         if line.startswith("data: {")) for answer in answers}  # fmt: skip
+        texts = {text_of(events_of(answer)) for answer in answers}
         assert texts == {"abc " * 20}
         return (await bus._redis.info("commandstats")).get("cmdstat_getrange", {"calls": 0})["calls"]
 

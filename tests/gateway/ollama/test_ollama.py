@@ -35,7 +35,6 @@ GENERATE: dict[str, Any] = {"model": "base", "prompt": "hi"}
 ROUTES = {"/api/chat": CHAT, "/api/generate": GENERATE}
 WHOLE = {"stream": False}
 DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
-QWEN = (Path(__file__).parents[1] / "templates" / "qwen.jinja").read_text()
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {
     "type": "object", "properties": {"p": {"type": "string"}}}}}  # fmt: skip
 
@@ -106,8 +105,7 @@ async def test_the_prompt_is_what_openai_s_route_makes_of_it(http: httpx2.AsyncC
 async def test_a_last_message_of_the_assistant_goes_on(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "Well,"}]
     await http.post("/api/chat", json={**CHAT, "messages": messages})
-    prompt = fleet.tokenizer.decode(list(memoryview(fleet.seen[0][1].prompt).cast("i")), skip_special_tokens=False)
-    assert prompt.endswith("<|im_start|>assistant\nWell,")
+    assert fleet.prompt().endswith("<|im_start|>assistant\nWell,")
 
 
 async def test_defaults_and_options_are_ollama_s(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -178,56 +176,44 @@ async def test_logprobs_are_of_every_token(http: httpx2.AsyncClient, fleet: Scri
 # ---------------------------------------------------------------- tools and thinking
 
 
-async def with_qwen(tmp_path: Path, fleet: ScriptedFleet) -> Path:
-    folder = make_model_folder(tmp_path / "model")
-    (folder / "chat_template.jinja").write_text(QWEN)
-    fleet.max_model_len = 1024
-    await fleet.register()
-    return folder
-
-
 CALLS = "<think>\nHm.\n</think>\n\nLet me see.\n" + "\n".join(
     f'<tool_call>\n{{"name": "add", "arguments": {{"p": "{value}"}}}}\n</tool_call>' for value in ("ö", "😀")
 )
 
 
-async def test_tool_calls_come_whole_and_thinking_apart(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
+async def test_tool_calls_come_whole_and_thinking_apart(qwen: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script(CALLS)
-    folder = await with_qwen(tmp_path, fleet)
-    async with gateway_client(bus, folder) as http:
-        body = {**CHAT, "tools": [TOOL], "think": True}
-        whole = (await http.post("/api/chat", json={**body, **WHOLE})).json()
-        message = whole["message"]
-        assert message["content"] == "Let me see."
-        assert message["thinking"].strip() == "Hm."
-        functions = [call["function"] for call in message["tool_calls"]]
-        assert functions == [{"index": i, "name": "add", "arguments": {"p": p}} for i, p in enumerate(("ö", "😀"))]
-        assert whole["done_reason"] == "stop"
-        *parts, last = lines(await http.post("/api/chat", json=body))
-        assert "".join(part["message"]["content"] for part in parts) == message["content"]
-        assert "".join(part["message"].get("thinking", "") for part in parts) == message["thinking"]
-        streamed = [call["function"] for part in parts for call in part["message"].get("tool_calls", ())]
-        assert streamed == functions
-        assert last["done_reason"] == "stop"
+    body = {**CHAT, "tools": [TOOL], "think": True}
+    whole = (await qwen.post("/api/chat", json={**body, **WHOLE})).json()
+    message = whole["message"]
+    assert message["content"] == "Let me see."
+    assert message["thinking"].strip() == "Hm."
+    functions = [call["function"] for call in message["tool_calls"]]
+    assert functions == [{"index": i, "name": "add", "arguments": {"p": p}} for i, p in enumerate(("ö", "😀"))]
+    assert whole["done_reason"] == "stop"
+    *parts, last = lines(await qwen.post("/api/chat", json=body))
+    assert "".join(part["message"]["content"] for part in parts) == message["content"]
+    assert "".join(part["message"].get("thinking", "") for part in parts) == message["thinking"]
+    streamed = [call["function"] for part in parts for call in part["message"].get("tool_calls", ())]
+    assert streamed == functions
+    assert last["done_reason"] == "stop"
 
-        fleet.script = lambda submit, body: Script(CALLS[:-20], eos=False, finish="length")
-        cut = (await http.post("/api/chat", json={**body, **WHOLE})).json()["message"]
-        assert len(cut["tool_calls"]) == 1
-        assert cut["content"].startswith("Let me see.add(")  # nothing of the answer is lost
+    fleet.script = lambda submit, body: Script(CALLS[:-20], eos=False, finish="length")
+    cut = (await qwen.post("/api/chat", json={**body, **WHOLE})).json()["message"]
+    assert len(cut["tool_calls"]) == 1
+    assert cut["content"].startswith("Let me see.add(")  # nothing of the answer is lost
 
 
 @pytest.mark.parametrize(("think", "shown"), [(True, True), (False, False), ("high", True), (None, None)])
 async def test_think_reaches_the_template(
     bus: Bus, fleet: ScriptedFleet, tmp_path: Path, think: Any, shown: bool | None
 ) -> None:
-    folder = make_model_folder(tmp_path / "model")
-    (folder / "chat_template.jinja").write_text(
-        TEMPLATE + "{{ [enable_thinking | default(none), reasoning_effort | default(none)] | tojson }}{# </think> #}"
-    )
+    wants = "{{ [enable_thinking | default(none), reasoning_effort | default(none)] | tojson }}{# </think> #}"
+    folder = make_model_folder(tmp_path / "model", TEMPLATE + wants)
     async with gateway_client(bus, folder) as http:
         answer = await http.post("/api/chat", json={**CHAT, "think": think})
         assert answer.status_code == 200, answer.text
-    prompt = fleet.tokenizer.decode(list(memoryview(fleet.seen[-1][1].prompt).cast("i")))
+    prompt = fleet.prompt()
     if think is not None:
         assert f"[{json.dumps(shown)}," in prompt
     assert ('"high"' in prompt) == (think == "high")

@@ -95,8 +95,7 @@ async def test_a_grammar_holds_for_the_new_text(http: httpx2.AsyncClient, fleet:
 async def test_tools_and_reasoning_beside_a_text_that_goes_on(
     bus: Bus, fleet: ScriptedFleet, tmp_path: Path, template: str
 ) -> None:
-    folder = make_model_folder(tmp_path / "model")
-    (folder / "chat_template.jinja").write_text((TEMPLATES / f"{template}.jinja").read_text())
+    folder = make_model_folder(tmp_path / "model", (TEMPLATES / f"{template}.jinja").read_text())
     fleet.max_model_len = 1024
     await fleet.register()
     async with gateway_client(bus, folder) as http:

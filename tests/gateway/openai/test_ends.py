@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx2
 import pytest
+from helpers.openai_events import events_of
 from helpers.scripted_fleet import Script, ScriptedFleet
-from openai import AsyncOpenAI
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add"}}
@@ -21,9 +20,7 @@ def body_of(path: str, **fields: Any) -> dict[str, Any]:
 
 
 async def chunks_of(http: httpx2.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:
-    answer = await http.post(path, json=body_of(path, stream=True, **fields))
-    assert answer.status_code == 200, answer.text
-    return [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+    return events_of(await http.post(path, json=body_of(path, stream=True, **fields)))
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -67,32 +64,3 @@ async def test_a_forced_call_begins_without_content(qwen: httpx2.AsyncClient, fl
         assert first["choices"][0]["delta"] == {"role": "assistant", "content": content, "refusal": None}
         assert not any("content" in chunk["choices"][0]["delta"] for chunk in others)
         assert others[-1]["choices"][0]["finish_reason"] == "tool_calls"
-
-
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_the_chosen_token_comes_first(http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str) -> None:
-    for num in (1, 3):
-        more = {"logprobs": True, "top_logprobs": num} if path == CHAT else {"logprobs": num}
-        choice = (await http.post(path, json=body_of(path, **more))).json()["choices"][0]
-        if path == CHAT:
-            shown = choice["logprobs"]["content"]
-            assert all(entry["top_logprobs"][0]["token"] == entry["token"] for entry in shown)
-            assert all(len(entry["top_logprobs"]) == num for entry in shown)
-        else:
-            lists = choice["logprobs"]
-            firsts = [next(iter(top)) for top in lists["top_logprobs"]]
-            assert firsts == lists["tokens"]
-
-
-async def test_the_official_client_takes_both(client: AsyncOpenAI) -> None:
-    asked: Any = body_of(CHAT)
-    whole = await client.chat.completions.create(**asked)
-    async with client.chat.completions.stream(**asked) as stream:
-        async for _ in stream:
-            pass
-        built = (await stream.get_final_completion()).choices[0]
-    assert (built.message.content, built.finish_reason) == (whole.choices[0].message.content, "stop")
-    of_text: Any = body_of(COMPLETIONS)
-    text = (await client.completions.create(**of_text)).choices[0].text
-    parts = [chunk.choices[0] async for chunk in await client.completions.create(**of_text, stream=True)]
-    assert ("".join(part.text for part in parts), parts[-1].finish_reason) == (text, "stop")

@@ -15,7 +15,6 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
-from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus
 from protocol.wire.errors import LorafleetError, WorkerLost
@@ -131,21 +130,6 @@ REPLACED = [
 ]
 
 
-async def cancelled(http: httpx2.AsyncClient, fleet: ScriptedFleet, raw: bytes) -> None:
-    """Cancel the response whose first events are given; its worker goes on when the queue knows that."""
-    found = re.search(rb"resp_([0-9a-f]{32})", raw)
-    assert found is not None
-    call = found[1].decode()
-    asked = asyncio.create_task(http.post(f"{RESPONSES}/resp_{call}/cancel"))
-
-    async def is_known() -> bool:
-        return await fleet.bus._redis.hget(fleet.bus.keys.req(f"{call}-0"), "cancel") == b"1"
-
-    await wait_until(is_known, "the queue knows of the cancellation")
-    fleet.go.set()
-    assert (await asked).json()["status"] == "cancelled"
-
-
 async def bytes_of(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: Stream) -> bytes:
     """Return headers and body of a streamed answer, what differs each time replaced."""
     num = len(fleet.tokenizer.encode(stream.says).ids) + 1
@@ -160,11 +144,12 @@ async def bytes_of(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: Strea
             raw += part
             if stream.is_cancelled:
                 if b".delta" in raw and cancelling is None:
-                    cancelling = asyncio.create_task(cancelled(http, fleet, raw))
+                    response_id = raw[raw.index(b"resp_") :][:37].decode()
+                    cancelling = asyncio.create_task(fleet.cancel(http, response_id))
                 continue
             fleet.go.set()  # the second step comes when the first has been delivered
     if cancelling is not None:
-        await cancelling
+        assert (await cancelling)["status"] == "cancelled"
     shown = head + raw
     for pattern, value in REPLACED:
         shown = re.sub(pattern, value, shown)
@@ -177,8 +162,7 @@ async def test_streams_are_as_committed(
 ) -> None:
     folder = model_folder
     if template == "qwen":
-        folder = make_model_folder(tmp_path / "model")
-        (folder / "chat_template.jinja").write_text(QWEN)
+        folder = make_model_folder(tmp_path / "model", QWEN)
         fleet.max_model_len = 1024
         await fleet.register()
     await fleet.add_adapter("fox", "ab" * 32)

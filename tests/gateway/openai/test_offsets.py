@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx2
 import pytest
+from helpers.openai_events import events_of, text_of
 from helpers.scripted_fleet import Script, ScriptedFleet
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,7 +52,7 @@ async def test_a_long_echo_comes_in_chunks_with_their_part_of_the_text(
     body = {"model": "base", "prompt": "<|im_start|>the dög 😀 jumps, " * 25, "echo": True, "logprobs": 3, "n": 2}
     whole = (await http.post("/v1/completions", json=body)).json()["choices"]
     answer = await http.post("/v1/completions", json={**body, "stream": True})
-    chunks = [json.loads(line[6:])["choices"] for line in answer.text.split("\n\n") if line.startswith("data: {")]
+    chunks = [event["choices"] for event in events_of(answer)]
     for index, choice in enumerate(whole):
         mine = [one for choices in chunks for one in choices if one["index"] == index]
         assert len(choice["logprobs"]["tokens"]) > 300
@@ -70,15 +70,10 @@ async def test_a_long_echo_comes_in_chunks_with_their_part_of_the_text(
 
 async def _asked(http: httpx2.AsyncClient, body: dict[str, Any]) -> tuple[str, list[str], list[int]]:
     """Return the text, the tokens and their offsets of an answer, streamed or not."""
-    answer = await http.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")] or [answer.text]
-    chunks = [json.loads(line) for line in lines]
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    shown = [choice["logprobs"] for choice in choices if choice["logprobs"]]
-    text = "".join(choice["text"] for choice in choices)
+    chunks = events_of(await http.post("/v1/completions", json=body))
+    shown = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
     tokens = [token for one in shown for token in one["tokens"]]
-    return text, tokens, [offset for one in shown for offset in one["text_offset"]]
+    return text_of(chunks), tokens, [offset for one in shown for offset in one["text_offset"]]
 
 
 @given(ids=st.lists(st.integers(0, 299), max_size=20), more=st.lists(st.integers(0, 299), max_size=20))

@@ -1,4 +1,4 @@
-"""Parameters of vLLM, SGLang and TGI do what they do there, on both routes, streamed or not."""
+"""Forms of an output, and parameters of vLLM, SGLang and TGI: they do what they do there, on both routes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,39 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.good_bodies import CHAT, COMPLETION
+from helpers.openai_events import events_of, text_of
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet
 from tokenizers import Tokenizer
 
-from gateway.grammars.schemas import JSON_STYLE
+from gateway.grammars.schemas import JSON_STYLE, MAX_FREE_KEYS
 
 ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-CLOSED = {**SCHEMA, "additionalProperties": False}
+ANY, CLOSED = {"type": "object", "maxProperties": MAX_FREE_KEYS}, {**SCHEMA, "additionalProperties": False}
 JSON = {"json_schema": {**CLOSED, "x-guidance": JSON_STYLE}}
 REGEX = {"lark_grammar": "start: /[ab]+/"}
-FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+FORMS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
+    ({"response_format": {"type": "text"}}, None),
+    ({"structured_outputs": None}, None),
+    ({"response_format": {"type": "json_object"}}, {"json_schema": {**ANY, "x-guidance": JSON_STYLE}}),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}},
+        JSON,
+    ),
+    (
+        {"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}},
+        {"json_schema": {**CLOSED, "x-guidance": {"whitespace_flexible": False, "lenient": False}}},
+    ),
+    (
+        {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " "}},
+        {"json_schema": {**CLOSED, "x-guidance": {**JSON_STYLE, "whitespace_pattern": " "}}},
+    ),
+    ({"structured_outputs": {"choice": ["yes", 'n"o', "ü"]}}, {"lark_grammar": 'start: "yes" | "n\\"o" | "ü"'}),
+    ({"structured_outputs": {"regex": r"a/b\/c\d"}}, {"lark_grammar": r"start: /a\/b\/c\d/"}),
+    (
+        {"structured_outputs": {"grammar": "start: WORD\nWORD: /[a-z]+/"}},
+        {"lark_grammar": "start: WORD\nWORD: /[a-z]+/"},
+    ),
     ({"guided_json": SCHEMA}, JSON),
     ({"guided_json": json.dumps(SCHEMA), "guided_decoding_backend": "xgrammar"}, JSON),
     (
@@ -39,14 +61,15 @@ FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("path", ROUTES)
-async def test_forms_of_other_servers_reach_the_worker(
+async def test_what_the_output_must_be_reaches_the_worker(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str
 ) -> None:
     for fields, constraint in FORMS:
         fleet.seen.clear()
         answer = await http.post(path, json={**ROUTES[path], **fields})
         assert answer.status_code == 200, answer.text
-        assert json.loads(fleet.seen[0][1].grammar) == {"grammars": [constraint]}
+        grammar = fleet.seen[0][1].grammar
+        assert (json.loads(grammar) if grammar else None) == (constraint and {"grammars": [constraint]})
 
 
 async def test_tgi_s_grammar_is_enforced_on_its_own_route(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -172,13 +195,4 @@ async def test_a_stop_string_is_shown_if_it_is_wanted(
         body = {**ROUTES[path], "stop": ["how"], "include_stop_str_in_output": included, "stream": stream}
         answer = await http.post(path, json={**body, "max_tokens": 100})
         shown = text[: text.index("how")] + ("how" if included else "")
-        assert text_of(answer, stream) == shown
-
-
-def text_of(answer: httpx2.Response, stream: bool) -> str:
-    if not stream:
-        choice = answer.json()["choices"][0]
-        return choice["text"] if "text" in choice else choice["message"]["content"]
-    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
-    choices = [event["choices"][0] for event in events if event["choices"]]
-    return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
+        assert text_of(events_of(answer)) == shown

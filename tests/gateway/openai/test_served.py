@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from helpers.openai_events import events_of
 from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 
 from gateway.chat.messages import MAX_OTHER_ROLES
@@ -19,11 +19,6 @@ CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/r
 USER: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
 
 
-def chunks(answer: httpx2.Response) -> list[dict[str, Any]]:
-    assert answer.status_code == 200, answer.text
-    return [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
-
-
 async def test_reasoning_is_left_out_where_it_is_not_wanted(qwen: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script("<think>\nHm.\n</think>\n\nSo.")
     for wanted in (None, True, False):
@@ -32,7 +27,7 @@ async def test_reasoning_is_left_out_where_it_is_not_wanted(qwen: httpx2.AsyncCl
         assert message["content"] == "So."
         assert (message["reasoning_content"] is None) == (wanted is False)
         deltas = [
-            chunk["choices"][0]["delta"] for chunk in chunks(await qwen.post(CHAT, json={**body, "stream": True}))
+            chunk["choices"][0]["delta"] for chunk in events_of(await qwen.post(CHAT, json={**body, "stream": True}))
         ]
         assert any("reasoning_content" in delta for delta in deltas) == (wanted is not False)
         assert "".join(delta.get("content") or "" for delta in deltas) == "So."
@@ -87,7 +82,7 @@ async def test_invocations_take_bodies_of_openai_s_routes(http: httpx2.AsyncClie
     chat = await http.post("/invocations", json={"model": "base", "messages": USER})
     assert chat.json()["object"] == "chat.completion"
     text = await http.post("/invocations", json={"model": "base", "prompt": "hi", "stream": True})
-    assert chunks(text)[0]["object"] == "text_completion"
+    assert events_of(text)[0]["object"] == "text_completion"
     native = await http.post("/invocations", json={"inputs": "hi"})
     assert "generated_text" in native.json()[0]
     wrong = await http.post("/invocations", json={"model": "base", "messages": USER, "temprature": 1})
@@ -127,7 +122,7 @@ async def test_settings_do_what_vllm_s_flags_do(bus: Bus, fleet: ScriptedFleet, 
         body = {"model": "base", "prompt": "hi", "logprobs": 1}
         for path, asked in ((COMPLETIONS, body), (CHAT, {"messages": USER})):
             for wish in (None, {"include_usage": False}):
-                sent = chunks(await http.post(path, json={**asked, "stream": True, "stream_options": wish}))
+                sent = events_of(await http.post(path, json={**asked, "stream": True, "stream_options": wish}))
                 assert all(chunk["usage"]["prompt_tokens"] > 0 for chunk in sent)  # in each chunk, as in vLLM
                 assert sent[-1]["usage"]["total_tokens"] > sent[0]["usage"]["total_tokens"]
         plain = (await http.post(COMPLETIONS, json=body)).json()["choices"][0]["logprobs"]["tokens"]
@@ -148,17 +143,17 @@ async def test_an_answer_tells_its_times_where_they_are_wanted(
                     body = {"model": "base", "max_tokens": 8, **asked, "include_metrics": wish}
                     whole = (await http.post(path, json=body)).json()
                     usage = {**body, "stream": True, "stream_options": {"include_usage": True}}
-                    *others, last = chunks(await http.post(path, json=usage))
+                    *others, last = events_of(await http.post(path, json=usage))
                     is_wanted = always if wish is None else wish
                     assert ("metrics" in whole, "metrics" in last) == (is_wanted, is_wanted)
                     assert not any("metrics" in chunk for chunk in others)
                     if is_wanted:
                         assert set(whole["metrics"]) == set(FIELDS)
                         assert all(found["metrics"][name] >= 0 for name in FIELDS[:3] for found in (whole, last))
-                        one = chunks(await http.post(path, json={**usage, "max_tokens": 1}))[-1]["metrics"]
+                        one = events_of(await http.post(path, json={**usage, "max_tokens": 1}))[-1]["metrics"]
                         assert set(FIELDS[:3]) <= set(one) <= {*FIELDS} - {"mean_itl_ms"}
                     without = {**body, "stream": True, "stream_options": None}
-                    assert not any("metrics" in chunk for chunk in chunks(await http.post(path, json=without)))
+                    assert not any("metrics" in chunk for chunk in events_of(await http.post(path, json=without)))
                     several = (await http.post(path, json={**body, "n": 2})).json()
                     assert several.get("metrics", "none") == (None if is_wanted else "none")
             late = {"model": "base", "prompt": "hi", "background": True}
@@ -190,8 +185,7 @@ async def test_roles_that_a_template_has(bus: Bus, fleet: ScriptedFleet, tmp_pat
     fleet.max_model_len = 1 << 18
     await fleet.register()
     for number, (template, roles) in enumerate(((any_role, ("critic", "Judge_2")), (some, ("critic",)))):
-        folder = make_model_folder(tmp_path / str(number))
-        (folder / "chat_template.jinja").write_text(template)
+        folder = make_model_folder(tmp_path / str(number), template)
         async with gateway_client(bus, folder) as http:
             for role in ("critic", "Judge_2"):
                 messages = [*USER, {"role": role, "content": " it is bad "}]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import httpx2
 import pytest
+from helpers import openai_events
+from helpers.openai_events import events_of
 from helpers.scripted_fleet import Script, ScriptedFleet
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -21,23 +22,18 @@ def body_of(path: str, **fields: Any) -> dict[str, Any]:
     return {"model": "base", "max_tokens": 100, **asked, **fields}
 
 
-async def choices_of(http: httpx2.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:
-    answer = await http.post(path, json=body_of(path, **fields))
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"]
-
-
 def text_of(choice: dict[str, Any]) -> str:
-    return choice["message"]["content"] if "message" in choice else choice["text"]
+    return openai_events.text_of([{"choices": [choice]}])
+
+
+async def choices_of(http: httpx2.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:
+    return events_of(await http.post(path, json=body_of(path, **fields)))[0]["choices"]
 
 
 async def streamed(http: httpx2.AsyncClient, path: str, **fields: Any) -> tuple[str, dict[str, Any]]:
     """Return a streamed answer's text, and the choice of its last chunk."""
-    answer = await http.post(path, json=body_of(path, stream=True, **fields))
-    assert answer.status_code == 200, answer.text
-    chunks = [json.loads(line[6:])["choices"][0] for line in answer.text.splitlines() if line.startswith("data: {")]
-    parts = [chunk["delta"].get("content") or "" if path == CHAT else chunk["text"] for chunk in chunks]
-    return "".join(parts), chunks[-1]
+    chunks = events_of(await http.post(path, json=body_of(path, stream=True, **fields)))
+    return openai_events.text_of(chunks), chunks[-1]["choices"][0]
 
 
 CASES: list[tuple[dict[str, Any], str, str, str | None]] = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.openai_events import events_of
 from helpers.scripted_fleet import Script, ScriptedFleet
 from tokenizers import Tokenizer
 
@@ -38,16 +39,13 @@ def prompt_ids(fleet: ScriptedFleet, which: int = -1) -> list[int]:
 
 
 async def answer_of(http: httpx2.AsyncClient, path: str, **fields: Any) -> Any:
-    answer = await http.post(path, json={**ROUTES[path], **fields})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    return events_of(await http.post(path, json={**ROUTES[path], **fields}))[0]
 
 
-async def events_of(http: httpx2.AsyncClient, path: str, **fields: Any) -> list[Any]:
+async def chunks_of(http: httpx2.AsyncClient, path: str, **fields: Any) -> list[Any]:
     answer = await http.post(path, json={**ROUTES[path], **fields, "stream": True})
-    assert answer.status_code == 200, answer.text
     assert answer.text.endswith("data: [DONE]\n\n")
-    return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    return events_of(answer)
 
 
 # ---------------------------------------------------------------- which tokens may be chosen
@@ -183,7 +181,7 @@ async def test_listed_tokens_take_the_place_of_the_likeliest(
     for path in ROUTES:
         wish = {**logprobs_of(path), "logprob_token_ids": listed, "return_tokens_as_token_ids": True}
         if stream:
-            answers = await events_of(http, path, **wish)
+            answers = await chunks_of(http, path, **wish)
         else:
             answers = [await answer_of(http, path, **wish)]
         found = [choice["logprobs"] for answer in answers for choice in answer["choices"] if choice["logprobs"]]
@@ -222,7 +220,7 @@ async def test_answers_have_the_ids_of_their_tokens(
             assert (whole if path == CHAT_PATH else choice)["prompt_token_ids"] == prompt
         num = sum(len(choice["token_ids"]) for choice in whole["choices"])
         assert num == whole["usage"]["completion_tokens"]
-        events = await events_of(http, path, return_token_ids=True, n=2, **fields)
+        events = await chunks_of(http, path, return_token_ids=True, n=2, **fields)
         for index in range(2):
             own = [event for event in events if event["choices"][0]["index"] == index]
             parts = [event["choices"][0] for event in own]
@@ -266,7 +264,7 @@ async def test_a_chat_echoes_a_last_message_of_its_own_role(
         if not stream:
             texts = [choice["message"]["content"] for choice in (await answer_of(http, CHAT_PATH, **wish))["choices"]]
         else:
-            events = await events_of(http, CHAT_PATH, **wish)
+            events = await chunks_of(http, CHAT_PATH, **wish)
             texts = [
                 "".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"][0]["index"] == i)
                 for i in range(fields.get("n", 1))

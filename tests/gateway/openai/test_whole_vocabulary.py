@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import httpx2
 import pytest
+from helpers.openai_events import events_of
 from helpers.scripted_fleet import Script, ScriptedFleet
 from tokenizers import Tokenizer
 
@@ -31,11 +31,8 @@ def by_id(own: int, size: int) -> dict[int, float]:
 
 async def asked(http: httpx2.AsyncClient, path: str, **fields: Any) -> Any:
     body = {"model": "base", "max_tokens": NUM, **({"messages": USER} if path == CHAT else {"prompt": "hi"}), **fields}
-    answer = await http.post(path, json=body)
-    assert answer.status_code == 200, answer.text
-    if not fields.get("stream"):
-        return answer.json()
-    return [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+    found = events_of(await http.post(path, json=body))
+    return found if fields.get("stream") else found[0]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -75,6 +75,14 @@ class Gateway:
             raise
         self.calls.append(call)
 
+    def queue_at_100_a_second(self, num: int) -> None:
+        """Let so many calls reach the queue."""
+        for _ in range(num):
+            self.now_ms += 10
+            call = self.calls.pop()
+            call.reach_queue()
+            call.close()  # it counts once
+
     def refusal(self, wanted: CallLoad | None) -> Overloaded | None:
         try:
             self.admission.check(wanted)
@@ -135,11 +143,7 @@ def test_the_way_to_the_queue_is_limited() -> None:
     site = gateway()
     for _ in range(1000):
         site.begin()
-    for _ in range(200):  # 100 a second
-        site.now_ms += 10
-        call = site.calls.pop()
-        call.reach_queue()
-        call.close()  # it counts once
+    site.queue_at_100_a_second(200)
     refused = site.refusal(None)
     assert refused is not None
     assert refused.message == "800 calls are waiting to be queued, for about 8 s; the limit is 5 s"
@@ -316,11 +320,7 @@ def test_the_wait_is_at_least_the_time_to_the_queue() -> None:
     site = gateway(status(10, rate=100.0), max_wait_s=3.0)
     for _ in range(600):
         site.begin()
-    for _ in range(200):  # 100 a second
-        site.now_ms += 10
-        call = site.calls.pop()
-        call.reach_queue()
-        call.close()  # it counts once
+    site.queue_at_100_a_second(200)
     refused = site.refusal(CallLoad(INTERACTIVE))
     assert refused is not None
     assert refused.message == "the first token would come in about 4 s; the limit is 3 s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from pydantic import BaseModel
 
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
+from tests.gateway.batches.test_batches import ended as batch_ended
 
 TEXT = Script().text
+
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"model": "base", "input": "hi", "max_output_tokens": 100, "background": True}
 
@@ -117,16 +118,7 @@ async def test_a_response_is_cancelled_once(http: httpx2.AsyncClient, fleet: Scr
     if hold:
         await reached(http, response["id"], "in_progress")
         await wait_until(lambda: fleet.seen, "a worker has it")
-    cancelling = asyncio.create_task(http.post(f"{PATH}/{response['id']}/cancel"))
-    if hold:
-        bus, rid = fleet.bus, fleet.seen[-1][0].rid
-
-        async def is_ordered() -> bool:
-            return await bus._redis.hget(bus.keys.req(rid), "cancel") == b"1"
-
-        await wait_until(is_ordered, "its end is ordered")
-    fleet.go.set()
-    cancelled = (await cancelling).json()
+    cancelled = await fleet.cancel(http, response["id"])
     assert (cancelled["status"], cancelled["error"], cancelled["usage"]) == ("cancelled", None, None)
     assert (await http.post(f"{PATH}/{response['id']}/cancel")).json() == cancelled
     events = events_of((await http.get(f"{PATH}/{response['id']}", params={"stream": True})).content)
@@ -241,16 +233,11 @@ async def test_lines_of_a_batch_ask_for_responses(client: AsyncOpenAI, gateway: 
     raw = b"\n".join(map(orjson.dumps, lines))
     file = await client.files.create(file=("lines.jsonl", raw), purpose="batch")
     batch = await client.batches.create(input_file_id=file.id, endpoint=PATH, completion_window="24h")
-
-    async def has_ended() -> Any:
-        found = await client.batches.retrieve(batch.id)
-        return found if found.status == "completed" else None
-
-    done = await wait_until(has_ended, "the batch has ended")
-    answer = orjson.loads((await client.files.content(done.output_file_id)).content)
+    done = await batch_ended(client, batch)
+    answer = orjson.loads((await client.files.content(done.output_file_id or "")).content)
     response = held_to(answer["response"]["body"])
     assert (response["status"], response["store"]) == ("incomplete", False)
-    error = orjson.loads((await client.files.content(done.error_file_id)).content)
+    error = orjson.loads((await client.files.content(done.error_file_id or "")).content)
     assert error["response"]["body"]["error"]["param"] == "store"
     assert await bus._redis.keys(f"{bus.keys.tag}:job:*") == []
 

@@ -19,8 +19,10 @@ from gateway.service import GatewayTimings
 from protocol.queue.bus import Bus
 from protocol.queue.kept.conversations import MAX_TURNS
 from protocol.wire.errors import WorkerLost
+from tests.gateway.batches.test_batches import ended as batch_ended
 
 TEXT = Script().text
+
 PATH, RESPONSES = "/v1/conversations", "/v1/responses"
 USER = {"role": "user", "content": "hi"}
 _ITEM: TypeAdapter[Any] = TypeAdapter(ConversationItem)
@@ -154,15 +156,7 @@ async def test_what_has_no_answer_adds_nothing(http: httpx2.AsyncClient, fleet: 
     response = await asked(http, conversation, background=True)
     if how == "cancelled":
         await is_running(http, response["id"])
-        cancelling = asyncio.create_task(http.post(f"{RESPONSES}/{response['id']}/cancel"))
-        bus, rid = fleet.bus, fleet.seen[-1][0].rid
-
-        async def is_ordered() -> bool:
-            return await bus._redis.hget(bus.keys.req(rid), "cancel") == b"1"
-
-        await wait_until(is_ordered, "its end is ordered")
-        fleet.go.set()  # the worker's next step is refused
-        await cancelling
+        await fleet.cancel(http, response["id"])  # the worker's next step is refused
     if how == "deleted":
         await http.delete(f"{RESPONSES}/{response['id']}")
         fleet.go.set()
@@ -362,13 +356,8 @@ async def test_no_line_of_a_batch_is_a_turn(client: AsyncOpenAI) -> None:
     line += b' "conversation": "conv_1"}}'
     file = await client.files.create(file=("lines.jsonl", line), purpose="batch")
     batch = await client.batches.create(input_file_id=file.id, endpoint=RESPONSES, completion_window="24h")
-
-    async def has_ended() -> Any:
-        found = await client.batches.retrieve(batch.id)
-        return found if found.status == "completed" else None
-
-    done = await wait_until(has_ended, "the batch has ended")
-    assert b'"param":"conversation"' in (await client.files.content(done.error_file_id)).content
+    done = await batch_ended(client, batch)
+    assert b'"param":"conversation"' in (await client.files.content(done.error_file_id or "")).content
 
 
 # ---------------------------------------------------------------- limits

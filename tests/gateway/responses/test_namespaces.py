@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import pytest_asyncio
 from helpers import response_events
-from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
+from helpers.scripted_fleet import Script, ScriptedFleet
 
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.openai.openai_bodies import MAX_TOOLS
 from gateway.responses.tools import MAX_NAME
-from protocol.queue.bus import Bus
 
 PATH = "/v1/responses"
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"], "additionalProperties": False}
@@ -46,25 +42,16 @@ CALLS = {
 BODY: dict[str, Any] = {"model": "base", "input": "hi", "tools": TOOLS}
 
 
-@pytest_asyncio.fixture
-async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model has room for many tools."""
-    fleet.max_model_len = 1 << 18
-    await fleet.register()
-    async with gateway_client(bus, model_folder) as client:
-        yield client
-
-
 def calls(fleet: ScriptedFleet, name: str) -> None:
     """Let the model call a function."""
     written = json.dumps({"name": name, "arguments": {"x": "y"}})
     fleet.script = lambda submit, body: Script(f"<tool_call>\n{written}\n</tool_call>", chunk=7)
 
 
-async def test_calls_name_the_namespace_beside_the_function(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+async def test_calls_name_the_namespace_beside_the_function(agent: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     for flat, (space, name) in CALLS.items():
         calls(fleet, flat)
-        whole = await http.post(PATH, json=BODY)
+        whole = await agent.post(PATH, json=BODY)
         assert whole.status_code == 200, whole.text
         assert IGNORED_HEADER not in whole.headers
         response = response_events.held_to(whole.json())
@@ -72,33 +59,33 @@ async def test_calls_name_the_namespace_beside_the_function(http: httpx2.AsyncCl
         assert (call.get("namespace", ""), call["name"], call["arguments"]) == (space, name, '{"x": "y"}')
         assert [tool["type"] for tool in response["tools"]] == ["function", "namespace", "namespace"]
         assert "namespace" not in call or space
-        streamed = await http.post(PATH, json={**BODY, "stream": True})
+        streamed = await agent.post(PATH, json={**BODY, "stream": True})
         [of_stream] = response_events.built(response_events.events_of(streamed.content))["output"]
         assert (of_stream.get("namespace", ""), of_stream["name"]) == (space, name)
         # Whoever reads it later finds the same, and may go on with it.
-        assert (await http.get(f"{PATH}/{response['id']}")).json()["output"] == response["output"]
+        assert (await agent.get(f"{PATH}/{response['id']}")).json()["output"] == response["output"]
         result = {"type": "function_call_output", "call_id": call["call_id"], "output": "done"}
         fleet.script = lambda submit, body: Script("Thanks.")
         for more in ({"previous_response_id": response["id"], "input": [result]}, {"input": [call, result]}):
-            answer = await http.post(PATH, json={**BODY, **more})
+            answer = await agent.post(PATH, json={**BODY, **more})
             assert answer.status_code == 200, answer.text
             assert fleet.prompt().count(flat) > fleet.prompt(0).count(flat)  # as the model wrote it
 
 
 async def test_the_model_is_shown_every_function_and_once_the_namespace(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet
+    agent: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
     fleet.script = lambda submit, body: Script("Hello.")
-    assert (await http.post(PATH, json=BODY)).status_code == 200
+    assert (await agent.post(PATH, json=BODY)).status_code == 200
     assert all(f'"{flat}"' in fleet.prompt() for flat in CALLS)
     assert fleet.prompt().count("Tools of a server.") == 2
     forced = {**BODY, "tool_choice": {"type": "function", "name": "crm__list"}}
     calls(fleet, "crm__list")
-    [call] = (await http.post(PATH, json=forced)).json()["output"]
+    [call] = (await agent.post(PATH, json=forced)).json()["output"]
     assert (call["namespace"], call["name"]) == ("crm", "list")
     none = {**BODY, "tools": [namespace("empty")]}
     fleet.script = lambda submit, body: Script("Hello.")
-    assert (await http.post(PATH, json=none)).status_code == 200
+    assert (await agent.post(PATH, json=none)).status_code == 200
 
 
 REFUSED: list[tuple[list[dict[str, Any]], str]] = [
@@ -130,21 +117,21 @@ REFUSED: list[tuple[list[dict[str, Any]], str]] = [
 
 
 async def test_what_is_wrong_in_a_namespace_is_named(
-    subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
+    subtests: pytest.Subtests, agent: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
     for tools, param in REFUSED:
         with subtests.test(param=param, tools=str(tools)[:60]):
-            answer = await http.post(PATH, json={**BODY, "tools": tools})
+            answer = await agent.post(PATH, json={**BODY, "tools": tools})
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "namespace": 3}
-    answer = await http.post(PATH, json={**BODY, "input": [call]})
+    answer = await agent.post(PATH, json={**BODY, "input": [call]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[0].namespace")
     assert fleet.seen == []
 
 
-async def test_as_many_functions_as_there_may_be(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+async def test_as_many_functions_as_there_may_be(agent: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script("Hello.")
     most = [namespace("n", *(function(f"f{i}") for i in range(MAX_TOOLS)))]
-    answer = await http.post(PATH, json={**BODY, "tools": most})
+    answer = await agent.post(PATH, json={**BODY, "tools": most})
     assert answer.status_code == 200, answer.text
     assert fleet.prompt().count("Tools of a server.") == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import httpx2
@@ -36,21 +35,6 @@ async def shown(http: httpx2.AsyncClient, response_id: str) -> Json:
     return held_to((await http.get(f"{PATH}/{response_id}")).json())
 
 
-async def cancelled(http: httpx2.AsyncClient, fleet: ScriptedFleet, response_id: str) -> Json:
-    """Cancel a response; its worker goes on when the queue knows that."""
-    asking = asyncio.create_task(http.post(f"{PATH}/{response_id}/cancel"))
-    request = fleet.bus.keys.req(f"{response_id.removeprefix('resp_')}-0")
-
-    async def is_known() -> bool:
-        return asking.done() or await fleet.bus._redis.hget(request, "cancel") == b"1"
-
-    await wait_until(is_known, "the queue knows of the cancellation")
-    fleet.go.set()
-    answer = await asking
-    assert answer.status_code == 200, answer.text
-    return held_to(answer.json())
-
-
 async def brought_to(http: httpx2.AsyncClient, fleet: ScriptedFleet, state: str) -> str:
     """Return the id of a response in the background that is in a state."""
     fleet.go.clear()
@@ -69,7 +53,7 @@ async def brought_to(http: httpx2.AsyncClient, fleet: ScriptedFleet, state: str)
 
     await wait_until(is_there, f"the response is {first}")
     if state == "cancelled":
-        await cancelled(http, fleet, response_id)
+        held_to(await fleet.cancel(http, response_id))
     return response_id
 
 
@@ -108,9 +92,9 @@ async def test_a_state_allows_what_it_may(http: httpx2.AsyncClient, fleet: Scrip
     else:
         assert (on.status_code, on.json()["error"]["code"]) == (400, "previous_response_not_completed")
         assert f"is {state}" in on.json()["error"]["message"]
-    ended = await cancelled(http, fleet, response_id)
+    ended = held_to(await fleet.cancel(http, response_id))
     assert ended["status"] == ("cancelled" if state in RUNNING else state)
-    assert await cancelled(http, fleet, response_id) == ended  # a second time does nothing
+    assert held_to(await fleet.cancel(http, response_id)) == ended  # a second time does nothing
     assert (await http.delete(f"{PATH}/{response_id}")).status_code == 200
     for method, path in (("GET", ""), ("GET", "?stream=true"), ("POST", "/cancel"), ("DELETE", "")):
         gone = await http.request(method, f"{PATH}/{response_id}{path}")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import pytest_asyncio
 from helpers import examples
 from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 from llguidance import LLMatcher
@@ -67,15 +65,6 @@ def body_of(path: str, schema: dict[str, Any], choice: str | None, **more: Any) 
     if path == "/api/chat":
         return {"model": "base", "messages": USER, "tools": [tool], "stream": False}
     return {"model": "base", "messages": USER, "max_tokens": 200, "tools": [tool], **chosen}
-
-
-@pytest_asyncio.fixture
-async def agent(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model has room for the tools of an agent."""
-    fleet.max_model_len = 1 << 18
-    await fleet.register()
-    async with gateway_client(bus, model_folder) as client:
-        yield client
 
 
 ROUTES = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/api/chat")
@@ -182,9 +171,8 @@ async def test_arguments_in_tags_of_a_schema_that_tags_cannot_say(
     bus: Bus, fleet: ScriptedFleet, tmp_path: Path
 ) -> None:
     """A model that writes arguments in tags: strings stay strings, the rest is JSON."""
-    folder = make_model_folder(tmp_path / "model")
     template = Path(__file__).parent.parent / "templates" / "qwen_coder.jinja"
-    (folder / "chat_template.jinja").write_text(template.read_text())
+    folder = make_model_folder(tmp_path / "model", template.read_text())
     fleet.max_model_len = 4096
     await fleet.register()
     values = "<parameter=x>\ny\n</parameter>\n<parameter=z>\n3\n</parameter>\n"

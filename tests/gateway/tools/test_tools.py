@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 from helpers import examples
+from helpers.openai_events import events_of
 from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, playing, running_gateway
 from llguidance import LLMatcher, LLTokenizer
 from openai import AsyncOpenAI
@@ -434,10 +435,9 @@ async def test_reasoning_is_told_apart(bus: Bus, tmp_path: Path) -> None:
             for _ in range(2):  # the second finds the first's
                 answer = await it.http.post("/v1/chat/completions", json={**asked, "stream": True}, headers=headers)
                 deltas.clear()
-                for line in answer.text.splitlines():
-                    if line.startswith("data: {"):
-                        for name, value in json.loads(line[6:])["choices"][0]["delta"].items():
-                            deltas[name] = deltas.get(name, "") + (value or "")
+                for event in events_of(answer):
+                    for name, value in event["choices"][0]["delta"].items():
+                        deltas[name] = deltas.get(name, "") + (value or "")
                 assert (deltas["reasoning_content"].strip(), deltas["content"]) == ("Hm.", "So.")
                 assert deltas["reasoning"] == deltas["reasoning_content"]
             job = await it.http.post("/v1/chat/completions", json={**asked, "background": True})

@@ -6,50 +6,17 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from helpers.scripted_fleet import make_model_folder, running_gateway
-from helpers.waiting import wait_until
+from helpers.several_bases import gateway_of_bases
 
 from lorafleet.__main__ import main
 from protocol.queue.bus import Bus
-from protocol.wire import messages as m
-
-
-def base(name: str) -> m.ServedModel:
-    return m.ServedModel(
-        model=name, name=name, fingerprint="f", model_type="t", vocab_size=300, max_model_len=256, sites=[]
-    )
-
-
-async def keep_alive(bus: Bus, workers: dict[str, str]) -> None:
-    """Write heartbeats of workers, by id the name of their base, for as long as commands take."""
-    while True:
-        for wid, name in workers.items():
-            beat = m.WorkerBeat(wid=wid, name=f"worker-{wid}", base=name, capacity=4)
-            await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), 60_000)
-        await asyncio.sleep(0.2)
 
 
 @pytest.mark.parametrize("several", [False, True])
 async def test_commands_show_each_base_of_several(
     bus: Bus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, several: bool
 ) -> None:
-    folders = {name: make_model_folder(tmp_path / name) for name in ("chat", "embed", "bad")}
-    await bus.set(bus.keys.base, base("chat"))
-    if several:
-        await bus._redis.hset(bus.keys.bases, "embed", m.encode(base("embed")))
-        await bus.members.note_failure("bad", "no memory")
-        loads = {"chat": m.BaseLoad(1, 3, 2), "embed": m.BaseLoad(0, 7, 0)}
-        status = m.SchedulerStatus(queued=10, running=2, workers=1, drain_rate=0.0, bases=loads)
-        await bus.set(bus.keys.status, status, 3_600_000)
-    further = ",".join(str(folders[name]) for name in ("embed", "bad")) if several else ""
-    workers = {"w1": "chat"} | ({"w2": "embed"} if several else {})
-    async with running_gateway(bus, folders["chat"], more_models=further) as gateway, asyncio.TaskGroup() as group:
-        beats = group.create_task(keep_alive(bus, workers))
-
-        async def have_joined() -> bool:
-            return {*await bus.members.worker_beats()} == {*workers}
-
-        await wait_until(have_joined, "the workers are known")
+    async with gateway_of_bases(bus, tmp_path, several=several) as gateway:
         monkeypatch.setenv("LORAFLEET_URL", gateway.url)
         monkeypatch.setenv("COLUMNS", "200")
 
@@ -59,14 +26,13 @@ async def test_commands_show_each_base_of_several(
             return [line.split() for line in capsys.readouterr().out.splitlines()]
 
         listed, top, status_lines = await told("workers", "list"), await told("top", "--once"), await told("status")
-        beats.cancel()
-    shown_workers = [row for row in (*listed, *top) if row[:1] in (["worker-w1"], ["worker-w2"])]
+    workers = [row for row in (*listed, *top) if row[:1] in (["worker-w1"], ["worker-w2"])]
     if not several:
         assert "base" not in [cell.lower() for row in (*listed, *top) for cell in row]
-        assert all("chat" not in row for row in shown_workers)
+        assert all("chat" not in row for row in workers)
         assert any(row[2] == "chat" for row in status_lines if len(row) > 2)
         return
-    assert [row[2] for row in shown_workers] == ["chat", "embed"] * 2
+    assert [row[2] for row in workers] == ["chat", "embed"] * 2
     shown = {row[0]: row[1:] for row in top if row[:1] in (["chat"], ["embed"], ["bad"]) and len(row) > 4}
     assert shown["chat"] == ["ready", "1", "3", "2", "0"]
     assert shown["embed"] == ["no", "worker", "0", "7", "0", "0"]

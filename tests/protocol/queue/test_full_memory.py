@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from helpers.full_memory import full_memory
 from helpers.script_queue import GATEWAY, Queue, ids, make_body, make_submit, row
 from helpers.waiting import wait_until
 
 from chaos.shortage import disk_again, no_disk
-from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
+from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.books.quota import Quota
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, DiskFull, MemoryFull, StepResult
 from protocol.wire import messages as m
@@ -94,13 +91,6 @@ async def test_the_memory_of_the_server_is_told(queue: Queue) -> None:
     assert 0 < used < most
     async with full_memory(queue.bus):
         assert (await queue.bus.memory())[1] == 1
-
-
-@pytest.fixture
-def durable(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    server = start_embedded(tmp_path / "durable")
-    yield server
-    server.stop()
 
 
 async def test_a_full_disk_refuses_writes_until_there_is_room(durable: EmbeddedServer) -> None:

@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 
 from protocol.queue.bus import Bus, now_ms
 from protocol.queue.kept.conversations import Turn
+from protocol.queue.kept.webhooks import UNREADABLE
 from protocol.wire import messages as m
 from protocol.wire.codec import decode_record
 from protocol.wire.errors import LorafleetError, NewerRecord, UnreadableRecord
@@ -166,12 +167,13 @@ async def test_what_is_no_turn_s_name_is_put_aside(bus: Bus, member: bytes) -> N
 async def test_a_delivery_that_cannot_be_read_is_given_up(bus: Bus) -> None:
     delivery, webhooks = RECORDS["delivery"], bus.webhooks
     assert isinstance(delivery, m.Delivery)
-    ids = ("bad", "new", "good")
+    ids = ("bad:we_1", "new", "good")
     await webhooks.add("t", [msgspec.structs.replace(delivery, id=id_) for id_ in ids], 10)
     newer = msgspec.msgpack.encode({**fields_of(delivery), "form": 2})
-    await bus._redis.hset(bus.keys.outbox("t"), mapping={"bad": b"\xc1", "new": newer})
+    await bus._redis.hset(bus.keys.outbox("t"), mapping={"bad:we_1": b"\xc1", "new": newer})
     assert [one.id for one in await webhooks.take("t", 10, 60_000)] == ["good"]
-    assert [one.id for one in await webhooks.given_up("t")] == ["bad"], "its owner is told"
+    [lost] = await webhooks.given_up("t")
+    assert (lost.id, lost.endpoint, lost.type, lost.error) == ("bad:we_1", "we_1", "", UNREADABLE), "its owner is told"
     assert await bus._redis.hkeys(bus.keys.outbox("t")) == [b"new", b"good"], "a newer gateway sends the newer one"
     assert [one.id for one in await webhooks.waiting("t")] == ["good"]
 

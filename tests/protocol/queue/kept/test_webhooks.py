@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
-
 from protocol.queue.bus import Bus, now_ms
-from protocol.queue.kept.webhooks import MAX_GIVEN_UP, UNREADABLE
+from protocol.queue.kept.webhooks import MAX_GIVEN_UP
 from protocol.wire import messages as m
-from protocol.wire.errors import UnreadableRecord
 
 
 def endpoint(number: int, tenant: str = "a") -> m.WebhookEndpoint:
@@ -120,19 +117,6 @@ async def test_ends_are_told_by_tenant_and_forgotten_once(bus: Bus) -> None:
     await bus.webhooks.drop_ends("b", await bus.webhooks.ended("b", 16))
     assert await bus.webhooks.tenants_with_ends(9) == ["a"]
     assert await bus._redis.exists(bus.keys.ends_of("b")) == 0
-
-
-async def test_a_record_that_cannot_be_read_is_given_up_alone(bus: Bus) -> None:
-    await bus.webhooks.add("a", [delivery(1), delivery(2)], 1000)
-    await bus._redis.hset(bus.keys.outbox("a"), "evt_1:we_1", b"\x81")
-    await bus.webhooks.keep_endpoint(endpoint(1), 20)
-    await bus._redis.hset(bus.keys.hooks("a"), "we_2", b"\x81")
-    assert [one.id for one in await bus.webhooks.take("a", 9, 60_000)] == ["evt_2:we_1"]
-    [lost] = await bus.webhooks.given_up("a")
-    assert (lost.id, lost.endpoint, lost.type, lost.error) == ("evt_1:we_1", "we_1", "", UNREADABLE)
-    assert [one.id for one in await bus.webhooks.endpoints("a")] == ["we_1"]
-    with pytest.raises(UnreadableRecord):
-        await bus.webhooks.endpoint("a", "we_2")
 
 
 async def test_those_given_up_are_the_newest(bus: Bus) -> None:
