@@ -1,9 +1,10 @@
-"""The whole path as separate processes: load of mixed adapters, and a thousand of them."""
+"""The whole path as separate processes: load, a killed worker, a joining one, a thousand adapters."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 import pytest_asyncio
 import torch
 from helpers.factories import make_adapter, make_tiny_model
-from helpers.fleets import services_of
 from helpers.preloaded import fork
 from helpers.waiting import wait_until
 from openai import AsyncOpenAI
@@ -66,7 +66,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    folder = tmp_path_factory.mktemp("fleet") / "adapters"
+    folder = tmp_path_factory.mktemp("adapters")
     for seed, (name, rank) in enumerate(RANKS.items(), start=1):
         make_adapter(folder / name, model, rank=rank, seed=seed)
     return folder
@@ -93,17 +93,39 @@ async def client(services: ProcessFleet) -> AsyncIterator[AsyncOpenAI]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def services(model: Path, adapters: Path) -> AsyncIterator[ProcessFleet]:
-    async with services_of(adapters.parent, model, "w0", "w1") as running:
-        yield running
+async def fleet(tmp_path_factory: pytest.TempPathFactory, model: Path, adapters: Path) -> AsyncIterator[ProcessFleet]:
+    fleet = ProcessFleet.prepare(tmp_path_factory.mktemp("fleet"), model, adapters, durable=False, spawn=fork)
+    try:
+        await fleet.start_all(Shape(workers=("w0", "w1")))
+        yield fleet
+    finally:
+        await fleet.close()
 
 
-async def ask(client: AsyncOpenAI, name: str, prompt: str, num: int) -> str:
-    """Stream one completion."""
+@pytest_asyncio.fixture(loop_scope="module")
+async def services(fleet: ProcessFleet) -> ProcessFleet:
+    """The fleet with both of its workers, whatever an earlier test did to them."""
+    for name in ("w0", "w1"):
+        if not fleet.members[name].is_running:
+            fleet.start("worker", name)
+    for name in ("w0", "w1"):
+        await wait_until(lambda name=name: fleet.is_up(fleet.members[name]), f"{name} is back")
+    return fleet
+
+
+async def ask(client: AsyncOpenAI, name: str, prompt: str, num: int, seen: asyncio.Event | None = None) -> str:
+    """Stream one completion; `seen` is set once some tokens are there."""
+    text = ""
     stream = await client.completions.create(
         model=name, prompt=prompt, max_tokens=num, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
-    return "".join([chunk.choices[0].text async for chunk in stream])
+    num_chunks = 0
+    async for chunk in stream:
+        text += chunk.choices[0].text
+        num_chunks += 1
+        if seen is not None and num_chunks == 5:
+            seen.set()
+    return text
 
 
 async def test_500_requests_of_mixed_adapters_all_come_back_right(
@@ -123,6 +145,44 @@ async def test_500_requests_of_mixed_adapters_all_come_back_right(
     await wait_until(lambda: _is_idle(services), "nothing is queued or running")
     assert await services.bus._redis.xlen(keys.dlq) == 0
     assert await services.bus.untimed_keys() == []
+
+
+async def test_no_client_notices_that_a_worker_is_killed_in_mid_stream(
+    services: ProcessFleet, client: AsyncOpenAI, oracle: Oracle
+) -> None:
+    num = 400
+    undisturbed = {name: await ask(client, name, PROMPTS[0], num) for name in ("base", *RANKS)}
+    assert all(text.startswith(oracle.text(name, PROMPTS[0], 24)) for name, text in undisturbed.items())
+    names = [*(["base", *RANKS] * 3)]
+    streams: list[asyncio.Task[str]] = []
+    victim = ""
+    while not victim:  # on a busy machine all may have ended before their clients see that they have begun
+        await asyncio.gather(*streams)
+        started = [asyncio.Event() for _ in names]
+        streams = [
+            asyncio.create_task(ask(client, name, PROMPTS[0], num, event))
+            for name, event in zip(names, started, strict=True)
+        ]
+        await started[-1].wait()
+        # Nobody may end while it is found out who has work to lose.
+        for worker in ("w0", "w1"):
+            services.signal(worker, signal.SIGSTOP)
+        victim = await _busiest(services)
+        if not victim:
+            for worker in ("w0", "w1"):
+                services.signal(worker, signal.SIGCONT)
+    services.kill(victim)
+    other = "w1" if victim == "w0" else "w0"
+    services.signal(other, signal.SIGCONT)
+    services.start("worker", victim)
+    texts = await asyncio.gather(*streams)
+    assert texts == [undisturbed[name] for name in names]
+    keys = [key async for key in services.bus._redis.scan_iter(services.bus.keys.req("*").encode())]
+    epochs = [int(await services.bus._redis.hget(key, "epoch")) for key in keys]
+    assert max(epochs) > 1, "no request was moved: the kill showed nothing"
+    await wait_until(lambda: services.is_up(services.members[victim]), "the new worker has joined")
+    services.kill(other)
+    assert await ask(client, "eight", PROMPTS[1], 12) == oracle.text("eight", PROMPTS[1], 12)
 
 
 @pytest.mark.thorough
@@ -161,6 +221,16 @@ async def test_any_of_a_thousand_registered_adapters_can_be_asked_at_once(
 
 async def _all_listed(client: AsyncOpenAI, num: int) -> bool:
     return len((await client.models.list()).data) == num
+
+
+async def _busiest(services: ProcessFleet) -> str:
+    """Return the name of the worker that has the most requests right now, "" if none has any."""
+    bus = services.bus
+    keys = [key async for key in bus._redis.scan_iter(bus.keys.req("*").encode())]
+    facts = [await bus._redis.hmget(key, "state", "owner") for key in keys]
+    owners = [owner.decode() for state, owner in facts if state == b"assigned"]
+    names = {beat.wid: beat.name for beat in (await bus.members.worker_beats()).values() if beat is not None}
+    return names[max(owners, key=owners.count)] if owners else ""
 
 
 async def _is_idle(services: ProcessFleet) -> bool:
