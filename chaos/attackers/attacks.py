@@ -153,7 +153,7 @@ async def _large_body(attacker: Attacker) -> None:
 
 
 async def _scanners(attacker: Attacker) -> None:
-    """Send bodies near the size limit to each parser that could scan a text repeatedly."""
+    """Send large grammars, schemas, patterns, tools and earlier turns, which a parser might scan repeatedly."""
 
     def filled(unit: str, before: str = "", after: str = "") -> str:
         return before + unit * ((65_000 - len(before) - len(after)) // len(unit)) + after

@@ -1,4 +1,4 @@
-"""Attacks without generation: repeated lists, one job read by hundreds of clients, operator-like orders, wrong URLs."""
+"""Attacks without generation: repeated lists, one job read by hundreds of clients, waiting orders, wrong URLs."""
 
 from __future__ import annotations
 
