@@ -114,8 +114,7 @@ async def test_an_old_primary_that_was_cut_off_takes_nothing(replicated: Replica
         process.send_signal(signal.SIGCONT)
 
         def refused() -> bool:
-            """Its replicas are counted once a second: writes accepted before that are lost, as the last second may be.
-            """
+            """Replicas are counted once a second: writes accepted before are lost, as the last second may be."""
             try:
                 client.set(bus.keys.tag, "lost", px=60_000)
             except redis.RedisError:
