@@ -1,4 +1,4 @@
-"""Anthropic's own tools that clients run: shown to any model as functions, called by name, held to a schema."""
+"""Anthropic's client-side tools: shown to any model as functions, called by name, and constrained by a schema."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ CALLS: list[tuple[str, str, dict[str, Any]]] = [
      {"command": "insert", "path": "/a", "insert_line": 3, "insert_text": "x"}),
     ("memory_20250818", "memory", {"command": "rename", "old_path": "/memories/a", "new_path": "/memories/b"}),
 ]  # fmt: skip
-"""Type and name of a tool, and what a call of it has, in the order of the schema."""
+"""Type and name of a tool, and the arguments of a call in the order of the schema."""
 
 
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model has room for the tools of an agent."""
+    """A client of a gateway whose model has enough context for the tools of an agent."""
     fleet.max_model_len = 1 << 16
     await fleet.register()
     async with gateway_client(bus, model_folder) as client:
@@ -85,7 +85,7 @@ async def test_a_model_calls_them_and_reads_their_results(
 
 
 async def test_calls_are_held_to_what_is_documented(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    """Forced, an editor is called with one of its commands: the grammar on the queue has them."""
+    """If a call is forced, the grammar of the request only allows the editor's documented commands."""
     tool = {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool", "max_characters": 10_000}
     calls(fleet, "str_replace_based_edit_tool", {"command": "view", "path": "/a"})
     answer = await http.post(PATH, json={**BODY, "tools": [tool], "tool_choice": {"type": "any"}})

@@ -1,4 +1,4 @@
-"""The official client, unchanged, against a real gateway over a scripted worker."""
+"""The official client, unchanged, with a real gateway and a scripted worker."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_an_adapter_is_asked_by_name_and_by_base_and_name(client: AsyncOpe
 async def test_a_list_of_models_gives_each_ones_answers_in_one_call(
     client: AsyncOpenAI, fleet: ScriptedFleet, stream: bool
 ) -> None:
-    """First all choices of all prompts of the first model, then those of the second; each names its model."""
+    """Choices are ordered by model, then by prompt; each names its model."""
     await fleet.add_adapter("fox", "d1")
     fleet.script = lambda submit, body: Script(text=f"{submit.digest or 'none'} {submit.rid.rpartition('-')[2]}")
     models: Any = ["fox", "base"]
@@ -100,7 +100,7 @@ async def test_a_list_of_models_gives_each_ones_answers_in_one_call(
     wanted = [("fox", f"d1 {i}") for i in range(4)] + [("base", f"none {i}") for i in range(4, 8)]
     assert [found[i] for i in range(8)] == wanted
     seeds = [body.sampling.seed for _, body in sorted(fleet.seen, key=lambda pair: pair[0].rid)]
-    assert seeds[:4] == seeds[4:]  # to compare the models by
+    assert seeds[:4] == seeds[4:]  # so that the models can be compared
     refused = client.completions.create(model=["fox", "nobody"], prompt="hi")  # type: ignore[call-overload]
     with pytest.raises(NotFoundError, match="nobody"):
         await refused

@@ -1,6 +1,6 @@
-"""Streams byte by byte, as committed in `golden/`: what other servers' clients send, and what they get.
+"""Streams to clients of other servers, compared byte by byte with the files in `golden/`.
 
-Only ids, times and the request's own id are replaced. After a change that is meant, `GOLDEN=write` writes them anew.
+Only ids and times are replaced. After an intended change, `GOLDEN=write` rewrites the files.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ GREEDY = {"model": "base", "messages": MESSAGES, "temperature": 0.0, "max_tokens
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A request, and what the worker says to it, in two steps."""
+    """A request and the worker's answer to it, in two steps."""
 
     path: str
     body: dict[str, Any]
@@ -132,7 +132,7 @@ REPLACED = [
 
 
 async def cancelled(http: httpx2.AsyncClient, fleet: ScriptedFleet, raw: bytes) -> None:
-    """Cancel the response whose first events are given; its worker goes on when the queue knows that."""
+    """Cancel the response with the given first events; its worker continues once the queue knows."""
     found = re.search(rb"resp_([0-9a-f]{32})", raw)
     assert found is not None
     call = found[1].decode()
@@ -147,7 +147,7 @@ async def cancelled(http: httpx2.AsyncClient, fleet: ScriptedFleet, raw: bytes) 
 
 
 async def bytes_of(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: Stream) -> bytes:
-    """Return headers and body of a streamed answer, what differs each time replaced."""
+    """Return headers and body of a streamed answer, with varying parts replaced."""
     num = len(fleet.tokenizer.encode(stream.says).ids) + 1
     half = -(-min(num, stream.body.get("max_tokens") or stream.body.get("max_output_tokens") or num) // 2)
     fleet.go.clear()
@@ -162,7 +162,7 @@ async def bytes_of(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: Strea
                 if b".delta" in raw and cancelling is None:
                     cancelling = asyncio.create_task(cancelled(http, fleet, raw))
                 continue
-            fleet.go.set()  # the second step comes when the first has been delivered
+            fleet.go.set()  # the second step comes after the first has been delivered
     if cancelling is not None:
         await cancelling
     shown = head + raw

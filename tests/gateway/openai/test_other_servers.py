@@ -1,4 +1,4 @@
-"""Parameters of vLLM, SGLang and TGI do what they do there, on both routes, streamed or not."""
+"""Parameters of vLLM, SGLang and TGI have the same effect as there, on both routes, streamed or not."""
 
 from __future__ import annotations
 

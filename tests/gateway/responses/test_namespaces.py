@@ -1,4 +1,4 @@
-"""Functions in namespaces: models call them by one name, clients by two, whole or as a stream, kept or sent back."""
+"""Functions in namespaces: one name for models, two for clients, in whole answers, streams and stored items."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ CALLS = {
     "crm__list": ("crm", "list"),
     "mcp__x__act": ("mcp__x__", "act"),
 }
-"""Name of a function in what the model writes -> the namespace and the name in calls."""
+"""Name of a function for the model -> namespace and name in calls."""
 
 BODY: dict[str, Any] = {"model": "base", "input": "hi", "tools": TOOLS}
 
 
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model has room for many tools."""
+    """A client of a gateway whose model has enough context for many tools."""
     fleet.max_model_len = 1 << 18
     await fleet.register()
     async with gateway_client(bus, model_folder) as client:
@@ -75,14 +75,14 @@ async def test_calls_name_the_namespace_beside_the_function(http: httpx2.AsyncCl
         streamed = await http.post(PATH, json={**BODY, "stream": True})
         [of_stream] = response_events.built(response_events.events_of(streamed.content))["output"]
         assert (of_stream.get("namespace", ""), of_stream["name"]) == (space, name)
-        # Whoever reads it later finds the same, and may go on with it.
+        # The stored response has the same call, which can be continued.
         assert (await http.get(f"{PATH}/{response['id']}")).json()["output"] == response["output"]
         result = {"type": "function_call_output", "call_id": call["call_id"], "output": "done"}
         fleet.script = lambda submit, body: Script("Thanks.")
         for more in ({"previous_response_id": response["id"], "input": [result]}, {"input": [call, result]}):
             answer = await http.post(PATH, json={**BODY, **more})
             assert answer.status_code == 200, answer.text
-            assert fleet.prompt().count(flat) > fleet.prompt(0).count(flat)  # as the model wrote it
+            assert fleet.prompt().count(flat) > fleet.prompt(0).count(flat)  # as written by the model
 
 
 async def test_the_model_is_shown_every_function_and_once_the_namespace(

@@ -1,4 +1,4 @@
-"""Tools whose schemas no grammar can hold, and tools that run elsewhere: served, told and, if strict, refused."""
+"""Tools with schemas that grammars can't enforce, and hosted tools: served with a notice, or refused if strict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
-# What people's tools have besides plain types, as zod, pydantic and hand-written schemas say it.
+# Keywords other than types that tools of users have, written by zod, pydantic or by hand.
 KEYWORDS: dict[str, Any] = {
     "propertyNames": {"pattern": "^[a-z]+$"},
     "not": {"required": ["x"]},
@@ -52,7 +52,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 def body_of(path: str, schema: dict[str, Any], choice: str | None, **more: Any) -> dict[str, Any]:
-    """Return a body of one of the routes that have tools, with a tool of a schema. choice: auto, forced."""
+    """Return a body for one of the routes with tools, with a tool of a schema. choice: auto, forced."""
     name = {"name": "act", "description": "acts"}
     if path == "/v1/messages":
         forced = {"type": "any" if choice == "forced" else choice}
@@ -71,7 +71,7 @@ def body_of(path: str, schema: dict[str, Any], choice: str | None, **more: Any) 
 
 @pytest_asyncio.fixture
 async def agent(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model has room for the tools of an agent."""
+    """A client of a gateway whose model has enough context for the tools of an agent."""
     fleet.max_model_len = 1 << 18
     await fleet.register()
     async with gateway_client(bus, model_folder) as client:
@@ -124,7 +124,7 @@ async def test_strict_tools_are_refused_by_keyword(
                 assert answer.status_code == 400, answer.text
                 message = answer.json()["error"]["message"]
                 assert keyword in message
-                assert "args_0" not in message  # nothing of the grammar that was made of the schema
+                assert "args_0" not in message  # no detail of the grammar made from the schema
     assert fleet.seen == []
 
 
@@ -133,7 +133,7 @@ def keywords(schema: dict[str, Any]) -> list[str]:
 
 
 def test_keywords_are_looked_for_within_a_limit() -> None:
-    """One for all tools: how many there are and how large, what is beyond it is held all the same where it can be."""
+    """All tools share the limit, whatever their number and size; schemas beyond it are enforced where possible."""
     wide = {"anyOf": [{"not": {}} for _ in range(4 * MAX_LOOKED_AT)]}
     assert not_held(wide, MAX_LOOKED_AT) == (["not"], MAX_LOOKED_AT)
     assert not_held(wide, 0) == ([], 0)
@@ -144,7 +144,7 @@ def test_keywords_are_looked_for_within_a_limit() -> None:
 
 
 def test_keywords_are_known_as_the_compiler_knows_them() -> None:
-    """The list of what is not held is the compiler's, and what is held is not in it."""
+    """The list of unsupported keywords equals the compiler's."""
 
     def refused(schema: dict[str, Any]) -> bool:
         return LLMatcher.validate_grammar_with_warnings(
@@ -181,7 +181,7 @@ def test_tools_stay_bounded_whatever_their_schemas() -> None:
 async def test_arguments_in_tags_of_a_schema_that_tags_cannot_say(
     bus: Bus, fleet: ScriptedFleet, tmp_path: Path
 ) -> None:
-    """A model that writes arguments in tags: strings stay strings, the rest is JSON."""
+    """With a model that writes arguments in tags, strings are used as they are, and other values are JSON."""
     folder = make_model_folder(tmp_path / "model")
     template = Path(__file__).parent.parent / "templates" / "qwen_coder.jinja"
     (folder / "chat_template.jinja").write_text(template.read_text())
@@ -204,12 +204,12 @@ OF_MESSAGES = (
     {"type": "web_search_20250305", "name": "web_search"},
     {"type": "code_execution_20250825", "name": "c"},
     {"type": "computer_20250124", "name": "computer", "display_width_px": 1024},
-    {"type": "bash_20991231", "name": "bash"},  # nobody knows yet what it takes
+    {"type": "bash_20991231", "name": "bash"},  # with unknown parameters
 )
 
 
 def num_read(usage: dict[str, int]) -> int:
-    """Return the tokens of a prompt, those of the cache among them."""
+    """Return the number of prompt tokens, including cached ones."""
     return usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
 
 
@@ -230,7 +230,7 @@ async def test_hosted_tools_are_left_out_and_told(agent: httpx2.AsyncClient, fle
             assert nothing.status_code == 200, nothing.text
             forced = {**body, "tools": [tool], "tool_choice": body_of(path, schema, "forced")["tool_choice"]}
             assert (await agent.post(path, json=forced)).json()["error"]["message"] == "tool_choice needs tools"
-        # A wrong tool beside them is named by its own place.
+        # A wrong tool next to them is named by its own index.
         wrong = await agent.post(path, json={**alone, "tools": [hosted[0], {**alone["tools"][0], "name": "a b"}]})
         assert "tools[1].name" in wrong.json()["error"]["message"]
 
