@@ -40,7 +40,7 @@ KILLS_OF_A_BASE = 3
 
 
 def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
-    """Return what is wrong with an attempt's output: every text must be a prefix of the right one, and end once."""
+    """Return the errors in an attempt's output: each text must be a prefix of the expected one, and end once."""
     wrong: list[str] = []
     if expected.vector:
         if attempt.outcome == "complete":
@@ -71,7 +71,7 @@ def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
 
 
 def logged_wrongly(expected: Expected, facts: RequestFacts | None, ids: bytes, *, whole: bool) -> list[str]:
-    """Return what is wrong with a request's log. It may hold only right tokens; if `whole`, all of them and its end."""
+    """Return the errors in a request's log, which may only have expected tokens; if `whole`, all, and the end."""
     if not whole:
         return [] if expected.ids.startswith(ids) else [f"the log holds {_words(ids, expected.ids)}"]
     if facts is None:
@@ -102,7 +102,7 @@ def unexcused(attempt: Attempt, hits: Iterable[Hit]) -> str:
 
 
 def lost_webhooks(never: Iterable[tuple[str, str]], waiting: Iterable[Delivery], max_tries: int) -> list[str]:
-    """Return what is wrong with ends that no webhook reported.
+    """Return the errors of ends that no webhook reported.
 
     never: (type of the event, id of the job or batch). waiting: deliveries still in the queue. One with more than
     `max_tries` attempts counts as late: the driver waits for no more than that number.

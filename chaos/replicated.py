@@ -147,7 +147,7 @@ class ReplicatedQueue:
         if self._cables is not None:
             self._cables.stop()
 
-    # ------------------------------------------------------------ what Sentinels say
+    # ------------------------------------------------------------ state reported by Sentinels
 
     async def _ask_sentinel(self, index: int, *words: str) -> Any:
         url = f"redis://:{SENTINEL_PASSWORD}@127.0.0.1:{self._sentinel_ports[index]}"

@@ -190,7 +190,7 @@ class Run:
                 group.create_task(self._upload_adapters(stop))
             for number in range(self.plan.num_attackers):
                 group.create_task(self._be_attacker(number, stop))
-            timer = asyncio.get_running_loop().call_later(self.plan.max_s, enough.set)  # clients go on
+            timer = asyncio.get_running_loop().call_later(self.plan.max_s, enough.set)  # clients continue
             await self.havoc.run(self.plan.num_faults, self.plan.every_s, enough, alone=self.plan.alone)
             timer.cancel()
             if self.plan.more_bases:
@@ -357,9 +357,9 @@ class Run:
         return check.logged_wrongly(expected, facts, ids, whole=whole)
 
     def _may_be_forgotten(self, ended_s: float) -> bool:
-        """Return whether a queue that lost power may have lost an end, with no service left to repeat it.
+        """Return whether a power cut may have lost the end of a request, with no service left to write it again.
 
-        This is known only 5 s later: a power cut also takes what was written shortly before it.
+        Faults up to 5 s later count: a power cut also loses writes from shortly before it.
         """
         return self._had_no_power(ended_s - 15, ended_s + 5)
 

@@ -1,4 +1,4 @@
-"""Checks the fleet's usage against the clients' calls: at least what they were shown, at most what they caused."""
+"""Checks the fleet's usage against the clients' calls: at least the usage shown, at most the usage caused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Counts = tuple[int, int, int]
 
 @dataclass(slots=True)
 class Books:
-    """Bounds of the fleet's usage by model: what clients were shown, and what they may have caused."""
+    """Bounds of the fleet's usage by model: usage shown to clients, and usage that they may have caused."""
 
     least: dict[str, Counts] = field(default_factory=dict[str, Counts])
     most: dict[str, Counts] = field(default_factory=dict[str, Counts])
@@ -51,7 +51,7 @@ class Books:
         to[model] = (a + times * counts[0], b + times * counts[1], c + times * counts[2])
 
     def wrong(self, counted: Mapping[str, Counts], *, may_lack: bool, may_exceed: bool) -> list[str]:
-        """Return what is wrong with the counted usage, by model.
+        """Return the errors in the counted usage, by model.
 
         may_lack: the queue has lost its last second of writes. may_exceed: others ask the same models.
         """
@@ -114,7 +114,7 @@ def _spans(call: Call) -> list[tuple[float, float]]:
 async def wrong_usage(
     bus: Bus, tenant: str, books: Books, more_bases: Sequence[str], *, may_lack: bool, may_exceed: bool
 ) -> list[str]:
-    """Return what is wrong with a tenant's counted usage, and which of its requests no client has caused.
+    """Return the errors in a tenant's counted usage, and its requests that no client has caused.
 
     more_bases: names of the base models besides the first, which is asked as `base`. Batch lines are counted
     separately.

@@ -73,7 +73,7 @@ class BatchClient:
         return [f"{batch['id']} is {batch['status']}, and its file cannot be read: {looked[-1]}"]
 
     def _wrong(self, asks: Sequence[Ask], rows: Sequence[dict[str, Any]]) -> list[str]:
-        """Return what is wrong with the answers: each line must have the right one, once."""
+        """Return the errors in the answers: each line must have the expected one, once."""
         names = [row["custom_id"] for row in rows]
         wrong = [] if sorted(names) == sorted(f"c{i}" for i in range(len(asks))) else [f"{len(names)} answers: {names}"]
         for row in rows:

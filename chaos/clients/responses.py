@@ -159,7 +159,7 @@ def events_of(raw: bytes) -> list[Json]:
 
 
 def wrong_events(end: Json, reads: Sequence[Sequence[Json]]) -> list[str]:
-    """Return what is wrong with the events of a response, given several reads of them and its end."""
+    """Return the errors in the events of a response, given several reads of them and its end."""
     wrong = [f"it has failed: {end['error']}"] if end["status"] == "failed" else []
     for events in reads:
         numbers = [event["sequence_number"] for event in events]
@@ -183,7 +183,7 @@ def doubled(items: Sequence[Json]) -> list[str]:
 
 
 def misplaced(items: Sequence[Json], groups: Sequence[Sequence[tuple[str, Json]]]) -> list[str]:
-    """Return what is wrong with a conversation's items.
+    """Return the errors in a conversation's items.
 
     After the first item come the turns of all responses with an answer, each complete and once. Turns of one group,
     which were submitted together, may come in any order; the groups keep theirs.

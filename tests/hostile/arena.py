@@ -102,7 +102,7 @@ class Arena:
         self.first_rss = self.rss()
         self.alone = Seen()
 
-    # ------------------------------------------------------------ watching
+    # ------------------------------------------------------------ monitoring
 
     def rss(self) -> dict[str, int]:
         """Return the RSS in bytes of each member, and the sum of its children's; 0 for ended processes."""

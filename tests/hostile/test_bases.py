@@ -1,4 +1,4 @@
-"""Attacks on a fleet of several bases: adapters that lie about their base, names taken by strangers, floods."""
+"""Attacks on a fleet of several bases: adapters that lie about their base, names claimed by others, floods."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def test_a_strangers_adapter_takes_no_bases_name(bus: Bus, fleet: Scripted
 async def test_why_a_base_has_not_started_is_told_to_operators_alone(
     bus: Bus, fleet: ScriptedFleet, tmp_path: Path
 ) -> None:
-    """It may contain paths of a machine. Tenants only learn that calls of the base fail, strangers that it does."""
+    """It may contain paths of a machine. Tenants only learn that the base's calls fail, others that the base does."""
     await bus.members.note_failure("b", "/srv/private/b has no config.json")
     loads = {"a": m.BaseLoad(1), "b": m.BaseLoad()}
     status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, sent_ms=now_ms(), bases=loads)

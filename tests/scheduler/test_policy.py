@@ -178,7 +178,7 @@ def test_affinity_with_fairness_beats_the_alternatives() -> None:
         assert ours.num_loads < 0.7 * outcomes[policy].num_loads
 
 
-# ---------------------------------------------------------------- the core, move by move
+# ---------------------------------------------------------------- the core, step by step
 
 
 def beats(num: int, sent_ms: int = 1, **more: Any) -> dict[str, m.WorkerBeat | None]:

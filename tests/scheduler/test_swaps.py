@@ -121,7 +121,7 @@ def test_a_failed_base_does_not_keep_the_others_from_a_worker() -> None:
     assert make().decide(NOW_MS, demands, [seat("w", "a")]) == [Swap("w", "c", "idle")]
 
 
-# ------------------------------------------------------------ orders on their way
+# ------------------------------------------------------------ pending orders
 
 
 def test_an_order_on_its_way_is_not_given_again() -> None:

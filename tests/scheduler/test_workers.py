@@ -98,7 +98,7 @@ def test_two_living_workers_may_share_a_name() -> None:
         assert workers.observe({wid: beat(wid, sent, name="same") for wid in ("a", "b")}, 1.0) == []
 
 
-# ---------------------------------------------------------------- what a worker may get
+# ---------------------------------------------------------------- capacity
 
 
 def test_ready_requests_fill_the_capacity_and_two_wait() -> None:

@@ -165,7 +165,7 @@ async def test_open_webui(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> Non
     await goes_its_steps(http, fleet, "open_webui", call, ("tool_calls", "stop"))
 
 
-# ---------------------------------------------------------------- what no text model reads
+# ---------------------------------------------------------------- content that text models can't read
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 STAND_IN = "[image: this model reads text]"

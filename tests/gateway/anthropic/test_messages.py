@@ -301,7 +301,7 @@ async def test_a_format_is_enforced(http: httpx2.AsyncClient, fleet: ScriptedFle
         assert grammar["required"] == ["a"]
 
 
-# ---------------------------------------------------------------- streams that end badly, or wait
+# ---------------------------------------------------------------- failing and waiting streams
 
 
 async def test_a_stream_that_waits_gets_pings(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:

@@ -162,7 +162,7 @@ async def test_an_idempotency_key_answers_once(http: httpx2.AsyncClient, fleet: 
     refused(await http.post(PATH, json=BODY, headers={"idempotency-key": "k" * 256}), 400, "invalid_request_error")
 
 
-# ---------------------------------------------------------------- by name
+# ---------------------------------------------------------------- refused parameters
 
 
 @pytest.mark.parametrize("path", [PATH, COUNT])

@@ -209,7 +209,7 @@ async def test_pages_need_no_key_where_an_operator_opens_them() -> None:
     assert (await front.ask("POST", "/metrics"))[0] == 401
 
 
-# ------------------------------------------------------------ what does not start
+# ------------------------------------------------------------ routes without a declared scope
 
 
 def _routes() -> dict[str, Callable[[FastAPI], Any]]:
@@ -286,7 +286,7 @@ def test_one_scope_of_several_is_enough_and_without_any_every_key_will_do() -> N
         Caller(scopes=()).require("infer", "adapters")
 
 
-# ------------------------------------------------------------ a gateway
+# ------------------------------------------------------------ with a gateway
 
 
 async def sent(gateway: RunningGateway, line: bytes, key: str, body: bytes = b"") -> bytes:

@@ -332,7 +332,7 @@ async def test_a_chat_goes_on(fleet: ConsoleFleet, tab: Tab) -> None:
         assert await refused.count() == 0, await refused.inner_text()
 
 
-# ---------------------------------------------------------------- for everybody
+# ---------------------------------------------------------------- accessibility
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -419,7 +419,7 @@ async def test_a_failing_engine(http: httpx2.AsyncClient, fleet: ScriptedFleet) 
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------- the rest
+# ---------------------------------------------------------------- other routes
 
 
 async def test_tokenize(http: httpx2.AsyncClient, tokenizer: Tokenizer) -> None:

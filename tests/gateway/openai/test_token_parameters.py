@@ -286,7 +286,7 @@ async def test_a_job_and_a_repeated_call_echo_too(http: httpx2.AsyncClient, flee
     assert len(fleet.seen) == 2
 
 
-# ---------------------------------------------------------------- a key of ours in a schema
+# ---------------------------------------------------------------- the internal key in schemas
 
 
 @pytest.mark.parametrize("path", ROUTES)

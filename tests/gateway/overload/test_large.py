@@ -125,7 +125,7 @@ def test_an_answer_does_not_hold_its_body(files: Counting) -> None:
     assert structs.replace(parsed, inputs=ChatPrompt([{"a": 1}])).without_prompts().inputs == ChatPrompt([])
 
 
-# ---------------------------------------------------------------- a gateway
+# ---------------------------------------------------------------- with a gateway
 
 
 @pytest.mark.thorough

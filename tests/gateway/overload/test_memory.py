@@ -110,7 +110,7 @@ def test_one_holder_leaves_room_for_others() -> None:
         account.open("e").hold(101)
 
 
-# ---------------------------------------------------------------- what is charged
+# ---------------------------------------------------------------- charges
 
 KEPT_BYTES = 2048
 """Memory that the interpreter keeps after any parse."""
@@ -191,7 +191,7 @@ def test_only_a_text_beyond_what_is_charged_is_charged_again() -> None:
     assert streamed._room == 0
 
 
-# ---------------------------------------------------------------- a gateway
+# ---------------------------------------------------------------- with a gateway
 
 
 def held_bytes() -> float:

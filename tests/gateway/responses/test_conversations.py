@@ -263,7 +263,7 @@ async def test_turns_that_nobody_reads_are_swept_in(bus: Bus, fleet: ScriptedFle
         assert not await bus._redis.exists(bus.keys.turns)
 
 
-# ---------------------------------------------------------------- what clients do
+# ---------------------------------------------------------------- clients
 
 
 async def test_the_official_client_drives_conversations(client: AsyncOpenAI) -> None:

@@ -62,7 +62,7 @@ async def ended(tasks: list[asyncio.Task[str]]) -> list[str | BaseException]:
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 
-# ---------------------------------------------------------------- whose turn it is
+# ---------------------------------------------------------------- turns of tenants
 
 
 async def test_a_tenant_with_endless_jobs_leaves_others_a_process() -> None:
@@ -105,7 +105,7 @@ async def test_places_are_bounded_by_tenant_and_given_back() -> None:
     assert {type(error) for error in await ended(endless)} == {Unavailable}
 
 
-# ---------------------------------------------------------------- cancelled
+# ---------------------------------------------------------------- cancellation
 
 
 async def test_a_cancelled_job_leaves_nothing_for_the_next_one() -> None:

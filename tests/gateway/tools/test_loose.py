@@ -197,7 +197,7 @@ async def test_arguments_in_tags_of_a_schema_that_tags_cannot_say(
     assert json.loads(call["function"]["arguments"]) == {"x": "y", "z": 3}
 
 
-# ---------------------------------------------------------------- tools that run elsewhere
+# ---------------------------------------------------------------- hosted tools
 
 OF_RESPONSES = ({"type": "web_search"}, {"type": "tool_search"}, {"type": "mcp"})
 OF_MESSAGES = (
@@ -250,7 +250,7 @@ async def test_hosted_tools_are_refused_where_the_setting_says_so(
             assert f"tools of type '{tool['type']}' are not supported: {why}" in answer.text
 
 
-# ---------------------------------------------------------------- what agents send
+# ---------------------------------------------------------------- requests of agents
 
 
 async def test_a_body_of_codex(agent: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:

@@ -167,7 +167,7 @@ def test_text_beside_calls_may_have_a_form_too(tokenizer: Tokenizer) -> None:
         assert (copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting()) == good, text
 
 
-# ---------------------------------------------------------------- reading
+# ---------------------------------------------------------------- parsing
 
 RAW = {tool["function"]["name"]: raw_parameters(tool["function"]["parameters"]) for tool in TOOLS}
 
@@ -285,7 +285,7 @@ def test_arguments_without_names_and_what_tags_cannot_say() -> None:
             answer_grammar(None, tools(parameters), form, {}.get)
 
 
-# ---------------------------------------------------------------- the whole way
+# ---------------------------------------------------------------- end to end
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ def _check_texts(files: dict[str, bytes]) -> str:
     return "taken with a template" if texts.template else "taken"
 
 
-# ---------------------------------------------------------------- kinds besides LoRA
+# ---------------------------------------------------------------- kinds other than LoRA
 
 KIND_FIELDS = ("peft_type", "target_modules", "rank_pattern", "alpha_pattern", "bias", "modules_to_save", "odd")
 

@@ -354,7 +354,7 @@ class KeepsTheEngineGoing(LosingWorld):
 
 
 class WritesWhereverTheLogEnds(LosingWorld):
-    """Workers that do not tell where in the log their tokens belong."""
+    """Workers that do not send the positions of their tokens in the log."""
 
     MOVES = (*LosingWorld.MOVES, "lose_tail", "gateway_notices", "gateway_notices")  # otherwise this is rare
 
