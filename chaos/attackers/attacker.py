@@ -15,8 +15,7 @@ import httpx2
 import orjson
 
 ADDRESS = "127.0.0.2"
-"""Source address of attackers: another address of this machine, so that limits per address do not hit honest clients.
-"""
+"""Source address of attackers: another one of this machine, so that limits per address spare honest clients."""
 
 PATIENCE_S = 180.0
 """Silence after which a call counts as hung: far above every limit, so that a busy machine does not look hung."""

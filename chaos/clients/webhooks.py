@@ -29,8 +29,7 @@ REFUSED = 0.2
 """Share of deliveries that are answered with 503, so that they are sent again."""
 
 MAX_REFUSALS = 2
-"""Maximum refusals of one event: the fourth attempt would come minutes later, and the driver waits only for the third.
-"""
+"""Maximum refusals of one event: the driver waits for the third attempt only; the fourth comes minutes later."""
 
 
 class Receiver:

@@ -207,7 +207,7 @@ async def test_no_answer_holds_the_event_loop(
 async def test_no_long_prompt_that_is_accepted_holds_the_event_loop(
     http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt of 250,000 tokens has a megabyte: commands and replies with it are sent and read in slices."""
+    """A prompt of 250,000 tokens takes a megabyte: commands and replies with it are sent and read in slices."""
     await fleet.set_context(http.base_url, 1 << 20)
     packed = noting(monkeypatch, line, "_pack", lambda words: max(map(len, (w for w in words if isinstance(w, bytes)))))
     sent = noting(monkeypatch, asyncio.StreamWriter, "writelines", lambda _, parts: sum(map(len, parts)))

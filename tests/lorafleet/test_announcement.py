@@ -19,7 +19,7 @@ from tests.gateway.test_bases import add, base, set_bases
 
 @pytest.mark.parametrize("up", ["a", "b", "ab", "ba"])
 async def test_a_fleet_is_announced_whichever_base_is_up(bus: Bus, tmp_path: Path, up: str) -> None:
-    """Bases are listed by name, and adapters in the order in which their workers came."""
+    """up: the bases that are up, in the order in which their workers came."""
     one, other = make_model_folder(tmp_path / "a"), make_model_folder(tmp_path / "b")
     await set_bases(bus, *map(base, up), **dict.fromkeys(up, 1))
     for name, of in (("first", "a"), ("second", "b")):

@@ -355,7 +355,7 @@ async def test_without_a_secret_no_token_is_kept(bus: Bus, hub: HubStub, model_f
 async def test_a_moved_branch_is_seen_when_it_is_asked_for(
     bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
 ) -> None:
-    """However long the last request is ago; there are no lookups in between."""
+    """However long ago the last request was; there are no lookups in between."""
     async with running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as http:
         assert (await ask(http, "org/a")).status_code == 200
         seen = len(hub.requests("/api/models/org/a"))

@@ -147,7 +147,7 @@ async def test_a_range_is_asked_for_once_a_period() -> None:
         for clock.now_s in (NOW_S, NOW_S + 1, NOW_S + 169, NOW_S + 170, NOW_S + 171):
             assert isinstance(await made.read("6h", None), dict)
         assert len(asked) == 2
-        clock.now_s -= 3600  # the machine's clock was ahead and has been corrected
+        clock.now_s -= 3600  # the fleet's clock was ahead and has been corrected
         found = await made.read("6h", None)
         assert isinstance(found, dict)
         assert found["start_time"] == FIRST_S - 3600 + 300

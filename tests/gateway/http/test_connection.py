@@ -201,7 +201,7 @@ def test_requests_sent_ahead_are_bounded_and_answered_in_order() -> None:
 
 @pytest.mark.parametrize("rest", [b"", b"GARBAGE"])
 def test_who_has_sent_ahead_and_goes_is_gone_for_what_runs(rest: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    """Each running request is cancelled, not only the newest; otherwise, it would be computed in vain."""
+    """The running request is notified too, not only the newest; otherwise, it would be computed in vain."""
 
     async def test(run: Running) -> None:
         _, writer = await run.connect()

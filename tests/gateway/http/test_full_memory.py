@@ -92,7 +92,7 @@ async def test_a_queue_that_jobs_have_filled_empties_again(
         for jid in made:
             assert (await http.delete(f"/v1/jobs/{jid}")).status_code == 200
 
-        async def is_served() -> bool:  # which includes that the server has released the buffers of its clients
+        async def is_served() -> bool:  # once the server has also released its clients' buffers
             return (await http.post("/v1/completions", json=COMPLETION)).status_code == 200
 
         await wait_until(is_served, "calls are let in again", every_s=0.1)

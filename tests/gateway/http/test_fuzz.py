@@ -149,8 +149,7 @@ HALVES = ['"\\ud800"', '"\\udfff\\ud800"', '"a\\udc00b"']
 FUZZED = examples.some(
     sorted(GOOD), "/v1/chat/completions", "/generate", "/v1/messages", "/v1/responses", "/v1/batches", "/v1/adapters",
 )  # fmt: skip
-"""One path of each dialect and of the operators' API; `tests/hostile/test_fuzz.py` tries all paths, with fewer values.
-"""
+"""One path of each dialect and of the operators' API; `tests/hostile/test_fuzz.py` tries all, with fewer values."""
 
 
 @pytest.mark.parametrize("path", FUZZED)

@@ -124,7 +124,7 @@ async def test_an_answer_has_ended_when_its_client_has_left(stream: bool) -> Non
 
 @pytest.mark.parametrize("waits", [False, True])
 async def test_a_stream_has_no_headers_before_its_call_may_still_be_refused(waits: bool) -> None:
-    """While a call is being submitted, it may be; a call that waits for its adapter is kept alive."""
+    """A call on its way to the queue may be refused; one that waits for its adapter is kept alive."""
     admission = Admission(Settings(), lambda: None, lambda: 0.0)
     go, sent = asyncio.Event(), list[dict[str, Any]]()
 

@@ -32,7 +32,7 @@ OLDER = {
     "a value that is refused": lambda kept: {**kept, "shown": {**kept["shown"], "max_output_tokens": -5}},
     "a list": lambda kept: [],
 }  # fmt: skip
-"""Possible earlier formats of a response's record, derived from the present one."""
+"""Possible earlier formats of a response's record, derived from the current one."""
 
 
 async def rewrite(bus: Bus, jid: str, change: Any) -> None:

@@ -1,4 +1,4 @@
-"""Webhooks with OpenAI's client: they arrive signed and at least once, or become dead letters."""
+"""Webhooks with OpenAI's client: they arrive signed and at least once, or are given up and listed."""
 
 from __future__ import annotations
 
