@@ -1,9 +1,8 @@
-"""Make one of each thing that clients keep, and write a configuration of schemathesis that names them.
+"""Create one object of each kind that clients store, and write a schemathesis configuration with their ids.
 
-So generated requests meet what is there, and not only ids that nobody has: python .ci/api_check.py URL FILE
-
-Where the fleet asks for keys, OPENAI_API_KEY is one. What it may not make is left out, and requests are made with it:
-the configuration names the variable and not the key. FILE.plain is the same without ids.
+So generated requests address existing objects, not only unknown ids: python .ci/api_check.py URL FILE. If the fleet
+requires API keys, set OPENAI_API_KEY. Objects that the key may not create are left out. Requests carry the key; the
+configuration names the variable, not the key. FILE.plain is the same configuration without ids.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 KEY = "OPENAI_API_KEY"
-TOKENS = 2  # of each answer
+TOKENS = 2  # per answer
 LINE = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
 
 
 class Forbidden(Exception):
-    """The key may not ask this."""
+    """The key lacks permission for the request."""
 
 
 def sent(url: str, body: Any = None, kind: str = "application/json") -> dict[str, Any]:
-    """Return the answer to a GET, or to a POST of a body."""
+    """Return the JSON answer to a GET, or to a POST if there is a body."""
     raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": kind} | ({"authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {})
     try:
@@ -40,7 +39,7 @@ def sent(url: str, body: Any = None, kind: str = "application/json") -> dict[str
 
 
 def made(url: str) -> dict[str, str]:
-    """Make everything; return ids by the names of the parameters that take them, {} where the key may make nothing."""
+    """Create all objects; return their ids by the names of the path parameters, {} if the key may not create any."""
     with suppress(Forbidden):
         return _made(url)
     return {}
@@ -70,7 +69,7 @@ def _made(url: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the file."""
+    """Write the configuration files."""
     url, path = sys.argv[1], Path(sys.argv[2])
     key = [f'headers = {{ Authorization = "Bearer ${{{KEY}}}" }}'] if os.environ.get(KEY) else []
     lines = [f'"path.{name}" = "{id_}"' for name, id_ in made(url).items()]

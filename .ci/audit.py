@@ -1,9 +1,9 @@
-"""Look the images' packages up among known vulnerabilities: exit code 0 if none has one, 1 if some do, 2 if not known.
+"""Look up the images' packages in vulnerability databases: exit code 0 without findings, 1 with some, 2 if unknown.
 
     build/supply/bin/python .ci/audit.py        # `make audit`
 
-It reads requirements-worker.lock, which holds what both images install, and torch's version from requirements-dev.lock.
-A source of advisories that does not answer, or does not know a package, is no clean bill: that is exit code 2.
+It reads requirements-worker.lock, which includes what both images install, and torch's version from
+requirements-dev.lock. A source that does not answer, or does not know a package, proves nothing: exit code 2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pinned() -> list[str]:
 
 
 def ask(source: str, packages: list[str]) -> tuple[list[dict[str, Any]], str]:
-    """Return what a source says of each package, and the error if it says nothing."""
+    """Return a source's entry for each package, and its error if it gave no answer."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(packages))
         file.flush()
@@ -43,7 +43,7 @@ def ask(source: str, packages: list[str]) -> tuple[list[dict[str, Any]], str]:
 
 
 def verdict(answers: dict[str, tuple[list[dict[str, Any]], str]]) -> tuple[int, list[str]]:
-    """Return the exit code and lines for people, from what each source says."""
+    """Return the exit code and lines of text, from each source's answer."""
     lines: list[str] = []
     known: set[str] = set()
     everything: set[str] = set()
@@ -66,7 +66,7 @@ def verdict(answers: dict[str, tuple[list[dict[str, Any]], str]]) -> tuple[int, 
 
 
 def main() -> int:
-    """Ask the sources; return the exit code."""
+    """Query the sources; return the exit code."""
     packages = pinned()
     code, lines = verdict({source: ask(source, packages) for source in SOURCES})
     print("\n".join(lines))

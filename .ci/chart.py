@@ -1,7 +1,7 @@
-"""Write the parts of the Helm chart that others know best: the queue's users, the names of settings, the dashboards.
+"""Generate the parts of the Helm chart that come from code: the queue's users, the setting names, the dashboards.
 
-`python .ci/chart.py` writes them; tests/deploy/test_chart.py fails while they are not what this makes. With a folder it
-writes what each file of values is rendered to.
+`python .ci/chart.py` writes them; tests/deploy/test_chart.py fails if the committed files differ. With a folder as
+argument it writes the rendered chart of each values file.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ DEPLOY = Path(__file__).parent.parent / "deploy"
 CHART = DEPLOY / "helm" / "lorafleet"
 DASHBOARDS = DEPLOY / "grafana" / "dashboards"
 COPIES = CHART / "files" / "dashboards"
-"""Where the chart has its copies of the dashboards: Helm reads no file that lies outside of a chart."""
+"""The chart's copies of the dashboards: Helm reads no files outside a chart."""
 
 ACL, SCHEMA = CHART / "files" / "users.acl", CHART / "values.schema.json"
 
 
 def acl_file() -> str:
-    """Return the ACL file with `{user}` where the hash of that user's password belongs."""
+    """Return the ACL file with `{user}` in place of the hash of each user's password."""
     passwords = {user: user for user in table()}
     text = acl(passwords)
     for user in passwords:
@@ -36,7 +36,7 @@ def acl_file() -> str:
 
 
 def setting_types() -> dict[str, Any]:
-    """Return a JSON schema for each setting, by its name."""
+    """Return a JSON schema for each setting, by name."""
     found: dict[str, Any] = {}
     for name, field in Settings.model_json_schema(mode="serialization")["properties"].items():
         kinds = [part.get("type") for part in field.get("anyOf", [field])]
@@ -48,7 +48,7 @@ def setting_types() -> dict[str, Any]:
 
 
 def schema() -> str:
-    """Return the chart's schema of values with the settings as they are now."""
+    """Return the chart's values schema with the current settings."""
     now = json.loads(SCHEMA.read_text())
     now["$defs"]["settings"] = {"type": "object", "additionalProperties": False, "properties": setting_types()}
     return json.dumps(now, indent=2) + "\n"
@@ -61,7 +61,7 @@ def copy_dashboards() -> None:
 
 
 def render(folder: Path) -> None:
-    """Write what Helm's engine makes of each file of values, for checkov."""
+    """Write the chart as rendered by Helm's engine for each values file, for checkov."""
     helm, yaml = importlib.import_module("helm_python"), importlib.import_module("yaml")
     chart = helm.Chart.load(str(CHART))
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def render(folder: Path) -> None:
 
 
 def main(args: list[str]) -> None:
-    """Write them all, or with a folder what the files of values become."""
+    """Write all generated files; with a folder, the rendered charts instead."""
     if args:
         render(Path(args[0]))
         return

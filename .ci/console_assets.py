@@ -1,10 +1,10 @@
-"""Fetch the console's files of others, each the bytes that are known by their hash, and write their licences.
+"""Download the console's third-party files, each verified by its hash, and write their licenses.
 
-    python .ci/console_assets.py            # writes gateway/console/static/vendor and that of /docs; nothing changes if
-                                            # all is there
-    python .ci/console_assets.py FOLDER     # writes axe-core to FOLDER, which tests of the console ask for violations
+    python .ci/console_assets.py            # writes gateway/console/static/vendor and that of /docs; no change if
+                                            # the files are there
+    python .ci/console_assets.py FOLDER     # writes axe-core to FOLDER; the console's tests check accessibility with it
 
-It needs npm, which fetches archives and nothing else: no package is installed, and nothing is built.
+It needs npm, which only downloads archives: no package is installed, and nothing is built.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LICENCES = "LICENCES.txt"
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A release of a package, and what is taken of it."""
+    """A release of a package, and the files to take from it."""
 
     name: str
     version: str
     licence: str
-    sha512: str  # of the archive, base64, as npm's registry says
-    files: tuple[tuple[str, str, str], ...] = ()  # (in the archive, here, sha256)
+    sha512: str  # of the archive, base64, from npm's registry
+    files: tuple[tuple[str, str, str], ...] = ()  # (path in the archive, path here, sha256)
     remark: str = ""
 
 
@@ -57,7 +57,7 @@ PACKAGES = (
         "the console's charts",
     ),
 )  # fmt: skip
-"""What the console has in it."""
+"""The packages of the console."""
 
 PACKAGES_OF_DOCS = (
     Package(
@@ -69,7 +69,7 @@ PACKAGES_OF_DOCS = (
         "the page at /docs",
     ),
 )  # fmt: skip
-"""What `/docs` has in it."""
+"""The packages of `/docs`."""
 
 AXE = Package(
     "axe-core", "4.14.1", "MPL-2.0",
@@ -80,7 +80,7 @@ AXE = Package(
 
 
 def fetched(package: Package) -> dict[str, bytes]:
-    """Return the files of a package's archive by their paths. Raises ValueError for other bytes than are known."""
+    """Return the files of a package's archive by path. Raises ValueError if the archive's hash differs."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
         name = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.split()[-1]
@@ -97,7 +97,7 @@ def fetched(package: Package) -> dict[str, bytes]:
 
 
 def write(packages: tuple[Package, ...], folder: Path) -> None:
-    """Write what is taken of packages into a folder, and all their licences into one file."""
+    """Write the selected files of packages into a folder, and all their licenses into one file."""
     folder.mkdir(parents=True, exist_ok=True)
     texts: list[str] = []
     for package in packages:
@@ -113,7 +113,7 @@ def write(packages: tuple[Package, ...], folder: Path) -> None:
 
 
 def main(args: list[str]) -> None:
-    """Write the files of one of the two sets."""
+    """Write the files of the console, or axe-core to a folder."""
     if args:
         write((AXE,), Path(args[0]))
     else:

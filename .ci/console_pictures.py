@@ -1,8 +1,9 @@
-"""Take the pictures of docs/console.md from a running fleet, which it keeps busy meanwhile.
+"""Take the pictures of docs/console.md from a running fleet, which it keeps under load.
 
     KEY=sk-lf-… python .ci/console_pictures.py http://127.0.0.1:8000 docs/images
 
-The fleet: `lorafleet up MODEL --adapters examples/adapters --api-keys --console-keys`; KEY has the scope `admin`.
+Start the fleet with `lorafleet up MODEL --adapters examples/adapters --api-keys --console-keys`; KEY needs the scope
+`admin`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.browser import PHONE, WIDE, Tab, running_browser
 
 BUSY_S = 300
-"""Seconds of load before the first picture, so that charts have something to show."""
+"""Seconds of load before the first picture, so that charts have data to show."""
 
 PROMPTS = (
     "Who are you?", "Describe the sea.", "What is a good breakfast?", "Tell me about the moon.", "Why is the sky blue?",
@@ -38,11 +39,11 @@ PICTURES = {
     ("phone", "light"): {"overview", "playground"},
     ("phone", "dark"): {"overview", "requests"},
 }
-"""Size and colour scheme -> what is taken."""
+"""(size, color scheme) -> pictures to take."""
 
 
 class Load:
-    """Clients of three tenants, more and fewer of them in turn."""
+    """Clients of three tenants at varying rates."""
 
     def __init__(self, url: str, keys: list[str]) -> None:
         self._url = url
@@ -50,7 +51,7 @@ class Load:
         self._random = random.Random(7)
 
     async def run(self) -> None:
-        """Ask until cancelled."""
+        """Send requests until cancelled."""
         async with httpx2.AsyncClient(base_url=self._url, timeout=120) as http, asyncio.TaskGroup() as group:
             for number in range(8):
                 group.create_task(self._client(http, number))
@@ -68,7 +69,7 @@ class Load:
 
 
 async def prepare(http: httpx2.AsyncClient) -> list[str]:
-    """Make tenants with limits, jobs and a batch; return a key of each tenant."""
+    """Create tenants with limits, jobs and a batch; return a key for each tenant."""
     keys: list[str] = []
     for tenant in TENANTS:
         made = await http.post("/v1/keys", json={"tenant": tenant, "scopes": ["infer"], "note": f"{tenant}'s website"})
@@ -88,10 +89,10 @@ async def prepare(http: httpx2.AsyncClient) -> list[str]:
 
 
 async def chat(page: Any) -> None:
-    """Ask three adapters one question."""
+    """Send one question to three adapters."""
     await page.goto(page.url.partition("#")[0] + "#/playground?model=pirate,haiku,json&prompt=Who+are+you%3F")
     await page.get_by_role("button", name="Remove json").wait_for()
-    if not await page.get_by_label("Max tokens").is_visible():  # as on phones
+    if not await page.get_by_label("Max tokens").is_visible():  # the form is folded on phones
         await page.get_by_text("Parameters", exact=True).click()
     await page.get_by_label("Max tokens").fill("60")
     await page.get_by_label("Temperature").fill("0")
@@ -101,7 +102,7 @@ async def chat(page: Any) -> None:
 
 
 async def take(browser: Any, url: str, key: str, folder: Path, look: tuple[str, str]) -> None:
-    """Take the pictures of a size and a colour scheme."""
+    """Take the pictures of one size and color scheme."""
     size, scheme = look
     wanted = PICTURES[look]
     end = ("-phone" if size == "phone" else "") + ("-dark" if scheme == "dark" else "")
@@ -142,7 +143,7 @@ async def take(browser: Any, url: str, key: str, folder: Path, look: tuple[str, 
 
 
 async def main(url: str, folder: Path, key: str) -> None:
-    """Keep the fleet busy, and take all pictures."""
+    """Keep the fleet under load, and take all pictures."""
     async with httpx2.AsyncClient(base_url=url, timeout=60, headers={"authorization": f"Bearer {key}"}) as http:
         load = asyncio.create_task(Load(url, await prepare(http)).run())
         await asyncio.sleep(BUSY_S)

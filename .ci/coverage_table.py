@@ -1,4 +1,4 @@
-"""Print how much of each package the tests reach, as a table in Markdown: `make coverage` runs it at its end."""
+"""Print the test coverage of each package as a Markdown table: the last step of `make coverage`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def table(files: dict[str, dict[str, Any]]) -> str:
-    """Return the table of coverage's report in JSON, by the folder in which a package lies."""
+    """Return the table, by top-level folder. files: the `files` of coverage's JSON report."""
     sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for name, file in files.items():
         package = name.removeprefix("kernels/").split("/")[0]
@@ -27,7 +27,7 @@ def table(files: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Print the table of the data that `coverage combine` has left; return the exit code."""
+    """Print the table for the data written by `coverage combine`; return the exit code."""
     command = [sys.executable, "-m", "coverage", "json", "--quiet", "-o", "/dev/stdout"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     print(table(json.loads(report)["files"]))

@@ -1,7 +1,7 @@
 """Collects the pages of the documentation site, and builds it with MkDocs: `make docs` runs it.
 
-The pages are those of the repository. Links between them lead to their places in the site; a link to any other file of
-the repository, which the site does not have, becomes plain text. The API reference is made of the routes.
+The pages are those of the repository. Links between them are adapted to the site; a link to any other file of the
+repository, which is not part of the site, becomes plain text. The API reference is generated from the routes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OTHERS = {
     "benchmarks/README.md": "measured/running-benchmarks.md",
     "examples/README.md": "examples.md",
 }
-"""Pages outside `docs/` -> their places in the site."""
+"""Pages outside `docs/` -> their paths in the site."""
 
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _CODE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
@@ -47,9 +47,9 @@ def places() -> dict[Path, Path]:
 
 
 def moved(text: str, page: Path, known: dict[Path, Path]) -> str:
-    """Return a page's text with its links as they are in the site. page: its path in the repository."""
+    """Return a page's text with links adapted to the site. page: its path in the repository."""
     parts = _CODE.split(text)
-    for number in range(0, len(parts), 2):  # the odd ones are code
+    for number in range(0, len(parts), 2):  # odd parts are code
         parts[number] = _LINK.sub(lambda link: _moved_link(link, page, known), parts[number])
     return "".join(parts)
 
@@ -66,14 +66,14 @@ def _moved_link(link: re.Match[str], page: Path, known: dict[Path, Path]) -> str
 
 
 def openapi() -> str:
-    """Return the description of the API, without a running gateway."""
+    """Return the OpenAPI description as JSON, without a running gateway."""
     code = "import json; from gateway.app.access_table import unserved; print(json.dumps(unserved().openapi()))"
     python = sys.argv[1] if len(sys.argv) > 1 else sys.executable
     return subprocess.run([python, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def main() -> int:
-    """Build the site into `build/docs/html`; return the exit code of MkDocs, which no warning leaves at 0."""
+    """Build the site into `build/docs/html`; return the exit code of MkDocs, nonzero also on warnings."""
     shutil.rmtree(BUILD, ignore_errors=True)
     known = places()
     for source, place in known.items():

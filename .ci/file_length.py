@@ -1,4 +1,4 @@
-"""Fail when a source file has more than 500 lines: it is asking to be split."""
+"""Fail if a source file has more than 500 lines: it should be split."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ SUFFIXES = {".py", ".lua", ".cpp", ".h", ".hpp", ".cu", ".sh"}
 
 
 def main() -> int:
-    """Check what git tracks or would track; return the exit code."""
+    """Check all files that git tracks or would track; return the exit code."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Write docs/licences.md: the licence of every package that Lorafleet needs, from the packages' own metadata.
+"""Write docs/licences.md: the license of every package that Lorafleet needs, from the packages' own metadata.
 
 .venv/bin/python .ci/licences.py        # `make licences`
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 PAGE = Path("docs/licences.md")
 LOCKS = {"gateway, scheduler, store": "requirements-control.lock", "worker": "requirements-worker.lock",
          "development": "requirements-dev.lock"}  # fmt: skip
-"""The part of the project that first needs a package -> the lock that names the package."""
+"""The first part of the project that needs a package -> the lock that lists the package."""
 
 PERMISSIVE = (
     "MIT", "MIT-0", "MIT-CMU", "Apache-2.0", "BSD", "BSD-2-Clause", "BSD-3-Clause", "ISC", "PSF-2.0", "Unlicense",
@@ -28,7 +28,7 @@ REVIEWED = {
     "pathspec": "MPL-2.0: builds the wheel only",
     "fqdn": "MPL-2.0: tests only",
 }
-"""Packages with a licence that is not permissive, which somebody has looked at, and why it may stay."""
+"""Reviewed packages without a permissive license, and why each is acceptable."""
 
 _CLASSIFIERS = {
     "Apache Software License": "Apache-2.0", "MIT License": "MIT", "BSD License": "BSD", "ISC License (ISCL)": "ISC",
@@ -45,7 +45,7 @@ _TEXTS = {
 
 
 def licence_of(found: Distribution) -> str:
-    """Return a package's licence as an SPDX expression, "" if its metadata does not say."""
+    """Return a package's license as an SPDX expression, "" if its metadata has none."""
     if expression := found.metadata.get("License-Expression"):
         return expression
     lines = found.metadata.get_all("Classifier") or ()
@@ -57,7 +57,7 @@ def licence_of(found: Distribution) -> str:
 
 
 def is_permissive(expression: str) -> bool:
-    """Return whether everything that an SPDX expression asks for is permissive; of alternatives, one is enough."""
+    """Return whether an SPDX expression requires only permissive licenses; for alternatives, one is enough."""
     alternatives = [part.strip(" ()") for part in re.split(r"\bOR\b", expression)]
     return any(
         part and all(licence.strip(" ()") in PERMISSIVE for licence in re.split(r"\bAND\b", part))
@@ -66,7 +66,7 @@ def is_permissive(expression: str) -> bool:
 
 
 def packages(root: Path = Path()) -> dict[str, str]:
-    """Return who needs each package, by name."""
+    """Return the part of the project that needs each package, by package name."""
     found: dict[str, str] = {}
     for who, lock in LOCKS.items():
         for name in re.findall(r"^([a-z0-9-]+)==", (root / lock).read_text(), re.MULTILINE):
@@ -75,25 +75,25 @@ def packages(root: Path = Path()) -> dict[str, str]:
 
 
 def browser_files(root: Path = Path()) -> list[tuple[str, str, str, str]]:
-    """Return the rows of what the console brings to browsers, and of what its tests fetch."""
+    """Return the rows of packages that the console sends to browsers, and of those that its tests download."""
     place = root / ".ci" / "console_assets.py"
     spec = importlib.util.spec_from_file_location("console_assets", place)
     assert spec is not None
     assert spec.loader is not None
     assets = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = assets  # dataclasses look their module up
+    sys.modules[spec.name] = assets  # dataclasses look up their module
     spec.loader.exec_module(assets)
     shipped = [(one.name, one.licence, "browser", one.remark) for one in assets.PACKAGES]
     return [*shipped, (assets.AXE.name, assets.AXE.licence, "development", f"MPL-2.0: {assets.AXE.remark}")]
 
 
 def table(root: Path = Path()) -> list[tuple[str, str, str, str]]:
-    """Return (package, licence, who needs it, remark) of every package that is installed, by name."""
+    """Return (package, license, part that needs it, remark) of every installed package, sorted by name."""
     rows: list[tuple[str, str, str, str]] = []
     for name, who in sorted(packages(root).items()):
         try:
             licence = licence_of(distribution(name))
-        except PackageNotFoundError:  # for another Python or platform
+        except PackageNotFoundError:  # it is for another Python version or platform
             continue
         rows.append((name, licence or "unknown", who, REVIEWED.get(name, "")))
     return sorted(rows + browser_files(root))

@@ -19,7 +19,7 @@ SILENT = {
 
 
 def lines_of_python(text: str) -> int:
-    """Return the number of lines that hold code. A string that stands alone is a docstring."""
+    """Return the number of lines that hold code. An expression that is only a string counts as a docstring."""
     strings: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -37,7 +37,7 @@ def lines_of_lua(text: str) -> int:
 
 
 def main() -> None:
-    """Print a line for each folder and language."""
+    """Print a line per folder and language."""
     for folder in sys.argv[1:] or FOLDERS:
         for suffix, count in ((".py", lines_of_python), (".lua", lines_of_lua)):
             texts = [path.read_text() for path in sorted(Path(folder).rglob(f"*{suffix}"))]

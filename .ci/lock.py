@@ -1,4 +1,4 @@
-"""Print the versions of everything that the development environment needs, as constraints for pip.
+"""Print the versions of everything in the development environment, as constraints for pip.
 
     .venv/bin/python .ci/lock.py > requirements-dev.lock        # `make lock`
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 EXTRAS = ("worker", "demo", "bench", "dev")
-NOT_LOCKED = ("triton", "nvidia", "pip", "setuptools")  # the first two depend on torch's build, the others are Python's
+NOT_LOCKED = ("triton", "nvidia", "pip", "setuptools")  # the first two depend on torch's build, the others on Python's
 HEAD = """\
 # The versions that the development environment was last tested with, as constraints for pip; the Makefile applies them.
 # Made by `make lock` from the installed packages that pyproject.toml and its extras {extras} require.
@@ -31,7 +31,7 @@ def name_of(text: str) -> str:
 def required(project: dict) -> dict[str, str]:
     """Return name -> version of every installed package that the project's environment needs.
 
-    Raises PackageNotFoundError for one that is not installed.
+    Raises PackageNotFoundError if one is not installed.
     """
     wanted = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
     todo, seen, versions = [Requirement(line) for line in wanted], set(), {}

@@ -2,9 +2,9 @@
 
     build/supply/bin/python .ci/lock_images.py        # `make lock-images`
 
-Versions are those of requirements-dev.lock, which the tests ran with. Torch and what its builds bring (CUDA's
-libraries, Triton) are left out: the CPU and the CUDA build have the same version and other bytes, and which one an
-image gets is chosen when it is built. The Dockerfile installs torch in that version, without a hash, after the rest.
+Versions are those of requirements-dev.lock, with which the tests ran. Torch and the dependencies of its builds (CUDA's
+libraries, Triton) are left out: the CPU and the CUDA build share a version but not their bytes, and the choice is made
+when an image is built. The Dockerfile then installs torch in that version, without a hash.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import tomllib
 from pathlib import Path
 
 IMAGES = {"control": ("tracing",), "worker": ("worker", "demo", "tracing")}
-"""Image -> the extras of pyproject.toml that are installed in it."""
+"""Image -> the extras of pyproject.toml installed in it."""
 
 MACHINES = ("x86_64", "aarch64")
-"""Kinds of machines that one lock is for: hashes are those of the files of all platforms."""
+"""Architectures that each lock supports: it has the hashes of the files for all platforms."""
 
 BY_TORCH = ("torch", "triton", "nvidia-", "cuda-")
 HEAD = """\
@@ -29,7 +29,7 @@ HEAD = """\
 
 
 def resolved(requirements: list[str], machine: str) -> str:
-    """Return what uv resolves for the images' Python on a kind of machine, with hashes. Raises CalledProcessError."""
+    """Return the packages that uv resolves for the images' Python on an architecture. Raises CalledProcessError."""
     command = [
         str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--system-certs", "--no-header",
         "--no-annotate", "--generate-hashes", "--python-version", "3.11",
@@ -40,7 +40,7 @@ def resolved(requirements: list[str], machine: str) -> str:
 
 
 def without_torch(lock: str) -> str:
-    """Return a lock without torch's packages. A package is a line that begins it, and the lines of its hashes."""
+    """Return a lock without torch's packages. A package is its first line and the lines of its hashes."""
     packages = re.split(r"^(?=\S)", lock, flags=re.MULTILINE)
     return "".join(package for package in packages if not package.startswith(BY_TORCH))
 

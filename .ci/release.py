@@ -1,7 +1,7 @@
 """Check that a version is the same wherever it is written, and print its section of the changelog.
 
-`python .ci/release.py` takes the version of pyproject.toml, `python .ci/release.py v0.1.0` that of a tag. With no
-difference it prints the notes of the release, else the differences, and exits with 1.
+`python .ci/release.py` checks the version of pyproject.toml, `python .ci/release.py v0.1.0` that of a tag. If all
+agree, it prints the release notes; otherwise it prints the differences and exits with 1.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ PLACES = {
     "deploy/helm/lorafleet/Chart.yaml": r'^(?:v|appV)ersion: "?([^"\n]+)"?$',
     "docs/kubernetes.md": r"lorafleet-(?:control|worker):(\S+)",
 }
-"""File -> the pattern that finds each version in it."""
+"""File -> pattern of each version in it."""
 
 
 def differences(root: Path, version: str) -> list[str]:
-    """Return where a tree has another version than this, or none."""
+    """Return the places where a tree has another version, and a missing section of the changelog."""
     package = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     found = {"pyproject.toml": [package]}
     found |= {name: re.findall(pattern, (root / name).read_text(), re.MULTILINE) for name, pattern in PLACES.items()}
@@ -39,7 +39,7 @@ def notes(root: Path, version: str) -> str:
 
 
 def main(args: list[str], root: Path = Path(__file__).parent.parent) -> int:
-    """Check a tag, or the version of the package; return the exit code."""
+    """Check a tag, or else the package's version; return the exit code."""
     package = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     version = args[0].removeprefix("v") if args else package
     if wrong := differences(root, version):

@@ -2,7 +2,7 @@
 
     python -m benchmarks [--model FOLDER] [--short]      # `make bench` runs the short set
 
-Each runs in its own process, so that it does not share memory and threads with another.
+Each benchmark runs in its own process, so that it shares no memory and threads with another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FULL = (
     "fleet.mixed_ranks", "fleet.fairness", "fleet.prediction", "fleet.control_plane",
 )  # fmt: skip
 SHORT = ("engine.distinct_adapters", "fleet.adapters", "fleet.cold_loads", "fleet.mixed_ranks", "fleet.control_plane")
-OWN_FLAGS = ("engine.kernels",)  # takes the name of its output file and no model
+OWN_FLAGS = ("engine.kernels",)  # takes the name of its output file, and no model
 
 
 def command(name: str, model: str, out: str, short: bool) -> list[str]:
@@ -31,7 +31,7 @@ def command(name: str, model: str, out: str, short: bool) -> list[str]:
 
 
 def main() -> None:
-    """Run the benchmarks. Raises CalledProcessError when one fails."""
+    """Run the benchmarks. Raises CalledProcessError if one fails."""
     args = report.parser(__doc__).parse_args()
     model = args.model or quickstart_model()
     environment = child_environment(*COMPUTE, *HUB_CACHE)

@@ -1,1 +1,1 @@
-"""Kills a real fleet at random while clients are served, and checks every byte they got. `python -m chaos --help`."""
+"""Injects random faults into a real fleet that serves clients, and checks every answer. `python -m chaos --help`."""

@@ -1,4 +1,4 @@
-"""Kill a fleet at random under load, check everything, write a report. Exit code 1 when anything was wrong."""
+"""Inject random faults into a fleet under load, check everything, write a report. Exit code 1 if a check failed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANKS = {"one": 1, "three": 3, "eight": 8, "sixteen": 16}
 
 
 def main() -> int:
-    """Run as the arguments say."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
     parser.add_argument("--faults", type=int, default=50, help="kills, stops, drains and power cuts")
     parser.add_argument("--every", type=float, default=3.0, help="mean seconds from one to the next")
@@ -87,7 +87,7 @@ async def _run(plan: Plan, folder: Path) -> Tally:
         encoder = AutoModel.from_pretrained(make_tiny_encoder(folder / plan.encoder))
         make_encoder_adapter(folder / "adapters" / f"of-{plan.encoder}", encoder)
     decoders = [name for name in plan.more_bases if name != plan.encoder]
-    for number, name in enumerate(decoders, start=1):  # of three sizes: the adapters of one fit no other
+    for number, name in enumerate(decoders, start=1):  # different hidden sizes: no adapter fits another base
         further = make_tiny_model(folder / name, hidden=64 + 32 * (number % 3), seed=number, max_len=2048)
         make_adapter(folder / "adapters" / f"of-{name}", further, rank=8, seed=200 + number)
     async with prepared(plan, folder, model, list(RANKS), of_lines) as run:

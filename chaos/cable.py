@@ -1,8 +1,8 @@
-"""Cables between a queue's servers and everybody else, which can be cut: what was sent is held, and nobody is told.
+"""Proxies between a queue's servers and all their peers, which hold data back without closing a connection.
 
-A process of its own, `python -m chaos.cable PORT:SERVER_PORT ...`, does as its input says, `cut 0`, `split 0` or
-`join 0`, and answers each line with one. A split cable carries what services say, and nothing of servers and Sentinels:
-those who work with a primary still reach it while the others believe that it is gone.
+It runs as its own process, `python -m chaos.cable PORT:SERVER_PORT ...`, reads commands, `cut 0`, `split 0` or `join
+0`, from its input, and confirms each with one line. A cut cable carries nothing. A split cable carries the traffic of
+services but none of servers and Sentinels: clients of a primary still reach it while the others consider it lost.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from protocol.runtime.environment import child_environment
 State = Literal["join", "cut", "split"]
 
 OF_SERVERS = (b"REPLCONF", b"replconf", b"sentinel-", b"__sentinel__")
-"""What a connection of a replica or a Sentinel says in its first messages, and no service's does."""
+"""Words in the first messages of a replica's or a Sentinel's connection that no service sends."""
 
 HEAD_BYTES = 4096
-"""How much of a connection's beginning tells whose it is."""
+"""Bytes at a connection's beginning that are searched for `OF_SERVERS`."""
 
 
 class _End(asyncio.Protocol):
-    """One end of a connection through a cable."""
+    """One end of a proxied connection."""
 
     def __init__(self, cable: Cable) -> None:
         self.cable = cable
@@ -33,7 +33,7 @@ class _End(asyncio.Protocol):
         self.other: _End | None = None
         self.is_of_server = False
         self._head = b""
-        self._held: list[bytes] = []  # until the other end is there
+        self._held: list[bytes] = []  # received before the other end was connected
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -42,7 +42,7 @@ class _End(asyncio.Protocol):
             self.transport.write(data)
 
     def take_held(self) -> list[bytes]:
-        """Return what has come before the other end was there."""
+        """Return and clear the data received before the other end was connected."""
         held, self._held = self._held, []
         return held
 
@@ -65,7 +65,7 @@ class _End(asyncio.Protocol):
 
 
 class Cable:
-    """Joins every connection to a port with one to the server's own. Cut, neither end hears or is told anything."""
+    """Forwards connections to a port to the server's port. While cut, both ends see silence, not a closed socket."""
 
     def __init__(self, server_port: int) -> None:
         self.state: State = "join"
@@ -74,24 +74,24 @@ class Cable:
         self._opening: set[asyncio.Task[None]] = set()
 
     def add(self, end: _End) -> None:
-        """Take an end that is connected."""
+        """Add a connected end."""
         self.ends.add(end)
         self.settle(end)
 
     def settle(self, end: _End) -> None:
-        """Read from an end, or leave what comes to the kernel, as the cable's state says."""
+        """Read from an end, or leave its data in the kernel, as the cable's state requires."""
         if end.transport is not None and not end.transport.is_closing():
             holds = self.state == "cut" or (self.state == "split" and end.is_of_server)
             (end.transport.pause_reading if holds else end.transport.resume_reading)()
 
     def become(self, state: State) -> None:
-        """Carry everything, nothing, or only what services say."""
+        """Set the state: forward everything, nothing, or only the traffic of services."""
         self.state = state
         for end in self.ends:
             self.settle(end)
 
     def accept(self) -> _End:
-        """Return the near end of a new connection; the far one is opened."""
+        """Return the near end of a new connection, and start to open the far end."""
         near, far = _End(self), _End(self)
         near.other, far.other = far, near
         task = asyncio.get_running_loop().create_task(self._open(near, far))
@@ -120,10 +120,10 @@ async def _carry(pairs: Sequence[tuple[int, int]]) -> None:
 
 
 class Cables:
-    """The process of several cables, as its parent has it. It ends with its parent."""
+    """Controls the process of several cables, which ends with its parent."""
 
     def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Start it. pairs: of a port, and the server's port that it leads to."""
+        """Start the process. pairs: (port to listen on, port of the server behind it)."""
         words = [f"{port}:{server_port}" for port, server_port in pairs]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "chaos.cable", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -132,14 +132,14 @@ class Cables:
         self._hear("up")
 
     def become(self, index: int, state: State) -> None:
-        """Cut a cable, split it, or join it again."""
+        """Cut, split or join a cable."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{state} {index}\n")
         self._process.stdin.flush()
         self._hear("done")
 
     def stop(self) -> None:
-        """End it."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

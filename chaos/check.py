@@ -1,4 +1,4 @@
-"""What must be true of everything a client was shown, and of what the queue says of it. Pure."""
+"""Checks of everything that a client was shown and of the queue's records. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from protocol.wire.messages import Delivery
 from protocol.wire.records import RequestFacts
 
 SLACK_S = 2.0
-"""Longest time from a fault to its effect on a client."""
+"""Maximum seconds from a fault to its effect on a client."""
 
 DEAD_AFTER_S = 10.0
-"""How long after a member has come back its fault may still explain an error."""
+"""Seconds after a member's return during which its fault may still explain an error."""
 
 EXCUSES = {
     "cut": {"gateway"},
     "shutting_down": {"gateway"},
-    "cancelled": {"gateway"},  # it stood still so long that it counted as dead
+    "cancelled": {"gateway"},  # the gateway was stopped for so long that it counted as dead
     "no_worker": {"worker", "queue"},
     "queue_unavailable": {"queue"},
     "queue_full": {"queue"},
@@ -30,17 +30,17 @@ EXCUSES = {
     "job_not_found": {"queue"},
     "expired": {"queue"},
 }
-"""Error code that a client may get instead of its answer -> kinds of members, of which one must have been hit."""
+"""Error code that a client may get instead of its answer -> kinds of members, one of which must have been hit."""
 
 RTOL, ATOL = 2e-3, 2e-4
-"""Within which two computations of one vector in float32 agree."""
+"""Tolerances within which two float32 computations of one vector must agree."""
 
 KILLS_OF_A_BASE = 3
-"""Killed starts in a row after which the scheduler takes a base for failed, for a minute or more: its `MAX_LOST`."""
+"""Killed starts in a row after which the scheduler marks a base as failed for at least a minute: its `MAX_LOST`."""
 
 
 def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
-    """Return what is wrong with what an attempt showed: every text is the beginning of the right one, and ends once."""
+    """Return the errors in an attempt's output: each text must be a prefix of the expected one, and end once."""
     wrong: list[str] = []
     if expected.vector:
         if attempt.outcome == "complete":
@@ -71,7 +71,7 @@ def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
 
 
 def logged_wrongly(expected: Expected, facts: RequestFacts | None, ids: bytes, *, whole: bool) -> list[str]:
-    """Return what is wrong with a request's log: it may hold right tokens only; if `whole`, all and its end."""
+    """Return the errors in a request's log, which may only have expected tokens; if `whole`, all, and the end."""
     if not whole:
         return [] if expected.ids.startswith(ids) else [f"the log holds {_words(ids, expected.ids)}"]
     if facts is None:
@@ -85,7 +85,7 @@ def logged_wrongly(expected: Expected, facts: RequestFacts | None, ids: bytes, *
 
 
 def unexcused(attempt: Attempt, hits: Iterable[Hit]) -> str:
-    """Return the error of an attempt that no fault explains, "" if one does or there is none."""
+    """Return the error of an attempt that no fault explains, "" if a fault explains it or there is none."""
     if attempt.outcome == "complete":
         return ""
     code = "cut" if attempt.outcome == "cut" else attempt.code
@@ -102,10 +102,10 @@ def unexcused(attempt: Attempt, hits: Iterable[Hit]) -> str:
 
 
 def lost_webhooks(never: Iterable[tuple[str, str]], waiting: Iterable[Delivery], max_tries: int) -> list[str]:
-    """Return what is wrong with ends that no webhook has told of.
+    """Return the errors of ends that no webhook reported.
 
-    never: (type of the event, id of the job or batch). waiting: deliveries that the queue has. One that was tried more
-    often than `max_tries` is late: so many attempts come while the driver waits.
+    never: (type of the event, id of the job or batch). waiting: deliveries still in the queue. One with more than
+    `max_tries` attempts counts as late: the driver waits for no more than that number.
     """
     known = {(one.type, one.subject): one for one in waiting}
     wrong: list[str] = []
@@ -119,9 +119,9 @@ def lost_webhooks(never: Iterable[tuple[str, str]], waiting: Iterable[Delivery],
 
 
 def longest_pause(call: Call, at_s: float, horizon_s: float) -> float | None:
-    """Return for how long the text of a call that had begun stood still around `at_s`; None when it was not running.
+    """Return the longest pause around `at_s` in the text of a call, in s; None if the call was not running then.
 
-    `horizon_s`: a pause that begins later than this after `at_s` does not count.
+    horizon_s: pauses that begin later than this after `at_s` do not count.
     """
     times = [when for when, _ in call.progress]
     if len(times) < 2 or not times[0] <= at_s < times[-1]:
@@ -131,7 +131,7 @@ def longest_pause(call: Call, at_s: float, horizon_s: float) -> float | None:
 
 
 def percentile(values: list[float], q: float) -> float:
-    """Return the q-quantile (0 to 1), the nearest value."""
+    """Return the q-quantile (0 to 1) of `values`: the nearest value."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 

@@ -1,4 +1,4 @@
-"""A DNS server on this machine that answers what it is told to, and nothing else."""
+"""A DNS server on this machine that answers only the configured names."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ import dns.rrset
 
 @dataclass
 class DnsServer(asyncio.DatagramProtocol):
-    """Answers names in `known`, and says of those in `none` that there are none; others wait for ever."""
+    """Answers names in `known`, and NXDOMAIN for those in `none`; queries for others get no answer."""
 
     known: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name -> addresses
     none: Sequence[str] = ()
     truncates: bool = False
-    hangs: bool = False  # answers nothing
+    hangs: bool = False  # answers no query
     address: str = ""  # ADDRESS:PORT
     asked: Counter[str] = field(default_factory=Counter)
     transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
+        """Store the transport and its address."""
         self.transport = cast("asyncio.DatagramTransport", transport)
         self.address = "{}:{}".format(*transport.get_extra_info("sockname"))
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        """Answer a question, or do not."""
+        """Answer a query, unless it is to get no answer."""
         question = dns.message.from_wire(data)
         [asked] = question.question
         name = asked.name.to_text().removesuffix(".")

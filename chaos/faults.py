@@ -1,4 +1,4 @@
-"""What is done to whom. The choice is pure; the doing is on real processes."""
+"""Faults: which one hits which member is chosen by pure functions; the faults hit real processes."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ WEIGHTS: dict[tuple[str, How], float] = {
     ("queue", "memory full"): 1, ("queue", "disk full"): 1, ("files", "away"): 1,
 }  # fmt: skip
 OF_SEVERAL: dict[tuple[str, How], float] = {("queue", "lag"): 1, ("queue", "partition"): 1, ("queue", "split"): 1}
-"""Faults of a queue of several servers besides."""
+"""Additional faults of a queue of several servers."""
 
 OF_CLOCKS: dict[tuple[str, How], float] = {
     (kind, "clock"): 1 for kind in ("worker", "gateway", "scheduler", "store")
 }  # fmt: skip
-"""Faults of members whose clocks can be set: of one's host jumps by an hour, and back."""
+"""Additional faults of members whose clocks can be set: the host's clock jumps by an hour, and back."""
 
 OF_NAMES: dict[tuple[str, How], float] = {("names", "hang"): 1}
-"""Faults of the DNS server that gateways ask for receivers of webhooks, where it is the driver's."""
+"""Additional faults of the DNS server that resolves webhook receivers for gateways, if it is the driver's."""
 
 OF_SWAPS: dict[tuple[str, How], float] = {("worker", "kill in a swap"): 6}
-"""Faults of workers that become other bases besides."""
+"""Additional faults of workers that swap to other bases."""
 
 KILLS: tuple[How, ...] = ("kill", "power cut", "kill in a swap")
 """Faults that end a process without a chance to clean up."""
 
 NEEDS_ANOTHER = {"worker", "gateway", "scheduler"}
-"""Kinds of which one member is always left running: a fleet without any cannot go on, which would show nothing."""
+"""Kinds of which one member is always left running: a fleet without one cannot work, which would show nothing."""
 
 STOP_S = 10.0
-DRAIN_SLACK_S = 60.0  # beyond the grace: a machine may have more to do than this
+DRAIN_SLACK_S = 60.0  # beyond the grace period, for a busy machine
 SWAP_S, LOADING_S = 60.0, 4.0
-"""Longest wait for a swap in which to kill, and longest time from its beginning to the kill."""
+"""Maximum wait for a swap during which to kill, and maximum time from the swap's beginning to the kill."""
 
 POWER_CUT_S = 1.0
 """Seconds of writes that a power cut may take from the queue, whose file is synced every second."""
@@ -73,8 +73,8 @@ class Hit:
     how: How
     at_s: float  # time.monotonic
     until_s: float = 0.0  # when it was up again; 0: not yet
-    url: str = ""  # of a gateway
-    rids: frozenset[str] = frozenset()  # what a worker held
+    url: str = ""  # of the gateway that was hit
+    rids: frozenset[str] = frozenset()  # the requests that a hit worker owned
 
 
 def draw(
@@ -93,7 +93,7 @@ def draw(
 
 
 def possible_faults(fleet: ProcessFleet) -> dict[tuple[str, How], float]:
-    """Return (kind, how) of the faults that a fleet can suffer, with their weights."""
+    """Return the faults, as (kind, how), that a fleet can suffer, with their weights."""
     more = [
         (OF_SEVERAL, not isinstance(fleet.queue, EmbeddedServer)), (OF_CLOCKS, fleet.clocks is not None),
         (OF_NAMES, fleet.names is not None), (OF_SWAPS, fleet.has_swaps),
@@ -102,7 +102,7 @@ def possible_faults(fleet: ProcessFleet) -> dict[tuple[str, How], float]:
 
 
 class PowerCut:
-    """Records the size of the queue's file, and cuts off its last second, as a power cut may."""
+    """Records the size of the queue's append-only file, and truncates its last second of writes, as a power cut may."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "appendonlydir"
@@ -120,7 +120,7 @@ class PowerCut:
             self._sizes.append((time.monotonic(), file, file.stat().st_size))
 
     def cut(self, age_s: float) -> int:
-        """Cut off what a dead server wrote to its file in its last `age_s` seconds. Returns the number of bytes."""
+        """Truncate what a dead server wrote to its file in its last `age_s` seconds. Return the number of bytes."""
         file, now_s = self._newest(), time.monotonic()
         sizes = [size for at_s, path, size in self._sizes if path == file and at_s >= now_s - age_s]
         if file is None or not sizes:
@@ -139,19 +139,19 @@ class PowerCut:
 
 
 class Havoc:
-    """Inflicts faults, several at a time, and restarts what they ended."""
+    """Inflicts faults, several at a time, and restarts the members that they ended."""
 
     def __init__(
         self, fleet: ProcessFleet, rng: random.Random, *, kills_only: bool = False, only: str = "",
         hows: Collection[str] = (),
     ) -> None:  # fmt: skip
-        """`kills_only`: after each kind of fault has been inflicted once, inflict only `KILLS`.
+        """kills_only: once each kind of fault was inflicted, inflict only `KILLS`.
 
-        only: the kind of members that faults are inflicted on; "": on all. hows: what is done to them; (): everything.
+        only: the kind of members to hit; "": all. hows: the faults to inflict; (): all.
         """
         self.fleet = fleet
         self.hits: list[Hit] = []
-        self.troubles: list[str] = []  # faults of members that the run did not cause
+        self.troubles: list[str] = []  # ends of members that the run did not cause
         self._rng = rng
         weights = {
             fault: w
@@ -162,12 +162,12 @@ class Havoc:
         self._weights = {fault: w for fault, w in weights.items() if fault[1] in KILLS or not kills_only}
         self._queue_is_down = False
         self._power = PowerCut(fleet.queue.folder)
-        self._busy: set[str] = set()  # members that are being hit, until they are up again
+        self._busy: set[str] = set()  # members that were hit and are not up again yet
 
     async def run(self, num: int, every_s: float, stop: asyncio.Event, *, alone: bool = False) -> None:
-        """Inflict `num` faults, one every `every_s` on average, or fewer if `stop` is set; wait until all is up again.
+        """Inflict `num` faults, one every `every_s` on average, fewer if `stop` is set; wait until all members are up.
 
-        `alone`: begin each fault only when the one before is over.
+        alone: begin each fault only when the previous one is over.
         """
         async with asyncio.TaskGroup() as group:
             always = [group.create_task(loop) for loop in (self._power.watch(), self._keep())]
@@ -200,7 +200,7 @@ class Havoc:
         return up
 
     async def _aimed(self, kind: str, name: str, how: How) -> Hit:
-        """Return a fault that is about to be done."""
+        """Return the fault, with the requests that it will affect, before it is inflicted."""
         self._busy.add(name)
         hit = Hit(kind, name, how, 0.0)
         if kind == "gateway":
@@ -261,7 +261,7 @@ class Havoc:
             await asyncio.sleep(0.2)
 
     async def _swaps(self, name: str) -> None:
-        """Wait until a worker is becoming another base, or SWAP_S have passed."""
+        """Wait until a worker is swapping to another base, or SWAP_S have passed."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SWAP_S):
                 while True:
@@ -304,7 +304,7 @@ class Havoc:
         self._queue_is_down = False
 
     async def _keep(self) -> None:
-        """Restart members that ended by themselves, which is a fault unless they found no queue."""
+        """Restart members that ended without a fault, which is a violation unless they could not reach the queue."""
         while True:
             await asyncio.sleep(0.3)
             for name in self.fleet.members:

@@ -1,4 +1,4 @@
-"""A fleet of real processes, one `lorafleet serve` each, that may be killed, stopped, drained and started again."""
+"""A fleet of real processes, one `lorafleet serve` each, which can be killed, stopped, drained and restarted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.settings import Settings
 
 STANDBY_S = 3.0
-"""Age in s at which a scheduler counts as up: a standby cannot be observed."""
+"""Seconds after its start when a scheduler counts as up: a standby cannot be observed."""
 
 
 class ServiceProcess(Protocol):
@@ -40,43 +40,43 @@ class ServiceProcess(Protocol):
 
     @property
     def returncode(self) -> int | Any:
-        """The exit code, or the signal that ended it as a negative number; None while it runs."""
+        """The exit code, or the signal that ended the process as a negative number; None while it runs."""
         ...
 
     def poll(self) -> int | None:
-        """Return `returncode` of now."""
+        """Return the current `returncode`."""
         ...
 
     def wait(self) -> int:
-        """Wait for the end; return `returncode`."""
+        """Wait until the process ends; return `returncode`."""
         ...
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal, if the process still runs."""
         ...
 
 
 Spawn = Callable[[Sequence[str], Mapping[str, str], int, BinaryIO], ServiceProcess]
-"""Starts a command in a session of its own, given its environment, its standard input and the file of its output."""
+"""Starts a command in its own session, given its environment, its standard input and the file for its output."""
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], stdin: int, log: BinaryIO) -> ServiceProcess:
-    """Start a command as a program of its own; see `Spawn`."""
+    """Start a command as a subprocess; see `Spawn`."""
     return subprocess.Popen(command, env=environment, stdin=stdin, stdout=log, stderr=log, start_new_session=True)
 
 
 @dataclass(slots=True)
 class Member:
-    """One service process and its successors."""
+    """One service process, and those that replace it after a restart."""
 
-    service: str  # as `lorafleet serve` knows it
+    service: str  # its name in `lorafleet serve`
     name: str
     settings: Settings
     log: Path
     process: ServiceProcess | None = None
     started_ms: int = 0  # unix time
     paused: bool = False  # by SIGSTOP
-    within: tuple[str, ...] = ()  # a command that replaces itself by the service's, such as nsenter
+    within: tuple[str, ...] = ()  # a command that executes the service's command in its own process, such as nsenter
 
     @property
     def is_running(self) -> bool:
@@ -85,18 +85,18 @@ class Member:
 
     @property
     def pid(self) -> int:
-        """The process id; the process has been started."""
+        """The id of the process, which must have been started."""
         assert self.process is not None
         return self.process.pid
 
     def log_tail(self, num_bytes: int = 2000) -> str:
-        """Return the end of its log."""
+        """Return the end of the member's log."""
         return self.log.read_text(errors="replace")[-num_bytes:] if self.log.exists() else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Numbers of members, by service."""
+    """Number of members of each service."""
 
     gateways: int = 1
     schedulers: int = 1
@@ -105,33 +105,33 @@ class Shape:
 
 
 class QueueServer(Protocol):
-    """The part of `EmbeddedServer` that a fleet uses; `ReplicatedQueue` has it too."""
+    """The part of `EmbeddedServer` that a fleet uses; `ReplicatedQueue` implements it too."""
 
     folder: Path
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
-        """The process of the server that takes writes."""
+        """The process of the server that accepts writes."""
         ...
 
     @property
     def url(self) -> str:
-        """Where services enter."""
+        """The URL with which services connect."""
         ...
 
     @property
     def log(self) -> Path:
-        """The file of its output."""
+        """The log file of the servers."""
         ...
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the servers."""
         ...
 
 
 @dataclass(slots=True)
 class ProcessFleet:
-    """The queue server and the members, in one folder. Whatever happens, they end with this process."""
+    """The queue server and the members, in one folder. They end when this process ends, however it ends."""
 
     folder: Path
     settings: Settings
@@ -140,8 +140,8 @@ class ProcessFleet:
     http: httpx2.AsyncClient
     members: dict[str, Member] = field(default_factory=dict)
     spawn: Spawn = spawn
-    clocks: Clocks | None = None  # of each member its own, if they can be set
-    names: DnsServer | None = None  # the one that gateways ask for receivers of webhooks, if it can be made to hang
+    clocks: Clocks | None = None  # a clock for each member, if clocks can be set
+    names: DnsServer | None = None  # resolves webhook receivers for gateways, if it can be made to hang
     _lifeline: tuple[int, int] = field(default_factory=os.pipe)  # members end when this process does
 
     @classmethod
@@ -150,7 +150,7 @@ class ProcessFleet:
         queue: QueueServer | None = None, clocks: Clocks | None = None, names: DnsServer | None = None,
         **settings: object,
     ) -> ProcessFleet:  # fmt: skip
-        """Start the queue alone, unless it is given. spawn: how members start. `settings` are for every member."""
+        """Start the queue only, unless one is given. spawn: starts members. settings: apply to every member."""
         queue = queue or start_embedded(folder / "queue", durable=durable)
         values: dict[str, object] = {
             "redis_url": queue.url, "model": str(model), "adapters": adapters, "data": folder / "data", "device": "cpu",
@@ -189,7 +189,7 @@ class ProcessFleet:
         return member
 
     async def start_all(self, shape: Shape) -> None:
-        """Start everything; wait until a gateway says that it can answer and all workers have joined."""
+        """Start everything; wait until a gateway is ready and all workers have joined."""
         kinds = (("store", shape.stores), ("scheduler", shape.schedulers), ("gateway", shape.gateways))
         for service, num in kinds:
             for i in range(num):
@@ -206,7 +206,7 @@ class ProcessFleet:
             await asyncio.sleep(0.1)
 
     def signal(self, name: str, number: int) -> None:
-        """Send a member a signal."""
+        """Send a signal to a member."""
         member = self.members[name]
         if number in (signal.SIGSTOP, signal.SIGCONT):
             member.paused = number == signal.SIGSTOP
@@ -214,14 +214,14 @@ class ProcessFleet:
             member.process.send_signal(number)
 
     def kill(self, name: str) -> None:
-        """End a member as a crash would."""
+        """Kill a member with SIGKILL and wait until it ended."""
         self.signal(name, signal.SIGKILL)
         process = self.members[name].process
         assert process is not None
         process.wait()
 
     async def is_up(self, member: Member) -> bool:
-        """Return whether a member works: it has been heard of since its start. A gateway must take requests."""
+        """Return whether a member works: it has sent a heartbeat since its start. A gateway must accept requests."""
         if not member.is_running or member.paused:
             return False
         if member.service == "scheduler":
@@ -240,17 +240,17 @@ class ProcessFleet:
         return any(b and b.name == member.name and b.sent_ms >= since and not b.draining for b in beats)
 
     async def wid_of(self, name: str) -> str:
-        """Return the id under which a worker is a member of the fleet now, "" if it is none."""
+        """Return the id under which a worker is currently a member of the fleet, "" if it is none."""
         beats = [b for b in (await self.bus.members.worker_beats()).values() if b is not None and b.name == name]
         return max(beats, key=lambda b: b.sent_ms).wid if beats else ""
 
     @property
     def has_swaps(self) -> bool:
-        """Whether workers become other bases."""
+        """Whether workers swap between bases."""
         return bool(self.settings.more_models)
 
     async def is_swapping(self, name: str) -> bool:
-        """Return whether a worker, which runs, is becoming another base: it has said so, or is no member any more."""
+        """Return whether a running worker is swapping to another base: it announced that, or is no longer a member."""
         beats = [b for b in (await self.bus.members.worker_beats()).values() if b is not None and b.name == name]
         return all(beat.becoming for beat in beats)
 
@@ -258,21 +258,21 @@ class ProcessFleet:
 
     @property
     def urls(self) -> list[str]:
-        """Where the gateways listen."""
+        """The URLs of the gateways."""
         return [gateway_url(member) for member in self.members.values() if member.service == "gateway"]
 
     @property
     def url(self) -> str:
-        """Where the first gateway listens."""
+        """The URL of the first gateway."""
         return self.urls[0]
 
     async def close(self) -> None:
-        """Kill everything and wait for it."""
+        """Kill all members and wait until they ended."""
         for member in self.members.values():
             if member.process is not None and member.process.poll() is None:
                 try:
                     os.killpg(member.process.pid, signal.SIGKILL)
-                except ProcessLookupError:  # it has begun just now, and has no group of its own yet
+                except ProcessLookupError:  # it has just been forked, and has no process group of its own yet
                     member.process.send_signal(signal.SIGKILL)
         for member in self.members.values():
             if member.process is not None:
@@ -292,7 +292,7 @@ def gateway_url(member: Member) -> str:
 
 
 async def until(holds: Callable[[], bool], timeout_s: float = math.inf) -> bool:
-    """Wait until something holds, at most `timeout_s`; tell whether it does."""
+    """Wait until `holds` returns true, at most `timeout_s`; return whether it did."""
     deadline = time.monotonic() + timeout_s
     while True:
         if holds():
@@ -303,7 +303,7 @@ async def until(holds: Callable[[], bool], timeout_s: float = math.inf) -> bool:
 
 
 def free_port() -> int:
-    """Return a port that is free. Not one of those that systems give to whoever needs any, as to each connection."""
+    """Return a free port below the ephemeral range, from which systems take the ports of outgoing connections."""
     while True:
         port = secrets.choice(range(20_000, 32_768))
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):

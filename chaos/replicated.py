@@ -1,7 +1,7 @@
-"""A queue of three servers that three Sentinels watch over: real processes on ports of this machine.
+"""A queue of three servers watched by three Sentinels: real processes on ports of this machine.
 
-A primary whose replicas it has not heard for `MAX_LAG_S` takes no writes: one that was cut off while another became the
-primary soon accepts nothing that would be lost. What it accepts before that gateways tell the new one again.
+A primary whose replicas were silent for `MAX_LAG_S` refuses writes, so that one which was cut off during a failover
+soon accepts nothing that would be lost. What it accepts before that, gateways submit again to the new primary.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ SENTINEL_PASSWORD = "between-sentinels"
 DOWN_AFTER_MS = 500
 MAX_LAG_S = 2
 FENCED_S = 2 * MAX_LAG_S + 1
-"""Time after which a primary without replicas must have noticed: it counts them once a second."""
+"""Seconds after which a primary without replicas must have noticed: it counts them once a second."""
 
 RETRY_MS = 1000
-"""`failover-timeout`: a Sentinel that has failed to be elected tries again after twice this time."""
+"""`failover-timeout`: a Sentinel whose election failed tries again after twice this time."""
 
 UP_S = 60.0
-"""Most time until the servers are in step again after a failover."""
+"""Maximum seconds until the servers are in sync again after a failover."""
 
 FAILOVERS = frozenset({"kill", "power cut", "stop", "partition", "split", "disk full"})
-"""Faults after which another server is the primary, which may not have got what the old one took last."""
+"""Faults after which another server is the primary; the last writes to the old one may be missing there."""
 
 
 class ReplicatedQueue:
-    """A primary, two replicas, and three Sentinels, which have a password."""
+    """A primary, two replicas, and three Sentinels, which require a password."""
 
     def __init__(self, folder: Path, *, guarded: bool = False, cabled: bool = False) -> None:
-        """Start all in `folder`. guarded: nobody enters without the password of a fleet's user.
+        """Start everything in `folder`. guarded: the servers require the password of one of the fleet's users.
 
-        cabled: the way to each server is a cable, which can be cut; `ports` lead around it.
+        cabled: each server is behind a cable, which can be cut; `ports` bypass the cables.
         """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,11 +69,11 @@ class ReplicatedQueue:
 
     @property
     def url(self) -> str:
-        """The queue's URL for who enters without a user, with the password of the Sentinels."""
+        """The queue's URL for clients without a user, with the password of the Sentinels."""
         return f"{self._url('')}?{PASSWORD}={SENTINEL_PASSWORD}"
 
     def door(self, user: str) -> Settings:
-        """Return the settings with which a user of a guarded queue enters."""
+        """Return the settings with which a user connects to a guarded queue."""
         assert self.users is not None
         file = self.folder / "sentinel-password"
         file.write_text(SENTINEL_PASSWORD)
@@ -84,7 +84,7 @@ class ReplicatedQueue:
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
-        """The process of the server that was last seen to be the primary."""
+        """The process of the last known primary."""
         return self.servers[self._last_primary]
 
     def _url(self, user: str) -> str:
@@ -98,7 +98,7 @@ class ReplicatedQueue:
     # ------------------------------------------------------------ processes
 
     def _run(self, folder: Path, lines: Sequence[str], *more: str) -> subprocess.Popen[bytes]:
-        """Start a server with a file that it may write to, kept from its last start."""
+        """Start a server with a configuration file that it may rewrite; a restart uses the same file."""
         folder.mkdir(exist_ok=True)
         file = folder / "server.conf"
         if not file.exists():
@@ -106,7 +106,7 @@ class ReplicatedQueue:
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [server_binary(), str(file), *more], stdout=log, stderr=log, env=child_environment(),
-                restore_signals=False,  # a full disk, played by a limit on files, must not kill it: see `no_disk`
+                restore_signals=False,  # SIGXFSZ stays ignored: exceeding the limit of `no_disk` must not kill it
             )  # fmt: skip
 
     def _start_server(self, index: int) -> subprocess.Popen[bytes]:
@@ -139,7 +139,7 @@ class ReplicatedQueue:
         return process
 
     def stop(self) -> None:
-        """End all."""
+        """End all processes."""
         for process in (*self._sentinels, *self.servers):
             process.send_signal(signal.SIGCONT)
             process.kill()
@@ -147,14 +147,14 @@ class ReplicatedQueue:
         if self._cables is not None:
             self._cables.stop()
 
-    # ------------------------------------------------------------ what Sentinels say
+    # ------------------------------------------------------------ state reported by Sentinels
 
     async def _ask_sentinel(self, index: int, *words: str) -> Any:
         url = f"redis://:{SENTINEL_PASSWORD}@127.0.0.1:{self._sentinel_ports[index]}"
         return await ask(url, "SENTINEL", *words)
 
     async def primary(self) -> int | None:
-        """Return which server the Sentinels take for the primary, None while they do not agree or do not answer."""
+        """Return the index of the server that all Sentinels call the primary; None if they disagree or fail."""
         with contextlib.suppress(QueueError, *CONNECTION_ERRORS):
             answers = [await self._ask_sentinel(i, "GET-MASTER-ADDR-BY-NAME", NAME) for i in range(NUM)]
             ports = {int(port) for _, port in answers}
@@ -164,18 +164,18 @@ class ReplicatedQueue:
         return None
 
     async def is_whole(self) -> bool:
-        """Tell whether every Sentinel knows the others and two replicas, and these are in step with the primary."""
+        """Return whether every Sentinel knows all the others, and both replicas are in sync with the primary."""
         with contextlib.suppress(QueueError, *CONNECTION_ERRORS):
             for index in range(NUM):
                 facts = _facts(await self._ask_sentinel(index, "MASTER", NAME))
                 if (facts["num-other-sentinels"], facts["num-slaves"], facts["flags"]) != ("2", "2", "master"):
-                    # They look at their servers every ten seconds otherwise, and tell each other every two.
+                    # By default they poll their servers every ten seconds, and publish to each other every two.
                     await self._ask_sentinel(index, "DEBUG", "info-period", "300", "publish-period", "300")
                     return False
             at = await self.primary()
             if at is not None:
                 infos = [await self._info(index) for index in range(NUM)]
-                # A primary counts replicas as good that are still fetching its first copy, and have nothing.
+                # A primary also counts replicas that are still fetching their first copy and have no data.
                 up = [info.get("master_link_status") == "up" for index, info in enumerate(infos) if index != at]
                 return all(up) and (infos[at]["role"], infos[at]["connected_slaves"]) == ("master", NUM - 1)
         return False
@@ -184,23 +184,23 @@ class ReplicatedQueue:
         return await ask(self._own_url(index), "INFO", "replication")
 
     def _own_url(self, index: int) -> str:
-        """Return the URL of one server, around its cable."""
+        """Return the URL of one server, bypassing its cable."""
         who = "" if self.users is None else f"operator:{self._password('operator')}@"
         return f"redis://{who}127.0.0.1:{self.ports[index]}"
 
     async def until_whole(self) -> None:
-        """Wait until all is in step. Raises TimeoutError."""
+        """Wait until all servers are in sync. Raises TimeoutError."""
         await _until(self.is_whole)
 
     # ------------------------------------------------------------ faults
 
     async def hit(self, how: str, rng: random.Random, stop_s: float) -> list[str]:
-        """Do something to the primary, wait until all is in step again, and return what went wrong.
+        """Inflict a fault on the primary, wait until all servers are in sync again, and return what went wrong.
 
-        how: `kill`; `power cut`: its replicas have missed its last second besides; `stop`: it lives on and does not
-        know that another has become the primary; `partition`: it is cut off from everybody; `split`: only from its
-        replicas and the Sentinels, while those who work with it still reach it; `lag`: its replicas stand still;
-        `memory full` and `disk full`.
+        how: `kill`; `power cut`: a kill whose last second of writes the replicas have missed; `stop`: the primary is
+        suspended, and does not know that another one has taken over; `partition`: it is cut off from everything;
+        `split`: it is cut off only from its replicas and the Sentinels, while its clients still reach it; `lag`: its
+        replicas are suspended; `memory full` and `disk full`.
         """
         await self.until_whole()
         at = await self.primary()
@@ -233,7 +233,7 @@ class ReplicatedQueue:
         self, servers: Sequence[subprocess.Popen[bytes]], stop_s: float,
         until: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:  # fmt: skip
-        """Let servers stand still for a time, and then until something holds."""
+        """Suspend servers for `stop_s`, and then until `until` holds."""
         for server in servers:
             server.send_signal(signal.SIGSTOP)
         await asyncio.sleep(stop_s)
@@ -243,7 +243,7 @@ class ReplicatedQueue:
             server.send_signal(signal.SIGCONT)
 
     async def _end(self, at: int, others: Sequence[subprocess.Popen[bytes]], missed_s: float) -> None:
-        """Kill the primary, of whose last `missed_s` the others know nothing, and start it again."""
+        """Kill the primary, whose last `missed_s` of writes the others have missed, and start it again."""
         if missed_s:
             for server in others:
                 server.send_signal(signal.SIGSTOP)
@@ -256,7 +256,7 @@ class ReplicatedQueue:
         self.servers[at] = self._start_server(at)
 
     async def _cut_off(self, at: int, how: str, rng: random.Random) -> list[str]:
-        """Cut a primary off until another one is the primary and the old one has noticed; look whether it has."""
+        """Cut a primary off until another one has taken over and the old one must have noticed; check that it has."""
         async with self.cut_off(how):
             await asyncio.sleep(FENCED_S)
             wrong = ["a primary that was cut off takes writes"] if await self._takes_writes(at) else []
@@ -265,7 +265,7 @@ class ReplicatedQueue:
 
     @asynccontextmanager
     async def cut_off(self, how: str) -> AsyncIterator[None]:
-        """Cut the primary off for a block, which begins when another one is the primary. how: `partition`, `split`."""
+        """Cut the primary off during a block that begins once another has taken over. how: `partition`, `split`."""
         assert self._cables is not None, "there are no cables"
         at = await self.primary()
         assert at is not None
@@ -277,7 +277,7 @@ class ReplicatedQueue:
             self._cables.become(at, "join")
 
     async def _takes_writes(self, index: int) -> bool:
-        """Tell whether a server, which still answers those on its side, takes a write from them."""
+        """Return whether a server, which its own clients still reach, accepts a write from them."""
         with contextlib.suppress(QueueError, *CONNECTION_ERRORS):
             assert await ask(self._own_url(index), "PING")
             await ask(self._own_url(index), "SET", "{lorafleet}side", "written", "PX", 1000)
@@ -285,18 +285,18 @@ class ReplicatedQueue:
         return False
 
     async def _fill_disk(self, at: int) -> None:
-        """Leave the primary no disk until another one is: it refuses writes, which Sentinels take for an end."""
+        """Leave the primary no disk space until another takes over: Sentinels count one that refuses writes as down."""
         no_disk(self.servers[at], self.folder / f"server{at}")
         try:
             await _until(self._another(at))
         finally:
             disk_again(self.servers[at])
-        if self.servers[at].poll() is not None:  # as a replica it ends by itself when it cannot write
+        if self.servers[at].poll() is not None:  # as a replica it exits when it cannot write
             self.servers[at] = self._start_server(at)
 
 
 async def _until(holds: Callable[[], Awaitable[bool]]) -> None:
-    """Wait until something holds. Raises TimeoutError."""
+    """Wait until `holds` returns true. Raises TimeoutError."""
     async with asyncio.timeout(UP_S):
         while True:
             if await holds():
@@ -305,7 +305,7 @@ async def _until(holds: Callable[[], Awaitable[bool]]) -> None:
 
 
 def _insist(ask: Callable[[], object]) -> None:
-    """Ask until there is an answer. Raises `QueueError` after the time."""
+    """Repeat `ask` until it succeeds. Raises `QueueError` after `UP_S`."""
     deadline = time.monotonic() + UP_S
     while True:
         try:
@@ -318,7 +318,7 @@ def _insist(ask: Callable[[], object]) -> None:
 
 
 def _facts(reply: Any) -> dict[str, str]:
-    """Return a reply of names and values, as a dict or as a flat list, as texts."""
+    """Return a reply of names and values, given as a dict or as a flat list, as a dict of strings."""
     words = [word for pair in reply.items() for word in pair] if isinstance(reply, dict) else list(reply)
     texts = [_text(word) for word in words]
     return dict(zip(texts[::2], texts[1::2], strict=True))

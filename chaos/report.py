@@ -25,23 +25,23 @@ class Report(msgspec.Struct):
     dates: list[str]
     elapsed_s: float
     faults: dict[str, int]  # "kind: how" -> times
-    calls: dict[str, int]  # style -> answered whole
-    told: dict[str, int]  # what unfinished attempts were told -> times
-    pauses_s: dict[str, list[float]]  # "kind: how" -> of each stream concerned
+    calls: dict[str, int]  # style -> calls answered completely
+    told: dict[str, int]  # error code of an unfinished attempt -> times
+    pauses_s: dict[str, list[float]]  # "kind: how" -> pause of each stream concerned
     num_tokens: int
-    rss_mb: dict[str, tuple[float, float]]  # process -> at begin and end
+    rss_mb: dict[str, tuple[float, float]]  # process -> (at the start, at the end)
     violations: list[str]
     num_runs: int = 1
     attacks: dict[str, int] = {}  # name -> rounds
-    num_ended: int = 0  # jobs and batches that a webhook had to tell of
-    num_webhooks: int = 0  # that arrived
-    num_unclear: int = 0  # conversations and files of which a queue without power may have forgotten something
+    num_ended: int = 0  # jobs and batches whose end a webhook had to report
+    num_webhooks: int = 0  # delivered webhooks
+    num_unclear: int = 0  # conversations and files that a queue which lost power may have partly lost
     num_swaps: int = 0  # of workers from one base to another
     silences_s: dict[str, float] = {}  # base -> longest time without an answer once the faults were over
 
 
 def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
-    """Return the report of one run; `words` are the arguments it was started with."""
+    """Return the report of one run. words: its command-line arguments."""
     pauses = {f"{kind}: {how}": [round(s, 3) for s in values] for (kind, how), values in tally.pauses.items()}
     return Report(
         command=f"python -m chaos {' '.join(words)}",
@@ -65,7 +65,7 @@ def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
 
 
 def merged(reports: Sequence[Report]) -> Report:
-    """Return the reports of several runs as one."""
+    """Merge the reports of several runs into one."""
     first, *others = reports
     for other in others:
         for counts in ("faults", "calls", "told", "attacks"):

@@ -1,4 +1,4 @@
-"""One run: clients, faults, and the check of everything, on a fleet that was first asked while nothing happened."""
+"""One run: clients, faults, and the check of everything, compared with the answers of the fleet before any fault."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from protocol.wire.messages import Delivery
 logger = logging.getLogger(__name__)
 
 SETTLE_S = 120.0
-"""Time within which every log must be right: a log that lost its end is repaired meanwhile."""
+"""Maximum seconds until every log must be right: a log that lost its end is repaired in this time."""
 
 UNREACHABLE = ["the queue cannot be reached"]
 
 CLIENTS, PUBLIC = "clients", "public"
-"""Tenant of the clients, with API keys and without."""
+"""Tenant of the clients: with API keys, and without."""
 
 HORIZON_S = 5.0
 UPLOAD_EVERY_S = 1.0
-MAX_ATTEMPTS = 20  # here a worker's death says nothing about its requests
+MAX_ATTEMPTS = 20  # high, since here a worker's death does not mean that its requests caused it
 ATTACKS = (*BODY_ATTACKS, *WIRE_ATTACKS, *WEBHOOK_ATTACKS)
 
 
@@ -66,27 +66,27 @@ class Plan:
     max_s: float
     shape: Shape
     alone: bool = False  # one fault at a time
-    kills_only: bool = False  # once each fault has been done
-    num_lines: int = 0  # of the batches that a client runs, one after the other; 0: there is no such client
-    num_adapters: int = 0  # of those lines, beside which nobody asks them; 0: lines ask what clients ask
-    num_turns: int = 0  # of the conversations that a client holds, one after the other; 0: there is no such client
-    only: str = ""  # the kind of members that are hit; "": all
-    replicated: bool = False  # the queue is three servers that Sentinels watch over; a fault of it is a failover
-    hows: tuple[str, ...] = ()  # what is done to members; (): everything
+    kills_only: bool = False  # once each fault was inflicted
+    num_lines: int = 0  # lines per batch; a client runs batches one after the other; 0: there is no such client
+    num_adapters: int = 0  # adapters that only batch lines use; 0: lines ask what clients ask
+    num_turns: int = 0  # turns per conversation; a client holds them one after the other; 0: there is no such client
+    only: str = ""  # the kind of members to hit; "": all
+    replicated: bool = False  # the queue is three servers watched by Sentinels; its faults are failovers
+    hows: tuple[str, ...] = ()  # faults to inflict; (): all
     clocks: bool = False  # the members' clocks jump
-    stores: bool = False  # clients store files, and upload adapters, meanwhile
-    num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
-    more_bases: tuple[str, ...] = ()  # names of base models beside the first; each has one adapter, `of-` and its name
-    encoder: str = ""  # which of these is an encoder; "": none
+    stores: bool = False  # clients also store files and upload adapters
+    num_attackers: int = 0  # more than 0 turns API keys on; attackers are another tenant than the clients
+    more_bases: tuple[str, ...] = ()  # names of base models besides the first; each has one adapter, `of-` and its name
+    encoder: str = ""  # which of `more_bases` is an encoder; "": none
 
     def models(self, names: Sequence[str]) -> dict[str, str]:
-        """Return what clients ask -> its base, where `names` are adapters of the first."""
+        """Return model name -> its base for all models that clients ask; `names` are adapters of the first base."""
         further = {model: base for base in self.more_bases for model in (base, f"of-{base}")}
         return dict.fromkeys(["base", *names], "base") | further
 
     @property
     def is_cabled(self) -> bool:
-        """Whether the way to the queue's servers may be cut."""
+        """Whether the queue's servers are behind cables that can be cut."""
         return not self.hows or bool({"partition", "split"} & set(self.hows))
 
 
@@ -95,21 +95,21 @@ class Tally:
     """The results of a run."""
 
     violations: list[str] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)  # style -> complete
+    calls: Counter[str] = field(default_factory=Counter)  # style -> completely answered calls
     told: Counter[str] = field(default_factory=Counter)  # error codes of unfinished attempts
     attacks: Counter[str] = field(default_factory=Counter)  # name -> rounds
-    num_lost_batches: int = 0  # that a queue without power has forgotten, just made
-    num_unclear: int = 0  # conversations and files of which a queue without power may have forgotten something
+    num_lost_batches: int = 0  # new batches that a queue which lost power has forgotten
+    num_unclear: int = 0  # conversations and files that a queue which lost power may have partly lost
     pauses: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # s, per kind and how
     num_tokens: int = 0
     hits: list[Hit] = field(default_factory=list)
     elapsed_s: float = 0.0
-    rss_mb: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each process, at begin and end
+    rss_mb: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each process, at the start and at the end
     num_dead_letters: int = 0
-    num_ended: int = 0  # jobs and batches that clients saw the end of, and a webhook had to tell of
-    num_webhooks: int = 0  # that arrived and were not refused
+    num_ended: int = 0  # jobs and batches whose end clients saw, and a webhook had to report
+    num_webhooks: int = 0  # delivered and not refused
     num_swaps: int = 0
-    silences_s: dict[str, float] = field(default_factory=dict)  # base -> longest one after the faults
+    silences_s: dict[str, float] = field(default_factory=dict)  # base -> longest silence after the faults, s
 
 
 class Run:
@@ -119,9 +119,9 @@ class Run:
         self, fleet: ProcessFleet, plan: Plan, asks: list[Ask], keys: Sequence[str] = ("", "", ""),
         lines: Sequence[Ask] = (), receiver: Receiver | None = None,
     ) -> None:  # fmt: skip
-        """`keys`: the API keys of the clients, of the attackers, and of an operator, "" without any.
+        """keys: the API keys of the clients, of the attackers, and of an operator; "" without keys.
 
-        lines: what batches ask, () for what clients ask. receiver: of webhooks.
+        lines: the asks of batches, () for those of clients. receiver: receives webhooks.
         """
         self.fleet = fleet
         self.plan = plan
@@ -129,7 +129,7 @@ class Run:
         self._texts = [ask for ask in asks if ask.num_tokens]
         self._lines = lines or self._texts
         self._receiver = receiver
-        self._ended: dict[tuple[str, str], float] = {}  # (type of the event, id) of ends -> when a client saw it
+        self._ended: dict[tuple[str, str], float] = {}  # (event type, id) -> when a client saw the end
         self.expected: dict[Ask, Expected] = {}
         self._vectors: dict[Ask, tuple[float, ...]] = {}
         self.tally = Tally()
@@ -144,10 +144,10 @@ class Run:
         """Close the client's connections."""
         await self._client.close()
 
-    # ------------------------------------------------------------ before
+    # ------------------------------------------------------------ before the faults
 
     async def ask_undisturbed(self, answers: dict[Ask, list[int]], vectors: dict[Ask, tuple[float, ...]]) -> None:
-        """Ask everything once, for the answers that must come under faults too. They must be those of transformers."""
+        """Ask everything once, for the answers expected under faults. They must be those of transformers."""
         self._vectors = vectors
         room = asyncio.Semaphore(8)
         asks = list(dict.fromkeys([*self.asks, *self._lines]))
@@ -171,7 +171,7 @@ class Run:
         self._books.note(call, expected)
         return expected
 
-    # ------------------------------------------------------------ under fire
+    # ------------------------------------------------------------ under faults
 
     async def run(self) -> Tally:
         """Inflict the faults under load; when this returns, everything has been checked."""
@@ -190,7 +190,7 @@ class Run:
                 group.create_task(self._upload_adapters(stop))
             for number in range(self.plan.num_attackers):
                 group.create_task(self._be_attacker(number, stop))
-            timer = asyncio.get_running_loop().call_later(self.plan.max_s, enough.set)  # clients go on
+            timer = asyncio.get_running_loop().call_later(self.plan.max_s, enough.set)  # clients continue
             await self.havoc.run(self.plan.num_faults, self.plan.every_s, enough, alone=self.plan.alone)
             timer.cancel()
             if self.plan.more_bases:
@@ -215,7 +215,7 @@ class Run:
             self._take(call)
 
     async def _run_batches(self, stop: asyncio.Event) -> None:
-        """Run one batch after the other; the last one is run to its end after the faults."""
+        """Run one batch after the other; the last one ends after the faults."""
         rng = random.Random(f"{self.plan.seed} batches")
         expected = {ask: self.expected[ask] for ask in self._lines}
         client = BatchClient(self.fleet.urls, self._client_key, expected)
@@ -228,11 +228,11 @@ class Run:
                 self.tally.violations += [f"batch: {what}" for what in wrong]
                 self.tally.calls["batch"] += self.plan.num_lines
         finally:
-            self._ended |= dict.fromkeys(client.ended, -math.inf)  # no power cut makes a batch's end forgotten
+            self._ended |= dict.fromkeys(client.ended, -math.inf)  # a power cut cannot lose a batch's end
             await client.close()
 
     async def _run_conversations(self, stop: asyncio.Event) -> None:
-        """Hold one conversation after the other; the last one is held to its end after the faults."""
+        """Hold one conversation after the other; the last one ends after the faults."""
         rng = random.Random(f"{self.plan.seed} conversations")
         client = ResponseClient(self.fleet.urls, self._client_key, sorted({ask.model for ask in self._texts}))
         try:
@@ -282,7 +282,7 @@ class Run:
         self.tally.calls[what] += told.num_calls
 
     async def _be_attacker(self, number: int, stop: asyncio.Event) -> None:
-        """Attack in one way after the other. What the attackers are told matters only where it is a fault."""
+        """Run one attack after the other. Answers that an attacker gets matter only if they are faults."""
         rng = random.Random(f"{self.plan.seed} attacker {number}")
         while not stop.is_set():
             attack = rng.choice(ATTACKS)
@@ -357,23 +357,23 @@ class Run:
         return check.logged_wrongly(expected, facts, ids, whole=whole)
 
     def _may_be_forgotten(self, ended_s: float) -> bool:
-        """Tell whether a queue without power may have lost an end that nobody was there to tell it again.
+        """Return whether a power cut may have lost the end of a request, with no service left to write it again.
 
-        That is known 5 s later: a power cut also takes what was written shortly before it.
+        Faults up to 5 s later count: a power cut also loses writes from shortly before it.
         """
         return self._had_no_power(ended_s - 15, ended_s + 5)
 
     def _had_no_power(self, from_s: float, to_s: float) -> bool:
-        """Tell whether the queue may have lost its last writes between two times: by a power cut, or by a failover."""
+        """Return whether a power cut or a failover may have taken the queue's last writes between two times."""
         return any(from_s <= hit.at_s <= to_s for hit in self.havoc.hits if self._loses(hit))
 
     def _loses(self, hit: Hit) -> bool:
         return hit.how == "power cut" or (hit.kind == "queue" and self.plan.replicated and hit.how in FAILOVERS)
 
-    # ------------------------------------------------------------ after
+    # ------------------------------------------------------------ after the faults
 
     async def _check_end(self) -> None:
-        """Nothing is left: no work, no request without an end, no key without a life time."""
+        """Check that nothing is left: no work, no request without an end, no key without a TTL."""
         deadline = time.monotonic() + SETTLE_S
         while left := await self._left_over():
             if time.monotonic() > deadline:
@@ -428,7 +428,7 @@ async def prepared(
 ) -> AsyncIterator[Run]:  # fmt: skip
     """Start a fleet with the adapters `names` of `folder`/adapters, ask it everything undisturbed, and yield the run.
 
-    of_lines: more adapters, which the lines of batches ask. The fleet ends with the context.
+    of_lines: adapters that only batch lines use. The fleet ends with the context.
     """
     adapters = folder / "adapters"
     models = plan.models(names)
@@ -470,7 +470,7 @@ async def prepared(
             try:
                 logger.info("the fleet is up")
                 await receiver.subscribe(fleet.url, keys[0])
-                if with_keys:  # whose jobs are told to nobody from now on, beside the clients'
+                if with_keys:  # its jobs' webhooks go to receivers that never answer from now on, besides the clients'
                     attacker = Attacker(fleet.url, keys[1], GIVE_UP_S)
                     await WEBHOOK_ATTACKS[0].once(attacker)
                     await attacker.close()

@@ -1,4 +1,4 @@
-"""A server of the queue without memory or disk, gateways without their files, a wrong clock: what is taken away."""
+"""Faults of resources: a queue server without memory or disk space, gateways without their files, a wrong clock."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from protocol.queue.connection.redis_client import connect
 
 HOOK = Path(__file__).parent / "wall_clock"
-"""Folder with what Python runs at its start so that a process has another wall clock."""
+"""Folder with the `sitecustomize.py` that gives a Python process another wall clock."""
 
 JUMP_S = 3600
 
 
 async def ask(url: str, *words: str | int) -> Any:
-    """Return the answer of a server to a command. Raises what the queue's client does."""
+    """Return a server's reply to a command. Raises what the queue's client raises."""
     client = connect(url, timeout_s=2.0)
     try:
         return await client.execute_command(*words)
@@ -29,7 +29,7 @@ async def ask(url: str, *words: str | int) -> Any:
 
 @asynccontextmanager
 async def no_memory(url: str) -> AsyncIterator[None]:
-    """Let a server hold no more than half of what it holds, meanwhile."""
+    """Limit a server's memory to half of what it uses, during the block."""
     most = (await ask(url, "INFO", "memory"))["maxmemory"]
     used = (await ask(url, "INFO", "memory"))["used_memory"]
     await ask(url, "CONFIG", "SET", "maxmemory", used // 2)
@@ -40,16 +40,16 @@ async def no_memory(url: str) -> AsyncIterator[None]:
 
 
 def no_disk(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Let no file of a server grow beyond the size of its append-only file. folder: of its data.
+    """Limit all files of a server to the size of its append-only file. folder: the server's data.
 
-    The server must have been started with SIGXFSZ ignored, or it dies of it.
+    The server must have been started with SIGXFSZ ignored, or that signal kills it.
     """
     sizes = [file.stat().st_size for file in (folder / "appendonlydir").glob("*.incr.aof")]
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (max(sizes, default=0), resource.RLIM_INFINITY))
 
 
 def disk_again(process: subprocess.Popen[bytes]) -> None:
-    """Let files grow again."""
+    """Remove the limit on file sizes."""
     if process.poll() is None:
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
@@ -57,9 +57,9 @@ def disk_again(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def no_files(folder: Path) -> Generator[None]:
-    """Let nothing of a folder be read, and nothing be written there, meanwhile: neither begun nor brought to an end.
+    """Make reading from and writing to a folder fail during the block, also for files that are already open.
 
-    A file stands in its place, which stops the superuser too.
+    A file takes the folder's place, which stops the superuser too.
     """
     away = folder.with_name(f"{folder.name}.away")
     was_there = folder.exists()
@@ -76,22 +76,22 @@ def no_files(folder: Path) -> Generator[None]:
 
 
 class Clocks:
-    """Wall clocks of Python processes, one each, which can be set; their monotonic clocks go on."""
+    """Settable wall clocks of Python processes, one each; monotonic clocks are not changed."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep the clocks in files of a folder."""
+        """folder: holds one file per clock."""
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def environment(self, name: str) -> Mapping[str, str]:
-        """Return the variables with which a process gets the clock of a name."""
+        """Return the environment variables that give a process the clock of a name."""
         if not self._file(name).exists():
             self.jump(name, 0)
         path = os.pathsep.join(filter(None, (str(HOOK), os.environ.get("PYTHONPATH"))))
         return {"PYTHONPATH": path, "CHAOS_CLOCK": str(self._file(name))}
 
     def jump(self, name: str, to_s: int) -> None:
-        """Set a clock to so many seconds after the right time."""
+        """Set a clock to `to_s` seconds after the right time."""
         new = self._file(name).with_suffix(".new")
         new.write_text(str(to_s))
         os.replace(new, self._file(name))

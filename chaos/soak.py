@@ -1,9 +1,6 @@
-"""Load for a long time, below what a fleet can do or far above it: memory of every process, refusals, answers.
+"""Load for a long time, below or far above a fleet's capacity; records every process's memory, refusals and answers.
 
-python -m chaos.soak --minutes 60 --share 0.8                     a soak
-python -m chaos.soak --minutes 10 --share 30 --probe-clients 200 --max-queued 200 --tokens 128     an overload
-
-With `--fleet-cpus 1 --client-cpus 0` clients that ask for ten times what a fleet can do take nothing from it.
+With `--fleet-cpus 1 --client-cpus 0`, clients that ask for ten times the fleet's capacity take no CPU time from it.
 """
 
 from __future__ import annotations
@@ -38,44 +35,44 @@ logger = logging.getLogger(__name__)
 
 PROBE_S = 20.0
 SAMPLE_S = 5.0
-PAUSE_S = 1.0  # of the clients themselves, from which on it is told
+PAUSE_S = 1.0  # maximum pause of the clients themselves that is not reported
 NUM_TEMPLATES = 8
 READ_TIMEOUT_S = 300.0
-MAX_TOLD = 200  # errors that are told one by one
+MAX_TOLD = 200  # errors that are logged one by one
 
 
 @dataclass(slots=True)
 class Course:
-    """What became of the calls, and what the processes used meanwhile."""
+    """Outcomes of the calls, and the memory of the processes."""
 
     num_asked: int = 0
-    seconds: float = 0.0  # in which calls were begun
+    seconds: float = 0.0  # during which calls were begun
     outcomes: Counter[str] = field(default_factory=Counter)
     ttft_s: list[float] = field(default_factory=list)
     refusals: list[tuple[float, float]] = field(default_factory=list)  # (when, Retry-After), s
-    completed_s: list[float] = field(default_factory=list)  # when each whole answer was there, in order
-    rss_mb: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # process -> (s since begin, MB)
-    pauses: list[tuple[float, float]] = field(default_factory=list)  # of the clients themselves: (s since begin, s)
+    completed_s: list[float] = field(default_factory=list)  # when each complete answer arrived, in order
+    rss_mb: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # process -> (s since the start, MB)
+    pauses: list[tuple[float, float]] = field(default_factory=list)  # of the clients themselves: (s since the start, s)
 
     @property
     def errors(self) -> dict[str, int]:
-        """Calls that got neither a whole answer nor a refusal with a Retry-After."""
+        """Number of calls, by error, that got neither a complete answer nor a refusal with a Retry-After."""
         return {name: num for name, num in self.outcomes.items() if name not in ("complete", "429")}
 
     def share_kept(self, num: int) -> float:
-        """Return the share of refusals, in [0, 1], after which `num` answers ended within their Retry-After."""
+        """Return the share of refusals, in [0, 1], after which `num` answers completed within their Retry-After."""
         done = self.completed_s
         kept = [bisect.bisect(done, at + told) - bisect.bisect(done, at) >= num for at, told in self.refusals]
         return sum(kept) / max(len(kept), 1)
 
 
 class Load:
-    """Calls of random adapters at given times."""
+    """Sends calls of random adapters at given times."""
 
     def __init__(self, fleet: ProcessFleet, models: list[str], num_tokens: int, seed: int) -> None:
         self._fleet = fleet
         self._models = models
-        self._num_tokens = num_tokens  # of each answer
+        self._num_tokens = num_tokens  # per answer
         self._rng = random.Random(seed)
         self._clients = [Client(url) for url in fleet.urls]
         self.course = Course()
@@ -86,9 +83,9 @@ class Load:
             client.close()
 
     async def probe(self, num_clients: int) -> float:
-        """Return how many calls a second the fleet answers with so many clients that ask without a pause.
+        """Return the calls per second that the fleet answers with `num_clients` clients asking without a pause.
 
-        As long is asked before, uncounted: then everything has been loaded once.
+        A warm-up of the same length comes first, uncounted, in which everything is loaded once.
         """
         course, began_s = Course(), time.monotonic()
 
@@ -101,7 +98,7 @@ class Load:
         return len(counted) / PROBE_S
 
     async def run(self, rate: float, seconds: float) -> None:
-        """Ask `rate` times a second (a Poisson process) for so long; wait for every answer."""
+        """Send `rate` calls per second (a Poisson process) for `seconds`; wait for every answer."""
         began_s, next_s = time.monotonic(), time.monotonic()
         watch = asyncio.create_task(self._watch(began_s))
         async with asyncio.TaskGroup() as group:
@@ -123,7 +120,7 @@ class Load:
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 await self._rng.choice(self._clients).post("/v1/completions", body, record)
-        except OSError as error:  # TimeoutError is one
+        except OSError as error:  # includes TimeoutError
             record.error = record.error or repr(error)
         self._count(course, record)
 
@@ -155,7 +152,7 @@ class Load:
             slept_s = time.monotonic()
             await asyncio.sleep(SAMPLE_S)
             late_s = time.monotonic() - slept_s - SAMPLE_S
-            if late_s >= PAUSE_S:  # nothing that depends on the fleet: the machine gave this process no time
+            if late_s >= PAUSE_S:  # not the fleet's fault: the machine gave this process no CPU time
                 logger.warning("the clients stood still for %.1f s", late_s)
                 self.course.pauses.append((time.monotonic() - began_s, late_s))
 
@@ -164,7 +161,7 @@ class Load:
 
 
 def slope_mb_per_h(samples: list[tuple[float, float]]) -> float:
-    """Return the slope of the line through the second half of samples (s, MB): the first is when caches fill."""
+    """Return the slope of the line through the second half of samples (s, MB); caches fill during the first half."""
     late = samples[len(samples) // 2 :]
     mean_s = sum(s for s, _ in late) / len(late)
     mean_mb = sum(mb for _, mb in late) / len(late)
@@ -173,7 +170,7 @@ def slope_mb_per_h(samples: list[tuple[float, float]]) -> float:
 
 
 def as_markdown(course: Course, sustained: float, max_queued: int, where: str) -> str:
-    """Return the report. `sustained`: calls per second; `where`: command and machine."""
+    """Return the report. sustained: calls per second. where: command and machine."""
     outcomes = ", ".join(f"{num:,} {name}" for name, num in course.outcomes.most_common())
     minutes, rate = course.seconds / 60, course.num_asked / course.seconds
     lines = [
@@ -208,7 +205,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, float]:
-    """Return what happened, and the calls per second that the fleet sustains."""
+    """Return the results, and the calls per second that the fleet sustains."""
     from tests.helpers.factories import make_adapter, make_tiny_model
 
     model, adapters = make_tiny_model(folder / "model", max_len=2048), folder / "adapters"
@@ -217,7 +214,7 @@ async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, float]:
     names = [f"a{i:03}" for i in range(args.adapters)]
     for i, name in enumerate(names):
         _copy(folder / "templates" / str(i % NUM_TEMPLATES), adapters / name, 16 + i)
-    _stay_on(args.fleet_cpus)  # as whatever begins from here on
+    _stay_on(args.fleet_cpus)  # inherited by every process started from here on
     limits = {"max_queued": args.max_queued, "adapter_pool_bytes": 8 << 20, "adapter_host_bytes": 16 << 20}
     fleet = ProcessFleet.prepare(folder, model, adapters, durable=True, **limits)
     try:
@@ -248,7 +245,7 @@ def _stay_on(cpus: str) -> None:
 
 
 def _copy(template: Path, folder: Path, alpha: int) -> None:
-    """Write an adapter with a template's weights and an alpha of its own: another adapter, another answer."""
+    """Write an adapter with a template's weights and its own alpha: another adapter, with other answers."""
     folder.mkdir(parents=True)
     config = json.loads((template / "adapter_config.json").read_text()) | {"lora_alpha": alpha / 8}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -256,7 +253,7 @@ def _copy(template: Path, folder: Path, alpha: int) -> None:
 
 
 def main() -> int:
-    """Run as the arguments say. Exit code 1 on an error."""
+    """Run the command line. The exit code is 1 on an error."""
     parser = argparse.ArgumentParser(prog="python -m chaos.soak", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--share", type=float, default=0.8, help="of the load that the fleet sustains")

@@ -1,4 +1,4 @@
-"""Whether the fleet's usage is what clients have caused: between what they were told and what may have been made."""
+"""Checks the fleet's usage against the clients' calls: at least the usage shown, at most the usage caused."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from protocol.queue.bus import Bus, now_ms
 from protocol.wire.messages import HistoryEntry
 
 AT_THE_DOOR = "so that another one can take the request"
-"""Part of what a call is told that a gateway which is shutting down has not taken; others wait until it has ended."""
+"""Part of the error of calls that a gateway refuses while it shuts down; other calls may have been queued."""
 
 ENDED_503 = {"base_failed", "no_worker"}
-"""Codes of requests that the scheduler ends with 503, so that their Idempotency-Key may be used for another one."""
+"""Codes of requests that the scheduler ends with 503, so that their Idempotency-Key may be used again."""
 
 SLACK_MS = 1000.0
-"""Most that clocks of driver and queue, on one machine, and their rounding differ by."""
+"""Maximum milliseconds between the clocks of driver and queue, which share a machine, including rounding."""
 
 Counts = tuple[int, int, int]
-"""Requests, prompt tokens and output tokens."""
+"""Number of requests, prompt tokens and output tokens."""
 
 
 @dataclass(slots=True)
 class Books:
-    """What the fleet's usage must come to, by model: between what clients were told and what they may have caused."""
+    """Bounds of the fleet's usage by model: usage shown to clients, and usage that they may have caused."""
 
     least: dict[str, Counts] = field(default_factory=dict[str, Counts])
     most: dict[str, Counts] = field(default_factory=dict[str, Counts])
     calls: list[Call] = field(default_factory=list[Call])
 
     def note(self, call: Call, expected: Expected) -> None:
-        """Note a call of a client that has got its answer, or has given up."""
+        """Add a call of a client that got its answer or gave up."""
         counts = (1, expected.num_prompt_tokens, expected.num_tokens)
         num_taken = sum(map(may_have_run, call.attempts))
         if call.is_keyed:  # attempts with one key are one request
@@ -51,9 +51,9 @@ class Books:
         to[model] = (a + times * counts[0], b + times * counts[1], c + times * counts[2])
 
     def wrong(self, counted: Mapping[str, Counts], *, may_lack: bool, may_exceed: bool) -> list[str]:
-        """Return what is wrong with what was counted, by model.
+        """Return the errors in the counted usage, by model.
 
-        may_lack: the queue has lost its last second. may_exceed: others ask the same models.
+        may_lack: the queue has lost its last second of writes. may_exceed: others ask the same models.
         """
         found: list[str] = []
         for model in sorted({*self.least, *counted}):
@@ -69,7 +69,8 @@ class Books:
 def may_have_run(attempt: Attempt) -> bool:
     """Return whether an attempt may have been computed.
 
-    One that was told an error may have reached the queue, unless it is what calls are told that are not let in.
+    An attempt that ended with an error may have reached the queue, unless the error is one of calls that are not let
+    in.
     """
     if attempt.outcome != "refused":
         return True
@@ -77,14 +78,14 @@ def may_have_run(attempt: Attempt) -> bool:
 
 
 def counts(entry: HistoryEntry) -> bool:
-    """Return whether a request that has ended counts: it has completed, or made a token."""
+    """Return whether an ended request counts: it completed, or made a token."""
     return entry.state == "completed" or (entry.state != "refused" and entry.num_output_tokens > 0)
 
 
 def unexplained(calls: Sequence[Call], entries: Iterable[HistoryEntry], since_ms: float) -> list[HistoryEntry]:
-    """Return the requests that count, and that no attempt of a client can have caused, where each caused one at most.
+    """Return the counted requests that no attempt of a client can have caused; each attempt causes at most one.
 
-    since_ms: unix time at which the clients' clock was 0. Attempts that end first are given a request first.
+    since_ms: unix time at which the clients' clock was 0. Attempts are matched in the order of their ends.
     """
     spans: dict[str, list[tuple[float, float]]] = defaultdict(list)  # model -> times of attempts, unix ms
     for call in calls:
@@ -113,9 +114,10 @@ def _spans(call: Call) -> list[tuple[float, float]]:
 async def wrong_usage(
     bus: Bus, tenant: str, books: Books, more_bases: Sequence[str], *, may_lack: bool, may_exceed: bool
 ) -> list[str]:
-    """Return what is wrong with what was counted for a tenant, and which of its requests no client has caused.
+    """Return the errors in a tenant's counted usage, and its requests that no client has caused.
 
-    more_bases: names of the base models beside the first, which is asked as `base`. Lines of batches are counted apart.
+    more_bases: names of the base models besides the first, which is asked as `base`. Batch lines are counted
+    separately.
     """
     today = now_ms() // (DAY_S * 1000)
     counted: dict[str, Counts] = {}

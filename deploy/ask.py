@@ -1,9 +1,9 @@
-"""Ask a fleet the same questions at once, of its base model and all adapters; print the answers as JSON.
+"""Ask a fleet's base model and all adapters the same questions at once; print the answers as JSON.
 
     python deploy/ask.py URL NUM_PER_MODEL NUM_TOKENS [ADAPTER ...]
 
-Waits until the named adapters are served. Needs nothing but Python. Greedy, so that the answers are the same each time.
-Exit code 1 if an adapter doesn't come, or an answer fails or is short.
+Waits until the named adapters are served. Needs only Python. Decoding is greedy, so the answers are the same each time.
+The exit code is 1 if an adapter does not appear, or an answer fails or is too short.
 """
 
 import json
@@ -17,7 +17,7 @@ ADAPTERS_WITHIN_S = 60  # the store reads its folder while the model loads
 
 
 def get(url: str, body: dict[str, object] | None = None) -> dict:
-    """Return the JSON that a GET, or with a body a POST, answers. Raises OSError on any other status than 200."""
+    """Return the JSON answer to a GET, or to a POST if there is a body. Raises OSError for any status but 200."""
     request = urllib.request.Request(url, headers={"Content-Type": "application/json"})
     if body is not None:
         request.data = json.dumps(body).encode()
@@ -26,7 +26,7 @@ def get(url: str, body: dict[str, object] | None = None) -> dict:
 
 
 def models_with(url: str, adapters: list[str]) -> list[str]:
-    """Return the names of all models once `adapters` are among them. Exits when they aren't within a minute."""
+    """Return the names of all models once `adapters` are among them. Exits if they are not after a minute."""
     deadline_s = time.monotonic() + ADAPTERS_WITHIN_S
     while True:
         models = [model["id"] for model in get(f"{url}/v1/models")["data"]]
@@ -39,7 +39,7 @@ def models_with(url: str, adapters: list[str]) -> list[str]:
 
 
 def ask(url: str, model: str, number: int, num_tokens: int) -> tuple[str, str]:
-    """Return a name for the question, and its answer of exactly `num_tokens` tokens."""
+    """Return (name of the question, answer). Exits unless the answer has exactly `num_tokens` tokens."""
     body = {
         "model": model, "prompt": f"Question {number}: why is the sky blue? Answer:", "max_tokens": num_tokens,
         "temperature": 0, "ignore_eos": True,
@@ -51,7 +51,7 @@ def ask(url: str, model: str, number: int, num_tokens: int) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Ask, and print what came back, sorted by question."""
+    """Ask all questions, and print the answers sorted by question."""
     url, num_per_model, num_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     models = models_with(url, sys.argv[4:])
     questions = [(model, number) for number in range(num_per_model) for model in models]

@@ -1,8 +1,8 @@
 """Run a command for several base models: $MODELS, separated by commas, becomes LORAFLEET_MODEL and …_MORE_MODELS.
 
-Without MODELS the command runs as it is. A worker begins with one base, and replicas of a container do not know their
-number: with $BASE_LOCKS, a folder that all of this machine share, each takes the first base that the fewest have taken,
-as $LORAFLEET_BASE.
+Without MODELS the command runs unchanged. A worker starts with one base, and replicas of a container do not know their
+number. With $BASE_LOCKS, a folder shared by all containers of a machine, each replica takes the first of the bases
+taken by the fewest replicas, as $LORAFLEET_BASE.
 """
 
 import fcntl
@@ -16,9 +16,9 @@ from protocol.runtime.model_files import served_name
 
 
 def claim(models: Sequence[str], folder: Path) -> str:
-    """Take a base for as long as this process lives, also once it executes another program. Returns its model.
+    """Lock a base until this process ends, even if it executes another program. Return the base's model.
 
-    folder: of the locks; every base has one for its first worker, one for its second, and so on.
+    folder: holds the locks; each base has one lock for its first worker, one for its second, and so on.
     """
     for turn in count():
         for i, model in enumerate(models):
@@ -30,17 +30,17 @@ def claim(models: Sequence[str], folder: Path) -> str:
                 continue
             os.set_inheritable(lock, True)
             return model
-    raise AssertionError  # there is always a next turn
+    raise AssertionError  # unreachable: there is always a next turn
 
 
 def set_models(variables: MutableMapping[str, str]) -> None:
-    """Set the settings of a service of these bases. Raises OSError if the locks cannot be made."""
+    """Set the environment variables of a service for these bases. Raises OSError if the locks cannot be created."""
     models = list(dict.fromkeys(name.strip() for name in variables.get("MODELS", "").split(",") if name.strip()))
     if models:
         variables["LORAFLEET_MODEL"], variables["LORAFLEET_MORE_MODELS"] = models[0], ",".join(models[1:])
         if "BASE_LOCKS" in variables:
             own = claim(models, Path(variables["BASE_LOCKS"]))
-            # A served name is the default base's alone.
+            # Only the default base has a served name.
             given = variables.get("LORAFLEET_SERVED_NAME", "") if own == models[0] else ""
             variables["LORAFLEET_BASE"] = served_name(own, given)
 

@@ -1,7 +1,7 @@
-"""Tell a container engine whether the service in this container does its work: exit code 0 if so.
+"""Report to a container engine whether the service in this container works: exit code 0 if so.
 
-The gateway is healthy when it can answer, the store when it serves blobs, a worker while its beat is on the queue (so
-not before its model is loaded), the scheduler while somebody leads.
+A gateway is healthy if it can answer, a store if it serves blobs, a worker while its heartbeat is in the queue (so only
+once its model is loaded), a scheduler while there is a leader.
 """
 
 import asyncio
@@ -17,12 +17,12 @@ TIMEOUT_S = 3
 
 
 def http_answers(port: int) -> bool:
-    """Return whether `/health` on this machine is 200; raises OSError when it isn't."""
+    """Return whether `/health` on this machine answers 200; raises OSError if it fails."""
     return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=TIMEOUT_S).status == 200
 
 
 async def queue_knows(service: str) -> bool:
-    """Return whether somebody leads, or whether a worker of this host has beaten lately; raises what the queue does."""
+    """Return whether there is a leader, or a recent heartbeat of a worker on this host; raises the queue's errors."""
     bus = Bus(Settings(redis_url=os.environ["REDIS_URL"]).queue_url())
     try:
         async with asyncio.timeout(TIMEOUT_S):
@@ -36,7 +36,7 @@ async def queue_knows(service: str) -> bool:
 
 
 def main(service: str) -> int:
-    """Return the exit code for a service."""
+    """Return the exit code for a service: 0 if it is healthy."""
     if service == "gateway":
         return not http_answers(8000)
     if service == "store":

@@ -1,6 +1,6 @@
 """The S3 server of `docker compose --profile s3 up`: its keys, and a bucket with the example adapters.
 
-    python s3.py keys FOLDER_OF_SERVER FOLDER_OF_CLIENTS    makes a key pair, unless there is one
+    python s3.py keys FOLDER_OF_SERVER FOLDER_OF_CLIENTS    creates a key pair, unless there is one
     python s3.py fill URL BUCKET FOLDER                     copies each folder in FOLDER into the bucket, and ends
 
 Runs in the control image, which has boto3; `fill` finds the keys as every client of S3 does.
@@ -19,7 +19,7 @@ UP_WITHIN_S = 120
 
 
 def make_keys(server: Path, clients: Path) -> None:
-    """Write a key pair as SeaweedFS reads it, and as clients do. What is there stays."""
+    """Write a key pair in SeaweedFS's format and in the clients' format. An existing pair is kept."""
     written = clients / "credentials"
     if written.exists():
         return
@@ -35,7 +35,7 @@ def make_keys(server: Path, clients: Path) -> None:
 
 
 def fill(url: str, bucket: str, folder: Path) -> None:
-    """Make the bucket, and put the files of each adapter under its name. Waits for the server. Exits with its error."""
+    """Create the bucket, and upload each adapter's files under its name. Waits for the server. Exits on its error."""
     client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
     deadline_s = time.monotonic() + UP_WITHIN_S
     while True:

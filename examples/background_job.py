@@ -2,9 +2,9 @@
 
     python examples/background_job.py [--url http://127.0.0.1:8000] [--key KEY] MODEL QUESTION
 
-The call returns at once with a job. The job survives the client and the gateway that took it: any gateway of the fleet
-can be asked for it, for `job_ttl_s` (a day). Repeating the call with the same Idempotency-Key returns the same job, so
-a client that lost its connection can simply call again.
+The call returns immediately with a job. The job survives the client and the gateway that accepted it: any gateway of
+the fleet can return it, for `job_ttl_s` (a day). Repeating the call with the same Idempotency-Key returns the same job,
+so a client that lost its connection can simply call again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DONE = ("completed", "failed", "cancelled", "expired")
 
 
 def start(client: httpx2.Client, model: str, question: str, key: str) -> str:
-    """Submit a chat as a job and return its id; `key` is the Idempotency-Key. Raises RuntimeError when refused."""
+    """Submit a chat as a job and return its id; `key` is the Idempotency-Key. Raises RuntimeError if it is refused."""
     body = {
         "model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 200, "background": True,
     }  # fmt: skip
@@ -31,7 +31,7 @@ def start(client: httpx2.Client, model: str, question: str, key: str) -> str:
 
 
 def wait(client: httpx2.Client, job_id: str) -> dict[str, Any]:
-    """Poll until the job has ended, and return it. The gateway answers when it ends, or after POLL_S."""
+    """Poll until the job has ended, and return it. The gateway answers at the job's end, or after POLL_S."""
     while True:
         response = client.get(f"/v1/jobs/{job_id}", headers={"Prefer": f"wait={POLL_S}"})
         if response.status_code != 200:

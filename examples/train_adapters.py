@@ -30,7 +30,7 @@ HELD_OUT = ("What is the capital of France?", "Why is the sky blue?", "How do I 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How one demo adapter is trained."""
+    """Training parameters of one demo adapter."""
 
     rank: int
     target_modules: tuple[str, ...]
@@ -47,7 +47,7 @@ BATCH_SIZE = 8
 
 
 def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the token ids of one exchange, and its labels: the answer and its end, nothing of the prompt."""
+    """Return the token ids of one exchange, and its labels: only the answer and its end have labels."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
     )
@@ -57,7 +57,7 @@ def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[
 
 
 def collate(examples: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Pad exchanges on the right: int64 [batch, longest] each."""
+    """Pad exchanges on the right. Return int64 tensors [batch, longest]."""
     longest = max(len(ids) for ids, _ in examples)
     batch = {name: torch.zeros(len(examples), longest, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     batch["labels"] = torch.full((len(examples), longest), IGNORED)
@@ -69,7 +69,7 @@ def collate(examples: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tens
 
 
 def train(model_folder: Path, name: str, out: Path) -> None:
-    """Train the adapter `name` and write it to `out`/`name`; print what it answers to questions it never saw."""
+    """Train the adapter `name` and write it to `out`/`name`; print its answers to held-out questions."""
     torch.manual_seed(0)
     style = STYLES[name]
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -106,13 +106,13 @@ def train(model_folder: Path, name: str, out: Path) -> None:
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in PEFT's format: float16 weights, and a base that any machine can resolve."""
+    """Write the adapter in PEFT's format, with float16 weights and a base name that any machine can resolve."""
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         weights = load_file(Path(scratch) / "adapter_model.safetensors")
         config = json.loads((Path(scratch) / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = HUB_MODEL_ID
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT keeps a set: its order changes from run to run
+    config["target_modules"] = sorted(config["target_modules"])  # PEFT has a set, whose order varies from run to run
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

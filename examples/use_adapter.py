@@ -1,10 +1,10 @@
-"""Register an adapter with a running fleet and ask it, from Python.
+"""Register an adapter with a running fleet and ask it a question, from Python.
 
     python examples/use_adapter.py [--url http://127.0.0.1:8000] [--key KEY] NAME SOURCE QUESTION
 
-SOURCE is a place that the fleet can reach: a Hub id (org/name), s3://bucket/prefix, or local:FOLDER, a folder in the
-adapter folder of the store. An adapter with a folder of its own there needs no registration. With API keys, KEY needs
-the scopes `infer` and `adapters`.
+SOURCE is a location that the fleet can reach: a Hub id (org/name), s3://bucket/prefix, or local:FOLDER, a folder in the
+store's adapter folder. An adapter that has its own folder there needs no registration. With API keys, KEY needs the
+scopes `infer` and `adapters`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import httpx2
 def register(client: httpx2.Client, name: str, source: str) -> dict[str, Any]:
     """Point `name` at `source`, wait until it can be used, and return its description.
 
-    Raises RuntimeError with the fleet's reason when the adapter is refused.
+    Raises RuntimeError with the fleet's reason if the adapter is refused.
     """
     response = client.post("/v1/adapters", json={"name": name, "source": source, "wait_s": 60})
     if response.status_code not in (200, 201):  # 202 would mean that a minute was not enough
@@ -27,7 +27,7 @@ def register(client: httpx2.Client, name: str, source: str) -> dict[str, Any]:
 
 
 def ask(client: httpx2.Client, model: str, question: str) -> str:
-    """Return the answer of the base model or of an adapter; `model` is its name."""
+    """Return a model's answer. model: name of the base model or of an adapter."""
     body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 60}
     response = client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:

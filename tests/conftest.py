@@ -1,6 +1,6 @@
-"""Fixtures and rules for every test: a real queue server per test process, time limits, and the order's seed.
+"""Fixtures and rules for all tests: a real queue server per test process, time limits, and the seed of the order.
 
-No key may outlive its test without a TTL.
+After each test, every key of the queue must have a TTL or be on the permanent list.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LONGER_S: dict[str, int] = {
     "scheduler": 120,  # hypothesis; fleets in virtual time
     "test_packaging.py": 120,  # imports everything in new interpreters
 }
-"""File or folder -> what its longest test may take on two busy cores, s. Those that take longest begin first."""
+"""File or folder -> time limit of each test on two busy cores, s. Files with higher limits run first."""
 
 
 THOROUGH = (
@@ -92,37 +92,38 @@ THOROUGH = (
     "protocol/queue/test_interleavings.py",
     "protocol/queue/test_lost_tail.py",
 )
-"""Files that only `make test-all` runs, and whoever names them: long ones, each a further look at what others hold.
-Single tests of this kind are marked `thorough`; `helpers/examples.py` says how many examples hypothesis draws."""
+"""Files that run only with `make test-all` or when named on the command line: long tests of facts that other tests
+check too. Single tests of this kind are marked `thorough`; `helpers/examples.py` sets how many examples hypothesis
+draws."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the switch of `make test-all`."""
+    """Add the option that `make test-all` uses."""
     parser.addoption("--thorough", action="store_true", help="also run the long tests (THOROUGH in tests/conftest.py)")
 
 
 def is_thorough(config: pytest.Config) -> bool:
-    """Return whether long tests are wanted: `--thorough`, or files that are named on the command line."""
-    told: dict[str, bool] = getattr(config, "workerinput", {})  # of a process of xdist, whose arguments are others
+    """Return whether long tests are wanted: with `--thorough`, or if files are named on the command line."""
+    told: dict[str, bool] = getattr(config, "workerinput", {})  # set by xdist, whose processes have other arguments
     is_named = config.args_source is pytest.Config.ArgsSource.ARGS
     return told.get("thorough", config.getoption("--thorough") or is_named)
 
 
 class TellWorkers:
-    """Tells processes of xdist whether long tests are wanted."""
+    """Passes on to xdist's processes whether long tests are wanted."""
 
     def pytest_configure_node(self, node: Any) -> None:
-        """Write it where `is_thorough` reads it."""
+        """Store the flag where `is_thorough` reads it."""
         node.workerinput["thorough"] = is_thorough(node.config)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Spare every process what costs much time and shows nothing.
+    """Avoid work that takes much time in every process without testing anything.
 
-    Garbage is not looked for while tests are imported: that is half the time of it. Certificates are read once, not by
-    every client of HTTP. And `jsonschema` does not make the grammars of IRIs, which no schema here asks for.
+    Garbage collection is off during the import of tests, where it takes half the time. Certificates are read once
+    instead of by every HTTP client. `jsonschema` does not build the grammars of IRIs, which no schema here needs.
     """
-    # No test finds a fleet of this user, or of another test process, by the record that it leaves.
+    # No test may find a fleet of this user, or of another test process, by the record that the fleet leaves.
     os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="lorafleet-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True)
     if config.pluginmanager.has_plugin("dsession"):
@@ -135,28 +136,28 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("some")
     gc.disable()
     httpcore2.default_ssl_context = cache(httpcore2.default_ssl_context)
-    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # an import of it fails
-    atexit.register(gc.unfreeze)  # libraries in C++ complain of what is left
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # makes its import fail
+    atexit.register(gc.unfreeze)  # otherwise C++ libraries report leaks at exit
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of every later search for garbage."""
+    """Exclude all imported objects from later garbage collections."""
     gc.enable()
     gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out the files of THOROUGH, which are not even imported."""
+    """Ignore the files of THOROUGH, which are not even imported."""
     is_left_out = collection_path.is_relative_to(TESTS) and _name(collection_path) in THOROUGH
     return True if is_left_out and not is_thorough(config) else None
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that are marked `thorough`, set the limits of LONGER_S, begin with the files that take longest.
+    """Deselect tests marked `thorough`, set the limits of LONGER_S, and sort by descending limit.
 
-    A marker at a test wins over LONGER_S. Files are handed to processes one by one in this order, so that no long one
-    is begun when the others have ended.
+    A marker of a test overrides LONGER_S. xdist's processes take files in this order, so that no long file starts when
+    the others have ended.
     """
     missing = [name for name in (*LONGER_S, *THOROUGH) if not (TESTS / name).exists()]
     if missing:
@@ -178,7 +179,7 @@ def _name(path: Path) -> str:
 
 @cache
 def _limit_s(path: Path) -> int:
-    """Return the limit that LONGER_S sets for the tests of a file, s; 0: none."""
+    """Return the limit in s that LONGER_S sets for a file's tests; 0: none."""
     name = _name(path)
     return max(
         (limit for prefix, limit in LONGER_S.items() if name == prefix or name.startswith(f"{prefix}/")), default=0
@@ -186,7 +187,7 @@ def _limit_s(path: Path) -> int:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show the seed of the random order when something failed."""
+    """Print the seed of the random order if a test failed."""
     seed = config.getoption("randomly_seed", default=None)
     if seed is not None and terminalreporter.stats.keys() & {"failed", "error"}:
         terminalreporter.write_line(f"the same order again: --randomly-seed={seed}")
@@ -194,7 +195,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def queue_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """A queue server for all tests of this process."""
+    """A queue server shared by all tests of this process."""
     server = start_embedded(Path(tmp_path_factory.mktemp("queue")), durable=False)
     yield server
     server.stop()

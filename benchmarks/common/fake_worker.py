@@ -1,7 +1,7 @@
-"""A worker without a model: the real service around an engine that emits tokens at a set pace.
+"""A worker without a model: the real service around an engine that emits tokens at a fixed rate.
 
-For measuring and testing the control plane alone. `python -m benchmarks.common.fake_worker --step-ms 25` joins a fleet;
-its output is a function of (prompt, position), so that any two workers continue each other's requests exactly.
+It serves to measure and test the control plane alone. `python -m benchmarks.common.fake_worker --step-ms 25` joins a
+fleet. Its output is a function of (prompt, position), so that any two workers continue each other's requests exactly.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ ADAPTER_BYTES = 1000
 
 
 def expected_token(prompt: np.ndarray, position: int, vocab_size: int) -> int:
-    """Return the token a fake engine emits at an output position."""
+    """Return the token that a fake engine emits at an output position."""
     return int((int(prompt.sum()) * 31 + position * 7) % vocab_size)
 
 
 @dataclass(slots=True)
 class Running:
-    """A request that an engine emits tokens for."""
+    """A request for which the engine emits tokens."""
 
     request: EngineRequest
     num_output: int
-    first_token: int  # numpy's sum per token would cost more than the rest
+    first_token: int  # cached: numpy's sum per token would cost more than the rest of a step
 
 
 class FakeEngine(EngineThread):
-    """A stand-in without an engine: its step takes `step_s` and gives every request one token."""
+    """An engine thread without an engine: a step takes `step_s` and gives every request one token."""
 
     def __init__(self, *, step_s: float = 0.025, capacity: int = 256, vocab_size: int = 1000) -> None:
         self._step_s = step_s
@@ -61,9 +61,9 @@ class FakeEngine(EngineThread):
         self._stopped = False
         self.has_ended = False
         self.num_turns = 0
-        self.steps = threading.Event()  # cleared: no step is made
+        self.steps = threading.Event()  # while cleared, no step runs
         self.steps.set()
-        self.orders: list[tuple[str, str]] = []  # about adapters
+        self.orders: list[tuple[str, str]] = []  # orders about adapters, as (order, digest)
         self._resident: set[str] = set()
         self._host: set[str] = set()
         self._pinned: dict[str, str] = {}
@@ -72,14 +72,14 @@ class FakeEngine(EngineThread):
         self._timelines = Timelines()
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
-        """Start the thread that steps."""
+        """Start the thread that runs the steps."""
         threading.Thread(target=self._loop, args=(on_outputs,), name="fake-engine", daemon=True).start()
 
     def finish_start(self) -> None:
-        """Do nothing: there is nothing to make."""
+        """Do nothing: a fake engine has nothing to prepare."""
 
     def submit(self, request: EngineRequest) -> None:
-        """Take a request."""
+        """Add a request."""
         with self._lock:
             first_token = expected_token(request.prompt, 0, self._vocab)
             self._requests[request.rid] = Running(request, len(request.output), first_token)
@@ -94,13 +94,13 @@ class FakeEngine(EngineThread):
         self._has_work.set()
 
     def cancel(self, rids: Sequence[str]) -> None:
-        """Forget requests."""
+        """Drop requests."""
         with self._lock:
             for rid in rids:
                 self._requests.pop(rid, None)
                 self._timelines.forget(rid)
 
-    # ------------------------------------------------------------ adapters, which take no time and no room here
+    # ------------------------------------------------------------ adapters, which take neither time nor space here
 
     def _bring(self, digest: str, *tiers: set[str]) -> None:
         with self._lock:
@@ -109,32 +109,32 @@ class FakeEngine(EngineThread):
                 tier.add(digest)
 
     def prefetch(self, digest: str) -> None:
-        """Count an adapter as resident."""
+        """Record the order, and add the adapter to the host tier."""
         self.orders.append(("prefetch", digest))
         self._bring(digest, self._host)
 
     def pin(self, digest: str) -> None:
-        """Count an adapter as pinned."""
+        """Record the order, and add the adapter to the pool as pinned."""
         self.orders.append(("pin", digest))
         self._bring(digest, self._host, self._resident)
         self._pinned[digest] = ""
 
     def unpin(self, digest: str) -> None:
-        """Count an adapter as not pinned."""
+        """Record the order, and unpin the adapter."""
         self.orders.append(("unpin", digest))
         self._pinned.pop(digest, None)
 
     def evict(self, digest: str, order: str) -> None:
-        """Answer an order to evict."""
+        """Record an order to evict; it is done once no request uses the adapter."""
         self.orders.append(("evict", digest))
         self._leaving[digest] = order
 
     def set_queued(self, digests: list[str]) -> None:
-        """Ignore which adapters the backlog waits for: nothing is evicted here."""
+        """Record which adapters the backlog waits for; no adapter is evicted because of it."""
         self.orders.append(("queued", ",".join(digests)))
 
     def take_adapter_events(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
-        """Return what happened to adapters since the last call."""
+        """Return the adapter events since the last call, and the use of each adapter."""
         events: list[AdapterEvent] = []
         with self._lock:
             used = {running.request.digest for running in self._requests.values()}
@@ -150,13 +150,13 @@ class FakeEngine(EngineThread):
         return events, uses
 
     def room(self) -> Future[None]:
-        """Return a future that is done: commands never wait here."""
+        """Return a completed future: commands never wait here."""
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def hand_over(self) -> Future[list[str]]:
-        """Forget all requests; the future names them."""
+        """Drop all requests; the future holds their ids."""
         done: Future[list[str]] = Future()
         with self._lock:
             rids = list(self._requests)
@@ -166,11 +166,11 @@ class FakeEngine(EngineThread):
         return done
 
     def ack_step(self) -> None:
-        """Note that a step is durable."""
+        """Allow another step, after a step became durable."""
         self._room.release()
 
     def stats(self) -> m.WorkerBeat:
-        """Return the figures of a beat."""
+        """Return the engine's fields of a heartbeat."""
         with self._lock:
             return m.WorkerBeat(
                 wid="", name="", capacity=self._capacity, running=len(self._requests),
@@ -178,7 +178,7 @@ class FakeEngine(EngineThread):
             )  # fmt: skip
 
     def stop(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._stopped = True
         self.steps.set()
         self._has_work.set()
@@ -203,7 +203,7 @@ class FakeEngine(EngineThread):
                 self._timelines.tell(outputs)
             if outputs:
                 on_outputs(outputs)
-            else:  # all were handed over meanwhile
+            else:  # all requests were handed over in the meantime
                 self._room.release()
 
     def _advance(self, running: Running) -> TokenOutput:
@@ -223,7 +223,7 @@ class FakeEngine(EngineThread):
 
 
 def fake_served(name: str = "fake", vocab_size: int = 1000) -> m.ServedModel:
-    """Return the description of the model that a fake engine pretends to be."""
+    """Return the description of the model that a fake engine claims to run."""
     return m.ServedModel(
         model=name, name=name, fingerprint=f"fake:{vocab_size}", model_type="fake", vocab_size=vocab_size,
         max_model_len=100_000, sites=[],
@@ -231,7 +231,7 @@ def fake_served(name: str = "fake", vocab_size: int = 1000) -> m.ServedModel:
 
 
 async def serve_fake(settings: Settings, engine: FakeEngine, served: m.ServedModel, stop: asyncio.Event) -> int:
-    """Run the worker service around a fake engine; several may run in one process."""
+    """Run the worker service around a fake engine; one process can run several of them."""
     bus = Bus(settings.queue_url())
     try:
         return await WorkerService(bus, engine, served, settings).run(stop)

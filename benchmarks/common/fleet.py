@@ -34,24 +34,24 @@ class Setup:
 
     model: Path
     adapters: Path
-    scratch: Path  # the queue, the store's blobs and the logs go here
+    scratch: Path  # folder for the queue, the store's blobs and the logs
     flags: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class RunningFleet:
-    """A fleet that serves requests."""
+    """A running fleet."""
 
     url: str
     queue_url: str
 
     def beats(self) -> list[WorkerBeat]:
-        """Return the latest beat of every worker that is alive."""
+        """Return the latest heartbeat of every live worker."""
         return asyncio.run(_beats(self.queue_url))
 
     def beats_of_now(self) -> list[WorkerBeat]:
-        """Wait for the next beat of every worker, which sends one each second."""
+        """Wait for the next heartbeat of every worker, which sends one per second, and return them."""
         now_ms = time.time_ns() // 1_000_000
         while True:
             beats = self.beats()
@@ -60,13 +60,13 @@ class RunningFleet:
             time.sleep(0.1)
 
     def num_loads(self) -> tuple[int, int]:
-        """Return how many adapters the workers have copied into their pools, and how many they have fetched."""
+        """Return the numbers of adapters that the workers have copied into their pools, and that they have fetched."""
         beats = self.beats_of_now()
         return sum(beat.num_loads for beat in beats), sum(beat.num_fetches for beat in beats)
 
 
 def service_of(process: psutil.Process) -> str:
-    """Return what a process of the fleet is: a service, the queue's server, or the launcher."""
+    """Return the kind of a process of the fleet: a service, the queue's server, or the launcher."""
     words = process.cmdline()
     if "gpu_worker.adapters.loader.process" in words:
         return "loader"
@@ -76,9 +76,9 @@ def service_of(process: psutil.Process) -> str:
 
 
 def cpu_s() -> dict[str, float]:
-    """Return the CPU seconds that each service of the fleet below this process has used so far, and those of this one.
+    """Return the CPU seconds used so far by each service below this process, and by this process.
 
-    Of processes that have ended nothing is counted.
+    Processes that have ended are not counted.
     """
     used: dict[str, float] = {"this benchmark": time.process_time()}
     for process in psutil.Process().children(recursive=True):
@@ -97,13 +97,13 @@ async def _beats(queue_url: str) -> list[WorkerBeat]:
 
 
 def quickstart_model() -> Path:
-    """Return the folder of the model that `lorafleet demo` uses, after fetching it if necessary."""
+    """Return the folder of the model that `lorafleet demo` uses, downloading it if necessary."""
     return fetch_quickstart_model(Settings().data / "models")
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yield a folder that is deleted afterwards, also when this process gets SIGTERM."""
+    """Yield a folder that is deleted afterwards, also if this process gets SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="lorafleet-bench-") as folder:
         yield Path(folder)
@@ -111,9 +111,9 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextmanager
 def fleet(setup: Setup) -> Iterator[RunningFleet]:
-    """Run `lorafleet up` on a free port for the length of the block, which begins when all adapters are listed.
+    """Run `lorafleet up` on a free port during the block, which begins once all adapters are listed.
 
-    Raises RuntimeError when it does not start.
+    Raises RuntimeError if the fleet does not start.
     """
     queue = start_embedded(setup.scratch / "queue")
     command = [sys.executable, "-m", "lorafleet", "up", str(setup.model), "--adapters", str(setup.adapters)]

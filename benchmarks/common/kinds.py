@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 TARGETS = ["q_proj", "down_proj"]
 KindOptions = tuple[type[PeftConfig], dict[str, Any]]
 Groups = Mapping[str, Sequence[KindOptions]]
-"""Kinds of adapters by a group's name, which are made in turn."""
+"""Group name -> its kinds of adapters, which are used in turn."""
 
 LORA: KindOptions = (LoraConfig, {"r": 16})
 IA3: KindOptions = (IA3Config, {"feedforward_modules": ["down_proj"]})
@@ -24,7 +24,7 @@ OFT: KindOptions = (OFTConfig, {"oft_block_size": 32, "init_weights": False})
 
 
 def make_kinds(model: Path, root: Path, groups: Groups, num: int) -> dict[str, list[str]]:
-    """Write `num` adapters of each group on TARGETS, each with numbers of its own; return their names by group."""
+    """Write `num` adapters of each group on TARGETS, each with its own weights; return their names by group."""
     names: dict[str, list[str]] = {}
     base = AutoModelForCausalLM.from_pretrained(model)
     for group, (title, kinds) in enumerate(groups.items()):

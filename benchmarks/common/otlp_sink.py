@@ -1,4 +1,4 @@
-"""A collector of spans that forgets them, for measuring what it costs to tell them."""
+"""A collector that discards all spans, for measuring the cost of exporting them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import uvicorn
 
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
-    """Take a request whole, and answer it with nothing."""
+    """Read a whole request, and answer it with an empty body."""
     if scope["type"] != "http":
         return
     while (await receive()).get("more_body"):
@@ -21,6 +21,6 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 def serve(port: int) -> None:
-    """Serve at a port of this machine until a signal."""
+    """Serve on a port of this machine until a signal arrives."""
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
     asyncio.run(uvicorn.Server(config).serve())

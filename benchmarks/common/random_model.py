@@ -1,4 +1,4 @@
-"""Models of a published shape with random weights: only the shape decides the speed."""
+"""Models of a published shape with random weights: only the shape determines the speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def random_model(kind: type[Any], shape: Any) -> Any:
-    """Return a model of a transformers class and config with random bfloat16 weights, the same ones each time."""
+    """Return a model of a transformers class and config with random bfloat16 weights, identical in every run."""
     set_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -26,7 +26,7 @@ def random_model(kind: type[Any], shape: Any) -> Any:
 
 
 def save_with_tokenizer(model: Any, folder: Path) -> None:
-    """Write a model into `folder` with the quickstart model's tokenizer. Raises OSError if that can't be loaded."""
+    """Write a model into `folder` with the quickstart model's tokenizer. Raises OSError if that cannot be loaded."""
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         source = quickstart_model() / name

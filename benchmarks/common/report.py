@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Return the machine, the date and the load average. Call it before the load begins."""
+    """Return the machine, the date and the load average. Call it before the measurement loads the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     flags = next((line for line in lines if line.startswith("flags")), "").split()
@@ -37,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 
 def parser(doc: str | None, *, without: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that scripts share. without: those of which this script has no use."""
+    """Return a parser with the arguments that scripts share. without: arguments that the script does not use."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if "model" not in without:
         parser.add_argument("--model", type=Path, help="folder of a Llama model (default: the quickstart model)")
@@ -55,7 +55,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def save(path: Path, report: dict[str, Any], panels: int, draw: Callable[[Sequence[Any]], None]) -> None:
-    """Write `report` to `path`.json, and to `path`.png a row of `panels` axes, which `draw` fills."""
+    """Write `report` to `path`.json, and a row of `panels` axes, drawn by `draw`, to `path`.png."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Random JSON schemas of the keywords that llguidance enforces, small enough that every answer can end."""
+"""Random JSON schemas with the keywords that llguidance enforces, small enough that every answer can be completed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _object(random: Random, depth: int) -> Schema:
 
 
 def _map(random: Random, _: int) -> Schema:
-    """Return the schema of an object whose names are not listed."""
+    """Return the schema of an object whose property names are not listed."""
     values = random.choice([_integer, _boolean])(random, 0)
     if random.random() < 0.5:
         return {"type": "object", "patternProperties": {"^k[0-9]$": values}, "additionalProperties": False,
@@ -94,7 +94,7 @@ def _integer(random: Random, _: int) -> Schema:
 def _number(random: Random, _: int) -> Schema:
     low = random.randint(0, 20)
     bounds = {"exclusiveMinimum": low, "exclusiveMaximum": low + 10}
-    # Without `multipleOf`, a number may have any number of digits, and small models write very many.
+    # Without `multipleOf`, a number may have any number of digits, and small models generate very long ones.
     return {"type": "number", **bounds, "multipleOf": random.choice([0.25, 0.5])}
 
 

@@ -1,6 +1,6 @@
-"""A TCP relay that makes a server as slow as a distant one: by latency before requests, and by a rate for answers.
+"""A TCP relay that makes a server as slow as a remote one, by latency before requests and a rate limit on answers.
 
-It stands for another machine, so it runs in its own process with the lowest priority for this machine's cores.
+It stands for another machine, so it runs in its own process with the lowest CPU priority.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from protocol.runtime.environment import child_environment
 
 CHUNK_BYTES = 256 << 10
 HEAD_BYTES = 4 << 10
-"""Where in a piece of an answer its head is looked for."""
+"""Bytes at the beginning of each piece of an answer that are searched for its header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Link:
 
     port: int
     latency_s: float
-    bytes_per_s: float  # of the answers on one connection
+    bytes_per_s: float  # rate limit on the answers of one connection
 
     async def serve(self, client: socket.socket) -> None:
         """Relay one connection until either side closes it."""
@@ -50,7 +50,7 @@ class Link:
         loop, memory = asyncio.get_running_loop(), memoryview(bytearray(CHUNK_BYTES))
         while num := await loop.sock_recv_into(source, memory):
             await asyncio.sleep(delay_s + (num / bytes_per_s if bytes_per_s else 0))
-            # Another machine lacks the folder that the store names.
+            # The store names a folder of this machine, which another machine would lack: hide that header.
             begin = bytes(memory[: min(num, HEAD_BYTES)]).replace(FOLDER_HEADER.encode(), b"X" * len(FOLDER_HEADER))
             memory[: len(begin)] = begin
             await loop.sock_sendall(to, memory[:num])
@@ -59,7 +59,7 @@ class Link:
 
 @contextmanager
 def slow_link(link: Link) -> Iterator[int]:
-    """Yield the port of a relay that runs for the length of the block."""
+    """Yield the port of a relay that runs during the block."""
     command = [
         sys.executable,
         "-m",
@@ -80,7 +80,7 @@ async def _run(link: Link) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         print(server.getsockname()[1], flush=True)
-        parent = asyncio.create_task(asyncio.to_thread(sys.stdin.read))  # ends as the parent process does
+        parent = asyncio.create_task(asyncio.to_thread(sys.stdin.read))  # ends when the parent process does
         connections: set[asyncio.Task[None]] = set()
         accepting = asyncio.create_task(_accept(link, server, connections))
         await asyncio.wait([parent, accepting], return_when=asyncio.FIRST_COMPLETED)
@@ -97,7 +97,7 @@ async def _accept(link: Link, server: socket.socket, connections: set[asyncio.Ta
 
 if __name__ == "__main__":
     os.nice(19)
-    group = Path("/proc/self/autogroup")  # where it exists, priorities have an effect only within a session
+    group = Path("/proc/self/autogroup")  # with autogroups, priorities apply only within a session
     if group.exists():
         group.write_text("19")
     asyncio.run(_run(Link(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))))

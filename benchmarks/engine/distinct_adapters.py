@@ -1,11 +1,11 @@
-"""A decode step of 32 requests of the base model, of one adapter and of as many adapters, beside its floor.
+"""A decode step of 32 requests of the base model, of one adapter, and of 32 adapters, compared with its floor.
 
     python -m benchmarks.engine.distinct_adapters [--model FOLDER] [--short] [--requests N] [--before CHECKOUT]
 
 The floor of distinct adapters is the measured step of the base model, plus the bytes of the adapters' weights divided
-by the measured memory bandwidth. Only `Engine.step` is measured, in this process, without HTTP and queue: the cases in
-turns, by the median of whole steps. With `--before`, the steps of another checkout are measured, too, and no floor:
-each checkout in its own process, in turns.
+by the measured memory bandwidth. Only `Engine.step` is measured, in this process, without HTTP and queue. The cases
+alternate, and the figure is the median of whole steps. `--before` also measures the steps of another checkout,
+alternately and each checkout in its own process, and then no floor.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CASES = {"base model": [""], "one adapter": NAMES[:1], "32 adapters": NAMES}
 
 
 def start_engine(model: Path, adapters: Path, **fields: Any) -> Engine:
-    """Return an engine that reads its adapters from a folder; the digest of an adapter is its name.
+    """Return an engine that reads its adapters from a folder; an adapter's digest is its name.
 
     fields: further settings.
     """
@@ -55,7 +55,7 @@ def start_engine(model: Path, adapters: Path, **fields: Any) -> Engine:
 
 
 def add_requests(engine: Engine, digests: Sequence[str], num: int) -> None:
-    """Add `num` requests of the adapters in turn, with random prompts of PROMPT_TOKENS, that decode without end."""
+    """Add `num` requests for the adapters in turn, with random prompts of PROMPT_TOKENS, that never stop decoding."""
     rng = np.random.default_rng(0)
     for index in range(num):
         prompt = rng.integers(engine.model.vocab_size, size=PROMPT_TOKENS, dtype=np.int32)
@@ -68,7 +68,7 @@ def add_requests(engine: Engine, digests: Sequence[str], num: int) -> None:
 
 
 def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int = NUM_REQUESTS) -> list[float]:
-    """Run `num` requests of the adapters in turn; return the milliseconds of each step that decoded all of them."""
+    """Run `num` requests for the adapters in turn; return the ms of each step that decoded all of them."""
     add_requests(engine, digests, num)
     times: list[float] = []
     while len(times) < num_steps:
@@ -84,7 +84,7 @@ def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int =
 
 
 def draw(axes: Sequence[Any], medians: dict[str, float], floor_ms: float, num: int) -> None:
-    """Draw the medians as bars, and the floor as a line."""
+    """Draw the medians as bars and the floor as a line."""
     bars = axes[0].bar(list(medians), list(medians.values()), color=(report.GREEN, report.BLUE, report.ORANGE))
     axes[0].bar_label(bars, [f"{value:.1f}" for value in medians.values()], color=report.MUTED, padding=2)
     axes[0].hlines(floor_ms, 1.6, 2.4, color=report.RED, label=f"floor {floor_ms:.1f}")
@@ -106,11 +106,11 @@ for line in sys.stdin:
     name, num_steps = json.loads(line)
     print(json.dumps(decode_ms(engine, CASES[name], num_steps)), flush=True)
 """
-"""The program of a checkout's process: it reads a case and a number of steps as a line, and writes their times."""
+"""Program of a checkout's process: reads lines with a case and a number of steps, and writes the steps' times."""
 
 
 def compare(before: Path, model: Path, adapters: Path, rounds: int, num_steps: int) -> dict[str, dict[str, float]]:
-    """Return, for each case, the median step of another checkout and of this one in ms, and their ratio."""
+    """Return, for each case, the median step in ms of the other checkout and of this one, and their ratio."""
     processes: dict[str, subprocess.Popen[str]] = {}
     for label, folder in {"before": before, "after": Path.cwd()}.items():
         command = [sys.executable, "-c", STEPS, str(model), str(adapters)]
@@ -132,7 +132,7 @@ def compare(before: Path, model: Path, adapters: Path, rounds: int, num_steps: i
 
 
 def _tell(process: subprocess.Popen[str], line: str = "") -> str:
-    """Send a line, unless it is empty; return the next line of the process."""
+    """Send a line to the process, unless it is empty; return the next line of its output."""
     assert process.stdin is not None
     assert process.stdout is not None
     if line:

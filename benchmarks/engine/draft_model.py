@@ -1,15 +1,15 @@
-"""Tokens a second of the engine with a draft model, with prompt lookup alone and without drafts, in turns.
+"""Tokens per second of the engine with a draft model, with prompt lookup only, and without drafts, alternately.
 
     python -m benchmarks.engine.draft_model [--model FOLDER] [--added N] [--drafts bfloat16,int8,int4] [--short]
     python -m benchmarks.engine.draft_model --head FOLDER
 
-The base says what SmolLM2-135M says, in the time of a larger model: behind its 30 layers it has `--added` more, whose
-output projections are zero, so that they change no number, and whose weights are read and multiplied all the same. The
-draft model is SmolLM2-135M, whole or quantised, which makes it faster and more often wrong. With `--head` the base is
-the model as it is, and a head of it drafts. Asked are the questions of `examples/styles.json`, greedily, of the base
-and of its three trained adapters, 1, 4 and 8 at once. Only `Engine.step` runs, in this process; all ways use the same
-engine, batch by batch in turns. With one thread (`--threads 1`) its CPU time counts, which others on the machine change
-less than the wall clock.
+The base gives SmolLM2-135M's answers in the time of a larger model: after its 30 layers it has `--added` more. Their
+output projections are zero, so they change no value, but their weights are read and multiplied all the same. The draft
+model is SmolLM2-135M, unquantized, or quantized, which makes it faster and more often wrong. With `--head` the base is
+the unchanged model, and a head of it drafts. The prompts are the questions of `examples/styles.json`, answered greedily
+by the base and its three trained adapters, 1, 4 and 8 at once. Only `Engine.step` runs, in this process; all ways use
+the same engine and alternate batch by batch. With one thread (`--threads 1`) its CPU time is measured, which other
+processes affect less than the wall clock.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ COUNTED: tuple[str, ...] = ("output", "steps", "drafted", "accepted", "model_dra
 
 
 def add_layers(model: Path, num: int, folder: Path) -> None:
-    """Write a Llama with more layers behind its own, which change nothing, into a folder with its tokenizer."""
+    """Write a Llama with more layers after its own, which change nothing, into a folder with its tokenizer."""
     source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     config = source.config
     own, config.num_hidden_layers = OWN_LAYERS, OWN_LAYERS + num
@@ -72,7 +72,7 @@ def add_layers(model: Path, num: int, folder: Path) -> None:
 
 
 def fetch(name: str) -> FetchedAdapter:
-    """Return one of the example adapters, which changes the base's own layers; its name is its digest."""
+    """Return one of the example adapters, restricted to the base's own layers; its name is its digest."""
     folder = EXAMPLES / "adapters" / name
     config = orjson.loads((folder / "adapter_config.json").read_bytes())
     config["layers_to_transform"] = list(range(OWN_LAYERS))
@@ -80,7 +80,7 @@ def fetch(name: str) -> FetchedAdapter:
 
 
 def questions(tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Return the prompts: int32 [num_tokens] each."""
+    """Return the prompts, each int32 [num_tokens]."""
     styles = json.loads((EXAMPLES / "styles.json").read_text())
     texts = [pair["question"] for pair in styles["pirate"]]
     return [
@@ -93,10 +93,10 @@ def questions(tokenizer: Tokenizer) -> list[np.ndarray]:
 
 
 class Run:
-    """What one way did with all its batches."""
+    """The results of one way over all its batches."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """clock: seconds."""
+        """clock: returns seconds."""
         self.seconds = 0.0
         self._clock = clock
         self.tokens: list[list[int]] = []
@@ -104,7 +104,7 @@ class Run:
         self.draft_s = 0.0
 
     def add(self, engine: Engine, requests: Sequence[EngineRequest]) -> None:
-        """Run a batch to its end."""
+        """Run a batch to its end and add its figures."""
         before, draft_s = self._totals(engine), engine.counters.draft_s
         ids: dict[str, list[int]] = {request.rid: [] for request in requests}
         started_s = self._clock()
@@ -127,7 +127,7 @@ class Run:
         return {**own, "steps": counters.num_steps}
 
     def report(self, plain: Run) -> dict[str, Any]:
-        """Return its figures beside those without drafts."""
+        """Return the figures, and their ratios to `plain`, the run without drafts."""
         figures = self.figures
         drafted, by_model = figures["drafted"], figures["model_drafted"]
         return {
@@ -145,17 +145,17 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured."""
+    """What to measure."""
 
     rounds: int
     streams: Sequence[int]
     ways: Sequence[str]
     loads: Sequence[str]
-    threads: int  # 0: all; 1: its CPU time is measured
+    threads: int  # 0: all; 1: CPU time is measured
 
 
 def measure(base: Path, draft: Path, plan: Plan) -> dict[str, Any]:
-    """Return the figures of each way under each load, and by the number of streams."""
+    """Return the figures of each way, by load and number of streams."""
     settings = Settings(
         model=str(base), draft_model=str(draft), prefix_cache=False, max_model_len=1024, adapter_pool_bytes=512 << 20,
         kv_cache_bytes=1 << 30, threads=plan.threads,
@@ -172,7 +172,7 @@ def measure(base: Path, draft: Path, plan: Plan) -> dict[str, Any]:
         names = LOADS[load]
         for streams in plan.streams:
             runs = {way: Run(clock) for way in plan.ways}
-            first = -1 if streams == plan.streams[0] else 0  # the one that warms up
+            first = -1 if streams == plan.streams[0] else 0  # -1 is a warm-up round
             for i in range(first, plan.rounds):
                 for way in plan.ways if i % 2 else plan.ways[::-1]:
                     engine.batcher.limits = replace(limits, max_draft_tokens=0) if way == WAYS[0] else limits
@@ -191,7 +191,7 @@ def measure(base: Path, draft: Path, plan: Plan) -> dict[str, Any]:
 
 
 def show(load: str, streams: int, found: dict[str, dict[str, Any]]) -> None:
-    """Print the figures of each way."""
+    """Print the figures of each way as a table."""
     names = ("tokens_per_s", "ratio", "tokens_per_step", "right", "model_right")
     rows = [
         (load, streams, way, *("" if one[name] is None else f"{one[name]:.2f}" for name in names),

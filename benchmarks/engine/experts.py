@@ -1,11 +1,11 @@
-"""A step with LoRA on all experts of a mixture: as rows of the pool, and by running the modules again; in turns.
+"""A step with LoRA on all experts of a mixture: as rows of the pool, and by running the modules again, alternately.
 
     python -m benchmarks.engine.experts [--short]
 
-The base has Qwen3-30B-A3B's layers (128 experts, 8 of them for a token, 2,048 and 768 wide, random bf16 weights), as
-many of them as the memory allows. Adapters have rank 16 on every expert of every layer. Only `Engine.step` is measured,
-in this process, without HTTP and queue. The two ways are two engines over the same weights, asked in turns, so that
-what else runs on the machine slows both; the figures are medians of whole steps.
+The base has Qwen3-30B-A3B's layers (128 experts, 8 of them per token, 2,048 and 768 wide, random bf16 weights), as many
+as memory allows. Adapters have rank 16 on every expert of every layer. Only `Engine.step` is measured, in this process,
+without HTTP and queue. The two ways are two engines over the same weights that alternate, so that other load on the
+machine slows both. The figures are medians of whole steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CASES: dict[str, list[str]] = {
 
 
 def shape(*, short: bool) -> Qwen3MoeConfig:
-    """Return the base's shape: two layers of the mixture's 48."""
+    """Return the base's shape: two of the mixture's 48 layers."""
     small: dict[str, Any] = {"num_experts": 16, "hidden_size": 256, "moe_intermediate_size": 96} if short else {}
     values: dict[str, Any] = {
         "vocab_size": 1024, "hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 6144,
@@ -60,7 +60,7 @@ def make_adapter(config: Qwen3MoeConfig, seed: int) -> FetchedAdapter:
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(config.num_hidden_layers):
-        # PEFT wraps the module once for each parameter, the first one inside.
+        # PEFT wraps the module once per parameter, with the first parameter innermost.
         wrapped = (("base_layer.", hidden, 2 * inner), ("", inner, hidden))
         for inside, width_in, width_out in wrapped:
             name = f"base_model.model.model.layers.{layer}.mlp.experts.{inside}lora_"
@@ -75,7 +75,7 @@ def make_adapter(config: Qwen3MoeConfig, seed: int) -> FetchedAdapter:
 
 
 def start_engine(model: Any, adapters: dict[str, FetchedAdapter], *, grouped: bool) -> Engine:
-    """Return an engine over a model, which it changes."""
+    """Return an engine over a model, which it modifies."""
     settings = Settings(
         model="mixture", dtype="bfloat16", prefix_cache=False, kv_cache_bytes=64 << 20, adapter_pool_bytes=64 << 20,
         adapter_extra_bytes=1 << 30, max_step_tokens=512,
@@ -89,14 +89,14 @@ def start_engine(model: Any, adapters: dict[str, FetchedAdapter], *, grouped: bo
 
 @dataclass(slots=True)
 class Times:
-    """The milliseconds of steps, by way."""
+    """Milliseconds of each step, by way."""
 
     decode: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     prefill: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
 
 def run(engine: Engine, digests: list[str], num_steps: int) -> tuple[list[float], list[float]]:
-    """Run requests of these adapters. Returns the milliseconds of steps with prompts, and of `num_steps` decodes."""
+    """Run requests for these adapters. Return the ms of steps with prompts, and of `num_steps` decode steps."""
     rng = np.random.default_rng(0)
     for index, digest in enumerate(digests):
         prompt = rng.integers(engine.model.vocab_size, size=PROMPT_TOKENS, dtype=np.int32)
@@ -132,7 +132,7 @@ def main() -> None:
         for way in ("again", "rows")
     }
     num_steps, rounds = (3, 2) if args.short else (3, 3)
-    for engine in engines.values():  # every adapter loaded, every path taken once
+    for engine in engines.values():  # loads every adapter, and takes every path once
         run(engine, [*NAMES, ""], 1)
     found = {case: Times() for case in CASES}
     for _ in range(rounds):

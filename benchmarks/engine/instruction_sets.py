@@ -1,12 +1,12 @@
-"""The native operations by instruction set, in turns: products in bf16 and of quantised weights, attention, LoRA.
+"""The native operations by instruction set, alternately: bf16 and quantized products, attention, LoRA.
 
     python -m benchmarks.engine.instruction_sets [--sets avx512_bf16,amx_bf16] [--rows 1,8,32] [--threads N]
 
-All instruction sets of this processor, the lowest first, or those that are named. Six layers of 8,192 x 2,048, and
-torch's product beside those in bf16; attention of one prompt, and of 32 decodes over 128 keys, nine heads that share
-three heads of keys; one adapter of rank 16 on a product of 2,048 x 8,192. Figures are lower quartiles of calls that
-take turns, and ratios to the set below: the median over rounds, each of which has all sets once. Takes some minutes.
-Nothing else should run.
+By default it measures all instruction sets of this processor, the lowest first. Products have six layers of 8,192 x
+2,048, with torch's bf16 product for comparison. Attention is of one prompt, and of 32 decodes over 128 keys, with nine
+heads that share three KV heads. LoRA is one adapter of rank 16 on a product of 2,048 x 8,192. Times are lower quartiles
+of alternating calls. Ratios are to the set below: medians over rounds, each of which runs all sets once. The run takes
+some minutes, on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS = "1,8,32,128,512"
 PRODUCTS: tuple[tuple[Kind, bool], ...] = (
     ("q4_0", False), ("q4_k", False), ("q8_0", False), ("q6_k", False), ("q8_0", True)
 )  # fmt: skip
-"""Kinds of quantised weights, and whether inputs are rounded to int8 codes."""
+"""Kinds of quantized weights, and whether inputs are rounded to int8 codes."""
 PROMPTS = (512, 4096)
 HEADS, KV_HEADS, HEAD_DIM, RANK = 9, 3, 64, 16
 ROUNDS = 9
@@ -41,16 +41,16 @@ LAYERS = 6
 
 
 def randn(*shape: int) -> torch.Tensor:
-    """Return normal numbers in bf16."""
+    """Return normally distributed bf16 numbers."""
     return torch.randn(*shape).to(torch.bfloat16)
 
 
 def in_turns(
     call: Callable[[], object], sets: list[str], beside: Callable[[], object] | None = None
 ) -> tuple[list[float], list[float]]:
-    """Return a call's seconds by each instruction set, and by what is beside it, if given; and ratios to the set below.
+    """Return a call's seconds by instruction set, then those of `beside`, if given; and the ratios to the set below.
 
-    Seconds are lower quartiles, ratios medians over rounds: above 1, a set is faster than the one before it.
+    Seconds are lower quartiles, ratios are medians over rounds: above 1, a set is faster than the previous one.
     """
     times: dict[str, list[float]] = {}
     for number in range(ROUNDS + 1):
@@ -72,13 +72,13 @@ def products(x: torch.Tensor, layers: list[ops.PackedLinear] | list[ops.Quantise
 
 
 def torchs(x: torch.Tensor, weights: list[torch.Tensor]) -> None:
-    """Multiply rows by all weights, in torch."""
+    """Multiply rows by all weights with torch."""
     for weight in weights:
         F.linear(x, weight)
 
 
 def attention(tokens: int) -> Callable[[], object]:
-    """Return a call of the attention of one prompt."""
+    """Return a call that computes the attention of one prompt."""
     blocks = tokens // ops.BLOCK_TOKENS
     batch = ops.build_attention_batch(np.array([tokens]), np.array([tokens]), np.arange(blocks)[None], "cpu")
     k, v = (randn(blocks, KV_HEADS, ops.BLOCK_TOKENS, HEAD_DIM) for _ in range(2))
@@ -86,7 +86,7 @@ def attention(tokens: int) -> Callable[[], object]:
 
 
 def decodes(num: int, keys: int) -> Callable[[], object]:
-    """Return a call of the attention of so many sequences' next tokens."""
+    """Return a call that computes the attention of the next tokens of `num` sequences."""
     blocks = keys // ops.BLOCK_TOKENS
     tables = np.arange(num * blocks).reshape(num, blocks)
     batch = ops.build_attention_batch(np.ones(num, int), np.full(num, keys), tables, "cpu")
@@ -95,7 +95,7 @@ def decodes(num: int, keys: int) -> Callable[[], object]:
 
 
 def lora(tokens: int) -> Callable[[], object]:
-    """Return a call of one adapter on all rows."""
+    """Return a call that applies one adapter to all rows."""
     one = torch.ones(1, 1, dtype=torch.int32)
     table = ops.AdapterTable(one * RANK, torch.ones(1, 1), torch.zeros(1, 1, 1, dtype=torch.int32))
     site = ops.LoraSite(0, 0, randn(ops.PAGE_ROWS, K), randn(ops.PAGE_ROWS, N))
@@ -117,7 +117,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     sets, machine = args.sets.split(",") if args.sets else cpu.isas()[::-1], report.machine()
     all_rows = [int(rows) for rows in args.rows.split(",")]
-    points: list[tuple[str, float, list[float], list[float]]] = []  # what, its GFLOP, seconds and ratios of in_turns
+    points: list[tuple[str, float, list[float], list[float]]] = []  # operation, GFLOP, seconds and ratios of in_turns
     with torch.inference_mode():
         weights = [randn(N, K) for _ in range(LAYERS)]
         packed = [ops.pack_linear(weight) for weight in weights]

@@ -1,12 +1,13 @@
-"""Inputs of quantised layers in int8 on a CPU, beside exact ones: what changes in answers, and how long steps take.
+"""Quantized layers with int8 inputs on a CPU, compared with exact inputs: effect on answers, and duration of steps.
 
     python -m benchmarks.engine.int8_activations [--errors] [--short] [--model FOLDER]
 
-SmolLM2-135M in bf16 with the layers of `--quantization int4` (Q4_0, the head Q8_0) and `int8` (Q8_0), each with and
-without `--quantize-activations`. Times: a prompt of 512 tokens, and decode steps of 1, 8 and 32 sequences of 64 tokens;
-all four take turns, and figures are the least of each. --errors instead: the perplexity and the most probable tokens of
-the last 256 tokens of a text (this project's documentation) of 512 and of 4,608 tokens, and how many of 48 greedy
-tokens after 16 beginnings are the same before the first that is not. Nothing else should run for the times.
+The model is SmolLM2-135M in bf16 with the layers of `--quantization int4` (Q4_0, the head Q8_0) and `int8` (Q8_0), each
+with and without `--quantize-activations`. Times are of a prompt of 512 tokens, and of decode steps of 1, 8 and 32
+sequences of 64 tokens; all four models alternate, and figures are minimums. The machine should be idle otherwise. With
+--errors it measures answers instead: the perplexity and the most probable tokens of the last 256 tokens of a text (this
+project's documentation) of 512 and of 4,608 tokens; and how many of 48 greedy tokens after 16 beginnings agree before
+the first difference.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Models = dict[str, dict[str, BaseModel]]
 
 
 def load(folder: Path) -> Models:
-    """Return models by quantization and by what their inputs are."""
+    """Return the models by quantization, then by kind of inputs."""
     config = read_config(folder)
     found: Models = {}
     for kind in ("int4", "int8"):
@@ -50,14 +51,14 @@ def load(folder: Path) -> Models:
 
 
 def step(model: BaseModel, batch: ops.AttentionBatch, ids: Tensor, num: int) -> Tensor:
-    """Compute a step of `num` sequences; return the logits of the last token of each."""
+    """Compute a step of `num` sequences; return the logits of each one's last token."""
     model.context.attention = batch
     new = len(ids) // num
     return model.forward(ids, batch.positions, torch.arange(new - 1, len(ids), new))
 
 
 def batch_of(num: int, new: int, total: int) -> ops.AttentionBatch:
-    """Return a step of `num` sequences that have `total` tokens, `new` of them new."""
+    """Return a step of `num` sequences with `total` tokens each, of which `new` are new."""
     blocks = -(-total // ops.BLOCK_TOKENS)
     tables = np.arange(num * blocks).reshape(num, blocks)
     return ops.build_attention_batch(np.full(num, new), np.full(num, total), tables, "cpu")
@@ -83,7 +84,7 @@ def times(models: Models, rounds: int) -> list[dict[str, Any]]:
 
 
 def greedy(model: BaseModel, beginnings: Tensor) -> Tensor:
-    """Return GREEDY tokens after each of the beginnings [num, BEGINNING], which are computed together."""
+    """Return GREEDY tokens after each of the beginnings [num, BEGINNING], computed as one batch."""
     num, total = len(beginnings), BEGINNING + GREEDY
     blocks = -(-total // ops.BLOCK_TOKENS)
     allocate(model, None, num * blocks)
@@ -96,7 +97,7 @@ def greedy(model: BaseModel, beginnings: Tensor) -> Tensor:
 
 
 def errors(models: Models, all_ids: Tensor) -> list[dict[str, Any]]:
-    """Compare answers."""
+    """Compare the answers of int8 inputs with those of exact inputs."""
     points: list[dict[str, Any]] = []
     beginnings = all_ids[: BEGINNINGS * LAST].view(BEGINNINGS, LAST)[:, :BEGINNING]
     for kind, by_inputs in models.items():

@@ -1,11 +1,11 @@
-"""Rows of adapters in int8 beside rows in bf16: what they are off, and what a decode step of distinct adapters takes.
+"""Adapter rows in int8 compared with bf16: their error, and the duration of a decode step of distinct adapters.
 
     python -m benchmarks.engine.int8_rows [--model FOLDER] [--short] [--requests N]
 
-Two engines in this process, one with `--lora-dtype int8`. The error, by rank: of the product of A and B of all linear
-layers, from the numbers in the adapter's file; greedy tokens that are the same, position by position until the end;
-and perplexity of a text under the adapter, this checkout's README. Steps: both engines in turns, least of eight steps
-each, and the median of the pairs' ratios. The adapters are random.
+Two engines run in this process, one with `--lora-dtype int8`. Errors, by rank: that of the product of A and B of all
+linear layers, relative to the adapter's file; the share of equal greedy tokens, position by position; and the
+perplexity of a text under the adapter, this checkout's README. Steps: both engines alternate, the minimum of eight
+steps each, and the median of the pairs' ratios. The adapters are random.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def delta_error(engine: Engine, name: str, file: Path) -> float:
 
 
 def run(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, tuple[list[int], bytes]]:
-    """Run requests together. Returns the tokens of each and the logprobs of its prompt, if it asked for them."""
+    """Run requests together. Return each one's tokens, and its prompt's logprobs if requested."""
     found: dict[str, tuple[list[int], bytes]] = {request.rid: ([], b"") for request in requests}
     for request in requests:
         engine.add(request)
@@ -63,12 +63,12 @@ def run(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, tuple[li
             ids, logprobs = found[output.rid]
             found[output.rid] = [*ids, *output.ids], logprobs + output.prompt_logprobs
         if not engine.can_step:
-            time.sleep(0.001)  # for the threads that bring adapters
+            time.sleep(0.001)  # for the threads that load adapters
     return found
 
 
 def requests_of(name: str, prompts: Sequence[np.ndarray], num: int, *, scored: bool) -> list[EngineRequest]:
-    """Return greedy requests of an adapter."""
+    """Return greedy requests for an adapter. scored: also request the prompts' logprobs."""
     sampling = Sampling(temperature=0, ignore_eos=True, prompt_logprobs=1 if scored else None)
     return [
         EngineRequest(rid=str(i), epoch=1, digest=name, prompt=prompt, sampling=sampling, max_new_tokens=num)

@@ -1,9 +1,9 @@
-"""The CPU kernels beside the floors that memory and arithmetic set, for the shapes of SmolLM2-135M in bf16.
+"""The CPU kernels compared with the floors set by memory and arithmetic, for the shapes of SmolLM2-135M in bf16.
 
     python -m benchmarks.engine.kernels [--out benchmarks/results/kernels.json]
 
-Each figure is the work of one operation in a whole step: all 30 layers, each with its own weights, so that these come
-from memory as they do in serving. The reported time is the lower quartile of repetitions. Nothing else should run.
+Each figure is the time of one operation in a whole step: all 30 layers, each with its own weights, so that these come
+from memory as in serving. It is the lower quartile of repetitions. The machine should be idle otherwise.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Row:
     operation: str
     case: str
     ms: float
-    bytes: int  # that must be read from memory
+    bytes: int  # read from memory
     flops: int
     torch_ms: float | None = None
     floor_ms: float = 0.0
 
 
 def milliseconds(run: Callable[[], object], repetitions: int) -> float:
-    """Return the lower quartile of the times of `run`, after two unmeasured runs."""
+    """Return the lower quartile of the times of `run` in ms, after two unmeasured runs."""
     for _ in range(2):
         run()
     times = []
@@ -59,25 +59,25 @@ def milliseconds(run: Callable[[], object], repetitions: int) -> float:
 
 
 def randn(*shape: int) -> Tensor:
-    """Return normal numbers in bf16."""
+    """Return normally distributed bf16 numbers."""
     return torch.randn(*shape).to(DTYPE)
 
 
 def memory_gb_s() -> float:
-    """Return the read bandwidth of all threads, by a product of one row and a weight far larger than the caches."""
+    """Return the read bandwidth of all threads in GB/s: a product of one row with a weight larger than the caches."""
     weight = ops.pack_linear(randn(VOCABULARY * 4, HIDDEN))
     x = randn(1, HIDDEN)
     return weight.weight.nbytes / milliseconds(lambda: ops.linear(x, weight), 20) / 1e6
 
 
 def peak_gflops() -> float:
-    """Return the arithmetic rate of a product whose operands are in the caches."""
+    """Return the arithmetic rate in GFLOP/s of a product whose operands are in the caches."""
     weight, x = ops.pack_linear(randn(512, 512)), randn(1024, 512)
     return 2 * 1024 * 512 * 512 / milliseconds(lambda: ops.linear(x, weight), 50) / 1e6
 
 
 def linear_rows() -> list[Row]:
-    """Measure the linear layers at several batch sizes, beside torch."""
+    """Measure the linear layers at several batch sizes, and torch for comparison."""
     weights = [[randn(sum(widths), k) / k**0.5 for k, widths in SITES] for _ in range(LAYERS)]
     packed = [[ops.pack_linear(weight) for weight in layer] for layer in weights]
     elements = sum(weight.numel() for layer in weights for weight in layer)
@@ -103,7 +103,7 @@ def linear_rows() -> list[Row]:
 
 
 def adapters(num_slots: int, rank: int) -> tuple[list[list[list[ops.LoraSite]]], ops.AdapterTable]:
-    """Return a pool of `num_slots` adapters of one rank on every linear layer: its sites by layer and input."""
+    """Return a pool of `num_slots` adapters of one rank on every linear layer: sites by layer and input, and table."""
     pages_each = -(-rank // ops.PAGE_ROWS)
     pool_rows = num_slots * pages_each * ops.PAGE_ROWS
     num_sites = sum(len(widths) for _, widths in SITES)
@@ -124,7 +124,7 @@ def adapters(num_slots: int, rank: int) -> tuple[list[list[list[ops.LoraSite]]],
 
 
 def lora_row(case: str, slots: np.ndarray, rank: int) -> Row:
-    """Measure `lora_add_` on a batch whose tokens have the adapters `slots`: int [num_tokens]."""
+    """Measure `lora_add_` on a batch. slots: the adapter of each token, int [num_tokens]."""
     layers, table = adapters(int(slots.max()) + 1, rank)
     batch = ops.build_lora_batch(slots, "cpu")
     assert batch is not None
@@ -209,7 +209,7 @@ def pointwise_rows(m: int) -> list[Row]:
 
 
 def write_plot(rows: list[Row], path: Path) -> None:
-    """Draw the times and the floors of all rows to a PNG file."""
+    """Draw the times and floors of all rows to a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")

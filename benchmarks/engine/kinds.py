@@ -1,12 +1,12 @@
-"""A decode step of 32 requests with as many adapters of one kind, beside its floor, for LoRA and other kinds.
+"""A decode step of 32 requests with 32 adapters of one kind, compared with its floor, for LoRA and other kinds.
 
     python -m benchmarks.engine.kinds [--model FOLDER] [--short] [--before CHECKOUT]
 
-A floor is the measured step of the base model, and the time in which the numbers of the adapters are read at the
-measured speed of memory, or multiplied and added once each at that of arithmetic in fp32, whichever takes longer: of 32
-adapters each number meets one row. Only `Engine.step` is measured, in a process of its own with one thread, by the
-processor's time, which other programs change least; the groups take turns, and the figure is the lower quartile of
-whole steps. With `--before`, steps of another checkout are measured as well, in turns.
+A floor is the measured step of the base model plus the longer of two times: reading the adapters' numbers at the
+measured memory bandwidth, or multiplying and adding each once at the measured fp32 rate. With 32 adapters each number
+meets one row. Only `Engine.step` is measured, in its own process with one thread, in CPU time, which other programs
+affect least. The groups alternate, and the figure is the lower quartile of whole steps. `--before` also measures the
+steps of another checkout, alternately.
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ for line in sys.stdin:
     times = steps(digests, num_steps)
     print(json.dumps([extra_numbers(name) for name in digests] if wants_numbers else times), flush=True)
 """
-"""The program of a checkout's process: it reads the adapters of requests and a number of steps as a line, and writes
-the steps' times, or how many fp32 numbers each adapter has besides rank rows."""
+"""Program of a checkout's process: it reads lines with the adapters of requests and a number of steps, and writes the
+steps' times, or the count of fp32 numbers besides rank rows of each adapter."""
 
 
 class Checkout:
-    """A process that measures steps of a checkout."""
+    """A process that measures the steps of a checkout."""
 
     def __init__(self, folder: Path, model: Path, adapters: Path) -> None:
-        """Start it. adapters: folder of the adapters, by name."""
+        """Start the process. adapters: folder of the adapters, by name."""
         self._process = subprocess.Popen(
             [sys.executable, "-c", STEPS, str(model), str(adapters)], cwd=folder, text=True,
             env={**child_environment(*COMPUTE), "PYTHONPATH": ".:kernels", "OMP_NUM_THREADS": "1"},
@@ -101,19 +101,19 @@ class Checkout:
         )  # fmt: skip
 
     def ask(self, digests: Sequence[str], num_steps: int, *, numbers: bool = False) -> list[Any]:
-        """Return the times of steps in ms; or numbers besides rank rows, which each adapter has."""
+        """Return the times of steps in ms; or, if `numbers`, how many numbers besides rank rows each adapter has."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(orjson.dumps([digests, num_steps, numbers]).decode(), file=self._process.stdin, flush=True)
         return orjson.loads(self._process.stdout.readline())
 
     def stop(self) -> None:
-        """End the process."""
+        """Stop the process."""
         self._process.communicate()
 
 
 def lora_numbers(adapters: Path, name: str) -> int:
-    """Return how many numbers an adapter's rank rows have; 0 for a kind without."""
+    """Return the count of numbers in an adapter's rank rows; 0 for a kind without any."""
     from safetensors import safe_open
 
     with safe_open(adapters / name / "adapter_model.safetensors", "pt") as file:
@@ -121,7 +121,7 @@ def lora_numbers(adapters: Path, name: str) -> int:
 
 
 def speeds() -> tuple[float, float]:
-    """Return GB that one thread reads from memory a second, and fp32 products that it adds up, 10⁹ a second."""
+    """Return one thread's memory read bandwidth in GB/s, and its fp32 multiply-add rate in 10⁹/s."""
     large, small = torch.randn(1 << 26), torch.randn(256, 256)
     read_s = _least_s(lambda: large.sum(), 8)
     return large.nbytes / read_s / 1e9, 256**3 / _least_s(lambda: small @ small, 50) / 1e9
@@ -137,7 +137,7 @@ def _least_s(run: Any, repetitions: int) -> float:
 
 
 def floor_ms(base_ms: float, rank_numbers: int, extra_numbers: int, gb_s: float, products: float) -> float:
-    """Return the floor of a step. rank_numbers: in bf16; extra_numbers: in fp32. gb_s, products: as `speeds` says."""
+    """Return the floor of a step. rank_numbers: in bf16. extra_numbers: in fp32. gb_s, products: see `speeds`."""
     read_ms = (2 * rank_numbers + 4 * extra_numbers) / gb_s / 1e6
     return base_ms + max(read_ms, (rank_numbers + extra_numbers) / products / 1e6)
 
@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def draw(axes: Sequence[Any], steps: dict[str, dict[str, float]], floors: dict[str, float]) -> None:
-    """Draw the steps as bars, and their floors as lines."""
+    """Draw the steps as bars and their floors as lines."""
     bars = axes[0].barh(list(steps), [by["now"] for by in steps.values()], color=report.BLUE)
     axes[0].bar_label(bars, [f"{by['now']:.1f}" for by in steps.values()], color=report.MUTED, padding=2)
     for place, name in enumerate(steps):

@@ -1,13 +1,13 @@
-"""Keys and values in int8 beside bf16 on a CPU: what it changes in SmolLM2-135M's answers, and how long steps take.
+"""An int8 KV cache compared with bf16 on a CPU: effect on SmolLM2-135M's answers, and duration of steps.
 
     python -m benchmarks.engine.kv_cache [--errors | --short]
 
-Decode steps of 1 and 8 sequences of 8,192 tokens: whole steps, their attention alone, and a read of as many bytes (a
-sum of them, on all threads) take turns; figures are the least of each. A sequence's blocks lie in runs of 32, as a
-worker gives them to prompts in chunks of 512 tokens, or anywhere, as in a cache in pieces. --errors instead: the
-attention's outputs, the perplexity and the most probable tokens of the last 256 tokens of a text (this project's
-documentation) of 512 and of 4,608 tokens. Nothing else should run for the times, which take four minutes; errors take
-three.
+Decode steps of 1 and 8 sequences of 8,192 tokens: whole steps, their attention alone, and a read of the same number of
+bytes (their sum, on all threads) alternate; figures are minimums. A sequence's blocks lie either in runs of 32, as a
+worker gives them to prompts in chunks of 512 tokens, or anywhere, as in a fragmented cache. With --errors it measures
+answers instead: the attention's outputs, the perplexity and the most probable tokens of the last 256 tokens of a text
+(this project's documentation) of 512 and of 4,608 tokens. Times need an otherwise idle machine and take four minutes;
+errors take three.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from lora_kernels import cpu, kv_codes, ops
 CONTEXT, NUM_SEQS = 8192, (1, 8)
 LENGTHS, LAST, CHUNK = (512, 4608), 256, 256
 KINDS: dict[str, torch.dtype | None] = {"bfloat16": None, "int8": torch.int8}
-RUNS = {"runs": 32, "anywhere": 1}  # name -> neighbouring blocks
+RUNS = {"runs": 32, "anywhere": 1}  # name -> number of adjacent blocks
 ROUNDS = 15
 
 
 def allocate(model: BaseModel, dtype: torch.dtype | None, num_blocks: int) -> None:
-    """Give a model caches of a dtype, all zero, whose memory is there."""
+    """Give a model zeroed caches of a dtype, whose memory pages exist."""
     model.kv_dtype = dtype
     for layer in model.layers:
         layer.allocate(num_blocks, model.cache_dtype, model.device)
@@ -58,7 +58,7 @@ def caches_of(model: BaseModel) -> list[tuple[Tensor, Tensor]]:
 
 
 def least(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the least seconds of each call; they take turns, twice each: layers get ready for other caches once."""
+    """Return the minimum seconds of each call. Calls alternate, twice each: the first adapts layers to other caches."""
     best = dict.fromkeys(calls, math.inf)
     for _ in range(rounds):
         for name, call in calls.items():
@@ -70,13 +70,13 @@ def least(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, floa
 
 
 def attend(caches: list[tuple[Tensor, Tensor]], q: Tensor, batch: ops.AttentionBatch) -> None:
-    """Compute the attention of a step's layers."""
+    """Compute the attention of all layers of a step."""
     for k_cache, v_cache in caches:
         ops.paged_attention(q, k_cache, v_cache, batch, scale=q.shape[2] ** -0.5)
 
 
 def step(model: BaseModel, caches: list[tuple[Tensor, Tensor]], batch: ops.AttentionBatch, ids: Tensor) -> None:
-    """Compute a whole decode step over caches."""
+    """Compute a whole decode step over `caches`."""
     for layer, (k_cache, v_cache) in zip(model.layers, caches, strict=True):
         layer.k_cache, layer.v_cache = k_cache, v_cache
     model.context.attention = batch
@@ -119,7 +119,7 @@ def times(model: BaseModel, rounds: int) -> list[dict[str, Any]]:
 
 
 def last_logits(model: BaseModel, ids: Tensor) -> Iterator[Tensor]:
-    """Compute a text chunk by chunk; yield the logits [CHUNK, V] of its last chunks, LAST tokens in all."""
+    """Compute a text chunk by chunk; yield the logits [CHUNK, V] of its last chunks, LAST tokens in total."""
     table = np.arange(len(ids) // ops.BLOCK_TOKENS)[None]
     for end in range(CHUNK, len(ids) + 1, CHUNK):
         model.context.attention = ops.build_attention_batch(np.array([CHUNK]), np.array([end]), table, "cpu")
@@ -129,7 +129,7 @@ def last_logits(model: BaseModel, ids: Tensor) -> Iterator[Tensor]:
 
 
 def attention_error(folder: Path, ids: Tensor) -> float:
-    """Return how far transformers' attention is off with rounded keys and values, relative, over all layers in fp32."""
+    """Return the relative error of transformers' fp32 attention with rounded keys and values, over all layers."""
     own, errors = ALL_ATTENTION_FUNCTIONS["sdpa"], list[float]()
 
     def rounded(x: Tensor) -> Tensor:
@@ -153,14 +153,14 @@ def attention_error(folder: Path, ids: Tensor) -> float:
 
 
 def docs_ids(folder: Path) -> Tensor:
-    """Return the tokens (int64 [N]) of this project's documentation by a model's tokenizer."""
+    """Return the tokens (int64 [N]) of this project's documentation in a model's tokenizer."""
     root = Path(__file__).parents[2] / "docs"
     text = "\n".join(path.read_text() for path in sorted(root.glob("*.md")))
     return torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)
 
 
 def save(points: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
-    """Print points, which have the same names, as a table, and write them as JSON."""
+    """Print points, which share their field names, as a table, and write them as JSON."""
     rows = [[f"{cell:.4g}" if isinstance(cell, float) else cell for cell in point.values()] for point in points]
     print(report.table(list(points[0]), rows))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def save(points: list[dict[str, Any]], about: dict[str, Any], path: Path) -> Non
 
 
 def errors(folder: Path, model: BaseModel) -> list[dict[str, Any]]:
-    """Compare answers."""
+    """Compare the answers of both kinds of caches."""
     all_ids = docs_ids(folder)
     points: list[dict[str, Any]] = []
     for length in LENGTHS:

@@ -1,13 +1,13 @@
-"""Time and memory of an adapter of all experts of a large model: fetched, checked, packed and copied.
+"""Time and memory to fetch, check, pack and copy an adapter of all experts of a large model.
 
     python -m benchmarks.engine.large_adapter [--short]
 
 The adapter has rank 16 on every layer of every expert of a mixture of 48 layers of 64 experts, 5,120 and 768 wide (36
-billion parameters), saved expert by expert in fp32, as PEFT does by default: 18,432 tensors, 3.5 GB, random. It is
-written to a temporary folder, served by an HTTP server on this machine, and goes the way of any adapter: the loader's
-process fetches, checks and packs it for a base of that shape, whose own weights take no memory here, in bf16, and the
-worker copies it into a pool with room for one such adapter. The peaks are of what the two processes hold together
-beyond their start: unique and shared memory, what they share counted once.
+billion parameters). It is saved expert by expert in fp32, as PEFT does by default: 18,432 random tensors, 3.5 GB, in a
+temporary folder behind an HTTP server on this machine. It takes the path of any adapter: the loader process fetches,
+checks and packs it in bf16, for a base of that shape whose own weights take no memory here; the worker copies it into a
+pool with space for one such adapter. Peaks are the memory that both processes hold together beyond their start: unique
+and shared memory, with shared pages counted once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def shape(*, short: bool) -> Qwen3MoeConfig:
 
 
 def write_adapter(config: Qwen3MoeConfig, folder: Path) -> int:
-    """Write the adapter, a tensor at a time. Returns the number of tensors."""
+    """Write the adapter, one tensor at a time. Return the number of tensors."""
     header: dict[str, Any] = {}
     at, hidden, inner = 0, config.hidden_size, config.moe_intermediate_size
     for layer in range(config.num_hidden_layers):
@@ -83,7 +83,7 @@ def write_adapter(config: Qwen3MoeConfig, folder: Path) -> int:
 
 @contextmanager
 def served_folder(folder: Path, digest: str) -> Iterator[str]:
-    """Serve an adapter's folder as a store does. Yields the URL."""
+    """Serve an adapter's folder as a store does. Yield the URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -108,7 +108,7 @@ def served_folder(folder: Path, digest: str) -> Iterator[str]:
 
 
 class Peak:
-    """The most memory that processes held together, beyond what they began with, by looking often."""
+    """Samples the peak of the memory that processes hold together, in bytes beyond their start."""
 
     def __init__(self, *pids: int) -> None:
         self._processes = [psutil.Process(pid) for pid in pids]
@@ -126,14 +126,14 @@ class Peak:
             self.num_bytes = max(self.num_bytes, self._held() - self._start)
 
     def stop(self) -> int:
-        """Stop looking; return the peak."""
+        """Stop sampling; return the peak in bytes."""
         self._done.set()
         self._thread.join()
         return self.num_bytes
 
 
 def packer_for(config: Qwen3MoeConfig) -> Packer:
-    """Return a packer for a base of that shape, whose weights lie nowhere."""
+    """Return a packer for a base of that shape, on the meta device."""
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config)
     torch.nn.Module.to(model, torch.bfloat16)
@@ -153,7 +153,7 @@ def packer_for(config: Qwen3MoeConfig) -> Packer:
 
 
 def pool_for(packer: Packer, num_pages: int) -> ExpertPool:
-    """Return a pool with room for so many pages of each shape of experts."""
+    """Return a pool with space for `num_pages` pages of each shape of experts."""
     sizes = [page_bytes(shape) for shape in expert_shapes(packer.expert_sites)]
     return ExpertPool(packer.expert_sites, int(num_pages * sum(sizes) / EXPERT_SHARE) + 1, 1, torch.device("cpu"))
 

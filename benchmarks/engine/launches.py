@@ -1,10 +1,10 @@
-"""How many kernels a step launches, counted on a CPU: eagerly, and recorded.
+"""The number of kernels that a step launches, counted on a CPU: eagerly, and recorded.
 
     python -m benchmarks.engine.launches
 
-The engine runs its GPU path in Triton's interpreter, on a tiny Llama of two and of three layers; what a layer adds
-gives the number for 32. Counted are launches of Triton kernels, operators of torch that write, and copies to the
-device. How long a launch takes is a matter of the machine: 5 to 20 us of the host, while the device computes.
+The engine runs its GPU path in Triton's interpreter, on a tiny Llama with two and with three layers; the difference per
+layer gives the number for 32. It counts launches of Triton kernels, torch operators that write, and copies to the
+device. The time of a launch depends on the machine: 5 to 20 us of the host, while the device computes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAKES_NOTHING = {
 }  # fmt: skip
 """Operators that launch nothing; zeros are lists on the host here.
 
-Views, which share memory with their input, are told by their schema."""
+Views, which share memory with their input, are recognized by their schema."""
 
 
 class Launches(TorchDispatchMode):
@@ -48,7 +48,7 @@ class Launches(TorchDispatchMode):
 
 
 class Nothing:
-    """Records steps and does nothing instead: what is left are the launches around a replay."""
+    """Records steps as no-ops, so that only the launches around a replay remain."""
 
     def record(self, step: Callable[[], object]) -> Callable[[], object]:
         """Return a replay that does nothing."""
@@ -56,7 +56,7 @@ class Nothing:
 
 
 def count(num_layers: int, *, recorded: bool) -> Counter[str]:
-    """Return the launches of one step of a chunk and a few decodes, by kernel or operator."""
+    """Return the launches of one step with a chunk and a few decodes, by kernel or operator."""
     from benchmarks.gpu.shapes import SHAPES, RandomAdapters, random_model
     from benchmarks.gpu.steps import engine_of, load
     from gpu_worker.planning.request import EngineRequest

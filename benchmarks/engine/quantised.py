@@ -1,12 +1,12 @@
-"""Products with quantised weights on a CPU, beside a read of the same bytes and beside bf16, in one run.
+"""Products with quantized weights on a CPU, compared with a read of the same bytes and with bf16, in one run.
 
     python -m benchmarks.engine.quantised [--sets avx2,avx512] [--rows 1,2,4] [--layers N] [--cached]
 
-Eight layers of 8,192 x 2,048 in each kind, for 1 to 512 rows, in bf16, or in fp32 where an instruction set has no
-products of bf16. Figures are the least of calls that take turns with a read of as many bytes (a sum of them, on all
-threads). Takes two minutes. A machine whose cache holds eight layers needs more of them (--layers). With --cached one
-layer of 1,024 x 2,048 of each kind is multiplied again and again by one thread, in turns, for arithmetic alone; that is
-hardly changed by what else runs on the machine. There "int8" is the same product with inputs in int8.
+Eight layers of 8,192 x 2,048 of each kind, for 1 to 512 rows, in bf16, or in fp32 for an instruction set without bf16
+products. Figures are minimums of calls that alternate with a read of the same number of bytes (their sum, on all
+threads). The run takes two minutes. A machine whose cache holds eight layers needs more of them (--layers). With
+--cached one thread multiplies one layer of 1,024 x 2,048 of each kind repeatedly, alternately, to measure arithmetic
+alone, which other load on the machine hardly affects. There "int8" is the same product with int8 inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CACHED_ROWS = (1, 2, 4, 8, 14, 32, 128, 512)
 
 
 def layers_of(kind: Kind | None, num: int, n: int = N) -> list[ops.PackedLinear | ops.QuantisedLinear]:
-    """Return `num` packed layers [n, K] of a kind, in bf16 for None."""
+    """Return `num` packed layers [n, K] of a kind; None: bf16."""
     if kind is None:
         return [ops.pack_linear(torch.randn(n, K).to(torch.bfloat16)) for _ in range(num)]
     blocks = torch.randint(0, 256, (n, row_bytes(kind, K)), dtype=torch.uint8)
@@ -43,7 +43,7 @@ def layers_of(kind: Kind | None, num: int, n: int = N) -> list[ops.PackedLinear 
 
 
 def bytes_of(layers: list[ops.PackedLinear | ops.QuantisedLinear]) -> int:
-    """Return the bytes that a product with all layers reads."""
+    """Return the number of bytes that a product with all layers reads."""
     tensors = [
         t for layer in layers for t in (layer.panels if isinstance(layer, ops.QuantisedLinear) else [layer.weight])
     ]
@@ -57,7 +57,7 @@ def run(layers: list[ops.PackedLinear | ops.QuantisedLinear], x: Tensor) -> None
 
 
 def least(calls: list[Callable[[], object]]) -> list[float]:
-    """Return the least seconds of each call; they take turns."""
+    """Return the minimum seconds of each call; the calls alternate."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS + 1):
         for own, call in zip(times, calls, strict=True):
@@ -92,7 +92,7 @@ def cached() -> None:
 
 
 def measured(kind: Kind | None, row_counts: list[int], num_layers: int) -> Iterator[dict[str, float | int]]:
-    """Yield what products of each number of rows take beside a read, with the instruction set in use."""
+    """Yield the time of products for each number of rows, and of a read, with the active instruction set."""
     layers, dtype = layers_of(kind, num_layers), torch.bfloat16 if "bf16" in cpu.isa() else torch.float32
     size = bytes_of(layers)
     read = partial(torch.sum, torch.ones(size // 4))

@@ -1,11 +1,12 @@
-"""Layers that keep states, on a CPU: the native operations beside transformers' functions, in one run.
+"""Layers with recurrent states on a CPU: the native operations compared with transformers' functions, in one run.
 
     python -m benchmarks.engine.states
 
-One layer of Qwen3.5-0.8B's shape in bf16: its gated delta rule (16 heads, keys and values of 128) and its causal
-convolution (6,144 channels, 4 taps). And one of Mamba2's scan: 64 heads of 64 numbers, 8 groups, states of 128. One
-token each of 1, 8 and 32 sequences, and a prompt of 64 and of 512 tokens. Each figure is the median of calls that take
-turns, so that both see the same machine. With OMP_NUM_THREADS=1 seconds are the processor's. Takes two minutes.
+The layers are one of Qwen3.5-0.8B's shape in bf16, with its gated delta rule (16 heads, keys and values of 128) and its
+causal convolution (6,144 channels, 4 taps), and one of Mamba2's scan: 64 heads of 64 numbers, 8 groups, states of 128.
+Cases are one token each of 1, 8 and 32 sequences, and a prompt of 64 and of 512 tokens. Each figure is the median of
+alternating calls, so that both see the same machine. With OMP_NUM_THREADS=1 seconds are CPU seconds. The run takes two
+minutes.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from lora_kernels import cpu
 
 HEADS, DIM, TAPS = 16, 128, 4
 CHANNELS = 3 * HEADS * DIM
-SECONDS = 2.0  # of each figure
+SECONDS = 2.0  # measured per figure
 DTYPE = torch.bfloat16
 CASES = {"1 token of 1": (1, 1), "1 token of 8": (8, 1), "1 token of 32": (32, 1), "64 tokens": (1, 64),
          "512 tokens": (1, 512)}  # fmt: skip
-"""Sequences, and tokens of each."""
+"""Number of sequences, and tokens of each."""
 
 
 def batch_of(num_seqs: int, num_tokens: int) -> StateBatch:
-    """Return a step of which every sequence has tokens, from the state in its own slot."""
+    """Return a step in which every sequence has `num_tokens` tokens and its state in its own slot."""
     if num_tokens == 1:
         return StateBatch.of([(i, i, i) for i in range(num_seqs)], [], [], torch.device("cpu"))
     runs = [Run(i * num_tokens, (i + 1) * num_tokens, i, i, num_tokens) for i in range(num_seqs)]
@@ -43,7 +44,7 @@ def batch_of(num_seqs: int, num_tokens: int) -> StateBatch:
 
 
 def delta_rule(num_rows: int, num_seqs: int) -> tuple[DeltaRule, tuple[Any, ...], dict[str, Any]]:
-    """Return a layer's delta rule, and what it is called with."""
+    """Return a layer's delta rule, and the arguments and options to call it with."""
     q, k, v = (torch.randn(1, num_rows, HEADS, DIM).to(DTYPE) for _ in range(3))
     g, beta = -torch.rand(1, num_rows, HEADS), torch.rand(1, num_rows, HEADS).to(DTYPE)
     options: dict[str, Any] = {"g": g, "beta": beta, "use_qk_l2norm_in_kernel": True}
@@ -54,7 +55,7 @@ def delta_rule(num_rows: int, num_seqs: int) -> tuple[DeltaRule, tuple[Any, ...]
 
 
 def convolution(num_rows: int, num_seqs: int) -> tuple[Convolution, tuple[Any, ...], dict[str, Any]]:
-    """Return a layer's convolution, and what it is called with."""
+    """Return a layer's convolution, and the arguments and options to call it with."""
     x, weight = torch.randn(1, num_rows, CHANNELS).to(DTYPE).transpose(1, 2), torch.randn(CHANNELS, TAPS).to(DTYPE)
     options: dict[str, Any] = {"activation": "silu"}
     many, one = transformers_model.causal_conv1d_fn, transformers_model.causal_conv1d_update
@@ -64,7 +65,7 @@ def convolution(num_rows: int, num_seqs: int) -> tuple[Convolution, tuple[Any, .
 
 
 def scan(num_rows: int, num_seqs: int) -> tuple[ChunkScan, tuple[Any, ...], dict[str, Any]]:
-    """Return a layer's scan, and what it is called with."""
+    """Return a layer's scan, and the arguments and options to call it with."""
     heads, width, groups, size = 64, 64, 8, 128
     x, dt = torch.randn(1, num_rows, heads, width).to(DTYPE), torch.randn(1, num_rows, heads).to(DTYPE)
     into, out = torch.randn(2, 1, num_rows, groups, size).to(DTYPE)
@@ -77,7 +78,7 @@ def scan(num_rows: int, num_seqs: int) -> tuple[ChunkScan, tuple[Any, ...], dict
 
 
 def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median time of each call in ms; they take turns."""
+    """Return the median time of each call in ms; the calls alternate."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     until = time.perf_counter() + SECONDS

@@ -1,12 +1,12 @@
-"""Decode steps of a whole model by each instruction set that this processor has, in turns, step by step.
+"""Decode steps of a whole model on each instruction set of this processor, alternating step by step.
 
     python -m benchmarks.engine.steps_by_isa [--model FOLDER] [--short] [--sets avx512,avx2] [--threads N]
 
-The base model in bf16, one adapter and as many adapters as requests (rank 16), and its weights as Q8_0 and Q4_0; 1, 8
-and 32 requests of 64 tokens and more. Only `Engine.step` is measured, in this process, without HTTP and queue. Each
-step runs on another instruction set than the one before it. Figures are tokens a second by the median step, and
-ratios to the set below: the median over rounds, each of which has all sets once. With `--threads 1` seconds are the
-processor's, which other programs change less than those of the clock. Takes some minutes.
+Cases are the base model in bf16, one adapter, and one adapter per request (rank 16), and the base's weights as Q8_0 and
+Q4_0; 1, 8 and 32 requests of at least 64 tokens. Only `Engine.step` is measured, in this process, without HTTP and
+queue. Each step runs on another instruction set than the previous one. Figures are tokens per second by the median
+step, and ratios to the set below: medians over rounds, each of which runs all sets once. With `--threads 1` seconds are
+CPU seconds, which other programs affect less than the wall clock. The run takes some minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WEIGHTS: dict[str, Literal["int8", "int4"] | None] = {"bf16": None, "Q8_0": "int
 
 
 def step_ms(engine: Engine, digests: list[str], num: int, isas: list[str], rounds: int) -> np.ndarray:
-    """Decode `num` requests of the adapters in turn; return milliseconds [rounds, instruction sets]."""
+    """Decode `num` requests for the adapters in turn; return ms [rounds, instruction sets]."""
     add_requests(engine, digests, num)
     while len(engine.batcher.running) < num or any(seq.num_pending != 1 for seq in engine.batcher.running):
         engine.step()

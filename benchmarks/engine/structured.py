@@ -1,9 +1,9 @@
-"""Whether the engine's answers follow JSON schemas, and what the token masks cost a step.
+"""Whether the engine's answers follow JSON schemas, and the cost of token masks per step.
 
     python -m benchmarks.engine.structured [--model FOLDER] [--short]
 
 Answers to 200 random schemas (`schemas.py`) are requested at once, and jsonschema checks each of them. Then decode
-steps of 1, 8 and 32 sequences are timed, in turns with and without a grammar for every sequence.
+steps of 1, 8 and 32 sequences are timed, alternately with and without a grammar for every sequence.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LONG: dict[str, Any] = {
 
 
 def grammar_of(schema: dict[str, Any]) -> str:
-    """Return the grammar that the gateway makes of a schema."""
+    """Return the grammar that the gateway builds from a schema."""
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     constraint = constraint_of(form, None, Settings())
     assert constraint is not None
@@ -71,7 +71,7 @@ def question(schema: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, tuple[list[int], TokenOutput]]:
-    """Run requests to their end; return the token ids and the last output of each."""
+    """Run requests to their end; return each one's token ids and last output."""
     for request in requests:
         engine.add(request)
     ids: dict[str, list[int]] = {request.rid: [] for request in requests}
@@ -85,7 +85,7 @@ def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, tuple[list[i
 
 
 def verdict(schema: dict[str, Any], text: str, end: TokenOutput) -> str:
-    """Return "valid", or the error of an answer."""
+    """Return "valid", or why an answer is not."""
     if end.error is not None:
         return end.error.message
     if end.finish != "stop":
@@ -99,7 +99,7 @@ def verdict(schema: dict[str, Any], text: str, end: TokenOutput) -> str:
 
 
 def ask_for_schemas(engine: Engine, tokenizer: Tokenizer, num: int) -> tuple[Counter[str], list[str]]:
-    """Return the number of answers by verdict, and the answers that were not valid."""
+    """Return the number of answers by verdict, and the invalid answers."""
     schemas = [random_schema(Random(seed)) for seed in range(num)]
     requests = [
         EngineRequest(
@@ -122,7 +122,7 @@ def ask_for_schemas(engine: Engine, tokenizer: Tokenizer, num: int) -> tuple[Cou
 
 
 def step_ms(engine: Engine, grammar: str, num_seqs: int, num_steps: int, first: int) -> np.ndarray:
-    """Return the times of decode steps of `num_seqs` sequences, ms: float64 [num_steps]."""
+    """Return the times of decode steps of `num_seqs` sequences in ms: float64 [num_steps]."""
     random = np.random.default_rng(first)
     rids = [f"{first}-{i}" for i in range(num_seqs)]
     sampling = Sampling(temperature=0.0, ignore_eos=True)

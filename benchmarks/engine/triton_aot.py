@@ -2,11 +2,12 @@
 
 The operations plan their launches with tensors on the meta device, for the shapes of real models. Each distinct launch
 is then compiled for each target, without a GPU, and the table in docs/triton.md lists its registers and shared memory.
-The tests run `--check`: the committed table must list the variants that are planned now, and the heaviest of each
-kernel are compiled again. A kernel that spills registers or needs more shared memory than the card has is an error.
+The tests run `--check`: the committed table must list the variants that are planned now, and the heaviest variants of
+each kernel are compiled again. A kernel that spills registers or needs more shared memory than the card has is an
+error.
 
     python -m benchmarks.engine.triton_aot             compile all, rewrite the table
-    python -m benchmarks.engine.triton_aot --missing   compile what the table lacks, drop what is planned no more
+    python -m benchmarks.engine.triton_aot --missing   compile variants missing in the table, drop unplanned ones
     python -m benchmarks.engine.triton_aot --check     compare the list, compile the heaviest
 """
 
@@ -49,7 +50,7 @@ HEAVIEST = 2  # variants of each kernel and target that --check compiles
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A card, and the shared memory that one program may use of it."""
+    """A card, and the maximum shared memory of one program on it."""
 
     name: str
     gpu: GPUTarget
@@ -95,7 +96,7 @@ MODELS = (
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A kernel with the arguments that it is compiled with for one target."""
+    """A kernel with the arguments with which it is compiled for one target."""
 
     target: Target
     launch: Launch
@@ -103,7 +104,7 @@ class Variant:
 
     @property
     def weight(self) -> int:
-        """The elements of the blocks that a program holds; more of them make spills more likely."""
+        """Number of elements of the blocks that a program holds; more elements make spills more likely."""
         args: dict[str, Any] = self.launch.args
         blocks = [args[key] for key in args if key.startswith("BLOCK_") and key != "BLOCK_TOKENS"]
         return math.prod(sorted(blocks)[-2:]) * args.get("SPLITS", 1)
@@ -119,10 +120,10 @@ class Resources:
 
 
 def variants(target: Target) -> list[Variant]:
-    """Return every distinct variant that serving MODELS needs on a target, in order of name."""
+    """Return every distinct variant that serving MODELS needs on a target, ordered by name."""
     found: dict[str, Variant] = {}
     for i, model in enumerate(MODELS):
-        # fp32 for two shapes: it changes the element size alone. fp16 has bf16's, and the same instructions.
+        # fp32 for two shapes only, since it changes just the element size. fp16 has bf16's size and instructions.
         for dtype in (torch.bfloat16, torch.float32) if i < 2 else (torch.bfloat16,):
             for launch in _launches(model, dtype, target.device):
                 variant = Variant(target, launch, _name(launch))
@@ -145,7 +146,7 @@ def _launches(model: Model, dtype: torch.dtype, device: Device) -> Iterator[Laun
                 yield from lora_launches(token_slots, max_pages, k, widths, dtype, device)
     for query_lens in ((1,), (1,) * 16, (1,) * 256, (1,) * 32 + (2048,)):
         yield from attention_launches(model, np.array(query_lens), 4096, dtype, device)
-    # With fixed sums: LoRA and attention have no launch then that the others do not, but for constants of their steps.
+    # With fixed sums, LoRA and attention launch the same variants as above, except for constants of their steps.
     rows, weight = _meta(256, model.hidden, dtype=dtype), _meta(model.intermediate, model.hidden, dtype=dtype)
     yield plan_linear(_meta(256, model.intermediate, dtype=dtype), rows, weight, None, device)
 
@@ -159,7 +160,7 @@ def lora_launches(
     device: Device,
     first_site: int = 0,
 ) -> Iterator[Launch]:
-    """Yield the launches of one set of sibling layers."""
+    """Yield the LoRA launches of one set of sibling layers."""
     num_slots, rows = 64, 64 * max_pages * PAGE_ROWS
     table = AdapterTable(
         ranks=_meta(num_slots, 7, dtype=torch.int32),
@@ -171,7 +172,7 @@ def lora_launches(
         for i, n in enumerate(widths)
     ]
     num_tokens = len(token_slots)
-    # Per-request factors add one multiplication, so they are compiled for the mixed decode step only.
+    # Per-request factors add only one multiplication, so they are compiled for the mixed decode step alone.
     ones = np.ones(num_tokens, dtype=np.float32)
     for scales in (None, ones) if num_tokens == 256 else (None,):
         batch = build_lora_batch(token_slots, "meta", scales)
@@ -234,7 +235,7 @@ def _tensors(args: Iterable[object]) -> Iterator[torch.Tensor]:
 
 
 def source_of(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, dict[str, object]]:
-    """Return the source and the options of a launch: the kernel specialized by its arguments, as at run time."""
+    """Return the source and options of a launch: the kernel specialized by its arguments, as at run time."""
     backend, kernel = make_backend(gpu), launch.kernel
     bind: Any = create_function_from_signature(kernel.signature, kernel.params, backend)
     settings = launch.limits.options()
@@ -246,7 +247,7 @@ def source_of(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, dict[str, obje
 
 
 def compile_launch(launch: Launch, gpu: GPUTarget) -> Resources:
-    """Compile a launch exactly as on the card; return the resources that the machine code states."""
+    """Compile a launch exactly as on the card; return the resources that the machine code declares."""
     source, options = source_of(launch, gpu)
     compiled: Any = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
@@ -255,7 +256,7 @@ def compile_launch(launch: Launch, gpu: GPUTarget) -> Resources:
 
 
 def _nvidia_resources(cubin: bytes, shared_bytes: int) -> Resources:
-    # A kernel without a stack spills nothing; ptxas' own message is empty for some targets.
+    # A kernel without a stack spills nothing; ptxas' own report is empty for some targets.
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -276,13 +277,13 @@ def _amd_resources(amdgcn: str, shared_bytes: int) -> Resources:
             raise RuntimeError(f"no .{key} in the assembly")
         return int(found[1])
 
-    # Scalar registers "spill" into lanes of vector registers (.sgpr_spill_count), which touches no memory.
+    # Scalar registers are spilled into lanes of vector registers (.sgpr_spill_count), which touches no memory.
     spilled = 4 * read("vgpr_spill_count") + read("private_segment_fixed_size")
     return Resources(read("vgpr_count") + read("agpr_count"), shared_bytes, spilled)
 
 
 def _compile_named(target_index: int, name: str) -> Resources:
-    """Compile a variant in a worker process, which plans the launches again since kernels cannot be pickled."""
+    """Compile a variant in a worker process, which plans the launches again, since kernels cannot be pickled."""
     target = TARGETS[target_index]
     launch = next(variant.launch for variant in _planned(target_index) if variant.name == name)
     return compile_launch(launch, target.gpu)
@@ -305,7 +306,7 @@ def compile_all(chosen: list[tuple[int, str]]) -> dict[tuple[int, str], Resource
 
 
 def problems(results: dict[tuple[int, str], Resources]) -> list[str]:
-    """Return a line for every reason why a variant is unfit for its card."""
+    """Return a line for every reason why a variant does not fit its card."""
     found = []
     for (index, name), used in results.items():
         target = TARGETS[index]
@@ -318,7 +319,7 @@ def problems(results: dict[tuple[int, str], Resources]) -> list[str]:
 
 
 def _table(results: dict[tuple[int, str], Resources], rows: dict[str, list[str]]) -> str:
-    """Return the table of results, beside rows that are known already: their cells by variant."""
+    """Return the table of results, merged with already known rows. rows: variant -> its cells."""
     for (index, name), used in results.items():
         variant, _, settings = name.partition(" warps=")
         spilled = f", {used.spill_bytes} B spilled" if used.spill_bytes else ""
@@ -329,7 +330,7 @@ def _table(results: dict[tuple[int, str], Resources], rows: dict[str, list[str]]
 
 
 def _documented() -> dict[tuple[int, str], str]:
-    """Return the variants of the committed table, with their cells."""
+    """Return the variants of the committed table, and their cells."""
     found: dict[tuple[int, str], str] = {}
     for line in DOC.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]:
         variant, *cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -373,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if differing:
             print(f"{DOC.name} is out of date, run this with --missing:", *sorted(differing), sep="\n")
             return 1
-        # In this process, which has planned them: so few take less than the imports of others.
+        # In this process, which has planned them: for a few variants, starting other processes would take longer.
         results = {chosen: _compile_named(*chosen) for index in targets for chosen in _heaviest(index)}
     else:
         known = {chosen: cell for chosen, cell in known.items() if args.missing and chosen in planned}

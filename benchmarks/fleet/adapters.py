@@ -1,4 +1,4 @@
-"""What the number of adapters, from 1 to 1,000, and their popularity cost one fleet.
+"""The effect of the number of adapters, from 1 to 1,000, and of their popularity on one fleet.
 
     python -m benchmarks.fleet.adapters [--model FOLDER] [--short]
 
@@ -27,7 +27,7 @@ CONCURRENCY = 32
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The figures of one number of adapters with one popularity."""
+    """The figures for one number of adapters with one popularity."""
 
     num_adapters: int
     zipf: float
@@ -38,7 +38,7 @@ class Point:
     inter_token_p99_ms: float
     hit_rate: float
     num_loads: int  # copies into the pool
-    num_fetches: int  # the copies that needed a fetch from the store
+    num_fetches: int  # copies that needed a fetch from the store
     num_requests: int
     num_errors: int
 
@@ -47,10 +47,10 @@ def measure(
     running: RunningFleet, names: Sequence[str], zipf: float, num_requests: int, *, fill_pool: bool = True,
     seed: int = 0, beside: AbstractContextManager[object] | None = None,
 ) -> Point:  # fmt: skip
-    """Measure one load. fill_pool: after an unmeasured one that fills the pool with the same popularity.
+    """Measure one load. fill_pool: first run an unmeasured load that fills the pool, with the same popularity.
 
-    seed: of prompts and their order. Loads of one seed share prompts: an adapter that both ask has them in the prefix
-    cache the second time. beside: entered for what is measured alone.
+    seed: determines the prompts and their order. Loads with the same seed share prompts, so that an adapter finds them
+    in the prefix cache the second time. beside: entered around the measured load only.
     """
     targets = tuple(BenchTarget.model(name) for name in names)
     shared: dict[str, Any] = {"url": running.url, "targets": targets, "concurrency": CONCURRENCY, "zipf_s": zipf}

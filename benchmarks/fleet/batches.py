@@ -1,12 +1,12 @@
-"""What batches cost: adapter loads in their order, interactive requests beside them, and 50,000 lines without a model.
+"""The cost of batches: adapter loads in their order, interactive requests meanwhile, and 50,000 lines without a model.
 
     python -m benchmarks.fleet.batches [--model FOLDER] [--parts order,beside,many] [--short]
 
-- order: lines over 200 adapters in turn, with a pool for 16: how often an adapter is copied into the pool when 3,000
-  lines are a batch, and when 1,000 of the same calls come over HTTP in the order of the file, as many at a time.
-- beside: interactive requests at Poisson times, about a third of what the worker can do, in turns alone and beside a
-  batch that fills it: time to first token and gaps between tokens.
-- many: 50,000 lines of one token for workers without a model: lines a second, and the gateway's memory.
+- order: lines use 200 adapters in turn, with a pool for 16. Counts the copies into the pool when 3,000 lines are a
+  batch, and when 1,000 of the same calls come over HTTP in the file's order, with the same number in flight.
+- beside: interactive requests at Poisson times, about a third of the worker's capacity, alternately alone and during a
+  batch that fills the worker: time to first token and gaps between tokens.
+- many: 50,000 lines of one token for workers without a model: lines per second, and the gateway's memory.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ COMPLETIONS = "/v1/completions"
 ENDED = ("completed", "failed", "expired", "cancelled")
 RANK = 8
 NUM_ADAPTERS, NUM_IN_POOL = 200, 16
-IN_FLIGHT = 80  # 1.25 for each of 64 places, as many as a batch has
+IN_FLIGHT = 80  # 1.25 for each of 64 slots, as for a batch
 OUTPUT_TOKENS = 64
-TURNS = 3  # of interactive requests alone, then beside a batch, in a round
+TURNS = 3  # pairs of interactive requests alone and during a batch, per round
 INTERACTIVE = [f"interactive-{index}" for index in range(4)]
 
 
 def lines_of(models: Sequence[str], num: int, max_tokens: int) -> list[dict[str, Any]]:
-    """Return calls of the models in turn, with a prompt of their own each."""
+    """Return calls of the models in turn, each with its own prompt."""
     rng = np.random.default_rng(0)
     words = [" ".join(f"word{n}" for n in rng.integers(0, 1000, 8)) for _ in range(num)]
     bodies = [
@@ -87,7 +87,7 @@ def finish(url: str, batch_id: str) -> dict[str, Any]:
 
 
 def ask_in_order(url: str, lines: Sequence[dict[str, Any]]) -> None:
-    """Send the same calls over HTTP, in the order of the file, `IN_FLIGHT` at a time."""
+    """Send the calls over HTTP in the order of the file, `IN_FLIGHT` at a time."""
     with httpx2.Client(base_url=url, timeout=600, trust_env=False) as http, ThreadPoolExecutor(IN_FLIGHT) as pool:
 
         def ask(line: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ def ask_in_order(url: str, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def measure_order(model: Path, scratch: Path, num_lines: int) -> dict[str, Any]:
-    """Return the adapter loads of a batch, and of the same calls in the order of the file."""
+    """Return the adapter loads of a batch, and those of the same calls in the order of the file."""
     names, adapters = [f"a{index:03}" for index in range(NUM_ADAPTERS)], scratch / "order-adapters"
     make_adapters(model, adapters, names, [RANK])
     pool_bytes = NUM_IN_POOL * adapter_bytes(adapters, names[0])
@@ -128,12 +128,12 @@ def interactive(running: RunningFleet, num: int, rate: float, seed: int) -> Benc
 
 
 def measure_beside(model: Path, scratch: Path, rounds: int, per_turn: int) -> dict[str, Any]:
-    """Return TTFT and gaps of interactive requests alone and beside a batch, which fills what they leave."""
+    """Return TTFT and token gaps of interactive requests, alone and during a batch that fills the rest."""
     adapters = scratch / "beside-adapters"
     names = [f"batch-{index}" for index in range(8)]
     make_adapters(model, adapters, [*INTERACTIVE, *names], [RANK])
     (scratch / "beside").mkdir()
-    ttft: dict[str, list[list[float]]] = {"alone": [], "beside a batch": []}  # of each round
+    ttft: dict[str, list[list[float]]] = {"alone": [], "beside a batch": []}  # one list per round
     gaps: dict[str, list[list[float]]] = {"alone": [], "beside a batch": []}
     lines_per_s: list[float] = []
     environment = {"LORAFLEET_KV_CACHE_BYTES": str(1 << 30)}
@@ -148,7 +148,7 @@ def measure_beside(model: Path, scratch: Path, rounds: int, per_turn: int) -> di
             for name in ttft:
                 batch_id = "" if name == "alone" else begin_filling(running, names)
                 before, started = num_tokens(running), time.monotonic()
-                seed = 2 * turn + bool(batch_id)  # else the prefix cache would know the prompts
+                seed = 2 * turn + bool(batch_id)  # otherwise the prompts would be in the prefix cache
                 measured = run_bench(interactive(running, per_turn, rate, seed))
                 if batch_id:
                     num = num_tokens(running) - before - per_turn * OUTPUT_TOKENS
@@ -174,7 +174,7 @@ def measure_beside(model: Path, scratch: Path, rounds: int, per_turn: int) -> di
 
 
 def rate_alone(running: RunningFleet, names: Sequence[str]) -> float:
-    """Return the lines a second of a batch beside which nobody asks."""
+    """Return the lines per second of a batch without other requests."""
     batch_id = begin_filling(running, names)
     before, started = num_tokens(running), time.monotonic()
     time.sleep(15.0)
@@ -184,7 +184,7 @@ def rate_alone(running: RunningFleet, names: Sequence[str]) -> float:
 
 
 def begin_filling(running: RunningFleet, names: Sequence[str]) -> str:
-    """Start a batch that fills what the fleet has left; return its id once its first lines are answered."""
+    """Start a batch that fills the fleet's spare capacity; return its id once its first lines are answered."""
     batch_id = begin(running.url, lines_of(names, 5000, OUTPUT_TOKENS))
     while not look(running.url, batch_id)["request_counts"]["completed"]:
         time.sleep(0.2)
@@ -192,7 +192,7 @@ def begin_filling(running: RunningFleet, names: Sequence[str]) -> str:
 
 
 def num_tokens(running: RunningFleet) -> int:
-    """Return how many tokens the workers have put out: lines are too long to be counted in a few seconds."""
+    """Return the number of tokens that the workers emitted: lines are too long to be counted within seconds."""
     return sum(beat.counters.num_output_tokens for beat in running.beats_of_now())
 
 
@@ -207,7 +207,7 @@ def percentiles(of_rounds: Sequence[Sequence[float]]) -> dict[str, dict[str, Any
 
 
 def measure_many(model: Path, num_lines: int) -> dict[str, Any]:
-    """Return lines a second and the gateway's memory, MB, of a batch of tiny calls for workers without a model."""
+    """Measure a batch of tiny calls for workers without a model: lines per second, and the gateway's memory in MB."""
     with tempfile.TemporaryDirectory() as folder:
         services, queue = start(
             Path(folder), model, Path(__file__).resolve().parents[2], {}, workers=4, step_ms=5.0, capacity=256

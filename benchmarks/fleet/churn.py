@@ -1,16 +1,16 @@
-"""Many more adapters than fit into the pool, on a machine whose cores are all busy.
+"""Far more adapters than fit into the pool, on a machine whose cores are all busy.
 
     python -m benchmarks.fleet.churn [--model FOLDER] [--short] [--rounds N] [--in-pool N] [--max-slowdown X]
 
-160 adapters of rank 8 on all linear layers, asked for by Zipf 1.0, a pool for 32 of them, 32 requests in flight, 64
-words in and 64 tokens out; on one fleet, in turns with one adapter under the same load and with 160 that nobody has
-asked for yet, all of which have to be fetched. Wanted: the median first token within 3 x of one adapter's, and 0.9 of
-its throughput. `--in-pool 160`: no adapter of the second load has to wait, which says what the loads cost.
+There are 160 adapters of rank 8 on all linear layers with Zipf popularity 1.0, a pool for 32 of them, 32 requests in
+flight, 64 words in and 64 tokens out. On one fleet this load alternates with one adapter under the same load, and with
+160 new adapters, all of which have to be fetched. The targets are a median TTFT within 3 x of one adapter's, and 0.9 of
+its throughput. With `--in-pool 160` no adapter of the second load has to wait, which shows the cost of the loads.
 
-Without API keys each adapter is a tenant, of which the most popular one has more than its share. With
-`--max-slowdown 0` it does not give way to the others.
+Without API keys each adapter is a tenant, and the most popular one has more than its share. With `--max-slowdown 0` it
+does not yield to the others.
 
-No two turns share a prompt: adapters of earlier turns would have theirs in the prefix cache, new ones would not.
+No two measurements share a prompt: adapters of earlier ones would have it in the prefix cache, and new ones would not.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ NUM_ADAPTERS, NUM_IN_POOL, ZIPF, RANKS = 160, 32, 1.0, (8,)
 
 
 LOADS = ("one adapter", "known adapters", "new adapters")
-"""What a turn measures, in this order."""
+"""The loads of a turn, in this order."""
 
 
 def ratios(points: Sequence[Point]) -> dict[str, dict[str, float]]:
-    """Return the figures of many known and of many new adapters divided by those of one, medians of all turns.
+    """Return the figures of many known and of many new adapters, divided by those of one adapter: medians of all turns.
 
-    points: of the loads of `LOADS`, in turns.
+    points: of the loads of `LOADS`, in turn.
     """
 
     def median(name: str, load: int) -> float:
@@ -59,11 +59,11 @@ def ratios(points: Sequence[Point]) -> dict[str, dict[str, float]]:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What a turn took of the machine, between two beats around it."""
+    """The machine's resources that a measurement used, from the heartbeats before and after it."""
 
     cpu_s: dict[str, float]  # of each service
     num_steps: int
-    tokens_per_step: float  # put out
+    tokens_per_step: float  # emitted
     computed_per_step: float  # of prompts and outputs
     step_ms: float
     wall_s: float
@@ -71,7 +71,7 @@ class Account:
 
 @contextmanager
 def accounted(running: RunningFleet, accounts: list[Account]) -> Iterator[None]:
-    """Add to `accounts` what a block takes."""
+    """Add the resources that a block uses to `accounts`."""
     before, used, began_s = _counters(running), cpu_s(), time.perf_counter()
     yield
     wall_s, now_used, now = time.perf_counter() - began_s, cpu_s(), _counters(running)
@@ -121,7 +121,7 @@ def main() -> None:
         flags = [f"--adapter-pool-bytes={pool_bytes(model, args.in_pool, 2)}"]
         flags += [f"--max-slowdown={args.max_slowdown}"] if args.max_slowdown is not None else []
         with fleet(Setup(model, scratch / "adapters", scratch, flags)) as running:
-            # A fleet's first requests are slower than all later ones.
+            # The first requests to a fleet are slower than all later ones.
             measure(running, names[:1], ZIPF, num_requests, seed=len(LOADS) * args.rounds)
             for turn in range(args.rounds):
                 for own in (names[:1], names, new[turn]):

@@ -1,14 +1,15 @@
-"""How much loading cold adapters delays the streams of warm ones.
+"""The delay that loading cold adapters causes in the streams of warm ones.
 
     python -m benchmarks.fleet.cold_loads [--model FOLDER] [--short] [--sources near,slow] [--rounds N]
         [--pool-adapters N]
 
-Eight streams of eight resident adapters are measured in turns: alone; beside short requests for resident adapters; and
-beside as many requests for adapters that must be loaded first, each requested once. The difference of the last two is
-the cost of loading. The same is measured with the store behind a slow link: 200 ms before every answer, then 5 MB/s.
+Eight streams of eight resident adapters are measured alternately: alone; during short requests for resident adapters;
+and during the same number of requests for adapters that must be loaded first, each requested once. The difference of
+the last two is the cost of loading. All is repeated with the store behind a slow link: 200 ms before every answer, then
+5 MB/s.
 
-Turns are short, many, and another one comes first in each round, because a machine's speed changes from minute to
-minute: ratios are of all rounds' gaps together, and medians of the rounds' own.
+Turns are short and many, and each round begins with another one, because a machine's speed changes from minute to
+minute. Ratios are given for the pooled gaps of all rounds, and as medians of the rounds' own ratios.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ WARM = [f"warm-{index}" for index in range(8)]
 RESIDENT = [f"resident-{index}" for index in range(4)]
 RANK = 8
 RATE_PER_S = 3.0
-COLD_PER_TURN = 40  # names reserved for a turn, which are more than it can request
+COLD_PER_TURN = 40  # adapters reserved for a turn, more than it can request
 LATENCY_S, BYTES_PER_S = 0.2, 5e6
 
 ALONE, RESIDENTS, COLD = "alone", "beside resident adapters", "beside cold adapters"
@@ -75,14 +76,14 @@ class Case:
         return {**quantiles, "max_ms": float(self.pooled_ms.max()), **others}
 
     def p99_ratios(self, other: Case) -> tuple[float, float]:
-        """Return the p99 divided by another case's: of all turns together, and the median of turns of one round."""
+        """Return this case's p99 divided by another's: pooled over all turns, and the median over rounds."""
         rounds = zip(self.gaps_ms, other.gaps_ms, strict=True)
         ratios = [np.percentile(mine, 99) / np.percentile(its, 99) for mine, its in rounds]
         return float(np.percentile(self.pooled_ms, 99) / np.percentile(other.pooled_ms, 99)), float(np.median(ratios))
 
 
 def short_requests(url: str, names: Sequence[str]) -> BenchConfig:
-    """Return a load for `names` in turn, of requests so short that their own cost is negligible."""
+    """Return a load for `names` in turn, with requests so short that their own cost is negligible."""
     targets = tuple(BenchTarget.model(name) for name in names)
     return BenchConfig(
         url=url, targets=targets, rate_per_s=RATE_PER_S, num_requests=COLD_PER_TURN, concurrency=COLD_PER_TURN,
@@ -93,7 +94,7 @@ def short_requests(url: str, names: Sequence[str]) -> BenchConfig:
 def take_turns(
     running: RunningFleet, fill: Sequence[str], cold: Iterator[str], rounds: int, output_tokens: int
 ) -> dict[str, Case]:
-    """Measure the three cases in turns on one fleet."""
+    """Measure the three cases alternately on one fleet."""
     run_beside(streams(running.url, [*fill, *WARM, *RESIDENT], 8), None)  # loads the adapters
     cases = {name: Case() for name in (ALONE, RESIDENTS, COLD)}
     for index in range(rounds):
@@ -108,13 +109,13 @@ def take_turns(
 
 
 def identical(cases: dict[str, Case]) -> bool:
-    """Return whether the warm streams gave the same text in every turn."""
+    """Return whether the warm streams produced the same texts in every turn."""
     texts = [turn for case in cases.values() for turn in case.texts]
     return all(turn == texts[0] for turn in texts)
 
 
 def run_source(slow: bool, args: Any, model: Path, adapters: Path, cold: Iterator[str]) -> dict[str, Case]:
-    """Start a fleet whose store is near or behind a slow link, and measure the cases on it."""
+    """Start a fleet whose store is local or behind a slow link, and measure the cases on it."""
     rounds, output_tokens = (3 if args.short else args.rounds), 300
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
@@ -131,7 +132,7 @@ def run_source(slow: bool, args: Any, model: Path, adapters: Path, cold: Iterato
 
 
 def fill_names(args: Any) -> list[str]:
-    """Return the names of the adapters that fill a small pool together with the warm ones."""
+    """Return the names of the adapters that, with the warm ones, fill a small pool."""
     return [f"fill-{index}" for index in range(args.pool_adapters - len(WARM) - len(RESIDENT))]
 
 

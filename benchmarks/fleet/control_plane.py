@@ -1,14 +1,14 @@
 """The capacity of the control plane alone: gateway, scheduler and queue with workers that have no model.
 
-    python -m benchmarks.fleet.control_plane --observed SHARE [--rounds N]     # what metrics and tracing cost
-    python -m benchmarks.fleet.control_plane --before CHECKOUT --together [--rounds N]    # CPU beside another checkout
+    python -m benchmarks.fleet.control_plane --observed SHARE [--rounds N]     # the cost of metrics and tracing
+    python -m benchmarks.fleet.control_plane --before CHECKOUT --together [--rounds N]    # CPU of two checkouts
     python -m benchmarks.fleet.control_plane [--model FOLDER] [--before CHECKOUT] [--rounds N] [--short]
 
-FOLDER needs only a tokenizer. With `--before`, the services of another checkout are measured in the same run, each load
-on both, with the same client and engine; who comes first changes from round to round, and the table has the medians of
-the rounds. The client only reads sockets and counts events, so it costs little beside the server; its own CPU time is
-reported. With `--together`, both have the same load at the same time, so that whatever else the machine does concerns
-both alike, and only their CPU time is compared.
+FOLDER needs only a tokenizer. `--before` also measures the services of another checkout in the same run: each load runs
+on both, with the same client and engine. The order alternates from round to round, and the table has the medians of the
+rounds. The client only reads sockets and counts events, so it costs little compared with the server; its own CPU time
+is reported. With `--together`, both checkouts get the same load at the same time, so that other load on the machine
+affects both alike, and only their CPU time is compared.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from protocol.runtime.environment import child_environment
 from protocol.runtime.settings import Settings
 
 HERE = Path(__file__).resolve().parents[2]
-LOAD_S = 120.0  # a load that takes longer has failed
+LOAD_S = 120.0  # a longer load has failed
 TARGETS = {
     "ttft_ms": ("TTFT idle, p50", "ms", 5.0, min),
     "req_s": ("1-token requests", "req/s", 500.0, max),
@@ -49,7 +49,7 @@ TARGETS = {
     "queue_us": ("queue CPU per token, 256 streams", "µs", 8.0, min),
     "scaling": ("16 workers ÷ 1", "×", 15.0, max),
 }
-"""Figure -> its title, its unit, its target, and whether less (min) or more (max) is better."""
+"""Figure -> its title, its unit, its target, and whether lower (min) or higher (max) is better."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Processes:
     queue_pid: int
 
     def cpu_s(self) -> dict[str, float]:
-        """Return the CPU seconds that each process and the client have used so far."""
+        """Return the CPU seconds used so far by each process and by the client."""
         pids = {name: process.pid for name, process in self.processes.items()} | {"queue": self.queue_pid}
         used = {name: sum(psutil.Process(pid).cpu_times()[:2]) for name, pid in pids.items()}
         return used | {"client": time.process_time()}
@@ -87,7 +87,7 @@ class Stream(asyncio.Protocol):
         transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
-        """Count events; close the connection after the last, or after an error."""
+        """Count events; close the connection after the last one, or after an error."""
         if not self.num_events and not self._tail and not data.startswith(b"HTTP/1.1 200"):
             self.failed = data[:200].decode(errors="replace")
         buffer = self._tail + data
@@ -126,9 +126,9 @@ async def load(port: int, *, num: int, concurrency: int, tokens: int) -> list[St
 
 
 async def measure(fleet: Processes, name: str, *, num: int, concurrency: int, tokens: int) -> dict[str, Any]:
-    """Run one load and return its figures. Raises RuntimeError when a request fails."""
+    """Run one load and return its figures. Raises RuntimeError if a request fails."""
     gc.collect()
-    gc.disable()  # it would look through what all loads before have left, so that the later of two is the slower
+    gc.disable()  # it would scan the objects of all earlier loads, and slow down the later of two
     before, started = fleet.cpu_s(), time.perf_counter()
     async with asyncio.timeout(LOAD_S):
         streams = await load(fleet.url_port, num=num, concurrency=concurrency, tokens=tokens)
@@ -155,12 +155,12 @@ def start(
 ) -> tuple[Processes, Any]:
     """Start the queue, the services of a checkout, and one process with `workers` fake workers.
 
-    own: variables of the services, besides those that all have.
+    own: additional environment variables of the services.
     """
     queue = start_embedded(folder / "queue")
     port = claim_port("127.0.0.1", 0)
     settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")
-    usual = Settings().environment()  # defaults are omitted, since another checkout may not have every setting
+    usual = Settings().environment()  # other checkouts may lack some settings: omit defaults
     given = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
     environment = child_environment() | given | dict(own) | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
     fake_worker = next(tree.glob("benchmarks/**/fake_worker.py"))
@@ -190,7 +190,7 @@ async def run(
 ) -> list[dict[str, Any]]:
     """Measure `loads` on new processes of a checkout.
 
-    together: each load begins when all parties are ready for it.
+    together: a barrier at which each load waits until all parties are ready.
     """
     with tempfile.TemporaryDirectory() as folder:
         fleet, queue = start(Path(folder), model, tree, own, workers=workers, step_ms=step_ms, capacity=capacity)
@@ -231,13 +231,13 @@ async def scraped(port: int) -> AsyncIterator[None]:
 
 
 async def wait_until_ready(queue_url: str, fleet: Processes, workers: int) -> None:
-    """Wait until the workers have joined and the gateway listens. Raises RuntimeError when a service ends."""
+    """Wait until the workers have joined and the gateway listens. Raises RuntimeError if a service ends."""
     bus = Bus(queue_url)
     while len(await bus.members.ids(bus.keys.workers)) < workers or not await _listens(fleet.url_port):
         if any(process.poll() is not None for process in fleet.processes.values()):
             raise RuntimeError("a service ended while starting")
         await asyncio.sleep(0.1)
-    await asyncio.sleep(1.0)  # until the scheduler has seen every beat
+    await asyncio.sleep(1.0)  # until the scheduler has read every heartbeat
     await bus.close()
 
 
@@ -251,7 +251,7 @@ async def _listens(port: int) -> bool:
 
 
 def fleets(short: bool) -> list[dict[str, Any]]:
-    """Return the sizes of the fleets with the loads of each; `short` halves the loads."""
+    """Return the fleets to measure, each with its loads; `short` halves the loads."""
     part = 2 if short else 1
     idle = {"name": "idle", "num": 200 // part, "concurrency": 1, "tokens": 1}
     requests = {"name": "requests", "num": 9000 // part, "concurrency": 64, "tokens": 1}
@@ -268,7 +268,7 @@ def fleets(short: bool) -> list[dict[str, Any]]:
 
 
 def figures(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the figures of `TARGETS`, each the median of the rounds."""
+    """Return the figures of `TARGETS`, each the median over rounds."""
     rounds = [[result for result in results if result["round"] == i] for i in sorted({r["round"] for r in results})]
     found = [_figures(one) for one in rounds]
     return {key: round(statistics.median(one[key] for one in found), 2) for key in TARGETS}
@@ -287,7 +287,7 @@ def _figures(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def draw(axes: Sequence[Any], results: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw how far each target is reached, and the CPU time of a token by process."""
+    """Draw how far each target is reached, and the CPU time per token by process."""
     towards, cost = axes
     colours = dict(zip(results, (report.MUTED, report.BLUE) if len(results) > 1 else (report.BLUE,), strict=True))
     names = [text for text, _, _, _ in TARGETS.values()]
@@ -320,7 +320,7 @@ PARTS = ("gateway", "queue", "workers", "scheduler")
 
 
 def fleet_of(load: str) -> dict[str, Any]:
-    """Return the fleet of a load, which it gets twice."""
+    """Return the fleet of a load, with that load twice."""
     one = next(one for one in fleets(False) if any(load == each["name"] for each in one["loads"]))
     return one | {"loads": 2 * [each for each in one["loads"] if each["name"] == load]}
 
@@ -328,9 +328,9 @@ def fleet_of(load: str) -> dict[str, Any]:
 def at_once(
     model: Path, kinds: Sequence[tuple[str, Path, Mapping[str, str]]], fleet: Mapping[str, Any], rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure fleets at the same time, so that whatever else the machine does concerns all alike.
+    """Measure fleets at the same time, so that other load on the machine affects all alike.
 
-    kinds: a label, a checkout, and variables of its services.
+    kinds: (label, checkout, environment variables of its services).
     """
     found: dict[str, list[dict[str, Any]]] = {label: [] for label, _, _ in kinds}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -348,7 +348,7 @@ def at_once(
 
 
 def compare(model: Path, trees: Mapping[str, Path], rounds: int) -> None:
-    """Print the CPU time of two checkouts that have the same load at the same time: a request's, and a token's."""
+    """Print the CPU time per request and per token of two checkouts under the same load at the same time."""
     rows: list[list[str]] = []
     for load in ("requests", "256 streams"):
         found = at_once(model, [(label, tree, {}) for label, tree in trees.items()], fleet_of(load), rounds)
@@ -366,9 +366,9 @@ def _us(result: Mapping[str, Any], part: str) -> float:
 
 
 def observe(model: Path, trees: Mapping[str, Path], share: float, rounds: int, out: Path) -> None:
-    """Measure 256 streams with metrics and tracing on beside off at the same time, and print the CPU time of a token.
+    """Measure 256 streams with and without metrics and tracing at the same time; print the CPU time per token.
 
-    Each pair of new processes has two loads. share: of the calls that are traced.
+    Each pair of new processes gets two loads. share: share of calls that are traced.
     """
     with sink() as url:
         on = {"LORAFLEET_OTLP_ENDPOINT": url, "LORAFLEET_TRACE_SHARE": str(share), "LORAFLEET_VLLM_METRICS": "true"}
@@ -389,7 +389,7 @@ def observe(model: Path, trees: Mapping[str, Path], share: float, rounds: int, o
 
 @contextmanager
 def sink() -> Iterator[str]:
-    """Run a collector in a process of its own that takes spans and forgets them; yield its URL."""
+    """Run a span collector that discards everything, in its own process; yield its URL."""
     port = claim_port("127.0.0.1", 0)
     code = f"from benchmarks.common.otlp_sink import serve; serve({port})"
     environment = child_environment() | {"PYTHONPATH": str(HERE)}

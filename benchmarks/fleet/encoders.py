@@ -1,11 +1,11 @@
-"""Embeddings through the whole path, beside sentence-transformers called in a program of its own, in turns.
+"""Embeddings through the whole path, compared with sentence-transformers called in its own program, alternately.
 
     python -m benchmarks.fleet.encoders --peer-python /opt/peers/sentences/bin/python [--rounds N] [--short]
 
-A BERT of all-MiniLM-L6-v2's shape with random weights, mean pooling, texts of 16, 64 and 256 random words. We get them
-over HTTP, 32 in a request, one request and eight at once; sentence-transformers gets the same texts in one call with
-batches of 32, in float32 and in bfloat16. Texts per second are medians of the rounds. What tells two texts' vectors
-apart must agree. --short: texts of 16 and 64 words alone.
+The model is a BERT of all-MiniLM-L6-v2's shape with random weights and mean pooling; texts have 16, 64 or 256 random
+words. Lorafleet gets them over HTTP, 32 per request, with one request and with eight in flight. sentence-transformers
+gets the same texts in one call with batches of 32, in float32 and in bfloat16. Texts per second are medians of the
+rounds. The difference of two texts' vectors must agree. --short: only texts of 16 and 64 words.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ SHAPE = BertConfig(vocab_size=49_152, hidden_size=384, num_hidden_layers=6, num_
 WORDS = (16, 64, 256)
 TEXTS_A_REQUEST, NUM_REQUESTS = 32, 8
 LEAST_AGREEMENT = 0.9
-"""Least cosine between both systems' differences of two texts' vectors. It is not near 1: with random weights all texts
-have nearly the same vector, so that rounding is much of what is left."""
+"""Minimum cosine between both systems' differences of two texts' vectors. It is far below 1: with random weights all
+texts have nearly the same vector, so that much of the difference is rounding."""
 
-Ask = Any  # texts -> (seconds, vectors of the first)
+Ask = Any  # texts -> (seconds, vectors of the first texts)
 
 
 def make_model(folder: Path) -> None:
@@ -59,12 +59,12 @@ def make_model(folder: Path) -> None:
 
 
 def texts_of(words: int, num: int, rng: random.Random) -> list[str]:
-    """Return the texts of one measurement, new ones each time."""
+    """Return `num` new random texts of `words` words each."""
     return [" ".join(f"{rng.choice('bcdfglmnprst')}{rng.choice('aeiou')}" for _ in range(words)) for _ in range(num)]
 
 
 def over_http(url: str, concurrency: int) -> Ask:
-    """Return a function that asks for embeddings, `concurrency` requests at once."""
+    """Return a function that requests embeddings, with `concurrency` requests in flight."""
     client = httpx2.Client(base_url=url, timeout=300)
 
     def request(texts: list[str]) -> list[list[float]]:
@@ -84,7 +84,7 @@ def over_http(url: str, concurrency: int) -> Ask:
 
 @contextmanager
 def peer(python: Path, model: Path, dtype: str) -> Iterator[Ask]:
-    """Start sentence-transformers and yield a function that asks it."""
+    """Start sentence-transformers, and yield a function that sends it texts."""
     script = Path(__file__).parents[1] / "peers/sentences.py"
     command = [str(python), str(script), str(model), dtype]
     with subprocess.Popen(
@@ -107,7 +107,7 @@ def peer(python: Path, model: Path, dtype: str) -> Iterator[Ask]:
 
 
 def agreement(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> float:
-    """Return the cosine of what tells two texts' vectors apart in two systems."""
+    """Return the cosine between both systems' differences of the first two texts' vectors."""
     a, b = np.array(one[0]) - np.array(one[1]), np.array(other[0]) - np.array(other[1])
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 

@@ -1,17 +1,17 @@
-"""What a flood does to quiet tenants, and how evenly backlogged tenants share a worker.
+"""The effect of a flood on quiet tenants, and how evenly backlogged tenants share a worker.
 
     python -m benchmarks.fleet.fairness [--model FOLDER] [--short]
 
-Two fleets of one worker, with `max_slowdown` off and at its default, of which one is asked at a time; without API keys
-each adapter is a tenant. Of both:
+Two fleets of one worker, one with `max_slowdown` off and one with its default, are loaded alternately. Without API keys
+each adapter is a tenant. On both fleets:
+- one quiet tenant runs one stream after another, alone and during the flood of a tenant with always 200 requests in
+  flight;
+- eight equal tenants have sixteen requests in flight each, alternating between the fleets. Reported are output tokens
+  per second, and Jain's index of prompt + 2 x output tokens (the scheduler's weights). Both are of the middle half of a
+  turn: at its ends not all tenants are over their share.
 
-- one quiet tenant has one stream after another, alone and beside a tenant that always has 200 requests in flight;
-- eight equal tenants have sixteen in flight each, in turns of one fleet and the other: output tokens a second, and
-  Jain's index of prompt + 2 x output tokens (as the scheduler counts them). Both are of the middle half of a turn: at
-  its ends not all are over their share.
-
-With the default besides: twenty quiet tenants together send about a sixth of the requests that the worker can do, at
-Poisson times, in turns alone and beside the flood.
+Only with the default: twenty quiet tenants together send about a sixth of the requests of the worker's capacity, at
+Poisson times, alternately alone and during the flood.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ EQUALS = QUIET[:8]
 FLOOD = "flood"
 NUM_FLOOD = 200
 RANK = 16
-KV_CACHE_BYTES = 1 << 30  # of each fleet: by default the first would take its share of all memory
-OUTPUT_WEIGHT = 2  # of an output token, beside a prompt's
+KV_CACHE_BYTES = 1 << 30  # of each fleet: by default the first one would take its share of all memory
+OUTPUT_WEIGHT = 2  # weight of an output token; a prompt token has weight 1
 
 
 def load(url: str, names: Sequence[str], **fields: Any) -> BenchConfig:
-    """Return a load of these adapters, 64 words in and 64 tokens out."""
+    """Return a load for these adapters, 64 words in and 64 tokens out."""
     targets = tuple(BenchTarget.model(name) for name in names)
     return BenchConfig(url=url, targets=targets, prompt_words=64, output_tokens=64, **fields)
 
@@ -50,7 +50,7 @@ def load(url: str, names: Sequence[str], **fields: Any) -> BenchConfig:
 def attained(
     result: BenchResult, names: Sequence[str], prompt_weight: int = 1, output_weight: int = OUTPUT_WEIGHT
 ) -> list[float]:  # fmt: skip
-    """Return the tokens each tenant got in the middle half of a run, a request's output spread over its chunks."""
+    """Return each tenant's tokens in the middle half of a run; a request's output is spread evenly over its chunks."""
     start = min(record.start_s for record in result.records)
     low, high = start + 0.25 * result.wall_s, start + 0.75 * result.wall_s
     tokens: defaultdict[str, float] = defaultdict(float)
@@ -64,7 +64,7 @@ def attained(
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """What one quiet tenant's streams, one after another, were like, and what the worker made meanwhile."""
+    """Figures of one quiet tenant's streams, run one after another, and of the worker in the same time."""
 
     gap_ms: tuple[float, float]  # between tokens, p50 and p99
     ttft_ms: tuple[float, float]
@@ -73,20 +73,20 @@ class Stream:
 
     @property
     def others_tokens_per_s(self) -> float:
-        """What the worker made for others."""
+        """The worker's tokens per second for other tenants."""
         return self.total_tokens_per_s - self.tokens_per_s
 
 
 @dataclass(frozen=True, slots=True)
 class Equals:
-    """What eight backlogged equals got, in each turn."""
+    """Figures of eight equal, backlogged tenants, for each turn."""
 
     tokens_per_s: list[float]
-    shares: list[float]  # of all turns
+    shares: list[float]  # summed over all turns
 
 
 def measure_stream(running: RunningFleet, flood: BenchConfig | None, num_streams: int) -> Stream:
-    """Measure streams of one quiet tenant alone, or beside a flood that is there when the first third has ended."""
+    """Measure one quiet tenant's streams, alone or during a flood that has begun when the first third has ended."""
     quiet = load(running.url, QUIET[:1], num_requests=num_streams, concurrency=1)
     num_before = running.beats_of_now()[0].counters.num_output_tokens
     measured = run_beside(quiet, flood).measured
@@ -104,7 +104,7 @@ def measure_stream(running: RunningFleet, flood: BenchConfig | None, num_streams
 
 
 def measure_equals(fleets: Mapping[str, RunningFleet], num_turns: int) -> dict[str, Equals]:
-    """Measure eight tenants with sixteen requests in flight each, in turns of the fleets."""
+    """Measure eight tenants with sixteen requests in flight each, alternating between the fleets."""
     rates: dict[str, list[float]] = {setting: [] for setting in fleets}
     shares = {setting: np.zeros(len(EQUALS)) for setting in fleets}
     for turn in range(num_turns):
@@ -116,7 +116,7 @@ def measure_equals(fleets: Mapping[str, RunningFleet], num_turns: int) -> dict[s
 
 
 def measure_quiet(running: RunningFleet, rounds: int, per_round: int) -> tuple[dict[str, np.ndarray], float, int]:
-    """Return the quiet tenants' times to first token in ms, alone and beside the flood, their rate, its answers."""
+    """Return the quiet tenants' TTFTs in ms, alone and during the flood; their rate; and the flood's answers."""
     ttft: dict[str, list[float]] = {"alone": [], "beside the flood": []}
     num_flood = 0
     full = run_bench(load(running.url, QUIET, num_requests=96, concurrency=32, seed=1))
@@ -135,17 +135,17 @@ def measure_quiet(running: RunningFleet, rounds: int, per_round: int) -> tuple[d
 
 
 def flood_of(running: RunningFleet, seed: int = 0) -> BenchConfig:
-    """Return the load of the tenant that always has 200 requests in flight."""
+    """Return the load of a tenant that always has 200 requests in flight."""
     return load(running.url, [FLOOD], num_requests=100_000, concurrency=NUM_FLOOD, seed=seed)
 
 
 def settle(running: RunningFleet) -> None:
-    """Wait until what a flood left behind is gone."""
+    """Wait until the requests of a flood are gone."""
     run_bench(load(running.url, QUIET, num_requests=1, concurrency=1))
 
 
 def draw(axes: Sequence[Any], ttft_ms: dict[str, np.ndarray], shares: Sequence[float]) -> None:
-    """Fill one panel with the quiet tenants' times to first token, one with the equals' shares of the tokens."""
+    """Draw the quiet tenants' times to first token in one panel, and the equals' token shares in another."""
     for color, (name, values) in zip((report.GREEN, report.ORANGE), ttft_ms.items(), strict=True):
         axes[0].plot(np.sort(values), np.linspace(0, 100, len(values)), color=color, label=name)
     axes[0].set(title="twenty quiet tenants", xlabel="time to first token, ms", ylabel="% of requests")
@@ -155,7 +155,7 @@ def draw(axes: Sequence[Any], ttft_ms: dict[str, np.ndarray], shares: Sequence[f
 
 
 def stream_rows(streams: dict[str, dict[str, Stream]]) -> list[tuple[str, ...]]:
-    """Return the rows of the table of one quiet stream."""
+    """Return the table rows of one quiet stream."""
     rows: list[tuple[str, ...]] = []
     for setting, found in streams.items():
         alone = found["alone"]
@@ -176,7 +176,7 @@ STREAM_COLUMNS = (
 
 
 def main() -> None:
-    """Measure a flood beside quiet tenants, and write the result."""
+    """Measure quiet tenants during a flood, and write the result."""
     parser = report.parser(__doc__)
     parser.add_argument("--parts", default="streams,equals,quiet", help="what to measure (default: all)")
     args = parser.parse_args()
@@ -221,7 +221,7 @@ def main() -> None:
     print(report.table(("quiet tenants", "requests", "TTFT p50, ms", "p90", "p99"), rows))
     print(f"p99 beside the flood ÷ alone: {ratio:.2f} (wanted: 2 or less); the flood had {num_flood} answers meanwhile")
     if not streams or not equals:
-        return  # a file is written only of all parts
+        return  # a file is written only if all parts ran
     shares = equals[f"{default:g}"].shares
     saved = {
         "machine": machine, "rate_per_s": rate, "figures": figures, "p99_ratio": ratio, "flood_answers": num_flood,

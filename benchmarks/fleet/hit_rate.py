@@ -1,11 +1,12 @@
-"""2,000 adapters, a pool for 64 of them: how often a request finds its adapter, and whether all answers are right.
+"""2,000 adapters and a pool for 64 of them: the pool's hit rate, and whether all answers are right.
 
     python -m benchmarks.fleet.hit_rate [--model FOLDER] [--short]
 
-A real fleet in fp32 is asked with Zipf popularity, 16 requests in flight, from an empty pool. The same trace is played
-by `benchmarks.simulation.eviction`. Every adapter has weights of its own and all get one prompt, greedily: so all
-answers of one adapter must be equal, those of different adapters should differ, and 50 of the adapters are held against
-transformers and PEFT. Hit rate: requests that needed no copy into the pool.
+A real fleet in fp32 gets requests with Zipf popularity, 16 in flight, from an empty pool.
+`benchmarks.simulation.eviction` plays the same trace. Every adapter has its own weights, and all get one prompt,
+decoded greedily. So all answers of one adapter must be equal, those of different adapters should differ, and 50
+adapters are compared with transformers and PEFT. The hit rate is the share of requests that needed no copy into the
+pool.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ PROMPT = "The weather report for tomorrow:"
 OUTPUT_TOKENS = 8
 WEIGHTS = "adapter_model.safetensors"
 NUM_CHECKED = 50
-MAX_DIFFERENCE = 0.1  # wanted: relative difference of the hit rate from the simulation's
+MAX_DIFFERENCE = 0.1  # target: relative difference of the hit rate from the simulation's
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The answers of the fleet to a trace, and their cost."""
+    """The fleet's answers to a trace, and their cost."""
 
-    texts: list[str]  # by request
+    texts: list[str]  # one per request
     wall_s: float
     num_loads: int
-    num_fetches: int  # loads that fetched from the store
+    num_fetches: int  # loads that needed a fetch from the store
     resident: int  # adapters in the pool at the end
-    progress: list[tuple[int, int]]  # (answers, loads) so far, about once a second
+    progress: list[tuple[int, int]]  # (answers, loads) so far, about once per second
 
     @property
     def hit_rate(self) -> float:
@@ -58,7 +59,7 @@ class Run:
 
 
 def write_adapters(model: Path, root: Path, names: Sequence[str]) -> None:
-    """Write adapters of rank `RANK` on q and v, each with random weights of its own."""
+    """Write adapters of rank `RANK` on q and v, each with its own random weights."""
     from safetensors.numpy import save_file
 
     shapes = {name: shape for name, shape in module_shapes(model).items() if name.endswith(tuple(TARGETS))}
@@ -79,7 +80,7 @@ def write_adapters(model: Path, root: Path, names: Sequence[str]) -> None:
 
 
 def pool_bytes(model: Path, num_adapters: int, item_bytes: int = 4) -> int:
-    """Return the least budget in bytes whose pool has a page of each layer for so many adapters."""
+    """Return the minimum budget in bytes for a pool with a page of each layer for `num_adapters` adapters."""
     from transformers import AutoConfig
 
     from gpu_worker.adapters.weights import split_budget
@@ -95,7 +96,7 @@ def pool_bytes(model: Path, num_adapters: int, item_bytes: int = 4) -> int:
 
 
 def ask_all(running: RunningFleet, names: Sequence[str]) -> Run:
-    """Ask every name in turn, `CONCURRENCY` at once. Raises HTTPStatusError when one gets an error."""
+    """Send a request for each name in turn, `CONCURRENCY` in flight. Raises HTTPStatusError if one fails."""
     before = running.num_loads()
     started_s = time.perf_counter()
     texts, progress = asyncio.run(_ask_all(running, names))
@@ -131,14 +132,14 @@ async def _ask_all(running: RunningFleet, names: Sequence[str]) -> tuple[list[st
 
 
 def oracle_texts(model: Path, adapters: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return what transformers and PEFT answer under each adapter, one at a time."""
+    """Return the answer of transformers and PEFT for each adapter, computed one at a time."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    base.generation_config.eos_token_id = None  # as `ignore_eos`
+    base.generation_config.eos_token_id = None  # same as `ignore_eos`
     prompt = tokenizer(PROMPT, return_tensors="pt")
     texts: dict[str, str] = {}
     tuned: Any = None
@@ -155,7 +156,7 @@ def oracle_texts(model: Path, adapters: Path, names: Sequence[str]) -> dict[str,
 
 
 def draw(axes: Sequence[Any], run: Run, simulated: dict[str, np.ndarray]) -> None:
-    """Fill one panel: loads so far over requests so far, of the fleet and of the simulation."""
+    """Draw the cumulative loads of the fleet and of the simulation against requests, in one panel."""
     (axis,) = axes
     for (policy, hits), color in zip(simulated.items(), (report.BLUE, report.MUTED), strict=True):
         axis.plot(np.cumsum(~hits), "--", color=color, label=f"{policy}, simulated")
@@ -165,7 +166,7 @@ def draw(axes: Sequence[Any], run: Run, simulated: dict[str, np.ndarray]) -> Non
 
 
 def main() -> None:
-    """Measure hits of many adapters beside their simulation."""
+    """Measure the hit rate of many adapters, and compare it with the simulation."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     num_adapters, num_requests = (200, 200) if args.short else (NUM_ADAPTERS, NUM_REQUESTS)

@@ -1,11 +1,11 @@
-"""A hybrid of Qwen3.5-0.8B's shape under load: the base, one adapter and 32 adapters, at 1, 8 and 32 in flight.
+"""A hybrid model of Qwen3.5-0.8B's shape under load: the base, one adapter and 32 adapters, at 1, 8 and 32 in flight.
 
     python -m benchmarks.fleet.hybrid [--peers /opt/peers --systems lorafleet,llama.cpp,vllm]
 
-The weights are random, in bf16, because only the shape decides the speed; the tokenizer is the quickstart model's. Each
-server is measured as `benchmarks.peers.run` measures: 64 random words in, 64 tokens out, streamed, end of text ignored.
-Adapters have rank 16 on every linear layer, those of the gated delta rule's layers too. Takes about seven minutes on
-two cores and 4 GB of disk for Lorafleet alone; peers are those of `benchmarks/peers/setup.sh`.
+The weights are random, in bf16, because only the shape determines the speed; the tokenizer is the quickstart model's.
+Each server is measured as in `benchmarks.peers.run`: 64 random words in, 64 tokens out, streamed, end of text ignored.
+Adapters have rank 16 on every linear layer, including those of the gated delta rule's layers. Lorafleet alone takes
+about seven minutes on two cores, and 4 GB of disk; peers are those of `benchmarks/peers/setup.sh`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.peers.run import compare, lab_of, parse_arguments, servers_of
 from protocol.runtime.environment import COMPUTE, child_environment
 
 RANK = 16
-CACHE_GIB = 4  # 32 sequences have a state of 20 MB each, or two, and as many again are saved
+CACHE_GIB = 4  # 32 sequences have one or two states of 20 MB each, and as many again are saved
 POOL_GIB = 2  # an adapter of all linear layers takes 23 MB
 
 SHAPE = Qwen3_5TextConfig(
@@ -37,19 +37,19 @@ SHAPE = Qwen3_5TextConfig(
     tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
 )  # fmt: skip
-"""Qwen3.5-0.8B's text model as its makers publish it: 18 layers with a gated delta rule, 6 with attention."""
+"""The published shape of Qwen3.5-0.8B's text model: 18 layers with a gated delta rule, 6 with attention."""
 
 
 def make_model(folder: Path) -> None:
     """Write a model of `SHAPE` with random weights."""
     model = random_model(Qwen3_5ForCausalLM, SHAPE)
     model.generation_config.eos_token_id = None
-    model.config.update({"mtp_num_hidden_layers": 1})  # llama.cpp's converters ask for it; it is not written
+    model.config.update({"mtp_num_hidden_layers": 1})  # required by llama.cpp's converters; the layer is not written
     save_with_tokenizer(model, folder)
 
 
 def make_lab(root: Path, num_adapters: int, peers: Path | None, systems: Sequence[str]) -> None:
-    """Put model and adapters into a folder, and what the peers among `systems` need."""
+    """Put the model and the adapters into a folder, and what the peers among `systems` need."""
     model = root / "model"
     if not model.exists():
         make_model(model)
@@ -75,7 +75,7 @@ def make_lab(root: Path, num_adapters: int, peers: Path | None, systems: Sequenc
 
 
 def main() -> None:
-    """Make what is missing, measure, and save the figures."""
+    """Create missing files, measure, and save the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="the folder that benchmarks/peers/setup.sh made")
     parser.add_argument(

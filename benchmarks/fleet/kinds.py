@@ -1,9 +1,9 @@
-"""What adapters of other kinds than LoRA cost: 32 streams of each group, beside 32 streams of LoRA of the same rows.
+"""The cost of adapters of other kinds than LoRA: 32 streams of each group, compared with 32 LoRA streams of equal rows.
 
     python -m benchmarks.fleet.kinds [--model FOLDER] [--short]
 
-Each stream has an adapter of its own on q_proj and down_proj. The groups take turns, so that load of the machine meets
-all of them. Kinds as rank rows have 16 rows a layer, as LoRA has here.
+Each stream has its own adapter on q_proj and down_proj. The groups alternate, so that other load on the machine affects
+all of them. Kinds that are served as rank rows have 16 rows per layer, as LoRA has here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GROUPS: Groups = {
 
 
 def measure(url: str, names: Mapping[str, list[str]], rounds: int, output_tokens: int) -> dict[str, np.ndarray]:
-    """Return the inter-token gaps of each group, ms."""
+    """Return the inter-token gaps of each group in ms."""
     for own in names.values():
         run_beside(streams(url, own, 8), None)  # loads the adapters
     found: dict[str, list[np.ndarray]] = {title: [] for title in names}

@@ -1,9 +1,9 @@
-"""What rank-8 adapters lose by one rank-128 adapter in their batch.
+"""The cost for rank-8 adapters of one rank-128 adapter in their batch.
 
     python -m benchmarks.fleet.mixed_ranks [--model FOLDER] [--short]
 
-Eight streams of eight rank-8 adapters are measured in turns: alone, beside a ninth stream of rank 8, and beside one of
-rank 128. The ninth stream of rank 8 shows the cost of any other stream; the rest is the cost of the rank.
+Eight streams of eight rank-8 adapters are measured alternately: alone, with a ninth stream of rank 8, and with a ninth
+one of rank 128. The ninth stream of rank 8 shows the cost of any additional stream; the rest is the cost of the rank.
 """
 
 from __future__ import annotations

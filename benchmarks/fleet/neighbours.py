@@ -1,4 +1,4 @@
-"""Measured streams, with other requests running beside them."""
+"""Measured streams, while other requests run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lorafleet.bench.result import inter_token_gaps_s
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """The records of measured streams and of the requests beside them."""
+    """The records of the measured streams and of the other requests."""
 
     measured: BenchResult
-    others: list[BenchRequest]  # those that ended before the last measured stream did
+    others: list[BenchRequest]  # those that ended before the last measured stream
 
     def gaps_ms(self) -> np.ndarray:
         """Return the inter-token gaps of all measured streams, ms: float64."""
@@ -30,7 +30,7 @@ class Beside:
 
 
 def run_beside(config: BenchConfig, others: BenchConfig | None) -> Beside:
-    """Run `config` to its end beside `others`, which are cancelled then. Raises RuntimeError when a request fails."""
+    """Run `config` to its end while `others` run, then cancel those. Raises RuntimeError if a request fails."""
     return asyncio.run(_run_beside(config, others))
 
 
@@ -51,7 +51,7 @@ async def _run_beside(config: BenchConfig, others: BenchConfig | None) -> Beside
 
 
 def streams(url: str, names: Sequence[str], output_tokens: int) -> BenchConfig:
-    """Return the load of one stream for each adapter, all at the same time."""
+    """Return a load of one stream per adapter, all at the same time."""
     targets = tuple(BenchTarget.model(name) for name in names)
     num = len(names)
     return BenchConfig(

@@ -1,10 +1,10 @@
-"""The weights that one stream reads a second through the whole path, beside a plain read of as many bytes.
+"""The weight bytes that one stream reads per second through the whole path, compared with a plain read of them.
 
     python -m benchmarks.fleet.one_stream MODEL.gguf [--rounds 16]
 
-A fleet as `lorafleet up` starts it answers one request of 64 random words at a time with 64 tokens, streamed; between
+A fleet started by `lorafleet up` answers one request at a time, 64 random words in and 64 tokens out, streamed. Between
 two answers this process reads as much memory as a token does, twelve times, with all cores. A token reads every weight
-of the file but an embedding beside a head of its own; its keys and values, which are little here, are not counted.
+of the file except an embedding that has a separate head; its keys and values, which are small here, are not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ READS = 12
 
 
 def bytes_of_a_token(file: Path) -> int:
-    """Return the bytes of the matrices that a token is multiplied by."""
+    """Return the total bytes of the matrices that one token is multiplied with."""
     tensors: list[Any] = gguf.GGUFReader(file).tensors
     matrices = {str(tensor.name): int(tensor.n_bytes) for tensor in tensors if len(tensor.shape) > 1}
     if "output.weight" in matrices:
@@ -39,7 +39,7 @@ def bytes_of_a_token(file: Path) -> int:
 
 
 def seconds_of_a_read(memory: torch.Tensor) -> float:
-    """Return the median of some reads."""
+    """Return the median seconds of `READS` reads."""
     times: list[float] = []
     for _ in range(READS):
         begin = time.perf_counter()

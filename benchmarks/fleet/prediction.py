@@ -1,14 +1,13 @@
-"""How well the simulation predicts a real fleet on this machine.
+"""The accuracy with which the simulation predicts a real fleet on this machine.
 
     python -m benchmarks.fleet.prediction [--model FOLDER] [--short]
 
 A fleet of one worker and 32 adapters gets requests at Poisson times, in two loads below and one above its capacity. The
 simulation then gets the same requests at the same times, with the step-time model that the worker had fitted before the
-load, the sizes it reported, and the time that single requests took beside their steps ("foretold"): nothing is fitted
-to the figures that are predicted. It is run again with the model that the worker had fitted by the end of the load
-("replayed"), as one would to try another policy on a recorded trace; the difference is what the machine's speed changed
-in between. And once more with steps that all take 2.5 % longer: no two real runs would agree on a figure that this
-changes by half.
+load, the sizes it reported, and the time that single requests took outside their steps ("foretold"). Nothing is fitted
+to the predicted figures. It runs again with the model that the worker had fitted by the end of the load ("replayed"),
+as one would to try another policy on a recorded trace; the difference is due to changes of the machine's speed. A third
+run has steps that all take 2.5 % longer: if that changes a figure by half, two real runs would not agree on it either.
 """
 
 from __future__ import annotations
@@ -44,25 +43,25 @@ NAMES = [f"adapter-{index}" for index in range(32)]
 RANK = 16
 PROMPT_WORDS, OUTPUT_TOKENS = 64, 64
 SHARES = {"half of capacity": 0.5, "0.8 of capacity": 0.8, "1.25 × capacity": 1.25}
-"""Load in units of the requests per second that the fleet completes with CONCURRENCY in flight."""
+"""The load as a multiple of the requests per second that the fleet completes with CONCURRENCY in flight."""
 
 AT_ONCE = Bandwidths(host=1e12, remote=1e12, host_ms=0, remote_ms=0)  # all adapters are resident before the load
 RAMP = (64, 32, 8, 2)
-"""Requests in flight, twice each, from which the worker learns how long steps of different sizes take."""
+"""Requests in flight, twice each, from which the worker fits the time of steps of different sizes."""
 
 REHEARSAL_S = 60
-"""Seconds of a load like the measured one, with other requests at other times, from which the worker then learns steps
-of decodes with one or two prompts. Nearly all of the 500 steps that its fit remembers are of this kind."""
+"""Seconds of a load like the measured one, with other requests at other times, from which the worker fits the time of
+decode steps with one or two prompts. Nearly all of the 500 steps that the fit remembers are of this kind."""
 
 SIMULATED = {"foretold": report.BLUE, "replayed": report.ORANGE}
 SLOWER = 1.025
 CONCURRENCY = 32  # of the load that measures the fleet's capacity
 NUM_ALONE = 20
-STEP_TOKENS = 512  # what a worker on a CPU puts into one step at most, see the setting max_step_tokens
+STEP_TOKENS = 512  # the maximum of a worker on a CPU, see the setting max_step_tokens
 
 
 def config(url: str, **fields: Any) -> BenchConfig:
-    """Return a load of all adapters, Zipf-popular."""
+    """Return a load of all adapters with Zipf popularity."""
     targets = tuple(BenchTarget.model(name) for name in NAMES)
     return BenchConfig(
         url=url, targets=targets, zipf_s=1.0, prompt_words=PROMPT_WORDS, output_tokens=OUTPUT_TOKENS, **fields
@@ -70,7 +69,7 @@ def config(url: str, **fields: Any) -> BenchConfig:
 
 
 def trace(result: BenchResult) -> list[Arrival]:
-    """Return the requests of a run as the simulation takes them. Raises RuntimeError if some failed."""
+    """Return the requests of a run as arrivals for the simulation. Raises RuntimeError if some failed."""
     if result.errors:
         raise RuntimeError(f"requests failed: {result.errors}")
     records = sorted(result.records, key=lambda record: record.start_s)
@@ -86,7 +85,7 @@ def trace(result: BenchResult) -> list[Arrival]:
 
 
 def real_figures(result: BenchResult) -> dict[str, float]:
-    """Return the compared figures, as the client measured them."""
+    """Return the figures to compare, as measured by the client."""
     summary = result.summary
     return {
         "tok/s": summary.output_tokens_per_s, "TTFT p50, ms": summary.ttft.p50_ms, "TTFT p90, ms": summary.ttft.p90_ms,
@@ -97,7 +96,7 @@ def real_figures(result: BenchResult) -> dict[str, float]:
 def simulated_figures(
     arrivals: Sequence[Arrival], model: WorkerModel, facts: dict[str, AdapterFacts]
 ) -> dict[str, float]:
-    """Return the same figures of a simulation."""
+    """Return the same figures from a simulation."""
     outcome = Simulation(make_dispatcher(POLICIES[0], SchedulerConfig(), facts), model, 1, facts).run(arrivals)
     first = np.array([request.first_ms - request.submitted_ms for request in outcome.requests])
     whole = np.array([request.ended_ms - request.submitted_ms for request in outcome.requests])
@@ -109,13 +108,13 @@ def simulated_figures(
 
 
 def step_s(running: RunningFleet) -> float:
-    """Return the seconds that the worker's steps have taken since its start."""
+    """Return the total seconds of the worker's steps since its start."""
     total = running.beats_of_now()[0].counters
     return total.plan_s + total.inputs_s + total.forward_s + total.sample_s + total.finish_s
 
 
 def measure_way_ms(running: RunningFleet) -> float:
-    """Return the ms of a request beside its steps, from single requests for one token, which take one step each."""
+    """Return the ms that a request takes outside its steps, from single one-token requests of one step each."""
     before_s = step_s(running)
     alone = replace(config(running.url, num_requests=NUM_ALONE, concurrency=1, seed=4), output_tokens=1)
     whole_s = sum(record.end_s - record.start_s for record in run_bench(alone).records)
@@ -123,7 +122,7 @@ def measure_way_ms(running: RunningFleet) -> float:
 
 
 def worker_model(beat: m.WorkerBeat, way_ms: float) -> WorkerModel:
-    """Return a worker like the one that sent a beat."""
+    """Return a simulated worker with the figures of a heartbeat."""
     return WorkerModel(
         capacity=beat.capacity, max_step_tokens=STEP_TOKENS, step=beat.step_model,
         pool_bytes=beat.pool_bytes_total, host_bytes=beat.pool_bytes_total, bandwidths=AT_ONCE,
@@ -132,13 +131,13 @@ def worker_model(beat: m.WorkerBeat, way_ms: float) -> WorkerModel:
 
 
 def slower(model: WorkerModel) -> WorkerModel:
-    """Return a worker whose steps all take a little longer."""
+    """Return the worker with all steps slowed down by the factor `SLOWER`."""
     step = model.step
     return replace(model, step=m.StepModel(*(SLOWER * term for term in (step.a, step.b, step.c, step.d, step.e))))
 
 
 def draw(axes: Sequence[Any], results: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Fill one panel per load with the ratios of simulated to real figures."""
+    """Draw the ratios of simulated to real figures, one panel per load."""
     for axis, (load, rows) in zip(axes, results.items(), strict=True):
         names = list(rows["real"])
         for offset, (how, color) in zip((-0.2, 0.2), SIMULATED.items(), strict=True):
@@ -152,7 +151,7 @@ def draw(axes: Sequence[Any], results: dict[str, dict[str, dict[str, float]]]) -
 
 
 def main() -> None:
-    """Measure a fleet beside its simulation, and write both."""
+    """Measure a fleet and simulate it, and write both results."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     seconds = 20 if args.short else 45

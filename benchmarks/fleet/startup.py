@@ -1,12 +1,12 @@
-"""How long `lorafleet up MODEL` takes until it answers, and what its processes spend and hold then.
+"""The time until `lorafleet up MODEL` answers, and the CPU time and memory of its processes at that point.
 
     python -m benchmarks.fleet.startup MODEL... [--rounds 3] [--flags="--quantization int4"]
 
-The first start of a model has an empty cache (but for the native kernels, where they are built); what it keeps, later
-ones find. Seconds from the command until the gateway reports a worker, and until the first token of a completion of one
-token has come; CPU seconds of each process until then; what the worker says of its own loading, imports not included;
-the worker's resident memory after the answer, and which part of it is of files, which the system can drop and processes
-share. Medians of the later rounds. --flags: more for `lorafleet up`.
+A model's first start has an empty cache, except for the native kernels if they were built; later starts find what it
+stored. Reported are the seconds from the command until the gateway reports a worker, and until the first token of a
+one-token completion arrived; CPU seconds of each process until then; the worker's own loading times, without imports;
+and its resident memory after the answer, with the part that is file-backed, which the system can drop and processes
+share. Figures are medians of the later rounds. --flags: additional flags of `lorafleet up`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ MB = 1e6
 
 
 def start(model: str, scratch: Path, flags: Sequence[str]) -> dict[str, float]:
-    """Start a fleet, ask it for a token and stop it. Returns seconds by stage, and megabytes."""
+    """Start a fleet, request a token and stop the fleet. Return seconds by stage, and megabytes."""
     command = [sys.executable, "-m", "lorafleet", "up", model, "--host", "127.0.0.1", "--port", PORT, *flags]
     command += ["--data", str(scratch / "data")]
-    # Bytecode is kept as an installed package has it: compiling our sources takes 0.8 s of CPU, of five processes.
+    # Bytecode is cached as for an installed package: compiling the sources of five processes takes 0.8 s of CPU time.
     environment = {"LORAFLEET_CACHE_DIR": str(scratch / "cache"), "PYTHONDONTWRITEBYTECODE": ""}
     began = time.monotonic()
     with running(Server("fleet", command, {}, environment), scratch / "up.log") as url:
@@ -58,7 +58,7 @@ def start(model: str, scratch: Path, flags: Sequence[str]) -> dict[str, float]:
 
 
 def ask(url: str) -> None:
-    """Ask the base for one token, and wait for it."""
+    """Request one token from the base, and wait for it."""
     with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
         name = json.load(answer)["data"][0]["id"]
     body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 1}).encode()
@@ -68,7 +68,7 @@ def ask(url: str) -> None:
 
 
 def weights_mb(model: Path) -> float:
-    """Return the size of a model's weights."""
+    """Return the size of a model's weights in MB."""
     files = [model] if model.is_file() else [*model.glob("*.safetensors")]
     return sum(path.stat().st_size for path in files) / MB
 

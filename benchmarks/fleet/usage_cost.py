@@ -1,8 +1,8 @@
-"""What counting usage costs the queue: CPU of its server for a submission, a token and an end, counted and not.
+"""The cost of usage accounting for the queue: its server's CPU time per submission, token and end, with and without.
 
     python -m benchmarks.fleet.usage_cost [--pairs N]
 
-Both kinds take turns on one server, so that whatever else the machine does concerns both alike.
+Both kinds alternate on one server, so that other load on the machine affects both alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PARTS = ("submission of a call", "token", "end of a request")
 
 
 async def main(pairs: int) -> None:
-    """Measure and print the medians, in µs of the server's CPU."""
+    """Measure and print the medians in µs of the server's CPU time."""
     with tempfile.TemporaryDirectory() as folder:
         server = start_embedded(Path(folder) / "queue")
         bus = Bus(server.url)
@@ -50,7 +50,7 @@ async def main(pairs: int) -> None:
 
 
 async def _once(bus: Bus, name: str, *, counts: bool) -> tuple[float, ...]:
-    """Run `NUM` requests of one worker at once; return µs per request for each of PARTS, of a token per token."""
+    """Run `NUM` requests of one worker at once; return µs per request for each of PARTS, for tokens per token."""
     rids = [f"{name}-{i}" for i in range(NUM)]
     usage = usage_of(COUNTED, calls=1, prompt_tokens=64, has_output=True)
     body = m.Body(prompt=ONE * 64, sampling=m.Sampling(), max_new_tokens=64)

@@ -1,10 +1,10 @@
-"""Everything that is to be measured on a GPU, in one command of less than ten minutes.
+"""All measurements on a GPU, in one command of less than ten minutes.
 
     python -m benchmarks.gpu                                   # `make bench-gpu`
-    python -m benchmarks.gpu --device cpu --shape tiny         # tries the benchmark itself, where there is no GPU
+    python -m benchmarks.gpu --device cpu --shape tiny         # tests the benchmark itself without a GPU
 
-It writes gpu.md and gpu.json into `--out`. Each section runs in a process of its own, so that one that fails, or takes
-too long, costs no other, and that each has the whole card. A section that has no time left is named as not run.
+It writes gpu.md and gpu.json into `--out`. Each section runs in its own process, so that it has the whole card, and
+that a section which fails or takes too long does not affect others. A section without time left is listed as not run.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from benchmarks.gpu import churn, kernels, peer, steps, summary
 from benchmarks.gpu.shapes import SHAPES
 
 SECTIONS = ("steps", "churn", "kernels", "peer")
-"""In order of what is missed most if the time ends."""
+"""Ordered by importance, in case the time runs out."""
 
 LEAST_S = 20.0
-"""Seconds without which no section is begun."""
+"""Minimum seconds with which a section is started."""
 
 TAIL_LINES = 12
-"""Lines of a failed section's output that its entry keeps."""
+"""Number of last output lines kept for a failed section."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas (%(default)s)")
     parser.add_argument("--budget-s", type=float, default=570.0, help="seconds for everything (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of gpu.md and gpu.json (%(default)s)")
-    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # of a section's own process
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # for a section's own process
     args = parser.parse_args(arguments)
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(SECTIONS):
@@ -67,7 +67,7 @@ def run_section(name: str, shape_name: str, device: torch.device, budget_s: floa
 def run_apart(
     name: str, args: argparse.Namespace, budget_s: float, python: str = sys.executable, least_s: float = LEAST_S
 ) -> dict[str, Any]:
-    """Measure one section in a process of its own; what went wrong is part of the result."""
+    """Measure one section in its own process; a failure is described in the result."""
     if budget_s < least_s:
         return {"skipped": "no time was left"}
     with tempfile.TemporaryDirectory(prefix="lorafleet-gpu-") as scratch:
@@ -96,7 +96,7 @@ def _tail(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and write page and figures; return 1 if a section failed."""
+    """Measure, and write the page and the figures; return 1 if a section failed."""
     args = parse(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("a CUDA device is needed; --device cpu --shape tiny tries the benchmark without one")
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(out: Path, about: dict[str, Any], sections: dict[str, dict[str, Any]]) -> None:
-    """Write what is known so far, so that a run that is cut off leaves it."""
+    """Write the results so far, so that an interrupted run leaves them."""
     bars = [{"what": bar.what, "wanted": bar.wanted, "measured": bar.measured, "reached": bar.is_reached}
             for bar in summary.bars(sections)]  # fmt: skip
     report = {**about, "bars": bars, "sections": sections}

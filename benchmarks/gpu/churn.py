@@ -1,4 +1,4 @@
-"""What waiting users notice of adapters that come and go: more adapters than slots, and cold ones beside streams."""
+"""The effect of adapter loads on users: more adapters than slots, and cold adapters while others stream."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.planning.request import EngineRequest, TokenOutput
 
 WAIT_S = 120.0
-"""Longest silence of the engine."""
+"""Maximum seconds without output from the engine."""
 
 SHORT_TOKENS = 2
-"""Output of a request whose adapter is loaded beside the streams."""
+"""Output of a request whose adapter is loaded while others stream."""
 
 
 @dataclass(slots=True)
 class Asked:
-    """One request: when it was given to the engine, and when each of its tokens came."""
+    """One request: when it was submitted, and when each of its tokens arrived."""
 
     submitted_s: float
     arrivals_s: list[float] = field(default_factory=list[float])
@@ -35,7 +35,7 @@ class Asked:
 
     @property
     def ttft_ms(self) -> float:
-        """Milliseconds to its first token."""
+        """Milliseconds until its first token."""
         return 1e3 * (self.arrivals_s[0] - self.submitted_s)
 
     @property
@@ -45,7 +45,7 @@ class Asked:
 
 
 class Client:
-    """Asks an engine in its thread, as a worker's service does, and notes when tokens come."""
+    """Sends requests to an engine in its thread, as a worker's service does, and records when tokens arrive."""
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         self._thread, self._shape = EngineThread(engine), shape
@@ -59,7 +59,7 @@ class Client:
         self._thread.ack_step()
 
     def ask(self, name: str, num_tokens: int) -> str:
-        """Ask for an answer of so many tokens; return the request's id."""
+        """Request an answer of `num_tokens` tokens; return the request's id."""
         rid, size = f"{name}/{next(self._numbers)}", self._shape.prompt_tokens // 4
         prompt = self._rng.integers(self._shape.config["vocab_size"], size=size).astype(np.int32)
         self.asked[rid] = Asked(time.perf_counter())
@@ -67,9 +67,9 @@ class Client:
         return rid
 
     def wait(self, until_s: float = float("inf")) -> list[str]:
-        """Take the next outputs; return the ids of the requests that they end. until_s: by time.perf_counter.
+        """Process the next outputs; return the ids of the requests that end with them. until_s: on time.perf_counter.
 
-        Raises what a request ended by, what the engine died of, and TimeoutError.
+        Raises a request's error, the engine's fatal error, and TimeoutError.
         """
         left = until_s - time.perf_counter()
         if left <= 0:
@@ -92,7 +92,7 @@ class Client:
         return [output.rid for output in outputs if output.finish]
 
     def finish(self, rids: Sequence[str]) -> list[Asked]:
-        """Wait for requests to end."""
+        """Wait until these requests have ended; return them."""
         while not all(self.asked[rid].is_done for rid in rids):
             self.wait()
         return [self.asked[rid] for rid in rids]
@@ -103,7 +103,7 @@ class Client:
 
 
 def closed_loop(client: Client, names: Iterator[str], num_requests: int, num_at_once: int) -> list[Asked]:
-    """Keep so many requests under way until so many were asked; return all of them."""
+    """Keep `num_at_once` requests in flight until `num_requests` were sent; return all of them."""
     rids = [client.ask(next(names), 32) for _ in range(min(num_at_once, num_requests))]
     while len(rids) < num_requests:
         ended = client.wait()
@@ -112,18 +112,18 @@ def closed_loop(client: Client, names: Iterator[str], num_requests: int, num_at_
 
 
 def drawn(names: Sequence[str]) -> Iterator[str]:
-    """Yield names at random, all alike."""
+    """Yield names at random with equal probability."""
     rng = np.random.default_rng(1)
     while True:
         yield names[int(rng.integers(len(names)))]
 
 
 def churn(client: Client, shape: Shape) -> dict[str, dict[str, float]]:
-    """Return times to first token where all adapters fit the pool, and with twice as many."""
+    """Return times to first token with as many adapters as the pool holds, and with twice as many."""
     found: dict[str, dict[str, float]] = {}
     for factor in (1, 2):
         names = equal_names(factor * shape.num_slots, "churn")
-        closed_loop(client, itertools.cycle(names), len(names), shape.num_slots)  # brings them to the host tier
+        closed_loop(client, itertools.cycle(names), len(names), shape.num_slots)  # loads them into the host tier
         asked = closed_loop(client, drawn(names), shape.num_requests, shape.num_slots)
         ttft = [one.ttft_ms for one in asked]
         found[f"{len(names)} adapters"] = {
@@ -134,7 +134,7 @@ def churn(client: Client, shape: Shape) -> dict[str, dict[str, float]]:
 
 
 def beside(client: Client, shape: Shape, warm: Sequence[str], others: Iterator[str] | None) -> tuple[np.ndarray, int]:
-    """Return the gaps of long streams in ms beside short requests for `others`, and how many of these were asked."""
+    """Return the gaps of long streams in ms during short requests for `others`, and the number of those requests."""
     streams = [client.ask(name, shape.stream_tokens) for name in warm]
     shorts: list[str] = []
     next_s = time.perf_counter()
@@ -148,7 +148,7 @@ def beside(client: Client, shape: Shape, warm: Sequence[str], others: Iterator[s
 
 
 def isolation(client: Client, shape: Shape) -> dict[str, dict[str, float]]:
-    """Return the gaps of warm streams alone, beside short requests for resident adapters, and for cold ones."""
+    """Return the gaps of warm streams alone, during requests for a resident adapter, and during those for cold ones."""
     half = shape.num_slots // 2
     warm, resident = equal_names(half, "warm"), equal_names(1, "resident")
     client.finish([client.ask(name, SHORT_TOKENS) for name in (*warm, *resident)])
@@ -169,10 +169,10 @@ def isolation(client: Client, shape: Shape) -> dict[str, dict[str, float]]:
 
 
 def run(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Return what churn does to times to first token, and cold loads to the gaps of streams."""
+    """Return the effect of churn on times to first token, and of cold loads on the gaps of streams."""
     model, adapters = random_model(shape, device), RandomAdapters(shape)
     for name in equal_names(1, "churn"):
-        adapters.fetch(name)  # the weights are made before the clock runs
+        adapters.fetch(name)  # generates the weights before the measurement
     engine = engine_of(shape, model, adapters, shape.num_slots, adapter_host_bytes=8 << 30)
     client = Client(engine, shape)
     try:

@@ -1,8 +1,8 @@
-"""LoRA and decode attention beside the floor that memory bandwidth sets, for the layers of a model.
+"""LoRA and decode attention compared with the floor set by memory bandwidth, for the layers of a model.
 
-A call is timed with cold caches, inside a CUDA graph, where a launch costs what it costs in serving; beside it stands
-the time in which the card would read and write the same bytes once. On a CPU, where only the benchmark itself is
-tried, calls are timed as they come.
+A call is timed with cold caches inside a CUDA graph, where launches cost the same as in serving. Its floor is the time
+in which the card reads and writes the same bytes once. On a CPU, which serves only to test the benchmark itself, calls
+are timed without these measures.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lora_kernels import ops
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One call beside its floor."""
+    """One timed call and its floor."""
 
     name: str
     kind: str  # "lora" or "attention"
-    is_decode: bool  # whether the bar for bandwidth at decode counts it
+    is_decode: bool  # whether it counts for the target of decode bandwidth
     us: float
     floor_us: float
 
     @property
     def bandwidth_share(self) -> float:
-        """The part of the copy bandwidth that it reaches."""
+        """The share of the copy bandwidth that the call reaches."""
         return self.floor_us / self.us
 
 
@@ -45,7 +45,7 @@ def host_seconds(step: Callable[[], object], repeats: int = 5) -> float:
 
 
 def graph_seconds(step: Callable[[], object], repeats: int = 20) -> float:
-    """Return the seconds of one step inside a CUDA graph, where launches cost what they cost in serving."""
+    """Return the seconds of one step inside a CUDA graph, where launches cost the same as in serving."""
 
     def many() -> None:
         for _ in range(repeats):
@@ -70,10 +70,10 @@ def graph_seconds(step: Callable[[], object], repeats: int = 20) -> float:
 
 
 class Stopwatch:
-    """Times steps that find none of their data in the L2 cache, as each layer of a forward pass does."""
+    """Times steps whose data are not in the L2 cache, as for each layer of a forward pass."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Measure the bandwidth of copies, and what emptying the cache costs. dtype: of `randn`."""
+        """Measure the copy bandwidth, and the time to flush the cache. dtype: of `randn`."""
         on_gpu = device.type == "cuda"
         self.device, self.dtype = device, dtype
         self.seconds = graph_seconds if on_gpu else host_seconds
@@ -84,7 +84,7 @@ class Stopwatch:
         self.bytes_per_s = 2 * source.nbytes / self.seconds(lambda: target.copy_(source), 3)
 
     def time(self, name: str, kind: str, step: Callable[[], object], num_bytes: int, *, is_decode: bool) -> Timed:
-        """Measure a step; return its time beside that of moving `num_bytes` once."""
+        """Measure a step; return its time, and that of moving `num_bytes` once."""
 
         def flushed() -> None:
             self.other.zero_()
@@ -94,14 +94,14 @@ class Stopwatch:
         return Timed(name, kind, is_decode, seconds * 1e6, num_bytes / self.bytes_per_s * 1e6)
 
     def randn(self, *shape: int) -> torch.Tensor:
-        """Return normal numbers on the device."""
+        """Return normally distributed numbers on the device."""
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
 
 def time_lora(
     watch: Stopwatch, num_tokens: int, num_adapters: int, rank: int, k: int, widths: tuple[int, ...]
 ) -> Timed:
-    """Time `lora_add_` on one set of sibling layers; the tokens' adapters are in order."""
+    """Time `lora_add_` on one set of sibling layers; tokens are ordered by adapter."""
     pages_each = -(-rank // ops.PAGE_ROWS)
     rows = num_adapters * pages_each * ops.PAGE_ROWS
     host = ops.AdapterTable(
@@ -126,7 +126,7 @@ def time_lora(
 
 
 def time_attention(watch: Stopwatch, heads: tuple[int, int, int], num_seqs: int, kv_len: int) -> Timed:
-    """Time the attention of `num_seqs` decodes, each over `kv_len` keys. heads: of queries, of keys, and their size."""
+    """Time the attention of `num_seqs` decodes over `kv_len` keys each. heads: query heads, KV heads, head size."""
     num_heads, num_kv_heads, size = heads
     max_blocks = -(-kv_len // ops.BLOCK_TOKENS)
     tables = np.random.default_rng(0).permutation(num_seqs * max_blocks).reshape(num_seqs, max_blocks)

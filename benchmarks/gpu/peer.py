@@ -1,7 +1,8 @@
-"""vLLM on the same card, with the same shape, prompts and adapters: what `steps` measures, where vLLM is installed.
+"""vLLM on the same card, with the same shape, prompts and adapters: the figures of `steps`, if vLLM is installed.
 
-Its weights are random too (`load_format="dummy"`). Its prefix cache is off, as ours is; everything else is its default.
-Decode is the difference of two runs, of which one gives a token and the other as many more as we measure.
+Its weights are random too (`load_format="dummy"`). Its prefix cache is off, as is Lorafleet's; everything else is its
+default. Decode time is the difference of two runs, one that emits a single token and one that emits `decode_steps`
+more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import LlamaConfig
 from benchmarks.gpu.shapes import RandomAdapters, Shape, names_of
 
 MOST_ADAPTERS = 32
-"""Adapters that vLLM keeps on the device: as many as a mix of our first batch size has at most."""
+"""Adapters that vLLM keeps on the device: the maximum in a mix of our first batch size."""
 
 
 Modules = Callable[[str], Any]
@@ -30,7 +31,7 @@ Modules = Callable[[str], Any]
 def run(
     shape: Shape, device: torch.device, deadline_s: float, modules: Modules = importlib.import_module
 ) -> dict[str, Any]:
-    """Return vLLM's speeds; `skipped` says why there are none, or why one is missing."""
+    """Return vLLM's speeds; `skipped` says why all or one of them is missing."""
     try:
         vllm, lora = modules("vllm"), modules("vllm.lora.request")
     except ModuleNotFoundError:
@@ -67,7 +68,7 @@ def run(
 
 
 def _speed(vllm: Any, llm: Any, shape: Shape, mix: Sequence[Any]) -> tuple[float, float]:
-    """Return prompt tokens a second, and output tokens a second while all decode."""
+    """Return prompt tokens per second, and output tokens per second while all sequences decode."""
     first_s, whole_s = (_seconds(vllm, llm, shape, mix, num) for num in (1, 1 + shape.decode_steps))
     return len(mix) * shape.prompt_tokens / first_s, len(mix) * shape.decode_steps / max(whole_s - first_s, 1e-9)
 

@@ -1,4 +1,4 @@
-"""What the GPU benchmark runs on: a base model with random weights, and adapters of mixed ranks, made where needed."""
+"""The models of the GPU benchmark: bases with random weights, and adapters of mixed ranks, generated on demand."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from lora_kernels import ops
 from lora_kernels.ops import PAGE_ROWS
 
 B_STD = 0.01
-"""Of the matrices B: small, and not zero, so that nobody gains by leaving them out."""
+"""Standard deviation of the matrices B: small but not zero, so that no system gains by skipping zeros."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A base model, and how much is asked of it."""
+    """A base model, and the size of the measurement."""
 
     name: str
-    config: dict[str, Any]  # of LlamaConfig
+    config: dict[str, Any]  # arguments of LlamaConfig
     dtype: torch.dtype
     num_seqs: tuple[int, ...]  # that decode together
-    num_adapters: tuple[int, ...]  # distinct ones among them
+    num_adapters: tuple[int, ...]  # distinct adapters among them
     ranks: tuple[int, ...]  # of the adapters, in turn
     prompt_tokens: int
     decode_steps: int
     rounds: int
-    num_slots: int  # adapters that the small pool holds
-    num_requests: int  # of a run beside churn
-    stream_tokens: int  # of each stream that is watched beside cold loads
+    num_slots: int  # number of adapters that the small pool holds
+    num_requests: int  # of a churn run
+    stream_tokens: int  # of each stream that is measured during cold loads
     cold_per_s: float
     max_step_tokens: int
 
@@ -70,17 +70,17 @@ SHAPES = {
 
 
 def names_of(num: int) -> list[str]:
-    """Return the names of so many adapters of mixed ranks; with 0 that of the base."""
+    """Return the names of `num` adapters of mixed ranks; for 0, the name of the base."""
     return [f"mixed-{i}" for i in range(num)] or [""]
 
 
 def equal_names(num: int, kind: str) -> list[str]:
-    """Return the names of so many adapters of rank 16."""
+    """Return the names of `num` adapters of rank 16."""
     return [f"{kind}-{i}-r16" for i in range(num)]
 
 
 def random_model(shape: Shape, device: torch.device, impl: ops.Impl | None = None) -> BaseModel:
-    """Return a model with random weights, prepared. impl: of the kernels; None: the device's own."""
+    """Return a prepared model with random weights. impl: kernels to use; None: the device's default."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(shape.dtype)
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ class RandomAdapters:
         return int(own[0][1:]) if own else self.shape.ranks[int(index) % len(self.shape.ranks)]
 
     def num_pages(self, names: Sequence[str]) -> int:
-        """Return the pages of a group that these adapters take together."""
+        """Return the number of pages of a group that these adapters take together."""
         return sum(-(-self.rank(name) // PAGE_ROWS) for name in names if name)
 
     def _weights(self, rank: int) -> bytes:
@@ -140,7 +140,7 @@ class RandomAdapters:
         return FetchedAdapter(self.config(name), self.weights(self.rank(name)))
 
     def write(self, root: Path, names: Sequence[str]) -> None:
-        """Write adapters to sub-folders; those of one rank share a file by hard links."""
+        """Write adapters to subfolders; those of one rank share a file by hard links."""
         first: dict[int, Path] = {}
         for name in names:
             folder, rank = root / name, self.rank(name)
@@ -155,7 +155,7 @@ class RandomAdapters:
 
 
 def pool_bytes(model: BaseModel, num_pages: int) -> int:
-    """Return a budget whose pool holds so many pages of each group of all layers, and hardly more."""
+    """Return a budget in bytes whose pool holds `num_pages` pages of each group of all layers, and hardly more."""
     sizes = [page_bytes(model.sites, group) for group in range(len(GROUPS))]
     budgets = itertools.count(num_pages * sum(sizes[:2]), max(1, max(sizes) // 4))
     return next(budget for budget in budgets if min(split_budget(sizes, budget)[:2]) >= num_pages)

@@ -1,4 +1,4 @@
-"""Decode and prefill tok/s of the engine: the base beside adapters, with and without recorded steps and overlap."""
+"""Decode and prefill tok/s of the engine, base and adapters, with and without recorded steps and overlap."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
 
 LOAD_S = 120.0
-"""Longest wait for an adapter."""
+"""Maximum seconds to wait for an adapter."""
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast one mix of sequences runs."""
+    """The speed of one mix of sequences."""
 
     num_seqs: int
-    num_adapters: int  # distinct ones; 0: the base alone
+    num_adapters: int  # distinct adapters; 0: the base alone
     graphs: bool
     overlap: bool
     decode_tok_s: float
     prefill_tok_s: float
-    step_ms: float  # a decode step
+    step_ms: float  # duration of a decode step
 
 
 def engine_of(shape: Shape, model: BaseModel, adapters: RandomAdapters, num_pages: int, **settings: Any) -> Engine:
-    """Return an engine whose pool holds so many pages, ready as a worker's is."""
+    """Return a started engine whose pool holds `num_pages` pages."""
     values: dict[str, Any] = {
         "model": "random", "device": model.device.type, "adapter_pool_bytes": pool_bytes(model, num_pages),
         "max_num_seqs": max(shape.num_seqs), "max_step_tokens": shape.max_step_tokens, "prefix_cache": False,
@@ -51,7 +51,7 @@ def engine_of(shape: Shape, model: BaseModel, adapters: RandomAdapters, num_page
 
 
 def load(engine: Engine, names: Sequence[str]) -> None:
-    """Bring adapters into the pool. Raises TimeoutError, or why one cannot be."""
+    """Load adapters into the pool. Raises TimeoutError, or the error of an adapter that cannot be loaded."""
     loaded = threading.Event()
     engine.wake_with(loaded.set)
     wanted = {name for name in names if name}
@@ -67,7 +67,7 @@ def load(engine: Engine, names: Sequence[str]) -> None:
 
 @contextmanager
 def as_set(engine: Engine, *, graphs: bool, overlap: bool) -> Iterator[None]:
-    """Let an engine run with or without recorded steps, if it has any, and overlap."""
+    """Run an engine with or without overlap, and with or without recorded steps, if it has any."""
     recorded, config = engine.runner.graphs, engine.config
     engine.runner.graphs = recorded if graphs else None
     engine.config = replace(config, overlaps=overlap)
@@ -78,7 +78,7 @@ def as_set(engine: Engine, *, graphs: bool, overlap: bool) -> Iterator[None]:
 
 
 def _step(engine: Engine) -> int:
-    """Run a step; return the tokens that it put out. Raises what a request ended by."""
+    """Run a step; return the number of tokens that it emitted. Raises the error of a request that failed."""
     outputs = engine.step()
     for output in outputs:
         if output.error is not None:
@@ -94,7 +94,7 @@ def _add(engine: Engine, shape: Shape, num_seqs: int, names: Sequence[str], max_
 
 
 def prefill_tok_s(engine: Engine, shape: Shape, num_seqs: int, names: Sequence[str]) -> float:
-    """Return the prompt tokens computed a second, each sequence's first token included."""
+    """Return the prompt tokens computed per second; the time includes each sequence's first token."""
     _add(engine, shape, num_seqs, names, 1)
     started = time.perf_counter()
     while engine.has_work:
@@ -103,7 +103,7 @@ def prefill_tok_s(engine: Engine, shape: Shape, num_seqs: int, names: Sequence[s
 
 
 def decode_tok_s(engine: Engine, shape: Shape, num_seqs: int, names: Sequence[str]) -> tuple[float, float]:
-    """Return the tokens a second while all sequences decode, and the milliseconds of a step."""
+    """Return the tokens per second while all sequences decode, and the ms of a step."""
     _add(engine, shape, num_seqs, names, shape.config["max_position_embeddings"])
     while len(engine.batcher.running) < num_seqs or any(seq.num_output < 2 for seq in engine.batcher.running):
         _step(engine)
@@ -125,7 +125,7 @@ def measure(engine: Engine, shape: Shape, case: Speed) -> Speed:
 
 
 def cases(shape: Shape, *, has_graphs: bool, overlaps: bool, most_adapters: int) -> list[Speed]:
-    """Return what to measure: every mix as it is served, and two of them in every way."""
+    """Return the cases: every mix with the served settings, and two mixes with all settings."""
     mixes = [
         (num_seqs, num)
         for num_seqs in shape.num_seqs
@@ -144,9 +144,9 @@ def cases(shape: Shape, *, has_graphs: bool, overlaps: bool, most_adapters: int)
 
 
 def run(shape: Shape, device: torch.device, deadline_s: float) -> dict[str, Any]:
-    """Return the speed of every case: the best of the rounds that fit until `deadline_s`, by time.monotonic.
+    """Return the speed of every case: the median of the rounds that fit before `deadline_s`, by time.monotonic.
 
-    The first round, which tries every case once, is not counted where there are more.
+    The first round, which warms up every case, is not counted if there are others.
     """
     model, adapters = random_model(shape, device), RandomAdapters(shape)
     most = _most_adapters(shape, model, adapters)
@@ -179,12 +179,12 @@ def run(shape: Shape, device: torch.device, deadline_s: float) -> dict[str, Any]
 
 
 def _most_adapters(shape: Shape, model: BaseModel, adapters: RandomAdapters) -> int:
-    """Return the largest number of adapters of the shape that leave a GPU room for the keys of all sequences."""
+    """Return the maximum number of adapters that leaves a GPU enough memory for the KV cache of all sequences."""
     if model.device.type == "cpu":
         return max(shape.num_adapters)
     num_tokens = max(shape.num_seqs) * (shape.prompt_tokens + 4 * shape.decode_steps)
     kv = num_tokens * sum(layer.block_bytes(model.dtype) for layer in model.layers) // 16
     free, total = torch.cuda.mem_get_info(model.device)
-    room = free - total // 10 - kv - (6 << 30)  # for the largest steps and their recordings
+    room = free - total // 10 - kv - (6 << 30)  # reserves memory for the largest steps and their recordings
     fitting = [n for n in shape.num_adapters if pool_bytes(model, adapters.num_pages(names_of(n))) < room]
     return max(fitting, default=min(shape.num_adapters))

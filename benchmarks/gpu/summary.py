@@ -1,4 +1,4 @@
-"""What the GPU benchmark found, as a page: the card, the bars and whether they were reached, a table a section."""
+"""The GPU benchmark's results as a page: card, targets and whether they were reached, and a table per section."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import torch
 from protocol.runtime.environment import COMPUTE, child_environment
 
 Sections = Mapping[str, Mapping[str, Any]]
-"""By name, what each section returned, or {"failed": why} or {"skipped": why}."""
+"""Section name -> its result, or {"failed": why} or {"skipped": why}."""
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """Something that was wanted, and what was measured of it."""
+    """A target, and the measured value."""
 
     what: str
     wanted: str
     measured: str
-    is_reached: bool | None  # None: it was not measured
+    is_reached: bool | None  # None: not measured
 
 
 def about(device: torch.device, shape: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _version(name: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """Return what a program prints, "" where it is missing or fails."""
+    """Return a program's output, "" if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     environment = child_environment(*COMPUTE)
@@ -68,17 +68,17 @@ def _output(*command: str) -> str:
 
 
 def _commit() -> str:
-    """Return the commit of this folder; on a machine without git the variable `LORAFLEET_COMMIT`."""
+    """Return the commit of this folder, or of the variable `LORAFLEET_COMMIT` on a machine without git."""
     return os.environ.get("LORAFLEET_COMMIT", "") or _output("git", "rev-parse", "HEAD")
 
 
 def case_of(cases: Sequence[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any] | None:
-    """Return the first case with these values."""
+    """Return the first case with these values, None without any."""
     return next((case for case in cases if all(case.get(key) == value for key, value in wanted.items())), None)
 
 
 def bars(sections: Sections) -> list[Bar]:
-    """Return what was wanted of a GPU, beside what was measured."""
+    """Return the targets for a GPU with the measured values."""
     return [*_speed_bars(sections), *_kernel_bars(sections), *_churn_bars(sections)]
 
 
@@ -227,4 +227,4 @@ _SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]], str]] 
     "kernels": ("Kernels beside the bandwidth floor", _kernels, "cases"),
     "peer": ("vLLM in the same run", _peer, "cases"),
 }
-"""Title, writer, and a key that is there if it was measured, of each section."""
+"""Title and writer of each section, and a key that its result has if it was measured."""

@@ -1,12 +1,13 @@
-"""An engine that has no server, as a program: a line of JSON with requests in, a line with their times and tokens out.
+"""Runs an engine without a server as a program: reads lines of JSON with requests, writes lines with times and tokens.
 
-Run by `benchmarks.peers.in_process` in the engine's own environment, with the engine's name and its options as JSON as
-arguments. `in_flight` requests are computed at a time, as a client of a server has them in flight: as soon as one ends,
-the next one begins. Two kinds of engine get what no server could do for them:
+`benchmarks.peers.in_process` runs it in the engine's own environment, with the engine's name and its options as JSON as
+arguments. `in_flight` requests are computed at a time, as if a client had them in flight: when one ends, the next one
+begins. Two kinds of engines are treated better than a server could:
 
-- OpenVINO GenAI computes one adapter at a time, so its requests are sorted by adapter beforehand, and those of one
-  adapter among `in_flight` are one batch.
-- ONNX Runtime GenAI and ik_llama.cpp batch what begins together, so all of `in_flight` begin and end together.
+- OpenVINO GenAI computes one adapter at a time, so its requests are sorted by adapter in advance, and those of one
+  adapter among `in_flight` form one batch.
+- ONNX Runtime GenAI and ik_llama.cpp batch only requests that begin together, so all of `in_flight` begin and end
+  together.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from itertools import groupby
 from typing import Any, Protocol
 
 Request = dict[str, Any]
-"""adapter (a folder, or "" for the base), prompt; and when it is done start_s, arrivals_s, end_s and ids."""
+"""Fields: adapter (a folder, or "" for the base), prompt; when it has ended also start_s, arrivals_s, end_s and ids."""
 
 
 class Engine(Protocol):
-    """What computes requests."""
+    """An engine that computes requests."""
 
     version: str
 
@@ -40,7 +41,7 @@ class OpenVino:
     def __init__(
         self, model: str, adapters: list[str], threads: int, max_seqs: int, precision: str, cache_gib: int
     ) -> None:
-        """precision: of the arithmetic, "bf16" or "f32"; by default the processor decides."""
+        """precision: of the arithmetic, "bf16" or "f32"; "": the engine decides by the processor."""
         self._library: Any = importlib.import_module("openvino_genai")
         self.version = importlib.import_module("importlib.metadata").version("openvino-genai")
         scheduling = self._library.SchedulerConfig()
@@ -48,11 +49,11 @@ class OpenVino:
         scheduling.max_num_seqs = max_seqs
         scheduling.max_num_batched_tokens = 512
         scheduling.dynamic_split_fuse = True
-        scheduling.enable_prefix_caching = False  # it gives an adapter the keys and values of another one
+        scheduling.enable_prefix_caching = False  # it would give an adapter the keys and values of another one
         options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         if precision:
             options["INFERENCE_PRECISION_HINT"] = precision
-        # The scale is all of `lora_alpha / r`, which is 1 for the adapters of `make_adapters`.
+        # The adapters of `make_adapters` have `lora_alpha / r` = 1, so no other scale is needed.
         self._adapters = {folder: self._library.Adapter(f"{folder}/adapter_model.safetensors") for folder in adapters}
         if adapters:
             kind = self._library.AdapterConfig
@@ -110,7 +111,7 @@ class OpenVino:
         for request, result in zip(requests, results, strict=True):
             ids = list(result.m_generation_ids[0])
             first_s = begun_s + result.perf_metrics.get_ttft().mean / 1e3
-            gap_s = (end_s - first_s) / max(1, len(ids) - 1)  # a batch is not streamed: the mean
+            gap_s = (end_s - first_s) / max(1, len(ids) - 1)  # a batch is not streamed: use the mean
             arrivals_s = [first_s + gap_s * index for index in range(len(ids))]
             request.update(start_s=start_s, arrivals_s=arrivals_s, end_s=end_s, ids=ids)
 
@@ -119,7 +120,7 @@ class MistralRs:
     """mistral.rs, which mixes adapters in a batch. Options: see `benchmarks.peers.in_process`."""
 
     def __init__(self, model: str, adapters: list[str], max_seqs: int, dtype: str) -> None:
-        """dtype: of weights and arithmetic, as `ModelDType` names it."""
+        """dtype: of weights and arithmetic, a name of `ModelDType`."""
         self._library: Any = importlib.import_module("mistralrs")
         self.version = importlib.import_module("importlib.metadata").version("mistralrs")
         self._names = {"": None, **{folder: f"a{number}" for number, folder in enumerate(adapters)}}
@@ -132,18 +133,18 @@ class MistralRs:
             max_seqs=max_seqs,
             prefix_cache_n=0,
             no_paged_attn=True,
-            jinja_explicit=f"{model}/plain.jinja",  # only chats are streamed: the prompt alone, as elsewhere
+            jinja_explicit=f"{model}/plain.jinja",  # only chats are streamed: this template passes the prompt unchanged
         )
 
     def run(self, requests: list[Request], in_flight: int, num_tokens: int) -> None:
-        """See `Engine.run`. The texts of tokens stand for their ids, which are not told."""
+        """See `Engine.run`. The engine does not return token ids; the tokens' texts stand for them."""
         waiting, flying = deque(requests), deque[tuple[Request, Any]]()
         while waiting or flying:
             while waiting and len(flying) < in_flight:
                 request = waiting.popleft()
                 request.update(start_s=time.perf_counter(), arrivals_s=[], ids=[])
                 flying.append((request, self._begun(request, num_tokens)))
-            request, stream = flying.popleft()  # one thread only: others are told "Already borrowed"
+            request, stream = flying.popleft()  # one thread only: others get the error "Already borrowed"
             chunk = next(stream, None)
             request["end_s"] = time.perf_counter()
             if chunk is None:
@@ -166,7 +167,7 @@ class MistralRs:
 
 
 class Together:
-    """An engine that begins and ends as many requests at a time as are in flight."""
+    """An engine whose requests in flight all begin and end together."""
 
     def run(self, requests: list[Request], in_flight: int, num_tokens: int) -> None:
         """See `Engine.run`."""
@@ -182,7 +183,7 @@ class Together:
                     request["end_s"] = now_s
 
     def tokens_of(self, prompts: list[str], num_tokens: int) -> Iterator[list[int]]:
-        """Yield the next token of each prompt, `num_tokens` times."""
+        """Yield the next token of all prompts, `num_tokens` times."""
         raise NotImplementedError
 
 
@@ -201,7 +202,7 @@ class OnnxRuntime(Together):
         self._tokenizer = self._library.Tokenizer(self._model)
 
     def tokens_of(self, prompts: list[str], num_tokens: int) -> Iterator[list[int]]:
-        """See `Together.tokens_of`. Prompts are as long as the longest one, as a batch has to be here."""
+        """See `Together.tokens_of`. Prompts are padded to the longest one: a batch needs equal lengths here."""
         ids = [list(self._tokenizer.encode(prompt)) for prompt in prompts]
         longest = max(map(len, ids))
         rows = [[*[row[0]] * (longest - len(row)), *row] for row in ids]
@@ -209,7 +210,7 @@ class OnnxRuntime(Together):
         parameters = self._library.GeneratorParams(self._model)
         parameters.set_search_options(
             batch_size=len(rows), max_length=length, min_length=length, do_sample=False
-        )  # the least length is what keeps an end of text from being chosen
+        )  # min_length prevents an end of text
         generator = self._library.Generator(self._model, parameters)
         generator.append_tokens(self._numpy.array(rows, dtype=self._numpy.int32))
         for _ in range(num_tokens):
@@ -221,7 +222,7 @@ class IkLlama(Together):
     """ik_llama.cpp without adapters. Options: see `benchmarks.peers.in_process`."""
 
     def __init__(self, model: str, adapters: list[str], threads: int, max_seqs: int, slot_tokens: int) -> None:
-        """slot_tokens: room for a prompt and its answer."""
+        """slot_tokens: space for a prompt and its answer."""
         assert not adapters, "it changes them for all sequences at once"
         self._numpy: Any = importlib.import_module("numpy")
         parts: Any = importlib.import_module("ik_llama_cpp._internals")
@@ -229,10 +230,10 @@ class IkLlama(Together):
         self.version = importlib.import_module("importlib.metadata").version("ik-llama-cpp-python")
         self._model = parts.IkModel(model)
         sizes = {"n_ctx": max_seqs * slot_tokens, "n_seq_max": max_seqs, "n_threads": threads}
-        self._context = parts.IkContext(self._model, **sizes, flash_attn=False)  # which aborts with several sequences
+        self._context = parts.IkContext(self._model, **sizes, flash_attn=False)  # aborts with several sequences if on
 
     def tokens_of(self, prompts: list[str], num_tokens: int) -> Iterator[list[int]]:
-        """See `Together.tokens_of`. Ends of text count as any other token."""
+        """See `Together.tokens_of`. An end of text counts as any other token."""
         self._context.kv_cache_clear()
         rows = [self._model.tokenize(prompt, add_bos=False) for prompt in prompts]
         lengths = [len(row) for row in rows]
@@ -244,7 +245,7 @@ class IkLlama(Together):
                 ids = self._decoded([[id_] for id_ in ids], places, list(range(len(ids))))
 
     def _decoded(self, rows: list[list[int]], places: list[int], sequences: list[int]) -> list[int]:
-        """Compute tokens of sequences, each row from its place on. Returns the best next token of each."""
+        """Compute tokens of sequences, each row from its position on. Return the most probable next token of each."""
         library, total = self._library, sum(map(len, rows))
         batch = library.llama_batch_init(total, 0, 1)
         batch.n_tokens = total
@@ -273,7 +274,7 @@ ENGINES: dict[str, Any] = {
 
 
 def main() -> None:
-    """Answer lines until there are none."""
+    """Answer input lines until the input ends."""
     name, options = sys.argv[1:]
     engine: Engine = ENGINES[name](**json.loads(options))
     print(json.dumps({"version": engine.version}), flush=True)

@@ -1,19 +1,20 @@
-"""Lorafleet beside engines that have no server, asked in turns: OpenVINO GenAI, mistral.rs, ONNX Runtime, ik_llama.cpp.
+"""Lorafleet compared with engines without a server: OpenVINO GenAI, mistral.rs, ONNX Runtime GenAI, ik_llama.cpp.
 
     python -m benchmarks.peers.in_process --peers /opt/peers [--bits 16,8,4] [--isa avx512_vnni] [--rounds 3]
 
-Each computes the same prompts in a process of its own (`engine_program.py`), so it pays for no HTTP, no queue
-and no streaming, all of which Lorafleet's figures have in them. With 16 bits: the base, one adapter and many adapters;
-with 8 and 4 bits the base. Lorafleet serves Q8_0 and Q4_0, without and with `--quantize-activations`.
+All run alternately. Each engine computes the same prompts in its own process (`engine_program.py`), so it has no cost
+for HTTP, queue and streaming, all of which Lorafleet's figures include. With 16 bits: the base, one adapter and many
+adapters; with 8 and 4 bits only the base. Lorafleet serves Q8_0 and Q4_0, without and with `--quantize-activations`.
 
-- OpenVINO's weights are those of `optimum-cli export openvino`: fp16, int8 (a scale a row) and int4 (a scale for 64
-  weights); its keys and values are int8, and it rounds the inputs of quantised layers to int8.
-- mistral.rs mixes adapters in a batch. It computes in fp32, which it does faster than bf16. Weights that it quantises
-  as it loads are left out: version 0.9.5 panics with eight requests at a time.
+- OpenVINO's weights are those of `optimum-cli export openvino`: fp16, int8 (a scale per row) and int4 (a scale per 64
+  weights). Its keys and values are int8, and it rounds the inputs of quantized layers to int8.
+- mistral.rs mixes adapters in a batch. It computes in fp32, which is faster there than bf16. Weights quantized at load
+  time are left out: version 0.9.5 panics with eight requests at a time.
 - ONNX Runtime computes the base in fp32 or int4 (its own builder's), ik_llama.cpp in bf16, Q8_0 or Q4_0.
 
---isa: of Lorafleet (`--kernels`); for sets without bf16, OpenVINO computes in fp32 and is held to the same set, too, as
-far as it lets itself. The others choose by the processor. What is needed is made by `setup_engines.sh`.
+--isa sets Lorafleet's instruction set (`--kernels`). For sets without bf16, OpenVINO computes in fp32 and is limited to
+the same set, as far as it allows that. The other engines choose by the processor. `setup_engines.sh` prepares
+everything.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ONEDNN_SETS = {"avx2": "AVX2", "avx2_vnni": "AVX2_VNNI", "avx512": "AVX512_CORE"
 
 
 def lorafleets(lab: Lab, bits: int, isa: str, scratch: Path) -> list[Server]:
-    """Return Lorafleet with weights of `bits`; of 8 and 4 bits also with inputs in int8."""
+    """Return Lorafleet with weights of `bits` bits; for 8 and 4 bits also with int8 inputs."""
     flags = ["--threads", str(lab.num_threads)]
     flags += ["--kernels", isa] if isa else []
     if bits < 16:
@@ -62,7 +63,7 @@ def openvino(lab: Lab, bits: int, isa: str, _: Path) -> list[Server]:
 
 
 def mistral_rs(lab: Lab, bits: int, _: str, scratch: Path) -> list[Server]:
-    """Return mistral.rs without adapters, and with all of them loaded; with 16 bits alone."""
+    """Return mistral.rs without adapters and with all of them loaded; only for 16 bits."""
     if bits < 16:
         return []
     model = _with_rope_theta(lab.model, scratch / "mistralrs")
@@ -71,7 +72,7 @@ def mistral_rs(lab: Lab, bits: int, _: str, scratch: Path) -> list[Server]:
 
 
 def _with_rope_theta(model: Path, folder: Path) -> Path:
-    """Return a folder of the same model with `rope_theta` where mistral.rs looks for it, and a template of no marks."""
+    """Return a copy of a model with `rope_theta` where mistral.rs expects it, and a chat template without markers."""
     folder.mkdir(exist_ok=True)
     for path in model.iterdir():
         if path.name != "config.json" and not (folder / path.name).exists():
@@ -84,7 +85,7 @@ def _with_rope_theta(model: Path, folder: Path) -> Path:
 
 
 def onnxruntime(lab: Lab, bits: int, _isa: str, _: Path) -> list[Server]:
-    """Return ONNX Runtime GenAI without adapters; of 8 bits its builder knows none."""
+    """Return ONNX Runtime GenAI without adapters; nothing for 8 bits, which its builder does not support."""
     model = lab.root / f"onnxruntime-{ {16: 'fp32', 4: 'int4'}.get(bits, '') }"
     options = {"model": str(model), "threads": lab.num_threads}
     return [] if bits == 8 else _programs("ONNX Runtime GenAI", lab, bits, "onnxruntime", options, {})[:1]

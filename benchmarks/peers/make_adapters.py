@@ -1,9 +1,9 @@
-"""Write random adapters for measurements, of every linear layer, in PEFT's format and as GGUF for llama.cpp.
+"""Write random adapters of every linear layer for measurements, in PEFT's format and as GGUF for llama.cpp.
 
     python benchmarks/peers/make_adapters.py --model FOLDER --out FOLDER --count 32 [--llama-cpp FOLDER]
 
 Adapter i is `OUT/peft/adapter-<i>` and `OUT/gguf/adapter-<i>.gguf`. The matrices B are small but not zero, so a server
-that skips an adapter gives other answers, and no server gains by skipping zeros.
+that ignores an adapter gives other answers, and no server gains by skipping zeros.
 """
 
 import argparse
@@ -26,7 +26,7 @@ B_STD = 0.01
 
 @functools.cache
 def module_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Return (out, in) features of each linear layer of a model but its head, by its name, "model.layers.0.mlp…"."""
+    """Return (out, in) features of each linear layer of a model except its head, by name, "model.layers.0.mlp…"."""
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     head = module.get_output_embeddings()
@@ -63,7 +63,7 @@ def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> None:
 
 
 def convert(llama_cpp: Path, model: Path, adapter: Path, gguf: Path) -> None:
-    """Write `adapter` as a bf16 GGUF file. Raises CalledProcessError with llama.cpp's own message on stderr."""
+    """Write `adapter` as a bf16 GGUF file. Raises CalledProcessError with llama.cpp's own message in `stderr`."""
     gguf.parent.mkdir(parents=True, exist_ok=True)
     script = str(llama_cpp / "convert_lora_to_gguf.py")
     command = [sys.executable, script, "--base", str(model), "--outtype", "bf16", "--outfile", str(gguf), str(adapter)]

@@ -1,4 +1,4 @@
-"""Engines without a server, run as programs of their own and asked through a pipe: see `engine_program.py`."""
+"""Engines without a server, run as programs and driven through a pipe: see `engine_program.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from protocol.runtime.environment import child_environment
 
 
 class Program:
-    """An engine that runs, and the folders of the adapters by the names of a load's targets."""
+    """A running engine, and the adapter folder of each target name."""
 
     def __init__(self, process: subprocess.Popen[str], adapters: dict[str, str]) -> None:
         self._process = process
@@ -25,14 +25,14 @@ class Program:
         self.version: str = self._read()["version"]
 
     def bench(self, config: BenchConfig) -> tuple[BenchResult, float]:
-        """Run a load as `run_bench` does, a closed loop, without HTTP. Returns what `run.Ask` does."""
+        """Run a load as `run_bench` does, as a closed loop, without HTTP. Return values: see `run.Ask`."""
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         records, processor_s = self._ask(list(plan_requests(config)), config)
         wall_s = max(record.end_s for record in records) - min(record.start_s for record in records)
         return BenchResult({}, started_at, wall_s, 0.0, records), processor_s
 
     def answers(self, prompt: str, num_tokens: int) -> dict[str, str]:
-        """Return what the base and the first three adapters say to a prompt, one after the other."""
+        """Return the answers of the base and of the first three adapters to a prompt, computed one after the other."""
         asked = ["", *self._adapters.values()][:4]
         requests = [{"adapter": adapter, "prompt": prompt} for adapter in asked]
         done = self._exchange({"requests": requests, "in_flight": 1, "num_tokens": num_tokens})["requests"]
@@ -71,7 +71,7 @@ class Program:
         return self._read()
 
     def _read(self) -> Any:
-        """Return the next line of JSON; libraries print other lines."""
+        """Return the next line of JSON; skip lines that libraries print."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(('{"version"', '{"processor_s"')):
@@ -81,7 +81,7 @@ class Program:
 
 @contextmanager
 def program(server: Server, log_path: Path) -> Iterator[Program]:
-    """Run the program of a `Server` that has `adapters`, and end it."""
+    """Run the program of a `Server` with `adapters`, and end it after the block."""
     assert server.adapters is not None
     environment = child_environment() | server.environment
     with (

@@ -1,12 +1,11 @@
-"""Models in GGUF's formats beside llama.cpp: both serve the same file, at 1, 8 and 32 in flight.
+"""Models in GGUF's formats compared with llama.cpp: both serve the same file, at 1, 8 and 32 in flight.
 
     python -m benchmarks.peers.quantised --peers /opt/peers --lab FOLDER [--models smol,1b] [--kinds Q4_0,BF16]
 
-`smol` is the quickstart model; `1b` has Llama-3.2-1B's shape, `4b` Qwen3-4B's, and random weights, because only the
-shape decides the speed. Files are made once, in the lab, by llama.cpp's converter and quantiser. The servers of one
-file run side by side and are asked in turns, so that a machine whose speed changes changes both; else all is as in
-`benchmarks.peers.run`.
-Prompts of other lengths: --prompt-words 512 --output-tokens 8 --concurrency 1.
+`smol` is the quickstart model; `1b` has Llama-3.2-1B's shape and `4b` Qwen3-4B's, with random weights, because only the
+shape determines the speed. llama.cpp's converter and quantizer write missing files into the lab. The servers of one
+file run side by side and are measured alternately, so that a change of the machine's speed affects both; everything
+else is as in `benchmarks.peers.run`. For other lengths: --prompt-words 512 --output-tokens 8 --concurrency 1.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ SHAPES = {
         eos_token_id=2,
     )),
 }  # fmt: skip
-"""Models of the shapes that Llama-3.2-1B's and Qwen3-4B's makers publish."""
+"""Models with the published shapes of Llama-3.2-1B and Qwen3-4B."""
 
 
 def gguf_file(lab: Path, peers: Path, model: str, kind: str) -> Path:
-    """Return a model's file of a kind, made if it isn't there."""
+    """Return a model's file of a kind, creating it if it is missing."""
     found = lab / f"{model}-{kind}.gguf"
     if found.exists():
         return found
@@ -64,7 +63,7 @@ def gguf_file(lab: Path, peers: Path, model: str, kind: str) -> Path:
 
 
 def servers(lab: Lab, args: argparse.Namespace, model: str, kind: str, scratch: Path) -> list[Server]:
-    """Return the servers of one file; their load is named by it."""
+    """Return the servers of one file; their load is named after it."""
     own, base = lab.root / f"{model}-{kind}", scenario_names(lab)[0]
     (own / "adapters/peft").mkdir(parents=True, exist_ok=True)
     file = gguf_file(lab.root, args.peers, model, kind)
@@ -77,7 +76,7 @@ def servers(lab: Lab, args: argparse.Namespace, model: str, kind: str, scratch: 
 
 
 def main() -> None:
-    """Make what is missing, measure, and save the figures."""
+    """Create missing files, measure, and save the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, required=True, help="the folder that setup.sh made")
     parser.add_argument("--lab", type=Path, required=True, help="a folder to keep the models in")

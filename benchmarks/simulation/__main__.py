@@ -1,8 +1,8 @@
-"""Scheduling policies beside each other on a simulated fleet: throughput, waits, adapter loads and fairness.
+"""Compare scheduling policies on a simulated fleet: throughput, waits, adapter loads and fairness.
 
-    python -m benchmarks.simulation --rate 12 --workers 4 16 64      # --help names all that can be chosen
+    python -m benchmarks.simulation --rate 12 --workers 4 16 64      # --help lists all options
 
-The scheduler's own code with workers in virtual time, so a minute of load takes seconds.
+It runs the scheduler's own code with workers in virtual time, so a minute of load takes seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MEAN_ADAPTER_BYTES = 37_500_000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The result of one policy with one number of workers. Times in virtual time."""
+    """The result of one policy with one number of workers. Times are virtual."""
 
     policy: str
     workers: int
@@ -130,7 +130,7 @@ def simulate(
     num_workers: int,
     slack_tokens: float,
 ) -> Row:
-    """Run one policy over a trace. Jain's index is of the tenants' tokens up to the last arrival."""
+    """Run one policy over a trace. Jain's index is computed from the tenants' tokens up to the last arrival."""
     dispatcher = make_dispatcher(policy, SchedulerConfig(slack_tokens=slack_tokens), facts)
     outcome = Simulation(dispatcher, model, num_workers, facts).run(trace)
     seconds = outcome.end_ms / 1000

@@ -1,8 +1,8 @@
-"""Which adapters to evict from the pool: GDSF, as the worker's `PagePool` has it, beside LRU, on Zipf traces.
+"""Eviction policies of the pool: GDSF, as implemented by the worker's `PagePool`, and LRU, on Zipf traces.
 
-`python -m benchmarks.simulation.eviction --json FILE`. Simulated, no model: a request takes a reference to its adapter,
-some requests run at once, an adapter that is not in the pool has to be loaded. Seeded: every run gives the same
-numbers.
+`python -m benchmarks.simulation.eviction --json FILE`. Simulated without a model: a request takes a reference to its
+adapter, several requests run at once, and an adapter that is not in the pool has to be loaded. Seeded: every run gives
+the same numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpu_worker.adapters.pool import PagePool, Resident
 RANKS = (8, 16, 32, 64)
 PAGE_ROWS = 16
 PAGE_BYTES = 1 << 20
-LATENCY_S = 0.01  # of a fetch
+LATENCY_S = 0.01  # per fetch
 BYTES_PER_S = 2e8
 
 
@@ -49,15 +49,15 @@ class PolicyCost:
 
 
 def zipf_trace(random: np.random.Generator, num_adapters: int, num_requests: int, zipf: float) -> np.ndarray:
-    """Return which adapter each request is for: int64 [requests], 0 the most popular one."""
+    """Return the adapter of each request: int64 [requests], 0 is the most popular one."""
     weights = np.arange(1, num_adapters + 1) ** -zipf
     return random.choice(num_adapters, num_requests, p=weights / weights.sum())
 
 
 def play(policy: str, trace: np.ndarray, pages: Sequence[int], *, capacity: int, num_running: int) -> np.ndarray:
-    """Play a trace from an empty pool of `capacity` pages; adapters take `pages`, so many requests run at once.
+    """Play a trace from an empty pool of `capacity` pages, with `num_running` requests at a time. pages: by adapter.
 
-    Returns whether each request found its adapter: bool [requests].
+    Return whether each request found its adapter in the pool: bool [requests].
     """
     cost: Callable[[str], float] = lambda digest: load_s(pages[int(digest)])  # noqa: E731
     kind = LruPool if policy == "LRU" else PagePool
@@ -72,7 +72,7 @@ def play(policy: str, trace: np.ndarray, pages: Sequence[int], *, capacity: int,
             hits[i] = True
         else:
             while pool.reserve(digest, (pages[adapter],)) is None:
-                pool.release(running.popleft())  # adapters in use are never evicted: it waits until one is released
+                pool.release(running.popleft())  # adapters in use are never evicted: wait until one is released
             pool.publish(digest)
         pool.acquire(digest)
         running.append(digest)
@@ -81,7 +81,7 @@ def play(policy: str, trace: np.ndarray, pages: Sequence[int], *, capacity: int,
 
 
 def load_s(num_pages: int) -> float:
-    """Return the seconds that loading an adapter takes."""
+    """Return the seconds to load an adapter."""
     return LATENCY_S + num_pages * PAGE_BYTES / BYTES_PER_S
 
 

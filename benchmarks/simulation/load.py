@@ -22,7 +22,7 @@ FAR_AHEAD_MS = 1 << 50
 
 @dataclass(frozen=True, slots=True)
 class SyntheticLoad:
-    """A generated load: Poisson arrivals, Zipf-popular adapters, lengths spread exponentially around their means."""
+    """A generated load: Poisson arrivals, Zipf-popular adapters, exponentially distributed lengths."""
 
     rate: float  # requests per second
     seconds: float
@@ -42,7 +42,7 @@ def adapters(num: int, seed: int = 0) -> dict[str, AdapterFacts]:
 
 
 def generate(load: SyntheticLoad) -> Iterator[Arrival]:
-    """Yield the requests of a load, in order of time."""
+    """Yield the requests of a load, ordered by time."""
     rng = random.Random(load.seed)
     popularity = list(accumulate((i + 1) ** -load.zipf for i in range(load.num_adapters)))
     at_ms, number = 0.0, 0

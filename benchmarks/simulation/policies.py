@@ -1,4 +1,4 @@
-"""The policies that the simulator compares: this scheduler, and simple dispatchers as other systems have them."""
+"""The policies that the simulator compares: this scheduler, and simple dispatchers as in other systems."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class SimpleDispatcher:
         self._new.append(sub)
 
     def ended(self, message: m.Ended) -> None:
-        """Count one request less on its worker."""
+        """Decrement the number of requests on the request's worker."""
         self._load[message.wid] -= 1
 
     def beats(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
-        """Take the workers there are. No worker of a simulation dies."""
+        """Store the current workers. No simulated worker dies."""
         self._workers = {wid: beat for wid, beat in beats.items() if beat is not None}
         for wid in self._workers:
             self._load.setdefault(wid, 0)
@@ -48,12 +48,12 @@ class SimpleDispatcher:
         return plan
 
     def _choose(self, sub: m.RequestHead) -> str:
-        """Return a worker's id."""
+        """Return the id of the worker that gets a request."""
         raise NotImplementedError
 
 
 class RoundRobin(SimpleDispatcher):
-    """Workers in turn."""
+    """Selects workers in turn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,14 +65,14 @@ class RoundRobin(SimpleDispatcher):
 
 
 class LeastLoaded(SimpleDispatcher):
-    """The worker with the fewest requests."""
+    """Selects the worker with the fewest requests."""
 
     def _choose(self, sub: m.RequestHead) -> str:
         return min(self._workers, key=self._load.__getitem__)
 
 
 class PureAffinity(SimpleDispatcher):
-    """The first worker of each adapter by rendezvous hashing, however loaded it is."""
+    """Selects the first worker of each adapter by rendezvous hashing, whatever its load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,13 +84,13 @@ class PureAffinity(SimpleDispatcher):
 
 
 Dispatcher = Scheduler | SimpleDispatcher
-"""What the simulator drives."""
+"""The policies that the simulator can run."""
 
 POLICIES = ("affinity+fairness", "round-robin", "least-loaded", "pure-affinity")
 
 
 def make_dispatcher(name: str, config: SchedulerConfig, facts: Mapping[str, AdapterFacts]) -> Dispatcher:
-    """Return the dispatcher of a policy, which knows these adapters. Raises KeyError for an unknown policy."""
+    """Return the dispatcher of a policy, which knows the adapters `facts`. Raises KeyError for an unknown policy."""
     if name != POLICIES[0]:
         return {"round-robin": RoundRobin, "least-loaded": LeastLoaded, "pure-affinity": PureAffinity}[name]()
     scheduler = Scheduler(config)

@@ -1,4 +1,4 @@
-"""Runs a trace through a policy and workers in virtual time, and summarises the result."""
+"""Runs a trace through a policy and workers in virtual time, and summarizes the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts
 
 BEATS_MS = 500.0
-"""How often the scheduler looks at the beats, which is when it learns what is resident."""
+"""Interval in ms at which the scheduler reads heartbeats, and so learns which adapters are resident."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class Arrival:
 
 @dataclass(slots=True)
 class SimulationResult:
-    """The requests of a run, and its totals. Times in ms of virtual time."""
+    """The requests of a run, and its totals. Times are in ms of virtual time."""
 
     requests: list[SimulatedRequest] = field(default_factory=list[SimulatedRequest])
     end_ms: float = 0.0
     num_loads: int = 0  # adapters copied into pools
     num_fetches: int = 0  # adapters fetched from the store
-    num_fetched_before: int = 0  # of these, those before a worker began to drain
-    busy: float = 0.0  # mean share of the time in which a worker computed
+    num_fetched_before: int = 0  # adapters fetched before a worker began to drain
+    busy: float = 0.0  # mean share of the time in which workers computed
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -47,7 +47,7 @@ class SimulationResult:
     def first_token_ms(
         self, percentile: float, keep: Callable[[SimulatedRequest], bool] = lambda request: True
     ) -> float:
-        """Return a percentile, in [0, 1], of the times to first token in ms, of the requests that `keep` accepts."""
+        """Return a percentile, in [0, 1], of the times to first token in ms of the requests that `keep` accepts."""
         waits = sorted(request.first_ms - request.submitted_ms for request in self.requests if keep(request))
         return waits[min(len(waits) - 1, int(percentile * len(waits)))] if waits else 0.0
 
@@ -65,13 +65,13 @@ class SimulationResult:
 
 
 def jain(values: Sequence[float]) -> float:
-    """Return Jain's fairness index: 1 when all are equal, 1 / n when one has everything."""
+    """Return Jain's fairness index: 1 if all are equal, 1 / n if one has everything."""
     total = sum(values)
     return total * total / (len(values) * sum(value * value for value in values)) if total else 1.0
 
 
 class _Event(IntEnum):
-    """What happens at a time. Events of the same time happen in this order."""
+    """Kinds of events. Simultaneous events are handled in this order."""
 
     STEP_END = 0
     LOAD_END = 1
@@ -81,13 +81,13 @@ class _Event(IntEnum):
 
 
 class Simulation:
-    """One run of a policy, for a number of equal workers."""
+    """One run of a policy with a number of identical workers."""
 
     def __init__(
         self, dispatcher: Dispatcher, model: WorkerModel, num_workers: int, facts: Mapping[str, AdapterFacts],
         scale_in: tuple[float, Callable[[float], str]] | None = None,
     ) -> None:  # fmt: skip
-        """scale_in: when a worker begins to drain, and which, chosen then (given the time in ms)."""
+        """scale_in: time in ms at which a worker begins to drain, and a function that chooses it, given that time."""
         self._dispatcher = dispatcher
         self._workers = {f"w{i}": SimWorker(f"w{i}", model, facts) for i in range(num_workers)}
         self._events: list[tuple[float, _Event, int, str]] = []
@@ -99,7 +99,7 @@ class Simulation:
         self._draining = ""
 
     def run(self, trace: Sequence[Arrival]) -> SimulationResult:
-        """Run a trace, ordered by time, to the end of its last request."""
+        """Run a trace, ordered by time, until its last request has ended."""
         result = self._result
         arrivals = iter(trace)
         arrival = next(arrivals, None)
@@ -124,7 +124,7 @@ class Simulation:
             elif event is _Event.LOAD_END:
                 self._workers[wid].end_load()
                 self._start_work(self._workers[wid], now_ms)
-            elif now_ms == self._next_plan_ms:  # else it was replaced by an earlier plan
+            elif now_ms == self._next_plan_ms:  # otherwise an earlier plan has replaced it
                 self._next_plan_ms = None
                 self._plan(now_ms)
         result.num_loads = sum(worker.num_loads for worker in self._workers.values())

@@ -1,8 +1,8 @@
-"""Which worker goes when there are to be fewer: the one that the scheduler names, another, or the one worth most.
+"""Which worker to remove at a scale-in: the one that the scheduler names, a random one, or the most valuable one.
 
-`python -m benchmarks.simulation.scale_in`. The scheduler's own code with simulated workers, seeded: five workers serve
-adapters of a Zipf distribution, and after 100 s one of them drains. Counted are the adapters that the others fetch in
-the minute after that, ten loads each.
+`python -m benchmarks.simulation.scale_in`. It runs the scheduler's own code with simulated workers, seeded: five
+workers serve adapters of a Zipf distribution, and after 100 s one of them drains. It counts the adapters that the
+others fetch in the next minute, over ten loads each.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ NUM_WORKERS = 5
 SECONDS, AT_S = 160, 100
 SEEDS = range(10)
 LOADS = ((60, 1.2), (300, 1.5), (300, 1.0))
-"""Numbers of adapters, and the exponent of their popularity."""
+"""(number of adapters, Zipf exponent of their popularity)."""
 Choose = Callable[[dict[str, float]], str]
 
 
 def fetched(num: int, zipf: float, seed: int, choose: Choose) -> int:
-    """Return how many adapters are fetched after the worker that `choose` takes, given each one's cost, drains."""
+    """Return the adapters fetched after a worker drains. choose: returns that worker, given each one's cost."""
     facts = adapters(num, seed)
     scheduler = Scheduler(SchedulerConfig())
     for digest, known in facts.items():
@@ -46,7 +46,7 @@ def fetched(num: int, zipf: float, seed: int, choose: Choose) -> int:
 
 
 def main() -> None:
-    """Run all, and print the table."""
+    """Run all combinations, and print the table."""
     rows: list[list[object]] = []
     for num, zipf in LOADS:
         found: list[list[int]] = []

@@ -1,12 +1,12 @@
-"""A day of workers that come and go by demand: what it costs, and how long first tokens take.
+"""A day of autoscaled workers: their cost, and the time to first token.
 
-`python -m benchmarks.simulation.scaling`. Simulated in steps of a second, no model; seeded, every run gives the same
-numbers. The load rises and falls over the day, with twelve bursts of five minutes at twice the rate. Workers are scaled
-as the Helm chart's ScaledObject has it: one for each `target` requests that wait or run, looked at every 15 s (the
-autoscaler's period), up at once, down by one a minute to the most that was wanted in the last five minutes. A worker
-takes its start time until it serves, and drains before it goes. *With a schedule*, there are besides as many as the
-same quarter of an hour wanted yesterday where workers started at once, twice as many with *room*, and they are started
-early enough to be there in time: KEDA's cron triggers do that.
+`python -m benchmarks.simulation.scaling`. Simulated in steps of a second without a model; seeded, so every run gives
+the same numbers. The load rises and falls over the day, with twelve bursts of five minutes at twice the rate. Workers
+are scaled as by the Helm chart's ScaledObject: one for each `target` requests that wait or run, checked every 15 s (the
+autoscaler's period). Scaling up is immediate; scaling down removes one worker per minute, down to the maximum wanted in
+the last five minutes. A worker serves after its start time, and drains before it stops. *With a schedule*, there are at
+least as many workers as the same quarter of an hour wanted yesterday with instant starts, or twice as many with *room*;
+they start early enough to be ready in time. KEDA's cron triggers do that.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from benchmarks.common import report
 DAY_S = 86_400
 LOOK_S, DOWN_WINDOW_S, DOWN_EVERY_S = 15, 300, 60
 TOLERANCE = 0.1
-"""The autoscaler leaves alone what is within a tenth of its target."""
+"""Deviation from the target within which the autoscaler does nothing."""
 SLOT_S = 900
 NUM_BURSTS, BURST_S = 12, 300
 MAX_WORKERS = 40
 WAYS = (("demand", 0.0), ("a schedule too", 1.0), ("with room", 2.0))
-"""How workers are scaled, and what yesterday's number is multiplied by."""
+"""How workers are scaled, and the factor on yesterday's number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A worker: requests that it runs at once, and how long a step with n of them takes, a + b n s."""
+    """A kind of worker: its number of slots; a step with n requests takes a + b n seconds."""
 
     name: str
     places: int
     a: float
     b: float
-    prompt_s: float  # of one prompt
-    peak_rate: float  # requests a second in the middle of the day, so that some eight workers are busy
+    prompt_s: float  # per prompt
+    peak_rate: float  # requests per second at midday, so that about eight workers are busy
 
 
 KINDS = (
@@ -53,7 +53,7 @@ KINDS = (
 
 @dataclass(slots=True)
 class Worker:
-    """The tokens that its requests still want, float64 [requests]; it serves from `ready_s` on."""
+    """A worker that serves from `ready_s` on. left: tokens that each request still needs, float64 [requests]."""
 
     ready_s: int
     left: np.ndarray = field(default_factory=lambda: np.empty(0))
@@ -62,16 +62,16 @@ class Worker:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a day came to."""
+    """The result of a day."""
 
     worker_hours: float
     most_workers: int
-    first_token_s: np.ndarray  # of each request, float64 [requests]
+    first_token_s: np.ndarray  # per request, float64 [requests]
     demand: np.ndarray  # requests that waited or ran, int64 [seconds]
 
 
 def arrivals(rate: float, random: np.random.Generator) -> np.ndarray:
-    """Return how many requests come in each second of a day, int64 [seconds]."""
+    """Return the number of requests that arrive in each second of a day, int64 [seconds]."""
     at = np.arange(DAY_S)
     rates = rate * (0.1 + 0.9 * np.sin(np.pi * ((at / DAY_S - 0.15) % 1)) ** 2)
     for start in random.integers(0, DAY_S - BURST_S, NUM_BURSTS):
@@ -80,7 +80,7 @@ def arrivals(rate: float, random: np.random.Generator) -> np.ndarray:
 
 
 def wanted(demand: int, target: int, now: int) -> int:
-    """Return how many workers the autoscaler wants where it has `now`."""
+    """Return the number of workers that the autoscaler wants when it has `now`."""
     ratio = demand / (target * max(1, now))
     return now if now and abs(ratio - 1) <= TOLERANCE else max(1, math.ceil(demand / target))
 
@@ -89,7 +89,7 @@ def live(
     kind: Kind, target: int, start_s: int, coming: np.ndarray, random: np.random.Generator,
     schedule: np.ndarray | None = None,
 ) -> Outcome:  # fmt: skip
-    """Play a day. schedule: workers that are to be there at least, in each slot of the day."""
+    """Play a day. schedule: minimum number of workers in each slot of the day."""
     workers = [Worker(0)]
     waiting: deque[int] = deque()
     first: list[float] = []
@@ -128,13 +128,13 @@ def live(
 
 
 def scheduled(yesterday: Outcome, target: int, room: float) -> np.ndarray:
-    """Return how many workers each slot of the day wanted in most of its seconds, times `room`: int64 [slots]."""
+    """Return the workers that each slot of the day wanted in its median second, times `room`: int64 [slots]."""
     slots = room * np.median(yesterday.demand.reshape(-1, SLOT_S), axis=1)
     return np.clip(np.ceil(slots / target), 1, MAX_WORKERS).astype(np.int64)
 
 
 def row(kind: Kind, target: int, start_s: int, how: str, outcome: Outcome) -> dict[str, Any]:
-    """Return what is reported of a day."""
+    """Return the reported figures of a day."""
     p50, p99 = np.quantile(outcome.first_token_s, (0.5, 0.99))
     return {
         "kind": kind.name, "target": target, "start_s": start_s, "how": how,
@@ -145,7 +145,7 @@ def row(kind: Kind, target: int, start_s: int, how: str, outcome: Outcome) -> di
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Fill one panel a kind: worker hours against p99, a line through the targets for each way and start time."""
+    """Draw worker hours against p99, one panel per kind, with one line through the targets per way and start time."""
     for panel, kind in zip(axes, KINDS, strict=True):
         for start_s, style in ((60, "-"), (300, "--")):
             for (how, _), color in zip(WAYS, (report.BLUE, report.GREEN, report.ORANGE), strict=True):

@@ -1,12 +1,14 @@
-"""A day of fewer workers than bases, or more: the scheduler's swaps beside first come, first served, and collation.
+"""A day with more or fewer bases than workers: the scheduler's swaps compared with FIFO and with collation.
 
-`python -m benchmarks.simulation.swapping`. The scheduler's policy of swaps in virtual time, seeded: every run gives the
-same numbers. A worker serves one request at a time, of some seconds, and a swap takes 2 to 4 s by its base. *fifo*: a
-free worker takes the oldest request, and swaps if it must. *collate*: it serves its base until nothing waits for it,
-then swaps to the base of the oldest request. *swaps*: `scheduler.swaps`, asked twice a second; a request that a swap
-interrupts waits for its base again, and is then computed from where it was, after a fraction of a second.
+`python -m benchmarks.simulation.swapping`. It runs the scheduler's swap policy in virtual time, seeded, so every run
+gives the same numbers. A worker serves one request at a time, for some seconds, and a swap takes 2 to 4 s, depending on
+the base. *fifo*: a free worker takes the oldest request, and swaps if necessary. *collate*: it serves its base until
+nothing waits for that base, then swaps to the base of the oldest request. *swaps*: `scheduler.swaps`, called twice a
+second. A request that a swap interrupts waits for its base again, and then continues where it was, after a fraction of
+a second.
 
-Waiting is all time from a request's arrival to its end in which it was not served, without the flooding tenant's.
+Waiting is all time between a request's arrival and its end in which it was not served. The flooding tenant does not
+count.
 """
 
 from __future__ import annotations
@@ -30,21 +32,21 @@ POLICIES = ("fifo", "collate", "swaps")
 LOADS = ("steady", "day", "flood")
 TICK_S = 0.5
 RESUME_S = 0.2
-"""What a request costs besides its work after each hand-over."""
+"""Seconds that a request costs in addition to its work after each hand-over."""
 
 MEAN_WORK_S = 2.0
 MAX_WAIT_S, MIN_RESIDENCY_S = 30.0, 5.0
 NUM_TENANTS = 3
-"""Tenants for each base in the mean; a popular base has more."""
+"""Mean number of tenants per base; a popular base has more."""
 
 FLOOD = "flood"
 FLOOD_OPEN = 20
-"""Requests for each worker that the flooding tenant always has open."""
+"""Number of open requests per worker that the flooding tenant always has."""
 
 
 @dataclass(slots=True)
 class Request:
-    """One request: what is left of its work in seconds, and how much it had. Times in s."""
+    """One request: its remaining and its total work in seconds. Times are in s."""
 
     at_s: float
     base: str
@@ -55,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is simulated. load: mean share of the workers' time that the requests take, without the flood's."""
+    """A simulated case. load: mean share of the workers' time that the requests use, without the flood's."""
 
     bases: int
     workers: int
@@ -70,15 +72,15 @@ class Cell:
         return [f"b{i}" for i in range(self.bases)]
 
     def start_s(self, base: str) -> float:
-        """Return what a swap to a base takes: 2 to 4 s."""
+        """Return the seconds of a swap to a base: 2 to 4."""
         return 2.0 + 2.0 * ((int(base[1:]) * 7) % 10) / 9
 
 
 def arrivals(cell: Cell) -> Iterator[Request]:
-    """Yield the requests of a day, by Zipf's law over the bases, in order of time.
+    """Yield the requests of a day, Zipf-distributed over the bases, ordered by time.
 
-    day: each base has its peak, 1.6 of its mean, at an hour of its own, and in five minutes of each hour one base is
-    three times as popular. flood: the last base belongs to the flooding tenant, whose requests are not among these.
+    day: each base has its peak, 1.6 times its mean, at its own hour, and for five minutes of each hour one base is
+    three times as popular. flood: the last base belongs to the flooding tenant, whose requests are not yielded here.
     """
     rng = random.Random(f"{cell.kind} {cell.seed}")
     names = cell.names[:-1] if cell.kind == "flood" else cell.names
@@ -110,7 +112,7 @@ def arrivals(cell: Cell) -> Iterator[Request]:
 
 @dataclass(slots=True)
 class Worker:
-    """One worker. It serves `request`, or starts as `base` until `ready_s`."""
+    """One worker. It serves `request`, or is starting as `base` until `ready_s`."""
 
     wid: str
     base: str
@@ -119,25 +121,25 @@ class Worker:
     request: Request | None = None
     began_s: float = 0.0
     resume_s: float = 0.0
-    serial: int = 0  # of its last event; earlier ones are void
-    order: Swap | None = None  # the last one
+    serial: int = 0  # of its last event; earlier events are void
+    order: Swap | None = None  # the last swap order
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a day came to. Times in s."""
+    """The result of a day. Times are in s."""
 
     waits_s: list[float] = field(default_factory=list[float])
     swaps: Counter[str] = field(default_factory=Counter[str])
     served_s: dict[str, float] = field(
         default_factory=lambda: defaultdict[str, float](float)
-    )  # by tenant, work of ended requests
+    )  # work of ended requests, by tenant
     num_ended: int = 0  # within the day, without the flood's
     starting_s: float = 0.0
-    longest_s: float = 0.0  # in which a base with requests had no worker
+    longest_s: float = 0.0  # maximum time without a worker of a base with requests
 
     def wait_s(self, percentile: float) -> float:
-        """Return a percentile of the waits."""
+        """Return a percentile of the waits in s."""
         waits = sorted(self.waits_s)
         return waits[min(len(waits) - 1, int(percentile * len(waits)))] if waits else 0.0
 
@@ -150,7 +152,7 @@ class Day:
         self._swaps = SwapPolicy(MAX_WAIT_S, MIN_RESIDENCY_S)
         names = cell.names
         self._workers = [Worker(f"w{i}", names[i % len(names)]) for i in range(cell.workers)]
-        self._queues = {name: deque[tuple[float, Request]]() for name in names}  # with since when it waits
+        self._queues = {name: deque[tuple[float, Request]]() for name in names}  # (s since when it waits, request)
         self._waiting_s = dict.fromkeys(names, 0.0)
         self._num_open = {name: Counter[str]() for name in names}  # by tenant
         self._events: list[tuple[float, int, Worker | None, int]] = []
@@ -160,7 +162,7 @@ class Day:
         self.outcome = Outcome()
 
     def run(self, coming: Iterator[Request]) -> Outcome:
-        """Play the day, and serve to its end what has come."""
+        """Play the day, and serve every request that arrived until it ends."""
         cell = self._cell
         end_s = 3600 * cell.hours
         if cell.kind == "flood":
@@ -215,7 +217,7 @@ class Day:
         self._waiting_s[request.base] += request.left_s
 
     def _work(self, worker: Worker, now_s: float) -> None:
-        """Have a free worker take the request that is next for it, if any."""
+        """Assign the next request to a free worker, if there is one for it."""
         base = worker.base
         if self._policy == "fifo" or (self._policy == "collate" and not self._queues[base]):
             heads = [(queue[0][0], name) for name, queue in self._queues.items() if queue]
@@ -227,7 +229,7 @@ class Day:
         if base != worker.base:
             self._swap(worker, base, "", now_s)
             request = self._take(base)
-            worker.request = request  # it is served when the start is over
+            worker.request = request  # it is served after the start
             worker.began_s = worker.ready_s
         else:
             request = worker.request = self._take(base)
@@ -264,7 +266,7 @@ class Day:
             self._work(worker, now_s)
 
     def _tick(self, now_s: float) -> None:
-        """Note how long bases had no worker, and under the scheduler's policy ask it for swaps and do them."""
+        """Record how long bases had no worker; under the scheduler's policy also request swaps and perform them."""
         served = {worker.base for worker in self._workers if worker.ready_s <= now_s}
         for name, queue in self._queues.items():
             since_s = self._unserved_s[name] = min(self._unserved_s[name], now_s) if queue else math.inf
@@ -298,7 +300,7 @@ class Day:
             self._push(worker.ready_s, worker)
 
     def _typical_s(self, base: str) -> float:
-        """Return the median of the work that waits of each tenant, all of which have one share."""
+        """Return the median of the tenants' waiting work in s; all tenants have equal shares."""
         waiting_s = dict.fromkeys(self._num_open[base], 0.0)
         for _, request in self._queues[base]:
             waiting_s[request.tenant] += request.left_s
@@ -306,7 +308,7 @@ class Day:
 
 
 def row(cell: Cell, policy: str) -> dict[str, Any]:
-    """Play a day, and return what is reported of it."""
+    """Play a day, and return its reported figures."""
     outcome = Day(cell, policy).run(arrivals(cell))
     seconds = 3600 * cell.hours * cell.workers
     idle = 1 - (sum(outcome.served_s.values()) + outcome.starting_s) / seconds
@@ -329,10 +331,10 @@ HEADINGS = ("bases", "workers", "load", "p50, s", "p99, s", "requests/h", "swaps
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return a line of the table for each cell, given a row for each of `POLICIES`.
+    """Return a table row for each cell, given one result for each of `POLICIES`.
 
-    Wanted is, with fewer workers than bases, half of fifo's p99 at no less throughput; else what the better of both
-    others has.
+    With fewer workers than bases, the target is half of FIFO's p99 at no less throughput; otherwise it is the lower p99
+    of the other two policies.
     """
     found: list[list[str]] = []
     for number in range(0, len(rows), len(POLICIES)):
@@ -346,7 +348,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Play all days, save what they came to, and print the table."""
+    """Play all days, save their figures, and print the table."""
     parser = report.parser(__doc__, without=("model", "short"))
     parser.add_argument("--bases", type=int, nargs="+", default=[3, 10])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16])

@@ -1,4 +1,4 @@
-"""A worker in virtual time: steps take what the step-time model says, adapters take what their bytes take to load."""
+"""A worker in virtual time: the step-time model gives the length of steps, and adapters' sizes that of their loads."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE
 
 SMALL_GPU_STEP = m.StepModel(a=0.02, b=5e-5, c=2e-8, d=2e-6)
-"""s, and s per token, KV token and rank: about an 8-billion-parameter model on a small GPU. Assumed, not measured."""
+"""s, and s per token, KV token and rank: roughly an 8-billion-parameter model on a small GPU. Assumed, not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerModel:
     """The sizes and speeds of a worker."""
 
-    capacity: int = 64  # requests that run at once
+    capacity: int = 64  # maximum number of requests that run at once
     max_step_tokens: int = 2048
     step: m.StepModel = SMALL_GPU_STEP
     pool_bytes: int = 64 * 20_000_000
     host_bytes: int = 400 * 20_000_000
     bandwidths: Bandwidths = field(default_factory=Bandwidths)
-    way_ms: float = 0.0  # time of a request beside its steps, from the client to the worker and back
+    way_ms: float = 0.0  # time of a request outside its steps, from the client to the worker and back
 
 
 @dataclass(slots=True)
 class SimulatedRequest:
-    """One request of the trace on its way through a worker. Times in ms of virtual time, -1 before they happen."""
+    """One request of the trace on its way through a worker. Times are in ms of virtual time, -1 before they happen."""
 
     submit: m.RequestHead
-    num_output_tokens: int  # it will make
+    num_output_tokens: int  # that it will generate
     epoch: int = 0
     yields: bool = False
-    left_prompt: int = 0  # tokens to prefill
-    num_cached: int = 0  # tokens computed before it was preempted, found in the prefix cache
+    left_prompt: int = 0  # prompt tokens still to prefill
+    num_cached: int = 0  # tokens computed before a preemption, found in the prefix cache
     left_output: int = 0
     submitted_ms: float = 0.0
     first_ms: float = -1.0
@@ -48,16 +48,16 @@ class SimulatedRequest:
 
 @dataclass(slots=True)
 class _Group:
-    """The requests of a worker that yield, or those that do not. The former do not take part in every step."""
+    """A worker's yielding requests, or all others. Yielding requests do not take part in every step."""
 
-    ready: deque[SimulatedRequest] = field(default_factory=deque[SimulatedRequest])  # to prefill
+    ready: deque[SimulatedRequest] = field(default_factory=deque[SimulatedRequest])  # still to prefill
     ends: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])  # heap: (step that ends it, rid)
     num_steps: int = 0
     num_kv_tokens: int = 0
 
 
 class _AdapterLru:
-    """Adapters by last use, within a budget of bytes."""
+    """Adapters ordered by last use, within a budget of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -68,12 +68,12 @@ class _AdapterLru:
         return digest in self.digests
 
     def touch(self, digest: str) -> None:
-        """Note that an adapter is used."""
+        """Mark an adapter as used now."""
         if digest in self.digests:
             self.digests.move_to_end(digest)
 
     def make_room(self, num_bytes: int, pinned: Counter[str]) -> bool:
-        """Evict the least recently used adapters. Returns False, and evicts none, if too much is pinned."""
+        """Evict the least recently used adapters. Return False, and evict none, if too much is pinned."""
         free = self._max_bytes - self._bytes
         leaving: list[str] = []
         for digest, size in self.digests.items():
@@ -89,16 +89,16 @@ class _AdapterLru:
         return True
 
     def add(self, digest: str, num_bytes: int) -> None:
-        """Add an adapter for which there is room."""
+        """Add an adapter, for which there must be room."""
         if digest not in self.digests:
             self.digests[digest] = num_bytes
             self._bytes += num_bytes
 
 
 class SimWorker:
-    """Continuous batching with chunked prefill, an adapter pool and one loader, as a worker has them, without a model.
+    """A worker's continuous batching with chunked prefill, adapter pool and single loader, without a model.
 
-    Yielding requests are treated as `gpu_worker.planning.batcher` treats them, but for the limit of steps.
+    Yielding requests are treated as in `gpu_worker.planning.batcher`, except for the limit on steps.
     """
 
     def __init__(self, wid: str, model: WorkerModel, facts: Mapping[str, AdapterFacts]) -> None:
@@ -106,25 +106,25 @@ class SimWorker:
         self._model = model
         self._facts = facts
         self._others, self._yielding = _Group(), _Group()
-        self._blocked: dict[str, list[SimulatedRequest]] = {}  # digest -> requests waiting for it, in order
+        self._blocked: dict[str, list[SimulatedRequest]] = {}  # digest -> requests that wait for it, in order
         self._running: dict[str, SimulatedRequest] = {}
-        self._num_others = 0  # requests here that do not yield
+        self._num_others = 0  # requests on this worker that do not yield
         self._starting: list[SimulatedRequest] = []  # requests whose prefill ends with this step
-        self._pauses = False  # whether the yielding group is left out of this step, or was of the last one
-        self._short_steps = 0  # steps until yielding prompts are computed in long ones again
+        self._pauses = False  # whether the yielding group is left out of this step, or was left out of the last one
+        self._short_steps = 0  # steps until yielding prompts are computed in long steps again
         self._pinned: Counter[str] = Counter()
         self._pool = _AdapterLru(model.pool_bytes)
         self._host = _AdapterLru(model.host_bytes)
         self._fetches: deque[str] = deque()
         self.step_ends_ms: float | None = None
-        self.loading: tuple[str, bool] | None = None  # digest, and whether it goes to the pool
+        self.loading: tuple[str, bool] | None = None  # digest, and whether it is loaded into the pool
         self.load_ends_ms = 0.0
         self.num_loads = 0
         self.num_fetches = 0
         self.busy_ms = 0.0
 
     def take(self, request: SimulatedRequest) -> None:
-        """Take an assigned request."""
+        """Add an assigned request."""
         digest = request.submit.digest
         self._num_others += not request.yields
         request.left_prompt = request.submit.num_prompt_tokens
@@ -135,12 +135,12 @@ class SimWorker:
             self._blocked.setdefault(digest, []).append(request)
 
     def prefetch(self, digest: str) -> None:
-        """Bring an adapter to the host cache when no request waits for another one."""
+        """Load an adapter into the host cache once no request waits for another one."""
         if digest not in self._host:
             self._fetches.append(digest)
 
     def start_load(self, now_ms: float) -> float | None:
-        """Let the loader begin its next load. Returns when that ends, in ms; None if it has none or is busy."""
+        """Start the loader's next load. Return when it ends, in ms; None if there is none or the loader is busy."""
         if self.loading is not None:
             return None
         bandwidths = self._model.bandwidths
@@ -178,7 +178,7 @@ class SimWorker:
                 self._make_ready(request)
 
     def start_step(self, now_ms: float) -> float | None:
-        """Begin a step. Returns when it ends, in ms; None if there is nothing to do or one is in progress."""
+        """Start a step. Return when it ends, in ms; None if there is nothing to do or one is in progress."""
         has_work = self._running or self._others.ready or self._yielding.ready
         if self.step_ends_ms is not None or not has_work:
             return None
@@ -202,7 +202,7 @@ class SimWorker:
         return self.step_ends_ms
 
     def _should_pause(self) -> bool:
-        """Return whether the yielding group is left out of this step, because another prompt is in it."""
+        """Return whether the yielding group is left out of this step, because it has another prompt."""
         return (
             not self._pauses
             and bool(self._others.ready)
@@ -218,7 +218,7 @@ class SimWorker:
         return self._yielding if request.yields else self._others
 
     def _prefill(self, group: _Group, budget: int, adapters: set[str]) -> int:
-        """Prefill a group's prompts within `budget` tokens. Adds their adapters to `adapters`; returns the tokens."""
+        """Prefill a group's prompts within `budget` tokens. Add their adapters to `adapters`; return the tokens."""
         num_tokens = 0
         while group.ready and num_tokens < budget and len(self._running) + len(self._starting) < self._model.capacity:
             request = group.ready[0]
@@ -233,7 +233,7 @@ class SimWorker:
         return num_tokens
 
     def _take_places(self) -> None:
-        """Preempt the latest yielding requests for others that lack a place; full blocks stay in the prefix cache."""
+        """Preempt the latest yielding requests for others without a slot; full blocks stay in the prefix cache."""
         num_lacking = min(len(self._running) + len(self._others.ready) - self._model.capacity, len(self._others.ready))
         group = self._yielding
         for request in [r for r in reversed(self._running.values()) if r.yields][: max(0, num_lacking)]:
@@ -250,7 +250,7 @@ class SimWorker:
             group.ready.appendleft(request)
 
     def end_step(self, now_ms: float) -> list[SimulatedRequest]:
-        """Finish the step in progress. Returns the requests that end with it."""
+        """Finish the step in progress. Return the requests that end with it."""
         self.step_ends_ms = None
         groups = self._active_groups()
         for group in groups:
@@ -267,7 +267,7 @@ class SimWorker:
         return [request for group in groups for request in self._end_requests(group, now_ms)]
 
     def _end_requests(self, group: _Group, now_ms: float) -> list[SimulatedRequest]:
-        """Take out the requests of a group whose last token came with this step."""
+        """Remove and return the requests of a group whose last token this step computed."""
         ended: list[SimulatedRequest] = []
         while group.ends and group.ends[0][0] <= group.num_steps:
             request = self._running.pop(heappop(group.ends)[1])
@@ -279,7 +279,7 @@ class SimWorker:
         return ended
 
     def beat(self, now_ms: float) -> m.WorkerBeat:
-        """Return what a worker in this state reports."""
+        """Return the heartbeat of a worker in this state."""
         lengths = {rid: end - group.num_steps for group in (self._others, self._yielding) for end, rid in group.ends}
         waiting = [*self._others.ready, *self._yielding.ready, *self._starting]
         blocked = [request for requests in self._blocked.values() for request in requests]

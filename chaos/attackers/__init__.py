@@ -1,1 +1,1 @@
-"""Attackers of a fleet under faults: what a hostile tenant sends while others are served."""
+"""Attackers of a fleet under faults: the calls of a hostile tenant while other tenants are served."""

@@ -1,4 +1,4 @@
-"""A tenant with an ordinary key who means harm, or somebody without a key, and the tally of what they are told."""
+"""A hostile client, with a valid API key or without one, and the count of the statuses it was answered with."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import httpx2
 import orjson
 
 ADDRESS = "127.0.0.2"
-"""Attackers call from another address of this machine, as limits per address must not meet honest clients."""
+"""Source address of attackers: another one of this machine, so that limits per address spare honest clients."""
 
 PATIENCE_S = 180.0
-"""Silence after which a call counts as hung: far longer than any limit, so that a busy machine hangs nobody."""
+"""Silence after which a call counts as hung: far above every limit, so that a busy machine does not look hung."""
 
 MAX_CONNECTIONS = 2000
 
 REFUSALS = frozenset({"400", "401", "403", "404", "408", "409", "413", "414", "415", "422", "429", "431", "503"})
-"""Statuses by which an attacker may always be refused. 500 is a fault, and so is silence."""
+"""Statuses with which an attacker may always be refused. 500 is a fault of the fleet, and so is silence."""
 
 CLOSED, HELD, HUNG = "closed", "held", "hung"
-"""What a connection comes to: the gateway closes it, lets it be for as long as the attacker wants, or says nothing."""
+"""How a connection ends: the gateway closes it, keeps it open as long as the attacker wants, or never answers."""
 
 
 Reading = Callable[[AsyncIterator[bytes]], Awaitable[None]]
@@ -51,7 +51,7 @@ class Attacker:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that show the key."""
+        """Request headers with the API key, if there is one."""
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
     async def close(self) -> None:
@@ -61,16 +61,16 @@ class Attacker:
     # ------------------------------------------------------------ HTTP
 
     async def post(self, path: str, body: Mapping[str, Any] | bytes, **headers: str) -> Any:
-        """Post a body, JSON or bytes that claim to be; return the answer's JSON, None if there is none."""
+        """Post JSON, or raw bytes sent as JSON; return the JSON of the answer, None if it has none."""
         raw = body if isinstance(body, bytes) else orjson.dumps(body)
         return await self.send("POST", path, raw, **headers)
 
     async def get(self, path: str, **headers: str) -> Any:
-        """Get a path; return the answer's JSON, None if there is none."""
+        """Send a GET; return the JSON of the answer, None if it has none."""
         return await self.send("GET", path, None, **headers)
 
     async def send(self, method: str, path: str, raw: bytes | None, **headers: str) -> Any:
-        """Send a request, and count its answer; return the answer's JSON, None if there is none."""
+        """Send a request and count its answer; return the JSON of the answer, None if it has none."""
         more = {"content-type": "application/json"} if raw is not None else {}
         more |= {name.replace("_", "-"): value for name, value in headers.items()}
         try:
@@ -89,7 +89,7 @@ class Attacker:
         return found
 
     async def stream(self, path: str, body: Mapping[str, Any] | None, read: Reading) -> None:
-        """Begin a request, a GET without a body, and read its answer as `read` does; then the connection breaks."""
+        """Send a request, a GET if `body` is None; `read` consumes the answer, and then the connection is closed."""
         try:
             method, json = ("GET", None) if body is None else ("POST", dict(body))
             async with self._http.stream(method, path, json=json) as answer:
@@ -103,7 +103,7 @@ class Attacker:
     # ------------------------------------------------------------ bytes
 
     async def connect(self, do: Doing) -> None:
-        """Do something on a plain connection. A gateway that closes it, or refuses it, is counted."""
+        """Run `do` on a plain connection. Count it if the gateway closes or refuses the connection."""
         host, port = self._address.hostname, self._address.port
         writer: asyncio.StreamWriter | None = None
         try:
@@ -119,13 +119,13 @@ class Attacker:
                 writer.transport.abort()
 
     async def status_of(self, reader: asyncio.StreamReader) -> None:
-        """Read the status of the next answer on a connection, and count it."""
+        """Read the status of the next answer on a connection and count it."""
         async with asyncio.timeout(self.patience_s):
             line = await reader.readline()
         self.told[line.split(b" ")[1].decode() if line.startswith(b"HTTP/1.1 ") else CLOSED] += 1
 
     async def hold(self, reader: asyncio.StreamReader, seconds: float) -> None:
-        """Keep a connection on which nothing more comes, and count whether the gateway lets it be."""
+        """Keep an idle connection for `seconds`; count whether the gateway closes it."""
         try:
             async with asyncio.timeout(seconds):
                 await reader.read(1)
@@ -135,13 +135,13 @@ class Attacker:
             self.told[CLOSED] += 1
 
     def head(self, method: str, path: str, *lines: str) -> bytes:
-        """Return the beginning of a request, up to and without the empty line."""
+        """Return the head of a request without the empty line that ends it."""
         shown = [f"{name}: {value}" for name, value in self.headers.items()]
         return "\r\n".join([f"{method} {path} HTTP/1.1", f"host: {self._address.netloc}", *shown, *lines, ""]).encode()
 
 
 def _status(status: int, body: Any) -> str:
-    """Return an answer's status; of an error with nothing of an API's error in it, and of a fault, also its code."""
+    """Return an answer's status, with the error code of a fault, or a note if its error is not in the API's format."""
     if status < 400:
         return str(status)
     error = body.get("error") if isinstance(body, dict) else None
@@ -158,15 +158,15 @@ Round = Callable[[Attacker], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """One way to do harm. A round of it is repeated for as long as the attack is to last."""
+    """One kind of attack. Its round is repeated for the time of the attack."""
 
     name: str
     once: Round
-    may_be_told: frozenset[str] = frozenset()  # besides `REFUSALS`
-    keyless: bool = False  # somebody without a key can do as much harm by it
+    may_be_told: frozenset[str] = frozenset()  # statuses that are allowed besides `REFUSALS`
+    keyless: bool = False  # the attack does not need an API key
 
     async def run(self, attacker: Attacker, seconds: float) -> int:
-        """Repeat rounds for so long, at least one of them; return their number."""
+        """Repeat rounds for `seconds`, at least one; return their number."""
         until_s, num = time.monotonic() + seconds, 0
         while not num or time.monotonic() < until_s:
             await self.once(attacker)
@@ -174,11 +174,11 @@ class Attack:
         return num
 
     def wrongly_told(self, told: Mapping[str, int]) -> list[str]:
-        """Return what the attacker was told and must not be."""
+        """Return a message for each status that the attacker must not get."""
         allowed = REFUSALS | self.may_be_told
         return [f"the attacker was told {num} times: {what}" for what, num in told.items() if what not in allowed]
 
 
 async def together(*rounds: Awaitable[Any]) -> None:
-    """Do everything at once, and wait for all of it."""
+    """Run everything concurrently and wait until all of it is done."""
     await asyncio.gather(*rounds)

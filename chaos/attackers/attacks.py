@@ -1,4 +1,4 @@
-"""Attacks that need nothing but a gateway and a key: requests whose bodies ask for far more than they cost to send."""
+"""Attacks by request bodies that cost far more to serve than to send; they need only a gateway and a key."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _numbers = itertools.count()
 
 
 def completion(**fields: Any) -> dict[str, Any]:
-    """Return the body of a short completion of the base model, with fields over it."""
+    """Return the body of a short completion of the base model; `fields` override its own."""
     return {"model": "base", "prompt": "hi", "max_tokens": 2, **fields}
 
 
 def chat(content: Any = "hi", **fields: Any) -> dict[str, Any]:
-    """Return the body of a short chat with the base model, with fields over it."""
+    """Return the body of a short chat with the base model; `fields` override its own."""
     return {"model": "base", "messages": [{"role": "user", "content": content}], "max_tokens": 2, **fields}
 
 
 def _new() -> int:
-    """Return a number that no grammar or key has had, so that nothing is known yet."""
+    """Return a number not used before, so that no cache knows the grammar or key made from it."""
     return next(_numbers)
 
 
@@ -153,7 +153,7 @@ async def _large_body(attacker: Attacker) -> None:
 
 
 async def _scanners(attacker: Attacker) -> None:
-    """Have everything read that could be read over and over: grammars, schemas, patterns, tools, earlier turns."""
+    """Send large grammars, schemas, patterns, tools and earlier turns, which a parser might scan repeatedly."""
 
     def filled(unit: str, before: str = "", after: str = "") -> str:
         return before + unit * ((65_000 - len(before) - len(after)) // len(unit)) + after
@@ -178,7 +178,7 @@ async def _scanners(attacker: Attacker) -> None:
 
 
 async def _nested_lines(attacker: Attacker) -> None:
-    """Have batches read lines of 4 MB of lists, and of lists within lists."""
+    """Submit batches with lines of 4 MB that consist of lists, or of deeply nested lists."""
     values = ["[" + "[]," * 1_390_000 + "1]", "[" * 300 + "]" * 300, "[" * 1_000_000 + "]" * 1_000_000]
     rows = [
         f'{{"custom_id":"{n}","method":"POST","url":"{COMPLETIONS}","body":{{"model":"base","prompt":"hi","x":{value}}}}}'
@@ -268,7 +268,7 @@ async def _many_logprobs(attacker: Attacker) -> None:
 
 
 MANY_LOGPROBS = Attack("100 × 24,000 tokens with logprobs", _many_logprobs, frozenset({"200"}))
-"""Whole answers that would have more logprobs together than a gateway may hold."""
+"""Complete answers whose logprobs together exceed what a gateway may hold."""
 
 BODY_ATTACKS = (
     Attack("130 models × 600,000 ids", _many_models(130)),

@@ -1,4 +1,4 @@
-"""Attacks by those who make no calls: lists again and again, one job for hundreds of clients, orders, wrong URLs."""
+"""Attacks without generation: repeated lists, one job read by hundreds of clients, waiting orders, wrong URLs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def _lists(attacker: Attacker) -> None:
 
 
 async def _readers(attacker: Attacker) -> None:
-    """Stream one job that runs, from hundreds of connections; then one that has ended."""
+    """Stream a running job from hundreds of connections, then one that has ended."""
     body = completion(background=True, max_tokens=100, ignore_eos=True, echo=True, prompt="data: x\n\nid: 1\n\u2028")
     job = await attacker.post(COMPLETIONS, body)
     path = f"/v1/jobs/{(job or {}).get('id', 'job_none')}"
@@ -39,7 +39,7 @@ async def _readers(attacker: Attacker) -> None:
 
 
 async def _slow_readers(attacker: Attacker) -> None:
-    """Stream a job and stop to read, so that what is kept for readers is there no more when they go on."""
+    """Stream a job and stop reading, so that the data kept for readers has expired when reading resumes."""
     body = completion(background=True, max_tokens=200, ignore_eos=True, logprobs=5)
     job = await attacker.post(COMPLETIONS, body)
 
@@ -54,7 +54,7 @@ async def _slow_readers(attacker: Attacker) -> None:
 
 
 async def _orders(attacker: Attacker) -> None:
-    """Ask what is no call and no list: URLs that are nearly those of routes, and orders that wait for workers."""
+    """Send requests that neither generate nor list: near misses of route URLs, and orders that wait for workers."""
 
     async def ask(number: int) -> None:
         for turn in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""Attacks by webhooks: receivers that never answer, and names that no server answers for."""
+"""Attacks by webhooks: receivers that never answer, and host names that no DNS server resolves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chaos.attackers.attacks import ANSWERED, COMPLETIONS, completion
 ENDPOINTS, JOBS = "/v1/webhook_endpoints", "/v1/jobs"
 NUM_ENDPOINTS, NUM_JOBS, NUM_TESTS = 24, 40, 100
 TESTING_S = 2.0
-"""How long tests are waited for: those that got a place take until their time is over."""
+"""Maximum seconds to wait for tests: an accepted test lasts until its own timeout."""
 
 EVENTS = ["job.completed", "job.cancelled", "job.failed"]
 
@@ -23,26 +23,26 @@ _numbers = itertools.count()
 
 @cache
 def black_hole() -> str:
-    """Return a URL of this machine where connections are taken, and nothing is ever answered."""
+    """Return a URL on this machine that accepts connections and never answers."""
     return f"http://127.0.0.1:{_kept(socket.create_server(('127.0.0.1', 0), backlog=1))}/hook"
 
 
 @cache
 def silent_dns() -> str:
-    """Return ADDRESS:PORT of a DNS server of this machine that never answers."""
+    """Return ADDRESS:PORT of a DNS server on this machine that never answers."""
     server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     server.bind(("127.0.0.1", 0))
     return f"127.0.0.1:{_kept(server)}"
 
 
 def _kept(server: socket.socket) -> int:
-    """Keep a socket until this process ends; return its port."""
+    """Keep a socket open until this process ends; return its port."""
     atexit.register(server.close)
     return server.getsockname()[1]
 
 
 async def _webhooks(attacker: Attacker) -> None:
-    """Keep as many endpoints as one may, half of them with names, tell all of them of many ends, and test them."""
+    """Register the maximum number of endpoints, half of them by host name; send them many events, and test them."""
     urls = [black_hole() if number % 2 else f"http://h{number}.silent.example/" for number in range(NUM_ENDPOINTS)]
     made = await asyncio.gather(
         *(attacker.post(ENDPOINTS, {"name": "n", "url": url, "event_types": EVENTS}) for url in urls)

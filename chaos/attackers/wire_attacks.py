@@ -1,4 +1,4 @@
-"""Attacks on the HTTP server itself, by connections: nothing that they send is ever a whole, honest request."""
+"""Attacks on the HTTP server by raw connections that never send a complete, well-formed request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chaos.attackers.attacker import CLOSED, HELD, Attack, Attacker, together
 from chaos.attackers.attacks import COMPLETIONS, completion
 
 HELD_S = 1.0
-"""How long a round holds connections on which nothing more comes."""
+"""Seconds for which a round keeps idle connections open."""
 
 PIECE = b"x" * (1 << 16)
 HUGE_HEADER_BYTES = 60 << 20

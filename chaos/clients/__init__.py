@@ -1,1 +1,1 @@
-"""Clients under faults: each asks as careful users do, and records everything that it is shown."""
+"""Clients under faults: they retry as a careful user does, and record everything that they are shown."""

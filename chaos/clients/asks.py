@@ -1,4 +1,4 @@
-"""What clients ask, and the answers they must get: those of an undisturbed fleet, checked against transformers."""
+"""The requests of clients, and their expected answers: those of an undisturbed fleet, checked against transformers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ SEEDED = {"temperature": 0.9, "top_p": 0.95}
 PENALISED = {"temperature": 0.7, "top_k": 40, "frequency_penalty": 0.4, "presence_penalty": 0.2}
 GREEDY = {"temperature": 0}
 ENCODED = ("my name is ada lovelace", "grace", "i live in london with grace hopper of new york city", "?")
-"""Texts that an encoder is asked for the vectors of."""
+"""Texts whose vectors are requested from an encoder."""
 
 NUDGE, NUM_NUDGES = 1e-4, 16
-"""Standard deviation and number of the perturbations of logits that show whether rounding could change a token."""
+"""Standard deviation and number of the perturbations of logits that test whether rounding could change a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Everything that determines the text of one choice; with 0 tokens, the vector of a prompt is asked for."""
+    """Everything that determines the text of one choice; `num_tokens` 0 asks for the vector of the prompt."""
 
     model: str
     prompt: str
@@ -46,7 +46,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The right answer to an ask."""
+    """The expected answer to an ask."""
 
     text: str
     ids: bytes  # int32, as in the log
@@ -86,7 +86,7 @@ class Transformers:
     """The oracle: transformers and PEFT, one request at a time, with the worker's sampling."""
 
     def __init__(self, model: Path, adapters: Path, names: Sequence[str], base: str = "base") -> None:
-        """Load the model, which is asked as `base`, and the adapters `names` in the folder `adapters`."""
+        """Load the model, named `base` in asks, and the adapters `names` in the folder `adapters`."""
         import torch
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,7 +100,7 @@ class Transformers:
             self._model.load_adapter(str(adapters / name), adapter_name=name)
 
     def answer(self, ask: Ask) -> list[int] | None:
-        """Return the tokens of an ask's answer; None when rounding could decide one of them."""
+        """Return the tokens of the answer; None if rounding could change one of them."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._torch.inference_mode())
             if ask.model == self._base:
@@ -131,9 +131,9 @@ class Transformers:
 
 
 def vectors(asks: Iterable[Ask], model: Path, adapters: Path) -> dict[Ask, tuple[float, ...]]:
-    """Return what transformers and PEFT answer to asks for vectors.
+    """Return the vectors that transformers and PEFT compute for asks.
 
-    model: the encoder's folder, by whose name it is asked. adapters: the folder of its adapters.
+    model: the encoder's folder; its name is the model's name in asks. adapters: the folder of its adapters.
     """
     import torch
     from peft import PeftModel

@@ -1,4 +1,4 @@
-"""Batches under faults: a client that uploads many calls, waits for their end, and reads every answer."""
+"""Batches under faults: a client uploads many calls, waits until they end, and checks every answer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 POLL_S = 0.5
 
 MAX_LOOKS = 60
-"""Most times that a batch which has ended is looked at again, because its file cannot be read."""
+"""Maximum number of times that an ended batch is read again because its file cannot be read."""
 
 
 class BatchClient:
-    """Runs one batch at any of the gateways at `urls`, which may die."""
+    """Runs one batch at a time at any of the gateways at `urls`, which may die."""
 
     def __init__(self, urls: Sequence[str], key: str, expected: Mapping[Ask, Expected]) -> None:
-        """`key`: the API key that it shows; "" for a fleet that asks for none."""
-        self.ended: set[tuple[str, str]] = set()  # (type of the event, id of the batch)
+        """key: the client's API key; "" for a fleet without keys."""
+        self.ended: set[tuple[str, str]] = set()  # (event type, batch id)
         self._expected = expected
         self._http = Insistent(urls, key)
 
@@ -34,10 +34,10 @@ class BatchClient:
         await self._http.close()
 
     async def run(self, num_lines: int, rng: random.Random) -> list[str] | None:
-        """Run a batch. Returns all that is wrong with it; None when the queue does not know it or its file any more.
+        """Run a batch. Return everything that is wrong with it; None if the queue no longer knows it or its file.
 
-        A queue that has lost its last second may have lost a batch that was just made, or the file that it is to read:
-        between a gateway's look for the file and its write of the batch, when the batch fails for want of it.
+        A queue that lost its last second of writes may have lost a new batch or its input file. If the file is lost
+        between a gateway's check for it and its write of the batch, the batch fails because of the missing file.
         """
         asks = [rng.choice(list(self._expected)) for _ in range(num_lines)]
         lines = [
@@ -73,7 +73,7 @@ class BatchClient:
         return [f"{batch['id']} is {batch['status']}, and its file cannot be read: {looked[-1]}"]
 
     def _wrong(self, asks: Sequence[Ask], rows: Sequence[dict[str, Any]]) -> list[str]:
-        """Return what is wrong with the answers: each line has the right one, once."""
+        """Return the errors in the answers: each line must have the expected one, once."""
         names = [row["custom_id"] for row in rows]
         wrong = [] if sorted(names) == sorted(f"c{i}" for i in range(len(asks))) else [f"{len(names)} answers: {names}"]
         for row in rows:
@@ -84,7 +84,7 @@ class BatchClient:
         return wrong
 
     async def _content(self, file_id: str | None) -> list[dict[str, Any]] | str:
-        """Return the rows of a file, or why it cannot be read: a queue that lost its last second may have lost it."""
+        """Return the rows of a file, or an error: a queue that lost its last second may have lost the file."""
         found = await self._http.ask("GET", f"/v1/files/{file_id}/content") if file_id else {"raw": b""}
         return (
             str(found["error"]) if "error" in found else [orjson.loads(row) for row in lines_of(found["raw"].decode())]

@@ -1,7 +1,7 @@
-"""Clients as careful users write them, which record everything they are shown.
+"""Clients that retry as a careful user does, and record everything that they are shown.
 
-A call that was cut off or refused is repeated at another gateway. With an Idempotency-Key the repetition must be the
-same call, delivered from its first token.
+A call that was cut off or refused is repeated at another gateway. With an Idempotency-Key the repetition must return
+the same call, delivered from its first token.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from protocol.wire.lines import aiter_lines
 
 Style = Literal["stream", "whole", "keyed stream", "keyed whole", "job", "vector"]
 STYLES: tuple[Style, ...] = ("stream", "stream", "whole", "keyed stream", "keyed stream", "keyed whole", "job")
-"""How texts are asked for, the usual ways more often."""
+"""How texts are requested; the usual ways occur more often."""
 
 GIVE_UP_S = 300.0
-"""Time until a call is given up: far longer than any pause, so a late answer is not a fault."""
+"""Seconds after which a call is given up: far longer than any pause, so that a late answer is not a fault."""
 
 PAUSE_S = 0.2
 READ_TIMEOUT_S = GIVE_UP_S
@@ -51,14 +51,14 @@ class Attempt:
     vector: list[float] = field(default_factory=list)
 
     def take_line(self, line: str) -> None:
-        """Take one line of a stream of server-sent events."""
+        """Process one line of a stream of server-sent events."""
         if line == "data: [DONE]":
             self.num_done += 1
         elif line.startswith("data: "):
             self.take_event(orjson.loads(line.removeprefix("data: ")))
 
     def take_event(self, event: dict[str, Any]) -> None:
-        """Take one chunk, or a whole answer, or an error."""
+        """Process one chunk, a whole answer, or an error."""
         if "error" in event:
             self.outcome = "failed"
             self.code, self.detail = str(event["error"]["code"]), event["error"]["message"]
@@ -71,10 +71,10 @@ class Attempt:
         self.usage = event.get("usage") or self.usage
 
     def refuse(self, status: int, raw: bytes, headers: httpx2.Headers) -> None:
-        """Take an HTTP answer that is an error."""
+        """Record an HTTP error."""
         try:
             error = orjson.loads(raw)["error"]
-        except orjson.JSONDecodeError:  # every error should be JSON: this is one more thing that is wrong
+        except orjson.JSONDecodeError:  # every error must be JSON: this is a violation of its own
             self.outcome, self.code, self.detail = "failed", "not_json", f"{status}: {raw[:200]!r}"
             return
         self.outcome = "refused" if headers.get("x-should-retry") == "true" and status in (429, 503) else "failed"
@@ -83,7 +83,7 @@ class Attempt:
 
 @dataclass(slots=True)
 class Call:
-    """A question of a user, and the attempts to get its answer."""
+    """A user's request, and the attempts to get its answer."""
 
     ask: Ask
     style: Style
@@ -99,21 +99,21 @@ class Call:
 
     @property
     def is_keyed(self) -> bool:
-        """Whether all attempts have one Idempotency-Key, and so are one request."""
+        """Whether all attempts share an Idempotency-Key, and so are one request."""
         return self.style not in ("stream", "whole", "vector")
 
     def note(self, attempt: Attempt) -> None:
-        """Note the time if the attempt has shown more than anything before."""
+        """Record the time if the attempt has more text than all attempts before."""
         if len(attempt.text) > self.num_known:
             self.num_known = len(attempt.text)
             self.progress.append((time.monotonic(), self.num_known))
 
 
 class Client:
-    """Asks the gateways at `urls`, which may die."""
+    """Sends requests to the gateways at `urls`, which may die."""
 
     def __init__(self, urls: Sequence[str], key: str = "") -> None:
-        """`key`: the API key that it shows; "" for a fleet that asks for none."""
+        """key: the client's API key; "" for a fleet without keys."""
         self._urls = urls
         self._next = 0
         limits = httpx2.Limits(max_keepalive_connections=0)  # a connection from before a kill would only fail
@@ -125,7 +125,7 @@ class Client:
         await self._http.aclose()
 
     async def ask(self, ask: Ask, style: Style, call: Call) -> None:
-        """Ask until the whole answer is there, or GIVE_UP_S have passed. Everything shown goes into `call`."""
+        """Repeat the request until it is answered or GIVE_UP_S have passed. Record every attempt in `call`."""
         headers = {"idempotency-key": uuid.uuid4().hex} if call.is_keyed else {}
         while not call.is_complete and time.monotonic() < call.began_s + GIVE_UP_S:
             if call.attempts:
@@ -164,7 +164,7 @@ class Client:
             attempt.refuse(answer.status_code, answer.content, answer.headers)
             return
         found = answer.json()
-        if "error" in found:  # it came after bytes that kept the connection alive
+        if "error" in found:  # the error came after bytes that kept the connection alive
             attempt.take_event(found)
             return
         attempt.vector, attempt.usage = found["data"][0]["embedding"], found["usage"]

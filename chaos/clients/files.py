@@ -1,4 +1,4 @@
-"""Files and uploaded adapters under faults: what was stored is there, as it was sent, until it is deleted."""
+"""Files and uploaded adapters under faults: what was stored stays available and unchanged until it is deleted."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from chaos.clients.insistent import Insistent
 
 MAX_FILE_BYTES = 300_000
 UPLOADED = "uploaded"
-"""The name under which one adapter after the other is uploaded."""
+"""The name under which all adapters are uploaded, one after the other."""
 
 SWITCH_S = 30.0
-"""Time within which every gateway serves the newest upload of a name; before that, it may serve the one before."""
+"""Maximum seconds until every gateway serves the newest upload of a name; until then the previous one is allowed."""
 
 LOOK_S = 0.2
 
 
 @dataclass(slots=True)
 class Round:
-    """What came of one round."""
+    """The result of one round."""
 
     began_s: float  # time.monotonic
     ended_s: float = 0.0
@@ -35,13 +35,13 @@ class Round:
 
 
 class FileClient:
-    """Stores a file, finds it, reads it, and deletes it, at any gateway, which may die."""
+    """Stores a file, lists it, reads it, and deletes it, at any gateway, which may die."""
 
     def __init__(self, http: Insistent) -> None:
         self._http = http
 
     async def once(self, rng: random.Random) -> Round:
-        """Do one round. An upload whose answer was lost is sent again, and may be stored twice."""
+        """Run one round. An upload whose answer was lost is repeated, and may be stored twice."""
         told = Round(time.monotonic())
         sent = rng.randbytes(rng.randrange(1, MAX_FILE_BYTES))
         form = {"files": {"file": ("kept.bin", sent)}, "data": {"purpose": "batch"}}
@@ -62,7 +62,7 @@ class FileClient:
         if found.get("raw") != sent:
             told.wrong.append(f"{file_id} is not what was sent: {found.get('error', '')}")
         deleted = await self._http.ask("DELETE", path)
-        if not deleted.get("deleted") and ": 404 " not in deleted["error"]:  # asked again, it is gone already
+        if not deleted.get("deleted") and ": 404 " not in deleted["error"]:  # 404: an earlier attempt has deleted it
             told.wrong.append(f"{file_id} cannot be deleted: {deleted['error']}")
         gone = await self._http.ask("GET", f"{path}/content")
         if ": 404 " not in gone.get("error", ""):
@@ -71,20 +71,20 @@ class FileClient:
 
 
 class UploadClient:
-    """Uploads one adapter after the other under the same name, and asks it; each must answer as itself."""
+    """Uploads adapters one after the other under the same name; the model must answer as the adapter of that upload."""
 
     def __init__(
         self, http: Insistent, zips: Mapping[str, bytes], expected: Mapping[Ask, Expected], switch_s: float = SWITCH_S
     ) -> None:  # fmt: skip
-        """`http`: shows an operator's key. zips: adapter -> its files. expected: what each answers as itself."""
+        """http: sends an operator's key. zips: adapter -> its zipped files. expected: the right answers by adapter."""
         self._http = http
         self._zips = zips
         self._expected = expected
         self._switch_s = switch_s
-        self._before = ""  # the adapter that was uploaded last
+        self._before = ""  # the previous upload
 
     async def once(self, rng: random.Random) -> Round:
-        """Upload an adapter in place of the one before, and ask it until it answers."""
+        """Upload an adapter in place of the previous one, and ask it until it answers."""
         told = Round(time.monotonic())
         name = rng.choice([name for name in sorted(self._zips) if name != self._before])
         path = f"/v1/adapters/upload?name={UPLOADED}&replace=true&wait_s=20"
@@ -99,7 +99,7 @@ class UploadClient:
         return told
 
     async def _ask(self, told: Round, name: str, rng: random.Random) -> int:
-        """Ask the name as the adapter was asked under its own. Returns how many calls were answered."""
+        """Ask `UPLOADED` as adapter `name` was asked. Return the number of answered calls."""
         ask = rng.choice([ask for ask in self._expected if ask.model == name])
         before = self._expected.get(replace(ask, model=self._before))
         body, right = replace(ask, model=UPLOADED).body(stream=False), self._expected[ask].text
@@ -121,7 +121,7 @@ class UploadClient:
 
 
 def zipped(folder: Path) -> bytes:
-    """Return a zip of a folder's files."""
+    """Return a zip of the files in a folder."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Requests that are asked again, at another gateway, until one answers."""
+"""Requests that are repeated at the next gateway until one answers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from chaos.clients.client import GIVE_UP_S, PAUSE_S
 
 
 class Insistent:
-    """Asks the gateways at `urls`, which may die, one after the other."""
+    """Sends requests to the gateways at `urls` in turn; they may die."""
 
     def __init__(self, urls: Sequence[str], key: str) -> None:
-        """`key`: the API key that it shows; "" for a fleet that asks for none."""
+        """key: the client's API key; "" for a fleet without keys."""
         self._urls = urls
         self._next = 0
         limits = httpx2.Limits(max_keepalive_connections=0)  # a connection from before a kill would only fail
@@ -29,7 +29,7 @@ class Insistent:
         await self._http.aclose()
 
     async def ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        """Return an answer, or {"error": …}; what is refused for now, or breaks off, is asked again elsewhere."""
+        """Return the answer, or {"error": …}. Retry temporary refusals and broken connections at the next gateway."""
         began_s = time.monotonic()
         while time.monotonic() < began_s + GIVE_UP_S:
             with contextlib.suppress(httpx2.TransportError):
@@ -43,7 +43,7 @@ class Insistent:
         return {"error": f"{method} {path} was never answered"}
 
     async def read(self, path: str) -> AsyncIterator[bytes]:
-        """Yield the bytes of one stream as they come, until it ends, breaks off or is refused."""
+        """Yield the bytes of one stream as they arrive, until it ends, breaks off or is refused."""
         with contextlib.suppress(httpx2.TransportError):
             async with self._http.stream("GET", self._url(path)) as answer:
                 if answer.status_code == 200:

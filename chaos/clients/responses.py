@@ -1,7 +1,7 @@
-"""Responses in the background under faults, as turns of conversations: polled, resumed, cancelled, two at once.
+"""Background responses under faults, as turns of conversations: polled, resumed, cancelled, or two at once.
 
-Whatever dies, each response has one end; its events are the same each time they are read, wherever; and its
-conversation gets its turn once, whole.
+Whatever dies, each response has one end; every read of its events returns the same events; and its conversation gets
+its turn once, complete.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ Json = dict[str, Any]
 
 
 class LostError(Exception):
-    """What was asked for is not there: a queue without power may have forgotten it."""
+    """The requested object does not exist: a queue that lost power may have lost it."""
 
 
 @dataclass(slots=True)
 class Conversed:
-    """What has become of one conversation."""
+    """The result of one conversation."""
 
     began_s: float
     ended_s: float = 0.0
     wrong: list[str] = field(default_factory=list)
-    doubled: list[str] = field(default_factory=list)  # what no fault excuses
-    ends: list[tuple[str, str]] = field(default_factory=list)  # (type of the event, id) of each response
+    doubled: list[str] = field(default_factory=list)  # violations that no fault excuses
+    ends: list[tuple[str, str]] = field(default_factory=list)  # (event type, id) of each response
 
 
 class ResponseClient:
     """Holds conversations at any of the gateways at `urls`, which may die."""
 
     def __init__(self, urls: Sequence[str], key: str, models: Sequence[str]) -> None:
-        """`key`: the API key that it shows; "" for a fleet that asks for none."""
+        """key: the client's API key; "" for a fleet without keys."""
         self._http = Insistent(urls, key)
         self._models = models
 
@@ -57,7 +57,7 @@ class ResponseClient:
         await self._http.close()
 
     async def converse(self, num_turns: int, rng: random.Random) -> Conversed:
-        """Hold one conversation; return all that is wrong with it."""
+        """Hold one conversation; return its result."""
         told = Conversed(time.monotonic())
         try:
             await self._converse(num_turns, rng, told)
@@ -69,7 +69,7 @@ class ResponseClient:
     async def _converse(self, num_turns: int, rng: random.Random, told: Conversed) -> None:
         begin = {"role": "user", "content": "Begin."}
         conversation = (await self._ask("POST", "/v1/conversations", json={"items": [begin]}))["id"]
-        groups: list[list[tuple[str, Json]]] = []  # of the turns that were asked at once: input, response
+        groups: list[list[tuple[str, Json]]] = []  # (input, response) of the turns that were submitted together
         for _ in range(num_turns):
             texts = [uuid.uuid4().hex for _ in range(rng.choice((1, 1, 2)))]
             responses = [await self._begin(conversation, text, rng) for text in texts]
@@ -91,7 +91,7 @@ class ResponseClient:
         return await self._ask("POST", "/v1/responses", json=body, headers={"idempotency-key": uuid.uuid4().hex})
 
     async def _follow(self, response_id: str, way: str, rng: random.Random, told: Conversed) -> Json:
-        """Return a response at its end, followed in a way; what is wrong with it is told."""
+        """Follow a response to its end in the given way, and return it; violations are added to `told`."""
         path = f"/v1/responses/{response_id}"
         reads: list[list[Json]] = []
         if way == "resume":
@@ -114,16 +114,16 @@ class ResponseClient:
         raise LostError(f"{path} has never ended")
 
     async def _resumed(self, path: str, rng: random.Random) -> list[Json]:
-        """Return the events of a response up to its end, read in pieces: from where the one before was left."""
+        """Return all events of a response, read in several pieces, each resumed where the previous one ended."""
         events: list[Json] = []
         began_s = time.monotonic()
         while not (events and events[-1]["type"] in LAST):
             if time.monotonic() > began_s + GIVE_UP_S:
                 raise LostError(f"the stream of {path} has never ended")
             if time.monotonic() > began_s + 5:
-                await self._ask("GET", path)  # it may be lost
+                await self._ask("GET", path)  # raises if the response is lost
             after = f"&starting_after={events[-1]['sequence_number']}" if events else ""
-            most = rng.choice((1, 5, 1000))  # events, until the client leaves
+            most = rng.choice((1, 5, 1000))  # number of events after which the client disconnects
             raw, num = b"", len(events)
             async for part in self._http.read(f"{path}?stream=true{after}"):
                 raw += part
@@ -147,19 +147,19 @@ class ResponseClient:
 
     async def _ask(self, method: str, path: str, **options: Any) -> Json:
         answer = await self._http.ask(method, path, **options)
-        if isinstance(answer.get("error"), str):  # a response's own error is an object
+        if isinstance(answer.get("error"), str):  # a response's own error is an object, not a string
             raise LostError(answer["error"])
         return answer
 
 
 def events_of(raw: bytes) -> list[Json]:
-    """Return the events of a part of a stream."""
+    """Return the events in a part of a stream."""
     lines = [line for line in raw.split(b"\n") if line.startswith(b"data: ")]
     return [orjson.loads(line.removeprefix(b"data: ")) for line in lines]
 
 
 def wrong_events(end: Json, reads: Sequence[Sequence[Json]]) -> list[str]:
-    """Return what is wrong with the events of a response, read several times, and its end."""
+    """Return the errors in the events of a response, given several reads of them and its end."""
     wrong = [f"it has failed: {end['error']}"] if end["status"] == "failed" else []
     for events in reads:
         numbers = [event["sequence_number"] for event in events]
@@ -176,17 +176,17 @@ def wrong_events(end: Json, reads: Sequence[Sequence[Json]]) -> list[str]:
 
 
 def doubled(items: Sequence[Json]) -> list[str]:
-    """Return which items, or inputs of turns, a conversation has more than once."""
+    """Return a message for each item or turn input that a conversation holds more than once."""
     inputs = [item["content"][0].get("text") for item in items if item.get("role") == "user" and item["content"]]
     named = [Counter(item["id"] for item in items), Counter(inputs)]
     return [f"{name} is there {num} times" for counted in named for name, num in counted.items() if num > 1]
 
 
 def misplaced(items: Sequence[Json], groups: Sequence[Sequence[tuple[str, Json]]]) -> list[str]:
-    """Return what is wrong with a conversation's items.
+    """Return the errors in a conversation's items.
 
-    After the first item come the turns of all responses with an answer, each whole and once: those of one group, which
-    were asked at once, in any order, the groups one after the other.
+    After the first item come the turns of all responses with an answer, each complete and once. Turns of one group,
+    which were submitted together, may come in any order; the groups keep theirs.
     """
     wrong: list[str] = []
     at = 1

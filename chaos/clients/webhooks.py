@@ -1,4 +1,4 @@
-"""Webhooks under faults: a web server that checks every signature, refuses some, and counts what has arrived."""
+"""Webhooks under faults: a web server that checks every signature, refuses some events, and counts those delivered."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ EVENTS = (
     "response.completed", "response.incomplete", "response.failed", "response.cancelled",
 )  # fmt: skip
 HOST = "receiver.example"
-"""Name of the machine that takes them, which only the driver's DNS server knows."""
+"""Host name of the receiver, which only the driver's DNS server knows."""
 
 REFUSED = 0.2
-"""Share of deliveries that are answered with 503, to be sent again."""
+"""Share of deliveries that are answered with 503, so that they are sent again."""
 
 MAX_REFUSALS = 2
-"""Refusals of one event: a fourth attempt comes minutes later, and the driver waits no longer than for the third."""
+"""Maximum refusals of one event: the driver waits for the third attempt only; the fourth comes minutes later."""
 
 
 class Receiver:
-    """Takes the webhooks of one tenant."""
+    """Receives the webhooks of one tenant."""
 
     def __init__(self, seed: int, names: DnsServer) -> None:
-        """seed: of which are refused. names: the DNS server that knows its name."""
+        """seed: selects the deliveries to refuse. names: the DNS server that knows the receiver's host name."""
         self.names = names
         self.url = ""
-        self.secret = ""  # that they are signed with
-        self.arrived: Counter[tuple[str, str]] = Counter()  # (type, id of the job or batch) -> times, refused ones not
+        self.secret = ""  # key of the webhooks' signatures
+        self.arrived: Counter[tuple[str, str]] = Counter()  # (type, id of the job or batch) -> accepted deliveries
         self.violations: list[str] = []
         self._rng = random.Random(f"{seed} webhooks")
         self._openai = OpenAI(api_key="none")
         self._events: dict[str, str] = {}  # webhook-id -> the event's data
-        self._refused: Counter[str] = Counter()  # webhook-id -> how often
+        self._refused: Counter[str] = Counter()  # webhook-id -> number of refusals
 
     async def subscribe(self, url: str, key: str) -> None:
-        """Have the ends of all jobs and batches of an API key sent here. url: of a gateway."""
+        """Subscribe to the ends of all jobs and batches of an API key. url: a gateway's URL."""
         headers = {"authorization": f"Bearer {key}"} if key else {}
         wanted = {"name": "chaos", "url": self.url, "event_types": list(EVENTS)}
         async with httpx2.AsyncClient(trust_env=False, headers=headers) as http:
@@ -56,12 +56,12 @@ class Receiver:
         self.secret = answer.raise_for_status().json()["signing_secret"]
 
     async def missing(self, ended: set[tuple[str, str]], wait_s: float) -> set[tuple[str, str]]:
-        """Wait until webhooks have told of all that ended. Returns those that none has told of, as (type, id)."""
+        """Wait until webhooks have reported everything in `ended`. Return the missing ones as (type, id)."""
         await until(lambda: ended <= self.arrived.keys(), wait_s)
         return ended - self.arrived.keys()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Take one webhook. A gateway that dies in the middle has sent nothing."""
+        """Serve one webhook. A delivery broken off by a dying gateway does not count."""
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
             headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in head[1:] if line)}
@@ -93,7 +93,7 @@ class Receiver:
 
 @asynccontextmanager
 async def receiving(seed: int) -> AsyncIterator[Receiver]:
-    """Run a receiver on this machine, and the DNS server that knows its name and no other."""
+    """Run a receiver on this machine, and a DNS server that knows only the receiver's name."""
     async with answering(DnsServer({HOST: ["127.0.0.1"]})) as names:
         receiver = Receiver(seed, names)
         server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)

@@ -1,6 +1,6 @@
-"""Shows this process a wall clock that is as many seconds wrong as a file says, looked at again each second.
+"""Gives this process a wall clock that is wrong by the seconds in a file, which is read again every second.
 
-Python imports this at its start where the folder is on PYTHONPATH. Monotonic clocks go on as they are.
+Python imports this module at its start if the folder is on PYTHONPATH. Monotonic clocks are not changed.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The dashboards, described in short, and their JSON for Grafana: `python deploy/grafana/build.py` writes it anew."""
+"""Defines the dashboards, and generates their JSON for Grafana: `python deploy/grafana/build.py` rewrites it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SOURCE = {"type": "prometheus", "uid": "prometheus"}
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One panel: its queries by legend, which may name labels as Grafana does: {{worker}}."""
+    """One panel. queries: legend -> query; a legend may contain labels in Grafana's syntax: {{worker}}."""
 
     title: str
     queries: dict[str, str]
@@ -22,7 +22,7 @@ class Panel:
     help: str = ""
 
     def json(self, index: int) -> dict[str, Any]:
-        """Return it as Grafana reads it, at its place: three in a row."""
+        """Return the panel's JSON for Grafana, placed by its index: three panels per row."""
         is_table = self.kind == "table"
         targets = [
             {
@@ -39,23 +39,23 @@ class Panel:
 
 
 def rate(name: str, by: str = "", where: str = "") -> str:
-    """Return the rate of a counter, added up by labels."""
+    """Return the rate of a counter, summed by labels."""
     return f"sum{f' by ({by})' if by else ''} (rate({name}{where}[$__rate_interval]))"
 
 
 def quantile(part: float, name: str, by: str = "") -> str:
-    """Return a quantile of a histogram."""
+    """Return the query of a histogram's quantile."""
     labels = f"{by}, le" if by else "le"
     return f"histogram_quantile({part}, sum by ({labels}) (rate({name}_bucket[$__rate_interval])))"
 
 
 def or_zero(expr: str) -> str:
-    """Return a query that is 0 where nothing of the kind has happened yet."""
+    """Return a query that is 0 while the metric has no samples yet."""
     return f"{expr} or vector(0)"
 
 
 def newest(name: str, by: str = "") -> str:
-    """Return a gauge of the fleet, which every gateway shows."""
+    """Return the query of a fleet-wide gauge, which every gateway exports."""
     return f"max{f' by ({by})' if by else ''} ({name})"
 
 
@@ -65,7 +65,7 @@ TENANT = "sum by (tenant) (rate(lorafleet_tenant_tokens_total[$__rate_interval])
 
 
 def used(name: str) -> str:
-    """Return which part of a worker's memory of a kind is in use."""
+    """Return the query of the used share of a worker's memory of one kind."""
     return f'max by (worker) ({name}{{state="used"}}) / sum by (worker) (max by (worker, state) ({name}))'
 
 
@@ -200,7 +200,7 @@ DASHBOARDS: dict[str, list[Panel]] = {
 
 
 def dashboard(name: str) -> dict[str, Any]:
-    """Return a dashboard as Grafana reads it."""
+    """Return a dashboard's JSON for Grafana."""
     return {
         "uid": f"lorafleet-{name.lower()}", "title": f"Lorafleet: {name}", "tags": ["lorafleet"], "schemaVersion": 39,
         "time": {"from": "now-1h", "to": "now"}, "refresh": "10s", "timezone": "browser", "editable": True,

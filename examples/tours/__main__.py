@@ -1,10 +1,10 @@
-"""`python -m examples.tours [NAME…]`: other people's programs against a fleet, and a report of what passed.
+"""`python -m examples.tours [NAME…]`: run third-party programs against a fleet, and report which checks passed.
 
-Without `URL` in the environment it starts the fleets that the programs need, and ends them: of the quickstart model
-with the example adapters, of a small encoder, and of a model that plays a part, for agents. With `URL`, and `KEY` if it
-needs one, it uses that fleet, for agents too: its base model must be able to do their task. `ADAPTER` is the first that
-it lists where none is named. `EMBEDDER_URL`, with `EMBEDDER_ADAPTER`, is a fleet on an encoder with the same key;
-`TOKENIZER` is the base model's, for lm-eval.
+Without `URL` in the environment it starts and stops the fleets that the programs need: one of the quickstart model with
+the example adapters, one of a small encoder, and one whose model follows scripts in prompts, for agents. With `URL`,
+and `KEY` if needed, it uses that fleet, also for agents: its base model must be able to do their task. `ADAPTER`
+defaults to the first adapter that the fleet lists. `EMBEDDER_URL`, with `EMBEDDER_ADAPTER`, is a fleet of an encoder
+with the same key. `TOKENIZER` is the base model's, for lm-eval.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LINE = re.compile(r"^\[(ok|failed)\] (.+)$", re.MULTILINE)
 
 @dataclass(slots=True)
 class Result:
-    """What came of one program. It passed if a check was made and none failed."""
+    """The result of one program. It passed if at least one check ran and none failed."""
 
     program: Program
     version: str = ""
@@ -41,14 +41,14 @@ class Result:
 
     @property
     def word(self) -> str:
-        """The result in a word or two."""
+        """The result in one or two words."""
         if self.missing:
             return "not installable"
         return "failed" if self.failed or not self.passed else "passed"
 
 
 def main() -> int:
-    """Run the chosen programs; return 1 if a check of one failed, 0 if none did."""
+    """Run the chosen programs; return 1 if a check failed, 0 otherwise."""
     parser = argparse.ArgumentParser(description="Run other people's programs against a fleet.")
     names = [program.name for program in PROGRAMS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all if none is named: {', '.join(names)}")
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def start(fleets: set[str], out: Path, stack: ExitStack) -> dict[str, str]:
-    """Start fleets, which `stack` ends; return the variables that tell scripts of them."""
+    """Start fleets, which `stack` stops; return the environment variables that describe them to scripts."""
     model = quickstart_model()
     variables = {"TOKENIZER": str(model)}
     if "text" in fleets:
@@ -93,7 +93,7 @@ def start(fleets: set[str], out: Path, stack: ExitStack) -> dict[str, str]:
 
 
 def tour(program: Program, folder: Path, variables: dict[str, str]) -> Result:
-    """Install `program` in `folder` if it is not there, run its script and return what passed and failed."""
+    """Install `program` in `folder` if necessary, run its script and return the passed and failed checks."""
     result = Result(program)
     print(f"\n{program.name}: ", end="", flush=True)
     try:
@@ -105,7 +105,7 @@ def tour(program: Program, folder: Path, variables: dict[str, str]) -> Result:
     result.version = version(program, folder)
     print(result.version, flush=True)
     script = HERE / program.script
-    if is_javascript(program):  # Node.js looks for packages beside the script
+    if is_javascript(program):  # Node.js looks for packages next to the script
         for shared in {script, script.with_name("checks.mjs")}:
             shutil.copy(shared, folder)
         script = folder / script.name
@@ -132,7 +132,7 @@ def tour(program: Program, folder: Path, variables: dict[str, str]) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    """Return the report, in Markdown: a row per program."""
+    """Return the report in Markdown: a row per program."""
     today = datetime.datetime.now(tz=datetime.UTC).date()
     head = "| program | version | result | checks that passed | that failed, or why it was not installed |"
     rows = [f"`python -m examples.tours`, {today}.", "", head, "| --- | --- | --- | --- | --- |"]

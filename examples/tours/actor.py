@@ -1,11 +1,11 @@
-"""`python -m examples.tours.actor`: a fleet whose model says what its prompt tells it to, for tours of agents.
+"""`python -m examples.tours.actor`: a fleet whose model outputs what its prompt specifies, for tours of agents.
 
-Gateway, scheduler, queue and the worker's service are the real ones; in place of a model an engine plays a part. A
-prompt that holds `<steps>…</steps>`, a list in JSON as base64, which no agent's quoting changes, is answered by its
-first entry, and by the next one for every answer that stands after the list: `{"name": …, "arguments": {…}}` is a tool
-call, as the chat template has it written, and a string is the answer's text. Agents ask for other things on the
-way, as titles: those are answered by `ASIDE`. So an agent's own loop is run for real, with its own tools, which a model
-small enough for any machine could not go through.
+Gateway, scheduler, queue and the worker's service are real; a scripted engine replaces the model. A prompt may contain
+`<steps>…</steps>`, a JSON list in base64, which no agent's quoting changes. It is answered by the list's first entry,
+and by the next one for every answer that follows the list in the prompt: `{"name": …, "arguments": {…}}` is a tool call
+in the chat template's syntax, a string is the answer's text. Other prompts of agents, for example for titles, are
+answered by `ASIDE`. So an agent's own loop runs with its own tools, which a model small enough for any machine could
+not handle.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from scheduler.service import serve as serve_scheduler
 TEMPLATE = Path(__file__).parents[2] / "tests" / "gateway" / "templates" / "qwen.jinja"
 MODEL = "actor"
 CONTEXT = 200_000
-"""Tokens: the prompts of agents take tens of thousands."""
+"""In tokens: the prompts of agents take tens of thousands."""
 STEPS = re.compile(r"<steps>([A-Za-z0-9+/]+=*)</steps>")
-ANSWER = "<|im_start|>assistant"  # the last one of a prompt is yet to be written
+ANSWER = "<|im_start|>assistant"  # the last one in a prompt begins the answer to write
 ASIDE = "Notes"
 
 
 def line_of(prompt: str) -> str:
-    """Return what is answered to a prompt, as the model would write it."""
+    """Return the answer to a prompt, as a model would write it."""
     parts = list(STEPS.finditer(prompt))
     if not parts or "<tools>" not in prompt:
         return ASIDE
@@ -53,23 +53,23 @@ def line_of(prompt: str) -> str:
 
 
 class Actor(FakeEngine):
-    """An engine that plays parts."""
+    """An engine that answers by the prompts' scripts."""
 
     def __init__(self, tokenizer: Tokenizer, end_id: int) -> None:
-        """Take the model's tokenizer, and the id of the token that ends an answer."""
+        """tokenizer: the model's. end_id: id of the token that ends an answer."""
         super().__init__(step_s=0.001, vocab_size=tokenizer.get_vocab_size())
         self._tokenizer = tokenizer
         self._end_id = end_id
         self._lines: dict[str, list[int]] = {}
 
     def submit(self, request: EngineRequest) -> None:
-        """Take a request."""
+        """Add a request."""
         prompt = self._tokenizer.decode(np.asarray(request.prompt).tolist(), skip_special_tokens=False)
         self._lines[request.rid] = [*self._tokenizer.encode(line_of(prompt)).ids, self._end_id]
         super().submit(request)
 
     def cancel(self, rids: Sequence[str]) -> None:
-        """Forget requests."""
+        """Drop requests."""
         super().cancel(rids)
         for rid in rids:
             self._lines.pop(rid, None)
@@ -86,7 +86,7 @@ class Actor(FakeEngine):
 
 
 def dress(model: Path, folder: Path) -> Path:
-    """Write a model's folder without weights: its tokenizer, and a chat template that knows tools."""
+    """Write a model folder without weights: a tokenizer, and a chat template with tools."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model / name, folder)

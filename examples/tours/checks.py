@@ -1,6 +1,6 @@
-"""What the Python scripts of `make tour` share: where the fleet is, the questions, and checks that are counted.
+"""Shared by the Python scripts of `make tour`: the fleet's address, the questions, and counted checks.
 
-The runner puts this folder on the module path of every script. It reads the lines that `Tour.check` prints.
+The runner puts this folder on the module path of every script, and reads the lines that `Tour.check` prints.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ WEATHER = {
 
 
 class Tour:
-    """The fleet at `url` with a base model and `adapter`, perhaps one that embeds, and how many checks have failed."""
+    """The fleet at `url` with a base model and `adapter`, an optional encoder fleet, and the count of failed checks."""
 
     def __init__(self) -> None:
-        """Read where the fleet is from the environment: a command line would show the key."""
+        """Read the fleet's address from the environment: a command line would expose the key."""
         self.url = os.environ["URL"].rstrip("/")
         self.v1 = f"{self.url}/v1"
         self.base = "base"
@@ -45,7 +45,7 @@ class Tour:
 
     @contextmanager
     def check(self, name: str) -> Iterator[None]:
-        """Count the block as one check: it fails by any exception, and the next one is tried all the same."""
+        """Count the block as one check, which fails on any exception; the script continues with the next check."""
         try:
             yield
         except Exception as error:  # noqa: BLE001  whatever a program raises is its report
@@ -57,13 +57,13 @@ class Tour:
             print(f"[ok] {name}", flush=True)
 
     def end(self) -> None:
-        """End the script: with 1 if a check has failed."""
+        """End the script, with exit code 1 if a check has failed."""
         sys.exit(self._num_failed > 0)
 
 
 @contextmanager
 def raises(kind: type[Exception], *words: str) -> Iterator[None]:
-    """Expect an error of `kind` whose text has all `words`. Raises AssertionError if there is none."""
+    """Expect an error of `kind` whose text contains all `words`. Raises AssertionError otherwise."""
     try:
         yield
     except kind as error:
@@ -75,18 +75,18 @@ def raises(kind: type[Exception], *words: str) -> Iterator[None]:
 
 
 def same_vectors(left: list[float], right: list[float]) -> None:
-    """Raise AssertionError unless both vectors are there and equal but for rounding."""
+    """Raise AssertionError unless both vectors are nonempty and equal up to rounding."""
     assert len(left) == len(right) > 0, f"{len(left)} and {len(right)} numbers"
     assert all(abs(a - b) <= 1e-4 for a, b in zip(left, right, strict=True)), "the vectors differ"
 
 
 def same(left: object, right: object) -> None:
-    """Raise AssertionError unless both are equal."""
+    """Raise AssertionError unless both values are equal."""
     assert left == right, f"{left!r} is not {right!r}"
 
 
 def differ(left: object, right: object) -> None:
-    """Raise AssertionError unless both are there and they differ."""
+    """Raise AssertionError unless both values are nonempty and differ."""
     assert left, "the first answer is empty"
     assert right, "the second answer is empty"
     assert left != right, f"both are {left!r}"

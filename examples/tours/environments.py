@@ -1,4 +1,4 @@
-"""An environment of its own for each program, below build/tours: a virtual environment, or a folder of npm."""
+"""A separate environment for each program, below build/tours: a virtual environment, or an npm folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ INSTALL_S = 1800.0
 
 
 class NotInstallableError(Exception):
-    """The registries, or this machine, have not what a program needs; the text says what was missing."""
+    """The registries or this machine lack something that a program needs; the text says what."""
 
 
 def install(program: Program, folder: Path) -> None:
-    """Install `program` below `folder`, unless it is there already. Raises NotInstallableError."""
+    """Install `program` below `folder`, unless it is installed already. Raises NotInstallableError."""
     stamp, wanted = folder / "installed.txt", "\n".join(program.packages)
     if stamp.is_file() and stamp.read_text() == wanted:
         return
@@ -47,7 +47,7 @@ def command(program: Program, folder: Path, script: Path) -> list[str]:
 
 
 def version(program: Program, folder: Path) -> str:
-    """Return the installed version of the program's first package; `?` if it can't be told."""
+    """Return the installed version of the program's first package; `?` if it is unknown."""
     if is_javascript(program):
         name = program.packages[0].rpartition("@")[0]
         return json.loads((folder / "node_modules" / name / "package.json").read_text())["version"]

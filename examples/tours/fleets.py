@@ -1,4 +1,4 @@
-"""The fleets that `make tour` starts where the environment names none: of texts, of embeddings, of what agents do."""
+"""The fleets that `make tour` starts if the environment names none: for texts, for embeddings, and for agents."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ LORAFLEET = (sys.executable, "-m", "lorafleet")
 
 
 def quickstart_model() -> Path:
-    """Return the folder of the quickstart model, which is fetched if it is not there."""
+    """Return the folder of the quickstart model, downloading it if necessary."""
     fetched = subprocess.run([*LORAFLEET, "fetch"], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     return Path(fetched.stdout.splitlines()[-1])
 
 
 @contextmanager
 def text_fleet(model: Path, data: Path) -> Iterator[str]:
-    """Run a fleet of the quickstart model with the example adapters until the block ends; yields its URL."""
+    """Run a fleet of the quickstart model with the example adapters during the block; yield its URL."""
     with _fleet(model, ROOT / "examples" / "adapters", data) as url:
         yield url
 
 
 @contextmanager
 def acting_fleet(model: Path, data: Path) -> Iterator[str]:
-    """Run a fleet whose model does what prompts tell it to until the block ends, see `actor.py`; yields its URL."""
+    """Run a fleet whose model follows scripts in prompts during the block, see `actor.py`; yield its URL."""
     words = [sys.executable, "-m", "examples.tours.actor", "--model", str(model), "--data", str(data)]
     with running(words, data) as url:
         yield url
@@ -43,7 +43,7 @@ def acting_fleet(model: Path, data: Path) -> Iterator[str]:
 
 @contextmanager
 def embedding_fleet(data: Path) -> Iterator[str]:
-    """Run a fleet of a small random BERT with an adapter until the block ends; yields its URL."""
+    """Run a fleet of a small random BERT with an adapter during the block; yield its URL."""
     from helpers.factories import make_encoder_adapter, make_tiny_encoder  # torch is imported only here
     from transformers import AutoModel
 
@@ -54,7 +54,7 @@ def embedding_fleet(data: Path) -> Iterator[str]:
 
 
 def first_adapter(url: str, key: str) -> str:
-    """Return the name of the first adapter that the fleet lists. Raises SystemExit where there is none."""
+    """Return the name of the first adapter that the fleet lists. Raises SystemExit if there is none."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         models = httpx2.get(f"{url}/v1/models", headers=headers, timeout=30, trust_env=False).raise_for_status().json()
@@ -75,10 +75,10 @@ def _fleet(model: Path, adapters: Path, data: Path) -> Iterator[str]:
 
 @contextmanager
 def running(words: list[str], data: Path, *, lists_adapters: bool = False, port: int = 0) -> Iterator[str]:
-    """Run a command that starts a fleet on `port`, 0 for a free one, until the block ends; yields its URL."""
+    """Run a command that starts a fleet on `port`, 0 for any free one, during the block; yield its URL."""
     data.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections to an earlier fleet may still close
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an earlier fleet's connections may still close
         probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"

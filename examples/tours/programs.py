@@ -1,4 +1,4 @@
-"""The programs of `make tour`: what each needs installed, and the script that uses it as its users do."""
+"""The programs of `make tour`: the packages of each, and the script that uses it as its users do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One row: a program's name, its script below this folder, and its packages; the first one's version is shown.
+    """One program: its name, its script below this folder, and its packages, the first of which gives its version.
 
-    `packages` are requirements of pip, or of npm where the script is JavaScript. `shares` lets the environment see the
-    packages of the repository's own one, so that PyTorch is not installed again. `arguments` go to the script. `fleets`
-    are those of `fleets.py` that it asks: `text` by URL, `embedding` by EMBEDDER_URL, `acting` by ACTOR_URL.
+    packages: requirements for pip, or for npm if the script is JavaScript. shares: the environment also sees the
+    repository's own packages, so that PyTorch is not installed again. arguments: of the script. fleets: those of
+    `fleets.py` that it uses: `text` at URL, `embedding` at EMBEDDER_URL, `acting` at ACTOR_URL.
     """
 
     name: str
@@ -22,12 +22,12 @@ class Program:
     fleets: tuple[str, ...] = ("text", "embedding")
 
 
-NODE = "node@^22.22"  # the newest SDKs want 22; npm has it as a package
+NODE = "node@^22.22"  # the newest SDKs require 22, which npm offers as a package
 PROGRAMS = (
     Program("openai", "sdks/openai_tour.py", ("openai>=3,<4",)),
     Program("openai2", "sdks/openai_tour.py", ("openai>=2,<3",)),
     Program("litellm", "sdks/litellm_tour.py", ("litellm>=1.110,<2",)),
-    # pip finds no litellm-proxy, which the proxy of 1.110 asks for.
+    # pip does not find litellm-proxy, which the proxy of 1.110 requires.
     Program("litellm-proxy", "sdks/litellm_proxy_tour.py", ("litellm[proxy]>=1.100,<1.110",)),
     Program("langchain", "sdks/langchain_tour.py", ("langchain-openai>=1.7,<2",)),
     Program(

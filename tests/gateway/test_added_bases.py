@@ -1,4 +1,4 @@
-"""Bases that operators add and take away while gateways run: who may, what is refused, what calls get."""
+"""Bases that operators add and remove while gateways run: permissions, errors, and effects on calls."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_a_base_is_added_asked_and_taken_away(
 async def test_a_base_that_is_being_read_is_known_already(
     bus: Bus, http: httpx2.AsyncClient, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading may take as long as the Hub likes; meanwhile its calls, and those of the next one, are told to wait."""
+    """Reading may take long because of the Hub; meanwhile, calls of this base and of the next are told to wait."""
     is_reading, go_on = threading.Event(), threading.Event()
 
     def hang(model: str) -> None:
@@ -199,7 +199,7 @@ async def test_a_base_has_one_name_one_model_and_there_is_a_bound(
 async def test_a_fleet_whose_only_base_has_other_names_gets_no_second_one(
     bus: Bus, http: httpx2.AsyncClient, folders: dict[str, Path]
 ) -> None:
-    """In a fleet of one base names are not looked at; with a second one, the first would be unknown here."""
+    """A fleet with a single base ignores names; with a second base, the first would be unknown here."""
     await set_bases(bus, base("otherwise"), otherwise=1)
     answer = await http.post("/v1/bases", json={"model": str(folders["b"])})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "base_named_otherwise")

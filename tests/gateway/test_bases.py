@@ -1,4 +1,4 @@
-"""A gateway of several bases: who answers a name, by which tokenizer, and what is said where none can."""
+"""A gateway of several bases: resolution of names, tokenizers, and errors when no base is available."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT = [{"role": "user", "content": "the quick fox"}]
 
 
 async def set_bases(bus: Bus, *bases: m.ServedModel, **workers: int) -> None:
-    """Report bases as their workers do, and how many each has as the scheduler does."""
+    """Publish bases as their workers do, and the number of workers of each as the scheduler does."""
     await bus.set(bus.keys.base, bases[0])
     for base in bases[1:]:
         await bus._redis.hset(bus.keys.bases, base.name, m.encode(base))
@@ -85,7 +85,7 @@ async def test_a_name_stands_for_a_base_and_an_adapter(
     submit, _ = fleet.seen[-1]
     assert submit.base == of
     assert submit.digest.strip("0") == adapter
-    assert fleet.prompt() == f"{of} says the quick fox"  # by this base's own template
+    assert fleet.prompt() == f"{of} says the quick fox"  # by this base's template
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ async def test_a_name_of_nobody_here_is_not_found(http: httpx2.AsyncClient, mode
 
 @pytest.mark.parametrize("model", ["old", "a:old", "b:old", "base:old"])
 async def test_an_adapter_of_the_time_of_one_base_waits_for_a_store(http: httpx2.AsyncClient, model: str) -> None:
-    """Its catalogue entry names no base: another one of the same layout would answer with wrong tokens."""
+    """Its catalogue entry has no base: another base with the same layout would answer with wrong tokens."""
     answer = await chat(http, model)
     assert answer.status_code == 503, answer.text
     assert "the base of `old` is not known yet" in answer.text
@@ -239,7 +239,7 @@ async def test_a_base_whose_tokenizer_cannot_be_read_fails_its_own_calls(
 async def test_a_gateway_of_one_base_never_asks_the_workers_of_another(
     bus: Bus, fleet: ScriptedFleet, folders: dict[str, Path]
 ) -> None:
-    """A worker of another base may have joined its fleet first, by mistake or for another gateway."""
+    """A worker of another base may have joined the fleet first, by mistake or for another gateway."""
     await set_bases(bus, base("b"), base("a"), a=1, b=1)
     async with gateway_client(bus, folders["a"]) as client:
         assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["a"]

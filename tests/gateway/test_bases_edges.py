@@ -1,4 +1,4 @@
-"""Edges of a gateway of several bases: names that begin with others, bases that are gone or broken, native routes."""
+"""Edge cases of several bases: names that are prefixes of others, removed or broken bases, native routes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.gateway.test_bases import add, base, chat, set_bases, speaking
 
 
 async def knows_scores(bus: Bus) -> None:
-    """Report what workers of this version know beside what all do."""
+    """Publish the optional fields that workers of this version support."""
     status = await bus.get(bus.keys.status, m.SchedulerStatus)
     assert status is not None
     await bus.set(bus.keys.status, msgspec.structs.replace(status, knows=sorted(KNOWN_FIELDS)), 60_000)
@@ -63,7 +63,7 @@ async def test_base_is_no_other_one_while_the_default_is_not_up(bus: Bus, fleet:
 async def test_what_a_base_answered_that_is_gone_is_not_read_as_anothers(
     bus: Bus, fleet: ScriptedFleet, tmp_path: Path, more_models: bool
 ) -> None:
-    """By the default one's tokenizer it would be other words, as 200."""
+    """With the default base's tokenizer, the text would be wrong, with status 200."""
     one, other, third = (make_model_folder(tmp_path / name) for name in "abc")
     await set_bases(bus, base("a"), base("b"), base("c"), a=1, b=1, c=1)
     async with gateway_client(bus, one, more_models=str(other)) as http:
@@ -148,7 +148,7 @@ async def test_a_broken_further_base_tells_no_tenant_where_it_lies(bus: Bus, tmp
 async def test_numbers_wait_for_their_base_to_be_known(
     bus: Bus, fleet: ScriptedFleet, tmp_path: Path, path: str, body: dict[str, Any], task: m.Task
 ) -> None:
-    """A call that comes again with its Idempotency-Key, when the bases are reported anew."""
+    """A call repeated with its Idempotency-Key after the bases were published again."""
     one, other = make_model_folder(tmp_path / "a"), make_model_folder(tmp_path / "b")
     await set_bases(bus, base("a"), base("b", task=task, width=4, labels=["x"]), a=1, b=1)
     await knows_scores(bus)

@@ -1,4 +1,4 @@
-"""What a request or a model's answer brings costs in proportion to its size, however it is written."""
+"""The cost of requests and of models' answers grows linearly with their size, however they are written."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def copied(num: int) -> dict[str, Any]:
 
 
 def distinct_copies(num: int) -> dict[str, Any]:
-    """Refer to one long schema by names that are written in ever other ways."""
+    """Refer to a single long schema by differently escaped spellings of its name."""
     ways = [f"#/$defs/{''.join('a' if i >> bit & 1 else '%61' for bit in range(12))}" for i in range(min(num, 4096))]
     return {"$defs": {"a" * 12: {"description": "d" * 50 * num}}, "allOf": [{"$ref": way} for way in ways]}
 
@@ -134,7 +134,7 @@ TOOLS: dict[str, Made] = {"arguments in tags": arguments, "allowed tools": allow
 
 
 def answer(style: ToolStyle, unit: str, before: str = "", *, whole: bool = False) -> Made:
-    """Read an answer four characters at a time, or whole."""
+    """Read an answer in steps of four characters, or at once."""
 
     def made(size: int) -> Callable[[], object]:
         text, step = filled(unit, size, before), size if whole else 4
@@ -237,7 +237,7 @@ def many_items(size: int) -> Callable[[], object]:
 
 
 def many_images(size: int) -> Callable[[], object]:
-    """Results of tools in all three forms, whose images a text stands in for."""
+    """Tool results in all three formats, with images that are replaced with text."""
     image, num = {"type": "image"}, size // 60
     result = {"type": "tool_result", "tool_use_id": "t", "content": [image] * min(num, 16_000)}
     call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}

@@ -1,4 +1,4 @@
-"""Nothing that a client sends holds the gateway's event loop: each at the largest size that is let in."""
+"""No request blocks the gateway's event loop for long, even at the largest size that is accepted."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from protocol.queue.connection import line
 from protocol.queue.connection.redis_client import SENT_BYTES
 
 MOST_S = 0.6
-"""CPU seconds of one round of the loop: parsing 4 MB of JSON, the longest there is, takes 0.03 on a quiet core, and
-ten times that where others share it."""
+"""Maximum CPU seconds of one round of the loop. The longest step, parsing 4 MB of JSON, takes 0.03 s on an idle core,
+and ten times that on a busy machine.
+"""
 
 GRAMMAR = 65_000
 BODY = 4_190_000
@@ -131,7 +132,7 @@ async def play(url: str, tokenizer: Tokenizer, stop: threading.Event) -> None:
 
 @pytest_asyncio.fixture
 async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
-    """A fleet whose worker is in a thread of its own: what that takes is not the gateway's. This one registers it."""
+    """A fleet whose worker runs in another thread, so that its CPU time is not counted; this one only registers it."""
     stop, scripted = threading.Event(), ScriptedFleet(bus, tokenizer)
     await scripted.register()
     thread = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(play(bus.url, tokenizer, stop))))
@@ -142,14 +143,14 @@ async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
 
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.Client]:
-    """A client that is used in threads: its own time is not the loop's."""
+    """A client to be used in threads, so that its time is not the loop's."""
     async with running_gateway(bus, model_folder, grammar_timeout_s=0.25) as gateway:
         with httpx2.Client(base_url=gateway.url, timeout=60) as plain:
             yield plain
 
 
 def noting(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, size: Callable[..., int]) -> list[int]:
-    """Have a function note the size of what it is called with in this thread, which is the event loop's."""
+    """Wrap a function to record the sizes of its calls in the current thread, which is that of the event loop."""
     found: list[int] = []
     function, loop_thread = getattr(module, name), threading.get_ident()
 
@@ -176,7 +177,7 @@ async def test_no_body_holds_the_event_loop(
         with subtests.test(name):
             async with measured_lag(name) as lag:
                 answer = await asyncio.to_thread(http.post, path, content=raw, headers=headers)
-            assert answer.status_code < 500 or answer.status_code in (503, 529), answer.text  # no time to compile
+            assert answer.status_code < 500 or answer.status_code in (503, 529), answer.text  # too busy to compile
             assert lag.num_rounds > 0, "nothing was measured"
             assert lag.longest_s < MOST_S
             assert max([0, *read, *judged]) <= PLAIN_BYTES
@@ -188,7 +189,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "an echo with logprobs": ECHOED,
     "a stream of it": {**ECHOED, "stream": True},
 }
-"""Bodies whose answers take much to write."""
+"""Bodies with answers that take long to write."""
 
 
 async def test_no_answer_holds_the_event_loop(
@@ -206,7 +207,7 @@ async def test_no_answer_holds_the_event_loop(
 async def test_no_long_prompt_that_is_accepted_holds_the_event_loop(
     http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt of 250,000 tokens is a megabyte: commands and replies that carry it are sent and read in slices."""
+    """A prompt of 250,000 tokens takes a megabyte: commands and replies with it are sent and read in slices."""
     await fleet.set_context(http.base_url, 1 << 20)
     packed = noting(monkeypatch, line, "_pack", lambda words: max(map(len, (w for w in words if isinstance(w, bytes)))))
     sent = noting(monkeypatch, asyncio.StreamWriter, "writelines", lambda _, parts: sum(map(len, parts)))
@@ -247,7 +248,7 @@ async def test_no_query_or_header_holds_the_event_loop(http: httpx2.Client, subt
 
 
 def lines(url: str, **fields: str) -> list[bytes]:
-    """Return the lines of a batch, which are as large as a body may be, with values that are given as JSON."""
+    """Return lines of a batch as large as bodies may be, each with a field given as JSON."""
     shown = [b'{"custom_id":"%b","method":"POST","url":"%b","body":{"model":"base","prompt":"a","x":%b}}' %
              (name.encode(), url.encode(), value.encode()) for name, value in fields.items()]  # fmt: skip
     assert all(len(line) <= BODY for line in shown)
@@ -261,7 +262,7 @@ def num_bytes(raw: str | bytes | msgspec.Raw, **_: Any) -> int:
 async def test_no_line_of_a_batch_holds_the_event_loop(
     http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does an answer to one."""
+    """Neither do the answers."""
     await fleet.set_context(http.base_url, 1 << 14)
     checked = noting(monkeypatch, InputLines, "add", lambda *taken: len(taken[-1] or b""))
     decoded = noting(monkeypatch, msgspec.json, "decode", num_bytes)

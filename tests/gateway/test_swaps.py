@@ -1,4 +1,4 @@
-"""A gateway of a fleet with fewer workers than bases: whose calls wait for a swap, and what is shown of it."""
+"""A gateway of a fleet with fewer workers than bases: which calls wait for a swap, and how it is reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("a", "b", "c")
 
 
 async def tell(bus: Bus, loads: dict[str, m.BaseLoad], **more: dict[str, str]) -> None:
-    """Report the bases `a` and `b`, and the scheduler's view. The base `c` has never been reported."""
+    """Publish the bases `a` and `b`, and the scheduler's view. The base `c` has never been published."""
     await bus.set(bus.keys.base, base("a"))
     await bus._redis.hset(bus.keys.bases, "b", m.encode(base("b")))
     status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, sent_ms=now_ms(), bases=loads, **more)  # type: ignore[arg-type]
@@ -48,11 +48,11 @@ async def test_calls_of_a_base_that_a_worker_may_become_are_accepted(
         answer = await chat(http, "b")
         assert answer.status_code == 200, answer.text
         assert fleet.seen[-1][0].base == "b"
-    assert (await http.get("/health")).status_code == 200  # also while the only worker is on its way
+    assert (await http.get("/health")).status_code == 200  # even while the only worker is switching
 
 
 async def test_a_base_that_was_never_served_is_told_to_be_on_its_way(bus: Bus, http: httpx2.AsyncClient) -> None:
-    """Nothing is known of it yet: neither its context's length nor its tasks."""
+    """Neither its context length nor its tasks are known yet."""
     await tell(bus, REACHED)
     answer = await chat(http, "c")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "base_starting"), answer.text
@@ -64,7 +64,7 @@ async def test_a_base_that_failed_is_not_waited_for_whatever_may_become_it(bus: 
     await tell(bus, REACHED)
     for name in ("b", "c"):
         await bus.members.note_failure(name, "no memory")
-    assert set((await http.get("/v1/fleet")).json()["failed"]) == {"b", "c"}  # it has looked
+    assert set((await http.get("/v1/fleet")).json()["failed"]) == {"b", "c"}  # the gateway has read them
     for name in ("b", "c"):
         answer = await chat(http, name)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "base_failed"), answer.text

@@ -1,1 +1,1 @@
-"""Stand-ins, factories and waits that many tests share."""
+"""Stand-ins, factories and waiting functions shared by many tests."""

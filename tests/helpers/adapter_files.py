@@ -31,7 +31,7 @@ BASE = m.ServedModel(
 
 
 def safetensors(tensors: Mapping[str, np.ndarray[Any, Any]], **changes: Any) -> bytes:
-    """Return a safetensors file of float32 tensors; `changes` replace header entries, None removes one."""
+    """Return a safetensors file of float32 tensors; `changes` replace header entries, and None removes one."""
     header: dict[str, Any] = {}
     body = b""
     for name, tensor in tensors.items():
@@ -46,7 +46,7 @@ def safetensors(tensors: Mapping[str, np.ndarray[Any, Any]], **changes: Any) -> 
 def lora_tensors(
     seed: int = 0, rank: int = 4, sites: Sequence[m.SiteShape] = BASE.sites
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return random lora_A and lora_B for the sites of BASE."""
+    """Return random lora_A and lora_B matrices for the sites of BASE."""
     generator = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for site in sites:
@@ -69,7 +69,7 @@ def adapter_bytes(
 
 
 def write_adapter(folder: Path, seed: int = 0, rank: int = 4, **fields: Any) -> Path:
-    """Write a valid adapter for BASE, over one that may be there."""
+    """Write a valid adapter for BASE; files already in the folder are overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, raw in adapter_bytes(seed, rank, **fields).items():
         (folder / name).write_bytes(raw)
@@ -77,7 +77,7 @@ def write_adapter(folder: Path, seed: int = 0, rank: int = 4, **fields: Any) -> 
 
 
 def zipped(files: Mapping[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """Return a zip of files, by their paths."""
+    """Return a zip. files: path -> content."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", how) as archive:
         for name, data in files.items():

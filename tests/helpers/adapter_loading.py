@@ -1,4 +1,4 @@
-"""Adapters of a few numbers, and a cache over a pool of a few pages for them."""
+"""Tiny adapters, and an adapter cache over a pool of a few pages for them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MLP = 1 << 1
 
 
 def make_adapter(digest: str, rank: int, where: int = ATTENTION) -> HostAdapter:
-    """Return an adapter of one rank on the groups in `where`, all its numbers being a hash of its name."""
+    """Return an adapter of one rank on the page groups in `where`; all its numbers are a hash of its name."""
     value = float(sum(digest.encode()))
     rows: dict[int, list[Tensor]] = {}
     ranks = np.zeros(len(SITES), np.int32)
@@ -46,16 +46,16 @@ def make_adapter(digest: str, rank: int, where: int = ATTENTION) -> HostAdapter:
 
 
 def rows_of(adapter: HostAdapter, sites: Sequence[RowSite]) -> list[tuple[int, Tensor, Tensor, Tensor]]:
-    """Return an adapter's rows, see `LinearRows.parts`."""
+    """Return an adapter's rows; see `LinearRows.parts`."""
     return adapter.rows.parts(sites, adapter.ranks)
 
 
 class RecordedStream(CopyStream):
-    """A stream that copies at once, and records what it is asked for."""
+    """A stream that copies immediately and records its calls."""
 
     def __init__(self, on_wait: Callable[[], object]) -> None:
         self.calls: list[str] = []
-        self._on_wait = on_wait  # called whenever steps are waited for
+        self._on_wait = on_wait  # called whenever the stream waits for steps
 
     def allocate_like(self, tensor: Tensor) -> Tensor:
         self.calls.append("allocate")
@@ -78,7 +78,7 @@ class RecordedStream(CopyStream):
 
 
 class Loading:
-    """A cache over a pool of a few pages whose loaders' news can be awaited."""
+    """A cache over a pool of a few pages, with an event for the loaders' progress."""
 
     def __init__(
         self,
@@ -92,12 +92,12 @@ class Loading:
         self.weights = PoolWeights(SITES, [], budget, "cpu", stream=stream)
         self.known = {adapter.digest: adapter for adapter in adapters}
         self.reads: list[str] = []
-        self.on_read: Callable[[], object] = lambda: None  # called in the thread that reads
+        self.on_read: Callable[[], object] = lambda: None  # called in the reading thread
         self.store_answers = threading.Event()
         self.store_answers.set()
         self.changed = threading.Event()
         self.evicted: list[str] = []
-        self.merging: list[str] = []  # merges that have begun
+        self.merging: list[str] = []  # merges that have started
         self.merges_go_on = threading.Event()
         self.merges_go_on.set()
         self.cache = AdapterCache(
@@ -123,7 +123,7 @@ class Loading:
         return self.known[digest]
 
     def settle(self, *wanted: str, until: Callable[[], bool], tenant_of: Callable[[str], str] = lambda _: "") -> None:
-        """Ask for adapters, as an engine does at every step, until something is true."""
+        """Request adapters as an engine does at every step, until `until` returns true."""
         while True:
             self.changed.clear()
             self.cache.poll()
@@ -133,7 +133,7 @@ class Loading:
             assert self.changed.wait(timeout=60)
 
     def load(self, *wanted: str, until: str) -> None:
-        """Ask for adapters until one of them is resident."""
+        """Request adapters until `until` is resident."""
         while until not in self.cache.resident:
             self.changed.clear()
             assert not self.cache.poll()

@@ -1,4 +1,4 @@
-"""Answers of Anthropic's routes as its official client takes them: their types, and messages built of events."""
+"""Answers of Anthropic's routes, checked against the official client's types, and messages built from events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jsonschema
 from pydantic_core import from_json
 
 CONTRACT = Path(__file__).parents[1] / "gateway" / "anthropic" / "contract.json"
-"""Kind of an object -> the JSON schema of its type in the official client, see `contract.py` beside it."""
+"""Kind of object -> JSON schema of its type in the official client; written by `contract.py` in the same folder."""
 
 _VALIDATORS = {
     kind: jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
@@ -21,13 +21,13 @@ Event = dict[str, Any]
 
 
 def held_to(kind: str, value: Any) -> Any:
-    """Return a value that the official client's types allow."""
+    """Return `value` after validating it against the official client's type."""
     _VALIDATORS[kind].validate(value)
     return value
 
 
 def events_of(raw: bytes) -> list[Event]:
-    """Return the events of a stream, in the order that clients rely on."""
+    """Return the events of a stream; assert the order that clients rely on."""
     found: list[Event] = []
     for block in raw.decode().split("\n\n")[:-1]:
         lines = [line for line in block.split("\n") if not line.startswith(":")]
@@ -44,7 +44,7 @@ def events_of(raw: bytes) -> list[Event]:
 
 
 def built(events: list[Event]) -> dict[str, Any]:
-    """Return the message that a client builds of events."""
+    """Return the message that a client builds from events."""
     events = [event for event in events if event["type"] != "ping"]
     first, *middle, delta, last = events
     assert (first["type"], delta["type"], last["type"]) == ("message_start", "message_delta", "message_stop")
@@ -69,7 +69,7 @@ def built(events: list[Event]) -> dict[str, Any]:
         else:
             assert event == {"type": "content_block_stop", "index": len(message["content"]) - 1}
             if message["content"][-1]["type"] == "tool_use":
-                message["content"][-1]["input"] = from_json(arguments or "{}", allow_partial=True)  # as the client
+                message["content"][-1]["input"] = from_json(arguments or "{}", allow_partial=True)  # same as the client
             is_open = False
     assert not is_open
     return {**message, **delta["delta"], "usage": delta["usage"]}

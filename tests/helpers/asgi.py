@@ -1,4 +1,4 @@
-"""An ASGI application's client, in place of a connection."""
+"""A stand-in for the connection of an ASGI application's client."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 
 class AsgiClient:
-    """Keeps what it is sent, asks for nothing more, and stays until `left` is set."""
+    """Stores the messages that it is sent, sends no body, and stays connected until `left` is set."""
 
     def __init__(self, on_message: Callable[[Any], object] = lambda message: None) -> None:
-        """on_message: called with each message that it is sent."""
+        """on_message: called with each message that the application sends."""
         self.sent: list[Any] = []
         self.left = asyncio.Event()
         self._on_message = on_message
 
     async def receive(self) -> dict[str, Any]:
-        """Return that the client has left, once it has."""
+        """Return the disconnect message once the client has left."""
         await self.left.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
-        """Keep a message."""
+        """Store a message."""
         self.sent.append(message)
         self._on_message(message)
 
     @property
     def body(self) -> bytes:
-        """All that was sent of a body."""
+        """The parts of the response body sent so far, joined."""
         return b"".join(message.get("body", b"") for message in self.sent)

@@ -1,4 +1,4 @@
-"""A certificate authority, for servers and clients that speak TLS."""
+"""A certificate authority for tests of servers and clients with TLS."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 @dataclass(frozen=True)
 class Authority:
-    """A certificate authority whose files lie in a folder."""
+    """A certificate authority with its files in a folder."""
 
     folder: Path
     key: ec.EllipticCurvePrivateKey
@@ -30,7 +30,7 @@ class Authority:
         return found
 
     def issue(self, file: str, address: str = "127.0.0.1") -> None:
-        """Write FILE.pem and FILE.key, for a server at an address or under a name, or for a client."""
+        """Write FILE.pem and FILE.key for a server with an IP address or DNS name, or for a client."""
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, file)])
         self._write(file, name, ec.generate_private_key(ec.SECP256R1()), address=address)
 

@@ -1,4 +1,4 @@
-"""A real Chromium for tests of the console: how it is found, and what every page is held against."""
+"""A real Chromium for tests of the console, and the checks that every page must pass."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TOO_WIDE = """() => {
     const out = all.filter((one) => one.getBoundingClientRect().right > innerWidth + 1);
     return out.slice(0, 3).map((one) => `too wide: ${one.outerHTML.slice(0, 120)}`);
 }"""
-"""Returns what makes a page wider than its window, where nothing scrolls by itself."""
+"""Returns the elements that make a page wider than its window, except in containers that scroll."""
 
 REASON = "needs a browser: make test-console"
 
 
 def chromium() -> str:
-    """Return the path of the browser. Skips the test without one."""
+    """Return the path of the browser. Skips the test if there is none."""
     found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if found is None:
         pytest.skip(f"there is no chromium: apt-get install chromium; {REASON}")
@@ -32,7 +32,7 @@ def chromium() -> str:
 
 
 def axe() -> str:
-    """Return axe-core's script, which `.ci/console_assets.py` fetches. Skips the test without it."""
+    """Return axe-core's script, which `.ci/console_assets.py` downloads. Skips the test if it is missing."""
     path = Path(os.environ.get("AXE", ".venv-console/axe/axe.min.js"))
     if not path.exists():
         pytest.skip(f"there is no axe-core at {path}: python .ci/console_assets.py {path.parent}; {REASON}")
@@ -51,7 +51,7 @@ async def running_browser() -> AsyncIterator[Any]:
 
 
 class Tab:
-    """A page of the console, and what went wrong in it."""
+    """A page of the console, and the errors in it."""
 
     def __init__(self, page: Any, url: str) -> None:
         self.page = page
@@ -61,7 +61,7 @@ class Tab:
         page.on("console", lambda line: self.wrong.append(line.text) if is_wrong(line) else None)
 
     async def enter(self, key: str = "") -> None:
-        """Open the console, with a key where it asks for one."""
+        """Open the console, and enter a key if it asks for one."""
         await self.page.goto(f"{self.url}/console")
         if key:
             await self.page.get_by_label("API key").fill(key)
@@ -69,16 +69,16 @@ class Tab:
         await self.page.get_by_role("heading", name="Overview").wait_for()
 
     async def go(self, title: str) -> None:
-        """Turn to a page."""
+        """Open a page by its link."""
         await self.page.get_by_role("link", name=title, exact=True).click()
         await self.page.get_by_role("heading", level=1, name=title).wait_for()
 
     async def said(self, text: str) -> None:
-        """Wait until the page says something to the operator."""
+        """Wait until the page shows a message to the operator."""
         await self.page.locator(".said", has_text=text).last.wait_for()
 
     async def violations(self) -> list[str]:
-        """Return what axe finds, and whether the page is wider than the window."""
+        """Return axe's findings, and what makes the page wider than the window."""
         found = await self.page.evaluate("() => axe.run(document)")
         told = [
             f"{one['id']}: {one['help']}: {node['html'][:200]} {node.get('failureSummary', '')[:300]}"
@@ -89,5 +89,5 @@ class Tab:
 
 
 def is_wrong(line: Any) -> bool:
-    """Return whether a line of the browser's log is one that a good page does not cause: refusals are no such."""
+    """Return whether a line of the browser's log is an error. Failed loads are not: refused requests cause them too."""
     return line.type == "error" and "Failed to load resource" not in line.text

@@ -1,4 +1,4 @@
-"""A server of the gateway's with an app of few lines behind it, and clients that say whatever bytes they like."""
+"""The gateway's server with a minimal app, and clients that send arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG_S = 10_000.0
 
 
 class App:
-    """Reads a request, and says how many bytes its body has; on /wait only once it may, on /stream without end."""
+    """Reads a request, and answers with its body's size; on /wait only after `go`, on /stream without end."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
@@ -49,7 +49,7 @@ class App:
             return
         if scope["path"] == "/parts":
             connection: Connection = scope[CONNECTION]
-            assert not connection.takes_parts  # it has not begun
+            assert not connection.takes_parts  # the response has not begun
             await send({"type": "http.response.start", "status": 200, "headers": []})
             while connection.takes_parts:
                 connection.write_part(b"x" * 4096)
@@ -84,7 +84,7 @@ async def receive_disconnect(receive: Any) -> None:
 
 
 class Running:
-    """A server, the app behind it, and clients."""
+    """A server, its app, and its clients."""
 
     def __init__(self, server: HttpServer, app: App, port: int) -> None:
         self.server, self.app, self.port = server, app, port
@@ -96,7 +96,7 @@ class Running:
         return reader, writer
 
     async def send(self, *parts: bytes) -> bytes:
-        """Return all that the server says to these bytes until it closes the connection."""
+        """Send bytes; return everything that the server sends until it closes the connection."""
         reader, writer = await self.connect()
         answer = asyncio.create_task(reader.read())
         for part in parts:
@@ -112,11 +112,11 @@ class Running:
         return list(self.server.server_state.connections)  # type: ignore[arg-type]
 
     async def until(self, condition: Callable[[], object]) -> None:
-        while not condition():  # noqa: ASYNC110  turns of the loop, not time
+        while not condition():  # noqa: ASYNC110  waits for turns of the loop, not for time
             await asyncio.sleep(0)
 
     def sweep(self) -> None:
-        """Look for slow clients, as if a long time had passed."""
+        """Check for slow clients, as if LONG_S had passed."""
         for connection in self.connections:
             connection.sweep(asyncio.get_running_loop().time() + LONG_S)
 

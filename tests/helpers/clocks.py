@@ -1,4 +1,4 @@
-"""Clocks whose time, or its speed, a test sets."""
+"""Clocks whose time or speed a test sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class SetClock:
-    """Seconds that a test sets; callable, as `time.monotonic` is."""
+    """Seconds set by a test; callable like `time.monotonic`."""
 
     def __init__(self, now_s: float = 0.0) -> None:
         self.now_s = now_s
@@ -17,7 +17,7 @@ class SetClock:
 
 
 class ScaledClock:
-    """Seconds that pass `speed` times as fast as real ones; callable, as `time.monotonic` is."""
+    """Seconds that pass `speed` times as fast as real ones; callable like `time.monotonic`."""
 
     def __init__(self, speed: float = 1.0) -> None:
         self.speed = speed

@@ -15,7 +15,7 @@ from helpers.preloaded import fork
 
 
 class ConsoleFleet:
-    """The processes, and an operator's key to them."""
+    """The processes, and an operator's API key."""
 
     def __init__(self, processes: ProcessFleet, key: str, model: Path) -> None:
         self.processes = processes
@@ -29,11 +29,11 @@ class ConsoleFleet:
         return answer.json()
 
     def adapter(self, folder: Path, seed: int) -> Path:
-        """Make another adapter of its model."""
+        """Write another adapter of the fleet's model."""
         return make_adapter(folder, self.model, seed=seed)
 
     async def long(self) -> str:
-        """Begin a request that takes long; return its id once it runs."""
+        """Start a long request; return its id once it runs."""
         body = {"model": "alpha", "prompt": "fox", "max_tokens": 480, "ignore_eos": True, "background": True, "n": 8}
         job = (await self.http.post("/v1/completions", json=body)).json()
         return f"{job['id'].removeprefix('job_')}-0"
@@ -41,7 +41,7 @@ class ConsoleFleet:
 
 @asynccontextmanager
 async def console_fleet(folder: Path) -> AsyncIterator[ConsoleFleet]:
-    """Run two workers with three adapters and one that is refused."""
+    """Run two workers with three valid adapters and one that is refused."""
     model = make_tiny_model(folder / "model")
     for seed, name in enumerate(("alpha", "beta", "acme/gamma"), start=1):
         make_adapter(folder / "adapters" / name, model, seed=seed)

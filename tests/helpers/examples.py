@@ -1,4 +1,4 @@
-"""Which examples run: all of them in `make test-all` and where files are named, else some."""
+"""Which parametrized cases run: all with `make test-all` or for files named on the command line, otherwise some."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ are_many = False
 
 
 def of(many: int) -> int:
-    """Return how many examples hypothesis draws where a long run draws `many`."""
+    """Return the number of hypothesis examples, given the number `many` of a thorough run."""
     return many if are_many else max(many // 4, 10)
 
 
 def some(cases: Iterable[Any], *kept: Any) -> list[Any]:
-    """Return cases for `parametrize`: those of `kept` always run, the others are marked `thorough`.
+    """Return cases for `parametrize`: those in `kept` always run, the others are marked `thorough`.
 
-    Raises ValueError where `kept` names what is no case.
+    Raises ValueError if `kept` contains an unknown case.
     """
     known = list(cases)
     if unknown := [case for case in kept if case not in known]:

@@ -1,4 +1,4 @@
-"""LoRA on the experts that a step's tokens go to, computed as rows of `lora_add_`, beside loops over pairs."""
+"""LoRA on the experts of a step's tokens, as rows of `lora_add_`, and the expected result by loops over pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 
 @dataclass(slots=True)
 class ExpertCase:
-    """One layer of experts: who has which rows, and a step's tokens with the experts that they go to."""
+    """One layer of experts: the adapters' rows, and a step's tokens with their experts."""
 
     pages: ExpertPages
     first_pages: Tensor  # int32 [slots]
@@ -31,7 +31,7 @@ class ExpertCase:
         return order_by_expert(self.expert_ids, slots, self.pages.num_experts, len(self.first_pages))
 
     def run(self, impl: ops.Impl) -> Tensor:
-        """Return what LoRA adds to zeros for each pair: [T, top_k, N]."""
+        """Return what LoRA adds to zeros, for each pair of token and expert: [T, top_k, N]."""
         order = self.order()
         batch = expert_batch(order, self.pages, self.first_pages, torch.from_numpy(self.scales).to(self.x.device))
         out = self.x.new_zeros(len(order.pairs), self.pages.site.b_rows.shape[1])
@@ -41,7 +41,7 @@ class ExpertCase:
         return back.view(*self.expert_ids.shape, -1)
 
     def expected(self) -> Tensor:
-        """Compute the same pair by pair, in fp32 on the host."""
+        """Return the same values, computed pair by pair in fp32 on the host."""
         num_tokens, top_k = self.expert_ids.shape
         found = torch.zeros(num_tokens, top_k, self.pages.site.b_rows.shape[1])
         for token in range(num_tokens):
@@ -59,9 +59,9 @@ def expert_case(
     num_tokens: int, ranks: list[int], *, num_experts: int = 6, top_k: int = 2, k: int = 40, n: int = 24,
     dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
 ) -> ExpertCase:  # fmt: skip
-    """Adapters of the given ranks, one a slot, 0 for one without rows here; a third of the tokens has none.
+    """Return a case with adapters of the given ranks, one per slot; rank 0 has no rows. A third of the tokens has none.
 
-    Pages are scattered, and all that nobody has written is NaN.
+    Pages are scattered, and rows that no adapter has written are NaN.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     nums = [-(-rank // PAGE_ROWS) for rank in ranks]

@@ -50,7 +50,7 @@ def make_tiny_model(
 ) -> Path:
     """Write a random fp32 Llama (4 heads over 2 KV heads) and its tokenizer to `folder`; return it.
 
-    `scale` is the standard deviation of the weights: large enough that greedy choices differ between prompts.
+    scale: standard deviation of the weights, large enough that greedy choices differ between prompts.
     """
     tokenizer: Any = make_tokenizer()
     config = LlamaConfig(
@@ -71,7 +71,7 @@ LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 def make_tiny_encoder(folder: Path, *, labels: Sequence[str] = (), max_len: int = 64, of_texts: bool = False) -> Path:
-    """Write a random fp32 BERT, with `labels` a classifier of tokens or texts, and a tokenizer of `WORDS`."""
+    """Write a random fp32 BERT and a tokenizer of `WORDS`. labels: makes it a classifier of tokens, or of texts."""
     vocab = {text: i for i, text in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split()])}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()

@@ -1,4 +1,4 @@
-"""What fixed sums promise of each operation: rows computed beside others have the bits that they have alone."""
+"""Checks of fixed sums: rows computed in a batch must have the same bits as when computed alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fixed_sums() -> Iterator[None]:
 
 
 def assert_linear_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70) -> None:
-    for width in (330, 1504):  # of which tile registers take the second, with many rows in parts
+    for width in (330, 1504):  # tile registers are used for the second width, with many rows in parts
         x, weight, bias = (
             randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((num_rows, width), (90, width), (90,)))
         )
@@ -35,7 +35,7 @@ def assert_linear_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70) -
 
 
 def assert_lora_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70, *, int8: bool = False) -> None:
-    """Rows of two adapters, one of them with rank enough for several pages. int8: the adapters' rows are."""
+    """Check rows of two adapters, one with a rank of several pages. int8: use int8 rows."""
     ranks, k, widths = (5, 40), 96, (48, 33)
     num_pages = [-(-rank // PAGE_ROWS) for rank in ranks]
     pages = torch.zeros(2, 1, max(num_pages), dtype=torch.int32)
@@ -69,7 +69,7 @@ def assert_lora_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70, *, 
 
 
 def assert_attention_is_fixed(impl: Impl, dtype: torch.dtype, kv_len: int, window: int) -> None:
-    """The same queries as a decode each, in chunks, and beside sequences enough for all threads."""
+    """Check the same queries as decodes one at a time, in chunks, and with enough other sequences for all threads."""
     group, kv_heads, size = 3, 2, 32
     num_blocks = -(-kv_len // BLOCK_TOKENS)
     caches = [randn(num_blocks + 1, kv_heads, BLOCK_TOKENS, size, dtype=dtype, seed=i) for i in range(2)]

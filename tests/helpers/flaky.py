@@ -1,4 +1,4 @@
-"""Loops that are made to fail: each turn of those that are named raises, so often, before the loop goes on as it is."""
+"""Makes service loops fail: each turn of the named loops raises `times` times, then the loop runs normally."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SOON = Backoff(0.005, 0.02)
 
 
 class InjectedError(Exception):
-    """Nothing that any loop foresees."""
+    """An error that no loop expects."""
 
 
 @dataclass
 class Flaky:
-    """Stands between loops and their work."""
+    """Wraps the work of loops."""
 
-    failing: frozenset[str]  # names of loops; "" stands for all
+    failing: frozenset[str]  # names of loops; "": all
     times: int = 3
     error: Callable[[], BaseException] = lambda: InjectedError("from a test")
     failed: Counter[str] = field(default_factory=Counter)
@@ -30,7 +30,7 @@ class Flaky:
     names: set[str] = field(default_factory=set)
 
     def __call__(self, loop: Loop) -> Loop:
-        """Return the loop that runs in another's place."""
+        """Return the loop that runs in place of `loop`."""
         self.names.add(loop.name)
 
         async def work() -> None:
@@ -43,11 +43,11 @@ class Flaky:
         return replace(loop, work=work, backoff=SOON)
 
     def goes_on(self) -> bool:
-        """Return whether all have failed as they should, and have gone on since."""
+        """Return whether all named loops have failed `times` times, and every loop has completed a turn."""
         due = self.names if "" in self.failing else self.failing
         return all(self.failed[name] == self.times for name in due) and all(self.begun[name] for name in self.names)
 
 
 def failures(names: Iterable[str]) -> dict[str, float]:
-    """Return how many failures of each loop the metric shows."""
+    """Return the number of failures of each loop, from the metric."""
     return {n: REGISTRY.get_sample_value("lorafleet_loop_failures_total", {"loop": n}) or 0.0 for n in names}

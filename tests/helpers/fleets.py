@@ -1,4 +1,4 @@
-"""Real fleets for tests: `lorafleet up` in its own process, and functions to ask, watch and end it."""
+"""Real fleets for tests: `lorafleet up` in its own process, and functions to call, watch and stop it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import Conflict
 
 MARKER = "PYTHON_TEST_FLEET_MARKER"
-"""Named so that the services get it: of other variables of the launcher they get only those that they need."""
+"""Its prefix makes the launcher pass it to the services, which get only the variables that they need."""
 
 QUICK = ("--device", "cpu", "--dtype", "float32", "--kernels", "reference", "--grace-s", "20")
 
@@ -53,14 +53,14 @@ class RunningFleet:
         return self.output_file.read_text()
 
     def door(self, user: str) -> Settings:
-        """Return the settings with which a user enters the embedded queue, once the launcher has named it."""
+        """Return the settings of a user of the embedded queue, once the launcher has printed the queue's address."""
         found = re.search(r"unix://(\S+)", self.output)
         assert found is not None, self.output
         (users,) = self.output_file.parent.glob("data/queue/*/users")
         return Settings(redis_url=f"unix://{user}@{found[1]}", redis_password_file=password_file(users, user))
 
     def is_ready(self) -> bool:
-        """Return whether the launcher has announced the fleet. Raises AssertionError when it has ended instead."""
+        """Return whether the launcher has announced the fleet. Raises AssertionError if it has ended."""
         assert self.process.poll() is None, self.output
         return "ready http://" in self.output
 
@@ -69,8 +69,8 @@ class RunningFleet:
         return self.process.poll() is not None
 
     def left_running(self) -> list[psutil.Process]:
-        """Return the processes of the fleet: launcher, services, their children, and the queue server."""
-        # The queue server writes its title over its environment; it works in its own folder.
+        """Return the running processes of the fleet: launcher, services, their children, and the queue server."""
+        # The queue server overwrites its environment with its process title, but it runs in its own folder.
         return [*with_variable(MARKER, self.marker), *working_below(self.output_file.parent / "data")]
 
     def worker(self, name: str) -> psutil.Process:
@@ -79,7 +79,7 @@ class RunningFleet:
         return found
 
     def port_is_free(self) -> bool:
-        """Return whether another process could listen on the port now."""
+        """Return whether another process could now listen on the port."""
         try:
             return claim_port("127.0.0.1", self.port) == self.port
         except Conflict:
@@ -90,11 +90,11 @@ class RunningFleet:
         return not self.left_running() and self.port_is_free()
 
     def client(self) -> httpx2.AsyncClient:
-        """Return a client of its gateway."""
+        """Return a client for the fleet's gateway."""
         return httpx2.AsyncClient(base_url=self.url, timeout=60, trust_env=False)
 
     def add_worker(self, model: Path, name: str, folder: Path) -> None:
-        """Start another worker, as a user would on this machine."""
+        """Start another worker, as a user on this machine would."""
         command = [sys.executable, "-m", "lorafleet", "serve", "worker", "--model", str(model), "--worker-name", name]
         door = self.door("worker")
         environment = {**os.environ, MARKER: self.marker, "REDIS_URL": door.redis_url}
@@ -106,7 +106,7 @@ class RunningFleet:
 
 @asynccontextmanager
 async def tiny_fleet(folder: Path, adapters: Sequence[str]) -> AsyncIterator[ProcessFleet]:
-    """Run the services of a tiny model, in `folder/model`, and of adapters in `folder/adapters`, seeded 1, 2, …"""
+    """Run a fleet of the tiny model in `folder/model` and of adapters in `folder/adapters`, seeded from 1 upwards."""
     model = make_tiny_model(folder / "model")
     for seed, name in enumerate(adapters, start=1):
         make_adapter(folder / "adapters" / name, model, seed=seed)
@@ -116,7 +116,7 @@ async def tiny_fleet(folder: Path, adapters: Sequence[str]) -> AsyncIterator[Pro
 
 @asynccontextmanager
 async def services_of(folder: Path, model: Path, *workers: str) -> AsyncIterator[ProcessFleet]:
-    """Run the services of a model and of the adapters in `folder/adapters`, with workers of these names, or one."""
+    """Run a fleet of a model and of the adapters in `folder/adapters`. workers: their names; (): one worker."""
     fleet = ProcessFleet.prepare(folder, model, folder / "adapters", durable=False, spawn=fork)
     try:
         await fleet.start_all(Shape(workers=workers) if workers else Shape())
@@ -127,9 +127,9 @@ async def services_of(folder: Path, model: Path, *workers: str) -> AsyncIterator
 
 @asynccontextmanager
 async def one_worker_dies(fleet: ProcessFleet) -> AsyncIterator[None]:
-    """Freeze the workers while something is asked in the block; then kill one that was given some of it, thaw others.
+    """Suspend the workers during the block, which sends requests; then kill one that got some, and resume the others.
 
-    Frozen, so that what it was given is not done before it is killed.
+    A suspended worker cannot finish its requests before it is killed.
     """
     workers = [member.name for member in fleet.members.values() if member.service == "worker"]
     for name in workers:
@@ -151,7 +151,7 @@ async def one_worker_dies(fleet: ProcessFleet) -> AsyncIterator[None]:
 
 @contextmanager
 def fleet_up(folder: Path, model: Path, *flags: str, further: Sequence[Path] = ()) -> Iterator[RunningFleet]:
-    """Start `lorafleet up`, with further bases; at the end of the block, kill all of its processes that still run."""
+    """Start `lorafleet up`; after the block, kill all its remaining processes. further: more base models."""
     folder.mkdir(parents=True, exist_ok=True)
     marker, port, output = secrets.token_hex(8), free_port(), folder / "output.txt"
     models = [str(one) for one in (model, *further)]
@@ -179,12 +179,12 @@ def fleet_up(folder: Path, model: Path, *flags: str, further: Sequence[Path] = (
 
 
 def completion(model: str, prompt: str, **more: Any) -> dict[str, Any]:
-    """Return the body of a greedy completion that runs to its length."""
+    """Return the body of a greedy completion that runs to its maximum length."""
     return {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True, **more}
 
 
 async def chunks(response: httpx2.Response) -> AsyncIterator[str]:
-    """Yield the texts of a streamed completion. Raises AssertionError unless it ends by length and [DONE]."""
+    """Yield the texts of a streamed completion. Asserts that it ends by length and with [DONE]."""
     assert response.status_code == 200, await response.aread()
     finish = None
     async for line in response.aiter_lines():

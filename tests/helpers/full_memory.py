@@ -1,4 +1,4 @@
-"""A queue server without room for anything new."""
+"""A queue server without memory for new data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from protocol.queue.bus import Bus
 
 @asynccontextmanager
 async def full_memory(bus: Bus, max_bytes: int = 1) -> AsyncIterator[None]:
-    """Leave the server `max_bytes` meanwhile. Once they are used it rejects every write that its flags do not allow."""
+    """Limit the server's memory during the block. Once it is used, the server rejects writes not flagged as allowed."""
     limit = (await bus._redis.config_get("maxmemory"))["maxmemory"]
     await bus._redis.config_set("maxmemory", max_bytes)
     try:

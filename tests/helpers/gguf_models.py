@@ -1,4 +1,4 @@
-"""Tiny random models as GGUF files, written as llama.cpp's converter writes them, in quantised blocks."""
+"""Tiny random models as GGUF files in quantized blocks, in the format of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.quantised_weights import random_weight
 from lora_kernels.quantised import Kind
 
 PYTHON_QUANTISES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16", "tq1_0")
-"""What the gguf package makes itself; of other kinds the blocks are random."""
+"""Kinds that the gguf package can quantize itself; the blocks of other kinds are random."""
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -25,8 +25,8 @@ def write_gguf(
 ) -> None:  # fmt: skip
     """Write a model whose linear layers and embedding are of a kind.
 
-    others: kinds, also f32, f16 and bf16, for tensors whose name of GGUF has the given part. rope_factors: what Llama 3
-    divides its rotary frequencies by.
+    others: part of a GGUF tensor name -> kind of those tensors, also f32, f16 or bf16. rope_factors: divisors of the
+    rotary frequencies, as in Llama 3.
     """
     config: Any = model.config
     arch: str = {"gemma3_text": "gemma3"}.get(config.model_type) or config.model_type
@@ -64,7 +64,7 @@ def write_gguf(
 
 
 def _as_llama_cpp(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return a weight as llama.cpp keeps it."""
+    """Return a weight in llama.cpp's layout."""
     if config.model_type == "llama" and (".attn_q." in name or ".attn_k." in name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         halves = weight.view(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
@@ -91,7 +91,7 @@ def _write_config(writer: Any, config: Any) -> None:
 
 
 def _write_tokenizer(writer: Any, vocab_size: int) -> None:
-    """Write a byte-level tokenizer: bytes, two merges, then tokens of which the last two end and begin texts."""
+    """Write a byte-level tokenizer: bytes, two merges, and unused tokens; the last two tokens end and begin texts."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokens = [*bytes_to_unicode().values(), "th", "he"]

@@ -1,4 +1,4 @@
-"""Bodies that every route takes, with little in them: what a test changes is all that is odd about a request."""
+"""Minimal valid bodies for every route, so that a test's change is the only odd part of a request."""
 
 from __future__ import annotations
 
@@ -46,4 +46,4 @@ GOOD: dict[str, dict[str, Any]] = {
     **{f"{v1}/load_lora_adapter": {"lora_name": "one", "lora_path": "local:one"} for v1 in ("/v1", "")},
     **{f"{v1}/unload_lora_adapter": {"lora_name": "nobody"} for v1 in ("/v1", "")},
 }
-"""Path of a route -> a body. Names in capitals stand for what a test has made."""
+"""Path of a route -> a body. Names in capitals stand for objects that a test has created."""

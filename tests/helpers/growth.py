@@ -1,4 +1,4 @@
-"""How the CPU time of a function grows with its input, whatever else the machine does."""
+"""Measures how the CPU time of a function grows with its input, independent of other load."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import suppress
 from protocol.wire.errors import LorafleetError
 
 FACTOR = 8
-"""How much larger the larger input is: a linear function takes 8 times as long, a quadratic one 64 times."""
+"""Ratio of the input sizes: a linear function takes 8 times as long for the larger one, a quadratic one 64 times."""
 
 MOST = 24.0
-"""Most times as long. Between the two with room for caches and neighbours."""
+"""Maximum ratio of the times: between linear and quadratic, with a margin for caches and other processes."""
 
 LEAST_S = 0.0005
-"""A time counts as at least this much."""
+"""Shorter times count as this one."""
 
 TRIES = 2
 
 
 def cpu_s(do: Callable[[], object]) -> float:
-    """Return the CPU seconds of this thread that a function takes, the least of some tries. It may refuse its input."""
+    """Return the minimum CPU seconds of this thread for `do`, over some tries. `do` may refuse its input."""
     least_s = float("inf")
     for _ in range(TRIES):
         began_s = time.thread_time()
@@ -34,6 +34,6 @@ def cpu_s(do: Callable[[], object]) -> float:
 
 
 def growth(made: Callable[[int], Callable[[], object]], size: int) -> float:
-    """Return how many times as long a function takes with an input of `size` as with an eighth of it."""
+    """Return the ratio of a function's time for an input of `size` to that for an eighth of it."""
     small_s = max(cpu_s(made(size // FACTOR)), LEAST_S)
     return max(cpu_s(made(size)), LEAST_S) / small_s

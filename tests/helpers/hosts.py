@@ -1,6 +1,6 @@
-"""Two hosts on this machine with a cable between them: network namespaces below a user namespace, for any user.
+"""Two hosts on this machine with a cable between them: network namespaces in a user namespace, for any user.
 
-And a limit on the memory of some processes, which needs root and the memory controller of cgroups v1.
+Also a memory limit for some processes, which needs root and the memory controller of cgroups v1.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MEMORY = Path("/sys/fs/cgroup/memory")
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace with a loopback and one end of the cable."""
+    """A network namespace with a loopback device and one end of the cable."""
 
-    pid: int  # of the process that keeps it
+    pid: int  # of the process that keeps the namespace
     address: str
 
     @property
     def within(self) -> tuple[str, ...]:
-        """A command that runs another one there, in the same process."""
+        """A command that executes another one on this host, in the same process."""
         return ("nsenter", f"--target={self.pid}", "--user", "--preserve-credentials", "--net", "--")
 
     def run(self, script: str) -> None:
@@ -38,7 +38,7 @@ class Host:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Make two hosts for the length of the block; they also end with this process."""
+    """Create two hosts for the duration of the block; they also end with this process."""
     with _kept("unshare", "--map-root-user", "--net") as pid:
         first = Host(pid, FIRST)
         with _kept(*first.within, "unshare", "--net") as pid:
@@ -51,8 +51,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 @contextmanager
 def _kept(*command: str) -> Iterator[int]:
-    """Yield the id of a process that runs in the namespaces of `command`."""
-    script = ("sh", "-c", "echo; exec cat")  # until its input ends
+    """Yield the id of a process that keeps the namespaces of `command` alive."""
+    script = ("sh", "-c", "echo; exec cat")  # runs until its input ends
     with subprocess.Popen([*command, *script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"\n"
@@ -83,7 +83,7 @@ asyncio.run(main())
 
 @contextmanager
 def relay(host: Host, port: int, path: Path) -> Iterator[str]:
-    """Yield an address of a host, `address:port`, at which the server of a Unix socket answers."""
+    """Yield an address `address:port` of a host that is connected to a server's Unix socket."""
     command = [*host.within, sys.executable, "-c", RELAY, str(port), str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -102,14 +102,14 @@ class MemoryGroup:
 
     @property
     def within(self) -> tuple[str, ...]:
-        """A command that runs another one there, in the same process."""
+        """A command that executes another one in the group, in the same process."""
         return ("sh", "-ec", f'echo $$ > {self.folder}/cgroup.procs; exec "$@"', "sh")
 
     def exhaust(self) -> None:
-        """Use up all memory of the group, so that the kernel kills its largest process."""
+        """Limit the group to its current usage and exceed it, so that the kernel kills its largest process."""
         usage = int((self.folder / "memory.usage_in_bytes").read_text())
         (self.folder / "memory.limit_in_bytes").write_text(str(usage))
-        subprocess.run([*self.within, "tail", "/dev/zero"], check=False)  # which it keeps until it is killed itself
+        subprocess.run([*self.within, "tail", "/dev/zero"], check=False)  # `tail` keeps its input until it is killed
 
     @property
     def num_killed(self) -> int:
@@ -119,13 +119,13 @@ class MemoryGroup:
 
 @contextmanager
 def memory_group(name: str) -> Iterator[MemoryGroup]:
-    """Make a group whose processes end with the block. Raises OSError where that is not permitted."""
+    """Create a group whose processes are killed after the block. Raises OSError if that is not permitted."""
     group = MemoryGroup(MEMORY / name)
     group.folder.mkdir()
     try:
         yield group
     finally:
-        while group.folder.exists():  # the kernel lets it go a moment after its last process
+        while group.folder.exists():  # the kernel releases the group shortly after its last process ended
             with suppress(OSError):
                 for pid in (group.folder / "cgroup.procs").read_text().split():
                     os.kill(int(pid), signal.SIGKILL)

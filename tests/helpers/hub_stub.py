@@ -18,12 +18,12 @@ from starlette.routing import Route
 
 from helpers.waiting import wait_until
 
-LFS_BYTES = 2000  # files above are kept as the Hub keeps large files
+LFS_BYTES = 2000  # larger files are stored like the Hub's large files
 
 
 @dataclass(slots=True)
 class Repo:
-    """One repository: branches and tags name commits, a commit is a set of files."""
+    """One repository: branches and tags refer to commits, and a commit is a set of files."""
 
     private: bool = False
     gated: bool = False
@@ -48,21 +48,21 @@ class Seen:
 
 
 class HubStub:
-    """A Hub whose repositories, faults and seen requests tests read and change."""
+    """A Hub with repositories, faults and recorded requests, which tests read and change."""
 
     def __init__(self) -> None:
         self.url = ""
         self.repos: dict[str, Repo] = {}
-        self.tokens: dict[str, set[str]] = {}  # token -> private and gated repositories it may read
+        self.tokens: dict[str, set[str]] = {}  # token -> private and gated repositories that it may read
         self.failures: list[tuple[int, dict[str, str]]] = []  # answers to the next requests
-        self.cut_at = 0  # bytes after which a body breaks off
+        self.cut_at = 0  # number of bytes after which a body breaks off
         self.num_cuts = 0
         self.ignore_ranges = False
-        self.gate: asyncio.Event | None = None  # larger bodies wait for it after their first bytes
-        self.drop_gated = False  # and break off then
+        self.gate: asyncio.Event | None = None  # large bodies wait for it after their first bytes
+        self.drop_gated = False  # break the gated bodies off when `gate` is set
         self.down = False
-        self.moved: dict[str, str] = {}  # old names of repositories -> new ones, to which files redirect
-        self.elsewhere = ""  # another host to which files redirect
+        self.moved: dict[str, str] = {}  # old repository name -> new one, to which file requests are redirected
+        self.elsewhere = ""  # another host to which file requests are redirected
         self.seen: list[Seen] = []
 
     def requests(self, part: str) -> list[Seen]:
@@ -80,7 +80,7 @@ class HubStub:
         )
 
     def _refuse(self, request: Request, *, content: bool) -> Response | None:
-        """Note a request; return the response that refuses it, None if it is allowed."""
+        """Record a request; return the response that refuses it, None if it is allowed."""
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         headers = request.headers
         self.seen.append(Seen(request.url.path, headers.get("range", ""), token, headers.get("cookie", "")))
@@ -185,7 +185,7 @@ def _sibling(name: str, content: bytes) -> dict[str, Any]:
 
 @asynccontextmanager
 async def run_hub() -> AsyncIterator[HubStub]:
-    """Serve a Hub on a free port for the length of the block."""
+    """Serve a Hub on a free port during the block."""
     hub = HubStub()
     cookie = [("Set-Cookie", "session=of-the-first-caller")]  # a proxy before a Hub may set one with every response
     config = uvicorn.Config(
@@ -194,7 +194,7 @@ async def run_hub() -> AsyncIterator[HubStub]:
     server = uvicorn.Server(config)
     server.config.setup_event_loop = lambda: None  # type: ignore[method-assign]
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(server._serve())  # not serve(), which takes the signals
+        tasks.create_task(server._serve())  # not serve(), which installs signal handlers
         await wait_until(lambda: server.started, "the Hub listens")
         port = server.servers[0].sockets[0].getsockname()[1]
         hub.url = f"http://127.0.0.1:{port}"

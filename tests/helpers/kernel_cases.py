@@ -1,4 +1,4 @@
-"""Workloads for the kernel tests: adapter mixes as Punica's benchmark has them, and packed sequences in a paged cache.
+"""Workloads for kernel tests: adapter mixes as in Punica's benchmark, and packed sequences in a paged cache.
 
 Everything that an operation must not read is NaN: pool rows past an adapter's rank, free pages, cache slots past a
 sequence's length, uninitialized memory. So a right answer was computed from the right rows.
@@ -23,15 +23,15 @@ Distribution = Literal["identical", "distinct", "uniform", "zipf", "skewed", "so
 DISTRIBUTIONS: tuple[Distribution, ...] = ("identical", "distinct", "uniform", "zipf", "skewed", "some base")
 RANKS: tuple[int, ...] = (1, 3, 8, 16, 48, 64, 128, 256)
 
-# Relative and absolute error an implementation may show against fp32 on the same inputs, for outputs of order 1.
-# fp32: sums of a few hundred to a few thousand products, errors growing with the root of the count: 2^-24 * 64 ~ 4e-6.
-# fp16, bf16: one rounding of the output (2^-11, 2^-9), and one of the hidden vector where it is held in 16 bits, whose
-# errors average out over the rank: the same again, at most.
+# Relative and absolute error allowed for an implementation against fp32 on the same inputs, for outputs of order 1.
+# fp32: sums of a few hundred to a few thousand products, with errors growing with the root of the count: 2^-24 * 64 ~
+# 4e-6. fp16, bf16: one rounding of the output (2^-11, 2^-9), and one of the hidden vector if it is stored in 16 bits,
+# whose errors average out over the rank: at most the same again.
 TOLERANCES = {torch.float32: (1e-5, 2e-5), torch.float16: (2e-3, 4e-3), torch.bfloat16: (1.6e-2, 3.2e-2)}
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Compare with an fp32 answer, by the tolerance of the dtype computed in."""
+    """Compare with an fp32 answer, using the tolerance of the dtype of the computation."""
     rtol, atol = TOLERANCES[dtype or actual.dtype]
     torch.testing.assert_close(actual.float(), expected.float(), rtol=rtol, atol=atol)
 
@@ -42,7 +42,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill every tensor torch leaves uninitialized with NaN."""
+    """Make torch fill uninitialized tensors with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -52,7 +52,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def token_slots(distribution: Distribution, num_tokens: int, num_slots: int, seed: int = 0) -> np.ndarray:
-    """Return the adapter slot of each token, -1 for the base model, in an order that is not sorted."""
+    """Return the adapter slot of each token, -1 for the base model, in unsorted order."""
     rng = np.random.default_rng(seed)
     if distribution == "none":
         return np.full(num_tokens, -1)
@@ -73,7 +73,7 @@ def token_slots(distribution: Distribution, num_tokens: int, num_slots: int, see
 
 @dataclass(slots=True)
 class LoraCase:
-    """One call of lora_add_, and the answer in fp32."""
+    """One call of lora_add_ and its fp32 answer."""
 
     outs: list[Tensor]
     x: Tensor
@@ -82,14 +82,14 @@ class LoraCase:
     batch: LoraBatch
 
     def run(self, impl: ops.Impl) -> list[Tensor]:
-        """Apply an implementation to a copy of the outputs."""
+        """Return the outputs of an implementation, computed on copies."""
         outs = [out.clone() for out in self.outs]
         with poisoned_memory():
             ops.lora_add_(outs, self.x, self.sites, self.table, self.batch, impl=impl)
         return outs
 
     def expected(self) -> list[Tensor]:
-        """The reference's answer on the same numbers held in fp32. Asserts that the adapters change something."""
+        """Return the reference's answer on the same numbers in fp32. Asserts that the adapters change something."""
         outs = [out.to(torch.float32, copy=True) for out in self.outs]
         sites = [LoraSite(s.index, s.group, s.a_rows.float(), s.b_rows.float(), s.factors) for s in self.sites]
         ops.lora_add_(outs, self.x.float(), sites, self.table, self.batch, impl="reference")
@@ -99,7 +99,7 @@ class LoraCase:
 
 
 def in_int8(case: LoraCase) -> LoraCase:
-    """Return a case whose rows are int8 numbers; factors of rows that are nobody's are NaN."""
+    """Return the case with int8 rows; the factors of unused rows are NaN."""
     sites: list[LoraSite] = []
     for site in case.sites:
         largest = site.a_rows.float().abs().amax(1) * site.b_rows.float().abs().amax(1)
@@ -120,9 +120,10 @@ def lora_case(
     device: str = "cpu",
     seed: int = 0,
 ) -> LoraCase:
-    """Adapters of the given ranks, one a slot, on sibling sites of the given output widths in two page groups.
+    """Return a case with adapters of the given ranks, one per slot, on sibling sites of the given output widths.
 
-    Every adapter but the first leaves one site untouched when there are several. Pages are scattered.
+    The sites are in two page groups. If there are several, every adapter but the first leaves one unchanged. Pages are
+    scattered.
     """
     generator = torch.Generator().manual_seed(seed)
     num_sites, num_slots, max_pages = len(widths), len(ranks), -(-max(ranks) // PAGE_ROWS)
@@ -168,7 +169,7 @@ def _site(
 
 
 class AttentionOptions(TypedDict, total=False):
-    """What a case may add to plain attention."""
+    """Optional features of an attention case."""
 
     window: int
     softcap: float
@@ -176,7 +177,7 @@ class AttentionOptions(TypedDict, total=False):
 
 
 class AttentionLogits(TypedDict):
-    """The keyword arguments of paged_attention."""
+    """Keyword arguments of paged_attention."""
 
     scale: float
     window: int
@@ -186,7 +187,7 @@ class AttentionLogits(TypedDict):
 
 @dataclass(slots=True)
 class AttentionCase:
-    """One call of paged_attention, and the answer in fp32."""
+    """One call of paged_attention and its fp32 answer."""
 
     q: Tensor
     k_cache: Tensor
@@ -199,7 +200,7 @@ class AttentionCase:
             return ops.paged_attention(self.q, self.k_cache, self.v_cache, self.batch, impl=impl, **self.logits)
 
     def coded(self) -> AttentionCase:
-        """Return the case over int8 caches of the same keys and values; rows of NaN have scales of NaN."""
+        """Return the case over int8 caches of the same keys and values; NaN rows get NaN scales."""
         caches: list[Tensor] = []
         for cache in (self.k_cache, self.v_cache):
             width = kv_codes.row_width(cache.shape[3], torch.int8)
@@ -227,11 +228,11 @@ def attention_case(
     device: str = "cpu",
     seed: int = 0,
 ) -> AttentionCase:
-    """Sequences over scattered cache blocks. heads: of queries and of keys. head_dims: of keys and of values."""
+    """Return sequences over scattered cache blocks. heads: of queries, of keys. head_dims: of keys, of values."""
     generator = torch.Generator().manual_seed(seed)
     num_blocks = [-(-length // BLOCK_TOKENS) for length in kv_lens]
     order = torch.randperm(sum(num_blocks), generator=generator).numpy()
-    # Block 0 is free, and fills the tables past their sequences' blocks.
+    # Block 0 is free; the tables contain it after the blocks of each sequence.
     tables = np.zeros((len(kv_lens), max(num_blocks) + 1), dtype=np.int32)
     caches = [torch.full((len(order) + 1, heads[1], BLOCK_TOKENS, d), torch.nan) for d in head_dims]
     for seq, (length, count) in enumerate(zip(kv_lens, num_blocks, strict=True)):

@@ -34,7 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ROAD": {"group_size": 4}, "SHIRA": {"r": 1}, "LN_TUNING": {"target_modules": ["norm"]},
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [1, 5]},
 }  # fmt: skip
-"""Fields of an adapter of each kind that fits the base."""
+"""Kind -> fields of an adapter that fits the base."""
 
 
 def kind_config(name: str, **fields: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def kind_config(name: str, **fields: Any) -> dict[str, Any]:
 def kind_tensors(
     config: Mapping[str, Any], base: m.ServedModel = KIND_BASE, seed: int = 0
 ) -> dict[str, NDArray[Any]]:  # fmt: skip
-    """Return random tensors for a config that means the q_proj and v_proj, the norm or the embedding of a base."""
+    """Return random tensors for a config that targets q_proj and v_proj, the norm or the embedding of a base."""
     kind = kind_of(config["peft_type"])
     assert kind is not None
     generator = np.random.default_rng(seed)
@@ -72,7 +72,7 @@ def kind_tensors(
 
 
 def written(tensors: Mapping[str, NDArray[Any]]) -> bytes:
-    """Return a safetensors file of tensors in fp32, and of whole numbers in a byte each."""
+    """Return a safetensors file of fp32 tensors; uint8 tensors are stored as U8."""
     header: dict[str, Any] = {}
     body = b""
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""Adapters as MLX-LM and llama.cpp write them, made of PEFT's: by the rules of their code, GGUF by its own library.
+"""Adapters in the formats of MLX-LM and llama.cpp, converted from PEFT's by the rules of their code.
 
 MLX-LM: `mlx_lm/tuner/lora.py` and `trainer.py`. llama.cpp: `convert_lora_to_gguf.py`, and `LlamaModel.permute` in
-`conversion/llama.py`.
+`conversion/llama.py`; its own library writes the GGUF file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PREFIX = "base_model.model."
 
 
 def peft_pairs(folder: Path) -> dict[str, tuple[Array, Array]]:
-    """Return PEFT's A and B by module."""
+    """Return the matrices A and B of a PEFT adapter by module."""
     found = load_file(folder / WEIGHTS_FILE)
     modules = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in found if ".lora_A." in name}
     return {
@@ -33,7 +33,7 @@ def peft_pairs(folder: Path) -> dict[str, tuple[Array, Array]]:
 
 
 def write_mlx(peft: Path, folder: Path, scale: float, kind: str = "lora", **parameters: Any) -> Path:
-    """Write PEFT's adapter in a folder as MLX-LM saves its own. scale: the whole factor of the product."""
+    """Write a PEFT adapter into a folder in MLX-LM's format. scale: the total factor of the product."""
     tensors: dict[str, Array] = {}
     for module, (a, b) in peft_pairs(peft).items():
         tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"] = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
@@ -42,7 +42,7 @@ def write_mlx(peft: Path, folder: Path, scale: float, kind: str = "lora", **para
             tensors[name.removeprefix(PREFIX).replace(".lora_magnitude_vector", ".m")] = tensor
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapters.safetensors", {"format": "mlx"})
-    save_file(tensors, folder / "0000100_adapters.safetensors", {"format": "mlx"})  # a checkpoint, which is not read
+    save_file(tensors, folder / "0000100_adapters.safetensors", {"format": "mlx"})  # a checkpoint, to be ignored
     rank = next(iter(peft_pairs(peft).values()))[0].shape[0]
     config = {
         "fine_tune_type": kind, "num_layers": 16, "model": "mlx-community/model", "train": True, "batch_size": 4,
@@ -53,7 +53,7 @@ def write_mlx(peft: Path, folder: Path, scale: float, kind: str = "lora", **para
 
 
 def permute(weights: Array, num_heads: int) -> Array:
-    """Return rows of q or k in llama.cpp's order: halves of a head become neighbours."""
+    """Return rows of q or k in llama.cpp's order, where the halves of a head are interleaved."""
     return weights.reshape(num_heads, 2, len(weights) // num_heads // 2, -1).swapaxes(1, 2).reshape(weights.shape)
 
 
@@ -61,7 +61,7 @@ def write_gguf(
     pairs: Mapping[str, tuple[Array, Array]], path: Path, architecture: str, alpha: float,
     heads: tuple[int, int] = (0, 0), dtype: type = np.float32, **fields: Any,
 ) -> Path:  # fmt: skip
-    """Write PEFT's pairs as `convert_lora_to_gguf.py` does. heads: of q and k, where the architecture reorders them."""
+    """Write PEFT's pairs as `convert_lora_to_gguf.py` does. heads: of q and k, if the architecture reorders them."""
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, 8)
     path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry, as far as spans go: takes OTLP over HTTP and reads it by the official protobufs."""
+"""A minimal OpenTelemetry span collector: receives OTLP over HTTP and decodes it with the official protobufs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.stub_http import serving
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A span as it was told."""
+    """A received span."""
 
     service: str
     name: str
@@ -32,7 +32,7 @@ class Span:
 
 @dataclass(slots=True)
 class Collector:
-    """What has been told so far."""
+    """The spans received so far."""
 
     url: str
     spans: list[Span] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Collector:
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """Collect spans at a free port of this machine."""
+    """Collect spans on a free port of this machine during the block."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     class Handler(BaseHTTPRequestHandler):
@@ -89,7 +89,7 @@ def _value(value: Any) -> Any:
 
 
 def drawn(spans: list[Span], width: int = 56) -> str:
-    """Return a trace as text: a tree of spans with their times, each a bar below the whole."""
+    """Return a trace as text: a tree of spans with their times, each with a bar on the scale of the whole trace."""
     begin, end = min(s.begin_ns for s in spans), max(s.end_ns for s in spans)
     ids = {span.id: span for span in spans}
     lines: list[str] = []

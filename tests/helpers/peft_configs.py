@@ -1,4 +1,4 @@
-"""Random arguments of a LoraConfig, most of them in the space that is served."""
+"""Random arguments of a LoraConfig; most of them are supported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATTERNS = {
 
 @st.composite
 def pattern_maps(draw: st.DrawFn, family: str, values: st.SearchStrategy[Any]) -> dict[str, Any]:
-    """Draw rank or alpha patterns: names, endings, full names, anchored and wild expressions, and some that miss."""
+    """Draw rank or alpha patterns: names, suffixes, full names, anchored and free expressions, some without a match."""
     leaf = st.sampled_from([name.rpartition(".")[2] for name in LEAVES[family]])
     layer = st.integers(0, 3)
     key = st.one_of(
@@ -32,13 +32,13 @@ def pattern_maps(draw: st.DrawFn, family: str, values: st.SearchStrategy[Any]) -
         st.builds(lambda a, b: f"{a}|{b}", leaf, leaf),
         st.just("nothing"),
     )
-    # PEFT sorts the keys of the file it saves, and the first match counts: only sorted maps mean the same once saved.
+    # PEFT sorts the keys in its file, and the first match wins: only sorted maps keep their meaning when saved.
     return dict(sorted(draw(st.dictionaries(key, values, max_size=3)).items()))
 
 
 @st.composite
 def lora_configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
-    """Draw the arguments of a LoraConfig, most of them in the space that is served."""
+    """Draw the arguments of a LoraConfig; most draws are supported."""
     leaves = st.lists(st.sampled_from(LEAVES[family]), min_size=1, max_size=4, unique=True)
     full = st.builds(lambda n, i: f"{PREFIX[family]}.{i}.self_attn.{n}", st.sampled_from(LEAVES[family]), st.just(1))
     targets = draw(

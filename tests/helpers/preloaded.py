@@ -1,7 +1,7 @@
-"""Services of test fleets as forks of one process per test run that has imported what they are made of.
+"""Services of test fleets as forks of one process per test run, which has imported their modules.
 
-A worker spends three seconds of CPU on importing torch and transformers, and these tests start dozens. What a fork runs
-is `lorafleet serve`, in a session, with an environment and an output of its own, and it dies like any other process.
+A worker spends three seconds of CPU time on importing torch and transformers, and these tests start dozens. A fork runs
+`lorafleet serve` in its own session, with its own environment and output, and it ends like any other process.
 `helpers.fleets.fleet_up` starts services as users do.
 """
 
@@ -23,10 +23,10 @@ _context = multiprocessing.get_context("forkserver")
 
 
 class ForkedProcess:
-    """A forked service, used as a `subprocess.Popen`."""
+    """A forked service with the interface of `subprocess.Popen`."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str], stdin: int, log: str) -> None:
-        """Run `lorafleet` with some words."""
+        """Run `lorafleet` with these arguments."""
         with Connection(os.dup(stdin), writable=False) as lifeline:
             self._process = _context.Process(target=_run, args=(tuple(words), dict(environment), lifeline, log))
             self._process.start()
@@ -35,7 +35,7 @@ class ForkedProcess:
 
     @property
     def returncode(self) -> int | None:
-        """The exit code, or the signal that ended it as a negative number; None while it runs."""
+        """The exit code, or the signal that ended the process as a negative number; None while it runs."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
@@ -43,20 +43,20 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self) -> int:
-        """Wait for its end; return `returncode`."""
+        """Wait until the process ends; return `returncode`."""
         self._process.join()
         assert self.returncode is not None
         return self.returncode
 
     def send_signal(self, sig: int) -> None:
-        """Send it a signal, if it still runs."""
+        """Send a signal, if the process still runs."""
         if self.poll() is None:
             os.kill(self.pid, sig)
 
 
 def fork(command: Sequence[str], environment: Mapping[str, str], stdin: int, log: BinaryIO) -> ServiceProcess:
-    """Start a service as `chaos.fleet.spawn` does, but as a fork."""
-    if "COVERAGE_PROCESS_CONFIG" in environment:  # coverage follows programs that are started, not forks of others
+    """Start a service like `chaos.fleet.spawn`, but as a fork."""
+    if "COVERAGE_PROCESS_CONFIG" in environment:  # coverage follows started programs, not forks of other processes
         return spawn(command, environment, stdin, log)
     _context.set_forkserver_preload(PRELOADED)
     return ForkedProcess(command[command.index("lorafleet") + 1 :], environment, stdin, log.name)

@@ -1,4 +1,4 @@
-"""Quantised weights made at random, of every kind: blocks of any bits, but for their fp16 scales."""
+"""Random quantized weights of every kind: blocks of random bits, except for their fp16 scales."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _HALVES: dict[Kind, tuple[int, ...]] = {
 _SPREAD: dict[Kind, float] = {
     "q4_0": 0.15, "q4_1": 0.1, "q5_0": 0.08, "q5_1": 0.06, "q8_0": 0.012, "q4_k": 0.003, "q5_k": 0.002, "q6_k": 0.0007,
 }  # fmt: skip
-"""Scales at which weights are of order 1."""
+"""Scales with which weights are of order 1."""
 
 
 def random_weight(kind: Kind, n: int, k: int, seed: int = 0, scale: float = 1.0) -> QuantisedWeight:
-    """Return a weight [n, k] of a kind whose products with numbers of order 1 are of order `scale`."""
+    """Return a weight [n, k] of a kind; its products with numbers of order 1 are of order `scale`."""
     generator = np.random.default_rng(seed)
     rows = generator.integers(0, 256, (n, row_bytes(kind, k)), dtype=np.uint8)
     blocks = rows.reshape(-1, row_bytes(kind, block_inputs(kind)))

@@ -1,4 +1,4 @@
-"""Events of the Responses API, read back: held to the official client's types, and to each other."""
+"""Events of the Responses API, checked against the official client's types and against each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
 def events_of(raw: bytes) -> list[Event]:
-    """Return the events of a stream, whose numbers have no gap."""
+    """Return the events of a stream; assert that their numbers have no gap."""
     events: list[Event] = []
     for frame in raw.decode().split("\n\n"):
         lines = [line for line in frame.split("\n") if line and not line.startswith(":")]
@@ -31,13 +31,13 @@ def events_of(raw: bytes) -> list[Event]:
 
 
 def held_to(response: dict[str, Any]) -> dict[str, Any]:
-    """Return a response object that has the form of the official client's type."""
+    """Return `response` after validating it against the official client's type."""
     Response.model_validate(response)
     return response
 
 
 def built(events: list[Event]) -> dict[str, Any]:
-    """Return the response that a whole stream builds: what its deltas, its items and its last event say."""
+    """Return the response built from a whole stream; its deltas, its items and its last event must agree."""
     items: list[dict[str, Any]] = []
     for event in events:
         kind = event["type"]

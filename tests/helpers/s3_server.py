@@ -1,4 +1,4 @@
-"""A real S3 server process (moto) that checks credentials, and a proxy that cuts bodies."""
+"""A real S3 server process (moto) that checks credentials, and a proxy that truncates bodies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ server.stop()
 
 @dataclass(frozen=True, slots=True)
 class S3Server:
-    """The address of a server, and the credentials that it accepts."""
+    """The address of a server and the credentials that it accepts."""
 
     url: str
     key: str
@@ -47,7 +47,7 @@ class S3Server:
 
 @contextmanager
 def run_s3() -> Iterator[S3Server]:
-    """Run a server for the length of the block; its process also ends when this one does."""
+    """Run a server during the block; its process also ends with this one."""
     process = subprocess.Popen(
         [sys.executable, "-c", _SERVE],
         stdin=subprocess.PIPE,
@@ -67,7 +67,7 @@ def run_s3() -> Iterator[S3Server]:
 
 
 def _with_auth(url: str) -> S3Server:
-    """Create a user with access to S3, and make the server check every request from then on."""
+    """Create a user with access to S3, and make the server check every request from now on."""
     anyone = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1", "endpoint_url": url}
     iam = boto3.client("iam", **anyone)
     iam.create_user(UserName="store")
@@ -82,7 +82,7 @@ def _with_auth(url: str) -> S3Server:
 
 
 class Cutter:
-    """A TCP proxy that cuts its next `num_cuts` connections after `cut_at` bytes of an answer."""
+    """A TCP proxy that closes its next `num_cuts` connections after `cut_at` bytes of an answer."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -92,7 +92,7 @@ class Cutter:
 
 @asynccontextmanager
 async def run_cutter(target: str) -> AsyncIterator[Cutter]:
-    """Run a proxy to the server at `target`."""
+    """Run a proxy for the server at `target`."""
     cutter = Cutter()
     port = int(target.rpartition(":")[2])
 

@@ -1,7 +1,7 @@
-"""Stands in for the sandbox's process in tests: does what a template or grammar says, hostile things too.
+"""Replaces the sandbox's process in tests: does what a template or grammar says, including hostile actions.
 
-Arguments: what it writes first, the id of its parent, and the path of a tokenizer. A word that is no mark of readiness
-is how it starts: "mute" never speaks, "dies" ends at once.
+Arguments: its first output, the id of its parent, and the path of a tokenizer. Two special values of the first argument
+select how it starts: "mute" never writes, "dies" exits immediately.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gateway.sandbox.child import SIZE_BYTES, Answer, Render, SandboxJob, framed
 
 
 def main() -> None:
-    """Do jobs until standard input ends."""
+    """Run jobs until standard input ends."""
     first = sys.argv[1]
     if first == "dies":
         sys.exit(3)
@@ -30,7 +30,7 @@ def main() -> None:
         word, _, rest = (job.source if isinstance(job, Render) else job.grammar).partition(" ")
         if word == "say":
             os.write(1, framed(Answer(rest if isinstance(job, Render) else "")))
-        elif word == "write":  # these bytes, as hexadecimal digits
+        elif word == "write":  # writes these bytes, given in hexadecimal
             os.write(1, bytes.fromhex(rest))
         elif word == "spin":
             while True:

@@ -1,4 +1,4 @@
-"""A queue with one gateway and one worker, for the tests of its scripts."""
+"""A queue with one gateway and one worker, for tests of its Lua scripts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ids(*tokens: int) -> bytes:
 
 
 class Queue:
-    """The bus with a gateway and a worker, and what a test likes to look at."""
+    """A bus with a gateway and a worker, and queries that tests need."""
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus

@@ -1,4 +1,4 @@
-"""Scheduler, worker and store in one task, for tests of the gateway: plays scripted tokens through the real scripts."""
+"""Scheduler, worker and store in one task, for tests of the gateway: emits scripted tokens by the real Lua scripts."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ def make_model_folder(folder: Path, template: str = TEMPLATE) -> Path:
 
 @dataclass(slots=True)
 class Script:
-    """What the worker says to one request."""
+    """The worker's output for one request."""
 
     text: str = "Hello wörld 😀, how are you?"
     finish: str = "stop"
-    eos: bool = True  # ends with the end-of-text token, if there is room
+    eos: bool = True  # end with the end-of-text token, if there is space
     chunk: int = 1  # tokens per step
     error: LorafleetError | None = None
     logprob: float = -0.5  # of every token
-    numbers: list[int] = field(default_factory=list)  # int32, what an encoder says instead of tokens
-    hold_after: int | None = None  # tokens after which it waits for `ScriptedFleet.go`
+    numbers: list[int] = field(default_factory=list)  # int32, an encoder's output in place of tokens
+    hold_after: int | None = None  # number of tokens after which the request waits for `ScriptedFleet.go`
 
 
 Scripter = Callable[[m.RequestHead, m.Body], Script]
@@ -87,29 +87,29 @@ Scripter = Callable[[m.RequestHead, m.Body], Script]
 
 @dataclass(slots=True)
 class ScriptedFleet:
-    """A worker with its scheduler. `seen` holds what was submitted."""
+    """A worker and its scheduler. seen: the submitted requests."""
 
     bus: Bus
     tokenizer: Tokenizer
     script: Scripter = lambda submit, body: Script()
     seen: list[tuple[m.RequestHead, m.Body]] = field(default_factory=list)
     go: asyncio.Event = field(default_factory=asyncio.Event)
-    assigning: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: requests stay in the queue
+    assigning: asyncio.Event = field(default_factory=asyncio.Event)  # while cleared, requests stay in the queue
     wid: str = "w1"
     max_model_len: int = MAX_MODEL_LEN
     beating: bool = True
     _beat_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     resident: list[str] = field(default_factory=list)
     host: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)  # of the base model, besides what every test wants
+    facts: dict[str, Any] = field(default_factory=dict)  # extra fields of the base model's record
 
     def prompt(self, index: int = -1) -> str:
-        """Return the prompt of a request that was seen, special tokens included."""
+        """Return the prompt of a submitted request, including special tokens."""
         ids = memoryview(self.seen[index][1].prompt).cast("i").tolist()
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     async def register(self, *, worker: bool = True) -> None:
-        """Publish the base model and one worker's beat."""
+        """Publish the base model and one worker's heartbeat."""
         base = m.ServedModel(
             model=BASE_NAME, name=BASE_NAME, fingerprint="f00d", model_type="tiny",
             vocab_size=self.tokenizer.get_vocab_size(), max_model_len=self.max_model_len, sites=[], created_ms=now_ms(),
@@ -121,7 +121,7 @@ class ScriptedFleet:
             await self.beat()
 
     async def set_context(self, gateway: httpx2.URL, num_tokens: int) -> None:
-        """Change how much the model may hold, and wait until a gateway has seen it."""
+        """Change the model's context length, and wait until a gateway has read it."""
         self.max_model_len = num_tokens
         await self.register()
 
@@ -141,7 +141,7 @@ class ScriptedFleet:
     async def add_adapter(
         self, name: str, digest: str = "", *, state: m.AdapterState = "on_disk", reason: str = "", **facts: Any
     ) -> None:
-        """Write an adapter into the catalogue, as the store does. facts: further ones of its record."""
+        """Write an adapter into the catalogue, as the store does. facts: further fields of its record."""
         alias = m.Alias(name=name, state=state, digest=digest, source=f"local:{name}", reason=reason, created_ms=1000)
         record = None
         if digest:
@@ -166,14 +166,14 @@ class ScriptedFleet:
         return answer.json()
 
     async def run(self) -> None:
-        """Play until cancelled."""
+        """Serve requests until cancelled."""
         last = {self.bus.keys.sub(cls): b"0" for cls in CLASSES}
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beats())
             while True:
                 try:
                     read = await self.bus.streams.read(last, block_ms=200)
-                except CONNECTION_ERRORS:  # the machine has no time for the queue's server; as a worker, it asks again
+                except CONNECTION_ERRORS:  # the queue's server did not get CPU time: try again, as a worker does
                     continue
                 for entries in read.values():
                     for _, fields in entries:
@@ -181,7 +181,7 @@ class ScriptedFleet:
                         group.create_task(self._play(submit, int(fields[b"e"])))
 
     async def stop_beating(self) -> None:
-        """Send no more beats; none is on its way afterwards."""
+        """Stop the heartbeats; none is in flight afterwards."""
         self.beating = False
         async with self._beat_turn:
             pass
@@ -195,7 +195,7 @@ class ScriptedFleet:
 
     async def _play(self, submit: m.RequestHead, epoch: int) -> None:
         shared = (await self.bus.inputs([submit]))[0].body()
-        if shared is None:  # cancelled before it was read: its inputs are gone
+        if shared is None:  # cancelled before it was read: its inputs are deleted
             return
         body = msgspec.structs.replace(shared, sampling=shared.sampling.of_choice(submit.choice))
         self.seen.append((submit, body))
@@ -236,7 +236,7 @@ class ScriptedFleet:
         error: LorafleetError | None = None,
         logprob: float = -0.5,
     ) -> bool:
-        """Write one step of one request; returns False when it was refused, and ends a cancelled request."""
+        """Write one step of one request. Return False if it was refused. Ends a cancelled request."""
         raw = array("i", ids).tobytes()
         s = body.sampling
         records = b"".join(
@@ -263,7 +263,7 @@ class ScriptedFleet:
         return not refused
 
     def tokens(self, script: Script, body: m.Body) -> tuple[list[int], str]:
-        """Return a request's output and how it ends: what a worker with the same rules would make of the script."""
+        """Return a request's output and finish reason: what a worker with the same stop rules makes of the script."""
         if script.numbers:
             return script.numbers, script.finish
         wanted = self.tokenizer.encode(script.text).ids + ([1] if script.eos else [])
@@ -280,7 +280,7 @@ class ScriptedFleet:
 
 @asynccontextmanager
 async def playing(url: str, model: Path | Tokenizer, **options: Any) -> AsyncIterator[ScriptedFleet]:
-    """Register a fleet at the queue's `url` and play it, on a connection of its own; end it with the block."""
+    """Register a scripted fleet in the queue at `url`, and run it on its own connection during the block."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json")) if isinstance(model, Path) else model
     own = Bus(url)
     fleet = ScriptedFleet(own, tokenizer, **options)
@@ -300,9 +300,9 @@ def logprob_record(
     id_: int, num_top: int | None, logprob: float = -0.5, *, rank: int | None = None, listed: Sequence[int] = (),
     size: int = 0,
 ) -> bytes:  # fmt: skip
-    """Return the record of a token: `logprob` for itself, then `listed` or the following ids with -1, -2, ...
+    """Return a token's logprob record: `logprob` for itself, then `listed` or the following ids with -1, -2, ...
 
-    size: of the vocabulary, where all of it is asked for; id 0 then follows the last one.
+    size: of the vocabulary, if all of it is requested; id 0 then follows the last id.
     """
     if num_top is None:
         return b""
@@ -317,7 +317,7 @@ def logprob_record(
 
 @dataclass(slots=True)
 class RunningGateway:
-    """A gateway on a free port of this machine, in this process."""
+    """A gateway on a free port, in this process."""
 
     url: str
     gid: str
@@ -325,7 +325,7 @@ class RunningGateway:
     task: asyncio.Task[int]
 
     def client(self, **options: Any) -> httpx2.AsyncClient:
-        """Return a client that waits for its answers as long as a busy machine may need."""
+        """Return a client with a timeout long enough for a busy machine."""
         return httpx2.AsyncClient(base_url=self.url, timeout=120, **options)
 
 
@@ -333,7 +333,7 @@ class RunningGateway:
 async def running_gateway(
     bus: Bus, model: Path, timings: GatewayTimings | None = None, **settings: object
 ) -> AsyncIterator[RunningGateway]:
-    """Start a gateway; drain it at the end."""
+    """Start a gateway; drain it after the block."""
     before = set(await bus.members.ids(bus.keys.gateways))
     stop = asyncio.Event()
     values = {"redis_url": bus.url, "model": str(model), "port": 0, "grace_s": 5.0, **settings}
@@ -361,7 +361,7 @@ async def gateway_client(
     key: str = "",
     **settings: object,
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    """Start a gateway, as `running_gateway` does, and give a client of it that sends `key`, if there is one."""
+    """Start a gateway like `running_gateway`, and yield a client for it. key: API key to send, if any."""
     headers = {"authorization": f"Bearer {key}"} if key else None
     async with running_gateway(bus, model, timings, **settings) as gateway, gateway.client(headers=headers) as http:
         yield http

@@ -1,4 +1,4 @@
-"""A gateway, a scheduler and fake workers in the test's process: all is real but the model."""
+"""A gateway, a scheduler and fake workers in the test's process: only the model is not real."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SmallFleet:
         return engine
 
     async def kill(self, name: str) -> None:
-        """End a worker without a word to the queue."""
+        """End a worker without notifying the queue."""
         engine, task = self.workers.pop(name)
         engine.stop()
         task.cancel()

@@ -1,4 +1,4 @@
-"""A store that runs in the test's own event loop, and the questions that tests ask it."""
+"""A store that runs in the test's own event loop, and functions to query it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK = Retries(first_pause_s=0.001)
 
 
 class StoreRun:
-    """A store running in this test."""
+    """A store running in this process."""
 
     def __init__(self, task: asyncio.Task[int], stop: asyncio.Event, bus: Bus) -> None:
         self.task = task
@@ -28,7 +28,7 @@ class StoreRun:
         self.bus = bus
 
     async def url(self) -> str:
-        """Wait for the store's address."""
+        """Wait for the store's address and return it."""
 
         async def find() -> str:
             assert not self.task.done(), self.task
@@ -49,7 +49,7 @@ RunStore = Callable[..., StoreRun]
 
 
 async def in_state(bus: Bus, name: str, state: str, *, not_digest: str = "") -> m.Alias:
-    """Wait until a name is in a state, with a digest other than `not_digest`."""
+    """Wait until an alias is in a state, with a digest other than `not_digest`; return it."""
 
     async def look() -> m.Alias | None:
         alias = await bus.adapters.alias(name)
@@ -59,14 +59,14 @@ async def in_state(bus: Bus, name: str, state: str, *, not_digest: str = "") -> 
 
 
 async def get(url: str, secret: str = "") -> httpx2.Response:
-    """Ask a store once, as one of its fleet where it has a secret."""
+    """Send one GET to a store, authenticated with the fleet's secret if it has one."""
     headers = {"Authorization": f"Bearer {FleetSecret(secret).bearer}"} if secret else {}
     async with httpx2.AsyncClient(headers=headers, timeout=60) as http:
         return await http.get(url)
 
 
 async def ask(url: str, digest: str, secret: str = "") -> tuple[dict[str, Any], bytes]:
-    """Fetch an adapter as a worker does, and check that it is the one asked for."""
+    """Fetch an adapter as a worker does, and check its digest; return its config and weights."""
     answers = [await get(f"{url}/adapters/{digest}/{name}", secret) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     assert [answer.status_code for answer in answers] == [200, 200], answers
     config, weights = parse_config(answers[0].content), answers[1].content

@@ -1,4 +1,4 @@
-"""A terminal of a given size, in which a test types as a person would (by tmux)."""
+"""A terminal of a given size (tmux), in which a test types like a user."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Terminal:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def screen(self) -> str:
-        """Return what the terminal shows and what has left it at the top; folded lines are joined."""
+        """Return the screen and its scrollback; folded lines are joined."""
         return self._tmux("capture-pane", "-p", "-J", "-S", "-", "-t", "0").rstrip()
 
     def type(self, text: str) -> None:
-        """Type a line, and Enter."""
+        """Type a line and press Enter."""
         self._tmux("send-keys", "-t", "0", "-l", "--", text)
         self._tmux("send-keys", "-t", "0", "Enter")
 
     def press(self, key: str) -> None:
-        """Press a key by its name at tmux, such as C-c."""
+        """Press a key, given by its tmux name, such as C-c."""
         self._tmux("send-keys", "-t", "0", key)
 
     def wait_for(self, *texts: str, times: int = 1) -> str:
-        """Return the screen once it shows all of the texts, so often each."""
+        """Return the screen once it shows each of the texts at least `times` times."""
         end_s = time.monotonic() + WAIT_S
         while True:
             shown = self.screen()
@@ -47,14 +47,14 @@ class Terminal:
             time.sleep(0.05)
 
     def clear(self) -> None:
-        """Forget all that was shown."""
+        """Clear the screen and the scrollback."""
         mark = secrets.token_hex(4)
         self.type(f"clear; echo {mark[:4]}''{mark[4:]}")
         self.wait_for(mark)
         self._tmux("clear-history", "-t", "0")
 
     def run(self, command: str) -> tuple[str, int]:
-        """Run a command; return what it printed, and its exit code."""
+        """Run a command; return its output and exit code."""
         self.clear()
         mark = secrets.token_hex(4)
         self.type(f"{command}; echo {mark[:4]}''{mark[4:]}=$?")
@@ -65,7 +65,7 @@ class Terminal:
 
 @contextmanager
 def terminal(environment: Mapping[str, str], width: int = 80, height: int = 24) -> Iterator[Terminal]:
-    """A terminal of `width` × `height` characters, with a shell that has these variables too."""
+    """Run a terminal of `width` × `height` characters. environment: additional variables of its shell."""
     here = Terminal(f"terminal-{secrets.token_hex(6)}")
     command = ["tmux", "-L", here.server, "-f", "/dev/null", "new-session", "-d", "-x", str(width), "-y", str(height)]
     variables = {"PS1": "$ ", "TERM": "xterm-256color", **environment}

@@ -1,4 +1,4 @@
-"""The answers of transformers and PEFT, which decide what is right."""
+"""The answers of transformers and PEFT, with which the fleet's answers are compared."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Oracle:
 
 
 def _likeliest(model: PeftModel, ids: torch.Tensor, max_tokens: int) -> list[int]:
-    """Return the likeliest tokens after ids [1, P] by PEFT's forward: its `generate` misplaces virtual tokens."""
+    """Return the most likely tokens after ids [1, P] with PEFT's forward: its `generate` misplaces virtual tokens."""
     start, options = ids.shape[1], dict[str, Any]()
     if isinstance(model.active_peft_config, MultitaskPromptTuningConfig):
         options["task_ids"] = torch.zeros(1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Small tokenizers with the components of every family of tokenizers that transformers has."""
+"""Small tokenizers with the components of every tokenizer family in transformers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
 def model(kind: str) -> dict[str, Any]:
-    """Return a model of a kind, with every byte and `WORDS` as tokens."""
+    """Return a tokenizer model of a kind, with every byte and `WORDS` as tokens."""
     names = [*SPECIAL, *dict.fromkeys([*WORDS, *sorted(pre_tokenizers.ByteLevel.alphabet())])]
     ids = {name: i for i, name in enumerate(names)}
     return {
@@ -53,7 +53,7 @@ def model(kind: str) -> dict[str, Any]:
 
 
 def added(content: str, id_: int = 0, *, special: bool = False) -> dict[str, Any]:
-    """Return an added token."""
+    """Return the entry of an added token."""
     return {
         "id": id_, "content": content, "special": special, "single_word": False, "lstrip": False, "rstrip": False,
         "normalized": False,
@@ -61,7 +61,7 @@ def added(content: str, id_: int = 0, *, special: bool = False) -> dict[str, Any
 
 
 def tokenizer_file(kind: str = "BPE", **parts: Any) -> dict[str, Any]:
-    """Return a tokenizer.json as an object. parts: what differs from nothing."""
+    """Return a tokenizer.json as an object. parts: components to set; the others are None."""
     return {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None,
         "post_processor": None, "decoder": None, "model": model(kind),
@@ -77,22 +77,22 @@ def _splits(regex: str) -> dict[str, Any]:
 
 
 def _of_transformers() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every tokenizer that transformers can make without files."""
+    """Yield (name, tokenizer.json) of every tokenizer that transformers can construct without files."""
     root = Path(str(transformers.__file__)).parent
     for path in sorted(root.glob("models/*/tokenization_*.py")):
         kinds: dict[str, Any] = {}
         module = f"transformers.models.{path.parent.name}.{path.stem}"
-        with suppress(ImportError, NameError):  # needs a package
+        with suppress(ImportError, NameError):  # a package is missing
             kinds = vars(importlib.import_module(module))
         for name, kind in kinds.items():
             if isinstance(kind, type) and kind.__module__ == module and issubclass(kind, PreTrainedTokenizerFast):
-                with suppress(ImportError, TypeError, ValueError):  # needs a vocabulary
+                with suppress(ImportError, TypeError, ValueError):  # it needs a vocabulary
                     yield name, json.loads(kind().backend_tokenizer.to_str())
 
 
 @cache
 def families() -> dict[str, dict[str, Any]]:
-    """Return tokenizer.json files by family: the components of each, around `model`."""
+    """Return tokenizer.json objects by family: the components of each around `model`."""
     found: dict[str, dict[str, Any]] = {}
     for name, file in _of_transformers():
         parts = {part: file[part] for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}

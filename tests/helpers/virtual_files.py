@@ -1,4 +1,4 @@
-"""Adapters of virtual tokens for the small base of `kind_files`, without torch."""
+"""Adapters with virtual tokens for the small base of `kind_files`, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for what a test expects, instead of sleeping."""
+"""Waits for the condition that a test expects, instead of sleeping."""
 
 from __future__ import annotations
 

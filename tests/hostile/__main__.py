@@ -1,8 +1,9 @@
-"""Attack a fleet in every way for a while each, and write what its victim had of it: `make hostile`.
+"""Run every attack on a fleet for a while, and report its effect on an honest tenant: `make hostile`.
 
-The victim is alone before and after each attack, so that both are measured in the same minute. The fleet serves a model
-whose steps take as long as those of real ones; the attackers' process gives way to the fleet and to the victim, since
-its computing is not the fleet's. What the fleet does for an attacker counts.
+The victim is alone before and after each attack, so that both cases are measured in the same minute. The fleet serves a
+model whose steps take as long as those of real models. The attackers' process has a lower CPU priority than the fleet
+and the victim, since its own computation is not part of the fleet's load. Work that the fleet does for an attacker
+counts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from protocol.runtime.settings import Settings
 MEMBERS = ("gateway", "gateway's children", "w0", "store", "queue")
 COMPUTING = ("gateway", "w0", "store", "scheduler", "queue", "attacker")
 WANTED = 2.0
-"""Longest p99 gap beside an attack, in p99 gaps of the victim alone."""
+"""Target: maximum ratio of the victim's p99 gap during an attack to its p99 gap alone."""
 
 SETTINGS = {
     "dtype": "bfloat16",
@@ -39,14 +40,14 @@ SETTINGS = {
     "adapter_pool_bytes": 256 << 20,
     "adapter_host_bytes": 256 << 20,
 }
-"""For the model, which is larger than that of the tests; its matrices are as `up` would have them here."""
+"""Settings for a model larger than that of the tests; its data types are those that `up` would choose."""
 
 LOWEST = 19
-"""The niceness of processes that give way."""
+"""Niceness of processes with lowered priority."""
 
 
 def main() -> int:
-    """Run as the arguments say. Exit code 1 when anything was wrong."""
+    """Run the command line. The exit code is 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m hostile", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--seconds", type=float, default=10.0, help="that rounds of each attack are begun for")
     parser.add_argument("--alone", type=float, default=6.0, help="seconds that the victim is alone between attacks")
@@ -72,7 +73,7 @@ def _range_of(text: str) -> range:
 
 
 def deepened(model: Path, folder: Path) -> Path:
-    """Write a model with every layer of another one twice, which takes twice as long for a step; return its folder."""
+    """Write a copy of a model with every layer doubled, which doubles the time of a step; return its folder."""
     shutil.copytree(model, folder)
     config = json.loads((model / "config.json").read_text())
     num_layers = config["num_hidden_layers"]
@@ -108,9 +109,9 @@ async def _attack(
 
 @contextmanager
 def giving_way() -> Iterator[None]:
-    """Let this thread, and this session, have what all others leave of the cores.
+    """Run this thread and this session at idle priority during the block.
 
-    Linux weighs sessions before it weighs their processes (sched_autogroup), so a process alone cannot give way.
+    Linux weighs sessions before processes (sched_autogroup), so lowering the priority of a process is not enough.
     """
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -125,7 +126,7 @@ def giving_way() -> Iterator[None]:
 
 def _set_nice(group: Path, nice: str) -> None:
     for _ in range(10):
-        with suppress(BlockingIOError):  # it may be set ten times a second on all of the machine
+        with suppress(BlockingIOError):  # limited to ten changes per second on the whole machine
             if nice:
                 group.write_text(nice)
             return
@@ -134,7 +135,7 @@ def _set_nice(group: Path, nice: str) -> None:
 
 
 def as_markdown(trials: Sequence[Trial], words: str) -> str:
-    """Return the report of some trials."""
+    """Return the report of trials."""
     wrong = [f"- {trial.name}: {what}" for trial in trials for what in trial.wrong]
     gaps = [len(seen.gaps_s) for trial in trials for seen in (trial.alone, trial.beside)]
     num_unnoticed = sum(slowdown(trial) <= WANTED for trial in trials)
@@ -154,7 +155,7 @@ def as_markdown(trials: Sequence[Trial], words: str) -> str:
 
 
 def slowdown(trial: Trial) -> float:
-    """Return the victim's p99 gap beside an attack, in those alone."""
+    """Return the ratio of the victim's p99 gap during an attack to that alone."""
     return trial.beside.gap_s(0.99) / trial.alone.gap_s(0.99)
 
 

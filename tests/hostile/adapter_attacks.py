@@ -1,4 +1,4 @@
-"""Attacks by adapters: hostile texts, merges, registrations, and names that belong to others."""
+"""Attacks by adapters: hostile texts, merges, registrations, and names that belong to other tenants."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from chaos.attackers.attacks import CHAT, COMPLETIONS, chat, completion
 
 SECRET, HIDDEN = "org/secret", "org/hidden"
 STRANGER = "a stranger was served"
-"""Counted when somebody gets what belongs to others."""
+"""Counted when a tenant gets something that belongs to another one."""
 
 NATIVE = {"stop": ["y"], "max_new_tokens": 40}
-"""Without a limit an answer goes on to the end of the context, and one that is not streamed says nothing until then:
-of 8,192 tokens at 17 ms that is longer than an attacker's patience, and would count as a hung call."""
+"""Without a limit an answer continues to the end of the context, and an unstreamed one is silent until then: 8,192
+tokens at 17 ms take longer than an attacker's patience, and would count as a hung call."""
 
 SERVED = frozenset({"200", "201", "202"})
 
@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 
 def asking(name: str) -> Attack:
-    """Return the attack that asks an adapter for everything that its tokenizer has a part in."""
+    """Return an attack that makes every kind of request that uses an adapter's tokenizer."""
 
     async def once(attacker: Attacker) -> None:
         form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
@@ -74,7 +74,7 @@ async def _registrations(attacker: Attacker) -> None:
 
 
 def stealing(commit: str) -> Attack:
-    """Return the attack that asks for a private adapter which its owner has had fetched, by every name there is."""
+    """Return an attack that requests a private adapter, which its owner had fetched, under every possible name."""
 
     async def once(attacker: Attacker) -> None:
         names = [f"{SECRET}@{commit}", SECRET, f"hub:{SECRET}@{commit}", f"base:{SECRET}@{commit}"]
@@ -93,7 +93,7 @@ def stealing(commit: str) -> Attack:
 
 
 def peeping(hidden: Sequence[str]) -> Attack:
-    """Return the attack that asks for adapters which the tenant may not see, by every other name there is."""
+    """Return an attack that requests adapters which the tenant must not see, under every alternative name."""
 
     async def once(attacker: Attacker) -> None:
         answers: list[Any] = []

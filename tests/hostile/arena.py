@@ -1,4 +1,4 @@
-"""A real fleet with API keys, its victim, and the judgement of what an attack did to both."""
+"""A real fleet with API keys, an honest tenant as victim, and the evaluation of an attack's effect on both."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from chaos.fleet import ProcessFleet, Shape
 from protocol.queue.books.api_keys import Tenant
 
 MULTIPLE = 20.0
-"""Longest p99 gap beside an attack, in gaps of the victim alone."""
+"""Maximum ratio of the victim's p99 gap during an attack to that alone."""
 
 FLOOR_S = 0.1
-"""The gap alone counts as at least this much: a busy machine makes pauses of its own."""
+"""Minimum p99 gap alone that is used in the ratio: a busy machine causes pauses of its own."""
 
 FLEET_TOKEN = "hf_fleet"
 FATAL_BYTES = 4 << 30
-"""A member that takes so much is ended, which fails its trial: the machine is not for it alone."""
+"""A member with this much memory is killed, which fails its trial, to protect the machine."""
 
 SAMPLE_S = 0.1
 SETTLE_S = 60.0
 
 CROWD = Crowd(holders=4, connections=540)
-"""The victim and, at most, an attacker, and their addresses."""
+"""The victim, at most one attacker, and their addresses."""
 
 GATEWAY_MEMORY = 256 << 20
-"""Bytes that calls may hold: so few that an attack which took more would be seen."""
+"""Bytes that calls may hold: few enough that an attack which exceeded them would be noticed."""
 
 
 @dataclass(slots=True)
 class Trial:
-    """One attack, and what everybody had of it."""
+    """One attack and its effects."""
 
     name: str
     alone: Seen
@@ -61,14 +61,14 @@ class Trial:
     told: Mapping[str, int]
     before: dict[str, int]  # bytes, by member
     largest: dict[str, int]
-    cpu_s: dict[str, float]  # used meanwhile, by member, its children included
+    cpu_s: dict[str, float]  # used during the attack, by member, including its children
     wrong: list[str] = field(default_factory=list)
 
 
 def judged(trial: Trial, first_rss: Mapping[str, int], growth_bytes: Mapping[str, int]) -> list[str]:
-    """Return what a trial shows that must not be. Pure.
+    """Return the violations that a trial shows. Pure.
 
-    `first_rss`: bytes of each member before all attacks; `growth_bytes`: most that it may take beyond.
+    first_rss: bytes of each member before all attacks. growth_bytes: maximum bytes that it may take beyond that.
     """
     alone, beside = trial.alone, trial.beside
     wrong = [f"the victim: {error}" for error in beside.errors[:5]]
@@ -102,10 +102,10 @@ class Arena:
         self.first_rss = self.rss()
         self.alone = Seen()
 
-    # ------------------------------------------------------------ watching
+    # ------------------------------------------------------------ monitoring
 
     def rss(self) -> dict[str, int]:
-        """Return the memory of each member, and of its children together, in bytes; 0 for what has ended."""
+        """Return the RSS in bytes of each member, and the sum of its children's; 0 for ended processes."""
         found: dict[str, int] = {}
         for name, pid in self.pids.items():
             found[name] = found[f"{name}'s children"] = 0
@@ -116,7 +116,7 @@ class Arena:
         return found
 
     def cpu_s(self) -> dict[str, float]:
-        """Return the CPU seconds that each member and its children have used, and this process."""
+        """Return the CPU seconds used by each member with its children, and by this process."""
         found = {"attacker": time.process_time()}
         for name, pid in self.pids.items():
             found[name] = 0.0
@@ -126,11 +126,11 @@ class Arena:
         return found
 
     def ended(self) -> list[str]:
-        """Return the members whose process is not the one they began with."""
+        """Return the members whose process has ended."""
         return [name for name, member in self.fleet.members.items() if not member.is_running]
 
     async def rest(self, seconds: float) -> Seen:
-        """Let the victim be alone for a while; return what it saw."""
+        """Leave the victim alone for `seconds`; return what it saw."""
         await self.victim.seen()
         await asyncio.sleep(seconds)
         self.alone = await self.victim.seen()
@@ -139,7 +139,7 @@ class Arena:
     # ------------------------------------------------------------ attacks
 
     async def attack(self, attack: Attack, seconds: float, key: str = "attacker") -> Trial:
-        """Attack the fleet beside its victim for so long; return what came of it, judged."""
+        """Attack the fleet for `seconds` while its victim runs; return the evaluated trial."""
         before, cpu_s = self.rss(), self.cpu_s()
         largest = dict(before)
         watch = asyncio.create_task(self._watch(largest))
@@ -159,7 +159,7 @@ class Arena:
         return trial
 
     async def _recovered(self) -> Seen:
-        """Return what the victim saw since the attack began, once it has got a whole answer after it."""
+        """Return what the victim saw since the attack began, once it has a complete answer after the attack."""
         parts = [await self.victim.seen()]
 
         async def has_answer() -> bool:
@@ -180,10 +180,10 @@ class Arena:
                     self.fleet.kill(name)
             await asyncio.sleep(SAMPLE_S)
 
-    # ------------------------------------------------------------ what only this fleet has
+    # ------------------------------------------------------------ attacks that need this fleet
 
     async def read_configs(self, attacker: Attacker) -> None:
-        """Have the store find configs that are bombs, and ask for what it makes of them."""
+        """Make the store find configs that expand enormously, and request the results."""
         root = self.fleet.folder / "adapters"
         if not (root / "sparse").exists():
             hostile_adapters.add_sparse(root, root / "one")
@@ -197,8 +197,8 @@ class Arena:
             await attacker.post(COMPLETIONS, completion(model=name))
 
     async def operators_state(self) -> Any:
-        """Return what operators alone may change: keys, limits, pins, everybody's adapters, who is drained, what is
-        noted of it."""
+        """Return everything that only operators may change: keys, limits, pins, all tenants' adapters, draining
+        workers, and the newest audit entry."""
         bus = self.fleet.bus
         aliases = [await bus.adapters.alias(name) for name in ("one", "two")]
         beats = [beat.draining for beat in (await bus.members.worker_beats()).values() if beat is not None]
@@ -206,14 +206,14 @@ class Arena:
         return keys, await bus.adapters.pins(), aliases, beats, await bus.audit.newest(1)
 
     def attacks(self) -> list[tuple[Attack, str]]:
-        """Return every attack, with the name of the key that it is made with."""
+        """Return every attack with the name of the key that it uses."""
         return attacks_of(self.hub.repos[SECRET].refs["main"], self.read_configs, self.operators_state)
 
 
 def attacks_of(commit: str, read_configs: Round, state: Callable[[], Awaitable[Any]]) -> list[tuple[Attack, str]]:
-    """Return every attack, with the name of the key that it is made with.
+    """Return every attack with the name of the key that it uses.
 
-    `commit`: of the private adapter. `state`: returns what operators alone may change.
+    commit: of the private adapter. state: returns everything that only operators may change.
     """
     adapters = [*map(asking, hostile_adapters.TOKENIZERS), *ADAPTER_ATTACKS]
     configs = Attack("configs of 1.5 GB and of 20,000 modules", read_configs)
@@ -237,9 +237,9 @@ NAMES = tuple(attack.name for attack, _ in attacks_of("", _nothing, _nothing))
 
 @asynccontextmanager
 async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> AsyncIterator[Arena]:
-    """Start a fleet with a victim on it; both end with the block.
+    """Start a fleet with a victim; both end with the block.
 
-    model: served in place of a tiny one. settings: of the fleet, and what else `ProcessFleet.prepare` takes.
+    model: served in place of a tiny one. settings: of the fleet, and other arguments of `ProcessFleet.prepare`.
     """
     model = model or make_tiny_model(folder / "model", max_len=2048)
     root = folder / "adapters"
@@ -255,7 +255,7 @@ async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> 
         values: dict[str, Any] = {"api_keys": True, "request_sources": "hub", "hub_endpoint": hub.url}
         values |= {"grammar_timeout_s": 0.25, "template_timeout_s": 0.25}
         values |= {"gateway_memory": GATEWAY_MEMORY, "private_webhooks": True, "webhook_dns": silent_dns()}
-        values |= {"tenant_places": "org"}  # what the fleet's own token reads there is for all who may see the name
+        values |= {"tenant_places": "org"}  # content read with the fleet's own token is for all who may see its name
         fleet = ProcessFleet.prepare(
             folder, model, root, durable=True, secret="the secret of the arena", **values | settings
         )
@@ -287,7 +287,7 @@ async def _keys(fleet: ProcessFleet) -> dict[str, str]:
 
 
 async def _fetch_secret(fleet: ProcessFleet, hub: HubStub, keys: Mapping[str, str]) -> None:
-    """Have the owner use its private adapter, and the operator register one that some tenants may not see."""
+    """Have the owner use its private adapter, and the operator register one that some tenants must not see."""
     operator, owner = (Attacker(fleet.url, keys[name]) for name in ("operator", "owner"))
     try:
         registered = {"name": HIDDEN, "source": f"hub:{HIDDEN}", "wait_s": SETTLE_S}

@@ -1,4 +1,4 @@
-"""Adapters whose texts or configs are bombs. Their weights are good: only what stands beside them is not."""
+"""Adapters whose texts or configs attack their readers. Their weights are valid."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HUNGRY = "{% set ns = namespace(t='x' * 1000) %}{% for a in range(60) %}{% set n
 
 TEMPLATES = [f"endless-{number}" for number in range(3)] + [f"hungry-{number}" for number in range(2)]
 TOKENIZERS = ("metaspace", "giant-id", "deep", "added")
-"""All but the last have another tokenizer than the base; that one has as many tokens more as an adapter may add."""
+"""All but the last have another tokenizer than the base; the last adds as many tokens as an adapter may."""
 
 CONFIGS = ("sparse", "many-saved")
 GOOD_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def write_all(root: Path, good: Path, model: Path) -> None:
-    """Write every hostile adapter below `root`, with the weights of a good one and texts like those of its model."""
+    """Write every hostile adapter below `root`, with the weights of a valid one and texts based on its model's."""
     plain = json.loads((model / "tokenizer.json").read_text())
     changes: dict[str, dict[str, Any]] = {
         "metaspace": {"decoder": METASPACE, "pre_tokenizer": METASPACE},
@@ -43,14 +43,14 @@ def write_all(root: Path, good: Path, model: Path) -> None:
 
 
 def add_sparse(root: Path, good: Path) -> None:
-    """Add an adapter whose config has 1.5 GB, of which the disk holds nothing."""
+    """Add an adapter with a config of 1.5 GB, a sparse file."""
     folder = _write(root.parent, good, "sparse", {})
     os.truncate(folder / "adapter_config.json", SPARSE_BYTES)
     folder.rename(root / "sparse")
 
 
 def _write(root: Path, good: Path, name: str, files: dict[str, str]) -> Path:
-    """Write an adapter with the weights of a good one, and some files of its own."""
+    """Write an adapter with the weights of a valid one, and additional files."""
     shutil.copytree(good, root / name)
     for file, text in files.items():
         (root / name / file).write_text(text)
@@ -58,7 +58,7 @@ def _write(root: Path, good: Path, name: str, files: dict[str, str]) -> Path:
 
 
 def _many_tokens(num: int) -> list[dict[str, Any]]:
-    """Return tokens with every flag that costs the library something: the letter of the prompts, and new ones."""
+    """Return tokens with every flag that is expensive for the library: the letter of the prompts, and new texts."""
     flags = {"special": False, "single_word": False, "lstrip": True, "rstrip": True, "normalized": True}
     return [{"id": 0, "content": "a", **flags}] + [
         {"id": 0, "content": f"<|a {number}|>", **flags, "special": number % 2 == 0} for number in range(num - 1)

@@ -1,7 +1,7 @@
-"""The most memory that a fleet's members may take beyond what they had before an attack; docs/threat-model.md explains.
+"""Maximum memory that a fleet's members may take beyond that before an attack; explained in docs/threat-model.md.
 
-The numbers for which there is a limit come from settings and from the code that enforces them, so that a limit that is
-raised is seen here.
+Numbers with a limit come from settings and from the code that enforces them, so that raising a limit has an effect
+here.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from protocol.queue.adapters import MAX_REGISTERED
 from protocol.runtime.settings import Settings
 
 CONNECTION_BYTES = 30 << 10
-"""A connection that idles."""
+"""Bytes of an idle connection."""
 
 PARSED = 25
-"""Bytes that parsing a large body takes for each of its bytes."""
+"""Bytes that parsing a large body takes per byte of the body."""
 
 TOKENIZED = 200
-"""The same of tokenizing it: of a token a character, with offsets."""
+"""Bytes that tokenizing a body takes per byte, with one token per character and with offsets."""
 
 MAX_THREADS = 32
-"""Most texts of small bodies that are tokenized at a time: threads of the event loop's executor."""
+"""Maximum number of small texts tokenized at a time: threads of the event loop's executor."""
 
 CATALOGUE_BYTES = 3 << 10
-"""An adapter in the list of all, as it was read and as JSON."""
+"""Bytes of an adapter in the list of all adapters, decoded and as JSON."""
 
 LINE_BYTES = 640
-"""What is held of a line of a batch."""
+"""Bytes held per line of a batch."""
 
 SANDBOX_BYTES = 1100 << 20
-"""The memory of a process that runs what strangers wrote: 1 GiB beyond its start, which is 70 MB."""
+"""Memory of a process that runs untrusted programs: 1 GiB beyond its 70 MB at the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """What clients have at a gateway at once."""
+    """The clients of a gateway at one time."""
 
-    holders: int  # tenants, and addresses
+    holders: int  # number of tenants plus addresses
     connections: int
 
 
 def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
-    """Return the most bytes that a gateway takes for a crowd, beyond what it has at its start, by what takes them."""
+    """Return the maximum bytes that a gateway takes for a crowd, beyond its start, by their use."""
     turns = LargeLimits().num_turns
     connections = min(crowd.connections, settings.max_connections)
     return {
@@ -66,14 +66,14 @@ def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
         "lists": catalogue.MAX_KEPT_BYTES,
         "jobs for sandboxes": min(crowd.holders * MAX_TENANT_BYTES, MAX_WAITING_BYTES),
         "adapters' texts": MAX_KEPT_BYTES,
-        "adapters' texts being read": min(crowd.holders - 1, NUM_READ) * READ_BYTES,  # a holder is an address, too
+        "adapters' texts being read": min(crowd.holders - 1, NUM_READ) * READ_BYTES,  # a holder may also be an address
         "lines of batches": BatchPace().max_batches * MAX_LINES * LINE_BYTES,
         "lines that run": settings.max_batch_calls * SMALL_BODY_BYTES,
     }
 
 
 def growth_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
-    """Return the most bytes that each member of a fleet, and its processes, may take beyond their start."""
+    """Return the maximum bytes that each member of a fleet, and its children, may take beyond their start."""
     pools = settings.kv_cache_bytes + settings.adapter_pool_bytes + settings.adapter_host_bytes
     return {
         "gateway": sum(gateway_bytes(settings, crowd).values()),

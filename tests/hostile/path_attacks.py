@@ -1,4 +1,4 @@
-"""The attack on what operators alone may do: every spelling of every path of it, with an ordinary key."""
+"""An attack on operators' routes: every spelling of each of their paths, with an ordinary key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.http.access import RouteTable
 
 AT_ONCE = 32
 NAMES = {"/v1/adapters/": "one", "/v1/workers/": "w0", "/v1/tenants/": "attacker"}
-"""Below which paths a name is that of something which is there."""
+"""Path prefix -> a name that exists below it."""
 
 BODIES = {
     "/v1/keys": b'{"tenant":"attacker","scopes":["infer"]}', "/v1/tenants/{name}": b'{"concurrency":9}',
@@ -22,7 +22,7 @@ BODIES = {
 
 
 def operators_requests() -> list[tuple[str, str, bytes]]:
-    """Return method, path as it stands in a request line, and body of all that no ordinary key may ask."""
+    """Return method, path as in a request line, and body of every request that an ordinary key must not make."""
     found: list[tuple[str, str, bytes]] = []
     for method, match in RouteTable(unserved().routes).matches:
         if match.scopes == ("admin",):
@@ -34,7 +34,7 @@ def operators_requests() -> list[tuple[str, str, bytes]]:
 
 
 def unlocking(state: Callable[[], Awaitable[Any]]) -> Attack:
-    """Return the attack. `state`: returns what operators alone may change, which counts where it has changed."""
+    """Return the attack. state: returns everything that only operators may change; a change is counted."""
 
     async def once(attacker: Attacker) -> None:
         before = await state()

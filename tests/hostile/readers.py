@@ -1,8 +1,8 @@
-"""What a victim's first token waits for beside clients that only read: `python -m hostile.readers` measures it.
+"""The wait for a victim's first token while other clients only read: `python -m hostile.readers` measures it.
 
-A gateway in a process of its own, before a scripted worker whose answers take no time, has thousands of adapters in its
-catalogue. The victim asks for one token at a time, alone and beside another tenant that reads, from another process.
-Each of the two has a key. With `--keyless` the fleet has none, and programs of this machine read without a limit.
+A gateway in its own process, with a scripted worker that answers instantly, has thousands of adapters in its catalogue.
+The victim requests one token at a time, alone and while another tenant reads from another process. Both have a key.
+With `--keyless` the fleet has no keys, and programs of this machine read without a limit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BODY = {"model": "base", "prompt": "hi", "max_tokens": 1, "stream": True}
 
 
 async def attack(url: str, path: str, num: int, key: str) -> None:
-    """Read a path again and again from `num` clients, until killed; print what they were told once a second."""
+    """Read a path repeatedly from `num` clients, until killed; print the counts of their answers once a second."""
     told: Counter[str] = Counter()
     transport = httpx2.AsyncHTTPTransport(local_address=ADDRESS, limits=httpx2.Limits(max_connections=num))
     async with httpx2.AsyncClient(base_url=url, timeout=60, transport=transport, headers=bearer(key)) as http:
@@ -56,12 +56,12 @@ async def attack(url: str, path: str, num: int, key: str) -> None:
 
 
 def bearer(key: str) -> dict[str, str]:
-    """Return the headers that send a key; none for an empty one."""
+    """Return the headers with an API key; none if it is empty."""
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
 async def first_tokens(url: str, seconds: float, key: str) -> list[float]:
-    """Return the times to a first token, in ms, of one call after another."""
+    """Return the times to first token, in ms, of one call after another."""
     found: list[float] = []
     until_s = time.monotonic() + seconds
     async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False, headers=bearer(key)) as http:
@@ -77,7 +77,7 @@ async def first_tokens(url: str, seconds: float, key: str) -> list[float]:
 
 
 async def measure(folder: Path, num_adapters: int, num_readers: int, seconds: float, *, keyless: bool) -> None:
-    """Print a row for each list, and one for a running job that hundreds stream."""
+    """Print a row for each list, and one for a running job streamed by hundreds of clients."""
     server, model, port = (
         start_embedded(folder / "queue", durable=False),
         make_model_folder(folder / "model"),
@@ -117,7 +117,7 @@ async def measure(folder: Path, num_adapters: int, num_readers: int, seconds: fl
             arguments = [sys.executable, "-m", "hostile.readers", "--attack", url, path, str(num), reader]
             attacker = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
             assert attacker.stdout is not None
-            await attacker.stdout.readline()  # it has read for a second
+            await attacker.stdout.readline()  # it has been reading for a second
             beside = statistics.median(await first_tokens(url, seconds, victim))
             attacker.kill()
             told = (await attacker.communicate())[0].decode().strip().split("\n")[-1]
@@ -142,7 +142,7 @@ def _adapter(number: int) -> tuple[m.Alias, m.AdapterRecord]:
 
 
 def main() -> None:
-    """Measure, or attack as a process of its own."""
+    """Measure, or run one attack in its own process."""
     parser = argparse.ArgumentParser(prog="python -m hostile.readers", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--adapters", type=int, default=5000)
     parser.add_argument("--readers", type=int, default=24)

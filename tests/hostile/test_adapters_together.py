@@ -1,4 +1,4 @@
-"""Adapters with extras are applied together: each answer is that of its adapter alone, in memory that a step bounds."""
+"""Adapters with extras are applied together: each answer equals its adapter's alone, in bounded memory per step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def blocks(size: int) -> LinearTransform:
 
 
 def adapters(dtype: torch.dtype) -> list[LinearExtras]:
-    """Return adapters of a layer that change it in several ways each."""
+    """Return adapters of a layer, each with several changes of it."""
 
     def own(*sizes: int) -> Tensor:
         return numbers(*sizes).to(dtype)
@@ -62,7 +62,7 @@ def adapters(dtype: torch.dtype) -> list[LinearExtras]:
 
 
 def step(parts: list[LinearExtras]) -> list[ExtraRows]:
-    """Return a step in which adapters take turns at rows, some with LoRA active on the last of theirs alone."""
+    """Return a step whose rows alternate between adapters; for some, LoRA is active only on their last rows."""
     groups: list[ExtraRows] = []
     for i, part in enumerate(parts):
         rows = torch.arange(i, ROWS, len(parts))
@@ -94,12 +94,12 @@ def test_each_answer_is_that_of_its_adapter_alone(dtype: torch.dtype, *, has_bia
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make and that are still there, and how many these were at most."""
+    """Tracks the live bytes of tensors created by operations, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._tensors: dict[int, int] = {}  # address of memory -> how many tensors have it
+        self._tensors: dict[int, int] = {}  # memory address -> number of tensors that use it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -140,7 +140,7 @@ class LiveBytes(TorchDispatchMode):
 def test_memory_is_bounded_by_the_rows_of_a_step(
     change: Callable[[], dict[str, Any]], most: int, num: int, *, has_bias: bool
 ) -> None:
-    """most: how many fp32 numbers there may be for each number that adapters change."""
+    """most: maximum number of fp32 numbers per number that adapters change."""
     groups = step([LinearExtras(**change()) for _ in range(num)])
     x, out = (torch.randn(ROWS, WIDTH, dtype=torch.bfloat16) for _ in range(2))
     bias = torch.randn(WIDTH, dtype=torch.bfloat16) if has_bias else None
@@ -148,5 +148,5 @@ def test_memory_is_bounded_by_the_rows_of_a_step(
         changed = transformed_inputs(groups, 0, x)
         apply_linear(groups, 0, out, x, bias)
     assert live.most >= ROWS * WIDTH * 4
-    assert live.most <= ROWS * WIDTH * 4 * (most + 0.3)  # and rows' numbers, and factors at other scales
+    assert live.most <= ROWS * WIDTH * 4 * (most + 0.3)  # plus row numbers, and factors for other scales
     assert (changed is not None) == ("inputs" in change())

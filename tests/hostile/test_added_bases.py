@@ -1,4 +1,4 @@
-"""Attacks by bases that are added while a gateway runs: files that are none, no end, or a trap for who reads them."""
+"""Attacks by bases that are added while a gateway runs: missing, endless or malicious files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def huge_config(folder: Path) -> None:
 
 
 def pipe(folder: Path) -> None:
-    """Whoever opens it waits for a writer for ever."""
+    """Opening it blocks forever, waiting for a writer."""
     (folder / "tokenizer.json").unlink()
     os.mkfifo(folder / "tokenizer.json")
 
@@ -69,7 +69,7 @@ def nested_tokenizer(folder: Path) -> None:
 
 
 def pickled(folder: Path) -> None:
-    """It would make a file if anybody unpickled it."""
+    """Unpickling it would create a file."""
     code = f"cos\nsystem\n(S'touch {folder.parent}/was-run'\ntR."
     for name in ("pytorch_model.bin", "tokenizer.json", "training_args.bin"):
         (folder / name).write_text(code)
@@ -96,7 +96,7 @@ BROKEN: list[Callable[[Path], None]] = [
 async def test_no_files_of_a_base_keep_a_gateway_from_others_or_from_starting(
     bus: Bus, fleet: ScriptedFleet, tmp_path: Path
 ) -> None:
-    """Each fails its own base with a reason; those added after it are read, and the next gateway starts with them."""
+    """Each fails only its own base, with a reason; later bases are read, and the next gateway starts with them."""
     (tmp_path / "models").mkdir()
     await set_bases(bus, base("a"), a=1)
     default = make_model_folder(tmp_path / "models" / "a")
@@ -133,7 +133,7 @@ async def test_no_files_of_a_base_keep_a_gateway_from_others_or_from_starting(
 
 
 async def all_are(http: httpx2.AsyncClient, names: list[str]) -> None:
-    """Wait until all of the broken ones are unreadable, and the one that is sound is there."""
+    """Wait until all broken bases are unreadable, and the sound one is listed."""
 
     async def are_read() -> bool:
         listed = {one["id"]: one for one in (await http.get("/v1/bases")).json()["data"]}

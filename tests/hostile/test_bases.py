@@ -1,4 +1,4 @@
-"""Attacks on a fleet of several bases: adapters that lie about theirs, names that strangers take, floods for each."""
+"""Attacks on a fleet of several bases: adapters that lie about their base, names claimed by others, floods."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NAMES = [ONE.name, "two", "other"]
     ],
 )  # fmt: skip
 async def test_what_an_adapter_calls_its_base_is_a_name_and_nothing_else(tmp_path: Path, lie: Any) -> None:
-    """It opens no path, and no line of the store's notes: a reader among them would open a private version to all."""
+    """It opens no path, and adds no line to the store's records: a reader there would open a private version to all."""
     write_adapter(tmp_path / "adapters" / "x", base_model_name_or_path=lie)
     blobs, source = Blobs(tmp_path / "blobs"), LocalSource(tmp_path / "adapters")
     mirror, bases = Mirror(blobs, max_bytes=1 << 20), Bases(NAMES)
@@ -52,10 +52,10 @@ async def test_what_an_adapter_calls_its_base_is_a_name_and_nothing_else(tmp_pat
     if isinstance(lie, str) and lie.endswith("/two"):
         bases.set([ONE, TWO, OTHER])
         mirrored, name, _ = await bases.take(mirror, source, "x", "", FLEET)
-        assert name == "two"  # a path that ends in a base's name
+        assert name == "two"  # it is a path that ends in a base's name
     else:
         mirrored, name, _ = await bases.take(mirror, source, "x", "", FLEET)
-        assert name == ONE.name  # by its shapes
+        assert name == ONE.name  # found by its shapes
     readers = blobs.readers_of(mirrored.version.key)
     named = blobs.named_base(mirrored.version.key)
     assert named is not None
@@ -66,7 +66,7 @@ async def test_what_an_adapter_calls_its_base_is_a_name_and_nothing_else(tmp_pat
 
 
 async def test_one_content_under_two_lies_has_a_base_for_each_name(tmp_path: Path) -> None:
-    """Contents that differ only in what they call their base are one blob; each name has its own base all the same."""
+    """Contents that differ only in their base's name share a blob, but each name keeps its own base."""
     for name, base in (("a", ONE.name), ("b", "two"), ("c", "other"), ("d", "")):
         write_adapter(tmp_path / "adapters" / name, base_model_name_or_path=base)
     mirror, source, bases = (
@@ -123,7 +123,7 @@ async def test_a_strangers_adapter_takes_no_bases_name(bus: Bus, fleet: Scripted
 async def test_why_a_base_has_not_started_is_told_to_operators_alone(
     bus: Bus, fleet: ScriptedFleet, tmp_path: Path
 ) -> None:
-    """It may name paths of a machine. A tenant reads that calls of the base fail, a stranger that the base does."""
+    """It may contain paths of a machine. Tenants only learn that the base's calls fail, others that the base does."""
     await bus.members.note_failure("b", "/srv/private/b has no config.json")
     loads = {"a": m.BaseLoad(1), "b": m.BaseLoad()}
     status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, sent_ms=now_ms(), bases=loads)
@@ -150,12 +150,12 @@ async def test_why_a_base_has_not_started_is_told_to_operators_alone(
                     answer = await http.get(path, headers=head)
                     assert "private" not in answer.text, (path, head, is_open)
             page = await http.get("/v1/fleet", headers=heads[2])
-            shown = "" if is_open else "/srv/private/b has no config.json"  # no key of an open page is looked at
+            shown = "" if is_open else "/srv/private/b has no config.json"  # an open page ignores keys
             assert page.json()["failed"] == {"b": shown}
 
 
 def test_floods_for_each_base_starve_no_tenant_of_any() -> None:
-    """A flooder and a victim for each of many bases, some without workers: each victim is next when a place is free."""
+    """A flooder and a victim for each of many bases, some without workers: each victim gets the next free slot."""
     names = [f"base {i}" for i in range(12)]
     workers = {
         name: m.WorkerBeat(wid=f"w{i}", name=f"w{i}", base=name, capacity=2, sent_ms=1)
@@ -183,7 +183,7 @@ def test_floods_for_each_base_starve_no_tenant_of_any() -> None:
     for name in names:
         scheduler.submit(make_submit(f"{name} victim", base=name, tenant=f"victim {name}"), 0)
     waiting = {f"{name} victim" for name in workers}
-    for _ in range(6):  # a worker holds at most four; each end makes room for one
+    for _ in range(6):  # a worker holds at most four; each end frees a slot
         for wid, rids in running.items():
             if rids:
                 scheduler.ended(m.Ended(rids.pop(0), wid, 1, 1))

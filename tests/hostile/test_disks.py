@@ -1,7 +1,7 @@
-"""A tenant that fills the disk on which the queue's log is: others stream on, the reserve stays, and he can delete.
+"""A tenant fills the disk of the queue's log: others still stream, the reserve stays free, and the tenant can delete.
 
-The disk is a real one, a small file system in memory, so nothing is played: not what is free, and not what the queue's
-server does without room.
+The disk is real, a small file system in memory: neither the free space nor the queue server's behavior without space is
+simulated.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ async def url(queue: EmbeddedServer, disk: Path, tmp_path: Path) -> AsyncIterato
 
 
 class Tenant:
-    """Uploads files as fast as they are taken, some without their length, until one is refused for want of room."""
+    """Uploads files as fast as possible, some without a length, until one is refused for lack of space."""
 
     def __init__(self, http: httpx2.AsyncClient, disk: Path) -> None:
         self.http = http
@@ -119,7 +119,7 @@ async def test_a_tenant_that_fills_the_disk_stops_nobody(url: str, disk: Path, q
         await asyncio.gather(*map(tenant.fill, range(NUM_ATTACKERS)))
         assert set(tenant.told) == {(200, ""), (507, "no_room")}, tenant.told
         assert tenant.ids
-        # What is written between two looks: pieces of the uploads at once, and the queue's own log.
+        # Written between two checks: parts of concurrent uploads, and the queue's own log.
         assert tenant.least_free >= KEEP_FREE - (2 << 20)
         assert (await http.get("/health")).json()["status"] == "ready"
         at = num_answers

@@ -1,4 +1,4 @@
-"""A file of a few kB that stands for gigabytes is refused before anything is made of it: by name, with the number."""
+"""A file of a few kB that expands to gigabytes is refused before it is expanded, with its name and the number."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_bomb_is_refused_by_its_number_alone(name: str) -> None:
     weights = written({"base_model.model.model.layers.0.q_proj.x": np.zeros(1, np.float32)})
     infos = parse_header(weights, len(weights))
     with pytest.raises(AdapterRefused):
-        read_adapter(config, infos, WIDE)  # imports what it needs
+        read_adapter(config, infos, WIDE)  # imports the needed modules
     tracemalloc.start()
     try:
         with pytest.raises(AdapterRefused) as refused:
@@ -59,7 +59,7 @@ def test_a_bomb_is_refused_by_its_number_alone(name: str) -> None:
 
 
 def test_a_small_file_within_the_limits_is_read() -> None:
-    """The largest that a file of 64 numbers for each layer may stand for."""
+    """The largest expansion allowed for a file with 64 numbers per layer."""
     config = kind_config("MISS", target_modules=["q_proj"], r=64, init_weights="mini", mini_r=1)
     tensors = {f"base_model.model.{site.name}.miss_block": np.ones((64, 1), np.float32) for site in WIDE.sites}
     weights = written(tensors)
@@ -68,7 +68,7 @@ def test_a_small_file_within_the_limits_is_read() -> None:
 
 
 def test_sums_of_many_vectors_take_no_more_memory_than_what_they_make() -> None:
-    """VB-LoRA's sums take memory for one vector at a time, whatever topk is."""
+    """VB-LoRA's sums take memory for one vector at a time, for any topk."""
     size = 1024
     base = structs.replace(BASE, sites=[SiteShape("model.layers.0.q_proj", size, size)])
     config = kind_config("VBLORA", target_modules=["q_proj"], r=64, vector_length=size, num_vectors=64, topk=64)

@@ -8,7 +8,7 @@ from hostile.fuzz.engine import run
 from hostile.fuzz.targets import TARGETS, shares
 
 NUM_CASES = 4800
-"""Cases of all targets together."""
+"""Total cases of all targets."""
 
 SEED = 1
 NUMS = shares([target.name for target in TARGETS], NUM_CASES)

@@ -1,4 +1,4 @@
-"""Entries that are no messages, wherever they lie on the queue: the services put them aside and answer as before."""
+"""Entries on the queue that are not messages: the services set them aside and answer as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tenant against the history of another: no call, no id and no flood shows or takes what belongs to somebody else."""
+"""One tenant attacks the history of another: no call, id or flood exposes or removes what belongs to someone else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Heads = dict[str, dict[str, str]]
 
 @pytest_asyncio.fixture
 async def http(bus: Bus, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A gateway with keys that keeps prompts and outputs in a database."""
+    """A client of a gateway with keys that stores prompts and outputs in a database."""
     folder = make_model_folder(tmp_path / "model")
     settings: dict[str, Any] = {"history": f"sqlite:///{tmp_path}/history.db", "history_text": 100, "api_keys": True}
     async with playing(bus.url, folder), gateway_client(bus, folder, **settings) as client:
@@ -37,7 +37,7 @@ async def heads(bus: Bus) -> Heads:
 
 
 async def listed(http: httpx2.AsyncClient, head: dict[str, str], num: int, **query: Any) -> list[dict[str, Any]]:
-    """Return the ended requests that a key sees, once there are `num`."""
+    """Return the ended requests visible to a key, once there are `num`."""
     found: list[dict[str, Any]] = []
 
     async def are_there() -> bool:
@@ -63,7 +63,7 @@ async def text_of(http: httpx2.AsyncClient, name: str, head: dict[str, str]) -> 
 async def test_a_call_that_is_refused_under_anothers_id_shows_nothing(
     bus: Bus, http: httpx2.AsyncClient, heads: Heads
 ) -> None:
-    """A refused call is in the history under the id that its client sends: another tenant's request's, for instance."""
+    """A refused call is in the history under the id that its client sent, for example of another tenant's request."""
     done = (await http.post("/v1/completions", json=BODY, headers=heads["victim"])).json()
     [mine] = await listed(http, heads["victim"], 1)
     kept = await text_of(http, mine["id"], heads["victim"])
@@ -76,7 +76,7 @@ async def test_a_call_that_is_refused_under_anothers_id_shows_nothing(
         assert refused.status_code == 404
     assert {one["state"] for one in await listed(http, heads["thief"], len(names))} == {"refused"}
     for is_gone in (False, True):
-        if is_gone:  # as two minutes later
+        if is_gone:  # as after two minutes
             await bus._redis.delete(bus.keys.req(mine["id"]))
         for name in names:
             shown = await http.get(f"/v1/requests/{name}", headers=heads["thief"])

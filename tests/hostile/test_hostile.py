@@ -1,7 +1,7 @@
-"""A hostile tenant gets nowhere: beside every attack an honest one is answered as if it were alone.
+"""A hostile tenant does no harm: during every attack an honest tenant is answered as if it were alone.
 
-Asserted are counts and generous multiples, never times: `hostile.arena` has them. `make hostile` attacks for longer and
-writes a table.
+Asserted are counts and generous ratios, never times; `hostile.arena` defines them. `make hostile` attacks for longer
+and writes a table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from chaos.attackers.attacks import COMPLETIONS, completion
 from chaos.attackers.webhook_attacks import ENDPOINTS, WEBHOOK_ATTACKS
 
 SECONDS = float(os.environ.get("LORAFLEET_HOSTILE_S", "0.1"))
-"""How long rounds of an attack are begun; each has one at least."""
+"""Seconds for which rounds of an attack are started; each attack has at least one round."""
 
 ALONE_S = 1.0
 
@@ -45,11 +45,11 @@ async def test_the_victim_notices_nothing_of(arena: Arena, name: str) -> None:
 
 
 WEBHOOK_S = 4.0
-"""A job and its webhook count as taking at least this; a receiver that does not answer holds its place for 15."""
+"""Minimum seconds used for a job with its webhook; a receiver that does not answer holds its slot for 15 s."""
 
 
 async def test_webhooks_arrive_beside_those_that_nobody_takes(arena: Arena) -> None:
-    """Three tenants with endpoints that hang, of receivers and of names, do not double what a fourth one waits."""
+    """Three tenants with endpoints that hang at the receiver or in DNS at most double the wait of a fourth one."""
     arrived: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -75,7 +75,7 @@ async def test_webhooks_arrive_beside_those_that_nobody_takes(arena: Arena) -> N
         alone_s = max([await wait_s() for _ in range(3)])
         await asyncio.gather(*(WEBHOOK_ATTACKS[0].once(attacker) for attacker in attackers))
         for attacker in attackers:
-            assert attacker.told["429"] > 0, attacker.told  # tests beyond those that got a place
+            assert attacker.told["429"] > 0, attacker.told  # tests beyond the free slots
             assert WEBHOOK_ATTACKS[0].wrongly_told(attacker.told) == []
         assert max([await wait_s() for _ in range(3)]) <= 2 * max(alone_s, WEBHOOK_S)
     finally:

@@ -1,4 +1,4 @@
-"""The judgement of attacks is worth something: it lets a victim in peace pass, and finds each kind of harm."""
+"""The evaluation of attacks is correct: it accepts an undisturbed victim, and finds each kind of harm."""
 
 from __future__ import annotations
 

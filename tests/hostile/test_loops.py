@@ -1,6 +1,6 @@
-"""The attack that needs no attacker: something unforeseen is raised in every loop of every service.
+"""An unexpected error is raised in every loop of every service, without an attacker.
 
-The process lives, its other loops go on meanwhile, the metric counts, and the loop does its work again afterwards.
+The process survives, its other loops continue, the metric counts the failure, and the loop resumes its work.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ LOOPS = {
     "worker": {"intake", "publishing", "beats", "added bases"},
     "store": {"beats", "adapter events", "catalogue"},
 }  # fmt: skip
-"""Every loop by its service. One that is added is added here, and fails here."""
+"""Service -> its loops. A new loop fails these tests until it is added here."""
 
 ROOT = Path(__file__).parents[2]
 
 
 class PanicException(BaseException):
-    """What a panic of a library in Rust looks like."""
+    """Equivalent of a panic in a Rust library."""
 
 
 def make_flaky(monkeypatch: pytest.MonkeyPatch, flaky: Flaky, *owners: type) -> None:
@@ -90,7 +90,7 @@ async def test_each_loop_of_a_gateway_may_raise(
 async def test_a_loop_that_never_recovers_stops_no_other(
     bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """Everything that calls do not need fails for ever."""
+    """Everything that calls do not need fails permanently."""
     folder, spared = make_model_folder(tmp_path / "model"), {"replies", "out stream", "fleet view"}
     flaky = Flaky(frozenset(LOOPS["gateway"] - spared), times=1_000_000)
     make_flaky(monkeypatch, flaky, gateway_service._Parts, BatchRunner)
@@ -106,7 +106,7 @@ async def test_each_loop_of_a_scheduler_may_raise(
 ) -> None:
     for number, name in enumerate(sorted(LOOPS["scheduler"])):
         with subtests.test(loop=name), monkeypatch.context() as patch:
-            # With the scheduler's memory in its hands a failure ends the leadership; the next one reads the queue.
+            # A failure while it holds the scheduler's state ends the leadership; the next leader reads the queue.
             flaky = Flaky(frozenset({name}), times=1)
             make_flaky(patch, flaky, Session)
             worker = await FakeWorker(bus, f"w{number}", capacity=8).join()
@@ -158,7 +158,7 @@ async def test_each_loop_of_a_store_may_raise(
 
 
 def test_no_loop_runs_but_guarded() -> None:
-    """What ends its process by ending is the server of HTTP alone."""
+    """Only the HTTP server ends its process when it ends."""
     unguarded = [
         (path.relative_to(ROOT).as_posix(), line.strip())
         for service in ("gateway", "scheduler", "gpu_worker", "adapter_store")

@@ -1,4 +1,4 @@
-"""The formula of a gateway's memory is the one that docs/threat-model.md explains."""
+"""The formula of a gateway's memory matches the explanation in docs/threat-model.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "threat-model.md"
 def test_the_page_has_the_formulas_values_at_the_defaults() -> None:
     settings = Settings()
     everybody = Crowd(10**6, settings.max_connections)
-    tenant = Crowd(2, settings.max_connections_per_address)  # and its address
+    tenant = Crowd(2, settings.max_connections_per_address)  # the tenant and its address
     section = PAGE.read_text().partition("### Memory of a gateway")[2].partition("###")[0]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][2:]
     written = [[int(re.sub(r"\D", "", cell)) for cell in row[-2:]] for row in rows]

@@ -1,4 +1,4 @@
-"""An attacker calls a request hung after a silence: no honest answer to its attacks may be as long as that."""
+"""An attacker counts a request as hung after a silence: no correct answer to its attacks may take that long."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LIMITS = ("max_tokens", "max_new_tokens")
 
 
 class Noting(Attacker):
-    """Notes the bodies that it would send."""
+    """Records the request bodies instead of sending them."""
 
     def __init__(self) -> None:
         super().__init__("http://127.0.0.1:1")
@@ -26,7 +26,7 @@ class Noting(Attacker):
 
 
 def limit_of(raw: bytes) -> Any:
-    """Return the most tokens that a body asks for; 0 for what is no JSON object, and so is refused."""
+    """Return the maximum tokens that a body requests; 0 if it is not a JSON object, and so is refused."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:

@@ -1,6 +1,6 @@
-"""Attacks on a fleet with fewer workers than bases: floods that force swaps, bases that never start, made-up names.
+"""Attacks on a fleet with fewer workers than bases: floods that force swaps, bases that never start, invented names.
 
-The worker and its starts are simulated, the scheduler is the real one.
+The worker and its starts are simulated; the scheduler is real.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ START_MS, RESIDENCY_S, WAIT_S = 4000, 5.0, 30.0
 TICK_MS = 1000
 PLACES = 4
 STEP_MS = 250
-"""A request takes so long."""
+"""Duration of a request."""
 
 
 class Fleet:
@@ -37,8 +37,8 @@ class Fleet:
         self.now_ms = 0
         self.failed: set[str] = set()
         self.joined: dict[str, m.WorkerBeat] = {}
-        self.starting: dict[str, tuple[int, str, str]] = {}  # worker -> when it joins, with which base, from which
-        self.running: dict[str, tuple[int, str]] = {}  # request -> when it ends, its worker's id
+        self.starting: dict[str, tuple[int, str, str]] = {}  # worker -> (when it joins, its base, its previous base)
+        self.running: dict[str, tuple[int, str]] = {}  # request -> (time when it ends, worker id)
         self.starts: Counter[str] = Counter()
         self.served_ms: Counter[str] = Counter()
         self.ended_ms: dict[str, int] = {}
@@ -58,7 +58,7 @@ class Fleet:
         self.scheduler.submit(make_submit(rid, base=base, tenant=tenant, submitted_ms=self.now_ms, **more), 0)
 
     def tick(self) -> None:
-        """Go on by STEP_MS."""
+        """Advance the time by STEP_MS."""
         self.now_ms += STEP_MS
         for name, (at_ms, base, left) in list(self.starting.items()):
             if at_ms <= self.now_ms:
@@ -102,7 +102,7 @@ class Fleet:
 
 
 def run(fleet: Fleet, minutes: int, *tenants: Callable[[Fleet], None]) -> Fleet:
-    """Let tenants ask for some minutes."""
+    """Let tenants send requests for `minutes`."""
     while fleet.now_ms < minutes * 60_000:
         for ask in tenants:
             ask(fleet)
@@ -111,7 +111,7 @@ def run(fleet: Fleet, minutes: int, *tenants: Callable[[Fleet], None]) -> Fleet:
 
 
 class Flood:
-    """Keeps so many requests of a tenant open at each of some bases."""
+    """Keeps `num` requests of a tenant open at each of its bases."""
 
     def __init__(self, tenant: str, bases: list[str], num: int = 40) -> None:
         self.tenant, self.bases, self.num = tenant, bases, num
@@ -128,7 +128,7 @@ class Flood:
 
 
 class Victims:
-    """A tenant for each of some bases, which asks for it once in a while."""
+    """One tenant per base, which sends a request every `every_ms`."""
 
     def __init__(self, bases: list[str], every_ms: int = 20_000) -> None:
         self.bases, self.every_ms = bases, every_ms
@@ -142,7 +142,7 @@ class Victims:
                 fleet.submit(rid, base, f"victim of {base}")
 
     def longest_ms(self, fleet: Fleet) -> int:
-        """Return the longest wait, also of what waits still."""
+        """Return the longest wait, including requests that still wait."""
         return max(fleet.ended_ms.get(rid, fleet.now_ms) - ms for rid, ms in self.asked_ms.items())
 
 
@@ -160,7 +160,7 @@ def test_floods_keep_no_other_base_waiting_beyond_the_bound(flooded: list[str]) 
 
 
 def test_a_tenant_that_asks_for_base_after_base_gets_its_share() -> None:
-    """Each of its bases costs a start in each round of turns, and gets no longer turns by that than its share."""
+    """Each of its bases costs a start in each round of turns, but its turns are no longer than its share."""
     ping, steady = Flood("ping", ["a", "b"], 1), Flood("steady", ["c"], 2 * PLACES)
     fleet = run(Fleet(["a", "b", "c"], 1), 15, ping, steady)
     assert fleet.served_ms["c"] > 2 * (fleet.served_ms["a"] + fleet.served_ms["b"])

@@ -1,4 +1,4 @@
-"""An adapter with more tokens than the head makes a step's logits wider: the others' in the step stay as they are."""
+"""An adapter with more tokens than the head widens a step's logits; those of the other requests are unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "dora": {"dora": Dora(TWO, TWO, torch.ones(3, VOCABULARY))},
     "tokens": {"tokens": Tokens(torch.tensor([3]), torch.ones(1, HIDDEN))},
 }
-"""What an adapter may change of a head, each alone."""
+"""Everything that an adapter can change in a head, one at a time."""
 
 
 def group(row: int, **parts: Any) -> ExtraRows:
@@ -58,5 +58,5 @@ def test_the_order_of_a_step_changes_no_answer(name: str) -> None:
         assert torch.equal(found[1, :VOCABULARY], alone[1])
         assert not found[1, VOCABULARY:].any()
         assert torch.equal(found[0], logits(wide)[0])
-    if name != "inputs":  # which `transformed_inputs` applies before
+    if name != "inputs":  # `transformed_inputs` applies inputs before
         assert not torch.equal(alone[1], logits()[1])

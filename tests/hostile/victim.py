@@ -1,7 +1,7 @@
-"""An honest tenant: streams completions one after another, polls /health, and tells what it saw.
+"""An honest tenant: streams completions one after another, polls /health, and reports what it saw.
 
-`python -m hostile.victim PORT KEY DTYPE` writes, for each line that it reads, a `Seen` as a line of JSON: what it saw
-since the last one. A process of its own, so that whatever else the attackers' process does delays none of its clocks.
+For each line that it reads, `python -m hostile.victim PORT KEY DTYPE` writes a `Seen` as a line of JSON: what it saw
+since the last one. It has its own process, so that the attackers' work does not delay its measurements.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPT = "Once upon a time"
 NUM_TOKENS = 60
 POLL_S = 0.1
 PATIENCE_S = 30.0
-"""Silence after which an answer counts as missing."""
+"""Seconds of silence after which an answer counts as missing."""
 
 BODY = {
     "model": "base", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True
@@ -30,7 +30,7 @@ BODY = {
 
 
 class Seen(msgspec.Struct):
-    """What a victim saw for a while."""
+    """What a victim saw in a period."""
 
     seconds: float = 0.0
     gaps_s: list[float] = []  # between pieces of text
@@ -38,24 +38,24 @@ class Seen(msgspec.Struct):
     num_pieces: int = 0
     num_answers: int = 0
     num_healthy: int = 0  # answers of /health
-    health_s: list[float] = []  # what each took
+    health_s: list[float] = []  # seconds for each of them
     errors: list[str] = []
 
     def gap_s(self, q: float) -> float:
-        """Return the q-quantile of the gaps, never one below it."""
+        """Return the q-quantile of the gaps, rounded up to an observed one."""
         return _quantile(self.gaps_s, q)
 
     def first_s(self, q: float) -> float:
-        """Return the q-quantile of the times to a first piece; 0 if there was none."""
+        """Return the q-quantile of the times to a first piece; 0 without any."""
         return _quantile(self.ttft_s or [0.0], q)
 
     def answer_s(self, q: float) -> float:
-        """Return the q-quantile of what /health took."""
+        """Return the q-quantile of the times of /health."""
         return _quantile(self.health_s, q)
 
     @property
     def rate(self) -> float:
-        """Pieces of text a second."""
+        """Pieces of text per second."""
         return self.num_pieces / self.seconds
 
     def __add__(self, other: Seen) -> Seen:
@@ -69,16 +69,16 @@ def _quantile(values: Sequence[float], q: float) -> float:
 
 
 class Victim:
-    """The victim's process, as a test holds it."""
+    """Controls the victim's process."""
 
     def __init__(self, port: int, key: str, dtype: str) -> None:
         command = [sys.executable, "-m", "hostile.victim", str(port), key, dtype]
         folder, pipe = Path(__file__).parents[1], subprocess.PIPE
-        # In a session of its own, it does not give way as the attackers' process does.
+        # Its own session is not affected by the lowered priority of the attackers' session.
         self._process = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, start_new_session=True)
 
     async def seen(self) -> Seen:
-        """Return what it saw since the last call."""
+        """Return what the victim saw since the last call."""
         return await asyncio.to_thread(self._ask)
 
     def _ask(self) -> Seen:
@@ -89,22 +89,22 @@ class Victim:
         return msgspec.json.decode(self._process.stdout.readline(), type=Seen)
 
     def end(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
 
 class _Watch:
-    """The streams and polls of the victim's own process."""
+    """The streams and polls in the victim's process."""
 
     def __init__(self, port: int, key: str, dtype: str) -> None:
-        """dtype: the model's. In bfloat16 the sums of another batch are rounded elsewhere, and its text may differ."""
+        """dtype: the model's. In bfloat16 another batch may round sums differently, so the text may differ."""
         self._port = port
         self._key = key
         self._is_exact = dtype == "float32"
         self._seen = Seen()
         self._began_s = self._last_s = time.monotonic()
-        self._right = ""  # the text of the first answer, and so of all
+        self._right = ""  # the text of the first answer, which all must equal
 
     def take(self) -> Seen:
         """Return what was seen since the last call."""
@@ -114,7 +114,7 @@ class _Watch:
         return seen
 
     async def stream(self) -> None:
-        """Ask again and again."""
+        """Stream completions repeatedly."""
         while True:
             try:
                 text = await self._answer()
@@ -128,7 +128,7 @@ class _Watch:
                 self._seen.errors.append(f"the answer was {text!r} instead of {self._right!r}")
 
     async def poll(self) -> None:
-        """Ask for /health again and again."""
+        """Poll /health repeatedly."""
         while True:
             began_s = time.monotonic()
             try:
@@ -145,7 +145,7 @@ class _Watch:
             await asyncio.sleep(POLL_S)
 
     async def _answer(self) -> str:
-        """Return the text of a streamed answer. Raises ValueError for anything but a whole one."""
+        """Return the text of a streamed answer. Raises ValueError unless it is complete."""
         self._last_s = time.monotonic()
         async with asyncio.timeout(PATIENCE_S):
             reader, writer = await self._send("POST", "/v1/completions", orjson.dumps(BODY))

@@ -1,4 +1,4 @@
-"""What `lorafleet up` says once its fleet answers, also where the default base does not yet, or never will."""
+"""`lorafleet up` announces its fleet once it answers, even if the default base is not up yet or never will be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.gateway.test_bases import add, base, set_bases
 
 @pytest.mark.parametrize("up", ["a", "b", "ab", "ba"])
 async def test_a_fleet_is_announced_whichever_base_is_up(bus: Bus, tmp_path: Path, up: str) -> None:
-    """In the order in which their workers have come."""
+    """up: the bases that are up, in the order in which their workers came."""
     one, other = make_model_folder(tmp_path / "a"), make_model_folder(tmp_path / "b")
     await set_bases(bus, *map(base, up), **dict.fromkeys(up, 1))
     for name, of in (("first", "a"), ("second", "b")):
@@ -35,5 +35,5 @@ async def test_a_fleet_is_announced_whichever_base_is_up(bus: Bus, tmp_path: Pat
         assert await announce(plan, Screen(Console(file=said, soft_wrap=True)))
     lines = said.getvalue()
     assert f"serves {', '.join(sorted(up))} and 2 adapters" in lines
-    assert ("first" in lines) == ("a" in up)  # a command that asks an adapter of the default base, which answers
+    assert ("first" in lines) == ("a" in up)  # the printed command asks an adapter of the default base, which answers
     assert f"serve worker --model {one} --more-models {other} --draft-model org/small" in lines

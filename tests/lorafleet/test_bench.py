@@ -1,4 +1,4 @@
-"""The load generator sends what it says, measures what arrives, and reports every failure."""
+"""The load generator sends the planned requests, measures the answers, and counts every failure."""
 
 import argparse
 import asyncio
@@ -30,11 +30,11 @@ from lorafleet.shared.parser import Parser
 
 @dataclass
 class FakeServer:
-    """An OpenAI-compatible server that streams fixed text; some model names misbehave."""
+    """An OpenAI-compatible server that streams fixed text; requests to certain model names fail."""
 
     url: str = ""
     tokens_per_chunk: int = 1
-    release_at: int = 1  # answers begin once this many requests are in flight
+    release_at: int = 1  # answers start once this many requests are in flight
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     clients: set[Any] = field(default_factory=set)
@@ -132,7 +132,7 @@ def test_popularity_follows_the_zipf_law(zipf_s: float) -> None:
     counts = np.bincount(choose_targets(plan, np.random.default_rng(0)), minlength=50)
     expected = 1 / np.arange(1, 51) ** zipf_s
     expected *= 20_000 / expected.sum()
-    assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected))  # five standard deviations of a count
+    assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected))  # five standard deviations of a binomial count
 
 
 def test_poisson_arrivals_have_the_asked_rate_and_spread() -> None:
@@ -140,7 +140,7 @@ def test_poisson_arrivals_have_the_asked_rate_and_spread() -> None:
     gaps_s = np.diff(due_s)
     assert np.all(gaps_s >= 0)
     assert gaps_s.mean() == pytest.approx(1 / 20, rel=0.08)
-    assert gaps_s.std() == pytest.approx(1 / 20, rel=0.08)  # exponential: as wide as its mean
+    assert gaps_s.std() == pytest.approx(1 / 20, rel=0.08)  # exponential: standard deviation equals mean
 
 
 def test_target_body_selects_an_adapter_in_the_servers_own_way() -> None:
@@ -173,7 +173,7 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(ANSWER)
 
 
 class ReplayTransport(asyncio.Transport):
-    """A server that answers any request with fixed pieces."""
+    """A transport that answers any request with the given pieces."""
 
     def __init__(self, connection: BenchConnection, pieces: list[bytes]) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ async def test_run_counts_the_servers_tokens_and_keeps_connections(chat: bool) -
 
 
 async def test_closed_loop_holds_its_concurrency() -> None:
-    async with fake_server(release_at=3) as fake:  # fewer in flight would wait for ever
+    async with fake_server(release_at=3) as fake:  # with fewer in flight, no answer would ever start
         result = await run_load(config(fake))
     assert result.errors == {}
     assert fake.max_in_flight == 3
@@ -265,7 +265,7 @@ async def test_each_failure_is_counted_with_its_reason() -> None:
     assert reasons[1] == "the stream ended without [DONE]"
     assert "worker lost" in reasons[2]
     assert result.summary.num_errors == 6
-    assert result.summary.output_tokens == 8  # of the two that succeeded
+    assert result.summary.output_tokens == 8  # of the two requests that succeeded
 
 
 async def test_request_without_end_times_out_and_the_next_is_clean() -> None:
@@ -276,14 +276,14 @@ async def test_request_without_end_times_out_and_the_next_is_clean() -> None:
 
 
 async def read_request(reader: asyncio.StreamReader) -> None:
-    """Read one request to its end: closing a socket with unread bytes would reset it."""
+    """Read one request completely; closing a socket with unread bytes would reset the connection."""
     head = await reader.readuntil(b"\r\n\r\n")
     length = next(line for line in head.split(b"\r\n") if line.startswith(b"Content-Length: "))
     await reader.readexactly(int(length.partition(b": ")[2]))
 
 
 async def test_connection_closed_between_requests_is_replaced() -> None:
-    """Some servers announce that they keep a connection, and close it after a stream nevertheless."""
+    """Some servers promise to keep a connection open, yet close it after a stream."""
     num_connections = 0
 
     async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

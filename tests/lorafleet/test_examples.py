@@ -1,4 +1,4 @@
-"""The adapters that ship with the repository are small, portable, differ from each other, and have an effect."""
+"""The adapters that ship with the repository are small, portable, different from each other, and have an effect."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_adapter_is_served_small_and_portable(name: str) -> None:
     assert sum(file.stat().st_size for file in folder.iterdir()) < 1_000_000
     config = (folder / CONFIG_FILE).read_text()
     assert json.loads(config)["base_model_name_or_path"] == HUB_MODEL_ID
-    assert '"/' not in config  # no path of the machine that trained it
+    assert '"/' not in config  # no path of the machine that trained the adapter
     assert len(read(name).sites) == 30 * len(read(name).modules)
     for tensor, weight in load_file(folder / WEIGHTS_FILE).items():
         assert torch.isfinite(weight).all()

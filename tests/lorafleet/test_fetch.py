@@ -1,4 +1,4 @@
-"""`lorafleet fetch` as a process: the folder it prints is the one that services find later without a network."""
+"""`lorafleet fetch` as a process: services later find the folder that it prints, without a network."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ async def hub() -> AsyncIterator[HubStub]:
 
 
 async def python(words: list[str], home: Path, **variables: str) -> tuple[int, str, list[str]]:
-    """Run Python with a Hub cache below `home` and no packages on PyPI; return exit code, output, lines of errors."""
+    """Run Python with a Hub cache below `home` and without PyPI; return exit code, output, and lines of errors."""
     known = {name: value for name, value in os.environ.items() if not name.startswith(("LORAFLEET_", "HF_"))}
     ours = {"HF_HOME": str(home / "hub"), "LORAFLEET_DATA": str(home / "data"), "PIP_NO_INDEX": "1"}
     process = await asyncio.create_subprocess_exec(
@@ -44,12 +44,12 @@ def tiny_llama() -> PreTrainedModel:
 
 
 def look(folder: str) -> tuple[set[str], int]:
-    """Return the names of a folder's files, and which folder it is."""
+    """Return the names of the files in a folder and the inode of the folder."""
     return {path.name for path in Path(folder).iterdir()}, Path(folder).stat().st_ino
 
 
 async def fetch(home: Path, model: str, **variables: str) -> tuple[int, str, list[str]]:
-    """Run `lorafleet fetch` with its model in the variable, as the compose file does."""
+    """Run `lorafleet fetch` with the model in the variable, as the compose file does."""
     return await python(["-m", "lorafleet", "fetch"], home, LORAFLEET_MODEL=model, **variables)
 
 
@@ -87,7 +87,7 @@ async def test_a_folder_is_only_looked_at(tmp_path: Path) -> None:
     assert (code, errors) == (2, [f"lorafleet fetch: error: {folder} holds no config.json: it is not a model folder"])
     (folder / "config.json").write_text("{}")
     assert await fetch(tmp_path, str(folder)) == (0, str(folder), [])
-    small = tmp_path / "one, small"  # not two
+    small = tmp_path / "one, small"  # one folder whose name has a comma, not two models
     small.mkdir()
     (small / "config.json").write_text("{}")
     fetched = await fetch(tmp_path, str(folder), LORAFLEET_DRAFT_MODEL=str(small))
@@ -95,7 +95,7 @@ async def test_a_folder_is_only_looked_at(tmp_path: Path) -> None:
 
 
 async def test_a_gguf_file_becomes_a_folder_once(tmp_path: Path) -> None:
-    """Whatever its name; services of this machine find the folder by the file's path, and not before."""
+    """A GGUF file with any name is converted; then services of this machine find the folder by the file's path."""
     file, cache = tmp_path / "sha256-12ab", {"LORAFLEET_CACHE_DIR": str(tmp_path / "cache")}
     write_gguf(tiny_llama(), file, "q4_0")
     code, _, errors = await python(["-c", FIND, str(file)], tmp_path, **cache)

@@ -59,7 +59,7 @@ def test_a_key_is_made_listed_and_revoked(
     assert known[0].expires_ms - now_ms() == pytest.approx(90 * 86_400_000, abs=60_000)
     expected = Tenant(name="acme", requests_per_minute=60, concurrency=4, adapters=("acme-*", "org/*"))
     assert known[1] == expected
-    assert main([*create, "--tokens-per-minute", "9000"]) == 0  # the rest of the tenant's limits stays
+    assert main([*create, "--tokens-per-minute", "9000"]) == 0  # the tenant's other limits are kept
     other = capsys.readouterr().out.strip()
     known = found(queue_server, other)
     assert known is not None
@@ -120,7 +120,7 @@ def test_the_queue_is_asked_wherever_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     for variable in ("REDIS_URL", "LORAFLEET_REDIS_URL", "LORAFLEET_DATA", "LORAFLEET_CONFIG"):
-        monkeypatch.setenv(variable, "")  # so that one which the command sets is none later
+        monkeypatch.setenv(variable, "")  # set first, so that monkeypatch also removes a variable that the command sets
         monkeypatch.delenv(variable)
     url, file = f"unix://{tmp_path}/none.sock", tmp_path / "fleet.toml"
     file.write_text(f'redis_url = "{url}"\n')

@@ -1,4 +1,4 @@
-"""The command line helps: examples that work in every help, suggestions, and a short help of what has many flags."""
+"""The command line: examples that parse in every help, suggestions for typos, and a short help for many flags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafleet.shared.parser import Parser, parse
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[Parser]:
-    """Yield a parser and those of its commands."""
+    """Yield a parser and, recursively, those of its subcommands."""
     assert isinstance(parser, Parser)
     yield parser
     for action in parser._actions:  # argparse has no other way to ask

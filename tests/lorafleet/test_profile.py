@@ -1,4 +1,4 @@
-"""`lorafleet profile` as a user runs it, on a tiny model: what was measured adds up, and its parts have names."""
+"""`lorafleet profile` as a user runs it, on a tiny model: phases add up to the total, and operations have names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_logging() -> Iterator[None]:
-    """Restore pytest's logging, which the command replaces by its own."""
+    """Restore the logging of pytest, which the command replaces with its own."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield

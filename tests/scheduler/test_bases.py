@@ -1,4 +1,4 @@
-"""Several bases in one fleet: each request goes to a worker of its base, and no base's requests hold up another's."""
+"""Several bases in one fleet: each request goes to a worker of its base, and no base's requests block another's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def beat(wid: str, base: str, *, capacity: int = 4, **more: Any) -> m.WorkerBeat
 
 
 def scheduler_of(*beats: m.WorkerBeat, bases: str = "ab", **config: Any) -> Scheduler:
-    """Return a scheduler of a fleet with bases of one letter, the first one first."""
+    """Return a scheduler of a fleet with one-letter bases, the first one being the default."""
     scheduler = Scheduler(SchedulerConfig(**config))
     scheduler.set_bases(bases)
     scheduler.beats({one.wid: one for one in beats}, 0.0)
@@ -40,12 +40,12 @@ def test_a_request_goes_to_a_worker_of_its_base_only(digest: str) -> None:
     plan = planned(scheduler)
     assert {rid[0] for rid in plan["wa"]} == {"a"}
     assert {rid[0] for rid in plan["wb"]} == {"b"}
-    assert len(plan["wb"]) == 10  # though the other base's worker is full
+    assert len(plan["wb"]) == 10  # although the other base's worker is full
 
 
 def test_an_adapter_on_another_bases_worker_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One content may be served with two bases of one layout."""
-    many = [beat(f"wa{i}", "a", resident=["x"]) for i in range(20)]  # more than are looked at for one request
+    """The same adapter may be served on two bases of one layout."""
+    many = [beat(f"wa{i}", "a", resident=["x"]) for i in range(20)]  # more than the number of candidates per request
     scheduler = scheduler_of(*many, beat("wb", "b"))
     scheduler.submit(make_submit("r", base="b", digest="x"), 0)
     assert planned(scheduler) == {"wb": ["r"]}
@@ -102,7 +102,7 @@ def test_what_a_tenant_had_of_one_base_counts_at_another() -> None:
 
 
 def test_a_share_is_one_of_the_places_of_a_base() -> None:
-    """So a tenant with all places of one base yields there, however many places other bases have."""
+    """So a tenant that holds all slots of one base yields there, however many slots other bases have."""
     scheduler = scheduler_of(beat("wa", "a", capacity=1000), beat("wb", "b", capacity=8))
     for tenant in ("many", "few"):
         for i in range(40 if tenant == "many" else 1):
@@ -139,7 +139,7 @@ def test_the_last_worker_of_a_base_is_not_the_next_to_go() -> None:
 
 
 def test_services_of_an_earlier_version_know_of_one_base() -> None:
-    """Its workers are of the first base, and what its gateways queued is for that one, also once there are others."""
+    """Its workers have the first base, and its gateways' requests are for that base, even if there are others."""
     scheduler = scheduler_of(beat("old", "", capacity=8), beat("wb", "b", capacity=1))
     for i in range(8):
         scheduler.submit(make_submit(f"b{i}", base="b"), 0)
@@ -153,7 +153,7 @@ def test_services_of_an_earlier_version_know_of_one_base() -> None:
 
 @pytest.mark.parametrize("bases", ["", "a"])
 def test_a_fleet_of_one_base_asks_for_no_name(bases: str) -> None:
-    """Also what was queued before its worker came back under another one runs."""
+    """Requests queued before its worker returned under another name also run."""
     scheduler = scheduler_of(beat("w", "a"), bases=bases)
     for base in ("a", "", "as it was called before"):
         scheduler.submit(make_submit(f"r{base}", base=base), 0)

@@ -1,4 +1,4 @@
-"""The measured rate is that of a busy fleet, whatever it does when there is little to do."""
+"""The measured drain rate is that of a busy fleet, whatever happens while there is little work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scheduler.drain import DrainRate
 def test_only_busy_time_counts() -> None:
     drain = DrainRate()
     for second in range(100):
-        drain.observe(second, second, False)  # one a second, nobody waits
+        drain.observe(second, second, False)  # one per second, and no request waits
     assert drain.rate == 0.0
     ended = 100
     for second in range(100, 110):

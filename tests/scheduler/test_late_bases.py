@@ -1,4 +1,4 @@
-"""The scheduler on a real queue learns of bases in time: no request goes to a worker of another one meanwhile."""
+"""The scheduler on a real queue learns of bases in time: until then no request goes to a worker of another base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def join(bus: Bus, wid: str, base: str) -> FakeWorker:
 
 
 async def test_a_request_of_a_base_that_has_just_come_waits_for_its_worker(bus: Bus) -> None:
-    """Also while the scheduler has not looked at the workers since."""
+    """Even before the scheduler has read the workers again."""
     await join(bus, "w1", "a")
     leading = Session(bus, Settings(), Lease("", "", 500), VirtualTokenCounters(1.0))
     leading._last_ids = await leading._recovery.rebuild()
@@ -43,7 +43,7 @@ async def test_a_new_leader_knows_the_bases_before_it_reads_what_is_queued(bus: 
     await bus.members.leave("w2")
     await submit(bus, *(make_submit(f"b{i}", base="b") for i in range(4)), make_submit("old"))
     async with running_scheduler(bus):
-        await holds(first, "old")  # of an earlier version's gateway, for the first base
+        await holds(first, "old")  # from an earlier version's gateway, for the first base
         await second.join()
         await holds(second, "b0", "b1", "b2", "b3")
         assert set(first.held) == {"old"}

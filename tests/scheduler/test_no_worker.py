@@ -1,4 +1,4 @@
-"""Requests while there is no worker: how long they wait for one, and who doesn't wait."""
+"""Requests while there is no worker: how long they wait for one, and which do not wait."""
 
 from __future__ import annotations
 

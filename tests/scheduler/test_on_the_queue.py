@@ -1,4 +1,4 @@
-"""The scheduler on a real queue: what it publishes, and requests and limits of those who die."""
+"""The scheduler on a real queue: what it publishes, and the requests and limits of dead services."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ async def test_the_status_tells_what_some_worker_knows(bus: Bus) -> None:
 
 
 async def test_who_dies_takes_none_of_its_tenants_limits_along(bus: Bus) -> None:
-    """A place and a reservation are held while a request moves, and are free once it will not go on."""
-    quota = Quota("acme", tokens_per_minute=40, concurrency=2)  # a request reserves 4 + 4
+    """Concurrency and reserved tokens are held while a request moves, and released once it will not continue."""
+    quota = Quota("acme", tokens_per_minute=40, concurrency=2)  # a request reserves 4 + 4 tokens
     running, used = bus.keys.running("acme"), bus.keys.quota("acme")
     await bus.members.beat(bus.keys.gateway_beat("alive"), bus.keys.gateways, "alive", b"url", 60_000)
     await bus.members.beat(bus.keys.gateway_beat(GATEWAY), bus.keys.gateways, GATEWAY, b"url", 60_000)
@@ -38,7 +38,7 @@ async def test_who_dies_takes_none_of_its_tenants_limits_along(bus: Bus) -> None
         await holds(first, "moves", "poison")
         await first.write("moves", 2)
         second = await FakeWorker(bus, "w2").join()
-        await holds(second, "moves", "poison")  # the first one beats no more
+        await holds(second, "moves", "poison")  # the first worker sends no more heartbeats
         assert await submit(bus, make_submit("r"), quota=quota) == "limit"
         assert float(await bus._redis.hget(used, "tokens")) > 15
         assert await second.write("moves", 2, end=True) == []
@@ -54,7 +54,7 @@ async def test_who_dies_takes_none_of_its_tenants_limits_along(bus: Bus) -> None
         await submit(bus, make_submit("queued"), quota=quota)
         await bus._redis.delete(bus.keys.gateway_beat(GATEWAY))
         await becomes(bus, "queued", "cancelled", third)
-        assert await bus._redis.zrange(running, 0, -1) == [b"begun"]  # until its worker has let go
+        assert await bus._redis.zrange(running, 0, -1) == [b"begun"]  # until its worker has released it
         assert await third.write("begun") == ["cancelled"]
         end = StepRow("begun", third.held["begun"].epoch, 0, b"", b"", "cancelled", "cancelled")
         assert await bus.step("w3", StepResult(rows=[end])) == []
@@ -103,7 +103,7 @@ async def test_what_is_assigned_to_nobody_is_queued_again_with_its_tokens(bus: B
 
 
 async def test_what_has_no_work_entry_is_queued_again(bus: Bus) -> None:
-    """One end of an entry is lost with the queue's last second; the next end of the entry deletes it."""
+    """One end of an entry is lost with the queue's last second of writes; the next end of the entry deletes it."""
     await assign(bus, "kept", "w1")
     await assign(bus, "orphan", "w2")
     (entry, _), *_ = await bus.streams.entries(bus.keys.work("w2"))

@@ -1,4 +1,4 @@
-"""Which worker a request goes to."""
+"""Which worker gets a request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OUTPUT = 100.0
 
 
 class Site:
-    """A workers with placement and ledger."""
+    """Workers with placement and ledger."""
 
     def __init__(self, *beats: m.WorkerBeat, max_attempts: int = 3) -> None:
         self.workers: Workers = make_workers(*beats)
@@ -82,7 +82,7 @@ def test_the_nearer_an_adapter_is_the_less_it_costs() -> None:
     one, two = beats(2, capacity=64)
     facts = AdapterFacts(16, 20_000_000)
     costs = [Bandwidths(host=2e5, remote=2e4).cost_ms(tier, facts.num_bytes) for tier in Tier]
-    assert costs[0] < costs[2] < costs[1] < costs[3]  # half of the way from the store is longer than from the host
+    assert costs[0] < costs[2] < costs[1] < costs[3]  # half a store transfer takes longer than one from the host
     for near, far in (({"resident": ["d"]}, {"host": ["d"]}), ({"resident": ["d"]}, {"loading": ["d"]})):
         for first, second in ((near, far), (far, near)):
             site = Site(structs.replace(one, **first), structs.replace(two, **second))
@@ -142,7 +142,7 @@ def test_blocked_when_no_worker_may_take_it() -> None:
     site.fill("w0")
     assert site.choose("d") is OfferResult.BLOCKED
     assert site.choose() is OfferResult.BLOCKED
-    assert isinstance(site.choose("cold"), Worker)  # it takes no capacity until it is there
+    assert isinstance(site.choose("cold"), Worker)  # it takes no capacity until its adapter is loaded
     assert site.choose("colder") is OfferResult.BLOCKED
     assert not site.placement.has_room(request("x"))
 
@@ -186,14 +186,14 @@ def test_equal_workers_are_loaded_equally() -> None:
 
 def test_a_hot_adapter_gets_homes_in_proportion_to_its_load() -> None:
     site = Site(*beats(8, capacity=64))
-    new = site.placement.tick({"hot": 40, "warm": 20, "rare": 1})  # nothing runs: 8 requests are a worker's share
+    new = site.placement.tick({"hot": 40, "warm": 20, "rare": 1})  # nothing runs: a worker's share is 8 requests
     assert Counter(digest for _, digest in new) == {"hot": 5, "warm": 3}
     assert site.placement.tick({"hot": 40, "warm": 20, "rare": 1}) == []
     assert [site.placement.homes[digest] for digest in ("hot", "warm", "rare", "other")] == [5, 3, 1, 1]
     for _ in range(160):
         site.choose()
     site.placement.refresh()
-    site.placement.tick({"hot": 40})  # 20 each run: a share is 25
+    site.placement.tick({"hot": 40})  # 20 each are running: a share is 25
     for _ in range(SHRINK_TICKS * 3):
         site.placement.tick({"hot": 40})
     assert site.placement.homes["hot"] == 2
@@ -217,7 +217,7 @@ def test_homes_grow_at_once_and_shrink_one_by_one_after_a_while() -> None:
 
 
 def test_ranks_in_a_batch_count() -> None:
-    """Between two equally loaded workers, the one whose step gets less longer is taken."""
+    """Of two equally loaded workers, the one whose step grows less is chosen."""
     step = m.StepModel(a=0.01, b=1e-5, c=0.0, d=1e-4)
     site = Site(*(beat(f"w{i}", step_model=step, resident=["a", "b"], capacity=64) for i in range(2)))
     first = site.wid("a")
@@ -228,7 +228,7 @@ def test_ranks_in_a_batch_count() -> None:
 
 
 def test_virtual_tokens_are_prefilled_like_a_prompt() -> None:
-    """A worker with fast prefills is preferred to one with fast steps for virtual tokens, as it is for a prompt."""
+    """For virtual tokens, as for a prompt, a worker with fast prefills is preferred to one with fast steps."""
     steps, prefills = m.StepModel(a=0.01, b=1e-4, c=0.0, d=0.0), m.StepModel(a=0.011, b=0.0, c=0.0, d=0.0)
 
     def taken(**more: Any) -> str:
@@ -282,7 +282,7 @@ def test_of_many_workers_each_gets_work_and_warm_ones_are_found() -> None:
 
 
 def test_what_is_known_of_adapters_is_bounded() -> None:
-    """The one looked up longest ago is forgotten, and is looked up again when it is asked for."""
+    """The adapter looked up least recently is forgotten, and is looked up again when it is requested."""
     placement = Placement(make_workers(), 3, max_known_adapters=3)
     for i in (0, 1, 2, 0, 3):
         placement.learn(f"a{i}", AdapterFacts(rank=i, num_bytes=1))
@@ -291,13 +291,13 @@ def test_what_is_known_of_adapters_is_bounded() -> None:
 
 
 def test_a_request_goes_only_to_workers_that_know_its_fields() -> None:
-    """Older ones would ignore what they do not know, and answer something else."""
+    """Older ones would ignore unknown fields, and give a different answer."""
     newest = beat("new", step_model=STEP, capacity=64, knows=["later", "last"])
     site = Site(*beats(MAX_CANDIDATES - 1, capacity=64), newest)
     assert {site.wid(needs=["later"]) for _ in range(20)} == {"new"}
     assert len({site.wid() for _ in range(20)}) > 1
     assert site.choose(needs=["later", "unheard_of"]) is OfferResult.BLOCKED
-    assert site.placement.has_room(request("r", needs=["unheard_of"]))  # others may be served meanwhile
+    assert site.placement.has_room(request("r", needs=["unheard_of"]))  # others may be served in the meantime
     site.fill("new")
     assert site.choose(needs=["later"]) is OfferResult.BLOCKED
 

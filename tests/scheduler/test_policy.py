@@ -1,4 +1,4 @@
-"""The whole policy against simulated fleets: fairness, floods, starvation, and what the alternatives would do."""
+"""The whole policy on simulated fleets: fairness, floods, starvation, and a comparison with alternatives."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def simulate(
 
 @pytest.mark.parametrize("digests", [1, 20], ids=["one adapter", "many adapters"])
 def test_backlogged_equals_get_the_same(digests: int) -> None:
-    """Though one asks in long prompts, one for long answers, and one has all of its requests in first."""
+    """Although one sends long prompts, one requests long answers, and one has submitted all its requests first."""
     trace: list[Arrival] = []
     for i in range(400):
         digest = f"a{i % digests}"
@@ -58,7 +58,7 @@ def test_backlogged_equals_get_the_same(digests: int) -> None:
         max(r.ended_ms for r in outcome.requests if r.submit.tenant == tenant)
         for tenant in ("early", "prompts", "answers")
     )
-    start_ms = 2000.0  # once the first, unavoidable advantage of who was there alone has been made up for
+    start_ms = 2000.0  # after the unavoidable initial advantage of the first tenant has been compensated
     assert first_done > 4 * start_ms
     assert jain(list(outcome.attained(start_ms, first_done).values())) >= 0.95
 
@@ -76,7 +76,7 @@ def test_weights_are_kept() -> None:
 
 
 def test_a_flood_of_one_hardly_delays_the_quiet() -> None:
-    """20 quiet tenants ask now and then; one comes with 200 requests at once."""
+    """20 quiet tenants send a request now and then; one sends 200 requests at once."""
     load = SyntheticLoad(rate=4.0, seconds=60.0, num_adapters=20, num_tenants=20, prompt_tokens=100, output_tokens=40)
     quiet = list(generate(load))
     flood = [arrival(f"flood{i}", 10_000.0, tenant="flood", digest="a0", output=60) for i in range(200)]
@@ -89,13 +89,13 @@ def test_a_flood_of_one_hardly_delays_the_quiet() -> None:
     assert p99(simulate(quiet + flood, policy="least-loaded")) > 2 * alone, "the test would prove nothing"
 
 
-# What a worker on two CPU cores reported, see docs/measured/fairness.md.
+# Reported by a worker on two CPU cores, see docs/measured/fairness.md.
 ON_CPU = WorkerModel(capacity=64, max_step_tokens=512, step=m.StepModel(a=0.0148, b=0.00068, c=3.5e-6, d=1.6e-5))
 
 
-@pytest.mark.parametrize("rate", [1.06, 4.4])  # requests/s of all the quiet together; the worker can do about 6.5
+@pytest.mark.parametrize("rate", [1.06, 4.4])  # requests/s of all quiet tenants together; the worker can do about 6.5
 def test_a_flood_does_not_hold_up_the_quiet_where_steps_are_long(rate: float) -> None:
-    """A prompt finds a place, is computed with the next step, and that is soon: else the flood delays it thirtyfold."""
+    """A prompt gets a slot and is computed in the next step, which comes soon: else a flood delays it thirtyfold."""
     rng = random.Random(1)
     times = accumulate(1000.0 * rng.expovariate(rate) for _ in range(round(110 * rate)))
     quiet = [
@@ -119,7 +119,7 @@ def test_a_flood_does_not_hold_up_the_quiet_where_steps_are_long(rate: float) ->
 
 
 def test_no_adapter_starves_beside_a_hot_one() -> None:
-    """Always more work for the hot adapter than the fleet can do; all of it, and the rest, is one tenant's."""
+    """The hot adapter always has more work than the fleet can do; it and the other adapters belong to one tenant."""
     hot = [arrival(f"hot{i}", 15.0 * i, digest="a0") for i in range(2000)]
     cold = [arrival(f"cold{i}", 2000.0 + 700.0 * i, digest=f"a{1 + i}") for i in range(30)]
     outcome = simulate(hot + cold)
@@ -140,7 +140,7 @@ def test_batch_work_fills_only_slack() -> None:
     def p90(outcome: SimulationResult) -> float:
         return outcome.first_token_ms(0.9, lambda r: r.submit.cls == "interactive")
 
-    assert p90(together) <= p90(alone) + 60.0  # a fuller batch has longer steps; nobody queues behind batch work
+    assert p90(together) <= p90(alone) + 60.0  # a fuller batch has longer steps; no request queues behind batch work
     assert together.end_ms <= simulate(batch).end_ms + 20_000.0
 
 
@@ -178,7 +178,7 @@ def test_affinity_with_fairness_beats_the_alternatives() -> None:
         assert ours.num_loads < 0.7 * outcomes[policy].num_loads
 
 
-# ---------------------------------------------------------------- the core, move by move
+# ---------------------------------------------------------------- the core, step by step
 
 
 def beats(num: int, sent_ms: int = 1, **more: Any) -> dict[str, m.WorkerBeat | None]:
@@ -240,7 +240,7 @@ def test_a_flood_yields_and_others_take_its_places() -> None:
 
 
 def test_yielding_tenants_hide_nobody_behind_them() -> None:
-    """Neither do the many queues of each, looked at before the one request that may go."""
+    """Nor do the many queues of each, which are scanned before the one request that may run."""
     digests = [f"d{i}" for i in range(10)]
     scheduler = make_scheduler(capacity=16, resident=digests)
     scheduler.submit(make_submit("first", tenant="quiet"), 0)
@@ -251,7 +251,7 @@ def test_yielding_tenants_hide_nobody_behind_them() -> None:
     planned(scheduler)
     scheduler.ended(m.Ended("first", "w0", 1, 1))
     planned(scheduler)
-    scheduler.counters.charge("quiet", 1000, 0, 1.0)  # all others come before it
+    scheduler.counters.charge("quiet", 1000, 0, 1.0)  # all others are served before it
     scheduler.submit(make_submit("second", tenant="quiet", digest="d0"), 0)
     assert planned(scheduler) == {"w0": ["second"]}
 
@@ -272,9 +272,9 @@ def test_repeated_and_outdated_messages_change_nothing() -> None:
     assert planned(scheduler) == {"w0": ["r"]}
     scheduler.submit(make_submit("r"), 0)
     assert planned(scheduler) == {}
-    scheduler.submit(make_submit("r"), 2)  # handed back
+    scheduler.submit(make_submit("r"), 2)  # handed back by its worker
     scheduler.submit(make_submit("r"), 2)
-    scheduler.ended(m.Ended("r", "w0", 1, 5))  # of the first assignment, late
+    scheduler.ended(m.Ended("r", "w0", 1, 5))  # a late end of the first assignment
     assert planned(scheduler) == {"w0": ["r"]}
     for _ in range(2):
         scheduler.ended(m.Ended("r", "w0", 3, 5))
@@ -292,7 +292,7 @@ def test_what_was_not_assigned_goes_back_and_what_had_ended_is_forgotten() -> No
     scheduler.undo(batch, ["r1"])
     assert scheduler.workers.by_id["w0"].load == 0
     assert planned(scheduler) == {"w0": ["r0", "r2"]}
-    assert scheduler.counters["t"] == paid  # nobody pays twice for a prompt
+    assert scheduler.counters["t"] == paid  # no tenant pays twice for a prompt
     assert "r1" not in scheduler.requests
     assert scheduler.shares("").num_open == {"t": 2}
 

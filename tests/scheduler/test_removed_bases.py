@@ -1,4 +1,4 @@
-"""A base that is taken away: what waits for it ends once, what runs is finished, its workers drain, and it is gone."""
+"""A removed base: its waiting requests end once, its running ones finish, its workers drain, and it disappears."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_what_waits_ends_what_runs_is_finished_and_its_workers_drain(bus: 
         await wait_until(is_drained, "its worker is told to drain")
         second.draining = True
         await second.beat()
-        await submit(bus, make_submit("late", base="b"))  # by a gateway that has not seen it yet
+        await submit(bus, make_submit("late", base="b"))  # from a gateway that has not read the removal yet
         await becomes(bus, "late", "failed", first, second)
         for rid in held:
             await second.write(rid, end=True)
@@ -84,7 +84,7 @@ async def test_what_a_worker_hands_back_of_a_removed_base_runs_on_no_other(bus: 
         await holds(second, "b1", "b2")
         await bus.added_bases.add("b", "/models/b", 31)
         await bus.added_bases.remove("b")
-        await bus.members.silence("w2")  # it dies, and its requests are queued again
+        await bus.members.silence("w2")  # the worker dies, and its requests are queued again
         for rid in ("b1", "b2"):
             await becomes(bus, rid, "failed", first)
         assert first.held == {}
@@ -105,7 +105,7 @@ async def test_a_base_that_comes_back_at_once_is_served_again(bus: Bus) -> None:
 
 
 async def test_why_it_did_not_start_goes_with_it(bus: Bus) -> None:
-    """It has no record, since no worker of it has ever joined. Mended and added again, it has not failed yet."""
+    """It has no record, since no worker of it has ever joined. Once repaired and added again, it has not failed yet."""
     await bus.added_bases.add("b", "/models/b", 31)
     await bus.members.note_failure("b", "no memory")
     first = await (await join(bus, "w1", "a")).join()

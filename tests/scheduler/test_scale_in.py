@@ -1,4 +1,4 @@
-"""Which worker goes first when there are to be fewer."""
+"""Which worker is removed first at a scale-in."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_draining_worker_is_not_named() -> None:
 
 @pytest.mark.thorough
 def test_in_simulation_fewer_adapters_are_fetched_again() -> None:
-    """In the middle of a load a worker goes: the one that is named, or the one that is worth most."""
+    """During a load a worker is removed: the one that the scheduler names, or the one with the highest cost."""
 
     def named(costs: dict[str, float]) -> str:
         return min(costs, key=costs.__getitem__)

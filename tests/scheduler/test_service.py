@@ -1,4 +1,4 @@
-"""The scheduler on a real queue with workers played by the test."""
+"""The scheduler on a real queue with simulated workers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_a_dead_workers_requests_go_to_another_with_their_tokens(bus: Bus)
         await holds(first, "r")
         assert await first.write("r", 2) == []
         second = await FakeWorker(bus, "w2").join()
-        await holds(second, "r")  # the first one beats no more
+        await holds(second, "r")  # the first worker sends no more heartbeats
         assert second.held["r"].epoch == 3
         assert await first.write("r", 1) == ["stale"]
         assert await second.write("r", 2, end=True) == []
@@ -98,7 +98,7 @@ async def test_a_request_that_kills_its_workers_ends_as_a_dead_letter(bus: Bus) 
         await submit(bus, make_submit("poison"))
         for number in (1, 2):
             worker = await FakeWorker(bus, f"w{number}").join()
-            await holds(worker, "poison")  # and never beats again
+            await holds(worker, "poison")  # and never sends a heartbeat again
         await becomes(bus, "poison", "failed")
         ends = [delta for delta in await deltas(bus) if delta.finish]
         assert [(delta.rid, delta.finish) for delta in ends] == [("poison", "error")]
@@ -187,7 +187,7 @@ async def test_a_standby_takes_over_and_nothing_is_lost_or_doubled(bus: Bus) -> 
     await holds(worker, "r0", "r1", "r2")
     async with running_scheduler(bus):
         before = await bus._redis.get(bus.keys.leader)
-        leading.cancel()  # as dead as a process can be inside another one: the lock stays
+        leading.cancel()  # as close to a killed process as possible in-process: the lease stays
         await asyncio.wait([leading])
         assert await bus._redis.get(bus.keys.leader) == before
         await submit(bus, make_submit("r6"))
@@ -309,7 +309,7 @@ async def test_a_request_lost_on_its_way_to_a_worker_is_queued_again(bus: Bus) -
     async with running_scheduler(bus):
         await submit(bus, make_submit("lost"), make_submit("kept"))
         await wait_until(lambda: _has_length(bus, bus.keys.work("w1"), 1), "they are assigned")
-        await bus._redis.xtrim(bus.keys.work("w1"), maxlen=0)  # as a server does that comes back without its tail
+        await bus._redis.xtrim(bus.keys.work("w1"), maxlen=0)  # as on a server that returns without its last writes
         await holds(worker, "lost", "kept")
         assert worker.held["lost"].epoch == 3
         assert int(await bus._redis.hget(bus.keys.req("lost"), "attempts")) == 0
@@ -320,7 +320,7 @@ async def test_an_end_that_the_scheduler_was_not_told_of_frees_its_place(bus: Bu
     async with running_scheduler(bus):
         await submit(bus, *(make_submit(f"r{i}") for i in range(4)))
         await holds(worker, "r0", "r1", "r2")
-        await bus.finish("r0", "failed", "error")  # from outside, so no worker reports it
+        await bus.finish("r0", "failed", "error")  # ended from outside, so no worker reports it
         worker.drop("r0")
         await holds(worker, "r3")
 
@@ -342,7 +342,8 @@ async def test_who_waits_for_adapters_goes_on_as_soon_as_beats_tell(bus: Bus, mo
         await submit(bus, *(make_submit(f"r{i}", digest=f"c{i}") for i in range(4 * MAX_LOADS)))
         for num in (1, 2, 3, 4):
             await holds(worker, *(f"r{i}" for i in range(num * MAX_LOADS)))
-            # From here on at most one pause between rounds ends. An idle scheduler's would not look at requests at all.
+            # From here on at most one pause between rounds ends; an idle scheduler's pause would not even check
+            # requests.
             monkeypatch.setattr(session, "WATCH_S", 3600.0)
             worker.resident = [f"c{i}" for i in range(num * MAX_LOADS)]
             await worker.beat()
@@ -382,7 +383,7 @@ async def _has_length(bus: Bus, stream: str, length: int) -> bool:
 
 
 async def _stands_by(bus: Bus) -> bool:
-    """The status runs out, or is renewed, with the leadership."""
+    """The status expires, or is renewed, with the leadership."""
     return not await bus._redis.exists(bus.keys.status)
 
 
@@ -396,7 +397,7 @@ async def test_a_restarted_queue_finds_everything_where_it_was(tmp_path: Path) -
             await holds(worker, "r0", "r1", "r2")
             await bus._redis.execute_command(
                 "WAITAOF", 1, 0, 5000
-            )  # what was not synced may be lost, and is another test's matter
+            )  # unsynced writes may be lost, which another test covers
             server.process.kill()
             server.process.wait()
             server = start_embedded(tmp_path)
@@ -466,7 +467,7 @@ async def test_an_unreadable_adapter_record_stops_nothing(bus: Bus) -> None:
 
 
 async def test_what_came_back_while_a_death_is_settled_is_not_forgotten(bus: Bus) -> None:
-    """One of a dead worker's requests ends meanwhile; another, handed back by the worker itself, is read meanwhile."""
+    """One of a dead worker's requests ends, and another, handed back by the worker itself, is read, in the meantime."""
     scheduler = Scheduler(SchedulerConfig())
     recovery = Recovery(bus, scheduler, 3)
     await FakeWorker(bus, "w1").join()

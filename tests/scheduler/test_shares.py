@@ -11,13 +11,13 @@ from scheduler.request import QueuedRequest
 from tests.scheduler.fakes import make_submit
 
 PLACES = 64, 8
-"""All, and those reserved."""
+"""All slots, and the reserved ones."""
 
 SLACK = 1000.0
 
 
 def make_shares(now_ms: float = 0.0, **num_open: int) -> FairShares:
-    """Tenants, quiet ones with 0 open requests among them."""
+    """Return the shares of tenants; those with 0 open requests are quiet."""
     shares = FairShares(VirtualTokenCounters(4 * SLACK), SLACK)
     for tenant, num in num_open.items():
         for _ in range(max(num, 1)):
@@ -76,7 +76,7 @@ def test_shares_go_by_weight() -> None:
 
 
 def test_a_tenant_that_was_served_more_tokens_yields_too() -> None:
-    """Else one with few requests at a time, but no pause between them, would take all that a flood should have."""
+    """Otherwise a tenant with few requests at a time but no pauses would take everything a flood should have."""
     counters = VirtualTokenCounters(4 * SLACK)
     shares = FairShares(counters, SLACK)
     for tenant, num in (("flood", 200), ("few", 20)):
@@ -101,7 +101,7 @@ def test_batch_work_yields_and_a_resumed_request_does_not() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.floats(0.1, 10.0)), min_size=2, max_size=12))
 def test_shares_fill_the_places(tenants: list[tuple[int, float]]) -> None:
-    """All shares together are the places there are, and exactly the tenants with more than their share yield."""
+    """The shares of all tenants sum to the number of slots, and exactly the tenants over their share yield."""
     shares = FairShares(VirtualTokenCounters(4 * SLACK), SLACK)
     for number, (num, weight) in enumerate(tenants):
         for _ in range(num):

@@ -1,4 +1,4 @@
-"""Orders to workers to become another base: when they are given, what they come to, and who waits meanwhile."""
+"""Swap orders to workers: when they are given, how they end, and which calls wait in the meantime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def beat(base: str, wid: str = "", *, name: str = "w", fleet: list[str] = FLEET,
 
 
 def see(scheduler: Scheduler, *beats: m.WorkerBeat) -> None:
-    """Take the registered workers, and forget the others, as the session does."""
+    """Set the registered workers and remove the others, as the session does."""
     for wid in scheduler.beats({one.wid: one for one in beats}, 0.0):
         scheduler.remove_worker(wid)
 
@@ -52,7 +52,7 @@ def test_an_idle_worker_becomes_the_base_that_is_asked_for() -> None:
     scheduler.submit(make_submit("r", base="b", submitted_ms=1000), 0)
     assert ordered(scheduler, 1500.0) == {"w": "b"}
     scheduler.submit(make_submit("of a", base="a", submitted_ms=1000), 0)
-    assert scheduler.plan(1500.0).batches == {}  # it gets nothing more, though it has not left
+    assert scheduler.plan(1500.0).batches == {}  # it gets nothing more, although it has not left
     assert ordered(scheduler, 2500.0) == {}
     see(scheduler)
     assert ordered(scheduler, 3500.0) == {}
@@ -62,7 +62,7 @@ def test_an_idle_worker_becomes_the_base_that_is_asked_for() -> None:
 
 
 def test_a_worker_that_obeys_another_leader_speaks_against_no_base() -> None:
-    """It obeys the first order that it reads, of an earlier leader: the base of the second one did not fail."""
+    """It obeys the first order that it reads, an earlier leader's: the base of the second order did not fail."""
     scheduler = scheduler_of(beat("a"))
     scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
     for at_ms in range(0, 100_000 * MAX_LOST, 100_000):
@@ -101,7 +101,7 @@ def test_a_base_whose_own_worker_is_about_to_come_is_left_to_it() -> None:
     assert ordered(scheduler, TOGETHER_MS) == {}
     scheduler = scheduler_of(first, known=["a"])
     assert ordered(scheduler, 0.0) == {}
-    assert ordered(scheduler, TOGETHER_MS) == {"v": "b"}  # it has not come
+    assert ordered(scheduler, TOGETHER_MS) == {"v": "b"}  # its own worker has not come
 
 
 def test_a_fleet_whose_workers_become_nothing_orders_nothing() -> None:
@@ -118,10 +118,10 @@ def test_an_order_that_comes_to_nothing_is_given_again() -> None:
     assert ordered(scheduler, 0.0) == {"w": "b"}
     assert settled(scheduler, OBEY_MS) == []
     assert settled(scheduler, OBEY_MS + 1) == [("b", LOST)]
-    assert ordered(scheduler, 30_000.0) == {}  # no heartbeat has come since
+    assert ordered(scheduler, 30_000.0) == {}  # no heartbeat has arrived since
     see(scheduler, beat("a", sent_ms=2))
     assert ordered(scheduler, 60_000.0) == {"w": "b"}
-    see(scheduler)  # it has left, and does not come back
+    see(scheduler)  # it has left, and does not return
     assert settled(scheduler, 60_000 + START_MS) == []
     assert "b" in scheduler.swaps.hopeful()
     assert settled(scheduler, 60_001 + START_MS) == [("b", LOST)]
@@ -132,7 +132,7 @@ def test_a_new_leader_learns_from_heartbeats_who_is_leaving() -> None:
     scheduler = scheduler_of(beat("a", becoming="b", draining=True))
     scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
     assert ordered(scheduler, 1000.0) == {}
-    see(scheduler, beat("a"))  # it had not heard of it
+    see(scheduler, beat("a"))  # it had not read the order
     scheduler = scheduler_of(beat("a"))
     scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
     assert ordered(scheduler, 1000.0) == {"w": "b"}
@@ -162,7 +162,7 @@ def test_a_base_that_fails_is_tried_again_ever_later_and_its_calls_end() -> None
     calls = [make_submit("call", base="b", submitted_ms=0), make_submit("job", base="b", submitted_ms=0, gateway="")]
     for call in calls:
         scheduler.submit(call, 0)
-    assert scheduler.unserved(0.0) == scheduler.unserved(9000.0) == []  # a worker may become it
+    assert scheduler.unserved(0.0) == scheduler.unserved(9000.0) == []  # a worker may swap to it
     at_ms, pause_ms = 0.0, FIRST_PAUSE_MS
     for number in range(3):
         assert ordered(scheduler, at_ms) == {"w": "b"}
@@ -192,7 +192,7 @@ def test_calls_of_the_only_base_that_starts_do_not_fail_with_the_other() -> None
 
 
 def test_a_base_whose_starts_end_without_a_word_has_failed() -> None:
-    """As where the system kills them for their memory. A worker that is killed once is no reason to give a base up."""
+    """For example when the system kills them for their memory. A single killed start does not make a base fail."""
     scheduler = scheduler_of(beat("a"))
     scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
     found: list[tuple[str, str]] = []
@@ -273,7 +273,7 @@ async def test_a_swap_is_ordered_audited_counted_and_told(bus: Bus) -> None:
 
 @pytest.mark.parametrize("noted", [True, False])
 async def test_calls_of_a_base_that_fails_are_told_and_others_go_on(bus: Bus, noted: bool) -> None:
-    """Also where its starts end without a word."""
+    """Even if its starts end without a message."""
     worker = await _join(bus, "w0", "a")
     for base in ("b", "c"):
         await bus._redis.hset(bus.keys.bases, base, m.encode(served(base)))
@@ -304,7 +304,7 @@ async def _back(bus: Bus, worker: FakeWorker, wid: str, *, noted: bool) -> FakeW
 
 
 async def test_a_leader_that_comes_after_the_order_goes_on(bus: Bus) -> None:
-    """It has been given, and the worker is on its way; or it was lost with the queue's last second."""
+    """The order was given, and the worker is swapping; or it was lost with the queue's last second of writes."""
     worker = await _join(bus, "w1", "a")
     for base in ("b", "c"):
         await bus._redis.hset(bus.keys.bases, base, m.encode(served(base)))
@@ -320,7 +320,7 @@ async def test_a_leader_that_comes_after_the_order_goes_on(bus: Bus) -> None:
 async def test_a_worker_of_a_removed_base_becomes_another_one(bus: Bus) -> None:
     """It may be the only worker of its fleet."""
     worker = await _join(bus, "w1", "b")
-    for base in ("a", "c"):  # else it would serve c once, to know it
+    for base in ("a", "c"):  # otherwise it would serve c once, to learn its model
         await bus._redis.hset(bus.keys.bases, base, m.encode(served(base)))
     await bus.added_bases.add("b", "/models/b", 31)
     await bus.added_bases.remove("b")
@@ -332,7 +332,7 @@ async def test_a_worker_of_a_removed_base_becomes_another_one(bus: Bus) -> None:
 
 
 def test_no_worker_becomes_a_base_that_was_taken_away() -> None:
-    """Not even to serve it for once, and no gateway accepts calls for it."""
+    """Not even to serve it once, and no gateway accepts calls for it."""
     scheduler = scheduler_of(beat("a"), known=["a", "c"])
     scheduler.swaps.removed = frozenset({"b"})
     assert ordered(scheduler, 1000.0) == ordered(scheduler, 1000.0 + 2 * TOGETHER_MS) == {}

@@ -1,4 +1,4 @@
-"""Which worker becomes which base, and when: single decisions, and what holds in every history."""
+"""Which worker swaps to which base, and when: single decisions, and properties of all histories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(max_wait_s: float = MAX_WAIT_S) -> SwapPolicy:
 
 
 def base(name: str, waiting_s: float = 0.0, waits_s: float | None = None, now_ms: float = NOW_MS, **more: Any) -> Any:
-    """waits_s: since when its first request waits, in seconds before now."""
+    """Return a base's demand. waits_s: how long its first request has been waiting."""
     if waiting_s and waits_s is None:
         waits_s = 1.0
     oldest_ms = None if waits_s is None else now_ms - 1000 * waits_s
@@ -121,7 +121,7 @@ def test_a_failed_base_does_not_keep_the_others_from_a_worker() -> None:
     assert make().decide(NOW_MS, demands, [seat("w", "a")]) == [Swap("w", "c", "idle")]
 
 
-# ------------------------------------------------------------ orders on their way
+# ------------------------------------------------------------ pending orders
 
 
 def test_an_order_on_its_way_is_not_given_again() -> None:
@@ -136,7 +136,7 @@ def test_an_order_on_its_way_is_not_given_again() -> None:
 
 
 def test_an_order_that_came_to_nothing_is_decided_again() -> None:
-    """The worker still says that it becomes `b`, or has died on the way, and another is there."""
+    """The worker still announces base `b`, or has died during the swap, and another worker is there."""
     policy, order = make(), Swap("w1", "b", "idle", NOW_MS)
     late_ms = NOW_MS + 1000 * LOST_STARTS * START_S + LOST_MS
     demands = [base("a"), base("b", 1.0, waits_s=20.0, now_ms=late_ms)]
@@ -164,7 +164,7 @@ def test_one_more_worker_helps_where_work_piles_up() -> None:
 
 @pytest.mark.parametrize(("shares", "after_ms"), [(3.0, 3000), (1.0, 6000)])
 def test_the_last_worker_of_a_base_helps_sooner_below_a_share(shares: float, after_ms: int) -> None:
-    """After a start without work it helps a base that has less than its share, after two one that has its share."""
+    """After one start time without work it helps a base below its share, after two a base that has its share."""
     policy, demands = make(), [base("a", 60.0, shares=shares), base("b"), base("c", shares=4.0 - shares)]
     seats = [seat("a1", "a", 1), seat("b1", "b"), seat("c1", "c", 1)]
     assert policy.decide(NOW_MS, demands, seats) == []
@@ -200,7 +200,7 @@ class Member:
     base: str
     since_ms: float = 0.0
     num_joins: int = 0
-    left_ms: float = 0.0  # of its request
+    left_ms: float = 0.0  # remaining for its request
     joins_ms: float | None = None
 
     @property
@@ -210,7 +210,7 @@ class Member:
 
 @dataclass
 class Fleet:
-    """Workers that serve a request at a time, in steps of a second. A swap takes the start, after a second."""
+    """Workers that serve one request at a time, in steps of a second. A swap begins after a second."""
 
     starts_s: dict[str, float]
     num_workers: int
@@ -220,7 +220,7 @@ class Fleet:
     def __post_init__(self) -> None:
         names = list(self.starts_s)
         self.members = [Member(f"w{i}", names[i % len(names)]) for i in range(self.num_workers)]
-        self.waiting: dict[str, list[tuple[float, float]]] = {name: [] for name in names}  # since, ms of work
+        self.waiting: dict[str, list[tuple[float, float]]] = {name: [] for name in names}  # (waiting since, ms of work)
         self.unserved_ms: dict[str, float] = {}
         self.had_ms = dict.fromkeys(names, 0.0)
         self.swaps: list[tuple[float, str, str, str]] = []
@@ -286,7 +286,7 @@ class Fleet:
 
 @pytest.mark.parametrize("seed", [*range(6), *(pytest.param(n, marks=pytest.mark.thorough) for n in range(6, 60))])
 def test_no_base_waits_longer_than_the_bound_and_a_start(seed: int) -> None:
-    """Whatever is asked: now and then, in bursts, in floods of some bases or all."""
+    """For any demand: occasional, in bursts, floods of some bases or all."""
     rng = random.Random(seed)
     num_bases, num_workers = rng.choice([(2, 1), (3, 1), (3, 2), (5, 2), (6, 3), (10, 4), (4, 6)])
     starts_s = {name: rng.uniform(1.0, 3.0) for name in "abcdefghij"[:num_bases]}
@@ -316,7 +316,7 @@ def test_where_arithmetic_forbids_the_bound_all_bases_still_take_turns(num_bases
 
 
 def test_a_tenant_that_floods_one_base_gets_no_more_than_its_share() -> None:
-    """Two others ask for all that they can get too; each has one share."""
+    """Two other tenants also request all that they can get; each has one share."""
     fleet = Fleet(dict.fromkeys("abc", START_S), 1)
     for second in range(3000):
         for name, most in (("a", 500), ("b", 10), ("c", 10)):

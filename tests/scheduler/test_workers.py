@@ -1,4 +1,4 @@
-"""Which workers are alive, and how much each may get."""
+"""Which workers are alive, and how much work each may get."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_beat_that_changes_keeps_a_worker_alive() -> None:
 
 
 def test_an_expired_beat_alone_kills_nobody() -> None:
-    """After a restart of the queue every beat has expired; the workers come back within a second."""
+    """After a restart of the queue every heartbeat has expired; the workers return within a second."""
     workers = make_workers(beat("w"))
     assert workers.observe({"w": None}, 1.0) == []
     assert workers.observe({"w": beat("w", 2)}, 1.0) == []
@@ -73,7 +73,7 @@ def test_an_expired_beat_alone_kills_nobody() -> None:
 
 def test_a_registered_worker_never_heard_is_dead_after_the_timeout() -> None:
     workers = make_workers()
-    assert workers.observe({"old": None}, 60.0) == []  # the first look: nobody has listened before
+    assert workers.observe({"old": None}, 60.0) == []  # the first observation: nothing was observed before
     assert workers.observe({"old": None}, 2.0) == []
     assert workers.observe({"old": None}, 2.0) == ["old"]
     workers.remove("old")
@@ -98,7 +98,7 @@ def test_two_living_workers_may_share_a_name() -> None:
         assert workers.observe({wid: beat(wid, sent, name="same") for wid in ("a", "b")}, 1.0) == []
 
 
-# ---------------------------------------------------------------- what a worker may get
+# ---------------------------------------------------------------- capacity
 
 
 def test_ready_requests_fill_the_capacity_and_two_wait() -> None:
@@ -117,7 +117,7 @@ def test_batch_work_leaves_room_and_never_queues_ahead() -> None:
 
 
 def test_yielding_requests_leave_an_eighth_of_the_places_to_others() -> None:
-    """Also those that wait for their adapter."""
+    """Including those that wait for their adapter."""
     workers = make_workers(beat("w", capacity=16))
     worker, ledger = workers.by_id["w"], make_ledger(workers)
     ledger.assign(request("other"), worker)
@@ -164,7 +164,7 @@ def test_yielding_requests_wait_for_each_other() -> None:
 
 
 def test_places_of_batch_work_count_as_free_for_all_others() -> None:
-    """Also for tenants that yield, as one does that is alone."""
+    """Including tenants that yield because they are alone."""
     workers = make_workers(beat("w", capacity=16))
     worker, ledger = workers.by_id["w"], make_ledger(workers)
     for i in range(12):
@@ -263,7 +263,7 @@ def test_draining_and_unreachable_workers_hold_nothing_for_others() -> None:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Random assignments, progress, ends and beats: the workers' counts are always those of a recount."""
+    """Random assignments, progress, ends and heartbeats: the workers' counts always equal a recount."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.observe(worker)
 
     def _pay(self, item: QueuedRequest, length: int) -> None:
-        """A log that was there before this scheduler led is paid for; the rest is paid once."""
+        """A log that existed before this scheduler led is already paid; the rest is paid once."""
         if item.output_charged >= 0:
             self.paid[item.submit.tenant] += 2 * max(0, length - item.output_charged)
 

@@ -22,13 +22,13 @@ WEATHER = {
     },
 }
 ASKED: list[str] = []
-"""The cities that the tool of the runner was asked about."""
+"""Cities for which the runner called the tool."""
 
 
 class City(BaseModel):
     """What a constrained answer must be."""
 
-    name: Literal["Paris", "Rome", "Oslo"]  # sampled text may be longer than an answer
+    name: Literal["Paris", "Rome", "Oslo"]  # free text may be cut off by max_tokens
     is_capital: bool
 
 
@@ -49,7 +49,7 @@ def text_of(message: Any) -> str:
 
 
 def models(tour: Tour, client: Anthropic) -> None:
-    """List models, page by page, and look one up."""
+    """List models, page by page, and retrieve one."""
     with tour.check("models, a page at a time"):
         names = [model.id for model in client.models.list(limit=1)]
         assert tour.adapter in names
@@ -60,7 +60,7 @@ def models(tour: Tour, client: Anthropic) -> None:
 
 
 def generation(tour: Tour, client: Anthropic) -> str:
-    """Ask base and adapter, whole and streamed; return the adapter's answer."""
+    """Send requests to base and adapter, whole and streamed; return the adapter's answer."""
     ask = client.messages
     ask.create(model=tour.adapter, messages=MESSAGES, **GREEDY)  # later answers find the prompt in the cache
     whole = ask.create(model=tour.adapter, messages=MESSAGES, **GREEDY)
@@ -98,7 +98,7 @@ def generation(tour: Tour, client: Anthropic) -> str:
 
 
 def tools(tour: Tour, client: Anthropic) -> None:
-    """Have tools called: by hand, whole and streamed, and by the client's runner."""
+    """Get tool calls: by hand, whole and streamed, and with the client's tool runner."""
     called: dict[str, Any] = {
         "model": tour.adapter, "messages": MESSAGES, "tools": [WEATHER],
         "tool_choice": {"type": "tool", "name": "get_weather"},
@@ -128,7 +128,7 @@ def tools(tour: Tour, client: Anthropic) -> None:
 
 
 def forms(tour: Tour, client: Anthropic) -> None:
-    """Hold an answer to a form."""
+    """Constrain an answer to a schema."""
     with tour.check("an output format: parse()"):
         parsed = client.messages.parse(
             model=tour.base, messages=MESSAGES, output_format=City, **LONGER
@@ -137,7 +137,7 @@ def forms(tour: Tour, client: Anthropic) -> None:
 
 
 def refusals(tour: Tour, client: Anthropic) -> None:
-    """Be refused with the client's own exceptions, and by name."""
+    """Provoke errors, which must be the client's own exceptions and name the cause."""
     ask = client.messages
     with tour.check("errors"):
         with raises(NotFoundError, "nobody-has-this"):
@@ -165,7 +165,7 @@ def refusals(tour: Tour, client: Anthropic) -> None:
 
 
 async def asynchronous(tour: Tour, answer: str) -> None:
-    """Get the same from the client for asyncio, and leave a stream early."""
+    """Get the same answer from the asyncio client, after closing a stream early."""
     with tour.check("asyncio: a stream closed early, then the same answer"):
         async with AsyncAnthropic(base_url=tour.url, api_key=tour.key) as client:
             async with client.messages.stream(model=tour.base, messages=MESSAGES, **LONGER) as stream:

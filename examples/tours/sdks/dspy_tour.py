@@ -1,4 +1,4 @@
-"""DSPy: a language model, and signatures held to a form by its JSON adapter; errors."""
+"""DSPy: a language model, signatures constrained to a schema by its JSON adapter, and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main() -> None:
         usage = lm.history[-1]["usage"]
         same(usage["prompt_tokens"] + usage["completion_tokens"], usage["total_tokens"])
     with tour.check("a signature, whose schema the JSON adapter sends"):
-        # Only of a provider that is declared to hold answers to schemas does DSPy ask it.
+        # DSPy sends a schema only to providers that are registered as supporting schemas.
         access = AccessPolicy(provider="fleet", env_keys=("KEY",), base_url=tour.v1)
         fleet = ProviderDefinition.chat(access, compat=OpenAIChatCompat.preset("vllm"))
         register_provider(fleet, supports=ModelSupport(response_schema=True))
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def said(lm: dspy.LM) -> str:
-    """Return what `lm` answers to the question."""
+    """Return the answer of `lm` to the question."""
     answer = lm(QUESTION)[0]
     return answer["text"] if isinstance(answer, dict) else answer
 

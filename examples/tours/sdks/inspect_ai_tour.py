@@ -1,7 +1,7 @@
 """inspect-ai: evaluations with every provider that can be pointed at a fleet: texts, tools, schemas, log-probabilities.
 
-What the small model says is asked of the fleet with the example adapters; an agent's steps of the one whose model plays
-a part (`actor.py`), which is told in base64 what to call and to say.
+Texts come from the fleet with the example adapters. Agents use the fleet whose model follows scripts (`actor.py`):
+their prompts tell it in base64 which tools to call and what to say.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ CHATS: dict[str, Provider] = {
     "anthropic, streamed": ("anthropic", "", {"streaming": True}),
 }
 SAMPLED = {"openai", "anthropic", "anthropic, streamed"}
-"""Providers that send no temperature, since they take any name for one of their newest models."""
+"""Providers that send no temperature, since they treat any unknown name as one of their newest models."""
 EMULATED: Provider = ("openai-api/fleet", "/v1", {"emulate_tools": True})
 
 
 class City(BaseModel):
     """What a constrained answer must be."""
 
-    name: Literal["Paris", "Rome", "Oslo"]  # sampled text may be longer than an answer
+    name: Literal["Paris", "Rome", "Oslo"]  # free text may be cut off by max_tokens
     is_capital: bool
 
 
 def replaced(notes: Path, old: str, new: str) -> str:
-    """Replace a text in a file; return what it says then."""
+    """Replace a text in a file; return a message with the new content."""
     notes.write_text(notes.read_text().replace(old, new))
     return f"It says now: {notes.read_text()}"
 
@@ -74,7 +74,7 @@ def correct(notes: Path) -> Tool:
 
 
 def model(tour: Tour, provider: Provider, name: str, url: str = "") -> Model:
-    """Return a model of a fleet as a provider has it."""
+    """Return a fleet's model for a provider."""
     prefix, path, arguments = provider
     return get_model(
         f"{prefix}/{name}", base_url=f"{url or tour.url}{path}", api_key=tour.key, memoize=False, **arguments
@@ -82,7 +82,7 @@ def model(tour: Tour, provider: Provider, name: str, url: str = "") -> Model:
 
 
 def evaluated(task: Task, asked: Model, folder: Path, **config: Any) -> EvalSample:
-    """Return the one sample of an evaluation, which has succeeded."""
+    """Return the single sample of an evaluation, which must succeed."""
     [log] = eval(
         task,
         model=asked,
@@ -101,7 +101,7 @@ def evaluated(task: Task, asked: Model, folder: Path, **config: Any) -> EvalSamp
 
 
 def texts(tour: Tour, folder: Path) -> None:
-    """Ask base and adapter by every provider."""
+    """Ask base and adapter with every provider."""
     task = Task([Sample(input=QUESTION, target="e")], solver=generate(), scorer=includes())
     wanted = ""
     for name, provider in CHATS.items():
@@ -118,12 +118,12 @@ def texts(tour: Tour, folder: Path) -> None:
 
 
 def agents(tour: Tour, folder: Path) -> None:
-    """Have an agent edit a file, with the tools of every provider and with emulated ones."""
+    """Run an agent that edits a file, with the tools of every provider and with emulated ones."""
     call = {"name": "correct", "arguments": {"old": "helo", "new": "hello"}}
     done = {"name": "submit", "arguments": {"answer": DONE}}
     steps = base64.b64encode(json.dumps([call, done]).encode()).decode()
     url = os.environ.get("ACTOR_URL", "") or tour.url
-    asked = "actor" if os.environ.get("ACTOR_URL") else tour.base  # the provider vllm knows servers by the model's name
+    asked = "actor" if os.environ.get("ACTOR_URL") else tour.base  # the vllm provider expects the server's model
     notes = folder / "notes.txt"
     for name, provider in {**CHATS, "openai-api, tools emulated": EMULATED}.items():
         with tour.check(f"{name}: an agent edits a file by a tool, and submits its answer"):
@@ -139,7 +139,7 @@ def agents(tour: Tour, folder: Path) -> None:
 
 
 def forms(tour: Tour, folder: Path) -> None:
-    """Hold answers to a schema."""
+    """Constrain answers to a schema."""
     task = Task([Sample(input=f"{QUESTION} Answer in JSON.", target="e")], solver=generate(), scorer=includes())
     schema = ResponseSchema(name="city", json_schema=json_schema(City), strict=True)
     for name, provider in CHATS.items():
@@ -149,7 +149,7 @@ def forms(tour: Tour, folder: Path) -> None:
 
 
 def probabilities(tour: Tour, folder: Path) -> None:
-    """Ask for log-probabilities."""
+    """Request log-probabilities."""
     task = Task([Sample(input=QUESTION, target="e")], solver=generate(), scorer=includes())
     config = {"max_tokens": 4, "logprobs": True, "top_logprobs": 3}
     for name, provider in CHATS.items():

@@ -19,7 +19,7 @@ class City(BaseModel):
 
 
 def main() -> None:
-    """Use every way of holding an answer to a form once."""
+    """Use every way to constrain an answer once."""
     tour = Tour()
     plain = openai.OpenAI(base_url=tour.v1, api_key=tour.key, max_retries=0)
     for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA):
@@ -35,7 +35,8 @@ def main() -> None:
         )
         City.model_validate(parts[-1].model_dump())
     with tour.check("JSON_SCHEMA: a list, as it streams"):
-        # `{}` is an answer to Instructor's schema too, which requires no list: a small model must be led to one.
+        # `{}` also conforms to Instructor's schema, which does not require a list: the prompt must lead a small model
+        # to one.
         few = {"role": "user", "content": "Extract the cities as tasks: Paris is a capital. Lyon is not."}
         cities = schema.chat.completions.create_iterable(model=tour.base, messages=[few], response_model=City, **WIDE)
         assert {type(city) for city in cities} == {City}

@@ -83,7 +83,7 @@ def main() -> None:
         with tour.check("embeddings of base and adapter"):
             made = []
             for model in (tour.base, tour.embedder_adapter):
-                # Its own counting of tokens is OpenAI's, so that texts are to be sent as they are.
+                # Its token counts are for OpenAI's models, so texts must be sent unsplit.
                 embedder = OpenAIEmbeddings(
                     model=model, base_url=f"{tour.embedder}/v1", api_key=tour.key, check_embedding_ctx_length=False
                 )

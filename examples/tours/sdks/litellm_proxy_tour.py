@@ -1,4 +1,4 @@
-"""LiteLLM's proxy in front of the fleet, asked with OpenAI's SDK: base and adapter as its models, streams, errors."""
+"""LiteLLM's proxy in front of the fleet, called with OpenAI's SDK: base and adapter as its models, streams, errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ READY_S = 120.0
 
 @contextmanager
 def proxy(tour: Tour) -> Iterator[openai.OpenAI]:
-    """Run the proxy until the block ends; yields a client of it. Raises RuntimeError if it does not start."""
+    """Run the proxy during the block; yield a client for it. Raises RuntimeError if it does not start."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -88,7 +88,7 @@ def main() -> None:
                 text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
                 same(text, said[model])
         with tour.check("responses, whole and streamed, a conversation"):
-            brief = {"input": MESSAGES[0]["content"], "temperature": 0.0, "max_output_tokens": 16}  # its least
+            brief = {"input": MESSAGES[0]["content"], "temperature": 0.0, "max_output_tokens": 16}  # the minimum
             for model in models:
                 whole = client.responses.create(model=model, **brief)
                 assert whole.output_text.startswith(said[model]), whole.output_text

@@ -47,7 +47,7 @@ def main() -> None:
         whole = asyncio.run(litellm.acompletion(model=models[1], messages=MESSAGES, **GREEDY, **where))
         same(whole.choices[0].message.content, said[models[1]])
     with tour.check("responses(), whole and streamed, a conversation, a tool call"):
-        brief = {"input": MESSAGES[0]["content"], "temperature": 0.0, "max_output_tokens": 16}  # its least
+        brief = {"input": MESSAGES[0]["content"], "temperature": 0.0, "max_output_tokens": 16}  # the minimum
         for model in models:
             answer = litellm.responses(model=model, **brief, **where)
             text = answer.output[0].content[0].text

@@ -1,4 +1,4 @@
-"""Simon Willison's `llm`, the command: models of a file, prompts, streams, schemas, errors."""
+"""Simon Willison's command `llm`: models from a file, prompts, streams, schemas, errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from checks import MAX_TOKENS, QUESTION, Tour, differ, same
 
 
 def main() -> None:
-    """Use the command as its users do, with its folder of settings in a temporary one."""
+    """Use the command as its users do, with its settings in a temporary folder."""
     tour = Tour()
     with tempfile.TemporaryDirectory() as folder:
         models = [

@@ -18,7 +18,7 @@ def main() -> None:
         whole = client.generate(PROMPT, max_new_tokens=5)
         same(whole.details.generated_tokens, len(whole.details.tokens))
         other = client.generate(PROMPT, max_new_tokens=5, **adapter)
-        # On a prompt without a chat template the words may be the same, but never how likely they are.
+        # Without a chat template the words may be the same, but their probabilities never are.
         differ(*([(token.id, token.logprob) for token in said.details.tokens] for said in (whole, other)))
     with tour.check("a stream equals the whole answer"):
         for extra in ({}, adapter):

@@ -45,7 +45,7 @@ def models(tour: Tour, client: Client) -> None:
 
 
 def generation(tour: Tour, client: Client) -> str:
-    """Ask chats and texts; return the adapter's answer."""
+    """Send chats and prompts; return the adapter's answer."""
     client.chat(tour.adapter, MESSAGES, options=GREEDY)  # later answers find the prompt in the cache, and round alike
     whole = client.chat(tour.adapter, MESSAGES, options=GREEDY)
     answer = whole.message.content or ""
@@ -77,7 +77,7 @@ def generation(tour: Tour, client: Client) -> str:
 
 
 def forms(tour: Tour, client: Client) -> None:
-    """Hold answers to a form, and offer a tool."""
+    """Constrain answers to a schema, and offer a tool."""
     with tour.check("format: a schema, any JSON"):
         held = client.chat(tour.base, MESSAGES, format=City.model_json_schema(), options=LONGER)
         City.model_validate_json(held.message.content or "")
@@ -95,7 +95,7 @@ def forms(tour: Tour, client: Client) -> None:
 
 
 def refusals(tour: Tour, client: Client) -> None:
-    """Be refused with the right status, and by name."""
+    """Provoke errors, which must have the right status and name the cause."""
     with tour.check("errors"):
         with raises(ResponseError, "nobody-has-this", "404"):
             client.chat("nobody-has-this", MESSAGES)
@@ -108,7 +108,7 @@ def refusals(tour: Tour, client: Client) -> None:
 
 
 async def asynchronous(tour: Tour, answer: str) -> None:
-    """Get the same from the client for asyncio, and leave a stream early."""
+    """Get the same answer from the asyncio client, and close a stream early."""
     with tour.check("asyncio: the same answer, a stream closed early"):
         client = AsyncClient(tour.url, headers={"authorization": f"Bearer {tour.key}"})
         same((await client.chat(tour.adapter, MESSAGES, options=GREEDY)).message.content, answer)
@@ -117,7 +117,7 @@ async def asynchronous(tour: Tour, answer: str) -> None:
 
 
 def embeddings(tour: Tour) -> None:
-    """Ask an encoder for vectors, where the tour has one."""
+    """Request vectors from an encoder, if the tour has one."""
     if not tour.embedder:
         return
     with tour.check("embed: vectors of length 1"):

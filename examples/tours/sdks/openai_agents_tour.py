@@ -78,7 +78,7 @@ async def tour_all(tour: Tour) -> None:
         run = await Runner.run(agent(tour.adapter, wide, output_type=City), QUESTION)
         assert isinstance(run.final_output, City)
     with tour.check("on Responses: the chats' answer, streamed, a tool, an output type, a conversation"):
-        # A streamed run takes an answer that is cut off for a failure.
+        # A streamed run treats a truncated answer as a failure.
         wide = ModelSettings(temperature=0, max_tokens=200)
         answer = (await Runner.run(agent(tour.adapter, wide), QUESTION)).final_output
 

@@ -20,7 +20,7 @@ class City(BaseModel):
 
 
 async def leave_early(tour: Tour) -> str:
-    """Leave a stream after its first chunk, then ask again with the same client; return that answer."""
+    """Close a stream after its first chunk, then ask again with the same client; return that answer."""
     async with openai.AsyncOpenAI(base_url=tour.v1, api_key=tour.key, max_retries=0) as client:
         stream = await client.chat.completions.create(
             model=tour.adapter, messages=MESSAGES, stream=True, max_tokens=200
@@ -33,7 +33,7 @@ async def leave_early(tour: Tour) -> str:
 
 
 def responses(tour: Tour, client: openai.OpenAI, said: dict[str, str]) -> None:
-    """Use the Responses API: what chats have said is said again."""
+    """Use the Responses API: answers must equal those of the chats."""
     made = client.responses
     brief = {"input": QUESTION, "temperature": 0, "max_output_tokens": MAX_TOKENS}
     with tour.check("responses: the chats' texts, a stream, what is kept"):
@@ -181,7 +181,7 @@ def main() -> None:
             embedder = openai.OpenAI(base_url=f"{tour.embedder}/v1", api_key=tour.key, max_retries=0)
             vectors = []
             for model in (tour.base, tour.embedder_adapter):
-                made = embedder.embeddings.create(model=model, input=TEXTS)  # the SDK asks for base64
+                made = embedder.embeddings.create(model=model, input=TEXTS)  # the SDK requests base64
                 plain = embedder.embeddings.create(model=model, input=TEXTS, encoding_format="float")
                 same([item.index for item in made.data], [0, 1])
                 for item, other in zip(made.data, plain.data, strict=True):

@@ -1,4 +1,4 @@
-"""TGI's clients: text-generation, and the Hub's `InferenceClient`, whose types are made from TGI's specification."""
+"""TGI's clients: text-generation, and the Hub's `InferenceClient`, whose types come from TGI's specification."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPT = "The capital of France is"
 
 
 def main() -> None:
-    """Use every kind of call once. text-generation has no way to name an adapter."""
+    """Use every kind of call once. text-generation cannot select an adapter."""
     tour = Tour()
     headers = {"Authorization": f"Bearer {tour.key}"}
     client = Client(tour.url, headers=headers, timeout=120)

@@ -1,4 +1,4 @@
-"""NVIDIA's AIPerf: a short measurement of base and adapter, chats streamed and not; every request must succeed."""
+"""NVIDIA's AIPerf: a short measurement of base and adapter, chats whole and streamed; every request must succeed."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def profile(tour: Tour, model: str, kind: str, *, streaming: bool) -> list[dict]
                     "urls": [tour.url], "type": kind, "streaming": streaming, "apiKey": "${KEY:none}",
                     "useServerTokenCount": True, "extra": {"max_tokens": MAX_TOKENS, "temperature": 0},
                 },
-                # Its own one is fetched from OpenAI. Tokens are counted by the server all the same.
+                # Its default tokenizer is downloaded from OpenAI. The server counts the tokens in any case.
                 "tokenizer": {"name": os.environ.get("TOKENIZER") or "builtin"},
                 "dataset": {"type": "file", "format": "single_turn", "records": records},
                 "profiling": {"type": "concurrency", "requests": NUM_REQUESTS, "concurrency": 2},
                 "artifacts": {"dir": folder, "records": ["jsonl"]},
             },
         }  # fmt: skip
-        path = Path(folder, "config.yaml")  # a command line would show the key
+        path = Path(folder, "config.yaml")  # a command line would expose the key
         path.write_text(json.dumps(config))  # JSON is YAML too
         words = [str(Path(sys.executable).with_name("aiperf")), "profile", "--config", str(path), "--ui-type", "none"]
         environment = {**os.environ, "KEY": tour.key}

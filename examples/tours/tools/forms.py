@@ -1,8 +1,8 @@
-"""How often answers of a form are whole, asked by other people's programs: `make forms URL=http://127.0.0.1:8000`.
+"""How often third-party programs get complete structured answers: `make forms URL=http://127.0.0.1:8000`.
 
-It asks with Instructor in each of its modes, and with the program `llm` and a schema, N questions each, without a
-second try, and prints a table: how many answers were objects of the form, and why the others were not. It needs
-`instructor` and `llm`, in a separate environment.
+It asks N questions each with Instructor in each of its modes, and with the program `llm` and a schema, without retries.
+It prints a table of how many answers were valid objects, and why the others were not. It needs `instructor` and `llm`,
+in a separate environment.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Person(BaseModel):
 
 
 def with_instructor(url: str, model: str) -> None:
-    """Print the rows of Instructor's modes."""
+    """Print the rows for Instructor's modes."""
     plain = openai.OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "any"), max_retries=0)
     options = {"model": model, "temperature": 0, "max_tokens": MAX_TOKENS, "max_retries": 0}
     for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS):
@@ -76,7 +76,7 @@ def with_instructor(url: str, model: str) -> None:
 
 
 def with_llm(url: str, model: str) -> None:
-    """Print the row of the program `llm`, which asks for a response_format and streams."""
+    """Print the row for the program `llm`, which sends a response_format and streams."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"model_id": "fleet", "model_name": model, "api_base": f"{url}/v1", "supports_schema": True}
         Path(folder, "extra-openai-models.yaml").write_text(json.dumps([options]))
@@ -95,7 +95,7 @@ def with_llm(url: str, model: str) -> None:
 
 
 def row(program: str, mode: str, ask: Callable[[list[dict[str, str]]], None]) -> None:
-    """Ask every question and print the row of the table."""
+    """Ask every question and print the table row."""
     reasons: Counter[str] = Counter()
     for sentence in SENTENCES[:NUM]:
         try:

@@ -15,7 +15,7 @@ NUM_REQUESTS = 6
 
 
 def benchmark(tour: Tour, model: str, route: str) -> dict:
-    """Return what GuideLLM reports of a few requests, two at a time. Raises RuntimeError if it fails."""
+    """Return GuideLLM's report of a few requests, two at a time. Raises RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.jsonl")
         prompts.write_text("".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(NUM_REQUESTS)))
@@ -23,7 +23,7 @@ def benchmark(tour: Tour, model: str, route: str) -> dict:
             "kind": "openai_http", "target": tour.url, "model": model, "request_format": route, "api_key": tour.key,
             "max_tokens": MAX_TOKENS,
         }  # fmt: skip
-        scenario = Path(folder, "scenario.json")  # a command line would show the key
+        scenario = Path(folder, "scenario.json")  # a command line would expose the key
         spec = {
             "backend": backend,
             "profile": {"kind": "concurrent", "streams": [2]},

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness: two tiny tasks of its own kinds, on base and adapter, by the command.
+"""lm-evaluation-harness: two tiny custom tasks, on base and adapter, with the command.
 
-`make lm-eval` is the strict comparison, with transformers and PEFT; this is how the command is used.
+`make lm-eval` is the strict comparison with transformers and PEFT; this tour uses the command as its users do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WORDS = {
 
 
 def evaluate(tour: Tour, folder: Path, kind: str, model: str, route: str, task: str, **arguments: object) -> list:
-    """Return what the model said to each question. Raises RuntimeError with all that the command says if it fails."""
+    """Return the model's answer to each question. Raises RuntimeError with the command's output if it fails."""
     out = folder / f"{kind}-{model}-{task}"
     given = {"model": model, "base_url": f"{tour.v1}{route}", "num_concurrent": 2, "max_retries": 1, **arguments}
     words = [
@@ -53,7 +53,7 @@ def evaluate(tour: Tour, folder: Path, kind: str, model: str, route: str, task: 
 
 
 def main() -> None:
-    """Run each task on each model. Loglikelihoods need the tokenizer: `TOKENIZER` is its folder, or its Hub id."""
+    """Run each task on each model. Loglikelihoods need the tokenizer: `TOKENIZER` is its folder or Hub id."""
     tour = Tour()
     tokenizer = os.environ.get("TOKENIZER")
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,7 @@
-"""Open WebUI: its own server, asked as its page asks it: chats with a panel's parameters, a tool that edits a file.
+"""Open WebUI: its own server, called as by its page: chats with a panel's parameters, and a tool that edits a file.
 
-It has the fleets as connections to OpenAI's API, then one as a connection to Ollama. What it asks for of itself after
-an answer, the chat's title, tags and further questions, is asked of the fleet too.
+The fleets are its connections to OpenAI's API, then one is a connection to Ollama. Its own requests after an answer,
+for the chat's title, tags and follow-up questions, go to the fleet too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PANEL = {
     "temperature": 0, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "seed": 1, "max_tokens": 200, "repeat_penalty": 1.1,
     "frequency_penalty": 0.1, "presence_penalty": 0.1, "stop": ["###"],
 }  # fmt: skip
-"""Parameters that users set beside a chat; the page sends them in place of the fields that OpenAI's API has."""
+"""Parameters that users set next to a chat; the page sends them in place of OpenAI's request fields."""
 TOOL = """
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class Tools:
 
 @contextmanager
 def webui(tour: Tour, actor: str, data: Path) -> Iterator[httpx.Client]:
-    """Run Open WebUI with the fleets as its connections; yields a client who is its one user."""
+    """Run Open WebUI with the fleets as its connections; yield a client of its single user."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -85,7 +85,7 @@ def is_up(client: httpx.Client) -> bool:
 
 
 def wait_until(happened: Any, limit_s: float) -> None:
-    """Wait until something has happened. Raises AssertionError when it has not within `limit_s`."""
+    """Wait until `happened` returns true. Raises AssertionError after `limit_s`."""
     end = time.monotonic() + limit_s
     while not happened():
         assert time.monotonic() < end, f"it took longer than {limit_s:.0f} s"
@@ -93,7 +93,7 @@ def wait_until(happened: Any, limit_s: float) -> None:
 
 
 def said(client: httpx.Client, model: str, *, stream: bool, **params: Any) -> str:
-    """Return the answer of a model to the question."""
+    """Return a model's answer to the question."""
     body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "stream": stream, "params": params}
     answer = client.post("/api/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
@@ -105,7 +105,7 @@ def said(client: httpx.Client, model: str, *, stream: bool, **params: Any) -> st
 
 
 def chat(client: httpx.Client, model: str, text: str) -> dict[str, Any]:
-    """Begin a chat as the page does; return it when its answer stands there and it has a title."""
+    """Begin a chat as the page does; return it once it has its answer and a title."""
     asked, answer = str(uuid.uuid4()), str(uuid.uuid4())
     messages = {
         asked: {"id": asked, "parentId": None, "childrenIds": [answer], "role": "user", "content": text},

@@ -1,13 +1,13 @@
 """`python -m examples.tours.tools.suite vllm|sglang|tgi FOLDER TEST… [pytest's options]`: servers' tests, unchanged.
 
 FOLDER is a checkout or an unpacked source distribution of that server, which is not installed. A TEST is a path below
-its tests of servers: `tests/entrypoints`, `test/srt/openai_server` or `integration-tests/models`. Stand-ins take the
-place of the server's package and of the helpers that start servers: a server is a fleet of the quickstart model, which
-is fetched if it is not there, by the name that the test gives it; an adapter of the Hub is an example adapter. Tests
-that ask no server are left out. `anthropic`, `pybase64` (vLLM), `text-generation`, `aiohttp` (TGI) must be installed.
+its server tests: `tests/entrypoints`, `test/srt/openai_server` or `integration-tests/models`. Stand-ins replace the
+server's package and the helpers that start servers. A server is a fleet of the quickstart model, downloaded if
+necessary, served under the name in the test; an adapter of the Hub is an example adapter. Tests that start no server
+are left out. `anthropic`, `pybase64` (vLLM), `text-generation`, `aiohttp` (TGI) must be installed.
 
-TGI's snapshots are answers of other models. An answer of this one equals a snapshot where each field of the snapshot
-is there with a value of its kind, and each part of a list has the form of a part of the snapshot's.
+TGI's snapshots are answers of other models. An answer equals a snapshot if it has each field of the snapshot with a
+value of the same type, and if each item of a list has the structure of an item of the snapshot's list.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FLAGS = {flag: flag for flag in ("--max-model-len", "--max-num-seqs", "--max-log
     "--max-running-requests": "--max-num-seqs",
     "--max-payload-size": "--max-body-bytes",
 }
-"""Flags of vLLM and SGLang that are a fleet's too. The others are about their engines, or not needed here."""
+"""Flags of vLLM and SGLang that a fleet has too. The others concern their engines, or are not needed here."""
 
 
 model_folder = cache(quickstart_model)
@@ -57,14 +57,14 @@ model_folder = cache(quickstart_model)
 
 @cache
 def tokenizer() -> Any:
-    """Return the model's."""
+    """Return the model's tokenizer."""
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(model_folder())
 
 
 class Absent:
-    """Whatever is not here: false, callable, and with an attribute of every name."""
+    """Stands for any missing object: false, callable, and with an attribute of every name."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -72,7 +72,7 @@ class Absent:
         return Absent()
 
     def __call__(self, *_: Any, **__: Any) -> Absent:
-        """Return nothing better."""
+        """Return another stand-in."""
         return Absent()
 
     def __bool__(self) -> bool:
@@ -80,7 +80,7 @@ class Absent:
 
 
 class Fleet(ExitStack):
-    """A fleet by the name that a test gives its model, with an adapter for each that the test names."""
+    """A fleet under the model name of a test, with an adapter for each that the test names."""
 
     def __init__(self, name: str, given: Mapping[str, list[str]], port: int = 0) -> None:
         super().__init__()
@@ -95,14 +95,14 @@ class Fleet(ExitStack):
         self.url = self.enter_context(running(words, ROOT / "build" / data.name, port=port))
 
     def load(self, adapters: Mapping[str, str]) -> None:
-        """Load adapters: their names and paths."""
+        """Load adapters. adapters: name -> path."""
         for name, path in adapters.items():
             body = {"lora_name": name, "lora_path": path}
             httpx2.post(f"{self.url}/v1/load_lora_adapter", json=body, timeout=60).raise_for_status()
 
 
 def arguments(words: list[str]) -> dict[str, list[str]]:
-    """Return the values of each `--flag value…` or `--flag=value`; an underscore is a hyphen."""
+    """Return the values of each `--flag value…` or `--flag=value`; an underscore counts as a hyphen."""
     found: dict[str, list[str]] = {}
     values: list[str] = []
     for word in words:
@@ -115,11 +115,11 @@ def arguments(words: list[str]) -> dict[str, list[str]]:
 
 
 _RUNNING: dict[tuple[str, ...], Fleet] = {}
-"""The fleet that runs, by its model and flags: the next test that wants such a server has it too."""
+"""The running fleet, by model and flags; the next test that wants the same server reuses it."""
 
 
 def _running_fleet(name: str, given: Mapping[str, list[str]], adapters: Sequence[str] = (), port: int = 0) -> Fleet:
-    """Return the fleet that runs, or in its place a new one where it has other flags. adapters: names to serve."""
+    """Return the running fleet, or replace it by a new one if the flags differ. adapters: names to serve."""
     key = (name, *(word for flag in given if flag in FLAGS for word in (flag, *given[flag])), *adapters)
     if key not in _RUNNING:
         _end()
@@ -137,7 +137,7 @@ def _end() -> None:
 
 
 class Server(ExitStack):
-    """What vLLM's tests call a RemoteOpenAIServer: a fleet, until its block ends."""
+    """Replaces RemoteOpenAIServer of vLLM's tests by a fleet that runs during the block."""
 
     show_hidden_metrics = False
 
@@ -156,7 +156,7 @@ class Server(ExitStack):
             fleet.load({adapter: path})
 
     def url_for(self, *parts: str) -> str:
-        """Return the URL of a path, which comes in parts."""
+        """Return the URL of a path, given in parts."""
         return f"{self.url_root}/{'/'.join(part.strip('/') for part in parts if part)}"
 
 
@@ -169,10 +169,10 @@ def _starts_vllm(item: Any) -> bool:
 
 
 class LogitProcessor:
-    """SGLang's custom logit processor: code, as a text."""
+    """SGLang's custom logit processor: code as a string."""
 
     def to_str(self) -> str:
-        """Return some text."""
+        """Return any string."""
         return "code"
 
 
@@ -192,7 +192,7 @@ def _starts_sglang(item: Any) -> bool:
 
 
 class Snapshot:
-    """A test's snapshots, one after another: what it compares an answer with."""
+    """A test's snapshots, to which its answers are compared one after another."""
 
     def __init__(self, folder: Path, test: str) -> None:
         self._paths = [folder / f"{test}{end}.json" for end in ("", ".1", ".2", ".3")]
@@ -206,9 +206,9 @@ class Snapshot:
 
 
 def differences(expected: Any, given: Any, at: str = "") -> list[str]:
-    """Return what `given` lacks of the form of `expected`; extra fields may be there, and anything where it has null.
+    """Return the differences of `given` from the structure of `expected`. Extra fields are allowed; null matches all.
 
-    at: where both stand, for the texts.
+    at: path of both values, for the messages.
     """
     if expected is None:
         return []
@@ -239,11 +239,11 @@ def _plain(given: Any) -> Any:
 
 
 class Tgi:
-    """The fixtures of TGI's tests, as a plug-in of pytest."""
+    """The fixtures of TGI's tests, as a pytest plugin."""
 
     @pytest.fixture(scope="module")
     def launcher(self) -> Callable[..., Any]:
-        """Return what starts a server: those of the same adapters are one fleet."""
+        """Return a function that starts a server; servers with the same adapters share a fleet."""
         import text_generation
 
         @contextmanager
@@ -259,7 +259,7 @@ class Tgi:
 
     @pytest.fixture
     def response_snapshot(self, request: pytest.FixtureRequest) -> Snapshot:
-        """Return what a test compares its answers with."""
+        """Return the object to which a test compares its answers."""
         module = Path(request.node.path)
         return Snapshot(module.parent / "__snapshots__" / module.stem, request.node.originalname)
 
@@ -267,7 +267,7 @@ class Tgi:
 
     @pytest.fixture(scope="module")
     def generate_load(self) -> Callable[..., Any]:
-        """Return what asks one thing several times at once."""
+        """Return a function that sends the same request several times at once."""
         import asyncio
 
         async def load(client: Any, prompt: str, max_new_tokens: int, n: int, **fields: Any) -> list[Any]:
@@ -277,18 +277,18 @@ class Tgi:
         return load
 
 
-# ---------------------------------------------------------------- what is run
+# ---------------------------------------------------------------- suites
 
 
 @dataclass(frozen=True)
 class Suite:
     """The tests of one server."""
 
-    tests: str  # the folder below which they lie
-    names: Mapping[str, Any]  # what its modules hold
-    stand_ins: tuple[str, ...] = ()  # modules in place of which something else is imported
-    kept: str = ""  # a folder below which modules are the checkout's own
-    starts_server: Callable[[Any], bool] = lambda item: True  # whether a test does
+    tests: str  # the folder that contains them
+    names: Mapping[str, Any]  # attributes of its modules
+    stand_ins: tuple[str, ...] = ()  # modules that are replaced on import
+    kept: str = ""  # a folder whose modules are imported from the checkout
+    starts_server: Callable[[Any], bool] = lambda item: True  # whether a test starts one
 
 
 SUITES = {
@@ -329,13 +329,13 @@ SUITES = {
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """What imports the modules of a suite's `stand_ins`, and those below them, in place of the distribution's."""
+    """Imports the modules of a suite's `stand_ins`, and those below them, in place of the distribution's."""
 
     def __init__(self, suite: Suite, folder: Path) -> None:
         self._suite, self._folder = suite, folder
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        """Return that of a module that is stood in for, or that the checkout keeps."""
+        """Return the spec of a module that is replaced, or that comes from the checkout."""
         own = self._folder.joinpath(*Path(self._suite.kept).parts[:-1], *fullname.split(".")[-2:]).with_suffix(".py")
         if self._suite.kept and own.parent.name == Path(self._suite.kept).name and own.is_file():
             return importlib.util.spec_from_file_location(fullname, own)
@@ -343,25 +343,25 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if is_stood_in else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill a module: what it needs of these names, and of all others nothing."""
+        """Fill a module with the suite's names, and stand-ins for all other names."""
         module.__dict__.update(self._suite.names, __getattr__=Absent().__getattr__)
 
 
 class Chosen:
-    """Leaves out, as a plug-in of pytest, tests that start no server."""
+    """A pytest plugin that deselects tests which start no server."""
 
     def __init__(self, suite: Suite) -> None:
         self._suite = suite
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave them out."""
+        """Deselect those tests."""
         kept = [item for item in items if self._suite.starts_server(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
 
 def main() -> int:
-    """Run the tests; return pytest's status."""
+    """Run the tests; return pytest's exit status."""
     name, folder, *words = sys.argv[1:]
     suite, root = SUITES[name], Path(folder).resolve()
     below = root / suite.tests
@@ -370,7 +370,7 @@ def main() -> int:
     sys.modules["transformers"].AutoTokenizer.from_pretrained = lambda *_, **__: own_tokenizer
     own = ["-p", "no:randomly", "-p", "no:cacheprovider", "-o", "asyncio_mode=auto", "-c", "/dev/null"]
     own += ["--rootdir", str(below.parent), "--confcutdir", str(below)]
-    if name == "tgi":  # its client, and the modules beside its tests
+    if name == "tgi":  # TGI's client, and the modules next to its tests
         sys.path[:0] = [str(below), str(root / "clients" / "python")]
     chosen = [str(below / word) if (below / word.partition("::")[0]).exists() else word for word in words]
     try:

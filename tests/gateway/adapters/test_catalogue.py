@@ -1,4 +1,4 @@
-"""Lists of adapters come from a copy in order: exact, read once for all, and no more often than its cost allows."""
+"""Lists of adapters come from a sorted copy that matches the catalogue and is shared by concurrent readers."""
 
 from __future__ import annotations
 

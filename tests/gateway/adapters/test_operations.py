@@ -1,4 +1,4 @@
-"""The life of adapters over HTTP: a real gateway, store, scheduler and worker, only the worker's engine is a fake."""
+"""The life of adapters over HTTP with a real gateway, store, scheduler and worker; only the engine is a fake."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECRET = "a secret of the tests"
 
 
 class Fleet:
-    """What runs, and how to ask it."""
+    """A running fleet and helpers to call its gateway."""
 
     def __init__(self, http: httpx2.AsyncClient, hub: HubStub, root: Path, bus: Bus, engine: FakeEngine) -> None:
         self.http = http
@@ -41,7 +41,7 @@ class Fleet:
         self.bus = bus
 
     async def do(self, method: str, path: str, status: int, body: dict[str, Any] | None = None) -> Any:
-        """Make a call that answers `status`; returns what it says."""
+        """Send a request that must be answered with `status`; return the body."""
         answer = await self.http.request(method, path, json=body)
         assert answer.status_code == status, f"{answer.status_code} {answer.text}"
         return answer.json() if "json" in answer.headers["content-type"] else answer.text
@@ -54,7 +54,7 @@ class Fleet:
         return await self.do("POST", "/v1/completions", status, body)
 
     async def shows(self, name: str, **fields: Any) -> Any:
-        """Wait until an adapter is shown with these fields."""
+        """Wait until an adapter is shown with these fields; return it."""
 
         async def look() -> Any:
             shown = await self.do("GET", f"/v1/adapters/{name}", 200)
@@ -63,7 +63,7 @@ class Fleet:
         return await wait_until(look, f"{name} is shown with {fields}")
 
     async def uses(self, name: str, count: int) -> Any:
-        """Wait until workers have told of so many requests for an adapter, and return its use."""
+        """Wait until workers have reported `count` requests for an adapter; return its use."""
 
         async def look() -> Any:
             use = (await self.do("GET", f"/v1/adapters/{name}", 200))["use"]
@@ -73,7 +73,7 @@ class Fleet:
 
     @asynccontextmanager
     async def stream(self, model: str, num_tokens: int) -> AsyncIterator[AsyncIterator[str]]:
-        """Begin a stream and stop the engine; yields the lines after the first token."""
+        """Start a stream and stop the engine; yield the lines after the first token."""
         body = {"model": model, "prompt": "fox", "max_tokens": num_tokens, "stream": True}
         async with self.http.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.aiter_lines()
@@ -118,7 +118,7 @@ async def fleet(bus: Bus, model_folder: Path, tmp_path: Path, monkeypatch: pytes
 
 
 async def test_folders_of_further_roots_are_loaded_by_path(fleet: Fleet, tmp_path: Path) -> None:
-    """As trainers write them: whatever their names, nothing outside, and nothing served by itself."""
+    """Folders with any name are loaded, but none outside the roots, and none without a request."""
 
     async def load(name: str, path: Path | str, status: int = 200) -> Any:
         return await fleet.do("POST", "/v1/load_lora_adapter", status, {"lora_name": name, "lora_path": str(path)})
@@ -149,7 +149,7 @@ async def test_folders_of_further_roots_are_loaded_by_path(fleet: Fleet, tmp_pat
 
 
 async def test_all_operations_in_turn(fleet: Fleet) -> None:
-    """Registered, used, pinned, evicted, unloaded; each shows, and the last two say what they freed."""
+    """An adapter is registered, used, pinned, evicted and unloaded; eviction and unloading report what they freed."""
     shown = await fleet.register("mine", "org/a")
     assert (shown["state"], shown["rank"], shown["pinned"]) == ("on_disk", 4, None)
     assert shown["source"].startswith("hub:org/a@")
@@ -201,7 +201,7 @@ async def test_pages_of_the_list(fleet: Fleet) -> None:
 
 
 async def test_what_runs_ends_before_its_adapter_goes(fleet: Fleet) -> None:
-    """New requests are refused at once; the bytes come back once the stream has ended, whole."""
+    """New requests are refused at once; memory is freed only after the running stream has completed."""
     await fleet.register("mine", "org/a")
     async with fleet.stream("mine", 50) as lines:
         gone = await fleet.do("DELETE", "/v1/adapters/mine?wait_s=0", 202)
@@ -312,7 +312,7 @@ async def _is_listed(fleet: Fleet, name: str) -> bool:
 
 
 async def test_as_vllm_has_it(fleet: Fleet) -> None:
-    """Its texts and codes, but where it answers 500 the status that the reason has."""
+    """Texts and status codes are vLLM's, except that the status of the actual error replaces vLLM's 500."""
 
     async def load(name: str, path: str, status: int = 200, **more: Any) -> Any:
         body = {"lora_name": name, "lora_path": path, **more}
@@ -352,7 +352,7 @@ async def test_as_vllm_has_it(fleet: Fleet) -> None:
     assert shown["digest"] != before, "at once"
     assert shown["state"] in ("on_disk", "host")
 
-    for seed in (8, 9):  # trainers load each step's adapter in place, at the root
+    for seed in (8, 9):  # trainers load each step's adapter in place, on the route without /v1
         write_adapter(fleet.root / "trained", seed=seed)
         body = {"lora_name": "rl", "lora_path": str(fleet.root / "trained")}
         told = await fleet.do("POST", "/load_lora_adapter", 200, body)

@@ -1,4 +1,4 @@
-"""Adapters named by where they live: a real gateway and a real store before a small Hub, a scripted worker behind."""
+"""Adapters named by their source: a real gateway and store with a Hub stub and a scripted worker."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECRET = "a secret of the tests"
 
 @pytest_asyncio.fixture
 async def hub(bus: Bus, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
-    """A Hub with a good adapter; the fleet's base model is one that it fits."""
+    """A Hub with a valid adapter, and a fleet whose base model fits it."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     base = await bus.get(bus.keys.base, m.ServedModel)
     assert base is not None
@@ -51,7 +51,7 @@ async def hub(bus: Bus, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch) -
 async def running(
     bus: Bus, hub: HubStub, model: Path, data: Path, timings: StoreTimings | None = None, **changes: Any
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway that has a store with the same settings."""
+    """Yield a client of a gateway that runs along with a store with the same settings."""
     timings = timings or StoreTimings(retries=Retries(max_tries=1))
     settings = {"hub_endpoint": hub.url, "request_sources": "hub", "secret": SECRET, **changes}
     stop = asyncio.Event()
@@ -67,7 +67,7 @@ async def running(
 
 @pytest.fixture
 def timings() -> StoreTimings:
-    """The timings of the store behind `http`; a test may change them."""
+    """The timings of the store behind `http`, which tests may change."""
     return StoreTimings(retries=Retries(max_tries=1))
 
 
@@ -89,7 +89,7 @@ async def ask(http: httpx2.AsyncClient, model: str, token: str = "", **more: Any
 async def test_a_request_brings_an_adapter_from_the_hub(
     hub: HubStub, fleet: ScriptedFleet, http: httpx2.AsyncClient
 ) -> None:
-    """By its id, a branch, a commit, or with the base before it; all are one content and one download."""
+    """By its id, a branch, a commit, or with the base as prefix: all mean the same content, downloaded once."""
     commit = hub.repos["org/a"].refs["main"]
     for name in ("org/a", "org/a@main", f"org/a@{commit}", "hub:org/a", f"{BASE_NAME}:org/a"):
         answer = await ask(http, name)
@@ -140,7 +140,7 @@ async def test_what_cannot_be_served_says_why(
 async def test_failures_are_remembered_and_tried_again_later(
     hub: HubStub, http: httpx2.AsyncClient, timings: StoreTimings
 ) -> None:
-    """Thirty waiters and thirty who come later hear one reason from one look; later it is looked again."""
+    """Thirty concurrent and thirty later requests share one lookup and its error; after a pause, a new one follows."""
     timings.refusal = Backoff(3600.0, 3600.0)
     answers = await asyncio.gather(*(ask(http, "org/late") for _ in range(30)))
     answers += [await ask(http, "org/late") for _ in range(30)]
@@ -168,7 +168,7 @@ async def test_trouble_is_a_503_with_a_time(hub: HubStub, http: httpx2.AsyncClie
 async def test_private_is_for_those_whose_token_opens_it(
     bus: Bus, hub: HubStub, fleet: ScriptedFleet, http: httpx2.AsyncClient
 ) -> None:
-    """Not for who comes later without it; and nothing of a token is readable in Redis."""
+    """Later requests without the token are refused, and Redis stores nothing from which the token could be read."""
     hub.repos["org/p"] = Repo(private=True)
     hub.repos["org/p"].commit(adapter_bytes(5))
     hub.tokens = {"hf_mine": {"org/p"}, "hf_other": set()}
@@ -200,7 +200,7 @@ async def test_a_token_that_is_revoked_opens_nothing_any_more(
 async def test_what_a_token_opened_is_closed_to_others_at_every_door(
     bus: Bus, hub: HubStub, fleet: ScriptedFleet, http: httpx2.AsyncClient, timings: StoreTimings
 ) -> None:
-    """By its commit, under a name of one's own, in a merge, by its digest: as if it did not exist."""
+    """By commit, by a registered name, in a merge and by digest, the adapter appears not to exist."""
     timings.refusal = Backoff(0.001, 0.001)
     hub.repos["org/p"] = Repo(private=True)
     place = f"org/p@{hub.repos['org/p'].commit(adapter_bytes(5))}"
@@ -208,7 +208,7 @@ async def test_what_a_token_opened_is_closed_to_others_at_every_door(
     mine = await ask(http, place, "hf_mine")
     assert mine.status_code == 200
     digest = fleet.seen[0][0].digest
-    for _ in range(3):  # the refusal is forgotten in between
+    for _ in range(3):  # the refusal expires in between
         for token in ("", "hf_other"):
             refused = await ask(http, place, token)
             missing = await ask(http, place.replace("org/p", "org/q"), token)
@@ -229,7 +229,7 @@ async def test_what_a_token_opened_is_closed_to_others_at_every_door(
 async def test_rights_are_asked_again_within_the_time_that_is_set(
     bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
 ) -> None:
-    """However rarely content is looked up again; a name of one's own is closed as well. Public commits cost nothing."""
+    """Even if content is rarely looked up again, and also by a registered name; public commits need no request."""
     hub.repos["org/p"] = Repo(private=True)
     commit = hub.repos["org/p"].commit(adapter_bytes(5))
     hub.tokens = {"hf_mine": {"org/p"}}
@@ -268,7 +268,7 @@ async def test_rights_hold_while_the_hub_is_away_but_not_for_ever(
 async def test_a_name_in_use_is_confirmed_before_its_time_is_over(
     bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
 ) -> None:
-    """While requests go on: none of them waits for the Hub, which does not even answer here."""
+    """The name is confirmed in the background: no request waits for the Hub, which does not answer here."""
     hub.repos["org/p"] = Repo(private=True)
     hub.repos["org/p"].commit(adapter_bytes(5))
     hub.tokens = {"hf_mine": {"org/p"}}
@@ -290,7 +290,7 @@ async def test_a_name_in_use_is_confirmed_before_its_time_is_over(
 async def test_the_fleets_token_is_not_for_tenants(
     bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for what an operator registers, and for places that the settings name and the tenant sees."""
+    """Except for adapters that an operator registers, and for repositories in the settings that the tenant sees."""
     monkeypatch.setenv("HF_TOKEN", "hf_fleet")
     for name in ("org/p", "lent/p", "lent/hidden"):
         hub.repos[name] = Repo(private=True)
@@ -323,7 +323,7 @@ async def test_the_fleets_token_is_not_for_tenants(
 async def test_a_tenant_hears_nothing_of_others_with_the_same_content(
     bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
 ) -> None:
-    """Shown and unloaded, an adapter looks the same whether another tenant has its content, uses it, or nobody does."""
+    """An adapter shown or unloaded looks the same whether or not another tenant has or uses the same content."""
     keys = {name: (await bus.api_keys.create(name, ["infer", "adapters"]))[0] for name in ("acme", "corp")}
     async with running(bus, hub, model_folder, tmp_path, api_keys=True) as http:
         acme, corp = ({"x-api-key": key} for key in keys.values())
@@ -355,7 +355,7 @@ async def test_without_a_secret_no_token_is_kept(bus: Bus, hub: HubStub, model_f
 async def test_a_moved_branch_is_seen_when_it_is_asked_for(
     bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
 ) -> None:
-    """However long nobody has asked; and not looked up in between."""
+    """However long ago the last request was; there are no lookups in between."""
     async with running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as http:
         assert (await ask(http, "org/a")).status_code == 200
         seen = len(hub.requests("/api/models/org/a"))
@@ -422,7 +422,7 @@ async def test_without_a_store_nobody_waits_for_ever(bus: Bus, fleet: ScriptedFl
 async def test_a_refused_registration_answers_once_its_name_is_removed(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
-    """The test is the store: it refuses the name, and later removes it."""
+    """The test plays the store: it refuses the name, and later removes it."""
     await bus._redis.zadd(bus.keys.stores, {"store": now_ms()})
     async with (
         gateway_client(bus, model_folder, GatewayTimings(alias_poll_s=0.02)) as http,

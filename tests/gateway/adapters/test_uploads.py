@@ -1,4 +1,4 @@
-"""Adapters uploaded through a gateway: a real gateway, store and scheduler, only the worker's engine is a fake."""
+"""Adapters uploaded through a real gateway, with a real store and scheduler; only the worker's engine is a fake."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ async def _pieces() -> AsyncIterator[bytes]:
 
 
 async def test_no_tenant_replaces_what_all_share(bus: Bus, http: httpx2.AsyncClient, root: Path) -> None:
-    """However it spells the path: an upload for all is refused before a byte of it is kept."""
+    """However the path is spelled, an upload that all tenants share is refused before any of it is stored."""
     before = await upload(http, 201, mine(), name="shared")
     audited = await bus.audit.newest(100)
     secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])

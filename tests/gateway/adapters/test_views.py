@@ -1,4 +1,4 @@
-"""What `/v1/adapters` and `/v1/models` say of an adapter without effect, and of one under other names."""
+"""`/v1/adapters` and `/v1/models` for adapters without effect, converted ones, and those with paths to hide."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_was_mapped_is_shown() -> None:
 
 
 def test_what_a_conversion_cost_is_shown() -> None:
-    """The adapter's own object has the errors of all layers, the list of models the largest one alone."""
+    """`/v1/adapters` shows the errors of all layers, `/v1/models` only the largest."""
     converted = m.Converted(kind="C3A", keep=0.999, errors={"q_proj": 0.03, "v_proj": 0.01})
     shown = AdapterObjects([], {}).of(ALIAS, record(converted=converted), None)
     assert shown["converted"] == {"peft_type": "C3A", "keep": 0.999, "errors": {"q_proj": 0.03, "v_proj": 0.01}}
@@ -57,10 +57,10 @@ def test_what_a_conversion_cost_is_shown() -> None:
 
 
 def test_paths_of_this_machine_are_told_to_who_may_know_them() -> None:
-    """An operator's folder in a further root: its path for operators, its name for everybody else."""
+    """For a folder in a further root, operators get the path, and everybody else only the name."""
     alias = m.Alias(name="rl", state="on_disk", source="local:/srv/runs/step_1")
     assert adapter_object(alias, None, BASE.name)["root"] == "local:step_1"
-    for folder in (Path("/srv/adapters"), None):  # a fleet may have further roots alone
+    for folder in (Path("/srv/adapters"), None):  # a fleet may have further roots only
         assert adapter_object(alias, None, BASE.name, folder)["root"] == "local:step_1"
         assert adapter_object(alias, None, BASE.name, folder, shows_paths=True)["root"] == "/srv/runs/step_1"
     own = msgspec.structs.replace(alias, source="local:rl")

@@ -1,4 +1,4 @@
-"""What waits for workers, and looks through the queue, costs a look for all who wait, in small pieces."""
+"""Concurrent calls that wait for workers or search the queue share one read, done in small pieces."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_a_long_queue_is_looked_through_in_pieces(bus: Bus) -> None:
 
 
 async def test_a_name_that_is_unloaded_many_times_at_once_is_unloaded_once(bus: Bus) -> None:
-    """Whatever an unloading looks at, the catalogue and with `force` the queue, it looks at once for each name."""
+    """Concurrent unloads of a name share all reads, of the catalogue and, with `force`, of the queue."""
     names, num_read, ended = ["own-0", "own-1", "own-2"], 0, []
 
     class Counted(CatalogueCopy):

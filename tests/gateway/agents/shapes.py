@@ -1,8 +1,8 @@
-"""Writes the shapes of what agents sent, as a tour left it: `python shapes.py build/tours/*/calls.json`.
+"""Reduces the recorded calls of a tour to shapes: `python shapes.py build/tours/*/calls.json`.
 
-Tours of programs in Python leave none: a proxy in front of the fleet notes theirs, in the form of `js/agents.mjs`. A
-shape keeps every field, tool and schema. Texts are cut, the model is `base`, and ids and paths of the machine are
-replaced.
+A tour of a program written in Python records no calls; a proxy in front of the fleet then records them in the format of
+`js/agents.mjs`. A shape keeps all fields, tools and schemas. Texts are shortened, the model is replaced with `base`,
+and so are ids and paths of the machine with placeholders.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MACHINE = (
     (re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"), "00000000-0000-0000-0000-000000000000"),
     (re.compile(r"[0-9a-f]{32,}"), "0" * 32),
 )
-"""What tells of the machine that the agent ran on, and what stands there instead."""
+"""Patterns of text that identifies the machine of the agent, with their replacements."""
 
 
 def short(value: Any) -> Any:
-    """Return a value of JSON with short texts; regular expressions stay whole."""
+    """Return a JSON value with texts shortened, except regular expressions."""
     if isinstance(value, dict):
         return {key: one if key == "pattern" else short(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -37,7 +37,7 @@ def short(value: Any) -> Any:
 
 
 def head_of(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's path, and those of its headers that may matter to a server."""
+    """Return the path of a call and those of its headers that a server may depend on."""
     return {
         "path": call["path"],
         "headers": {name: value for name, value in call["headers"].items() if name in HEADERS},
@@ -50,7 +50,7 @@ def body_of(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def shape_of(calls: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the shape of a tour's calls: the first with tools, what its last has besides, and those without tools."""
+    """Return the shape of a tour's calls: the first with tools, what the last adds to it, and calls without tools."""
     sent = [call for call in calls if call["body"] and call["status"] == 200]
     bodies = [body_of(call) for call in sent]
     first, *_, last = [body for body in bodies if body.get("tools")]
@@ -64,7 +64,7 @@ def shape_of(calls: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def kinds_of(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the shapes of calls that differ in their paths or fields, for a program that has many kinds of them."""
+    """Return one shape for each distinct path, client and set of fields, for programs that make many kinds of calls."""
     found = {}
     for call in calls:
         body = json.loads(call["body"])

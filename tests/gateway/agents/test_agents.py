@@ -1,6 +1,6 @@
-"""What agents send is accepted, and its streams have what they go on with: a tool call, then the last answer.
+"""Requests of agents are accepted, and the streams have what agents need: a tool call, then the final answer.
 
-The bodies are what the agents themselves sent in `make tour`, with short texts (`shapes.py`).
+The bodies were sent by the agents themselves in `make tour`, with texts shortened (`shapes.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from protocol.queue.bus import Bus
 HERE = Path(__file__).parent
 DONE = "The note is corrected."
 Answer = tuple[str, list[tuple[str, dict[str, Any]]], str, int]
-"""The text of an answer, the names and arguments of its tool calls, why it ended, and how many tokens it has."""
+"""Text of an answer, names and arguments of its tool calls, finish reason, and number of tokens."""
 
 
 @pytest_asyncio.fixture
@@ -41,7 +41,7 @@ def shape(name: str) -> dict[str, Any]:
 
 
 def chat_answer(raw: bytes) -> Answer:
-    """Return what a client of chat completions makes of a stream, which ends with [DONE], after its usage if asked."""
+    """Return the answer in a stream of chat completions, which must end with [DONE], after usage if requested."""
     *lines, last = [line for line in raw.decode().split("\n\n") if line and not line.startswith(":")]
     assert last == "data: [DONE]"
     chunks = [orjson.loads(line.removeprefix("data: ")) for line in lines]
@@ -60,7 +60,7 @@ def chat_answer(raw: bytes) -> Answer:
 
 
 def message_answer(raw: bytes) -> Answer:
-    """Return what a client of Anthropic's messages makes of a stream."""
+    """Return the answer in a stream of Anthropic's messages."""
     message = anthropic_events.built(anthropic_events.events_of(raw))
     blocks = message["content"]
     text = "".join(block["text"] for block in blocks if block["type"] == "text")
@@ -69,7 +69,7 @@ def message_answer(raw: bytes) -> Answer:
 
 
 def response_answer(raw: bytes) -> Answer:
-    """Return what a client of Responses makes of a stream."""
+    """Return the answer in a stream of Responses."""
     response = response_events.built(response_events.events_of(raw))
     items = response["output"]
     text = "".join(part["text"] for item in items if item["type"] == "message" for part in item["content"])
@@ -88,7 +88,7 @@ READERS = {
 
 
 async def asked(http: httpx2.AsyncClient, sent: dict[str, Any], body: dict[str, Any]) -> Answer:
-    """Return the streamed answer to a body, which an agent sends with the headers and to the path of `sent`."""
+    """Return the streamed answer to a body that is sent with the path and headers of `sent`."""
     answer = await http.post(sent["path"], json=body, headers=sent["headers"])
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -96,7 +96,7 @@ async def asked(http: httpx2.AsyncClient, sent: dict[str, Any], body: dict[str, 
 
 
 async def text_of(http: httpx2.AsyncClient, sent: dict[str, Any], body: dict[str, Any]) -> str:
-    """Return the text of the answer to a body, streamed or whole, as the body has it."""
+    """Return the text of the answer to a body, streamed or not as the body says."""
     if body.get("stream"):
         return (await asked(http, sent, body))[0]
     answer = await http.post(sent["path"], json=body, headers=sent["headers"])
@@ -138,11 +138,11 @@ async def test_an_agent_calls_its_tool_and_reads_the_result(
     text, calls, reason, num_tokens = await asked(http, sent, sent["task"] | sent["result"])
     assert (text, calls, reason) == (DONE, [], reasons[1])
     assert num_tokens > 0
-    assert "<tool_response>" in fleet.prompt()  # and what they returned
+    assert "<tool_response>" in fleet.prompt()  # and the results of the tools
     for aside in sent["asides"]:
         text = await text_of(http, sent, aside)
         assert text
-        assert DONE.startswith(text)  # some ask for few tokens
+        assert DONE.startswith(text)  # some requests limit the tokens
 
 
 # ---------------------------------------------------------------- what no text model reads
@@ -154,11 +154,11 @@ PARTS: dict[str, dict[str, Any]] = {
     "/v1/messages": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXEL}},
     "/v1/chat/completions": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}},
 }
-"""Path -> an image as clients of its API send one."""
+"""Path -> an image in the format of its API."""
 
 
 def with_result(path: str, body: dict[str, Any], parts: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
-    """Return a body whose last result of a tool consists of parts, and the place of these in it."""
+    """Return a body whose last tool result consists of `parts`, and the name of that field."""
     body = json.loads(json.dumps(body))
     if path == "/v1/responses":
         i = max(i for i, item in enumerate(body["input"]) if item["type"] == "function_call_output")
@@ -177,7 +177,7 @@ def with_result(path: str, body: dict[str, Any], parts: list[dict[str, Any]]) ->
 async def test_an_image_that_a_tool_has_found_ends_no_session(
     subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    """Codex's view_image, Claude Code's Read of a picture, and what tools of MCP servers return."""
+    """As returned by Codex's view_image, Claude Code's Read of a picture, and tools of MCP servers."""
     fleet.script = lambda submit, body: Script(DONE)
     for name in ("codex", "claude_code", "qwen_code", "opencode"):
         with subtests.test(agent=name):
@@ -194,7 +194,7 @@ async def test_an_image_that_a_tool_has_found_ends_no_session(
 
 
 async def test_an_image_alone_is_a_result(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    """Wherever results stand, also where prompts are only counted, and what is not kept costs nothing."""
+    """Also on routes that only count tokens: the image is replaced with a stand-in text there, too."""
     fleet.script = lambda submit, body: Script(DONE)
     call = {"type": "function_call", "call_id": "c", "name": "view_image", "arguments": "{}"}
     output = {"type": "function_call_output", "call_id": "c", "output": [PARTS["/v1/responses"]]}
@@ -215,7 +215,7 @@ async def test_an_image_alone_is_a_result(http: httpx2.AsyncClient, fleet: Scrip
     assert counted.status_code == 200, counted.text
     assert counted.headers[IGNORED_HEADER] == "messages[2].content[0].content[0] (image)"
     document = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PIXEL}}
-    beside = [{**result, "content": "read"}, document]  # as Claude Code's Read of a PDF
+    beside = [{**result, "content": "read"}, document]  # like Claude Code's Read of a PDF
     messages[2] = {"role": "user", "content": beside}
     answer = await http.post("/v1/messages", json={"model": "base", "max_tokens": 99, "messages": messages})
     assert answer.status_code == 200, answer.text
@@ -237,7 +237,7 @@ async def test_an_image_alone_is_a_result(http: httpx2.AsyncClient, fleet: Scrip
 
 
 async def test_what_a_user_shows_is_still_refused(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    """They would take an answer about a text for one about their picture; and wrong parts are wrong in results too."""
+    """The answer about the text could be taken for one about the picture; invalid parts of results are refused, too."""
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
     for path, field in (("/v1/responses", "input"), ("/v1/messages", "messages"), ("/v1/chat/completions", "messages")):
         body: dict[str, Any] = {"model": "base", field: [{"role": "user", "content": [PARTS[path]]}]}
@@ -262,4 +262,4 @@ async def test_inspect_ai(subtests: pytest.Subtests, http: httpx2.AsyncClient, f
         with subtests.test(path=sent["path"], fields=sorted(sent["body"])):
             text = await text_of(http, sent, sent["body"])
             assert text
-            assert answer.startswith(text)  # some ask for few tokens
+            assert answer.startswith(text)  # some requests limit the tokens

@@ -1,4 +1,4 @@
-"""Writes `contract.json`: JSON schemas of what the official client's types demand of answers.
+"""Writes `contract.json`: JSON schemas of answers, from the types of the official client.
 
 The client is not installed here: run this file with the Python of an environment that has `anthropic` (2.14).
 """
@@ -12,17 +12,17 @@ from typing import Any
 FILE = Path(__file__).with_name("contract.json")
 BLOCKS = {"TextBlock", "ThinkingBlock", "ToolUseBlock"}
 DELTAS = {"TextDelta", "InputJSONDelta", "ThinkingDelta", "SignatureDelta"}
-"""What a block, or its delta, may be; other members of these unions are never answered with, and are left out."""
+"""Members of the unions of content blocks and deltas to keep; answers never contain the others."""
 
 NEVER = {
     "citations", "container", "diagnostics", "stop_details", "caller", "cache_creation", "server_tool_use",
     "output_tokens_details", "capabilities", "line",
 }  # fmt: skip
-"""Optional fields that are never answered with."""
+"""Optional fields that answers never contain."""
 
 
 def _bare(value: Any) -> Any:
-    """Return a schema without words, and without members of unions that are not answered with."""
+    """Return a schema without titles, descriptions, and members of unions that answers never contain."""
     if isinstance(value, list):
         return [_bare(one) for one in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Anthropic's own tools that clients run: shown to any model as functions, called by name, held to a schema."""
+"""Anthropic's client-side tools: shown to any model as functions, called by name, and constrained by a schema."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CALLS: list[tuple[str, str, dict[str, Any]]] = [
      {"command": "insert", "path": "/a", "insert_line": 3, "insert_text": "x"}),
     ("memory_20250818", "memory", {"command": "rename", "old_path": "/memories/a", "new_path": "/memories/b"}),
 ]  # fmt: skip
-"""Type and name of a tool, and what a call of it has, in the order of the schema."""
+"""Type and name of a tool, and the arguments of a call in the order of the schema."""
 
 
 def calls(fleet: ScriptedFleet, name: str, given: dict[str, Any]) -> None:

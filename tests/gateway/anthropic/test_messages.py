@@ -1,4 +1,4 @@
-"""`/v1/messages`: its answers, whole and streamed, held to the official client's types and to the whole answer."""
+"""`/v1/messages`: answers and streams match the types of the official client and each other."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def whole(http: httpx2.AsyncClient, body: dict[str, Any]) -> dict[str, Any
 
 
 async def both(http: httpx2.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
-    """Return the whole answer, which the streamed one builds too."""
+    """Return the whole answer, after a check that the streamed one is equal."""
     one, other = await whole(http, body), built(await streamed(http, body))
     ids = {block.pop("id") for message in (one, other) for block in message["content"] if block["type"] == "tool_use"}
     assert all(id_.startswith("toolu_") for id_ in ids)
@@ -197,7 +197,7 @@ async def test_count_tokens_is_what_an_answer_counts(qwen: httpx2.AsyncClient, f
     usage = (await whole(qwen, body))["usage"]
     assert counted == {"input_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"]}
     assert len(fleet.seen) == 1
-    long = {**asked, "messages": [{"role": "user", "content": "the quick " * 1000}]}  # more than the context
+    long = {**asked, "messages": [{"role": "user", "content": "the quick " * 1000}]}  # longer than the context
     assert (await qwen.post(f"{PATH}/count_tokens", json=long)).json()["input_tokens"] > fleet.max_model_len
 
 
@@ -282,7 +282,7 @@ async def test_a_budget_of_thinking_is_enforced(bus: Bus, fleet: ScriptedFleet, 
     async with gateway_client(bus, folder) as http:
         await whole(http, {**BODY, "max_tokens": 2000, "thinking": {"type": "enabled", "budget_tokens": 1024}})
         await whole(http, {**BODY, "thinking": {"type": "adaptive"}})
-        # A budget that answers between tool calls share may be larger than one of them, which its own length bounds.
+        # A budget shared by all answers between tool calls may exceed a single answer, which its own limit bounds.
         await whole(http, {**BODY, "thinking": {"type": "enabled", "budget_tokens": 32_000}, "tools": [TOOL]})
     first, second, third = (body.grammar for _, body in fleet.seen)
     assert "words[max_tokens=1024]: THOUGHT" in json.loads(first)["grammars"][0]["lark_grammar"]
@@ -300,7 +300,7 @@ async def test_a_format_is_enforced(http: httpx2.AsyncClient, fleet: ScriptedFle
         assert grammar["required"] == ["a"]
 
 
-# ---------------------------------------------------------------- streams that end badly, or wait
+# ---------------------------------------------------------------- failing and waiting streams
 
 
 async def test_a_stream_that_waits_gets_pings(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
@@ -340,7 +340,7 @@ def test_any_answer_streams_as_it_is_whole(words: list[str], cuts: list[int], sh
         raw += b"".join([*last, writer.last_frames(usage)])
         try:
             made = json.loads(orjson.dumps(writer.whole([Piece(0, text, finish="stop")], usage)))
-        except Internal:  # what no grammar allows: nor can a client read it
+        except Internal:  # text that no grammar allows, which a client can't parse either
             with pytest.raises(ValueError, match="expected"):
                 built(events_of(raw))
             continue

@@ -1,4 +1,4 @@
-"""What Anthropic's routes refuse: the shape and the headers of every error, and what is refused by name."""
+"""Errors of Anthropic's routes: their shape and headers, and the reasons why each parameter is refused."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CALLED = [
 
 
 def refused(answer: httpx2.Response, status: int, kind: str) -> dict[str, Any]:
-    """Return the error of an answer, in the shape that the client knows."""
+    """Return the error of an answer, after a check of its shape."""
     body = answer.json()
     assert (answer.status_code, body["type"], body["error"]["type"]) == (status, "error", kind), answer.text
     assert set(body) == {"type", "error", "request_id"}
     assert body["request_id"] == answer.headers["request-id"] == answer.headers["x-request-id"]
     assert set(body["error"]) <= {"type", "message", "details"}
-    if kind not in ("request_too_large", "conflict_error"):  # the client's types have none for these
+    if kind not in ("request_too_large", "conflict_error"):  # the client has no types for these
         held_to("error", body)
     return body["error"]
 
@@ -151,7 +151,7 @@ async def test_an_idempotency_key_answers_once(http: httpx2.AsyncClient, fleet: 
     again = await http.post(PATH, json=BODY, headers=headers)
     (message, usage), (same, usage_again) = ((body, body.pop("usage")) for body in (first.json(), again.json()))
     assert message == same
-    inputs = ("input_tokens", "cache_read_input_tokens")  # what was in the cache is not kept
+    inputs = ("input_tokens", "cache_read_input_tokens")  # the number of cached tokens is not stored
     assert sum(usage[name] for name in inputs) == sum(usage_again[name] for name in inputs)
     assert len(fleet.seen) == 1
     error = refused(await http.post(PATH, json={**BODY, "max_tokens": 9}, headers=headers), 422,
@@ -162,7 +162,7 @@ async def test_an_idempotency_key_answers_once(http: httpx2.AsyncClient, fleet: 
     refused(await http.post(PATH, json=BODY, headers={"idempotency-key": "k" * 256}), 400, "invalid_request_error")
 
 
-# ---------------------------------------------------------------- by name
+# ---------------------------------------------------------------- refused parameters
 
 
 @pytest.mark.parametrize("path", [PATH, COUNT])
@@ -295,7 +295,7 @@ async def test_models_have_anthropic_s_shape_for_who_asks_so(http: httpx2.AsyncC
     names = [held_to("model", model)["id"] for model in page["data"]]
     assert names == ["tiny/base", "ant", "bee", "cat"]
     assert (page["has_more"], page["first_id"], page["last_id"]) == (False, "tiny/base", "cat")
-    # Virtual tokens of an adapter are no room for a prompt.
+    # Virtual tokens of an adapter reduce the room for a prompt.
     assert [model["max_input_tokens"] for model in page["data"]] == [255, 255, 155, 255]
     assert (await http.get("/v1/models/bee")).json()["max_input_tokens"] == 155
     pages = []

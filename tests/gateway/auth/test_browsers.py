@@ -1,4 +1,4 @@
-"""A gateway without API keys answers this machine's programs and no stranger's web page."""
+"""A gateway without API keys answers programs on this machine, but no web pages of other sites."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_other_names_are_refused_on_loopback(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["gateway:8000", "10.0.0.7:8000", "box.local:8000", "gw.ns.svc.cluster.local"])
 async def test_names_of_a_private_network_are_answered_elsewhere(host: str) -> None:
-    """As between containers, whose gateway listens on every address."""
+    """As between containers, where the gateway listens on all addresses."""
     for sent in ({}, CHROME):
         assert await status(host, sent=sent, host_setting="0.0.0.0") == 200
 
@@ -63,7 +63,7 @@ async def test_a_public_name_is_answered_to_programs_and_not_to_pages() -> None:
     assert await status("llm.example.com", host_setting="0.0.0.0", sent=CHROME) == 403
     for allowed in ("llm.example.com", "a.example,LLM.example.com:8443"):
         assert await status("llm.example.com", host_setting="0.0.0.0", sent=CHROME, allowed_hosts=allowed) == 200
-    # A page in Firefox can send another User-Agent, and its GETs then look like a program's.
+    # A page in Firefox can set another User-Agent, and its GET requests then look like those of a program.
     assert await status("evil.example.com", host_setting="0.0.0.0", allowed_hosts="llm.example.com") == 403
     assert await status("gateway", host_setting="0.0.0.0", allowed_hosts="llm.example.com") == 200
 

@@ -1,4 +1,4 @@
-"""API keys at the front door: who gets in, what each tenant sees, and how limits are told."""
+"""API keys: authentication, what each tenant sees, and how limits are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIt
 
 
 async def key_of(keys: ApiKeys, tenant: str, *scopes: str, **limits: object) -> dict[str, str]:
-    """Make a key; return the headers that show it."""
+    """Create a key; return the headers with it."""
     if limits:
         await keys.set_tenant(msgspec.structs.replace(await keys.tenant(tenant), **limits))
     secret, _ = await keys.create(tenant, scopes or ("infer",))
@@ -182,7 +182,7 @@ async def test_tenants_see_their_own_adapters_and_those_that_are_for_them(
         shown = (await http.get(f"/v1/models/{name}", headers=headers)).json()
         submit, request = fleet.seen[-1]
         assert shown["digest"] == submit.digest
-        assert request.salt == submit.tenant  # prefix caches are apart, and so are fair shares
+        assert request.salt == submit.tenant  # prefix caches and fair shares are separate
         return submit.digest
 
     assert [await digest(acme, name) for name in ("acme-de", "common", "secret")] == ["d1", "d4", 404]
@@ -235,7 +235,7 @@ async def test_jobs_and_idempotency_keys_belong_to_their_tenant(http: httpx2.Asy
 async def test_a_bearer_beside_an_x_api_key_is_the_source_s_token(
     bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
 ) -> None:
-    """Else it is the key, which must never be shown to a Hub."""
+    """Otherwise, it is the key, which must never be sent to a Hub."""
     key = (await key_of(keys, "acme"))["authorization"].split()[1]
     for headers, scopes in (
         ({"authorization": f"Bearer {key}"}, 200),

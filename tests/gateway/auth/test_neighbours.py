@@ -1,4 +1,4 @@
-"""Of other tenants nothing is told: what a tenant may read does not change with what others do."""
+"""Tenants learn nothing about each other: responses to a tenant don't depend on what others do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OF_REQUESTS = ("requests", "prompt_tokens", "output_tokens", "refused", "server_
 
 
 def read_paths(name: str = "shared") -> list[str]:
-    """Return every path that a tenant's key reads, with the name of an adapter that all see."""
+    """Return every path that a tenant's key may read, with the name of an adapter visible to all."""
     matches = [match for method, match in RouteTable(unserved().routes).matches if method == "GET"]
     paths = [match.path for match in matches if match.scopes is None or not {"admin"} & set(match.scopes)]
     return [
@@ -35,7 +35,7 @@ def read_paths(name: str = "shared") -> list[str]:
 
 
 def timeless(answer: httpx2.Response) -> str:
-    """Return the text of an answer; of time series only what the tenant's requests came to, for its reads fail too."""
+    """Return the text of an answer, but of time series only the totals of the tenant's requests, as reads fail too."""
     if answer.url.path != TIMESERIES:
         return answer.text
     told = answer.json()
@@ -83,7 +83,7 @@ async def test_what_a_tenant_reads_does_not_change_with_what_others_do(
         after = await seen()
         assert {path: (before[path], after[path]) for path in before if before[path] != after[path]} == {}
         told = (await http.get("/api/ps", headers=heads["busy"])).json()["models"]
-        assert [model["name"] for model in told] == ["tiny/base:latest"]  # also of what it uses itself
+        assert [model["name"] for model in told] == ["tiny/base:latest"]  # its own use is not shown either
         admin, _ = await bus.api_keys.create("ops", ["admin"])
         told = (await http.get("/api/ps", headers={"authorization": f"Bearer {admin}"})).json()["models"]
         assert [model["name"] for model in told] == ["tiny/base:latest", "shared:latest"]
@@ -94,7 +94,7 @@ async def test_what_a_tenant_reads_does_not_change_with_what_others_do(
 async def test_no_path_of_this_machine_is_told_to_tenants(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
 ) -> None:
-    """What an operator has loaded from further roots is served by its name: where it lies, or lay, is told nobody."""
+    """An adapter loaded from a further root is served by name; neither its present nor its past path is revealed."""
     place = str(tmp_path / "runs" / "step_5")
     with pytest.raises(NotFound) as gone:
         await LocalSource(None, [tmp_path]).resolve(place)
@@ -126,11 +126,11 @@ async def test_no_path_of_this_machine_is_told_to_tenants(
         assert sum(answer.status_code == 200 for answer in told.values()) > 20, "the check would prove nothing"
         assert "step_5" in told["GET /v1/models/there"].text
         leaks = {name: a.text for name, a in told.items() if str(tmp_path / "runs") in f"{a.text} {a.headers}"}
-        assert set(leaks) <= {f"POST /v1/adapters {{'name': 'gone', 'source': {place!r}}}"}, leaks  # it said it itself
+        assert set(leaks) <= {f"POST /v1/adapters {{'name': 'gone', 'source': {place!r}}}"}, leaks  # it was sent
 
 
 def test_no_two_schemas_of_the_api_have_one_name() -> None:
-    """FastAPI would show both by the modules that they come from."""
+    """FastAPI would qualify both with the names of their modules."""
     names = unserved().openapi()["components"]["schemas"]
     assert {"Job", "Batch", "ChatRequest", "OllamaChatRequest"} <= names.keys()
     assert [name for name in names if "__" in name] == []

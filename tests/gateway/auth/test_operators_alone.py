@@ -1,4 +1,4 @@
-"""What operators alone may do checks who asks before it touches anything, whatever a route has let through."""
+"""Operations reserved for operators check the caller before anything else, independently of the route's check."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from protocol.wire.errors import PermissionDenied
 
 
 class Touched(Exception):
-    """Something was used before the caller was checked."""
+    """Raised when something was accessed before the caller was checked."""
 
 
 class Untouched:
-    """The queue, and the body of a request, which nobody may touch."""
+    """Stands for the queue or the body of a request, which must not be accessed."""
 
     def __getattr__(self, name: str) -> Any:
         raise Touched(name)
@@ -84,7 +84,7 @@ async def test_operations_check_before_they_act(name: str, tmp_path: Path) -> No
     for caller in (NOBODY, of(), *(of(scope) for scope in too_little), of(*too_little)):
         with pytest.raises(PermissionDenied):
             await act(it, caller)
-    with pytest.raises(Touched):  # so the check would let an operator by
+    with pytest.raises(Touched):  # confirms that an operator passes the check
         await act(it, of("admin"))
 
 

@@ -1,4 +1,4 @@
-"""Who may ask a route is said with the route: no spelling of its path, and no other way to it, gets past that."""
+"""Each route declares the scope it needs; no spelling of its path and no other entry point bypasses it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Known:
 
 
 class Let:
-    """An admission that counts, and lets all in."""
+    """An admission that lets every call in and counts them."""
 
     def __init__(self) -> None:
         self.num = 0
@@ -63,7 +63,7 @@ class Let:
 
 
 class Front:
-    """All that stands before the handlers, and handlers that note that they ran."""
+    """The middlewares in front of the handlers, and handlers that record that they ran."""
 
     def __init__(self, **settings: Any) -> None:
         self.app = unserved()
@@ -87,14 +87,14 @@ class Front:
             self.ran.append(route)
             return Response()
 
-        assert route.dependant.path == route.path_format  # all of it is made before parts are replaced
-        route.app = answer  # what the router asks
-        if route.access.kind == "call":  # what is asked past the router
+        assert route.dependant.path == route.path_format  # computes all cached parts before some are replaced
+        route.app = answer  # called by the router
+        if route.access.kind == "call":  # called without the router
             route.endpoint = call
             route.body_field = SimpleNamespace(validate=lambda *_, **__: (None, []))  # type: ignore[assignment]
 
     async def ask(self, method: str, raw: str, key: str = "") -> tuple[int, list[JsonRoute]]:
-        """Ask for a path as it stands in a request line; return the status, and the routes that ran."""
+        """Send a request with a raw path; return the status and the routes that ran."""
         headers = [(b"content-type", b"application/json"), (b"content-length", b"2")]
         headers += [(b"authorization", f"Bearer {key}".encode())] if key else []
         scope = {
@@ -116,7 +116,7 @@ class Front:
 
 
 def may(route: JsonRoute, key: str) -> bool:
-    """Return what the table of the documentation says of a route and a key."""
+    """Return whether the table in the documentation allows a key to use a route."""
     scopes = route.access.scopes
     if scopes is None:
         return True
@@ -140,7 +140,7 @@ async def test_each_route_answers_the_keys_that_it_names(front: Front) -> None:
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 async def test_no_spelling_of_a_path_gets_past_its_scope(spelling: str, front: Front) -> None:
-    """Whatever runs is a route whose scope the key has; and a path that is read in one way is found in one way."""
+    """Every handler that runs belongs to a route whose scope the key has; each path resolves to at most one route."""
     tried = 0
     for method, match in front.table.matches:
         for raw in SPELLINGS[spelling](example_of(match.path)):
@@ -209,7 +209,7 @@ async def test_pages_need_no_key_where_an_operator_opens_them() -> None:
     assert (await front.ask("POST", "/metrics"))[0] == 401
 
 
-# ------------------------------------------------------------ what does not start
+# ------------------------------------------------------------ routes without a declared scope
 
 
 def _routes() -> dict[str, Callable[[FastAPI], Any]]:
@@ -240,7 +240,7 @@ def test_a_route_of_ours_cannot_be_made_without_its_scope() -> None:
 
 
 async def test_a_router_runs_only_what_was_found_and_checked() -> None:
-    """Even where a path would match, as for a request that comes some other way than through the front."""
+    """Even if a path matches, for example in a request that bypassed the front."""
     app = unserved()
     scope = {"type": "http", "method": "GET", "path": "/v1/keys", "headers": [], "query_string": b""}
     for route in app.routes:
@@ -268,7 +268,7 @@ def test_a_longer_path_costs_nothing() -> None:
 
 
 def test_the_spellings_of_the_documentation_lead_to_no_weaker_route() -> None:
-    """The console's files are for everybody, so what is below it may be asked; nothing else may need less."""
+    """Files of the console need no key, so paths below it are excluded; any other path must need the same scopes."""
     table = RouteTable(unserved().routes)
     for method, match in table.matches:
         for spell in SPELLINGS.values():
@@ -286,11 +286,11 @@ def test_one_scope_of_several_is_enough_and_without_any_every_key_will_do() -> N
         Caller(scopes=()).require("infer", "adapters")
 
 
-# ------------------------------------------------------------ a gateway
+# ------------------------------------------------------------ with a gateway
 
 
 async def sent(gateway: RunningGateway, line: bytes, key: str, body: bytes = b"") -> bytes:
-    """Send a request line as it is; return the answer's status line."""
+    """Send a raw request line; return the status line of the answer."""
     url = httpx2.URL(gateway.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
     head = b"%s HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %s\r\nconnection: close\r\n" % (line, key.encode())
@@ -304,7 +304,7 @@ async def sent(gateway: RunningGateway, line: bytes, key: str, body: bytes = b""
 async def test_no_spelling_changes_anything_at_a_gateway(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, subtests: pytest.Subtests
 ) -> None:
-    """On the wire, also with the bytes themselves in the request line: 2xx for none, and nothing is done."""
+    """With control characters and other bytes in the request line, no request succeeds or changes anything."""
     await fleet.add_adapter("shared", "d1")
     secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])
     asked: list[tuple[str, bytes]] = [

@@ -1,4 +1,4 @@
-"""Batches as OpenAI's client drives them: upload, run, download; wrong files, wrong lines, cancelling."""
+"""Batches with OpenAI's client: upload, run, download; invalid files, invalid lines, cancelling."""
 
 from __future__ import annotations
 
@@ -184,5 +184,5 @@ async def test_lines_run_by_model_and_beginning(client: AsyncOpenAI, fleet: Scri
     assert batch.request_counts.completed == 27
     digests = [submit.digest for submit, _ in fleet.seen]
     changes = sum(before != after for before, after in pairwise(digests))
-    assert changes < 20  # it would be 26 in the order of the file; a few run at once, so the order is not strict
+    assert changes < 20  # would be 26 in the order of the file; some lines run concurrently, so the order is not strict
     assert batch.model is None

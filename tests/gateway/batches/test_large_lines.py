@@ -1,4 +1,4 @@
-"""Lines of a batch that are as large as bodies may be: a file has hundreds of megabytes of them."""
+"""Batches with lines as large as bodies may be, of which a file may have hundreds of megabytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.gateway.batches.test_trouble import SOON, ShakyWorld, batch_of
 
 
 async def test_nothing_is_held_of_large_lines_that_wait(bus: Bus, tmp_path: Path) -> None:
-    """Neither of those that wait for their turn, nor of those whose endpoint is busy."""
+    """Neither lines that wait for their turn nor those whose endpoint is busy stay in memory."""
     num, size, is_busy = 30, 1_000_000, True
     world, reads, most = World(bus, tmp_path), Counter[int](), 0
 

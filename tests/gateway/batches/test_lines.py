@@ -1,4 +1,4 @@
-"""The lines of input files: cut anywhere, bounded, and in an order that is always the same."""
+"""The lines of input files: split from arbitrary chunks, bounded in size, and always sorted in the same order."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_each_line_is_found_again_at_its_place() -> None:
 
 
 def test_a_body_is_found_again_at_its_place() -> None:
-    """Also where another field begins as it does."""
+    """Even if another field has the same beginning."""
     body, other = (b'{"model":"m","prompt":"%b"}' % (b"a" * 3000 + end) for end in (b"b", b"c"))
     for fields in (b'"other":%b,"body":%b' % (other, body), b'"body":%b,"other":%b' % (body, other)):
         raw = b'{"custom_id":"a","method":"POST","url":"/v1/completions",%b}' % fields
@@ -85,7 +85,7 @@ async def test_a_line_that_is_too_long_is_told_and_not_held() -> None:
 
 
 async def test_a_long_line_is_held_once() -> None:
-    """Its pieces are gone while who reads it takes its time."""
+    """The pieces are released while the reader processes the line."""
     splitter, text = Splitter(1 << 22), b"x" * (1 << 21) + b"\n"
     async for _, _, line in splitter.of(pieces(text, 1 << 16)):
         assert line == text[:-1]
@@ -127,7 +127,7 @@ def test_usage_is_read_in_the_words_of_every_api() -> None:
 
 
 NO_TEXT = (b'"\xff"', b'"a\xed\xa0\x80"', b"1e999", b'"' + b"\xff" * 5000 + b'"')
-"""What is passed over as a value, and is none: not UTF-8, or a number beyond all."""
+"""Invalid values that are skipped by the first look: not UTF-8, or a number out of range."""
 
 
 @pytest.mark.parametrize("value", NO_TEXT)
@@ -149,7 +149,7 @@ def test_what_is_passed_over_and_is_no_json_is_its_line_s_trouble(value: bytes) 
 
 
 def test_what_was_too_deep_to_be_checked_is_not_run_where_it_can_be_read() -> None:
-    """How deep can be read depends on how deep the reader is called: the second look may see more than the first."""
+    """How deep a text may be nested depends on the call stack: the second look may accept more than the first."""
 
     def add(found: InputLines, raw: bytes, calls: int) -> None:
         if calls:
@@ -162,7 +162,7 @@ def test_what_was_too_deep_to_be_checked_is_not_run_where_it_can_be_read() -> No
         raw = b'{"custom_id":["x"],"url":"/other","body":{"prompt":%b}}' % (b"[" * depth + b"]" * depth)
         found = InputLines(URL, 1 << 20)
         add(found, raw, 100)
-        for line in found.lines:  # it was too deep for the first look
+        for line in found.lines:  # nested too deep for the first look
             num_seen += 1
             call = call_of(line, raw)
             assert call.custom_id == call.body.decode() == ""
@@ -171,7 +171,7 @@ def test_what_was_too_deep_to_be_checked_is_not_run_where_it_can_be_read() -> No
 
 
 async def turns_beside(work: Awaitable[object]) -> int:
-    """Return how often others had their turn while some work was done."""
+    """Return how often another task could run while `work` was done."""
     num, others = 0, asyncio.create_task(asyncio.Event().wait())
 
     async def count() -> None:
@@ -189,7 +189,7 @@ async def turns_beside(work: Awaitable[object]) -> int:
 
 
 async def test_tenants_take_turns_at_large_lines() -> None:
-    """Whoever is cancelled, before its turn or in it, gives it to the next."""
+    """A task that is cancelled, while it waits or runs, passes its turn on."""
     turns, checks, order = FairSlots(1), Checks(), list[str]()
 
     async def read(tenant: str) -> None:
@@ -223,7 +223,7 @@ async def test_a_line_with_too_many_fields_is_its_own_trouble() -> None:
 
 
 async def test_large_lines_are_read_as_small_ones() -> None:
-    """What is wrong with one ends the batch, in the same words."""
+    """An error in a large line ends the batch with the same message as in a small one."""
     filler = json.dumps([{"role": "user", "content": "x" * 50}] * 2000)[1:-1].encode()
     told = []
     for inner in (b"1", filler):
@@ -245,7 +245,7 @@ async def test_large_lines_are_read_as_small_ones() -> None:
 
 
 async def test_others_have_turns_while_lines_are_looked_for() -> None:
-    """Lines without a byte, of which a file has as many as bytes."""
+    """With empty lines, of which a file has as many as it has bytes."""
     text = b"\n" * CHUNK_BYTES
     assert await turns_beside(read_lines(pieces(text, CHUNK_BYTES), URL, 100)) > MAX_NUMBER // PIECE_BYTES
 

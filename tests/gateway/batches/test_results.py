@@ -1,4 +1,4 @@
-"""The answers of a batch, in parts that a later run adds to."""
+"""The answers of a batch are stored in parts; a later run adds more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ async def written(results: Results) -> list[bytes]:
 
 
 async def test_a_gateway_that_takes_its_batch_up_again_keeps_its_answers(tmp_path: Path) -> None:
-    """It runs the batch under the same epoch when an error of the queue's has stopped it: no part may be replaced."""
+    """After an error of the queue, it runs the batch under the same epoch: no part may be replaced."""
     storage = FolderStorage(tmp_path)
     first = Results(storage, "b", 1)
     await first.load()
@@ -30,7 +30,7 @@ async def test_a_gateway_that_takes_its_batch_up_again_keeps_its_answers(tmp_pat
 
 
 class SlowStorage(FolderStorage):
-    """A folder to which nothing is written before `may_write` is set."""
+    """A folder in which nothing is written before `may_write` is set."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -50,9 +50,9 @@ async def test_who_flushes_beside_another_waits_for_what_that_one_writes(tmp_pat
     first = asyncio.create_task(results.flush())
     await storage.is_asked.wait()
     second = asyncio.create_task(results.flush())
-    await asyncio.sleep(0)  # the second begins
+    await asyncio.sleep(0)  # so that the second flush starts
     await asyncio.sleep(0)
-    assert not second.done()  # else an output file could be made without the answer
+    assert not second.done()  # otherwise, an output file could be made without the answer
     storage.may_write.set()
     assert (await first, await second) == ([0], [])
     assert [b'"custom_id":"c0"' in line for line in await written(results)] == [True]

@@ -1,4 +1,4 @@
-"""A batch whose gateway dies, freezes or drains: another one goes on, and every line has one answer."""
+"""A batch whose gateway dies, freezes or drains: another gateway continues it, and each line has one answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NUM_LINES = 40
 
 @dataclass
 class Endpoint(InnerCalls):
-    """Answers lines at once, but those that it is told to hold."""
+    """Answers lines at once, except those that `holds` selects."""
 
     answer: Callable[[int], CallAnswer] = lambda number: CallAnswer(200, {}, b'{"n":%d}' % number)
     holds: Callable[[int], bool] = lambda number: False
@@ -69,7 +69,7 @@ class World:
         return FileService(self.bus, self.storage, self.settings)
 
     async def batch(self, num: int = NUM_LINES, life_ms: int = 60_000) -> m.Batch:
-        """Open a batch of lines that are numbered from 1."""
+        """Create a batch of `num` lines, numbered from 1."""
 
         async def chunks() -> AsyncIterator[bytes]:
             for n in range(1, num + 1):
@@ -107,7 +107,7 @@ class World:
         return await wait_until(look, "the batch has ended")
 
     async def answered(self, num: int) -> None:
-        """Wait until the record of the batch counts `num` answers, which are written then."""
+        """Wait until the record of the batch counts `num` answers, which are then stored."""
 
         async def look() -> bool:
             batch = await self.bus.batches.get("batch_1", "t")
@@ -116,7 +116,7 @@ class World:
         await wait_until(look, f"{num} lines are answered")
 
     async def rows(self, file_id: str) -> dict[str, dict[str, object]]:
-        """Return the rows of an output file by custom_id, each of which is there once."""
+        """Return the rows of an output file by custom_id, which must be unique."""
         file = await self.bus.files.get(file_id, "t")
         assert file is not None
         text = b"".join([chunk async for chunk in self.files.read(file)])
@@ -204,7 +204,7 @@ async def test_usage_is_the_sum_of_all_answers(bus: Bus, tmp_path: Path) -> None
 
 
 async def sizes(world: World) -> dict[str, int]:
-    """Return what is counted of the tenant's files, and held."""
+    """Return the counted and reserved sizes of the tenant's files."""
     found = await world.bus._redis.hgetall(world.bus.keys.file_sizes("t"))  # type: ignore[misc]
     return {name.decode(): int(size) for name, size in found.items()}
 
@@ -226,7 +226,7 @@ async def test_answers_beyond_the_tenants_bytes_end_the_batch(bus: Bus, tmp_path
 
 
 async def test_answers_that_fit_are_kept_when_others_do_not(bus: Bus, tmp_path: Path) -> None:
-    """Also those of another gateway, and no line is counted whose answer is not in a file."""
+    """Also those of another gateway; no line is counted unless its answer is in a file."""
     world = World(bus, tmp_path, {"tenant_file_bytes": 60_000})
     await world.batch()
     small, large = CallAnswer(200, {}, b"{}"), CallAnswer(200, {}, b'{"n":"%s"}' % (b"x" * 9000))
@@ -254,7 +254,7 @@ async def test_a_tenant_with_all_its_files_gets_no_batch_computed(bus: Bus, tmp_
 
 
 async def test_failures_of_lines_count_as_well(bus: Bus, tmp_path: Path) -> None:
-    """Lines that nobody answers make an error file, which is cut where the tenant has no room."""
+    """Expired lines fill an error file, which is cut at the tenant's limit."""
     world = World(bus, tmp_path, {"tenant_file_bytes": 8_000})
     await world.batch(life_ms=500)
     async with world.gateway("g1", Endpoint(holds=lambda number: True)):

@@ -1,4 +1,4 @@
-"""What goes wrong while a batch runs: a line, the storage, any step of its end. It ends once, and others run on."""
+"""Failures of lines, of the storage, and of each step while a batch runs: it ends once, and others continue."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SOON = replace(PACE, retry=Backoff(0.01, 0.02), max_tries=4)
 
 
 class PanicException(BaseException):
-    """What a panic of a library in Rust looks like."""
+    """Equivalent of a panic in a Rust library."""
 
 
 class Shaky(FolderStorage):
-    """A storage of which every method may fail."""
+    """A storage whose methods fail when `fails` returns an error."""
 
     def __init__(self, root: Path, fails: Callable[[str, str], BaseException | None]) -> None:
         super().__init__(root)
@@ -64,7 +64,7 @@ class Shaky(FolderStorage):
 
 
 class ShakyWorld(World):
-    """Gateways whose storage may fail."""
+    """Gateways that share a storage that may fail."""
 
     shaky: Shaky
 
@@ -84,7 +84,7 @@ def count_of(name: str, loop: str) -> float:
 
 
 async def batch_of(world: World, bodies: list[dict[str, Any]], id_: str = "1", tenant: str = "t") -> m.Batch:
-    """Open a batch of lines with these bodies."""
+    """Create a batch of lines with these bodies."""
     shown = [{"custom_id": f"c{n}", "method": "POST", "url": "/v1/x", "body": body} for n, body in enumerate(bodies, 1)]
     return await batch_of_lines(world, [json.dumps(line).encode() for line in shown], id_, tenant)
 
@@ -125,7 +125,7 @@ async def test_a_line_nested_deeper_than_can_be_written_fails_alone(bus: Bus, tm
 
 
 async def test_a_line_that_is_no_text_fails_alone(bus: Bus, tmp_path: Path) -> None:
-    """What it holds is passed over when its file is looked at, and read when it is run."""
+    """The first look at a file skips the invalid value; the run reads it."""
     world = World(bus, tmp_path)
     shown = [b'{"n":1}', b'{"n":2,"model":"\xff"}', b'{"n":3,"stream":1e999}', b'{"n":4,"prompt":["\xff"]}', b'{"n":5}']
     await batch_of_lines(world, [
@@ -155,7 +155,7 @@ async def test_whatever_a_line_raises_is_that_line_s_failure(bus: Bus, tmp_path:
     await world.batch(9)
     async with world.gateway("g1", Endpoint(answer), SOON):
         batch = await world.ended()
-    passes = isinstance(error, TimeoutError)  # as a queue that is away: the line alone is asked again
+    passes = isinstance(error, TimeoutError)  # like a queue that is unreachable: only the line is retried
     assert (batch.status, batch.completed, batch.failed) == ("completed", 9 if passes else 6, 0 if passes else 3)
     assert count_of("loop_failures", "batch lines") - before == (4 if passes else 3)
     if not passes:
@@ -173,7 +173,7 @@ async def test_an_answer_that_is_no_json_fails_its_line_alone(bus: Bus, tmp_path
 
 
 async def test_a_storage_that_is_down_for_a_while_loses_and_doubles_nothing(bus: Bus, tmp_path: Path) -> None:
-    """It is down as often as it is up; what was answered stays, and every line has one answer."""
+    """It is down half of the time; stored answers are kept, and each line has one answer."""
     num = 0
 
     def fails(method: str, name: str) -> BaseException | None:
@@ -190,7 +190,7 @@ async def test_a_storage_that_is_down_for_a_while_loses_and_doubles_nothing(bus:
 
 
 async def test_answers_that_were_not_written_yet_are_asked_again(bus: Bus, tmp_path: Path) -> None:
-    """The storage goes away as the last lines are answered, before they are written: none of them is left out."""
+    """The storage fails after the last lines are answered, before they are written; all of them are answered again."""
     is_away = False
 
     def fails(method: str, name: str) -> BaseException | None:
@@ -214,7 +214,7 @@ async def test_answers_that_were_not_written_yet_are_asked_again(bus: Bus, tmp_p
 
 
 async def test_a_storage_that_has_lost_sight_of_answers_ends_no_batch(bus: Bus, tmp_path: Path) -> None:
-    """A folder that is not mounted looks empty, just as the output file is made."""
+    """As when a folder is not mounted and so looks empty while the output file is made."""
     num_empty = 0
 
     class Empty(FolderStorage):
@@ -237,7 +237,7 @@ async def test_a_storage_that_has_lost_sight_of_answers_ends_no_batch(bus: Bus, 
 
 
 async def test_an_input_that_is_out_of_sight_for_a_while_ends_no_batch(bus: Bus, tmp_path: Path) -> None:
-    """A folder that is not mounted, or is another one: its record says that the file is there."""
+    """As when a folder is not mounted, or a different one is: the record says that the file exists."""
     num = 0
 
     def fails(method: str, name: str) -> BaseException | None:
@@ -267,7 +267,7 @@ async def test_a_batch_without_room_that_is_given_up_was_not_cancelled(bus: Bus,
 
 
 async def test_a_batch_whose_storage_stays_down_is_tried_so_often(bus: Bus, tmp_path: Path) -> None:
-    """Tries are counted with the batch: another gateway goes on counting, and none reads the file again at once."""
+    """The batch's record counts the tries of all gateways; each waits before it reads the file again."""
     is_down = False
 
     def fails(method: str, name: str) -> BaseException | None:
@@ -288,7 +288,7 @@ async def test_a_batch_whose_storage_stays_down_is_tried_so_often(bus: Bus, tmp_
 
 
 async def test_what_was_answered_is_kept_when_a_batch_is_given_up(bus: Bus, tmp_path: Path) -> None:
-    """Its input cannot be read from the sixth line on: the five before have their answers."""
+    """The input cannot be read from the sixth line on: the answers to the first five are kept."""
     reads: Counter[tuple[str, int]] = Counter()
     world = World(bus, tmp_path)
     await world.batch(10)
@@ -339,7 +339,7 @@ STEPS: list[tuple[str, str]] = [
 
 @asynccontextmanager
 async def failing(bus: Bus, world: ShakyWorld, part: str, name: str, at: int) -> AsyncIterator[Counter[str]]:
-    """Let the `at`-th call of a method fail before it does anything, and the one after that when it has."""
+    """Let the `at`-th call of a method fail before it does anything, and the next one afterwards."""
     calls: Counter[str] = Counter()
     owner: Any = {"storage": world.shaky, "bus": bus}.get(part) or getattr(bus, part)
     real = getattr(owner, name)
@@ -371,7 +371,7 @@ async def failing(bus: Bus, world: ShakyWorld, part: str, name: str, at: int) ->
 async def test_each_step_of_a_batch_may_raise(
     bus: Bus, tmp_path: Path, kind: str, subtests: pytest.Subtests
 ) -> None:  # fmt: skip
-    """However a step fails, first or later: one end, one answer for each line, and the other batch is done."""
+    """However a step fails, on the first or a later call: one end, one answer per line, the other batch completes."""
     number = 0
     for part, name in STEPS:
         for at in (1, 3) if part == "storage" or name in ("save", "keep") else (1,):
@@ -428,7 +428,7 @@ async def one_step(bus: Bus, root: Path, id_: str, kind: str, part: str, name: s
 
 
 async def test_a_batch_that_ends_its_gateways_is_given_up(bus: Bus, tmp_path: Path) -> None:
-    """A gateway that dies says nothing: whoever takes the batch over counts it."""
+    """A gateway that dies reports nothing, so the gateway that takes the batch over counts the try."""
     world = World(bus, tmp_path)
     await world.batch(3)
     for number in range(SOON.max_tries):

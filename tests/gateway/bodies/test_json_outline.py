@@ -1,4 +1,4 @@
-"""The outline of a JSON text: what msgspec says of it is what msgspec says of the text."""
+"""The outline of a JSON text is read by msgspec with the same values and errors as the text itself."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LEVELS = 2
 
 
 class Fields(msgspec.Struct):
-    """What a reader looks at."""
+    """The fields to read."""
 
     a: msgspec.Raw = msgspec.Raw(b"null")
     b: msgspec.Raw = msgspec.Raw(b"null")
 
 
 def outlined(value: Any, level: int = 1) -> Any:
-    """Return what is left of a value in an outline."""
+    """Return the value that an outline keeps of a value."""
     if isinstance(value, list):
         return []
     if isinstance(value, dict):
@@ -44,7 +44,7 @@ def passed_over(raw: bytes | bytearray) -> None:
 
 
 def error_of(read: Any, raw: bytes) -> str:
-    """Return what is wrong with a text, "" for nothing."""
+    """Return the error of reading a text, or "" without one."""
     try:
         read(raw)
     except msgspec.DecodeError as error:

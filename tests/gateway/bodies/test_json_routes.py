@@ -1,4 +1,4 @@
-"""What a route knows of itself when it is declared, and when it is first asked."""
+"""Routes compute most of their properties lazily, exactly once, and check their handlers' signatures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Body(JsonBody):
 
 
 async def handler(body: Body, request: Request) -> Response:
-    """Answer nothing."""
+    """Return an empty response."""
     return Response()
 
 

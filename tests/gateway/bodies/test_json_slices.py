@@ -1,4 +1,4 @@
-"""Large answers in slices: the same JSON as in one piece, and no slice that holds up others."""
+"""Large answers are written in slices: the JSON is the same as in one piece, and no slice blocks others for long."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def test_an_answer_in_slices_stops_when_its_client_leaves() -> None:
 
 
 async def test_rows_that_take_long_are_made_by_turns_of_tenants() -> None:
-    made: list[str] = []  # whose rows, in order
+    made: list[str] = []  # the owner of each row, in order
     num_at_once, most_at_once = 0, 0
     app = SimpleNamespace(state=SimpleNamespace(writing=Checks()))
 
@@ -109,7 +109,7 @@ async def test_rows_that_take_long_are_made_by_turns_of_tenants() -> None:
                 num_at_once += 1
                 most_at_once = max(most_at_once, num_at_once)
                 made.append(name)
-                time.sleep(0.0005)  # another thread would have its turn here
+                time.sleep(0.0005)  # another thread could run here
                 num_at_once -= 1
                 yield "x"
 
@@ -142,7 +142,7 @@ async def test_a_body_is_checked_beside_an_answer_whose_rows_take_long() -> None
 
 
 async def test_others_have_a_turn_while_short_frames_take_long_to_make() -> None:
-    made: list[int] = []  # frames of each turn
+    made: list[int] = []  # number of frames per turn
 
     class Frames:
         def frames(self, piece: Piece) -> Iterator[bytes]:
@@ -228,7 +228,7 @@ async def test_many_logprobs_are_whole_in_slices(
 
 
 async def test_others_have_a_turn_between_the_frames_of_many_pieces() -> None:
-    made: list[int] = []  # frames of each turn
+    made: list[int] = []  # number of frames per turn
 
     class Frames:
         def frames(self, piece: Piece) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""A JSON text that is read in pieces has the value and the errors of one that is read at once; its cost is bounded."""
+"""Reading JSON in pieces gives the same values and errors as reading it at once, at a bounded cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ tiny = partial(json_values.Marks, piece_bytes=12, piece_marks=4)
 
 
 def read(raw: bytes, at_once: bool) -> Any:
-    """Return a text's value in a list, None if it is no JSON."""
+    """Return the value of a text in a list, or None if it is not JSON."""
     try:
         return [orjson.loads(raw) if at_once else tiny(raw).value()]
     except ValueError:
@@ -53,7 +53,7 @@ def test_pieces_are_json_only_where_the_whole_is(value: Any, at: int, num: int, 
     raw = whole[:at] + put + whole[at + num :]
     try:
         found = read(raw, at_once=False)
-    except BadRequest:  # with strings inverted, brackets that are in none may be too many
+    except BadRequest:  # with inverted strings, there may be too many brackets outside strings
         found = None
     assert found == read(raw, at_once=True)
 
@@ -103,7 +103,7 @@ def test_errors_name_their_character() -> None:
 
 
 async def test_the_event_loop_has_its_turn_between_pieces() -> None:
-    """No piece that is read at once has more than its bytes, whatever a body consists of."""
+    """No piece exceeds the limit on bytes, whatever a body contains."""
     read: list[int] = []
 
     class Noted(json_values.Marks):
@@ -124,7 +124,7 @@ async def test_the_event_loop_has_its_turn_between_pieces() -> None:
 
 
 def filled(unit: bytes, before: bytes = b"[", after: bytes = b"]") -> bytes:
-    """Return the largest body that repeats a value."""
+    """Return the largest allowed body that repeats a value."""
     num = (MAX_BODY - len(before) - len(after)) // len(unit)
     return before + (unit * num)[:-1] + after
 
@@ -167,7 +167,7 @@ def test_brackets_that_close_nothing_cost_no_more_than_others(before: bytes) -> 
     "raw",
     [
         filled(b"123456,"),
-        filled(b"[1,", b'["', b'"]'),  # brackets in a text are no lists
+        filled(b"[1,", b'["', b'"]'),  # brackets within strings are not lists
         filled(b'\\",', b'["', b'."]'),
         b"[" * 100 + b"]" * 100,
         b"[" + b",".join([b"[]"] * 16_000) + b"]",
@@ -189,7 +189,7 @@ HEAVY = {
 
 @pytest.mark.parametrize("kind", examples.some(HEAVY, "objects", "a wide text"))
 def test_values_take_a_known_multiple_of_their_bytes(kind: str) -> None:
-    """As docs/reliability.md counts them."""
+    """As documented in docs/reliability.md."""
     raw = HEAVY[kind]
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""No parameter is dropped in silence: on every route it is served, accepted by the list, or refused by name."""
+"""Every parameter on every route is served, accepted according to the list, or refused by name; none is ignored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_list_and_the_bodies_agree(body: type[JsonBody]) -> None:
     assert fields == served
     for name, parameter in PARAMETERS_OF[body.OBJECT].items():
         inner = [kind for kind in BODIES if kind.__name__ in str(body.model_fields.get(name, ""))]
-        assert not inner or parameter.holds == inner[0].OBJECT  # what a field holds is looked into too
+        assert not inner or parameter.holds == inner[0].OBJECT  # fields with objects are checked inside too
 
 
 def test_every_entry_of_the_list_says_what_it_must() -> None:
@@ -126,7 +126,7 @@ def test_null_is_the_default_of_every_field_that_has_one(body: type[JsonBody]) -
             continue
         try:
             body.model_validate({sent: None})
-        except ValidationError as error:  # tells of the fields that there must be, and of nothing else
+        except ValidationError as error:  # reports the required fields and nothing else
             wrong += [(sent, entry["type"]) for entry in error.errors() if entry["type"] != "missing"]
     assert wrong == []
 

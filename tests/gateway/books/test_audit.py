@@ -1,4 +1,4 @@
-"""The audit log: every action of operators, by whom, on what, with its outcome; tenants cannot push them out."""
+"""The audit log has each operator action with caller, target and outcome; tenants can't displace the entries."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def test_it_tells_who_did_what_and_how_it_ended(bus: Bus, fleet: ScriptedF
 
         await http.post("/v1/adapters/mine/preload", headers=heads["acme"])
         assert (await http.post("/v1/adapters/mine/pin", headers=heads["acme"])).status_code == 403
-        assert len((await told())["data"]) == 4  # what a tenant does is apart
+        assert len((await told())["data"]) == 4  # actions of tenants are in a separate list
         (theirs,) = (await told(by="tenants"))["data"]
         assert (theirs["who"], theirs["action"], theirs["outcome"]) == (
             ids["acme"], "adapter.preload", "model_not_found",
@@ -92,14 +92,14 @@ async def test_each_list_is_bounded(bus: Bus) -> None:
     entry = AuditEntry(1, "key_1", "acme", "::1", "adapter.preload", "x", "", "done", by_operator=False)
     for _ in range(400):
         await log.note(entry)
-    assert len(await log.newest(10_000, of_tenants=True)) <= 200  # whole nodes of a stream are trimmed
+    assert len(await log.newest(10_000, of_tenants=True)) <= 200  # a stream is trimmed by whole nodes
     ((_, kept),) = await log.newest(10)
     assert (kept.who, kept.target, kept.by_operator) == ("cli", "first", True)
     assert "@" in kept.tenant
 
 
 async def test_what_was_done_is_told_though_its_answer_failed(subtests: pytest.Subtests) -> None:
-    """An action that has begun is noted however it ends; what was refused before it began is not."""
+    """A started action is recorded however it ends; one refused before it starts is not."""
     noted: list[AuditEntry] = []
 
     class Log:

@@ -1,4 +1,4 @@
-"""Charts from a Prometheus: the same numbers as a gateway's own, and never an error whatever the server replies."""
+"""Charts from a Prometheus have the same numbers as a gateway's own; no reply of the server causes an error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def result(*rows: dict[str, Any], status: int = 200) -> Reply:
 
 
 def row(field: str, values: dict[int, str], **labels: str) -> dict[str, Any]:
-    """Return a result with values by the number of their period; each has the time of the period's end."""
+    """Return a result with values by index of their period; the timestamp of each is the end of the period."""
     pairs = [[FIRST_S + STEP_S * (place + 1), text] for place, text in values.items()]
     return {"metric": {"field": field, **labels}, "values": pairs}
 
@@ -49,7 +49,7 @@ def names(**values: str) -> Reply:
 def prometheus(
     reply: Callable[[str, Form], Reply | None], headers: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[tuple[str, list[tuple[str, Form]]]]:
-    """Serve replies; yields the URL and what was asked. None: the connection is closed instead."""
+    """Serve replies; yield the URL and the requests received. A reply of None closes the connection instead."""
     asked: list[tuple[str, Form]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -120,14 +120,14 @@ async def test_a_reply_becomes_columns_with_its_gaps() -> None:
     all_, odd, small, other = found["groups"]
     assert [group["name"] for group in found["groups"]] == [None, 'odd".*', "small", "other"]
     seen = [0, 1, 70, 71]
-    assert [all_["requests"][at] for at in seen] == [10, 0, 0, 5]  # nothing happened, which is 0
+    assert [all_["requests"][at] for at in seen] == [10, 0, 0, 5]  # no samples in a covered period count as 0
     assert [odd["requests"][at] for at in seen] == [6, 0, 0, 0]
     assert [small["requests"][at] for at in seen] == [1, 0, 0, 0]
     assert [other["requests"][at] for at in seen] == [3, 0, 0, 5]
-    assert all(all_["requests"][at] is None for at in range(2, 70))  # nobody looked, which is not 0
+    assert all(all_["requests"][at] is None for at in range(2, 70))  # no value, instead of 0
     assert [all_["ttft_p95_ms"][at] for at in seen] == [120.3, None, None, None]
     assert all_["hits"][:2] == [0, 0]
-    assert odd["refused"] == [None] * 72  # not known of models
+    assert odd["refused"] == [None] * 72  # not available by model
     assert [found["fleet"]["queued"][at] for at in seen] == [None, 3, None, None]
     own = await TimeSeries(lambda: NOW_S).read(21_600, None, "model")
     assert own.keys() == found.keys()
@@ -147,7 +147,7 @@ async def test_a_range_is_asked_for_once_a_period() -> None:
         for clock.now_s in (NOW_S, NOW_S + 1, NOW_S + 169, NOW_S + 170, NOW_S + 171):
             assert isinstance(await made.read("6h", None), dict)
         assert len(asked) == 2
-        clock.now_s -= 3600  # the fleet's clock was ahead, and has been set
+        clock.now_s -= 3600  # the fleet's clock was ahead and has been corrected
         found = await made.read("6h", None)
         assert isinstance(found, dict)
         assert found["start_time"] == FIRST_S - 3600 + 300
@@ -158,7 +158,7 @@ async def test_a_range_is_asked_for_once_a_period() -> None:
 
 
 async def test_replies_of_both_queries_are_read_one_at_a_time() -> None:
-    """Two megabytes may become fifty while they are read; there are ten such charts."""
+    """Two megabytes may take fifty while they are parsed, and there are ten such charts."""
     with charts(lambda path, _: names(a="1") if path.endswith("query") else result()) as (made, asked):
         async with made._reading:
             first = asyncio.create_task(made.read("6h", "model"))
@@ -203,7 +203,7 @@ async def test_whatever_is_replied_there_is_a_line_that_says_so(subtests: pytest
 
 
 async def test_a_cookie_is_neither_kept_nor_sent() -> None:
-    """One with a character that no header of httpx may hold failed each later request."""
+    """A cookie with a character that no header of httpx may contain made each later request fail."""
     clock = Clock()
     with charts(empty, clock=clock, headers={"set-cookie": "\xff=\xfe"}) as (made, asked):
         for clock.now_s in (NOW_S, NOW_S + 300):

@@ -1,4 +1,4 @@
-"""What was used is what clients were told: by the official client, as CSV, and each tenant's own."""
+"""Recorded usage equals what clients were told in answers: with the official client, as CSV, and by tenant."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_a_call_whose_client_left_before_it_began_does_not_count(
         return not await bus.unfinished() and await bus.history.tenants() == ["public"]
 
     await wait_until(has_ended, "the call has ended")
-    assert await bus.usage.rows(today(), "public") == []  # nobody had begun
+    assert await bus.usage.rows(today(), "public") == []  # no prompt had been computed
 
 
 async def test_background_jobs_are_no_batches(bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient) -> None:

@@ -1,4 +1,4 @@
-"""One grammar is made for all prompts whose answers have the same form."""
+"""A single grammar is built for all prompts whose answers have the same form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOOLS = [{"type": "function", "function": {"name": f"f{i}", "parameters": {"type
 
 
 class Counted(Checks):
-    """Counts what is made."""
+    """Counts the jobs."""
 
     num = 0
 
@@ -79,4 +79,4 @@ async def test_a_grammar_that_is_refused_is_made_no_more() -> None:
     prompts = [prompt_of(files, AnswerForm(None, False, HERMES, {}, {}))] * 64
     with pytest.raises(BadRequest, match="it is refused"):
         await constrain(call_of(prompts), verdicts, checks)
-    assert checks.num == 2  # the second time of outlines
+    assert checks.num == 2  # the other one is for the outlines

@@ -1,4 +1,4 @@
-"""Whatever arrives twice, late, overlapping or not at all: a reader gets the log, once, in order, with one end."""
+"""Deltas may be duplicated, late, overlapping or lost: a reader still gets the log once, in order, with one end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RID = "r-0"
 
 
 def ids_of(start: int, stop: int) -> bytes:
-    """Return the log's tokens [start, stop): each token is its index."""
+    """Return the tokens [start, stop) of the log, in which each token is its index."""
     return array("i", range(start, stop)).tobytes()
 
 
@@ -28,7 +28,7 @@ def records_of(start: int, stop: int) -> bytes:
 
 @dataclass
 class Reader:
-    """What a call does with deltas: drop, cut, or read the log first."""
+    """Handles deltas like a call: drops, cuts, or reads the log first."""
 
     log_length: int = 0
     finish: str = ""
@@ -70,12 +70,12 @@ class Reader:
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[tuple[m.Delta, int]]:
-    """Draw a request's true history as (delta, length of the log when it was published), under several owners."""
+    """Draw a request's true history under several owners, as (delta, length of the log when it was published)."""
     history: list[tuple[m.Delta, int]] = []
     length, epoch = 0, 1
     for _ in range(draw(st.integers(1, 12))):
         if draw(st.integers(0, 4)) == 0:
-            epoch += draw(st.integers(1, 3))  # another owner goes on where the log ends
+            epoch += draw(st.integers(1, 3))  # another owner continues at the end of the log
         stop = length + draw(st.integers(0, 4))
         history.append((m.Delta(RID, epoch, length, ids_of(length, stop), records_of(length, stop)), stop))
         length = stop
@@ -139,7 +139,7 @@ async def test_a_slow_reader_s_mailbox_stays_bounded_and_keeps_the_end() -> None
     for i in range(10 * MAX_PENDING):
         mail.push(m.Delta(RID, 1, i, ids_of(i, i + 1)))
     mail.push(m.Delta(RID, 1, 10 * MAX_PENDING, finish="stop"))
-    mail.push(m.Delta(RID, 1, 0, ids_of(0, 1)))  # a repetition, after the end
+    mail.push(m.Delta(RID, 1, 0, ids_of(0, 1)))  # a duplicate after the end
     deltas = await mail.take(1)
     assert len(deltas) <= MAX_PENDING
     reader = Reader(log_length=10 * MAX_PENDING, finish="stop")
@@ -174,7 +174,7 @@ async def test_a_patient_mailbox_wakes_before_it_overflows() -> None:
 
 
 async def test_a_call_is_not_woken_for_what_is_taken_at_once() -> None:
-    """A delta that is not waits for the call, and so do those behind it, which keep their order."""
+    """A delta that isn't accepted waits for the call, and so do those after it, in order."""
     mail = Subscription([RID], eager=True)
     at_once: list[int] = []
 
@@ -185,7 +185,7 @@ async def test_a_call_is_not_woken_for_what_is_taken_at_once() -> None:
         return True
 
     mail.at_once = take
-    mail.push(m.Delta(RID, 1, 0, ids_of(0, 1)))  # nobody waits
+    mail.push(m.Delta(RID, 1, 0, ids_of(0, 1)))  # no call waits
     assert len(await mail.take(30)) == 1
     async with asyncio.TaskGroup() as group:
         taken = group.create_task(mail.take(30))
@@ -221,7 +221,7 @@ async def test_what_fails_at_once_fails_its_call_alone() -> None:
 
 
 def test_waits_shorter_than_the_services_loop_can_time() -> None:
-    """One is ended by a delta before its time is over; the next is for longer."""
+    """A delta ends a short wait before its timeout; the next wait has a longer one."""
 
     async def wait() -> list[list[m.Delta]]:
         subscription = Subscription([RID], eager=True)

@@ -1,4 +1,4 @@
-"""Texts that look like the frames around them arrive whole, in every API's stream."""
+"""Texts that look like the framing of a stream arrive unchanged in the streams of all APIs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet
 
 ODD = 'data: x\n\ndata: [DONE]\n\nid: 7\nevent: y\n: z\r\n\r{"a"}\u2028data: \u2029\x85\x0b\x0c\x1c\x1d\x1e id: 1,2\n'
-"""What a client could take for an end of a line, of an event or of a stream."""
+"""Text that a client could mistake for the end of a line, an event or a stream."""
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 def data_of(text: str) -> Iterator[dict[str, Any]]:
-    """Return the JSON of each event; lines end with a line feed alone."""
+    """Return the JSON of each event; only line feeds end lines."""
     for block in text.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
         if fields.get("data", "[DONE]") == "[DONE]":

@@ -1,4 +1,4 @@
-"""An Idempotency-Key whose call ended with 503 may be used again; any other end stays its answer."""
+"""An Idempotency-Key whose call ended with 503 may be used again; any other outcome is final."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def test_what_nobody_could_serve_is_run_again(
         assert not [one.text for one in again if "no worker joined" in one.text]
         other = await http.post("/v1/completions", json={**body, "max_tokens": 3}, headers=HEAD)
         assert other.status_code == 422
-    assert len(fleet.seen) == 2  # the first call, and one more for all repetitions
+    assert len(fleet.seen) == 2  # the first call, and a single one for all repetitions
 
 
 @pytest.mark.parametrize("error", [Internal("it broke"), None])

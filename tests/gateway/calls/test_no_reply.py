@@ -1,4 +1,4 @@
-"""A call that the queue has taken, or takes later, without a reply: its client was refused, and so it must not run."""
+"""A call whose submission got no reply from the queue is refused, so it must not run even if the queue has taken it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ DAY_MS = 86_400_000
 
 
 class Cable:
-    """Connections to the queue, which are cut with the next submission that they carry, and stay so until mended."""
+    """Proxied connections to the queue, which are cut by the next submission once armed, until mended."""
 
     def __init__(self, path: str) -> None:
-        """path: of the socket that the queue listens on."""
+        """path: path of the socket on which the queue listens."""
         self._path = path
         self._writers: set[asyncio.StreamWriter] = set()
         self.is_cut = self.is_armed = False
@@ -51,7 +51,7 @@ class Cable:
 
 @asynccontextmanager
 async def cabled(bus: Bus) -> AsyncIterator[tuple[Cable, str]]:
-    """Lay a cable to a queue; yields it, and the queue's URL through it."""
+    """Start a proxy in front of a queue; yield it with the queue's URL through it."""
     cable = Cable(bus.url.removeprefix("unix://"))
     async with await asyncio.start_server(cable.serve, "127.0.0.1", 0) as server:
         yield cable, f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -89,7 +89,7 @@ async def test_a_call_that_was_refused_without_a_reply_is_not_run(
 
 
 class Away(Bus):
-    """A queue that cannot be reached for a while."""
+    """A queue that is unreachable while `is_away`."""
 
     is_away = True
 
@@ -114,14 +114,14 @@ async def test_requests_are_cancelled_once_the_queue_can_be_reached(bus: Bus, qu
     await bus.submit("interactive", pairs[:1], max_queued=9)
     await replies.keep()
     assert await bus.unfinished() == {}
-    await bus.submit("interactive", pairs[1:], max_queued=9)  # the server reads it only now
+    await bus.submit("interactive", pairs[1:], max_queued=9)  # the server executes the submission only now
     await replies.keep()
     assert await bus.unfinished() == {}
     await away.close()
 
 
 async def test_a_submission_that_arrives_after_its_cancellation_is_cancelled(bus: Bus, queue: Queue) -> None:
-    """A client has hung up meanwhile, and a large submission has a connection of its own."""
+    """Its client may hang up meanwhile; a large submission has a separate connection, and so may be overtaken."""
     replies = Replies(bus, "g", bus)
     await replies.open()
     await replies.cancel(["late"])

@@ -1,4 +1,4 @@
-"""Calls while there is no worker: refused, or waiting in the queue where workers are started for them."""
+"""Calls without any worker are refused, or wait in the queue if workers are started on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATH = "/v1/chat/completions"
 
 
 async def leave(bus: Bus, fleet: ScriptedFleet) -> None:
-    """Take the only worker away, and let the scheduler say so."""
+    """Remove the only worker, also from the scheduler's status."""
     await fleet.stop_beating()
     fleet.assigning.clear()
     await bus._redis.zrem(bus.keys.workers, fleet.wid)
@@ -57,7 +57,7 @@ async def test_the_fleet_tells_how_much_it_has_to_do(bus: Bus, fleet: ScriptedFl
     wanted = {"object": "fleet", "workers": 1, "queued": 5, "running": 3, "demand": 8, "drain_next": "w"}
     assert wanted.items() <= told.items()
 
-    # Nothing is asked, and nothing can be while no worker has told its model: one is needed all the same.
+    # Without requests, and before any worker has published its model, the demand still is one worker.
     await leave(bus, fleet)
     assert (await http.get("/v1/fleet")).json()["demand"] == 0
     await bus._redis.delete(bus.keys.base)

@@ -1,4 +1,4 @@
-"""However many adapters and tenants there are, a gateway shows a bounded number of series."""
+"""The number of metric series of a gateway is bounded, however many adapters and tenants there are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAMILIES = ("lorafleet_adapter", "lorafleet_tenant")
 
 @pytest.fixture(autouse=True)
 def _no_names() -> Iterator[None]:
-    """No name is among the most used before a test: which ones have series then depends on nothing run before it."""
+    """Clear the most used names before a test, so that its series don't depend on earlier tests."""
     forget_names()
     yield
     forget_names()
@@ -58,7 +58,7 @@ def test_ten_thousand_adapters_and_tenants_have_a_bounded_page() -> None:
     others = {s.name: s.value for s in samples if OTHER in s.labels.values() and "le" not in s.labels}
     assert others["lorafleet_adapter_requests_total"] >= NUM - LIMIT
     assert others["lorafleet_tenant_refused_total"] >= NUM - LIMIT
-    assert observe.name_of_digest("digest-0") is None  # as many as `MAX_NAMES` are remembered
+    assert observe.name_of_digest("digest-0") is None  # `MAX_NAMES` names are remembered
     assert observe.name_of_digest(f"digest-{NUM - 1}") == f"adapter-{NUM - 1}"
 
 
@@ -83,7 +83,7 @@ def test_loads_are_counted_by_adapter_and_tier() -> None:
     assert loads("loaded", "store") == (1, 0.2)
     assert loads("loaded", "host") == (2, 0.08)
     assert loads(OTHER, "store") == (others[0] + 1, others[1] + 0.5)
-    assert loads(observe.MERGES, "host") == merges  # nobody has asked for merges, so they have no series
+    assert loads(observe.MERGES, "host") == merges  # no request used merges, so they have no series
 
 
 def test_merges_that_clients_invent_have_one_name() -> None:

@@ -1,4 +1,4 @@
-"""Calls that use what no worker knows are refused, instead of answered without it."""
+"""Calls with features that no worker supports are refused, instead of answered without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tab on the console of a scripted fleet, without API keys."""
+"""A browser tab with the console of a scripted fleet, without API keys."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ async def tab(gateway: RunningGateway) -> AsyncIterator[Tab]:
         context = await browser.new_context(viewport=WIDE, timezone_id="America/New_York")
         await context.grant_permissions(["clipboard-read", "clipboard-write"], origin=gateway.url)
         tab = Tab(await context.new_page(), gateway.url)
-        tab.page.set_default_timeout(15_000)  # less than a test may take, so that it says what it waits for
+        tab.page.set_default_timeout(15_000)  # shorter than a test's timeout, so that the error names the element
         yield tab
         assert tab.wrong == []

@@ -1,4 +1,4 @@
-"""Several bases in the console: each with its state, workers, requests and adapters."""
+"""The console shows each base with its state, workers, requests and adapters."""
 
 from __future__ import annotations
 

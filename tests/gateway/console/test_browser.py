@@ -1,4 +1,4 @@
-"""Each page and action of the console in a real Chromium, on a real fleet of two workers, one of which is killed."""
+"""Each page and action of the console in a real Chromium, with a real fleet of two workers, one of which is killed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PAGES = (
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ConsoleFleet]:
-    from helpers.console_fleet import console_fleet  # torch and transformers, which the skipped tests do not need
+    from helpers.console_fleet import console_fleet  # torch and transformers, which the skipped tests don't need
 
     async with console_fleet(tmp_path_factory.mktemp("console")) as fleet:
         yield fleet
@@ -154,7 +154,7 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     first = (await fleet.http.get("/v1/adapters/mine")).json()
     assert first["source"].startswith("local:uploads/kept/")
     assert (await fleet.ask("mine"))["choices"]
-    # Dropped, as a zip, in place of the first; before that without leave to replace.
+    # Replaced by dropping a zip, after an attempt without permission to replace.
     await tab.page.get_by_role("button", name="Add …").click()
     raw = list(zipped(fleet.adapter(tmp_path / "other", 10)))
     await dialog.locator("[data-drop]").evaluate(
@@ -236,7 +236,7 @@ async def test_a_request_is_followed_and_cancelled(fleet: ConsoleFleet, tab: Tab
 
 async def test_a_dead_letter_is_queued_again(fleet: ConsoleFleet, tab: Tab) -> None:
     bus = fleet.processes.bus
-    for number in range(20):  # a worker may have answered it before it is given up
+    for number in range(20):  # a worker may answer it before it becomes a dead letter
         rid = f"given-up-{number}"
         sub = make_submit(rid, cls="batch", gateway="", stored=True)
         await bus.submit("batch", [(sub, make_body())], max_queued=100)
@@ -332,7 +332,7 @@ async def test_a_chat_goes_on(fleet: ConsoleFleet, tab: Tab) -> None:
         assert await refused.count() == 0, await refused.inner_text()
 
 
-# ---------------------------------------------------------------- for everybody
+# ---------------------------------------------------------------- accessibility
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -344,7 +344,7 @@ async def test_axe_finds_nothing_on_any_page(fleet: ConsoleFleet, browser: Any, 
     wrong: dict[str, list[str]] = {}
 
     async def hold(name: str) -> None:
-        await tab.page.evaluate(script)  # by the browser's debugger, which the page's policy does not bind
+        await tab.page.evaluate(script)  # through the debugger, to which the page's policy does not apply
         if found := await tab.violations():
             wrong[name] = found
 

@@ -33,7 +33,7 @@ async def saved_text(download: Any) -> str:
 
 
 async def rows(tab: Tab) -> set[str]:
-    """Return the requests that are shown."""
+    """Return the ids of the requests in the list."""
     return set(await tab.page.locator("tbody a.code").all_inner_texts())
 
 
@@ -119,7 +119,7 @@ async def test_a_batch_is_uploaded_followed_and_downloaded(fleet: ScriptedFleet,
     dialog = tab.page.get_by_role("dialog")
     await dialog.get_by_label("a file").set_input_files(path)
     await dialog.get_by_text("calls.jsonl").wait_for()
-    assert await dialog.get_by_label("Endpoint").input_value() == "/v1/completions"  # that of its first line
+    assert await dialog.get_by_label("Endpoint").input_value() == "/v1/completions"  # the endpoint of the first line
     await dialog.get_by_role("button", name="Start batch").click()
     await tab.said("was started.")
     await dialog.get_by_text("completed").wait_for(timeout=25_000)
@@ -164,7 +164,7 @@ async def test_usage_is_a_chart_and_a_file(bus: Bus, fleet: ScriptedFleet, http:
     assert label.startswith("Requests per day (UTC), latest values: sql 2, ")
     box = await tab.page.locator(".u-over").bounding_box()
     await tab.page.mouse.move(box["x"] + box["width"] * 6.5 / 7, box["y"] + 9)  # over the last of seven days
-    day = time.strftime("%Y-%m-%d", time.gmtime(now_ms() / 1000))  # of UTC, wherever the browser is
+    day = time.strftime("%Y-%m-%d", time.gmtime(now_ms() / 1000))  # in UTC, whatever the time zone of the browser
     await tab.page.locator(".u-legend").get_by_text(day).wait_for()
     async with tab.page.expect_download() as saved:
         await tab.page.get_by_role("button", name="Export CSV").click()
@@ -180,7 +180,7 @@ async def test_usage_is_a_chart_and_a_file(bus: Bus, fleet: ScriptedFleet, http:
 
 
 async def test_what_has_ended_is_not_asked_for_again(fleet: ScriptedFleet, http: httpx2.AsyncClient, tab: Tab) -> None:
-    """But for five seconds, in which its text may come."""
+    """Except for five seconds, in which the stored text may still arrive."""
     done = (await http.post("/v1/completions", json={"model": "base", "prompt": "the dog", "max_tokens": 6})).json()
     lists: list[str] = []
     timelines: list[str] = []
@@ -217,7 +217,7 @@ async def test_a_kept_prompt_and_output_are_shown_as_text(
 ) -> None:
     done = (await http.post("/v1/completions", json={"model": "base", "prompt": "the dog", "max_tokens": 6})).json()
     kept = {"prompt": "<b>the dog</b>", "output": "sleeps\nin", "is_cut": True, "problem": None}
-    texts = iter((None, kept))  # it is there about a second after the end
+    texts = iter((None, kept))  # available about a second after the end
 
     async def answer(route: Any) -> None:
         found = await route.fetch()

@@ -1,4 +1,4 @@
-"""`/docs` in a real Chromium: the operations are listed, and nothing is asked of another host."""
+"""`/docs` in a real Chromium lists the operations and loads nothing from other hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All texts of the console are the field's standard words: private ones, which only this project would use, are red."""
+"""Texts of the console use standard terms; words that only this project would use fail the test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS = {
     "Refresh", "took": "Latency", "tokens a second": "Throughput (tokens/s)", "from a place": "Hub / S3 / local path",
     "what operators did": "Audit log", "said": "Message", "place": "Source", "of": "Model",
 }  # fmt: skip
-"""A whole label that is a private word -> the field's."""
+"""Private word as a whole label -> standard term."""
 
 PRIVATE = {
     r"\b9\d of 100\b": "p95", r"oldest that waits": "oldest queued", r"found in (a|the) pool": "pool hit rate",
@@ -28,7 +28,7 @@ PRIVATE = {
     r"\bhow long\b": "seconds", r"\btakes? part\b": "joins", r"\bgoes on\b": "continues", r"\bbooks\b": "accounting",
     r"\bcan ?not be\b": "can't be", r"\bstrangers?\b": "clients",
 }  # fmt: skip
-"""Words within a text -> the field's."""
+"""Pattern of private words within a text -> standard term."""
 
 
 REGEX = re.compile(r"/(?:\\.|\[[^\]\n]*\]|[^/\\\n\[*])+/[gimsuy]*(?=[.,);\s])")
@@ -37,9 +37,9 @@ REGEX = re.compile(r"/(?:\\.|\[[^\]\n]*\]|[^/\\\n\[*])+/[gimsuy]*(?=[.,);\s])")
 def literals(code: str) -> Iterator[str]:
     """Yield the strings and templates of a JavaScript module, without the expressions in templates."""
     place = 0
-    depth: list[int] = []  # open braces within each template's expression
+    depth: list[int] = []  # number of open braces in each template's expression
     text = ""
-    texts: list[str] = []  # of the templates around
+    texts: list[str] = []  # texts of the enclosing templates
     while place < len(code):
         char = code[place]
         if depth and char == "}" and depth[-1] == 0:
@@ -54,7 +54,7 @@ def literals(code: str) -> Iterator[str]:
             yield found[1]
             place = found.end()
             continue
-        elif (found := REGEX.match(code, place)) and re.search(r"[(,=:\[!&|?]\s*$", code[:place]):  # no division
+        elif (found := REGEX.match(code, place)) and re.search(r"[(,=:\[!&|?]\s*$", code[:place]):  # not a division
             place = found.end()
             continue
         elif char == "`":
@@ -78,7 +78,7 @@ def literals(code: str) -> Iterator[str]:
 
 
 def phrases(code: str) -> Iterator[str]:
-    """Yield what a module shows: texts between tags, and attributes that are read out or shown."""
+    """Yield the visible texts of a module: between tags, and in attributes that are shown or read out."""
     for text in literals(code):
         if "<" not in text:
             yield text
@@ -88,7 +88,7 @@ def phrases(code: str) -> Iterator[str]:
 
 
 def found_in(code: str) -> list[str]:
-    """Return the private words of a module, each with the field's."""
+    """Return the private words of a module, each with its standard term."""
     found: list[str] = []
     for phrase in phrases(code):
         words = " ".join(phrase.split())

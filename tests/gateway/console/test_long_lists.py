@@ -1,4 +1,4 @@
-"""The console with thousands of rows and with names that are markup: all of it shown, none of it run."""
+"""The console with thousands of rows and with markup in names: all is displayed as text, and none is executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Addresses, times, themes and small screens; and what is shown without a gateway, or where there is nothing."""
+"""Addresses, times, themes and small screens of the console; its display without a gateway and of empty lists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
 async def populate(bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient) -> dict[str, str]:
-    """Make one of everything that can be opened; return the address of each."""
+    """Create one of everything that can be opened; return the address of each."""
     await fleet.add_adapter("acme/sql", "d" * 64)
     body = {"model": "acme/sql", "prompt": "the dog", "max_tokens": 6}
     job = (await http.post("/v1/completions", json={**body, "background": True})).json()
@@ -134,7 +134,7 @@ async def test_an_address_leads_to_nothing_but_its_own_kind(fleet: ScriptedFleet
         assert "/v1/fleet" not in asked, page
     await tab.page.goto(f"{tab.url}/console/#/playground?prompt=spend+money&model=base")
     await tab.page.get_by_role("button", name="Remove base").wait_for()
-    assert fleet.seen == []  # a link fills in a prompt, and sends nothing
+    assert fleet.seen == []  # a link fills in a prompt without sending it
 
 
 async def test_empty_lists_say_so_and_have_no_headers(fleet: ScriptedFleet, tab: Tab) -> None:
@@ -190,7 +190,7 @@ async def test_charts_have_units_and_what_was_before_a_reload(fleet: ScriptedFle
         await tab.page.get_by_role("button", name="7 days").click()
     assert (await (await asked.value).json())["step_s"] == 1800
     assert tab.page.url.endswith("#/overview?range=7d&by=tenant&metric=tokens")
-    await tab.page.get_by_role("button", name="15 min").click()  # ends with the last whole period of 10 s
+    await tab.page.get_by_role("button", name="15 min").click()  # ends with the last complete period of 10 s
     await tab.page.get_by_role("img", name=re.compile(r"^Queue, .*queued \d+ requests")).wait_for()
 
 
@@ -214,7 +214,7 @@ async def test_longer_ranges_need_a_prometheus_and_a_note_says_it_is_down(
 
 
 async def test_charts_of_a_gateway_of_an_earlier_version_are_shown(fleet: ScriptedFleet, tab: Tab) -> None:
-    """Behind one address it may answer the page of a newer one, and says nothing of ranges."""
+    """Behind a shared address, it may answer the page of a newer gateway, without the fields for ranges."""
 
     async def answer(route: Any) -> None:
         response = await route.fetch()
@@ -325,7 +325,7 @@ async def test_a_chat_is_seen_by_no_other_key_and_in_no_other_tab(
         await two.page.get_by_label("Prompt", exact=True).fill("a second draft")
         await wait_until(lambda: is_kept(two, "a second draft"), "the other tab goes on")
         assert await one.page.evaluate(kept) == "[{},{}]"
-        # The key is revoked, and another tenant signs in where the form comes up.
+        # The key is revoked, and another tenant signs in with the form that appears.
         await bus.api_keys.revoke(made[0][1].id)
         await two.page.get_by_role("link", name="Overview", exact=True).click()
         await two.page.get_by_label("API key").wait_for()

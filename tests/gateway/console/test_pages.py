@@ -1,4 +1,4 @@
-"""The console over HTTP: anybody reads its files, they hold no data, and a browser may run and load nothing else."""
+"""The console's files need no key and contain no data; its policy keeps browsers from running or loading others."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_modules_make_no_markup_of_text(path: Path) -> None:
     code = path.read_text()
     forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|dangerously|\beval\(|new Function"
     assert re.findall(forbidden, code) == []
-    if path.name != "store.js":  # which knows nothing of keys
+    if path.name != "store.js":  # which does not handle keys
         assert "localStorage" not in code
     for name in re.findall(r'from "\./([^"]+)"', code):
         assert name in load(), f"{path.name} imports {name}"
@@ -93,7 +93,7 @@ def test_files_have_kinds_that_are_served() -> None:
 async def test_docs_show_the_api_as_openapi_json_may_be_read(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
-    """Swagger UI of the package alone: no code in the page, nothing of other hosts, a key where the API needs one."""
+    """Swagger UI comes with the package: no inline code, nothing from other hosts, and a key if the API needs one."""
     for keys, open_pages, status in ((False, False, 200), (True, False, 401), (True, True, 200)):
         async with gateway_client(bus, model_folder, api_keys=keys, open_pages=open_pages) as http:
             assert (await http.get("/openapi.json")).status_code == status

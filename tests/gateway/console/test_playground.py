@@ -1,4 +1,4 @@
-"""The playground: what is typed is what is asked, chats are kept, and the code is the call that was made."""
+"""The playground sends what is typed, keeps chats, and shows the code of the calls it made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SQL = "d" * 64
 
 
 async def start(tab: Tab) -> None:
-    """Open the playground, with answers that fit into the scripted model's context."""
+    """Open the playground, with a limit on answers that fits the context of the scripted model."""
     await tab.enter()
     await tab.go("Playground")
     await tab.page.get_by_label("Max tokens").fill("60")
@@ -34,7 +34,7 @@ async def send(tab: Tab, prompt: str, key: str = "Enter") -> None:
 
 
 async def answered(tab: Tab, number: int) -> None:
-    """Wait until so many answers of a chat have ended."""
+    """Wait until `number` answers of a chat have ended."""
     await wait_until(lambda: num_ended(tab, number), f"{number} answers have ended")
 
 
@@ -43,7 +43,7 @@ async def num_ended(tab: Tab, number: int) -> bool:
 
 
 async def body_of(tab: Tab) -> dict[str, Any]:
-    """Return the body of the call that the page shows as curl."""
+    """Return the body of the call that the page shows as curl command."""
     words = shlex.split((await tab.page.get_by_label("Code: curl").inner_text()).replace("\\\n", " "))
     return json.loads(words[words.index("-d") + 1])
 

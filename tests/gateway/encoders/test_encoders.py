@@ -1,4 +1,4 @@
-"""Routes that ask an encoder: OpenAI's and LoRAX's shapes over a scripted worker, and what they say of mistakes."""
+"""Encoder routes in OpenAI's and LoRAX's formats with a scripted worker, and their error messages."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer.enable_truncation(4)  # as sentence-transformers' files have it: of no effect here
+    tokenizer.enable_truncation(4)  # as in files of sentence-transformers; has no effect here
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
     return folder
 
 
 def says(submit: m.RequestHead, body: m.Body) -> Script:
-    """Return as vector the text's length and the call's index, or as labels one for each token."""
+    """Answer with a vector of the text's length and the call's index, or with one label per token."""
     num, index = len(body.prompt) // 4, int(submit.rid.rpartition("-")[2])
     if body.task == "embed":
         scale = 2.0 if submit.digest else 1.0
@@ -86,23 +86,23 @@ async def tagger(bus: Bus, fleet: ScriptedFleet, encoder_folder: Path) -> AsyncI
 async def test_the_official_client_gets_its_embeddings(embedder: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     async with AsyncOpenAI(base_url=f"{embedder.base_url}/v1", api_key="any", max_retries=0) as client:
         texts = ["Ada lives", "ada", "london . ada lovelace"]
-        answer = await client.embeddings.create(model="base", input=texts)  # which asks for base64
+        answer = await client.embeddings.create(model="base", input=texts)  # with base64 as default encoding
         assert [(item.index, item.embedding) for item in answer.data] == [
             (0, [4, 0, 3, 4]), (1, [3, 1, 3, 4]), (2, [6, 2, 3, 4])
         ]  # fmt: skip
         assert (answer.usage.prompt_tokens, answer.usage.total_tokens, answer.model) == (13, 13, "base")
-        submit, body = min(fleet.seen, key=lambda pair: pair[0].rid)  # they may be seen in any order
+        submit, body = min(fleet.seen, key=lambda pair: pair[0].rid)  # they may arrive in any order
         assert (body.task, submit.max_new_tokens, submit.num_prompt_tokens) == ("embed", 0, 4)
         adapted = await client.embeddings.create(model="legal", input="ada", encoding_format="float")
         assert adapted.data[0].embedding == [6, 0, 6, 8]
         ids = await client.embeddings.create(model=BASE_NAME, input=[[4], [4, 5]], dimensions=2)
-        assert [item.embedding[0] for item in ids.data] == pytest.approx([1, 2 / 5**0.5])  # of length 1 again
+        assert [item.embedding[0] for item in ids.data] == pytest.approx([1, 2 / 5**0.5])  # normalized again
         one = await client.embeddings.create(model="base", input=[4, 5, 6])
         assert one.data[0].embedding == [3, 0, 3, 4]
 
 
 async def test_lorax_s_shapes(embedder: httpx2.AsyncClient) -> None:
-    """What its client sends: `parameters` and `stream` are null and false. Its key is there beside OpenAI's."""
+    """As its client sends them, with null and false as defaults; its key is returned along with OpenAI's."""
     sent = {"inputs": "ada", "parameters": None, "stream": False}
     assert (await embedder.post("/embed", json=sent)).json() == {"embeddings": [3, 0, 3, 4]}
     adapted = {"inputs": "ada", "parameters": {"adapter_id": "legal", "adapter_source": "local"}}
@@ -217,7 +217,7 @@ async def test_a_decoder_says_that_it_is_none(http: httpx2.AsyncClient, fleet: S
 
 
 def test_where_entities_begin_and_end() -> None:
-    """A new one at every B- and where the tag changes; labels without a prefix are tags; nothing else splits one."""
+    """Each B- prefix and each change of the tag starts an entity; labels without prefix are tags; nothing else does."""
     text = "aa bb cc dd ee ff"
     offsets: list[tuple[int, int] | None] = [None, *((3 * i, 3 * i + 2) for i in range(6)), None]
     names = ["O", "B-X", "I-X", "I-Y", "MISC", "B-a-b"]
@@ -242,7 +242,7 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
 
 
 async def asked_twice(http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str, body: dict[str, Any]) -> None:
-    """Ask with an Idempotency-Key twice: it is computed once; with another body the key is refused."""
+    """Send a request twice with an Idempotency-Key: it is computed once; with another body, the key is refused."""
     fleet.seen.clear()
     headers = {"idempotency-key": f"key of {path}"}
     first = await http.post(path, json=body, headers=headers)

@@ -1,4 +1,4 @@
-"""Labels of texts, scores and ranks of pairs: vLLM's, Cohere's and Jina's shapes over a scripted worker."""
+"""Labels of texts, scores and ranks of pairs in the formats of vLLM, Cohere and Jina, with a scripted worker."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ids_of(body: m.Body) -> list[int]:
 
 
 def says(submit: m.RequestHead, body: m.Body) -> Script:
-    """Return as logits the text's length and then ones, or as vector how often each word is in it."""
+    """Answer with logits of which the last depends on the text's length, or with a vector of word counts."""
     ids = ids_of(body)
     if body.task == "embed":
         numbers = np.bincount(ids, minlength=len(WORDS)).astype(np.float32)

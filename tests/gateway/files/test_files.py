@@ -1,4 +1,4 @@
-"""Files as OpenAI's client drives them, and forms that no client writes."""
+"""Files with OpenAI's client, and malformed forms that no client sends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LINE = b'{"custom_id": "a"}\n'
 
 @pytest_asyncio.fixture
 async def small(bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path) -> Any:
-    """A gateway whose files are small and few."""
+    """A gateway with low limits on files."""
     limits = {"max_file_bytes": 100_000, "tenant_file_bytes": 150_000, "tenant_files": 5, "data": tmp_path}
     async with running_gateway(bus, model_folder, **limits) as gateway:
         yield gateway
@@ -70,7 +70,7 @@ async def test_lists_page_in_both_orders(openai: AsyncOpenAI) -> None:
 
 
 async def test_a_long_list_is_a_page_like_others(openai: AsyncOpenAI, bus: Bus) -> None:
-    """It is written in slices."""
+    """The answer is written in slices."""
     made = await openai.files.create(file=("a", LINE), purpose="batch")
     record = await bus.files.get(made.id, EVERYBODY.owner)
     assert record is not None
@@ -201,7 +201,7 @@ async def test_expired_files_are_deleted_with_their_bytes(bus: Bus, tmp_path: Pa
 
 
 class Stuck(FolderStorage):
-    """A storage that cannot delete some names, and notes the order in which others were deleted."""
+    """A storage that fails to delete some names, and records the order of other deletions."""
 
     def __init__(self, root: Path, stuck: set[str]) -> None:
         super().__init__(root)
@@ -216,7 +216,7 @@ class Stuck(FolderStorage):
 
 
 async def test_expired_files_are_deleted_by_turns_of_tenants(bus: Bus, tmp_path: Path) -> None:
-    """Whoever has thousands waits behind others; what cannot be deleted waits longer, and blocks nobody."""
+    """A tenant with thousands of files delays no others; files that can't be deleted are retried later."""
     storage = Stuck(tmp_path, {f"files/file-stuck{n}" for n in range(20)})
     files = FileService(bus, storage, Settings(redis_url=bus.url, model="any"))
     many = {f"rich:file-{n:05}": n + 1 for n in range(3000)}

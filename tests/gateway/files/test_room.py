@@ -1,4 +1,4 @@
-"""Files when there is no room, when a reply is lost, and when the queue cannot write: nothing is half there."""
+"""Files with a full disk, a lost reply, or a queue that refuses writes: nothing is left half done."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OWNER = EVERYBODY.owner
 
 
 class Disk:
-    """A disk that fills by what is asked for."""
+    """The free space of a disk, as a callable."""
 
     def __init__(self, free: int) -> None:
         self.free = free
@@ -66,7 +66,7 @@ def below(folder: Path) -> list[str]:
 
 
 async def held(bus: Bus) -> dict[bytes, bytes]:
-    """Return the sizes that are counted of the tenant's files."""
+    """Return the accounted sizes of the tenant's files."""
     return await bus._redis.hgetall(bus.keys.file_sizes(OWNER))  # type: ignore[misc]
 
 
@@ -84,7 +84,7 @@ async def test_a_disk_that_fills_meanwhile_ends_an_upload(bus: Bus, tmp_path: Pa
     class Filling(FolderStorage):
         def _append(self, file: Any, part: Path, chunk: bytes | bytearray) -> None:
             super()._append(file, part, chunk)
-            disk.free -= 5 * len(chunk)  # others write as well
+            disk.free -= 5 * len(chunk)  # others write too
 
     files = service(bus, Filling(tmp_path, Reserve(1000, disk)))
     with pytest.raises(NoRoom):
@@ -94,14 +94,14 @@ async def test_a_disk_that_fills_meanwhile_ends_an_upload(bus: Bus, tmp_path: Pa
 
 
 def slow_ends(bus: Bus, folder: Path, num: int, num_of_tenant: int) -> FileService:
-    """Return files of which every upload is too slow where others wait."""
+    """Return a file service that treats each upload as too slow while others wait."""
     settings = Settings(redis_url=bus.url, model="any")
     limits = UploadLimits(num=num, num_of_tenant=num_of_tenant, slow_bytes_per_s=1 << 50, slow_after_s=0.0)
     return FileService(bus, FolderStorage(folder, Reserve(0, Disk(1 << 30))), settings, limits)
 
 
 async def begun(files: FileService, caller: Caller, may_go_on: asyncio.Event) -> asyncio.Task[m.File]:
-    """Return an upload that has its place, and goes on when it may."""
+    """Return an upload that has its slot and continues after `may_go_on`."""
     has_begun = asyncio.Event()
 
     async def drip() -> AsyncIterator[bytes]:
@@ -117,7 +117,7 @@ async def begun(files: FileService, caller: Caller, may_go_on: asyncio.Event) ->
 
 
 async def waiting(files: FileService, caller: Caller) -> asyncio.Task[m.File]:
-    """Return an upload that has no place yet."""
+    """Return an upload that waits for a slot."""
     num = sum(map(len, files._uploads._waiting.values()))
     task = asyncio.create_task(upload(files, b"c", caller=caller))
 
@@ -130,12 +130,12 @@ async def waiting(files: FileService, caller: Caller) -> asyncio.Task[m.File]:
 
 async def test_a_slow_upload_makes_place_for_who_waits(bus: Bus, tmp_path: Path) -> None:
     files, may_go_on = slow_ends(bus, tmp_path, num=3, num_of_tenant=3), asyncio.Event()
-    assert (await upload(files, b"a", b"b")).num_bytes == 2  # nobody waits
+    assert (await upload(files, b"a", b"b")).num_bytes == 2  # no other upload waits
     slow = [await begun(files, EVERYBODY, may_go_on) for _ in range(3)]
     other = await waiting(files, Caller(Tenant("other")))
     may_go_on.set()
     ends = await asyncio.gather(*slow, return_exceptions=True)
-    [ended] = [end for end in ends if isinstance(end, BaseException)]  # one place is enough
+    [ended] = [end for end in ends if isinstance(end, BaseException)]  # one slot is enough
     assert isinstance(ended, Overloaded)
     assert "others wait" in str(ended)
     assert (await other).num_bytes == 1
@@ -166,7 +166,7 @@ async def test_files_on_their_way_to_s3_leave_the_reserve(tmp_path: Path) -> Non
 
 
 async def test_uploads_at_once_pass_no_limit_of_their_tenant(bus: Bus, tmp_path: Path) -> None:
-    """Room is held before a byte is written, so uploads beside each other count."""
+    """Space is reserved before the first byte is written, so concurrent uploads count."""
     files = service(bus, FolderStorage(tmp_path), tenant_file_bytes=1_000_000, tenant_files=3)
     inner: list[BaseException] = []
 
@@ -184,7 +184,7 @@ async def test_uploads_at_once_pass_no_limit_of_their_tenant(bus: Bus, tmp_path:
     assert [type(error) for error in inner] == [Overloaded]
     assert "the limit is 1000000" in str(inner[0])
     assert await held(bus) == {b"sum": b"700000", kept.id.encode(): b"700000"}
-    # Up to the last byte, but not beyond, whether its length was stated or not.
+    # Uploads fit up to the last byte and not beyond, with or without a stated length.
     with pytest.raises(Overloaded, match="your files have 700000 bytes"):
         await upload(files, b"z" * 200_000, b"z" * 100_001)
     await upload(files, b"z" * 200_000, b"z" * 100_000)
@@ -195,7 +195,7 @@ async def test_uploads_at_once_pass_no_limit_of_their_tenant(bus: Bus, tmp_path:
 
 
 class LostReplies(Files):
-    """Records of files whose writer does not hear of it, whether they were written or not."""
+    """Records of files whose replies are lost, after or before the write."""
 
     is_written = True
 
@@ -217,7 +217,7 @@ async def test_a_lost_reply_leaves_no_record_without_bytes(bus: Bus, tmp_path: P
             assert len(found) == 1
             for file in found:
                 assert b"".join([chunk async for chunk in files.read(file)]) == b"hello"
-            assert len(below(tmp_path)) == num_left  # the record's, or swept by its id, as follows
+            assert len(below(tmp_path)) == num_left  # the record's bytes; otherwise they are swept by id, as below
 
 
 async def test_what_a_dead_gateway_left_is_swept_by_its_id(bus: Bus, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ async def test_what_a_dead_gateway_left_is_swept_by_its_id(bus: Bus, tmp_path: P
         yield b"hello"
 
     assert (await bus.files.hold(left, max_bytes=0, max_files=0))[0] == "ok"
-    await FolderStorage(tmp_path).write("files/file-left", chunks())  # and then it died
+    await FolderStorage(tmp_path).write("files/file-left", chunks())  # and then the gateway died
     assert await bus.files.get("file-left", OWNER) is None
     assert await bus.files.ids(OWNER, 0, 10, oldest_first=True) == []
     await files.delete_expired()
@@ -257,7 +257,7 @@ async def durable_bus(durable: EmbeddedServer) -> AsyncIterator[Bus]:
 
 
 def suppressing(look: Callable[[], Awaitable[bool]]) -> Callable[[], Awaitable[bool]]:
-    """Return a condition that a queue which does not write yet does not meet."""
+    """Return a condition that is false while the queue can't be reached or refuses writes."""
 
     async def found() -> bool:
         try:
@@ -287,7 +287,7 @@ async def test_deleting_frees_bytes_while_the_queue_cannot_write(
     bus, files = durable_bus, service(durable_bus, FolderStorage(tmp_path / "files"))
     file = await upload(files, b"x" * 1000)
     await refuse_writes(durable, bus)
-    for _ in range(2):  # as clients do, again and again
+    for _ in range(2):  # as clients retry
         with pytest.raises(Unavailable, match="content is deleted") as told:
             await files.delete(file.id, EVERYBODY)
         assert told.value.code == "queue_unavailable"
@@ -297,7 +297,7 @@ async def test_deleting_frees_bytes_while_the_queue_cannot_write(
     async def is_gone() -> bool:
         try:
             await files.delete_expired()
-        except CONNECTION_ERRORS:  # it has not noticed yet that there is room
+        except CONNECTION_ERRORS:  # it has not noticed the free space yet
             return False
         return await bus.files.get(file.id, OWNER) is None
 
@@ -308,7 +308,7 @@ async def test_deleting_frees_bytes_while_the_queue_cannot_write(
 async def test_delete_over_http_frees_bytes_of_a_full_disk(
     durable: EmbeddedServer, durable_bus: Bus, tokenizer: Any, model_folder: Path, tmp_path: Path
 ) -> None:
-    """Nothing on the way to the bytes writes to the queue: neither keys nor admission, audit or limits."""
+    """No step on the way to the bytes writes to the queue: keys, admission, audit and limits included."""
     fleet = ScriptedFleet(durable_bus, tokenizer)
     await fleet.register()
     async with gateway_client(durable_bus, model_folder, data=tmp_path) as http:
@@ -326,11 +326,11 @@ async def test_delete_over_http_frees_bytes_of_a_full_disk(
             return (health.status_code, health.json()["status"]) == (503, "queue_disk_full")
 
         await wait_until(is_named, "/health names what is wrong")
-        assert not (await durable_bus.server.facts()).append_ok  # as the doctor tells
+        assert not (await durable_bus.server.facts()).append_ok  # which the doctor reports
         disk_again(durable.process)
 
         async def is_well() -> bool:
-            await fleet.register()  # as a worker's beats do
+            await fleet.register()  # like the heartbeats of a worker
             return (await http.get("/health")).json()["status"] == "ready"
 
         await wait_until(suppressing(is_well), "/health is well again")

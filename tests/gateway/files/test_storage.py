@@ -1,4 +1,4 @@
-"""Both storages hold what was written whole, and nothing else."""
+"""Both kinds of storage contain exactly the files that were written completely."""
 
 from __future__ import annotations
 
@@ -116,17 +116,17 @@ def test_the_setting_names_a_folder_or_a_bucket(tmp_path: Path, monkeypatch: pyt
 
 
 async def test_a_reader_that_is_cancelled_leaves_no_open_file(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"  # opening one waits for the other side
+    pipe = tmp_path / "pipe"  # opening a pipe blocks until the other end is opened
     os.mkfifo(pipe)
     reading = asyncio.create_task(content(FolderStorage(tmp_path), "pipe"))
 
     def writer() -> int | None:
         try:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody opens it for reading yet
+        except OSError:  # not open for reading yet
             return None
 
-    await asyncio.sleep(0)  # it opens the file in a thread
+    await asyncio.sleep(0)  # the file is opened in a thread
     reading.cancel()
     await asyncio.wait([reading])
     side = await wait_until(writer, "the thread opens the pipe")

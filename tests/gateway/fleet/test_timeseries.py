@@ -1,4 +1,4 @@
-"""What charts show: every count is in each range that covers it, a tenant sees its own, and memory has a bound."""
+"""Charts: each count is in all ranges that cover it, tenants see only their own, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from gateway.overload.loop_slice import STEPS
 from protocol.queue.bus import Bus
 from protocol.wire.errors import WorkerLost
 
-START_S = 1_800_000 * 1000  # a multiple of every bucket
+START_S = 1_800_000 * 1000  # a multiple of all bucket lengths
 
 
 def total(answer: dict[str, Any], what: str = "requests", name: str | None = None) -> int:
@@ -63,7 +63,7 @@ async def test_a_range_has_what_happened_in_it_and_nothing_older(span: str) -> N
     assert answer["groups"][0]["requests"] == [per_step] * answer["num"]
 
 
-AFTER_S = (0, 5, 10, 295, 300, 305, 310, 315)  # since a bucket of every length began
+AFTER_S = (0, 5, 10, 295, 300, 305, 310, 315)  # seconds since buckets of all lengths started
 
 
 @pytest.mark.parametrize("span", RANGES_S)
@@ -157,7 +157,7 @@ async def test_the_busiest_are_apart_and_the_others_are_counted_together() -> No
     series = TimeSeries(clock)
     for number in range(MAX_ROWS + 9):
         series.count("acme", f"adapter-{number}", "requests", number + 1)
-    for minutes in (0, 61):  # in an open bucket, and in one that became part of a longer one
+    for minutes in (0, 61):  # in an open bucket, and in one that was merged into a longer one
         clock.now_s += 60 * minutes
         answer = await series.read(86_400, None, "model")
         names = [group["name"] for group in answer["groups"]]
@@ -173,7 +173,7 @@ async def test_sums_are_exact_where_full_buckets_are_put_together() -> None:
     series = TimeSeries(clock)
     for bucket in range(2):
         clock.now_s = START_S + 10 * bucket
-        for number in range(MAX_OPEN_ROWS):  # the first are the least busy, so the rest of a kept bucket comes first
+        for number in range(MAX_OPEN_ROWS):  # the least busy come first, so the rest of a kept bucket is first
             series.count("acme", f"adapter-{number}", "requests", number + 1)
     for tenant in (None, "acme"):
         for range_s in RANGES_S.values():
@@ -185,7 +185,7 @@ async def test_sums_are_exact_where_full_buckets_are_put_together() -> None:
 async def test_no_name_shows_what_others_did(tenant: str, group: timeseries.Group | None) -> None:
     clock = SetClock(START_S)
     series = TimeSeries(clock)
-    for number in range(3 * MAX_OPEN_ROWS):  # more tenants than are kept apart
+    for number in range(3 * MAX_OPEN_ROWS):  # more tenants than have rows of their own
         series.count(f"tenant-{number}", tenant, "requests", 5)
     for minutes in (0, 1, 61):
         clock.now_s += 60 * minutes
@@ -296,17 +296,17 @@ async def test_names_that_strangers_choose_fill_twelve_megabytes_at_most() -> No
     tracemalloc.start()
     try:
         for bucket in range(sum(num for _, num in TIERS)):
-            for number in range(2 * (MAX_TENANTS + 1)):  # each name new, and longer than is kept
+            for number in range(2 * (MAX_TENANTS + 1)):  # each name is new and longer than the limit
                 tenant = f"{bucket}-{number % (MAX_TENANTS + 1)}" + "t" * 2000
                 series.count(tenant, f"{bucket}-{number}" + "m" * 2000, "requests")
-            clock.now_s += TIERS[-1][0]  # every bucket closes one of each tier
+            clock.now_s += TIERS[-1][0]  # closes a bucket of each tier
         num_bytes = tracemalloc.get_traced_memory()[0]
         for number in range(MAX_OPEN_ROWS):
             series.count(f"{number}" + "t" * 2000, f"{number}" + "m" * 2000, "requests")
         added = tracemalloc.get_traced_memory()[0] - num_bytes
     finally:
         tracemalloc.stop()
-    assert 5_000_000 < num_bytes + 2 * added < MAX_BYTES  # of the other tiers, open buckets may be as full
+    assert 5_000_000 < num_bytes + 2 * added < MAX_BYTES  # open buckets of the other tiers may be as full
     answer = await series.read(900, None, "tenant")
     assert all(len(group["name"] or "") <= MAX_NAME for group in answer["groups"])
 
@@ -337,7 +337,7 @@ async def test_the_route_shows_calls_errors_and_refusals_to_whom_they_belong(
         fleet.script = lambda submit, body: Script(error=WorkerLost("its worker died"))
         await ask("sql", 500)
 
-        async def is_counted() -> bool:  # when the gateway has left the calls, after their last bytes
+        async def is_counted() -> bool:  # which happens after the last bytes of an answer
             return total(await read("charts-mine"), "server_errors") == 1
 
         await wait_until(is_counted, "the failed call is counted")
@@ -347,7 +347,7 @@ async def test_the_route_shows_calls_errors_and_refusals_to_whom_they_belong(
         assert any(value is not None for value in mine["groups"][0]["ttft_p50_ms"])
         other = await read("charts-other", group_by="model")
         assert (other["fleet"], len(other["groups"]), total(other)) == (None, 1, 0)
-        SERIES.count("charts-mine", "", "refused", 1_000_000)  # busier than the tenants of all tests before
+        SERIES.count("charts-mine", "", "refused", 1_000_000)  # busier than all tenants of earlier tests
         everything = await read("charts-ops", group_by="tenant", range="24h")
         assert total(everything, name="charts-mine") == 3
 

@@ -1,4 +1,4 @@
-"""What is known of a grammar is remembered for as long, and for those, as it holds."""
+"""Results of grammar checks are remembered for the time and the tenants for which they hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from protocol.wire.errors import BadRequest, LorafleetError, Overloaded, Unavail
 
 @dataclass
 class Script(SandboxPool):
-    """A sandbox that says what it is told to."""
+    """A sandbox with a scripted outcome."""
 
     outcome: str | LorafleetError = ""
     asked: list[tuple[str, str]] = field(default_factory=list)  # tenants and grammars

@@ -1,4 +1,4 @@
-"""EBNF of other servers becomes the same grammar in Lark."""
+"""EBNF in the dialect of other servers is converted to the equivalent Lark grammar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What costs without bound is refused before anything compiles it, and honest grammars are not."""
+"""Grammars of unbounded cost are refused before anything compiles them; reasonable ones are not."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_is_no_schema_is_no_keyword() -> None:
         ("start: A{1000000}\nA: /a/", False),
         (f'start: "{BOMB}" // {BOMB}', True),
         (r'start: "\"(" /[\/"]{3}/ "){9999999}"', True),
-        ("start: %json {", True),  # the compiler says what is wrong
+        ("start: %json {", True),  # the compiler reports the error
         (f"start: %json {'[' * 100_000}", True),
         ('start: (item_with_a_long_name ", "){1000}\nitem_with_a_long_name: /[a-z]{1,200}/', True),
     ],

@@ -1,4 +1,4 @@
-"""Schemas' objects are closed: no key but the named ones, none twice, and everything that the schema means stays."""
+"""Objects in schemas are closed: only the named keys, each once; otherwise, the meaning of the schema is unchanged."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ B: dict[str, Any] = {"type": "object", "properties": {"b": INT}, "required": ["b
 
 
 def matcher_of(schema: dict[str, Any]) -> LLMatcher:
-    """Return a matcher of a schema that has been closed."""
+    """Return a matcher of a closed schema."""
     matcher = LLMatcher(VOCABULARY, grammar_text({"json_schema": schema}))
     assert not matcher.is_error(), matcher.get_error()
     return matcher
 
 
 def takes(schema: dict[str, Any], value: Any, **how: Any) -> bool:
-    """Return whether a value may be an answer, token by token."""
+    """Return whether a value matches a schema, token by token."""
     matcher = matcher_of(checked_schema(schema, "schema", how.pop("settings", SETTINGS), **how))
     text = value if isinstance(value, str) else json.dumps(value)
     ids = TOKENIZER.encode(text, add_special_tokens=False).ids
@@ -131,7 +131,7 @@ def test_a_setting_and_a_request_say_what_is_closed() -> None:
     tools = tools_of([{"type": "function", "function": function}], None, None, SETTINGS)
     assert tools is not None
     assert tools.schemas["f"]["additionalProperties"] is False
-    assert tools.definitions[0]["function"] == function  # the template shows what the client sent
+    assert tools.definitions[0]["function"] == function  # the template shows the client's original
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_free_keys_are_bounded_and_named_ones_stay_single() -> None:
     assert takes({"type": "object", "minProperties": 257}, {**many, "more": 1})
     assert takes({**A, "additionalProperties": True}, {"a": 1, **many})
     assert not takes({**A, "additionalProperties": True}, {"a": 1, **many, "more": 1})
-    optional = {"type": "object", "properties": {"a": INT}, "additionalProperties": True}  # cannot be bounded
+    optional = {"type": "object", "properties": {"a": INT}, "additionalProperties": True}  # can't be bounded
     assert takes(optional, {"x": 1, "y": 2})
 
 
@@ -215,7 +215,7 @@ LEAVES = st.sampled_from(
 
 @st.composite
 def schemas(draw: st.DrawFn, depth: int = 3, defs: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    """Return a schema, its definitions in `defs`, with a value that has no key but named ones."""
+    """Return a schema, adding its definitions to `defs`, with a value that has only the named keys."""
     assert defs is not None
     kind = draw(st.sampled_from(["leaf", "list", "object", "object", "ref", "all", "any"])) if depth else "leaf"
     if kind == "leaf":
@@ -243,7 +243,7 @@ def schemas(draw: st.DrawFn, depth: int = 3, defs: dict[str, Any] | None = None)
 
 @st.composite
 def objects(draw: st.DrawFn, names: list[str], depth: int, defs: dict[str, Any]) -> tuple[Any, Any]:
-    """Return an object's schema with a value."""
+    """Return the schema of an object with a value."""
     inner = {name: draw(schemas(depth=depth - 1, defs=defs)) for name in names}
     required = [name for name in names if draw(st.booleans())]
     schema = {"type": "object", "properties": {name: one for name, (one, _) in inner.items()}, "required": required}
@@ -259,13 +259,13 @@ def roots(draw: st.DrawFn) -> tuple[dict[str, Any], Any]:
 
 
 def single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object, whose keys must be there once."""
+    """Return an object, whose keys must be unique."""
     assert len({key for key, _ in pairs}) == len(pairs), pairs
     return dict(pairs)
 
 
 def random_answer(matcher: LLMatcher, seed: int, most: int) -> str | None:
-    """Return an answer drawn at random of all that a grammar allows; None if it is still open after `most` tokens."""
+    """Return a random answer that a grammar allows, or None if it is unfinished after `most` tokens."""
     rng, ids = random.Random(seed), list[int]()
     for _ in range(most):
         mask = matcher.compute_bitmask()
@@ -284,7 +284,7 @@ def random_answer(matcher: LLMatcher, seed: int, most: int) -> str | None:
 def test_any_answer_is_valid_and_what_is_meant_stays(case: tuple[dict[str, Any], Any], seed: int) -> None:
     schema, value = case
     matcher = LLMatcher(VOCABULARY, grammar_text({"json_schema": checked_schema(schema, "here", SETTINGS)}))
-    if matcher.is_error():  # what llguidance cannot express, it cannot express open either
+    if matcher.is_error():  # llguidance can't express the schema, whether closed or open
         assert LLMatcher(VOCABULARY, grammar_text({"json_schema": schema})).is_error(), (schema, matcher.get_error())
         return
     text = json.dumps(value, ensure_ascii=False)
@@ -300,7 +300,7 @@ def test_any_answer_is_valid_and_what_is_meant_stays(case: tuple[dict[str, Any],
 
 
 def with_names_only(schema: Any, *, alone: bool = True) -> Any:
-    """Return a schema that says in JSON Schema's own words that no other properties may be there."""
+    """Return a schema that forbids other properties with JSON Schema's own keywords."""
     if not isinstance(schema, dict) or "const" in schema:
         return schema
     result = {**schema, "unevaluatedProperties": False} if alone and "anyOf" not in schema else dict(schema)
@@ -316,7 +316,7 @@ def with_names_only(schema: Any, *, alone: bool = True) -> Any:
 
 
 def test_an_adversary_never_finds_another_key() -> None:
-    """Logits that like keys best, over many seeds, for the schemas above."""
+    """Random answers with many seeds, for the schemas above."""
     for _, schema, good, _ in CASES:
         if not good or "additionalProperties" in json.dumps(schema) or schema in ({"type": "object"},):
             continue

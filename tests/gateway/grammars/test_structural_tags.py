@@ -1,4 +1,4 @@
-"""Structural tags: what is free text, what must follow a trigger, and what is refused by name."""
+"""Structural tags: free text, the content required after a trigger, and specific errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def matcher_of(form: dict[str, Any]) -> LLMatcher:
 
 
 def takes(form: dict[str, Any], text: str) -> bool:
-    """Return whether a text may be an answer, token by token."""
+    """Return whether a text matches a form, token by token."""
     matcher = matcher_of(form)
     ids = TOKENIZER.encode(text, add_special_tokens=False).ids
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()

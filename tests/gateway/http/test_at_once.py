@@ -1,4 +1,4 @@
-"""Tokens that are sent by whoever delivers them, so that the call's task sleeps."""
+"""Tokens are sent directly by the task that delivers them, without waking the task of the call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLE = Script()
 
 
 def waiters() -> set[asyncio.Future[Any]]:
-    """Return what the tasks of calls wait for now: another future once a task has been woken."""
+    """Return the futures for which the tasks of calls wait now; a task that has been woken waits for a new one."""
     tasks = [task for task in asyncio.all_tasks() if "run_asgi" in str(task.get_coro())]
     return {task._fut_waiter for task in tasks}  # type: ignore[attr-defined]
 
@@ -29,9 +29,9 @@ def waiters() -> set[asyncio.Future[Any]]:
 async def follow(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str, asked: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[set[asyncio.Future[Any]]]]:
-    """Make the default script's tokens one by one, each once the one before has been read.
+    """Produce the default script's tokens one by one, each after the client has read the one before.
 
-    Returns the events, and for each what the call's task then waited for.
+    Returns the events, and for each the futures for which the tasks of calls then waited.
     """
     events: list[dict[str, Any]] = []
     waited: list[set[asyncio.Future[Any]]] = []

@@ -1,4 +1,4 @@
-"""What is wrong with a request is said in OpenAI's shape, with the field's name, before anything is queued."""
+"""Errors in requests are reported in OpenAI's format with the name of the field, before anything is queued."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ async def test_null_is_the_default(http: httpx2.AsyncClient, fleet: ScriptedFlee
 async def test_virtual_tokens_of_an_adapter_take_room_in_the_context(
     client: AsyncOpenAI, http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    """They count in the context, and for the scheduler, but in no usage. The base has all of its context."""
+    """They use context and count for the scheduler, but not in usage; the base model keeps its whole context."""
     await fleet.add_adapter("soft", "d-soft", num_virtual=100)
     ids, room = [5] * 10, MAX_MODEL_LEN - 100
     answer = await client.completions.create(model="soft", prompt=ids, max_tokens=room - 10)
@@ -311,7 +311,7 @@ async def test_the_context_s_length_is_told_with_both_numbers(client: AsyncOpenA
     with pytest.raises(openai.BadRequestError, match=r"260 tokens \(10 in the prompt, 250 in the completion\)"):
         await client.completions.create(model="base", prompt=[5] * 10, max_tokens=250)
     messages: Any = [{"role": "user", "content": "hi"}]
-    for most in (256, 100_000, 1 << 31, (1 << 63) - 1):  # more than a whole context: said in one way, of no prompt
+    for most in (256, 100_000, 1 << 31, (1 << 63) - 1):  # above the context length, any prompt gets the same message
         said = f"256 tokens, those of the prompt among them. However, max_tokens is {most}."
         with pytest.raises(openai.BadRequestError, match=re.escape(said)) as caught:
             await client.completions.create(model="base", prompt="hi", max_tokens=most)
@@ -322,7 +322,7 @@ async def test_the_context_s_length_is_told_with_both_numbers(client: AsyncOpenA
         with pytest.raises(openai.BadRequestError, match=f"max_tokens: input .* or equal to 1, not {least}"):
             await client.chat.completions.create(model="base", messages=messages, max_tokens=least)
     assert fleet.seen == []
-    await client.completions.create(model="base", prompt=ids[1:])  # room for one token: the default shrinks to it
+    await client.completions.create(model="base", prompt=ids[1:])  # with room for a single token, the default is one
     assert fleet.seen[0][1].max_new_tokens == 1
 
 

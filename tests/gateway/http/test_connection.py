@@ -1,4 +1,4 @@
-"""What one connection may cost: bytes of heads and framing, requests sent ahead, time, answers that nobody reads."""
+"""Limits of a connection: bytes of heads and framing, pipelined requests, time, and unread answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway.server.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_HELD_BYTE
 
 
 def parts_of(answer: bytes) -> tuple[int, dict[str, Any]]:
-    """Return status and JSON of an answer that is the last on its connection."""
+    """Return status and JSON of an answer, which must be the last on its connection."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"application/json" in head
     assert b"connection: close" in head
@@ -110,7 +110,7 @@ def test_slow_heads_and_bodies_are_408() -> None:
             await run.until(lambda: any(c._phase in ("head", "body") for c in run.connections))
             for connection in run.connections:
                 connection.sweep(asyncio.get_running_loop().time())
-            assert all(connection._phase in ("head", "body") for connection in run.connections)  # there is time
+            assert all(connection._phase in ("head", "body") for connection in run.connections)  # before the deadline
             run.sweep()
             status, body = parts_of(await reader.read())
             assert (status, body["error"]["code"]) == (408, "request_timeout")
@@ -131,7 +131,7 @@ def test_a_connection_without_a_request_is_closed() -> None:
 
 
 def test_a_slow_body_that_waits_for_the_gateway_is_given_time() -> None:
-    """A client whose bytes are not read can send no more."""
+    """A client can't send more while its bytes are not read."""
 
     async def test(run: Running) -> None:
         _, writer = await run.connect()
@@ -201,19 +201,19 @@ def test_requests_sent_ahead_are_bounded_and_answered_in_order() -> None:
 
 @pytest.mark.parametrize("rest", [b"", b"GARBAGE"])
 def test_who_has_sent_ahead_and_goes_is_gone_for_what_runs(rest: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    """The request that is answered is told, not only the one that came last: it would compute for nobody."""
+    """The running request is notified too, not only the newest; otherwise, it would be computed in vain."""
 
     async def test(run: Running) -> None:
         _, writer = await run.connect()
         writer.write(GET.replace(b"/v1/models", b"/silent") + b"\r\n" + GET + b"\r\n")
         await run.until(lambda: run.connections and run.connections[0].pipeline)
         if rest:
-            writer.write(rest)  # no HTTP: the connection is dropped
+            writer.write(rest)  # not HTTP, so the connection is dropped
         else:
             writer.close()
         await run.app.ended.wait()
         await run.until(lambda: not run.connections)
-        assert len(run.app.scopes) == 1  # the one that waited is not begun
+        assert len(run.app.scopes) == 1  # the pipelined request is not started
 
     with_server(test)
     assert "Traceback" not in caplog.text
@@ -340,7 +340,7 @@ def test_what_nobody_reads_is_charged_to_its_address() -> None:
     async def test(run: Running) -> None:
         before = dropped()
         _, first = await run.connect()
-        first.write(GET + b"x: " + b"y" * 30_000)  # a head that does not end
+        first.write(GET + b"x: " + b"y" * 30_000)  # a head without an end
         await run.until(lambda: memory.held_by(address_holder("")) > 25_000)
         answer = await run.send(GET + b"x: " + b"y" * 30_000)
         assert answer.startswith(b"HTTP/1.1 429 ")
@@ -349,13 +349,13 @@ def test_what_nobody_reads_is_charged_to_its_address() -> None:
         first.close()
         await run.until(lambda: not memory.num_bytes)
         _, second = await run.connect()
-        second.write(POST + b"content-length: 900000\r\n\r\n" + b"z" * 50_000)  # read at once, and so not held
+        second.write(POST + b"content-length: 900000\r\n\r\n" + b"z" * 50_000)  # read at once, and so not buffered
         await run.until(lambda: len(run.app.scopes) == 1)
         run.connections[0].sweep(asyncio.get_running_loop().time())
         assert memory.num_bytes == 0
         _, third = await run.connect()
         third.write(GET.replace(b"/v1/models", b"/stream") + b"\r\n")
-        await run.until(lambda: memory.num_bytes or dropped() > before)  # its client does not read
+        await run.until(lambda: memory.num_bytes or dropped() > before)  # whose client does not read
         third.close()
         second.close()
         await run.until(lambda: not memory.num_bytes and not run.connections)
@@ -390,7 +390,7 @@ def test_connections_are_counted_by_address() -> None:
     async def test(run: Running) -> None:
         first, second = await run.connect(), await run.connect()
         await run.until(lambda: len(run.connections) == 2)
-        assert await run.send(GET + b"\r\n") == b""  # one too many
+        assert await run.send(GET + b"\r\n") == b""  # above the limit
         first[1].close()
         await run.until(lambda: len(run.connections) == 1)
         assert (await run.send(GET + b"connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200")

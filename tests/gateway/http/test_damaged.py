@@ -1,4 +1,4 @@
-"""What a tenant keeps and nobody can read any more counts against its limits: its owner, and no other, deletes it."""
+"""Stored objects that can't be parsed count against the limits of their tenant, who alone can delete them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from protocol.queue.bus import Bus
 from protocol.runtime.free_space import size_of
 
 Clients = tuple[httpx2.AsyncClient, httpx2.AsyncClient]
-"""HTTP clients: the owner's, and another tenant's."""
+"""HTTP clients of the owner and of another tenant."""
 
 
 @pytest_asyncio.fixture

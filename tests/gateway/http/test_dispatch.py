@@ -1,4 +1,4 @@
-"""Requests come to their routes: scopes are checked, bodies are read alike, errors become answers."""
+"""Dispatch to routes: scopes are checked, all routes read bodies the same way, and errors become responses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAULTS = {"own": NotFound("nothing is here"), "queue": ConnectionError("gone"), 
 
 
 def known(app: FastAPI, way: ASGIApp, caller: Caller = EVERYBODY) -> ASGIApp:
-    """Return a way that is asked as in a gateway: by a caller who is known, for a route that was found."""
+    """Wrap a handler so that each request has a known caller and a matched route, as in a gateway."""
     table = RouteTable(app.routes)
 
     async def asked(scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +100,7 @@ BODIES: list[tuple[int, bytes, str | None]] = [
 
 
 async def test_calls_and_other_routes_read_bodies_alike(subtests: pytest.Subtests) -> None:
-    """Status, headers and body are the same, whatever is sent, though FastAPI solves what other routes take."""
+    """Status, headers and body are the same for any request, although FastAPI parses the arguments of other routes."""
     app = gateway_for()
     for status, body, content_type in BODIES:
         with subtests.test(body=body[:50], content_type=content_type):
@@ -110,7 +110,7 @@ async def test_calls_and_other_routes_read_bodies_alike(subtests: pytest.Subtest
 
 
 async def test_a_route_is_made_in_a_thread_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FastAPI takes milliseconds for one, and 25 for the first of a process."""
+    """FastAPI takes milliseconds to build a route, and 25 ms for the first of a process."""
     made: list[tuple[str, int]] = []
     fill = APIRoute.__init__
 
@@ -122,10 +122,10 @@ async def test_a_route_is_made_in_a_thread_and_once(monkeypatch: pytest.MonkeyPa
     app = gateway_for()
     first = asyncio.create_task(asked(app, "POST", "/v1/other", b"{}", JSON))
     await asyncio.sleep(0)
-    first.cancel()  # what it has begun is finished for the others
+    first.cancel()  # what it has started completes for the others
     calls = (asked(app, "POST", path, BODIES[0][1], JSON) for path in (COMPLETIONS, "/v1/other") for _ in range(20))
     assert {status for status, _, _ in await asyncio.gather(*calls)} == {200}
-    assert sorted(path for path, _ in made) == sorted([COMPLETIONS, "/v1/other"])  # GET has not been asked for
+    assert sorted(path for path, _ in made) == sorted([COMPLETIONS, "/v1/other"])  # GET has not been requested
     assert threading.get_ident() not in {thread for _, thread in made}
 
 
@@ -161,7 +161,7 @@ async def test_the_loop_goes_on_while_another_thread_makes_a_route(monkeypatch: 
     await wait_until(begun.is_set, "the route is being made")
     first.cancel()
     second = asyncio.create_task(asked(app, "POST", COMPLETIONS, BODIES[0][1], JSON))
-    for _ in range(20):  # a loop that waited for the thread would never set `go`
+    for _ in range(20):  # a loop blocked by the thread would never set `go`
         await asyncio.sleep(0)
     go.set()
     assert (await second)[0] == 200
@@ -173,7 +173,7 @@ async def test_other_methods_of_a_calls_path_are_no_calls(method: str, status: i
 
 
 def test_a_handler_that_takes_more_is_refused_at_the_start() -> None:
-    """Nothing would give it the rest."""
+    """Nothing would provide the extra argument."""
     app = FastAPI(openapi_url=None)
 
     async def answer(body: CompletionRequest, request: Request, wish: str) -> Response:
@@ -185,7 +185,7 @@ def test_a_handler_that_takes_more_is_refused_at_the_start() -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/v1/other"])
 async def test_scopes_hold_where_nothing_authenticates(path: str) -> None:
-    """What a gateway asks of itself passes no authentication, and is checked where it is dispatched."""
+    """Requests that a gateway sends to itself skip authentication, and are checked at dispatch."""
     body = b'{"model":"fault","prompt":"hi"}'
     status, _, text = await asked(gateway_for(Caller(scopes=("adapters",))), "POST", path, body, JSON)
     assert (status, b"insufficient_scope" in text) == (403, True)
@@ -193,7 +193,7 @@ async def test_scopes_hold_where_nothing_authenticates(path: str) -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/v1/other"])
 async def test_a_fault_is_answered_and_raised_to_be_logged(path: str) -> None:
-    """The client is told, and the wrapper outside hears of it."""
+    """The client gets an error, and the exception is raised to the outer wrapper."""
     transport = httpx2.ASGITransport(app=gateway_for())
     async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
         with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""What fails inside is told as JSON in the path's shape, also what is no `Exception`, as panics of Rust are not."""
+"""Internal failures become JSON in the format of the path, including exceptions like Rust panics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from protocol.wire.tokens import TokenTable
 
 
 class Panic(BaseException):
-    """As pyo3's PanicException."""
+    """Equivalent of pyo3's PanicException."""
 
 
 async def ask(app: Any, path: str = "/v1/x") -> httpx2.Response:
@@ -52,7 +52,7 @@ async def test_what_ends_the_process_is_no_failure() -> None:
 async def test_a_json_answer_that_fails_midway_is_cut(
     fleet: ScriptedFleet, http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that its client does not take it for whole; an event of an error would be no JSON."""
+    """So that its client does not consider it complete; an error event within it would not be JSON."""
     fleet.script = lambda submit, body: Script(text="abc " * 100, eos=False, finish="length", chunk=10_000)
     num_made, made = 0, CompletionWriter._top
 

@@ -1,4 +1,4 @@
-"""A queue without memory: new work is answered 503, what runs ends whole, and everything goes on when there is room."""
+"""While the queue's memory is full, new work gets 503 and running work completes; afterwards, all continues."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_a_queue_that_jobs_have_filled_empties_again(
         for jid in made:
             assert (await http.delete(f"/v1/jobs/{jid}")).status_code == 200
 
-        async def is_served() -> bool:  # once the server has given back the buffers of its clients, too
+        async def is_served() -> bool:  # once the server has also released its clients' buffers
             return (await http.post("/v1/completions", json=COMPLETION)).status_code == 200
 
         await wait_until(is_served, "calls are let in again", every_s=0.1)

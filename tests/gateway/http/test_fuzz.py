@@ -1,4 +1,4 @@
-"""Whatever a body holds in whatever place, it gets an answer: a 4xx that says what is wrong, never a fault.
+"""Any value at any position of a body results in an answer: an error is a 4xx with its reason, never a fault.
 
 `tests/hostile/test_fuzz.py` draws bodies.
 """
@@ -116,7 +116,7 @@ GOOD: dict[str, dict[str, Any]] = {
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Return where a JSON value has parts, at any depth."""
+    """Yield the paths of all parts of a JSON value, at any depth."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in entries:
         yield (*at, key)
@@ -124,14 +124,14 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def put(value: Any, at: tuple[Any, ...], part: Any) -> None:
-    """Put something in a place."""
+    """Replace the part at a path."""
     for key in at[:-1]:
         value = value[key]
     value[at[-1]] = part
 
 
 def check_shape(path: str, answer: httpx2.Response) -> None:
-    """Check that an error is in the shape of the path's API, and short."""
+    """Check that an error is short and in the format of the path's API."""
     error, shape = answer.json()["error"], shape_of({"path": path, "headers": []})
     assert isinstance(error, str) == (shape not in (OPENAI_ERRORS, ANTHROPIC_ERRORS))
     assert shape is not OPENAI_ERRORS or set(error) == {"message", "type", "param", "code"}
@@ -149,7 +149,7 @@ HALVES = ['"\\ud800"', '"\\udfff\\ud800"', '"a\\udc00b"']
 FUZZED = examples.some(
     sorted(GOOD), "/v1/chat/completions", "/generate", "/v1/messages", "/v1/responses", "/v1/batches", "/v1/adapters",
 )  # fmt: skip
-"""One path of each dialect and of what operators ask: `tests/hostile/test_fuzz.py` asks all of them, with less."""
+"""One path of each dialect and of the operators' API; `tests/hostile/test_fuzz.py` tries all, with fewer values."""
 
 
 @pytest.mark.parametrize("path", FUZZED)

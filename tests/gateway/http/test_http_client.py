@@ -1,4 +1,4 @@
-"""The gateway's client of the stores is made once, beside the event loop."""
+"""The gateway's HTTP client for stores is created once, in a thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.http.http_client import HttpClient
 
 
 class Watched(HttpClient):
-    """Notes in which threads it makes clients."""
+    """Records the threads that create clients."""
 
     def __init__(self, bearer: str) -> None:
         super().__init__(bearer)
@@ -27,7 +27,7 @@ async def test_many_calls_share_a_client_that_was_made_in_a_thread() -> None:
     stores = Watched("secret")
     first = asyncio.create_task(stores.get())
     await asyncio.sleep(0)
-    first.cancel()  # a client that goes takes nothing from the others
+    first.cancel()  # a cancelled caller does not affect the others
     clients = await asyncio.gather(*(stores.get() for _ in range(8)))
     assert len(set(map(id, clients))) == 1
     assert [thread is threading.main_thread() for thread in stores.threads] == [False]
@@ -43,7 +43,7 @@ async def test_a_client_that_nobody_asked_for_is_never_made() -> None:
 
 
 class FailingOnce(HttpClient):
-    """Cannot make its first client, as where all file descriptors are taken."""
+    """Fails to create its first client, as without free file descriptors."""
 
     num_made = 0
 

@@ -1,4 +1,4 @@
-"""What a stream is told that began to wait before its call was submitted."""
+"""Streams that started to wait before their calls were submitted: keep-alives, errors, cancellation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from protocol.wire.errors import LorafleetError, NotFound, Overloaded
 
 
 class Panic(BaseException):
-    """As pyo3's PanicException."""
+    """Equivalent of pyo3's PanicException."""
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ class Panic(BaseException):
         (RedisTimeoutError("timeout writing to the queue"), "queue_unavailable"),
         (ZeroDivisionError(), "internal_error"),
         (Panic("Rust"), "internal_error"),
-        (None, "internal_error"),  # its answer comes whole, after a stream has begun
+        (None, "internal_error"),  # returns a whole answer after a stream has started
     ],
 )
 async def test_whatever_goes_wrong_ends_it_with_an_event(failure: BaseException | None, code: str) -> None:
@@ -51,7 +51,7 @@ async def test_whatever_goes_wrong_ends_it_with_an_event(failure: BaseException 
 
 
 class Noting(SentAnswer):
-    """Sends one part, and notes that it is closed."""
+    """Sends one part, and records that it was closed."""
 
     closed = False
 
@@ -109,7 +109,7 @@ async def test_an_answer_has_ended_when_its_client_has_left(stream: bool) -> Non
         try:
             await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(0)  # as one that tells the queue
+            await asyncio.sleep(0)  # as if it notified the queue
             ended = True
         raise AssertionError
 
@@ -124,7 +124,7 @@ async def test_an_answer_has_ended_when_its_client_has_left(stream: bool) -> Non
 
 @pytest.mark.parametrize("waits", [False, True])
 async def test_a_stream_has_no_headers_before_its_call_may_still_be_refused(waits: bool) -> None:
-    """On its way to the queue it may; one that waits for its adapter is kept alive."""
+    """A call on its way to the queue may be refused; one that waits for its adapter is kept alive."""
     admission = Admission(Settings(), lambda: None, lambda: 0.0)
     go, sent = asyncio.Event(), list[dict[str, Any]]()
 
@@ -136,7 +136,7 @@ async def test_a_stream_has_no_headers_before_its_call_may_still_be_refused(wait
 
     async def receive() -> dict[str, Any]:
         if not waits:
-            go.set()  # it is asked for once the answer is late
+            go.set()  # called once the answer is late
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -157,17 +157,17 @@ async def test_a_stream_has_no_headers_before_its_call_may_still_be_refused(wait
 
 
 class Running:
-    """A generation, as far as its end is concerned."""
+    """A generation, reduced to its end."""
 
     num_closed = 0
 
     async def close(self) -> None:
         self.num_closed += 1
-        await asyncio.sleep(0)  # as one that tells the queue
+        await asyncio.sleep(0)  # as if it notified the queue
 
 
 class Answering(SentAnswer):
-    """Sends an answer in a few turns."""
+    """Sends an answer in several turns of the loop."""
 
     def __init__(self, generation: Any) -> None:
         self.generation = generation
@@ -186,7 +186,7 @@ class Answering(SentAnswer):
 @pytest.mark.parametrize("stubborn", [False, True])
 @pytest.mark.parametrize("leaves", [False, True])
 async def test_what_has_begun_is_closed_whenever_its_call_is_ended(stubborn: bool, leaves: bool) -> None:
-    """Cancelled at each turn of the loop, or left by its client; `stubborn`: the answer comes in spite of that."""
+    """Cancelled at each turn of the loop, or abandoned by its client; a `stubborn` answer comes nevertheless."""
     for num_turns in range(1, 16):
         begun: list[Running] = []
 

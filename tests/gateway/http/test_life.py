@@ -1,4 +1,4 @@
-"""Clients that leave, streams that break, gateways that end: nothing runs on for nobody, nothing is lost."""
+"""Clients that leave, streams that break, gateways that end: nothing keeps running unread, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_a_burst_beyond_every_pool_is_answered(fleet: ScriptedFleet, gatew
 
 
 async def test_lost_entries_are_read_from_the_log(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    """Everything but the last delta is lost, then also the last."""
+    """First, all deltas except the last are lost, then all of them."""
     async with (
         running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
         gateway.client() as http,
@@ -131,7 +131,7 @@ async def test_lost_entries_are_read_from_the_log(bus: Bus, fleet: ScriptedFleet
 
 
 async def test_a_new_owner_s_overlap_is_cut(bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway) -> None:
-    """A delta is delivered twice and an old owner speaks late, around a hand-over."""
+    """Around a handover, a delta is delivered twice, and one of the old owner late."""
     fleet.assigning.clear()
     async with gateway.client() as http, asyncio.TaskGroup() as group:
         asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": True}))
@@ -148,8 +148,8 @@ async def test_a_new_owner_s_overlap_is_cut(bus: Bus, fleet: ScriptedFleet, gate
         assert not await fleet.step(first, 4, ids[4:6], body, end="")  # the queue refuses the old owner
         out = bus.keys.out(gateway.gid)
         for delta in (
-            m.Delta(submit.rid, 3, 2, m_ids(ids[2:5])),  # an overlap; its new token is not in the log yet
-            m.Delta(submit.rid, 1, 4, m_ids([9, 9])),  # the old owner, whom the gateway must not hear
+            m.Delta(submit.rid, 3, 2, m_ids(ids[2:5])),  # overlapping; its new token is not in the log yet
+            m.Delta(submit.rid, 1, 4, m_ids([9, 9])),  # from the old owner, to be ignored
             m.Delta(submit.rid, 3, 2, m_ids(ids[2:5])),
         ):
             await bus._redis.xadd(out, {"b": m.encode([delta])})
@@ -166,7 +166,7 @@ def m_ids(ids: list[int]) -> bytes:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_lost_out_stream_comes_back(bus: Bus, fleet: ScriptedFleet, model_folder: Path, stream: bool) -> None:
-    """What was written while it was gone is read from the log at once, not when the stream has been silent for long."""
+    """Tokens written in the meantime are read from the log at once, not after a timeout of the stream."""
     fleet.script = lambda submit, body: Script(hold_after=2)
     async with (
         running_gateway(bus, model_folder, keepalive_s=10_000) as gateway,
@@ -224,7 +224,7 @@ async def test_a_forgotten_request_of_another_gateway_is_an_error_worth_a_retry(
         asked = group.create_task(http.post("/v1/completions", json=COMPLETION, headers=key))
         await wait_until(lambda: fleet.seen, "it is queued")
         again = group.create_task(other.post("/v1/completions", json=COMPLETION, headers=key))
-        # Both gateways count in this process; the page of metrics is the third.
+        # Both gateways count in this process; the third request is for the metrics.
         await wait_until(lambda: _metrics_say(other, "lorafleet_http_requests_open 3.0"), "both are being answered")
         asked.cancel()
         await bus._redis.delete(bus.keys.req(fleet.seen[0][0].rid))
@@ -240,7 +240,7 @@ async def _metrics_say(http: httpx2.AsyncClient, line: str) -> bool:
 async def test_a_queue_that_lost_its_last_second_is_told_what_clients_have_seen(
     bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log, owner and epoch are older than what the client has been shown, and go on from there."""
+    """Log, owner and epoch are older than what the client has received, and continue from there."""
     restarted = asyncio.Event()
 
     async def was_restarted(self: Bus) -> bool:

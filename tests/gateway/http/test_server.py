@@ -1,4 +1,4 @@
-"""How the gateway takes connections, on the loop that it runs on."""
+"""How the gateway accepts connections, on its own event loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 class Answered:
-    """An ASGI app that counts what it was asked."""
+    """An ASGI app that counts its requests."""
 
     def __init__(self) -> None:
         self.num = 0
@@ -42,7 +42,7 @@ class Answered:
 
 
 class ShortOfFiles(socket.socket):
-    """A listener in a process that has no file descriptor left, the first time."""
+    """A listener that fails once, as in a process without free file descriptors."""
 
     num_refused = 0
 
@@ -75,7 +75,7 @@ async def serving(
 
 
 async def turns_taken(kind: Callable[[uvicorn.Config], uvicorn.Server]) -> int:
-    """Return how many turns of the loop it takes to answer NUM clients that came at once."""
+    """Return how many turns of the loop it takes to answer NUM simultaneous clients."""
     loop, turns = asyncio.get_running_loop(), 0
 
     def turn() -> None:
@@ -97,7 +97,7 @@ async def turns_taken(kind: Callable[[uvicorn.Config], uvicorn.Server]) -> int:
 
 
 def test_many_connections_are_taken_in_few_turns_of_the_loop() -> None:
-    """With uvicorn's own server each needs a turn, and turns are long in a gateway with many streams."""
+    """With uvicorn's server, each connection needs a turn, and turns are long in a gateway with many streams."""
     assert uvloop.run(turns_taken(uvicorn.Server)) >= NUM
     assert uvloop.run(turns_taken(HttpServer)) < NUM // 4
 
@@ -142,7 +142,7 @@ def test_a_process_may_have_more_connections_than_shells_allow() -> None:
 
 
 def test_no_answer_waits_for_an_acknowledgement() -> None:
-    """On asyncio's loop too, which leaves a connection as it is accepted."""
+    """Also on asyncio's loop, which does not change the options of an accepted connection."""
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         listener.settimeout(30)
         accepted, _ = listener.accept()

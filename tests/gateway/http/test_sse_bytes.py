@@ -1,4 +1,4 @@
-"""The bytes on the wire: frames, pings, errors in mid-stream, headers that wait for admission."""
+"""The bytes of streams: frames, pings, errors in mid-stream, and headers that wait for admission."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def test_pings_keep_a_waiting_stream_alive(bus: Bus, fleet: ScriptedFleet,
     text = "".join(c["choices"][0]["text"] for c in chunks_of(raw))
     assert text == Script().text
     assert raw.endswith(b"data: [DONE]\n\n")
-    begun = raw[raw.index(b"data: ") :]  # on a busy machine it is queued for longer than a ping takes
+    begun = raw[raw.index(b"data: ") :]  # on a busy machine, it is queued for longer than the ping interval
     assert {frame for frame in frames_of(begun) if not frame.startswith(b"data: ")} == {b": ping"}
 
 
@@ -144,7 +144,7 @@ async def test_one_failing_choice_ends_the_others(
 
 
 async def test_who_waits_is_told_for_what(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    """A place in the queue, then how far the adapter is on its worker, then the answer."""
+    """The queue position, then the progress of the adapter's download, then the answer."""
     await fleet.add_adapter("mine", "d1")
     fleet.assigning.clear()
     fleet.script = lambda submit, body: Script(hold_after=0)

@@ -1,4 +1,4 @@
-"""URLs and methods that no route has: what exists instead."""
+"""For unknown URLs and methods, errors suggest what exists."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_a_name_that_lacks_is_told(http: httpx2.AsyncClient) -> None:
 
 
 async def test_long_unknown_urls_are_not_compared(http: httpx2.AsyncClient) -> None:
-    """The time that a comparison takes grows with the square of a path."""
+    """The time of a comparison grows with the square of the path's length."""
 
     async def answer(_: Request) -> Response:
         return Response()
@@ -81,5 +81,5 @@ async def test_a_browser_at_the_root_is_sent_to_the_console(http: httpx2.AsyncCl
         assert (sent.status_code, sent.headers["location"]) == (307, "console/")
     followed = await http.get("/", headers={"accept": "text/html"}, follow_redirects=True)
     assert "<html" in followed.text
-    for accept in ("*/*", "application/json", ""):  # programs, which ask for the health
+    for accept in ("*/*", "application/json", ""):  # programs get the health
         assert (await http.get("/", headers={"accept": accept})).json()["status"] == "ready"

@@ -1,4 +1,4 @@
-"""Many who stream a job, or wait for its end: one look for all, nobody misses anything, nobody holds up others."""
+"""Clients that stream a job or wait for its end share reads, miss no events, and don't delay each other."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from protocol.wire.errors import NotFound
 NUM = 40
 
 END = b"data: [DONE]\n\n"
-"""An event of a job's end, of which there are two here."""
+"""Event of the end of a job; jobs here have two."""
 
 
 class Told:
-    """Events that come when a test says so, of one choice and a letter each."""
+    """Events of one choice with a letter each, which appear when the test allows."""
 
     def __init__(self, num: int, known: Callable[[], int]) -> None:
         self.choices = [object()]
@@ -69,7 +69,7 @@ class Told:
 
 
 class Job:
-    """A job of `num` events, of which `known` have come, and how often it was opened."""
+    """A job of `num` events, `known` of which exist, which records how often it was opened."""
 
     def __init__(self, num: int, known: int) -> None:
         self.num, self.known = num, known
@@ -94,7 +94,7 @@ def shown(stream: JobStream) -> Response:
 async def streamed(
     readers: JobReaders, job: Job, after: int = 0, pause: Callable[[int], asyncio.Event | None] = lambda num: None
 ) -> list[str]:
-    """Return the lines that a client is sent; `pause`: by the number of sends, what it waits for before the next."""
+    """Return the lines sent to a client; `pause` maps the number of sends to an event to await before the next."""
     sent: list[bytes] = []
 
     async def send(message: Any) -> None:
@@ -109,7 +109,7 @@ async def streamed(
 
 
 def places(lines: list[str]) -> list[int]:
-    """Return the places of events, whose ids have to be the same."""
+    """Return the positions of events, which must equal their ids."""
     assert [line for line in lines if line][-2:] == 2 * [END.decode().strip()], "the end was not told"
     found = [int(line.removeprefix("data: ")) for line in lines if line.startswith("data: ") and line[-1].isdecimal()]
     assert [int(line.removeprefix("id: ")) for line in lines if line.startswith("id: ")] == found
@@ -138,7 +138,7 @@ async def test_a_client_that_falls_behind_misses_nothing_and_holds_up_nobody() -
     assert places(await streamed(readers, job)) == list(range(1, 61))
     gate.set()
     assert places(await slow) == list(range(1, 61))
-    assert 2 <= len(job.opened) <= 3  # who came late has read by itself, and who fell behind
+    assert 2 <= len(job.opened) <= 3  # the late client and the slow one have read by themselves
 
 
 async def test_who_streams_a_large_job_that_has_ended_is_told_its_end(
@@ -168,7 +168,7 @@ async def test_a_job_is_read_no_further_than_the_fastest_client_reads() -> None:
 
 
 class Behind(Told):
-    """Events that are all there, and whose they are while they are read."""
+    """Events that all exist, which record the tenant that reads them."""
 
     def __init__(self, num: int, tenant: str, order: list[str], reading: set[int]) -> None:
         super().__init__(num, lambda: num)
@@ -186,7 +186,7 @@ class Behind(Told):
 
 
 async def test_who_is_behind_reads_in_turns_of_tenants() -> None:
-    """One reader at a time of a hundred that come late, to one answer or to many; another tenant waits for few."""
+    """Only one of a hundred late readers, of one answer or many, reads at a time; another tenant waits for few."""
     readers, num, order, reading = JobReaders(10.0, kept_bytes=100, per_s=10_000), 40, list[str](), set[int]()
 
     async def ask(tenant: str, jid: str) -> list[int]:
@@ -299,7 +299,7 @@ async def test_forty_streams_of_a_job_read_its_log_as_often_as_one(
     await wait_until(lambda: bool(fleet.seen), "the job runs")
 
     async def reads(num: int) -> int:
-        """Return how often logs are read while `num` stream the job's rest."""
+        """Return how often logs are read while `num` clients stream the rest of the job."""
         await bus._redis.config_resetstat()
         streams = [asyncio.create_task(http.get(path)) for _ in range(num)]
         answers = await asyncio.gather(*streams)

@@ -20,7 +20,7 @@ COMPLETION = {"model": "base", "prompt": ["hi", "the dog"], "n": 2, "max_tokens"
 
 
 def without_identity(answer: dict[str, Any]) -> dict[str, Any]:
-    """Drop what differs between two calls, and what a log does not keep."""
+    """Return an answer without the fields that differ between two calls or are missing in a log."""
     usage = {key: value for key, value in answer["usage"].items() if key != "prompt_tokens_details"}
     return {**{key: value for key, value in answer.items() if key not in ("id", "created")}, "usage": usage}
 
@@ -144,7 +144,7 @@ async def test_an_expired_request_makes_an_expired_job(
 async def test_jobs_are_accepted_while_no_worker_is_there(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus, model_folder: Path
 ) -> None:
-    """The base model is known from before."""
+    """The base model is known from earlier."""
     fleet.assigning.clear()
     await fleet.stop_beating()
     await bus._redis.delete(bus.keys.workers)
@@ -214,7 +214,7 @@ async def test_a_job_with_a_key_is_made_once(http: httpx2.AsyncClient, fleet: Sc
 async def test_a_job_that_a_queue_lost_with_its_last_second_is_made_again(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus
 ) -> None:
-    """Job, requests and key are written at once, so they are lost together."""
+    """Job, requests and key are written atomically, so they are lost together."""
     headers, body = {"idempotency-key": "k5"}, {**CHAT, "background": True}
     lost = (await http.post("/v1/chat/completions", json=body, headers=headers)).json()
     await http.get(f"/v1/jobs/{lost['id']}", headers={"prefer": "wait=30"})
@@ -259,7 +259,7 @@ async def test_a_job_keeps_what_it_needs_once(
     done = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})).json()
     assert done["status"] == "completed"
     assert done["metadata"] == {"note": "ONCE"}
-    assert await bus._redis.keys(f"{bus.keys.tag}:body:*") == []  # bodies go with the end
+    assert await bus._redis.keys(f"{bus.keys.tag}:body:*") == []  # bodies are deleted at the end
 
 
 @pytest.mark.parametrize("state", ["queued", "running", "completed"])
@@ -301,7 +301,7 @@ async def test_a_page_of_jobs_ends_when_it_has_cost_enough(
     after: dict[str, str] = {}
     while True:
         page = (await http.get("/v1/jobs", params={"limit": 100, **after})).json()
-        assert len(page["data"]) <= 16  # 128 look-ups each
+        assert len(page["data"]) <= 16  # each costs 128 lookups
         found += [job["id"] for job in page["data"]]
         pages += 1
         if not page["has_more"]:
@@ -316,7 +316,7 @@ async def test_a_page_of_jobs_ends_when_it_has_cost_enough(
 
 
 def events_of(text: str) -> list[tuple[str, str]]:
-    """The events of a stream: id and data."""
+    """Return the id and data of each event of a stream."""
     found: list[tuple[str, str]] = []
     for block in text.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
@@ -326,7 +326,7 @@ def events_of(text: str) -> list[tuple[str, str]]:
 
 
 def shown(events: list[tuple[str, str]]) -> dict[int, str]:
-    """The text of each choice."""
+    """Return the text of each choice."""
     texts: dict[int, str] = {}
     for _, data in events:
         for choice in json.loads(data)["choices"] if data != "[DONE]" else []:
@@ -385,7 +385,7 @@ async def test_a_waiting_job_says_what_it_waits_for(http: httpx2.AsyncClient, fl
 
 
 async def test_long_answers_are_paid_before_they_are_read(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    """One answer of many tokens is read as often as its tokens are paid for, not as often as it is asked for."""
+    """Each read of a long answer is charged by the number of its tokens, before it is made."""
     fleet.max_model_len, fleet.script = 8192, lambda submit, body: Script("the dog " * 1500, chunk=500)
     await fleet.register()
     secret, _ = await bus.api_keys.create("acme", ["infer"])

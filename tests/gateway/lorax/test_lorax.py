@@ -1,4 +1,4 @@
-"""LoRAX's native routes: its bodies, headers, statuses and words, on our queue."""
+"""LoRAX's native routes: bodies, headers, status codes and messages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_generate(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
 
 
 async def test_what_the_output_must_be(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    """No schema is any object, a null one nothing at all; the end of a grammar is told as an end of text."""
+    """Without a schema, any object; with a null schema, any text; the end of a grammar counts as end of text."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     fleet.script = lambda submit, body: Script('{"a": 1}', eos=False)
     forms = [{"type": "json_object"}, {"type": "json_schema", "schema": schema}, {"type": "text"}]
@@ -95,7 +95,7 @@ async def test_the_compatible_route_wraps_its_answer(http: httpx2.AsyncClient, p
 
 
 async def test_a_repeated_key_finds_the_same_answer(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    """With the seed that was drawn, and the tokens of the prompt."""
+    """The repeated answer has the same drawn seed and the tokens of the prompt."""
     body, headers = generate_body(details=True, do_sample=True, decoder_input_details=True), {"idempotency-key": "k"}
     first, second = [(await http.post("/generate", json=body, headers=headers)).json() for _ in range(2)]
     assert first == second
@@ -272,7 +272,7 @@ async def test_openai_s_routes_take_lorax_s_fields(http: httpx2.AsyncClient, fle
 
 
 async def test_a_source_is_part_of_an_adapters_name(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    await fleet.add_adapter("fox", ADAPTER)  # of a folder
+    await fleet.add_adapter("fox", ADAPTER)  # from a folder
     answer = await http.post("/generate", json=generate_body(adapter_id="fox", adapter_source="hub"))
     assert answer.status_code == 424
 
@@ -419,7 +419,7 @@ async def test_a_failing_engine(http: httpx2.AsyncClient, fleet: ScriptedFleet) 
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------- the rest
+# ---------------------------------------------------------------- other routes
 
 
 async def test_tokenize(http: httpx2.AsyncClient, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""LoRAX's routes that tell of the server: what it is, whether it is well, and its figures."""
+"""LoRAX's routes about the server: information, health and metrics."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_metrics_as_text_and_json(http: httpx2.AsyncClient, gateway: Runni
     await http.post("/generate", json={"inputs": "the dog", "parameters": {"max_new_tokens": 2}})
     await http.post("/generate", json={"inputs": "the dog", "parameters": {"max_new_tokens": 0}})
 
-    async def are_counted() -> bool:  # once their answers have left, too
+    async def are_counted() -> bool:  # once their answers have been sent, too
         now = await counted("lorax_request_count"), await counted("lorax_request_success")
         return now == (before[0] + 2, before[1] + 1)
 

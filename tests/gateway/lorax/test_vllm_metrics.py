@@ -1,4 +1,4 @@
-"""Where adapters are, and vLLM's names of a fleet, for dashboards and routers that know vLLM."""
+"""Locations of adapters and metrics under vLLM's names, for dashboards and routers that expect vLLM."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
     assert values["vllm:num_requests_running"].value == 2
     assert values["vllm:num_requests_waiting"].value == 3
     reasons = {one.labels["reason"]: one.value for one in families["vllm:num_requests_waiting_by_reason"]}
-    assert reasons == {"capacity": 2, "deferred": 1}  # together those that wait, as in vLLM
+    assert reasons == {"capacity": 2, "deferred": 1}  # their sum is the number of waiting requests, as in vLLM
     steps = {sample.name.rpartition("_")[2]: sample.value for sample in families["vllm:iteration_tokens_total"]}
     assert (steps["count"], steps["sum"]) == (7, 21)
     assert values["vllm:kv_cache_usage_perc"].value == 0.25
@@ -68,7 +68,7 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
 
 
 async def test_nothing_runs_or_waits_after_the_last_answer(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    """Even though the scheduler tells so once a second only: a benchmark waits for zero before it goes on."""
+    """Although the scheduler publishes once a second: a benchmark waits for zero before it continues."""
     await told(bus, queued=3, running=5)
     try:
         async with gateway_client(bus, model_folder, vllm_metrics=True) as http:
@@ -86,7 +86,7 @@ async def test_nothing_runs_or_waits_after_the_last_answer(bus: Bus, fleet: Scri
 
 
 async def told(bus: Bus, *, queued: int = 0, running: int = 0, **adapters: Any) -> None:
-    """Publish a status as a scheduler does, which no later one replaces."""
+    """Publish a status as a scheduler does, and let no later one replace it."""
     status = m.SchedulerStatus(queued=queued, running=running, workers=1, drain_rate=1.0, **adapters)
     await bus.set(bus.keys.status, status, 60_000)
 

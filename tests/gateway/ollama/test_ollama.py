@@ -1,4 +1,4 @@
-"""Ollama's API: its bodies and answers, its defaults, and what is refused by name."""
+"""Ollama's API: its bodies and answers, its defaults, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_an_answer_streams_unless_it_is_told_not_to(
         assert made["prompt_eval_count"] == len(fleet.seen[0][1].prompt) // 4
         assert made["eval_count"] == len(fleet.tokenizer.encode(TEXT).ids) + 1
         assert all(isinstance(made[name], int) and made[name] >= 0 for name in DURATIONS)
-        assert sum(made[name] for name in DURATIONS[1:]) <= made["total_duration"] + 3_000_000  # whole ms each
+        assert sum(made[name] for name in DURATIONS[1:]) <= made["total_duration"] + 3_000_000  # rounded to whole ms
 
 
 async def test_the_prompt_is_what_openai_s_route_makes_of_it(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -288,7 +288,7 @@ async def test_errors_have_ollama_s_shape_and_status(http: httpx2.AsyncClient, f
 
 
 async def test_a_body_needs_no_content_type(http: httpx2.AsyncClient) -> None:
-    form = {"content-type": "application/x-www-form-urlencoded"}  # curl's, in all of Ollama's documentation
+    form = {"content-type": "application/x-www-form-urlencoded"}  # the default of curl, used in Ollama's documentation
     for path, body in (("/api/chat", CHAT), ("/api/show", {"model": "base"})):
         answer = await http.post(path, content=json.dumps(body).encode(), headers=form)
         assert answer.status_code == 200, answer.text
@@ -403,7 +403,7 @@ async def test_a_stream_that_waits_is_kept_alive_by_lines(bus: Bus, fleet: Scrip
     ):
         seen: list[dict[str, Any]] = []
         async for text in answer.aiter_lines():
-            seen.append(json.loads(text))  # also those that only keep it alive
+            seen.append(json.loads(text))  # including those that only keep the connection alive
             if len(seen) == 3:
                 fleet.go.set()
         assert [part["message"]["content"] for part in seen[:3]] == ["", "", ""]

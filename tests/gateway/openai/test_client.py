@@ -1,4 +1,4 @@
-"""The official client, unchanged, against a real gateway over a scripted worker."""
+"""The official client, unchanged, with a real gateway and a scripted worker."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_an_adapter_is_asked_by_name_and_by_base_and_name(client: AsyncOpe
 async def test_a_list_of_models_gives_each_ones_answers_in_one_call(
     client: AsyncOpenAI, fleet: ScriptedFleet, stream: bool
 ) -> None:
-    """First all choices of all prompts of the first model, then those of the second; each names its model."""
+    """Choices are ordered by model, then by prompt; each names its model."""
     await fleet.add_adapter("fox", "d1")
     fleet.script = lambda submit, body: Script(text=f"{submit.digest or 'none'} é {submit.rid.rpartition('-')[2]}")
     models: Any = ["fox", "base"]

@@ -1,4 +1,4 @@
-"""`continue_final_message`: the answer goes on with the assistant's last message, and only what is new comes back."""
+"""`continue_final_message`: the answer continues the assistant's last message, and only the new text is returned."""
 
 from __future__ import annotations
 

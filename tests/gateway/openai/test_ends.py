@@ -1,4 +1,4 @@
-"""How streams begin and end, so that programs of OpenAI, vLLM, SGLang and TGI read them: fields and places."""
+"""Streams start and end with the fields and in the places that programs for OpenAI, vLLM, SGLang and TGI expect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def chunks_of(http: httpx2.AsyncClient, path: str, **fields: Any) -> list[
 async def test_the_end_comes_with_the_last_token(
     subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str
 ) -> None:
-    """`text += delta.content` works to the last chunk, which has the last token's logprobs and ids."""
+    """`text += delta.content` works up to the last chunk, which has the logprobs and ids of the last token."""
     eos = fleet.tokenizer.token_to_id("<|im_end|>")
     dog = fleet.tokenizer.encode(Script().text).ids[4]
     for fields, finish, stop, matched in (

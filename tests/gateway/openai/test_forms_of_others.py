@@ -61,7 +61,7 @@ FORMS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("openai-chat-tools", "OpenAI"): [
         chunk(CHUNK, chat({**ROLE, "refusal": None}), **OPENAI),
-        chunk(CHUNK, chat({}), **OPENAI),  # that of the reasoning, of which OpenAI shows nothing
+        chunk(CHUNK, chat({}), **OPENAI),  # for the reasoning, which OpenAI does not show
         chunk(CHUNK, chat({"content": "a"}), **OPENAI),
         chunk(CHUNK, chat({"tool_calls": [CALL]}), **OPENAI),
         chunk(CHUNK, chat({"tool_calls": [ARGUMENTS]}), **OPENAI),

@@ -1,6 +1,6 @@
-"""Streams byte by byte, as committed in `golden/`: what other servers' clients send, and what they get.
+"""Streams to clients of other servers, compared byte by byte with the files in `golden/`.
 
-Only ids, times and the request's own id are replaced. After a change that is meant, `GOLDEN=write` writes them anew.
+Only ids and times are replaced. After an intended change, `GOLDEN=write` rewrites the files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ GREEDY = {"model": "base", "messages": MESSAGES, "temperature": 0.0, "max_tokens
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A request, and what the worker says to it, in two steps."""
+    """A request and the worker's answer to it, in two steps."""
 
     path: str
     body: dict[str, Any]
@@ -131,7 +131,7 @@ REPLACED = [
 
 
 async def bytes_of(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: Stream) -> bytes:
-    """Return headers and body of a streamed answer, what differs each time replaced."""
+    """Return headers and body of a streamed answer, with varying parts replaced."""
     num = len(fleet.tokenizer.encode(stream.says).ids) + 1
     half = -(-min(num, stream.body.get("max_tokens") or stream.body.get("max_output_tokens") or num) // 2)
     fleet.go.clear()
@@ -147,7 +147,7 @@ async def bytes_of(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: Strea
                     response_id = raw[raw.index(b"resp_") :][:37].decode()
                     cancelling = asyncio.create_task(fleet.cancel(http, response_id))
                 continue
-            fleet.go.set()  # the second step comes when the first has been delivered
+            fleet.go.set()  # the second step comes after the first has been delivered
     if cancelling is not None:
         assert (await cancelling)["status"] == "cancelled"
     shown = head + raw

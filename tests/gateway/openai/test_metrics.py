@@ -1,4 +1,4 @@
-"""What calls add to the page of metrics, and what it tells of the workers."""
+"""How calls and workers appear in the metrics."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_a_call_that_is_asked_again_is_timed_from_then_on(http: httpx2.Asy
     before = await seconds()
     for _ in range(2):
         await http.post("/v1/completions", json=COMPLETION, headers={"idempotency-key": "asked-twice"})
-    assert await seconds() - before < 60  # not since the machine's start
+    assert await seconds() - before < 60  # not since the start of the machine
 
 
 async def test_metrics_tell_of_every_live_worker(
@@ -59,7 +59,7 @@ async def test_metrics_tell_of_every_live_worker(
     facts |= {"kv_blocks_free": 10, "kv_blocks_total": 12}
     beats = [
         m.WorkerBeat(wid="w1", name="one", sent_ms=2, counters=counters, **facts),
-        m.WorkerBeat(wid="w0", name="one", sent_ms=1, **facts),  # what it was before it was started again
+        m.WorkerBeat(wid="w0", name="one", sent_ms=1, **facts),  # the worker before its restart
         m.WorkerBeat(wid="w2", name="two", sent_ms=1, **facts),
     ]
     await fleet.stop_beating()

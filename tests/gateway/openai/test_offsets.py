@@ -1,4 +1,4 @@
-"""`text_offset`: each token begins in the text where it says."""
+"""`text_offset`: each token starts at its offset in the text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def table(tokenizer: Tokenizer) -> TokenTable:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("as_ids", [False, True])
 async def test_offsets_of_an_echo(http: httpx2.AsyncClient, fleet: ScriptedFleet, as_ids: bool, stream: bool) -> None:
-    """A prompt is echoed the same as text and as ids, and offsets count only what is in the text."""
+    """A prompt has the same echo as text and as ids, and offsets only count characters of the text."""
     prompt = "<|im_start|>hi 😀<|im_end|>"
     ids = fleet.tokenizer.encode(prompt).ids
     assert (ids[0], ids[-1]) == (IM_START, IM_END)

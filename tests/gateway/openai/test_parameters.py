@@ -1,4 +1,4 @@
-"""Parameters reach the worker as meant, and come back in each route's shape."""
+"""Parameters reach the worker with the intended values, and their results have the format of the route."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ MANY: list[tuple[str, dict[str, Any], str]] = [
 
 
 async def test_too_many_choices_are_refused_before_any_work(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    """No name is looked up, and nothing tokenized: a body of many models and prompts would cost their product."""
+    """Before names are looked up or text is tokenized, as many models and prompts would cost their product."""
     for path, body, said in MANY:
         answer = await http.post(path, json=body)
         assert (answer.status_code, answer.json()["error"]["message"][: len(said)]) == (400, said)
@@ -146,7 +146,7 @@ async def test_echo_alone_returns_the_prompt(http: httpx2.AsyncClient, fleet: Sc
 
 
 def scored(fleet: ScriptedFleet, ids: list[int]) -> dict[str, Any]:
-    """Return the logprobs object of tokens that begin with a prompt, as the scripted worker knows them."""
+    """Return the logprobs object of tokens that start with a prompt, with the scripted worker's values."""
     texts = [fleet.tokenizer.decode([id_]) for id_ in ids]
     return {
         "tokens": texts,
@@ -201,7 +201,7 @@ async def test_the_best_of_several_choices_are_shown(
     fleet.script = worse
     body = {**COMPLETION, "prompt": ["the dog", "fox"], "n": 2, "best_of": 4, "logprobs": logprobs}
     answer = (await http.post("/v1/completions", json=body)).json()
-    # Of the choices 0 to 3 the mean logprobs are 0, -3, -2 and -1; the second prompt's are 4 to 7.
+    # The mean logprobs of choices 0 to 3 are 0, -3, -2 and -1; choices 4 to 7 belong to the second prompt.
     assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
         (0, "0"),
         (1, "3"),
@@ -257,7 +257,7 @@ async def test_chat_logprobs(client: AsyncOpenAI, fleet: ScriptedFleet, top: int
     assert len(entries) == len(fleet.tokenizer.encode("a é").ids) + 1
     assert all(entry.logprob == pytest.approx(-0.5) for entry in entries)
     assert [len(entry.top_logprobs) for entry in entries] == [top or 0] * len(entries)
-    # The chosen token is first, though others were likelier; the script's likeliest may be the same.
+    # The chosen token is first even if others are more likely; it may also be the script's most likely one.
     assert all([t.token for t in entry.top_logprobs][:1] == [entry.token][: top or 0] for entry in entries)
     likeliest = [[t.logprob for t in entry.top_logprobs[1:]] for entry in entries]
     assert all(found in ([-1.0, -2.0, -3.0][: (top or 1) - 1], [-2.0, -3.0][: (top or 1) - 1]) for found in likeliest)

@@ -1,4 +1,4 @@
-"""Parameters and bodies of vLLM and SGLang that OpenAI's routes serve beside OpenAI's own."""
+"""Parameters and bodies of vLLM and SGLang that OpenAI's routes accept in addition to OpenAI's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_lora_path_names_the_adapter_of_a_base(http: httpx2.AsyncClient, f
         answer = await http.post(COMPLETIONS, json={"model": name, "prompt": "hi", "lora_path": "fox"})
         assert answer.status_code == 200, answer.text
         assert fleet.seen[-1][0].digest == "ab" * 32
-    for name in ("fox", "base:fox"):  # both name the same one
+    for name in ("fox", "base:fox"):  # both mean the same adapter
         answer = await http.post(COMPLETIONS, json={"model": name, "prompt": "hi", "lora_path": "fox"})
         assert answer.status_code == 200, answer.text
         assert fleet.seen[-1][0].digest == "ab" * 32
@@ -88,7 +88,7 @@ async def test_invocations_take_bodies_of_openai_s_routes(http: httpx2.AsyncClie
     wrong = await http.post("/invocations", json={"model": "base", "messages": USER, "temprature": 1})
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "unknown_parameter")
     assert "error_type" in (await http.post("/invocations", json={"model": "base"})).json()
-    for body, param in (({"messages": 5}, "messages"), ({"prompt": "a", "n": "b"}, "n")):  # the field, not the form
+    for body, param in (({"messages": 5}, "messages"), ({"prompt": "a", "n": "b"}, "n")):  # the field only
         error = (await http.post("/invocations", json={"model": "base", **body})).json()["error"]
         assert error["param"] == param
         assert error["message"].startswith(f"{param}: ")
@@ -97,7 +97,7 @@ async def test_invocations_take_bodies_of_openai_s_routes(http: httpx2.AsyncClie
 async def test_repetitions_are_penalised_as_far_back_as_is_asked(
     http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:  # fmt: skip
-    """Open WebUI's, llama.cpp's and Ollama's words for it, on OpenAI's routes and Ollama's."""
+    """The names of Open WebUI, llama.cpp and Ollama for it, on OpenAI's routes and Ollama's."""
     for fields, penalty, window in (
         ({"repeat_penalty": 1.3}, 1.3, 0),
         ({"repeat_penalty": 1.3, "repeat_last_n": 64}, 1.3, 64),
@@ -135,7 +135,7 @@ async def test_settings_do_what_vllm_s_flags_do(bus: Bus, fleet: ScriptedFleet, 
 async def test_an_answer_tells_its_times_where_they_are_wanted(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
-    """As vLLM's `metrics`: whole, in the chunk of the usage, by wish of the call or of the operator."""
+    """Like vLLM's `metrics`, in whole answers and in the chunk with the usage, if the call or the operator asks."""
     for always in (False, True):
         async with gateway_client(bus, model_folder, per_request_metrics=always) as http:
             for path, asked in ((CHAT, {"messages": USER}), (COMPLETIONS, {"prompt": "hi"})):
@@ -177,7 +177,7 @@ def test_times_are_those_of_a_request() -> None:
 
 
 async def test_roles_that_a_template_has(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
-    """A message is in the prompt with its role, or refused: none is dropped, and the search for it is linear."""
+    """A message is in the prompt with its role, or refused; none is dropped, and the check is linear."""
     any_role = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}"
     some = any_role.replace("<{{", "{% if m.role in ['user', 'critic'] %}<{{").replace(
         "{% endfor", "{% endif %}{% endfor"

@@ -1,4 +1,4 @@
-"""SGLang's `stop_regex`: an answer ends where one of the expressions matches, on both routes, streamed or not."""
+"""SGLang's `stop_regex`: an answer ends at a match of any of the expressions, on both routes, streamed or not."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_workers_are_told_and_only_those_that_know(http: httpx2.AsyncClien
 async def test_logprobs_and_offsets_end_with_the_token_that_ends_the_text(
     http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    """As with the stop string that is the text of the match."""
+    """The same as with the matched text as stop string."""
     fleet.script = lambda submit, body: Script(text=SAYS)
     for fields in ({}, {"echo": True}, {"include_stop_str_in_output": True}):
         asked: dict[str, Any] = {"logprobs": 1, "return_token_ids": True, **fields}

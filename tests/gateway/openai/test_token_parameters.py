@@ -1,4 +1,4 @@
-"""vLLM's parameters about single tokens: which may be chosen, and what answers tell of them."""
+"""vLLM's parameters about single tokens: which may be chosen, and what answers report about them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_what_is_wrong_in_them_is_named(http: httpx2.AsyncClient, fleet: S
 
 
 def ranked(tokenizer: Tokenizer, id_: int, num: int) -> dict[str, Any]:
-    """Return what the scripted worker tells of a prompt's token."""
+    """Return the scripted worker's logprobs of a prompt token."""
     top = {id_ + i: (-1.0 * (i + 1), i + 1) for i in range(num)}
     return {
         str(own): {"logprob": logprob, "rank": rank, "decoded_token": tokenizer.decode([own])}
@@ -143,7 +143,7 @@ async def test_a_chat_has_the_logprobs_of_its_prompt_once(
     answer = await answer_of(http, CHAT_PATH, prompt_logprobs=1, n=2)
     ids = prompt_ids(fleet)
     expected = [None, *(ranked(tokenizer, id_, 1) for id_ in ids[1:])]
-    for entry in [*answer["prompt_logprobs"][1:], *expected[1:]]:  # text of special tokens is their own
+    for entry in [*answer["prompt_logprobs"][1:], *expected[1:]]:  # special tokens have their own text
         [value.pop("decoded_token") for value in entry.values()]
     assert answer["prompt_logprobs"] == expected
     assert all("prompt_logprobs" not in choice for choice in answer["choices"])
@@ -284,7 +284,7 @@ async def test_a_job_and_a_repeated_call_echo_too(http: httpx2.AsyncClient, flee
     assert len(fleet.seen) == 2
 
 
-# ---------------------------------------------------------------- a key of ours in a schema
+# ---------------------------------------------------------------- the internal key in schemas
 
 
 @pytest.mark.parametrize("path", ROUTES)

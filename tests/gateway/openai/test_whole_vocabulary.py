@@ -25,7 +25,7 @@ def a_token_each_step(fleet: ScriptedFleet) -> None:
 
 
 def by_id(own: int, size: int) -> dict[int, float]:
-    """Return what the scripted worker says of all tokens at the place of one, the likeliest first."""
+    """Return the scripted worker's logprobs of the vocabulary at a position with token `own`, the most likely first."""
     return {(own + i) % size: -1.0 - i for i in range(size)}
 
 
@@ -46,7 +46,7 @@ async def test_a_chat_has_all_tokens_at_each_place(
     for one in content:
         own = int(one["token"].removeprefix("token_id:"))
         top = {int(other["token"].removeprefix("token_id:")): other["logprob"] for other in one["top_logprobs"]}
-        assert one["logprob"] == -0.5  # the worker says so, and also that it is -1 among all
+        assert one["logprob"] == -0.5  # the worker reports -0.5 for the chosen token, although it is -1 among all
         assert list(top.items()) == list((by_id(own, tokenizer.get_vocab_size()) | {own: -0.5}).items())
     assert fleet.seen[-1][1].sampling.vocabulary == tokenizer.get_vocab_size()
 
@@ -110,7 +110,7 @@ async def test_a_whole_vocabulary_is_kept_nowhere(http: httpx2.AsyncClient, flee
 
 
 async def test_many_at_once_take_turns(http: httpx2.AsyncClient, tokenizer: Tokenizer) -> None:
-    """Threads write the answers; each has its own."""
+    """Threads write the answers concurrently, without mixing them up."""
     names = {"logprobs": True, "top_logprobs": -1, "return_tokens_as_token_ids": True}
     answers = await asyncio.gather(*(asked(http, CHAT, n=4, stream=i % 2 == 1, **names) for i in range(8)))
     for answer in answers:

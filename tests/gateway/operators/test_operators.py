@@ -1,4 +1,4 @@
-"""What operators do over HTTP: workers out of the work and back, requests listed and ended, dead letters, keys."""
+"""Operators' actions over HTTP: draining workers, listing and cancelling requests, dead letters, keys."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ async def test_a_drained_worker_gets_nothing_until_it_is_resumed(small: SmallFle
     assert not listed["has_more"]
     drained = await posted(small.http, "/v1/workers/one/drain?wait_s=30")
     assert (drained["state"], drained["capacity"]) == ("draining", 0)
-    assert (await posted(small.http, "/v1/workers/one/drain"))["state"] == "draining"  # again: nothing is new
+    assert (await posted(small.http, "/v1/workers/one/drain"))["state"] == "draining"  # repeated without effect
     placed: list[str] = []
 
-    async def gets_nothing() -> bool:  # once the scheduler has read its beat
+    async def gets_nothing() -> bool:  # once the scheduler has read the worker's heartbeat
         done = await posted(small.http, "/v1/completions", json=BODY)
         told = await got(small.http, f"/v1/requests/{done['id']}")
         placed.append(next(event["worker"] for event in told["timeline"] if event["event"] == "placed"))
@@ -135,7 +135,7 @@ async def test_all_requests_are_listed_once_over_pages(fleet: ScriptedFleet, htt
 
 
 async def test_a_page_does_not_tell_where_it_ended_among_others(bus: Bus) -> None:
-    """A page that has looked at enough ends among other tenants' requests: its cursor leads on and names none."""
+    """A page that reaches its work limit ends among other tenants' requests; its cursor reveals none of their ids."""
     rids = [f"{number:032x}-0" for number in range(2 * MAX_LOOKED_AT + 10)]
     beat = m.WorkerBeat(wid="w1", name="w1", capacity=64, progress=[(rid, 1) for rid in rids])
     await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)

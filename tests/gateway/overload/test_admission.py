@@ -1,4 +1,4 @@
-"""Admission: which calls are let in, and what the others are told."""
+"""Admission: which calls are let in, and which errors the others get."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load(cls: str = INTERACTIVE, num: int = 1, num_tokens: int = 100, timeout_s:
 
 
 class Call:
-    """A call in flight, in a context of its own as tasks have."""
+    """A call in flight, in a context of its own, like a task."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -51,7 +51,7 @@ class Call:
 
 @dataclass
 class Gateway:
-    """An admission and what surrounds it."""
+    """An admission with scripted status, lag and time."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     told: m.SchedulerStatus | None = None
@@ -65,7 +65,7 @@ class Gateway:
         self.calls: list[Call] = []
 
     def begin(self, load: CallLoad | None = None) -> None:
-        """Let a call arrive, and hold its load against the queue."""
+        """Let a call arrive, and check its load against the queue."""
         call = Call(self.admission)
         try:
             if load is not None:
@@ -99,7 +99,7 @@ def gateway(told: m.SchedulerStatus | None = None, **settings: Any) -> Gateway:
 
 
 def test_calls_in_flight_are_limited() -> None:
-    """A refused one is told when a tenth of them will have ended."""
+    """A refused call is told to retry when a tenth of them is expected to have ended."""
     site = gateway(status(0, rate=5.0), max_open_calls=100)
     for _ in range(99):
         site.begin()
@@ -109,7 +109,7 @@ def test_calls_in_flight_are_limited() -> None:
     assert refused is not None
     assert refused.message == "this gateway is answering 100 calls; the limit is 100"
     assert refused.retry_after_s == pytest.approx(2.0)
-    assert site.refusal(load()) is None  # one that is in flight already
+    assert site.refusal(load()) is None  # a call that is in flight already
     site.calls.pop().close()
     assert site.refusal(None) is None
 
@@ -136,7 +136,7 @@ def test_the_lag_of_the_loop_is_limited() -> None:
     assert refused is not None
     assert refused.message == "this gateway is 3.0 s behind its event loop's schedule; the limit is 2 s"
     assert refused.retry_after_s == pytest.approx(3.0)
-    assert site.refusal(load()) is None  # what was let in goes on
+    assert site.refusal(load()) is None  # calls that were let in continue
 
 
 def test_the_way_to_the_queue_is_limited() -> None:
@@ -170,7 +170,7 @@ def test_a_full_queue_refuses_before_any_work_is_done(cls: str) -> None:
 
 
 def num_let_through(site: Gateway, at_ms: int) -> int:
-    """Return how many of a thousand calls that arrive at one moment may try the queue."""
+    """Return how many of a thousand simultaneous calls may try the queue."""
     site.now_ms = at_ms
     for num in range(1000):
         try:
@@ -181,7 +181,7 @@ def num_let_through(site: Gateway, at_ms: int) -> int:
 
 
 def submit(site: Gateway) -> None:
-    """Let the inbound calls be submitted."""
+    """Submit all inbound calls."""
     while site.calls:
         call = site.calls.pop()
         call.reach_queue()
@@ -191,7 +191,7 @@ def submit(site: Gateway) -> None:
 
 def test_between_two_counts_only_as_many_try_a_full_queue_as_left_it() -> None:
     site = gateway(status(50, rate=20.0), max_queued=100)
-    assert num_let_through(site, NOW_MS) == 1000  # below nine tenths nobody is refused for a guess
+    assert num_let_through(site, NOW_MS) == 1000  # below nine tenths, no call is refused based on an estimate
     while site.calls:
         site.calls.pop().close()
     site.now_ms = NOW_MS + 100
@@ -202,22 +202,22 @@ def test_between_two_counts_only_as_many_try_a_full_queue_as_left_it() -> None:
         passed.append(num_let_through(site, NOW_MS + ms))
         submit(site)
     assert passed == [0, 2, 2]
-    # The scheduler's next status counts those that were submitted before it.
+    # The scheduler's next status includes the calls submitted before it.
     assert site.told is not None
     site.told = msgspec.structs.replace(site.told, queued=95, sent_ms=NOW_MS + 250)
     assert num_let_through(site, NOW_MS + 250) == 5 - 2
     site.told = msgspec.structs.replace(site.told, queued=20, sent_ms=NOW_MS + 260)
     assert num_let_through(site, NOW_MS) == 1000
     site.told = msgspec.structs.replace(site.told, queued=100, sent_ms=NOW_MS + 270)
-    site.admission.check(CallLoad(BATCH))  # the classes have queues of their own
+    site.admission.check(CallLoad(BATCH))  # each class has a queue of its own
     site.told = None
-    assert num_let_through(site, NOW_MS + 100) == 1000  # without a scheduler the queue alone decides
+    assert num_let_through(site, NOW_MS + 100) == 1000  # without a scheduler, only the queue decides
 
 
 def test_inbound_calls_count_until_they_end_or_wait_for_something_else() -> None:
     site = gateway(status(95, rate=0.0), max_queued=100)
     assert num_let_through(site, NOW_MS) == 5
-    site.calls[0].run(site.admission.leave_inbound)  # as one that waits for a store
+    site.calls[0].run(site.admission.leave_inbound)  # as if it waited for a store
     assert num_let_through(site, NOW_MS) == 1
     site.calls.pop(0).close()
     assert num_let_through(site, NOW_MS) == 0
@@ -266,7 +266,7 @@ def test_too_long_a_wait_is_refused_until_enough_of_the_queue_is_gone(num_tokens
     refused = site.refusal(load(num_tokens=num_tokens))
     assert refused is not None
     assert refused.message == "the first token would come in about 30 s; the limit is 20 s"
-    # Back after that time, with the queue drained at the measured rate meanwhile, it is let in.
+    # A client that retries after that time is let in, if the queue drains at the measured rate in the meantime.
     assert refused.retry_after_s == pytest.approx(12.0)
     site.told = status(300 - 120)
     assert site.refusal(load(num_tokens=num_tokens)) is None
@@ -282,7 +282,7 @@ def test_what_would_begin_after_its_deadline_is_always_refused() -> None:
 def test_what_was_submitted_since_the_status_counts() -> None:
     site = gateway(status(1, tokens=900), max_queued_tokens=1000, max_wait_s=1.0)
     site.now_ms = NOW_MS - 1
-    site.admission.submitted(load(num_tokens=900))  # the status counts it
+    site.admission.submitted(load(num_tokens=900))  # included in the status
     assert site.refusal(load()) is None
     site.now_ms = NOW_MS + 1
     site.admission.submitted(load(num_tokens=50))
@@ -304,7 +304,7 @@ def test_submitted_loads_are_not_remembered_for_long_without_a_status() -> None:
 
 
 def test_the_wait_includes_the_calls_that_are_inbound() -> None:
-    """The predicted wait of an inbound call includes its way; that of a queued one is what is ahead of it."""
+    """The predicted wait of an inbound call includes the time to the queue; that of a queued call what is ahead."""
     site = gateway(status(190), max_wait_s=20.0)
     for _ in range(10):
         site.begin(CallLoad(INTERACTIVE))

@@ -1,4 +1,4 @@
-"""What a gateway's beat says, and how late its event loop is taken to be."""
+"""Heartbeats of a gateway whose event loop is blocked, and the measured lag of the loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TICK_S = 0.1
 
 
 def lag_after(*delays_s: float, overdue_s: float = 0.0) -> float:
-    """Return the lag of a loop whose ticks came so late, and whose next one is overdue."""
+    """Return the lag of a loop whose ticks had the given delays, with the next tick overdue."""
     now_s, lag = 0.0, LoopLag(TICK_S, 0.0)
     for delay_s in delays_s:
         now_s += TICK_S + delay_s
@@ -41,12 +41,12 @@ def test_the_turn_that_lasts_now_counts() -> None:
 async def test_a_gateway_whose_loop_stands_still_beats_until_it_is_stuck(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its beat goes on, so that nobody cancels what it has let in."""
+    """Its heartbeat continues, so that its calls are not cancelled."""
     clock = ScaledClock()
     pace = Pace(beat_s=0.02, clock=clock)
     async with running_gateway(bus, model_folder, GatewayTimings(pace=pace)) as gateway:
         key, num_beats, last_ms = bus.keys.gateway_beat(gateway.gid), 0, 0
-        with redis.Redis.from_url(bus.url) as queue:  # a client that does not need the loop, which stands still here
+        with redis.Redis.from_url(bus.url) as queue:  # a client without an event loop, as the loop is blocked here
 
             def left_ms() -> int:
                 return int(queue.pttl(key))  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ async def test_a_gateway_whose_loop_stands_still_beats_until_it_is_stuck(
                 while caplog.text.count("no heartbeat: the event loop has been blocked") < num:
                     left_ms()
 
-            clock.speed = 0.0  # however slow this machine is, the loop has not stood still for long yet
+            clock.speed = 0.0  # however slow this machine is, the loop has not been blocked for long yet
             while num_beats < 5:
                 now_ms = left_ms()
                 assert now_ms > 0, "the gateway counts as dead"
@@ -78,7 +78,7 @@ class Dying(Heartbeat):
     """A heartbeat whose thread dies."""
 
     async def _beats(self, address: str) -> None:
-        raise SystemExit  # no `Exception`, as a panic of a library in Rust
+        raise SystemExit  # not an `Exception`, like a panic in a Rust library
 
 
 async def test_a_gateway_whose_heartbeat_has_died_ends(bus: Bus) -> None:

@@ -1,4 +1,4 @@
-"""How long the way to the queue is taken to be."""
+"""The estimated time that calls take to reach the queue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TICK_S = 0.1
 
 
 class Clocked:
-    """Inbound calls and the time."""
+    """Inbound calls with a scripted clock."""
 
     def __init__(self) -> None:
         self.inbound = Inbound(CROWD, span_s=1.5)
@@ -30,7 +30,7 @@ class Clocked:
         return self.inbound.wait_s(self.now_s)
 
     def run(self, seconds: float, rate: int) -> None:
-        """Let `rate` calls a second reach the queue."""
+        """Let `rate` calls per second reach the queue."""
         for _ in range(round(seconds / TICK_S)):
             self.now_s += TICK_S
             self.end(round(rate * TICK_S))
@@ -39,7 +39,7 @@ class Clocked:
 def test_the_wait_is_the_crowd_over_its_rate() -> None:
     way = Clocked()
     way.begin(1000)
-    assert way.wait_s == 0.0  # the rate is not known
+    assert way.wait_s == 0.0  # the rate is unknown
     way.run(2.0, rate=100)
     assert way.inbound.num == 800
     assert way.wait_s == pytest.approx(8.0, rel=0.02)
@@ -83,11 +83,11 @@ def test_a_gateway_where_nothing_gets_through_notices() -> None:
 
 def test_a_crowd_is_not_judged_by_how_few_came_before() -> None:
     way = Clocked()
-    for _ in range(100):  # one call in each tenth of a second: no more were asked for
+    for _ in range(100):  # one call per 0.1 s, as no more arrived
         way.begin(1)
         way.run(TICK_S, rate=10)
     way.begin(400)
-    for _ in range(14):  # nor by the time in which all of it is read, and none can be submitted yet
+    for _ in range(14):  # neither by the time in which all are read and none can be submitted yet
         way.now_s += TICK_S
         assert way.wait_s == 0.0
     way.end(400)

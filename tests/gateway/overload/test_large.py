@@ -1,4 +1,4 @@
-"""Large bodies: places shared evenly, work that leaves the loop its turns, and costs that are known before the work."""
+"""Large bodies: fair slots, work that does not block the event loop, and costs that are known in advance."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MAX_BODY = 4 << 20
 
 @dataclass
 class Counting:
-    """A tokenizer's files that count what is encoded."""
+    """The files of a tokenizer, counting encoded texts."""
 
     files: ModelFiles
     num: list[int] = field(default_factory=list)
@@ -125,7 +125,7 @@ def test_an_answer_does_not_hold_its_body(files: Counting) -> None:
     assert structs.replace(parsed, inputs=ChatPrompt([{"a": 1}])).without_prompts().inputs == ChatPrompt([])
 
 
-# ---------------------------------------------------------------- a gateway
+# ---------------------------------------------------------------- with a gateway
 
 
 @pytest.mark.thorough
@@ -166,7 +166,7 @@ async def test_many_models_and_ids_are_refused_at_once(bus: Bus, fleet: Scripted
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
-        ("/v1/completions", {"model": ["base"] * 130}),  # refused by its size
+        ("/v1/completions", {"model": ["base"] * 130}),  # refused because of its size
         pytest.param("/v1/completions", {"model": "base"}, marks=pytest.mark.thorough),  # longer than the context
         pytest.param("/v1/completions", {"model": "nobody"}, marks=pytest.mark.thorough),
         pytest.param("/v1/completions", {"model": "base", "max_tokens": "many"}, marks=pytest.mark.thorough),
@@ -181,7 +181,7 @@ async def test_nothing_of_a_refused_body_stays(http: httpx2.AsyncClient, path: s
         {**fields, ("stop_token_ids" if fields.get("stop_token_ids") else "prompt"): ids}, separators=(",", ":")
     )
     gc.collect()
-    gc.disable()  # what is held in circles would stay until it runs
+    gc.disable()  # reference cycles would remain until it runs
     try:
         answer = await http.post(path, content=body, headers={"content-type": "application/json"})
         assert answer.status_code in (400, 404, 422)
@@ -196,7 +196,7 @@ async def test_nothing_of_a_refused_body_stays(http: httpx2.AsyncClient, path: s
 
 
 async def test_what_waits_for_a_place_is_not_read(gateway: RunningGateway, http: httpx2.AsyncClient) -> None:
-    """Four slow senders of one address: the next one is not read, small calls are answered."""
+    """With four slow senders of one address, the next is not read, but small calls are answered."""
 
     async def slow() -> AsyncIterator[bytes]:
         yield b'{"model":"base","prompt":"'
@@ -228,14 +228,14 @@ async def test_routes_that_need_little_take_little(http: httpx2.AsyncClient, pat
 
 
 async def test_a_large_chat_is_answered(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    """A large body that costs little: what has no effect is not looked at."""
+    """A large body of little cost, as fields without effect are skipped."""
     body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "user": "x" * 10 * SMALL_BODY_BYTES}
     assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
     await wait_until(lambda: len(fleet.seen) == 1, "it ran")
 
 
 async def test_who_hangs_up_has_no_more_done_at_a_time() -> None:
-    """Threads cannot be cancelled, so a turn lasts as long as its work."""
+    """Threads can't be cancelled, so a turn lasts until its work is done."""
     work, go, begun = FairSlots(1), asyncio.Event(), 0
 
     async def do() -> None:
@@ -260,7 +260,7 @@ async def test_who_hangs_up_has_no_more_done_at_a_time() -> None:
 
 
 async def test_work_that_outlives_its_call_leaves_nothing_charged() -> None:
-    """A client leaves while its texts are tokenized, and what they come to is charged afterwards."""
+    """A client leaves while its texts are tokenized, and the resulting tokens are charged afterwards."""
     work, account, go = FairSlots(1), MemoryAccount(1 << 30), asyncio.Event()
     charge = account.open("a")
 
@@ -309,7 +309,7 @@ def test_logprobs_of_all_choices_are_bounded(files: Counting) -> None:
 
 
 async def test_addresses_of_one_network_share_places_as_they_share_memory() -> None:
-    """An IPv6 /64 has 2^64 addresses, which share the places of one."""
+    """An IPv6 /64 has 2^64 addresses, which share the slots of one."""
     inside: list[str] = []
     go = asyncio.Event()
 
@@ -339,7 +339,7 @@ async def test_addresses_of_one_network_share_places_as_they_share_memory() -> N
 
 
 class Noted(dict[str, Any]):
-    """Notes how many of it there are."""
+    """Counts its instances."""
 
     num: ClassVar[int] = 0
 

@@ -1,4 +1,4 @@
-"""The account of a gateway's memory: charged before the work, freed once, whatever becomes of a call."""
+"""The account of a gateway's memory is charged before the work and freed exactly once, however a call ends."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LONG = {"prompt": "the quick brown fox", "max_tokens": 200, "model": "base"}
 
 
 class Account(RuleBasedStateMachine):
-    """Whatever is charged and freed, in any order: the sums are right, and no limit is ever passed."""
+    """Charges and releases in any order keep sums correct and never exceed a limit."""
 
     charges = Bundle("charges")
 
@@ -110,10 +110,10 @@ def test_one_holder_leaves_room_for_others() -> None:
         account.open("e").hold(101)
 
 
-# ---------------------------------------------------------------- what is charged
+# ---------------------------------------------------------------- charges
 
 KEPT_BYTES = 2048
-"""What the interpreter keeps of reading, whatever is read."""
+"""Memory that the interpreter keeps after any parse."""
 
 TEXTS: dict[str, Callable[[], bytes]] = {
     "empty objects": lambda: b"[" + b",".join([b"{}"] * 16_000) + b"]",
@@ -149,7 +149,7 @@ def test_a_longer_answer_is_charged_more(n: int, new: int, top: int | None, stre
 
     whole = of(n, new, top)
     assert whole >= CALL_BYTES + n * new * 4
-    if top is not None:  # all that can be held of the logprobs
+    if top is not None:  # the maximum for the logprobs
         assert whole >= 2 * n * new * m.logprob_record_bytes(top)
     assert of(n + 1, new, top) > whole
     assert of(n, new + 1, top) > whole
@@ -157,7 +157,7 @@ def test_a_longer_answer_is_charged_more(n: int, new: int, top: int | None, stre
 
 
 def test_what_looks_for_expressions_takes_no_more_than_is_charged() -> None:
-    """In a stream, too: all of an answer may become a match."""
+    """Including streams, in which the whole answer may become a match."""
     expressions = ["(?i)" + "".join(f"[{chr(97 + i % 26)}{chr(0x4E00 + i)}é]" for i in range(85))] * 2 + ["a[^z]*z"]
     text = "".join(chr(0x4E00 + i) for i in range(300, 0, -1)) + "a" * 700
     plain = CallOptions(m.Sampling(), stream=True)
@@ -182,7 +182,7 @@ def prompt_of(new: int) -> Prompt:
 
 def test_only_a_text_beyond_what_is_charged_is_charged_again() -> None:
     growth = TextGrowth(CallOptions(m.Sampling(), stream=False), [prompt_of(100)])
-    growth.add("a" * 100 * TEXT_BYTES)  # no call: nothing would be charged anyway
+    growth.add("a" * 100 * TEXT_BYTES)  # outside a call, so nothing is charged
     assert growth._room == 0
     growth.add("ä")
     assert growth._room > 0
@@ -191,7 +191,7 @@ def test_only_a_text_beyond_what_is_charged_is_charged_again() -> None:
     assert streamed._room == 0
 
 
-# ---------------------------------------------------------------- a gateway
+# ---------------------------------------------------------------- with a gateway
 
 
 def held_bytes() -> float:
@@ -203,7 +203,7 @@ async def until_free() -> None:
 
 
 def enough(num_calls: int, **fields: Any) -> int:
-    """Bytes of which one holder's share is enough for so many calls at once, and no more."""
+    """Return a limit of which one holder's share is enough for exactly `num_calls` concurrent calls."""
     sampling = m.Sampling(num_logprobs=fields.get("logprobs"))
     options = CallOptions(sampling, n=fields.get("n", 1), stream=bool(fields.get("stream")))
     of_call = call_bytes(options, [prompt_of(fields["max_tokens"])])
@@ -218,14 +218,14 @@ async def test_what_is_too_much_is_refused_with_value_and_limit(
     memory = enough(3, **body)
     async with gateway_client(bus, model_folder, gateway_memory=memory) as http:
         asked: list[asyncio.Task[httpx2.Response]] = []
-        for num in range(1, 4):  # one after the other: a call is charged for its body until it is submitted
+        for num in range(1, 4):  # sequentially, as a call is charged for its body until it is submitted
             asked.append(asyncio.create_task(http.post("/v1/completions", json=body)))
             await wait_until(lambda num=num: len(fleet.seen) == num, f"{num} calls run")
         refused = await http.post("/v1/completions", json=body)
         assert refused.status_code == 429
         assert str(memory // SHARE) in refused.json()["error"]["message"]
         assert "address localhost holds" in refused.json()["error"]["message"]
-        assert len(fleet.seen) == 3  # nothing was done for it
+        assert len(fleet.seen) == 3  # no work was done for it
         never = await http.post("/v1/completions", json={**body, "n": 8})
         assert (never.status_code, never.json()["error"]["code"]) == (400, "limit_exceeded")
         assert (await http.get("/health")).status_code == 200
@@ -274,7 +274,7 @@ async def test_every_end_of_a_call_frees_what_it_held_once(bus: Bus, fleet: Scri
 async def test_an_answer_of_long_words_ends_when_there_is_no_room(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
-    words = "ä" + " the" * 140  # in one piece: each of its characters takes as much as its widest
+    words = "ä" + " the" * 140  # in one piece, each character takes as much memory as the widest
     fleet.script = lambda submit, body: Script(text=words, eos=False, finish="length", chunk=1000)
     body = {**LONG, "prompt": "a", "max_tokens": 150, "n": 60}
     memory = enough(1, **body)
@@ -301,7 +301,7 @@ async def test_eight_hundred_short_chats_meet_no_limit(bus: Bus, fleet: Scripted
         asked = [asyncio.create_task(http.post("/v1/chat/completions", json=chat)) for _ in range(800)]
         await wait_until(lambda: len(fleet.seen) == 800, "all are running")
         of_call = held_bytes() / 800
-        assert 8000 * of_call < share, of_call  # of one address; ten times as many fit
+        assert 8000 * of_call < share, of_call  # for a single address; ten times as many fit
         assert settings.max_open_calls * of_call < settings.gateway_memory
         fleet.go.set()
         answers = [await task for task in asked]

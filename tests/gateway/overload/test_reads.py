@@ -1,4 +1,4 @@
-"""What is no call has a rate of its own, by tenant or address, of which lists take more, and all by their work."""
+"""Requests other than calls are rate limited by tenant or address; lists cost more, and all work is charged."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TABLE = RouteTable(unserved().routes)
 
 
 class Clocked:
-    """The limit before an answer of so many bytes, by a clock that a test sets."""
+    """The rate limit in front of an answer of `num_bytes`, with a clock set by tests."""
 
     def __init__(self, per_s: float = PER_S, num_bytes: int = 0) -> None:
         self.s = 0.0
@@ -72,7 +72,7 @@ class Clocked:
     async def ask(
         self, path: str, tenant: str = "a", *, method: str = "GET", address: str = "10.0.0.1"
     ) -> tuple[int, dict[bytes, bytes]]:  # fmt: skip
-        """Return the status and the headers of an answer. tenant: "" for a fleet without keys."""
+        """Return status and headers of an answer. tenant: "" for a fleet without keys."""
         caller = Caller(Tenant(name=tenant)) if tenant else EVERYBODY
         match = TABLE.match(method, normal_path(path, ""))
         scope = {
@@ -84,7 +84,7 @@ class Clocked:
         return client.sent[0]["status"], dict(client.sent[0]["headers"])
 
     async def num_let_in(self, path: str, num: int, **who: Any) -> int:
-        """Return how many of `num` requests were answered 200."""
+        """Return how many of `num` requests were answered with 200."""
         return sum([(await self.ask(path, **who))[0] == 200 for _ in range(num)])
 
 
@@ -197,11 +197,11 @@ async def test_what_an_answer_takes_is_paid_before_it_is_made() -> None:
     await asyncio.gather(*asked)
     assert (made, refused) == (3, 47), "all came while there was something left"
     spend(200.0)
-    owe(200.0)  # nobody asks
+    owe(200.0)  # no effect outside a request
 
 
 async def cost_of(tenant: str, what: Callable[[], Awaitable[object]]) -> float:
-    """Return what it costs a tenant to be shown a list, in reads beyond those of every list."""
+    """Return the cost of a list for a tenant, in reads, without the basic cost of a list."""
     clocked = Clocked(per_s=10_000)
     clocked.does = what
     assert (await clocked.ask("/v1/requests", tenant))[0] == 200
@@ -219,7 +219,7 @@ class CountedHistory(History):
 
 
 async def test_misses_together_look_at_no_more_than_their_reader_has(bus: Bus) -> None:
-    """An id that is nowhere is looked for in the whole history: many at once end with 429."""
+    """A search for an unknown id reads the whole history; many at once end with 429."""
     caller, num = Caller(Tenant(name="a"), ("infer",)), 1000
     pipe = bus._redis.pipeline(transaction=False)
     for i in range(num):
@@ -242,7 +242,7 @@ async def test_misses_together_look_at_no_more_than_their_reader_has(bus: Bus) -
 
     clocked.does = miss
     answers = await asyncio.gather(*(clocked.ask("/v1/requests/nobody") for _ in range(200)))
-    late = sum(status == 429 for status, _ in answers)  # came when nothing was left
+    late = sum(status == 429 for status, _ in answers)  # arrived when no budget was left
     assert missed + refused + late == 200
     assert refused + late > 100
     assert history.num_read <= 2 * REQUESTS_PER_READ * BURST_S * PER_S < 200 * num
@@ -272,7 +272,7 @@ async def test_of_many_tenants_no_more_is_read_than_is_looked_at(bus: Bus) -> No
 
 
 async def test_pages_that_show_nothing_cost_what_was_looked_at(bus: Bus) -> None:
-    """Whatever list it is: what is left out of it, as another tenant's or by a filter, has cost its work too."""
+    """On any list, omitted entries, of other tenants or filtered, are charged for too."""
     caller, num = Caller(Tenant(name="a", adapters=("none-*",)), ("infer",)), 512
     pipe = bus._redis.pipeline(transaction=False)
     for i in range(num):

@@ -1,4 +1,4 @@
-"""A gateway that can take no more refuses calls before it reads them, and keeps what it has."""
+"""An overloaded gateway refuses calls before it reads them, and completes running ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_a_late_gateway_refuses_unread_calls_and_keeps_its_streams(
     ):
         held = group.create_task(post(http, body={**COMPLETION, "stream": True}))
         await wait_until(lambda: fleet.seen, "a call is let in")
-        clock.speed = 100.0  # whoever waits by another clock seems to be late
+        clock.speed = 100.0  # other clocks' waits seem late
 
         answer = httpx2.Response(400)
 
@@ -73,7 +73,7 @@ async def test_open_calls_are_limited(bus: Bus, fleet: ScriptedFleet, model_fold
         answer = await post(http)
         assert answer.status_code == 429
         assert answer.json()["error"]["message"] == "this gateway is answering 1 calls; the limit is 1"
-        assert answer.headers["retry-after"] == "5"  # nobody knows yet how fast calls end
+        assert answer.headers["retry-after"] == "5"  # the rate at which calls end is unknown
         assert (await http.get("/v1/jobs")).status_code == 200
         fleet.go.set()
         assert (await held).status_code == 200

@@ -1,4 +1,4 @@
-"""Turns of tenants: whoever has thousands of pieces of work delays nobody else's."""
+"""Fair turns: a tenant with thousands of tasks does not delay those of others."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def test_all_is_done_or_waits_in_order_and_nobody_has_more_than_a_share(work: li
         own = [one for one in work if one[0] == tenant]
         assert [one for one in now if one[0] == tenant] == own[:most]
         assert [one for one in later if one[0] == tenant] == own[most:]
-    for turn in range(len(now)):  # whoever is served has had no more than anybody that still waits, and one
+    for turn in range(len(now)):  # a tenant that is served has had no more turns than any that still waits
         had = Counter(tenant for tenant, _ in now[:turn])
         assert had[now[turn][0]] <= min((had[tenant] for tenant, _ in now[turn:]), default=0)

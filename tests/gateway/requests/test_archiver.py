@@ -1,4 +1,4 @@
-"""The copying of ends into the history's database: by one gateway, in turns, whatever the database does meanwhile."""
+"""Ended requests are copied into the history database: by one gateway at a time, fairly, and despite its failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ URL = "sqlite:///{}/history.db"
 
 
 class Bases:
-    """What adapters bring, of which one has left. No base's own files are read for it: they may not be here yet."""
+    """Facts about adapters, one of which was removed; no files of a base model, as they may not be available yet."""
 
     @property
     def default(self) -> Bases:
@@ -119,7 +119,7 @@ async def test_one_gateway_copies_and_the_next_takes_over(bus: Bus, database: Da
 
 
 class Broken(Database):
-    """A database that takes nothing while it is full, and cannot be asked while it is away."""
+    """A database that rejects writes while it is full, and all requests while it is away."""
 
     is_full = is_away = False
 
@@ -177,7 +177,7 @@ async def test_after_an_outage_tenants_that_are_silent_again_are_copied_too(bus:
 
 
 async def test_a_long_backlog_of_a_silent_tenant_is_copied_whole(bus: Bus, database: Database) -> None:
-    """One look copies some of it, and by then the tenant has had no end for long."""
+    """Each pass copies a part, while the tenant has had no new entries for long."""
     rids = [f"r{number:03}" for number in range(80)]
     await end(bus, *rids)
     await bus._redis.zadd(bus.keys.histories, {"t": float(now_ms() - 2 * loop.RECENT_MS)})
@@ -202,7 +202,7 @@ async def test_a_tenant_that_floods_delays_no_others_ends(bus: Bus, database: Da
 
 
 class Deleting(Database):
-    """A database that is so slow that a text's owner deletes it between its reading and its writing."""
+    """A database that is so slow that the owner deletes a text between its read and its write."""
 
     bus: Bus
 
@@ -257,7 +257,7 @@ async def test_a_deleted_text_is_shown_to_nobody_while_it_is_being_deleted(bus: 
     database.archiver = archiver = make(bus, database)
     await end(bus, "a", "b", stored=True)
     await archiver.look()
-    # Without a resolver, which is asked for a tokenizer, no text can be shown.
+    # Without a resolver, which provides tokenizers, no text can be shown.
     texts = KeptTexts(SimpleNamespace(bus=bus, settings=archiver._settings), database)  # type: ignore[arg-type]
     request = {"id": "a", "tenant": "t", "state": "failed", "prompt_tokens": 3, "output_tokens": 0}
     await bus.jobs.forget(make_job("j", "a"))
@@ -281,7 +281,7 @@ async def test_what_is_lost_is_counted(bus: Bus, database: Database) -> None:
 
 
 class Trimmed(Database):
-    """A database that notes what is trimmed, and fails the first time."""
+    """A database that records calls to `trim`, and fails the first time."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)

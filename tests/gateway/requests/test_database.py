@@ -1,4 +1,4 @@
-"""The history's database: what is read is what was written, bounded and per tenant, on SQLite and on PostgreSQL."""
+"""The history database returns what was written, within limits and by tenant, with SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 
 POSTGRES = os.environ.get("LORAFLEET_TEST_POSTGRES", "")
-"""URL of an empty database, where these tests are to run on PostgreSQL too: one process at a time."""
+"""URL of an empty PostgreSQL database for these tests, in one process at a time."""
 
 
 def end(rid: str, ms: int, tenant: str = "t", *, seq: int = 0, mark: str = "m", **more: Any) -> Past:
@@ -54,7 +54,7 @@ async def database(url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """The URL of a server that takes connections and never says a word."""
+    """Yield the URL of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"postgresql://nobody@127.0.0.1:{server.getsockname()[1]}/history"
 

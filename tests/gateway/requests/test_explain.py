@@ -1,4 +1,4 @@
-"""What became of a request, told exactly, also where a worker died; and the same request run again."""
+"""The exact timeline of a request, even if a worker died, and its replay."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_a_request_is_told_from_its_acceptance_to_its_end(small: SmallFlee
     done = (await small.http.post("/v1/completions", json={**BODY, "n": 2})).json()
     told = await explained(small.http, done["id"])
     wanted = ["accepted", "placed", "taken", "begun", "token", "first_token", "done", "ended"]
-    assert sorted(events(told)) == sorted(wanted)  # what falls into the same ms stands in any order
+    assert sorted(events(told)) == sorted(wanted)  # events in the same ms are in any order
     assert events(told)[:2] == wanted[:2]
     assert [event["ms"] for event in told["timeline"]] == sorted(event["ms"] for event in told["timeline"])
     assert (told["state"], told["finish"]) == ("completed", "length")
@@ -54,7 +54,7 @@ async def test_a_request_is_told_from_its_acceptance_to_its_end(small: SmallFlee
     assert [option["worker"] for option in placed["options"]] == ["one"]
     assert not placed["yields"], "a tenant without others is not over its share"
     second = await explained(small.http, f"{done['id']}-1")
-    assert second["timeline"][0]["ahead"] == 1  # behind the first choice of its call
+    assert second["timeline"][0]["ahead"] == 1  # after the first choice of its call
     assert second["call"] == told["id"]
 
 
@@ -110,7 +110,7 @@ async def test_records_fit_what_is_counted_for_a_request(bus: Bus, small: SmallF
     done = (await small.http.post("/v1/completions", json=BODY)).json()
     rid = (await explained(small.http, done["id"]))["id"]
     sub = await bus._redis.hget(bus.keys.req(rid), "sub")
-    # samples=0 counts every field: by default the server multiplies the mean of five.
+    # samples=0 measures each field; by default, the server extrapolates from the mean of five.
     size = await bus._redis.memory_usage(bus.keys.req(rid), samples=0)
     assert size < 2048 + 2 * len(sub)
 

@@ -1,4 +1,4 @@
-"""The history of requests: what has ended and what was refused, who sees it, how it is searched, and its bounds."""
+"""The history of ended and refused requests: visibility, search and limits."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_what_ended_is_kept_with_its_worker_and_outlives_its_record(
     assert one["output_tokens"] == done["usage"]["completion_tokens"]
     full = (await http.get(f"/v1/requests/{done['id']}")).json()
     assert full["tenant"] == "public"
-    await bus._redis.delete(bus.keys.req(one["id"]))  # as two minutes later
+    await bus._redis.delete(bus.keys.req(one["id"]))  # as after two minutes
     short = (await http.get(f"/v1/requests/{done['id']}")).json()
     assert [event["event"] for event in short["timeline"]] == ["accepted", "first_token", "ended"]
     assert {name: short[name] for name in ("id", "state", "finish", "base")} == {

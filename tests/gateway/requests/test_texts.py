@@ -1,4 +1,4 @@
-"""Prompts and outputs in the history: kept only where an operator asks for them, cut, bounded, and for their tenant."""
+"""Prompts and outputs in the history: stored only if an operator enables it, cut, bounded, and private to tenants."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def request_of(http: httpx2.AsyncClient, request: str, head: dict[str, str
 
 
 async def text_of(http: httpx2.AsyncClient, request: str, head: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return the text of a request once it is there."""
+    """Return the text of a request once it is available."""
     found: list[dict[str, Any]] = []
 
     async def is_there() -> bool:
@@ -64,7 +64,7 @@ async def text_of(http: httpx2.AsyncClient, request: str, head: dict[str, str] |
 
 
 async def is_copied(http: httpx2.AsyncClient, num: int, head: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """Return the ended requests of the list once there are so many."""
+    """Return the ended requests once there are `num` of them."""
     found: list[dict[str, Any]] = []
 
     async def are_there() -> bool:
@@ -85,7 +85,7 @@ async def test_prompt_and_output_are_kept_and_outlive_the_record(
     for text, choice in zip(texts, done["choices"], strict=True):
         assert text == {"prompt": BODY["prompt"], "output": choice["text"], "is_cut": False, "problem": None}
     for one in await is_copied(http, 2):
-        await bus._redis.delete(bus.keys.req(one["id"]), bus.keys.tok(one["id"]))  # as two minutes later
+        await bus._redis.delete(bus.keys.req(one["id"]), bus.keys.tok(one["id"]))  # as after two minutes
     assert [await text_of(http, name) for name in names] == texts
 
 
@@ -207,7 +207,7 @@ async def test_the_command_shows_it_without_control_characters(
 
 
 def other_tokenizer(folder: Path) -> Path:
-    """Make a model's folder whose tokens have the same ids and other texts."""
+    """Create a model folder whose tokens have the same ids and different texts."""
     path = make_model_folder(folder) / "tokenizer.json"
     file = json.loads(path.read_text())
     vocab = file["model"]["vocab"]

@@ -39,7 +39,7 @@ async def reached(http: httpx2.AsyncClient, response_id: str, *states: str) -> d
 
 
 async def read_until(http: httpx2.AsyncClient, url: str, num: int, **asked: Any) -> list[Event]:
-    """Return the first events of a stream, which goes on."""
+    """Return the first `num` events of a stream that continues."""
     raw = b""
     async with http.stream(url=url, **asked) as answer:
         async for part in answer.aiter_raw():
@@ -80,7 +80,7 @@ async def test_the_first_answer_says_queued_however_fast_a_worker_is(http: httpx
 
 async def test_a_stream_is_resumed_at_another_gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=6)
-    async with gateway_client(bus, model_folder, grace_s=0.1) as http:  # nothing ends before it has gone
+    async with gateway_client(bus, model_folder, grace_s=0.1) as http:  # the gateway stops before anything ends
         seen = await read_until(http, PATH, 7, method="POST", json={**BODY, "stream": True})
     assert [event["type"] for event in seen[:3]] == ["response.created", "response.queued", "response.in_progress"]
     response_id = seen[0]["response"]["id"]
@@ -246,7 +246,7 @@ async def test_lines_of_a_batch_ask_for_responses(client: AsyncOpenAI, gateway: 
 async def test_a_stream_that_was_kept_alive_goes_on_as_a_job(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, is_gone: bool
 ) -> None:
-    """Its adapter took longer than a pause, so that it had headers before the response of the background was there."""
+    """The adapter took longer than the ping interval, so the stream started before the background response existed."""
     await fleet.add_adapter("late", state="downloading")
     await bus.members.beat(bus.keys.store_beat("s1"), bus.keys.stores, "s1", b"http://nowhere", 60_000)
     body = {"model": "late", "input": "hi", "stream": True, "background": True}

@@ -1,4 +1,4 @@
-"""`/v1/conversations`, and responses that go on with one: nothing of what was said is lost, or there twice."""
+"""`/v1/conversations` and responses that continue one: turns are neither lost nor duplicated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def made(http: httpx2.AsyncClient, **fields: Any) -> str:
 
 
 async def items_in(http: httpx2.AsyncClient, conversation: str) -> list[Json]:
-    """Return the items of a conversation, the oldest first, held to the official client's type."""
+    """Return the items of a conversation, the oldest first, after a check against the types of the official client."""
     answer = await http.get(f"{PATH}/{conversation}/items", params={"order": "asc", "limit": 100})
     assert answer.status_code == 200, answer.text
     page = answer.json()
@@ -95,7 +95,7 @@ async def test_a_turn_is_added_and_gone_on_with(http: httpx2.AsyncClient, fleet:
     inputs = (await http.get(f"{RESPONSES}/{second['id']}/input_items", params={"order": "asc"})).json()["data"]
     assert inputs == items[:5]
     body = {"model": "base", "conversation": {"id": conversation}, "stream": True, "max_output_tokens": 100}
-    whole = built(events_of((await http.post(RESPONSES, json=body)).content))  # no input of its own
+    whole = built(events_of((await http.post(RESPONSES, json=body)).content))  # without input
     assert whole["conversation"] == {"id": conversation}
     assert (await items_in(http, conversation))[6:] == whole["output"]
 
@@ -176,7 +176,7 @@ async def test_responses_at_once_are_all_added_whole(http: httpx2.AsyncClient, f
     for response in begun:
         await is_running(http, response["id"])
     prompts = [fleet.prompt(i) for i in range(6)]
-    assert all(prompt.count("<|im_start|>user") == 2 for prompt in prompts)  # none has seen another's turn
+    assert all(prompt.count("<|im_start|>user") == 2 for prompt in prompts)  # no prompt includes another turn
     fleet.go.set()
     reading = asyncio.gather(*(items_in(http, conversation) for _ in range(10)))
     done = [await ended(http, response["id"]) for response in begun]
@@ -199,7 +199,7 @@ async def test_too_many_responses_at_once_are_told_to_wait(http: httpx2.AsyncCli
     assert f"{MAX_TURNS} responses of this conversation" in refused.json()["error"]["message"]
     assert f"the limit is {MAX_TURNS}" in refused.json()["error"]["message"]
     assert "retry-after" in refused.headers
-    assert (await http.delete(f"{PATH}/{conversation}")).status_code == 200  # its responses go on without it
+    assert (await http.delete(f"{PATH}/{conversation}")).status_code == 200  # its responses continue without it
     fleet.assigning.set()
 
 
@@ -257,7 +257,7 @@ async def test_turns_that_nobody_reads_are_swept_in(bus: Bus, fleet: ScriptedFle
         assert not await bus._redis.exists(bus.keys.turns)
 
 
-# ---------------------------------------------------------------- what clients do
+# ---------------------------------------------------------------- clients
 
 
 async def test_the_official_client_drives_conversations(client: AsyncOpenAI) -> None:
@@ -386,7 +386,7 @@ async def test_conversations_are_bounded(bus: Bus, fleet: ScriptedFleet, model_f
         await refused(429, "tenant public keeps ", PATH, items=[long])
         await refused(429, "its limit is 40000", PATH, items=[long])
         [item] = await items_in(http, three)
-        await http.delete(f"{PATH}/{three}/items/{item['id']}")  # what is deleted is given back
+        await http.delete(f"{PATH}/{three}/items/{item['id']}")  # deleted items no longer count
         await made(http, items=[long])
 
 
@@ -397,7 +397,7 @@ async def test_conversations_expire_and_leave_nothing(bus: Bus, fleet: ScriptedF
                 bus.keys.conversation_order(conversation)]  # fmt: skip
         for key in held:
             await bus._redis.expire(key, 50)
-        response = await asked(http, conversation, background=True)  # whoever goes on with it lets it live on
+        response = await asked(http, conversation, background=True)  # a response extends the life of its conversation
         for key in (*held, bus.keys.conversation_turns(conversation)):
             assert await bus._redis.pttl(key) > 190_000_000
         assert await bus.untimed_keys() == []

@@ -1,4 +1,4 @@
-"""Functions in namespaces: models call them by one name, clients by two, whole or as a stream, kept or sent back."""
+"""Functions in namespaces: one name for models, two for clients, in whole answers, streams and stored items."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CALLS = {
     "crm__list": ("crm", "list"),
     "mcp__x__act": ("mcp__x__", "act"),
 }
-"""Name of a function in what the model writes -> the namespace and the name in calls."""
+"""Name of a function for the model -> namespace and name in calls."""
 
 BODY: dict[str, Any] = {"model": "base", "input": "hi", "tools": TOOLS}
 
@@ -69,7 +69,7 @@ async def test_calls_name_the_namespace_beside_the_function(agent: httpx2.AsyncC
         for more in ({"previous_response_id": response["id"], "input": [result]}, {"input": [call, result]}):
             answer = await agent.post(PATH, json={**BODY, **more})
             assert answer.status_code == 200, answer.text
-            assert fleet.prompt().count(flat) > fleet.prompt(0).count(flat)  # as the model wrote it
+            assert fleet.prompt().count(flat) > fleet.prompt(0).count(flat)  # as written by the model
 
 
 async def test_the_model_is_shown_every_function_and_once_the_namespace(

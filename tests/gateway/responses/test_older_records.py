@@ -1,4 +1,4 @@
-"""What another release has kept of responses and jobs: it is said to be unreadable, and stops nothing else."""
+"""Stored responses and jobs of another release are reported as unreadable and affect nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OLDER = {
     "a value that is refused": lambda kept: {**kept, "shown": {**kept["shown"], "max_output_tokens": -5}},
     "a list": lambda kept: [],
 }  # fmt: skip
-"""What a response's record may have been before, made of what it is today."""
+"""Possible earlier formats of a response's record, derived from the current one."""
 
 
 async def rewrite(bus: Bus, jid: str, change: Any) -> None:
@@ -68,7 +68,7 @@ async def test_a_response_of_an_older_release_adds_nothing_and_stops_nothing(
         assert texts(await items_in(http, good)) == ["go on", TEXT]
         for name, (conversation, response) in turns.items():
             with subtests.test(record=name):
-                part = "/input_items" if name == "no items" else ""  # which the answer alone needs not
+                part = "/input_items" if name == "no items" else ""  # only needed for the response
                 answer = await http.get(f"{RESPONSES}/{response}{part}")
                 assert (answer.status_code, answer.json()["error"]["code"]) == (500, "record_unreadable")
                 assert await items_in(http, conversation) == []
@@ -97,7 +97,7 @@ async def test_a_job_that_cannot_be_read_hides_no_other(
 
 
 class Breaking(StoredResponses):
-    """Fails, for a reason that nobody has foreseen, at one response."""
+    """Fails with an unexpected error at one response."""
 
     def __init__(self, broken: str) -> None:
         self.broken = broken
@@ -113,7 +113,7 @@ class Breaking(StoredResponses):
 async def test_a_turn_that_fails_unforeseen_is_given_up_and_others_are_added(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:  # fmt: skip
-    """Its conversation is not stuck for ever: after eight tries it goes on without the turn."""
+    """Its conversation is not blocked for ever: after eight tries, it continues without the turn."""
     fleet.script = lambda submit, body: Script(hold_after=3)
     async with gateway_client(bus, model_folder, GatewayTimings(conversation_sweep_s=1000)) as http:
         one, other = await made(http), await made(http)

@@ -1,4 +1,4 @@
-"""What `/v1/responses` refuses, by name, before anything is made of it."""
+"""Errors of `/v1/responses` name the parameter, and nothing is created."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/responses`: its answers, whole, streamed and replayed, held to the official client's types and to each other."""
+"""`/v1/responses`: whole, streamed and replayed answers match each other and the types of the official client."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def ended(http: httpx2.AsyncClient, response_id: str) -> dict[str, Any]:
 
 
 def same(response: dict[str, Any]) -> dict[str, Any]:
-    """Return a response without what differs between two calls."""
+    """Return a response without the fields that differ between two calls."""
     items = [{key: item[key] for key in item if key not in ("id", "call_id")} for item in response["output"]]
     rest = {key: value for key, value in response.items() if key not in ("id", "created_at", "completed_at")}
     return {**rest, "output": items}
@@ -88,7 +88,7 @@ async def test_an_answer_its_stream_and_what_is_kept_are_the_same(
     [message] = one["output"]
     [part] = message["content"]
     assert (part["text"], one["status"], message["status"]) == (TEXT, "completed", "completed")
-    assert len(part["logprobs"]) == num - 1  # the end is no part of the text
+    assert len(part["logprobs"]) == num - 1  # the end token is not part of the text
     assert b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode() == TEXT
     assert {len(entry["top_logprobs"]) for entry in part["logprobs"]} == {2}
 
@@ -165,7 +165,7 @@ async def test_what_is_not_stored_is_not_found(http: httpx2.AsyncClient, bus: Bu
 
 
 async def test_a_shortened_input_leaves_room_for_virtual_tokens(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    """What no response could be shortened to is no count either."""
+    """An input that can't be shortened enough can't be counted either."""
     await fleet.add_adapter("soft", "d-soft", num_virtual=100)
     long = "q" * (MAX_MODEL_LEN - 100)
     for model, status in (("base", 200), ("soft", 400)):
@@ -190,7 +190,7 @@ async def test_a_count_is_what_the_response_is_charged(http: httpx2.AsyncClient,
         used = await whole(client, {"model": "base", "max_output_tokens": 20, **fields})
         assert counted["input_tokens"] == used["usage"]["input_tokens"]
     longer = (await http.post(f"{PATH}/input_tokens", json={"model": "base", "input": "dog " * 3000})).json()
-    assert longer["input_tokens"] > 3000  # though no response could be made of it
+    assert longer["input_tokens"] > 3000  # although it is too long for a response
     most = await http.post(f"{PATH}/input_tokens", json={"model": "base", "input": "dog " * 200_000})
     assert (most.status_code, most.json()["error"]["param"]) == (400, "input")
 
@@ -205,7 +205,7 @@ async def test_a_conversation_goes_on_with_a_response(http: httpx2.AsyncClient, 
         f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{TEXT}<|im_end|>\n"
         "<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n"
     )
-    await http.delete(f"{PATH}/{first['id']}")  # each stands alone
+    await http.delete(f"{PATH}/{first['id']}")  # responses don't depend on earlier ones
     third = await whole(http, {**BODY, "input": "and?", "previous_response_id": second["id"]})
     assert fleet.prompt().count("<|im_start|>") == 6
     items = (await http.get(f"{PATH}/{third['id']}/input_items", params={"order": "asc"})).json()
@@ -296,13 +296,13 @@ async def test_what_is_kept_without_keys_is_bounded(bus: Bus, fleet: ScriptedFle
         assert "tenant public keeps " in error["message"]
         assert "its limit is 20000" in error["message"]
         assert (await http.post(PATH, json={**BODY, "background": True})).status_code == 429
-        assert (await http.post(PATH, json={**BODY, "store": False})).status_code == 200  # it leaves nothing
+        assert (await http.post(PATH, json={**BODY, "store": False})).status_code == 200  # nothing is stored
         await http.delete(f"{PATH}/{made[0]}")
         await whole(http, BODY)
 
 
 class CountedFiles:
-    """A model's files whose template makes one token of each message."""
+    """Files of a model whose template encodes each message as one token."""
 
     def __init__(self) -> None:
         self.num = 0

@@ -1,4 +1,4 @@
-"""Every state of a response, asked in every way; and every error, with its code in each way that it is told."""
+"""Each state of a response in each way to read it, and each error with its code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODY: dict[str, Any] = {"model": "base", "input": "hi", "max_output_tokens": 100
 STATES = ("queued", "in_progress", "completed", "incomplete", "failed", "cancelled")
 RUNNING = ("queued", "in_progress")
 GOES_ON = ("completed", "incomplete")
-LAST_EVENT = {"cancelled": "response.failed"}  # of the other ends it is named after them
+LAST_EVENT = {"cancelled": "response.failed"}  # other final events are named after the status
 
 Json = dict[str, Any]
 
@@ -36,7 +36,7 @@ async def shown(http: httpx2.AsyncClient, response_id: str) -> Json:
 
 
 async def brought_to(http: httpx2.AsyncClient, fleet: ScriptedFleet, state: str) -> str:
-    """Return the id of a response in the background that is in a state."""
+    """Return the id of a background response in the given state."""
     fleet.go.clear()
     if state == "queued":
         fleet.assigning.clear()
@@ -75,7 +75,7 @@ async def test_a_state_is_shown_with_what_belongs_to_it(
     assert [item["content"][0]["text"] for item in inputs["data"]] == ["hi"]
     fleet.assigning.set()
     fleet.go.set()
-    raw = (await http.get(f"{PATH}/{response_id}", params={"stream": True})).content  # it goes on to the end
+    raw = (await http.get(f"{PATH}/{response_id}", params={"stream": True})).content  # continues up to the end
     events, end = events_of(raw), await shown(http, response_id)
     assert events[-1]["type"] == LAST_EVENT.get(end["status"], f"response.{end['status']}")
     assert built(events) == end
@@ -111,7 +111,7 @@ ERRORS: list[tuple[LorafleetError, int, str]] = [
     (Unavailable("memory ended", code="out_of_memory"), 503, "server_error"),
     (DeadlineExceeded("too late"), 504, "server_error"),
 ]
-"""What may end a request in the queue -> its status, and its code as the error of a response."""
+"""Error of a request in the queue -> HTTP status, and code in the error of a response."""
 
 
 @pytest.mark.parametrize(("error", "status", "code"), ERRORS, ids=lambda value: type(value).__name__)

@@ -1,4 +1,4 @@
-"""A process that has been locked down can compute and answer, and do nothing else."""
+"""A locked-down process can compute and answer, and do nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strangers wrote runs in processes that are shared fairly, believed nothing, and end without a trace."""
+"""Code of clients runs in processes that are shared fairly, are not trusted, and are replaced without side effects."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ async def running(pool: SandboxPool) -> AsyncIterator[SandboxPool]:
 
 
 def stand_in(first: str = READY.decode(), num: int = NUM, start_s: float = 30.0) -> SandboxPool:
-    """Return a pool whose processes do what templates say; how they start is said by `first`."""
+    """Return a pool whose processes do what templates say; `first` defines how they start."""
     return SandboxPool(num, command=(*STAND_IN, first), start_s=start_s)
 
 
 async def fault(pool: SandboxPool, asked: Render, limit_s: float) -> str:
-    """Return what a job is refused for. It is asked again where others left the machine no time to find that out."""
+    """Return the error of a job, retrying while others leave this machine no time to detect it."""
 
     async def refused() -> str:
         try:
@@ -62,7 +62,7 @@ async def ended(tasks: list[asyncio.Task[str]]) -> list[str | BaseException]:
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 
-# ---------------------------------------------------------------- whose turn it is
+# ---------------------------------------------------------------- turns of tenants
 
 
 async def test_a_tenant_with_endless_jobs_leaves_others_a_process() -> None:
@@ -105,11 +105,11 @@ async def test_places_are_bounded_by_tenant_and_given_back() -> None:
     assert {type(error) for error in await ended(endless)} == {Unavailable}
 
 
-# ---------------------------------------------------------------- cancelled
+# ---------------------------------------------------------------- cancellation
 
 
 async def test_a_cancelled_job_leaves_nothing_for_the_next_one() -> None:
-    """The byte that says a process is ready was once read as a part of the next answer's length."""
+    """The byte with which a process reports that it is ready was once read as part of the next answer's length."""
     async with running(stand_in()) as pool:
         for turns in range(40):
             gone = asyncio.create_task(pool.render(job(f"say gone {turns}"), tenant="a"))
@@ -210,7 +210,7 @@ async def test_a_job_has_its_cpu_time_and_no_more() -> None:
 @pytest.mark.parametrize("first", ["dies", "mute", "garbage"])
 async def test_callers_are_told_when_no_process_starts(first: str) -> None:
     async with running(stand_in(first, start_s=0.3)) as pool:
-        for _ in range(2):  # the second while no other is tried
+        for _ in range(2):  # the second during the pause between starts
             with pytest.raises(Unavailable, match="none could be started") as refused:
                 await pool.render(job("say no"), tenant="a")
             assert (refused.value.retry_after_s or 0) >= 1
@@ -255,7 +255,7 @@ async def test_templates_and_grammars_fail_alone(model_folder: Path) -> None:
 
 
 async def test_what_templates_may_use_is_there() -> None:
-    """Modules that Python imports late, and the time zone, are read before files are closed to the process."""
+    """Modules that Python imports late and the time zone are loaded before the process loses access to files."""
     source = (
         "{{ strftime_now('%z') }}|{{ '<b>x</b> &lt;'|striptags }}"
         "|{{ 'a b'|wordwrap(1) }}|{{ [1]|pprint }}|{{ [1]|random }}|{{ lipsum(1)|length > 9 }}"
@@ -283,7 +283,7 @@ async def test_a_process_has_no_environment_and_no_rights(monkeypatch: pytest.Mo
         limits = (proc / "limits").read_text()
         for limit in ("Max file size             0 ", "Max processes             0 ", "Max core file size        0 "):
             assert limit in limits
-        with suppress(PermissionError):  # of a process that cannot be dumped, only root reads these
+        with suppress(PermissionError):  # only root can read these of a process that can't be dumped
             names = {pair.partition("=")[0] for pair in (proc / "environ").read_text().split("\0") if pair}
             assert names <= {
                 "PYTHONPATH", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM", "OPENBLAS_NUM_THREADS",
@@ -296,7 +296,7 @@ async def test_a_process_has_no_environment_and_no_rights(monkeypatch: pytest.Mo
 async def test_a_vocabulary_is_read_before_the_first_job(
     had_grammars: bool, model_folder: Path, tmp_path: Path
 ) -> None:
-    """From the first grammar on: what templates alone need starts without it."""
+    """Only after the first grammar, as templates don't need the vocabulary."""
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_bytes((model_folder / "tokenizer.json").read_bytes())
     grammar = Check('{"grammars":[{"lark_grammar":"start: /a/"}]}')

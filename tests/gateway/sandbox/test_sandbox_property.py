@@ -1,4 +1,4 @@
-"""Whatever processes do and whenever callers leave, each answer is of the caller's own job, and nobody hangs."""
+"""For any behavior of processes and cancelled calls, each answer belongs to the caller's job, and no call hangs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NUM = 3
 
 
 class Process:
-    """A process that does what the test says, and the transport of the gateway's socket to it."""
+    """A process scripted by the test, which also is the transport of the gateway's socket to it."""
 
-    pid = 1 << 23  # more than Linux gives to anybody
+    pid = 1 << 23  # above Linux's maximum
     started: ClassVar[list[Process]] = []
 
     def __init__(self, *_: object, **__: object) -> None:
@@ -42,7 +42,7 @@ class Process:
         self.unsent += framed(Answer(source, worn=source.endswith("7")))
 
     def send(self, num_bytes: int) -> None:
-        """Write some of what is to be written."""
+        """Send up to `num_bytes` of the pending output."""
         if self.protocol is not None:
             part, self.unsent = self.unsent[:num_bytes], self.unsent[num_bytes:]
             self.say(part)
@@ -66,7 +66,7 @@ class Process:
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """Connects with processes that do what the test says."""
+    """Connects with processes scripted by the test."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Loop(asyncio.SelectorEventLoop):
         await asyncio.sleep(0)
         process.protocol = protocol = factory()
         protocol.connection_made(process)
-        if process.returncode is not None:  # it has died meanwhile
+        if process.returncode is not None:  # it died in the meantime
             process.abort()
         await asyncio.sleep(0)
         return process, protocol
@@ -102,7 +102,7 @@ STEP = st.one_of(
 
 @settings(max_examples=examples.of(300), deadline=None)
 @given(st.lists(STEP, max_size=60))
-@example([("ask", "a"), ("turn", 3), ("send", 0, 1), ("noise", 0, b"\0")])  # all that follows is cut wrongly
+@example([("ask", "a"), ("turn", 3), ("send", 0, 1), ("noise", 0, b"\0")])  # all that follows is misaligned
 def test_answers_are_never_mixed_up(steps: list[tuple[Any, ...]]) -> None:
     async def play() -> None:
         loop = asyncio.get_running_loop()
@@ -134,13 +134,13 @@ def test_answers_are_never_mixed_up(steps: list[tuple[Any, ...]]) -> None:
                     process.die(arguments[1])
             assert len(living()) <= NUM
         for _ in range(len(calls) + 1):
-            for _ in range(4 * len(calls) + 20):  # each turn, every process says all that it has to say
+            for _ in range(4 * len(calls) + 20):  # in each turn, every process sends all of its output
                 await asyncio.sleep(0)
                 for process in living():
                     process.send(1000)
             if all(call.done() for _, call in calls):
                 break
-            loop.advance(TEMPLATE_S)  # noise may have announced an answer that never becomes whole
+            loop.advance(TEMPLATE_S)  # noise may have announced an answer that never completes
         for text, call in calls:
             assert call.done(), f"{text} hangs"
             if not call.cancelled() and call.exception() is None:

@@ -1,4 +1,4 @@
-"""Tenants take turns at the sandbox's processes, and what waits and what it costs is bounded."""
+"""Tenants take turns with the sandbox's processes; waiting jobs and their accounted costs are bounded."""
 
 from __future__ import annotations
 

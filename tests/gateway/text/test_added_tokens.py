@@ -1,4 +1,4 @@
-"""What an adapter adds to the base's tokenizer: texts become the ids that transformers makes of them, and back."""
+"""Tokens that an adapter adds to the base's tokenizer: texts are encoded and decoded as by transformers."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_every_flag_means_what_it_means_in_the_library(name: str, tokens: list[t
 
 @pytest.mark.parametrize("contents", [["  "], ["<a>", "<A>"]])
 def test_a_token_of_which_normalizing_leaves_nothing_is_refused(contents: list[str]) -> None:
-    """The library would find it between any two bytes, and never end; of two that become one it takes any."""
+    """The library would match it between any two bytes and never end; of two that become equal, it uses either."""
     strip = {"type": "Strip", "strip_left": True, "strip_right": True}
     normalizer = {"type": "Sequence", "normalizers": [strip, {"type": "Lowercase"}]}
     base = tokenizer_file(normalizer=normalizer)
@@ -148,7 +148,7 @@ def test_a_token_with_another_id_is_refused() -> None:
 
 
 def base_in(folder: Path) -> Path:
-    """Write a base's tokenizer: bytes, some merges, and a beginning and an end of texts."""
+    """Write a base's tokenizer: bytes, some merges, and tokens for the start and end of a text."""
     tokenizer: Any = make_tokenizer()
     file = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab = file["model"]["vocab"]
@@ -163,7 +163,7 @@ def base_in(folder: Path) -> Path:
 
 
 def as_trained(base: Path, folder: Path, change: str) -> Any:
-    """Write the tokenizer that a training on `base` saves, and return it as it is loaded again."""
+    """Write the tokenizer that a training on `base` saves; return it as it is loaded again."""
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     if change == "tokens":
         tokenizer.add_tokens(["<tool>", "</tool>", "hello"])

@@ -1,4 +1,4 @@
-"""The grammar of answers whose reasoning is bounded."""
+"""The grammar of answers with a limit on reasoning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 
 @pytest.mark.parametrize("marks", [None, False, True], ids=["written", "added", "special"])
 def test_reasoning_ends_with_its_limit(tmp_path: Path, marks: bool | None) -> None:
-    """The marks are text, or tokens of their own, which llguidance takes for special ones, or special tokens."""
+    """The marks are text, or separate tokens that llguidance treats as special, or special tokens."""
     tokenizer = Tokenizer.from_file(str(make_model_folder(tmp_path) / "tokenizer.json"))
     if marks is not None:
         tokens = ("<tool_call>", "</tool_call>", "<think>", "</think>")
@@ -35,7 +35,7 @@ def test_reasoning_ends_with_its_limit(tmp_path: Path, marks: bool | None) -> No
             form = AnswerForm(THOUGHTS[0], opened, HERMES if tool else None, {}, {})
             made = answer_grammar(held, tool, form, added.get, 5)
             if "</think>" not in added and not (held or tool):
-                assert made == []  # the mark cannot be forced
+                assert made == []  # the mark can't be forced
                 continue
             matcher = LLMatcher(vocabulary, grammar_text(*made))
             assert not matcher.is_error(), matcher.get_error()
@@ -44,7 +44,7 @@ def test_reasoning_ends_with_its_limit(tmp_path: Path, marks: bool | None) -> No
                 ids = tokenizer.encode(text, add_special_tokens=False).ids
                 copy = matcher.deep_copy()
                 assert (copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting()) == good, (text, opened)
-            if not opened:  # no way around the limit
+            if not opened:  # the limit can't be bypassed
                 copy = matcher.deep_copy()
                 ids = tokenizer.encode("\n<think>" + "x" * 9, add_special_tokens=False).ids
                 assert "</think>" not in added or copy.try_consume_tokens(ids) < len(ids)

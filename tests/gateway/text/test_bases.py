@@ -1,4 +1,4 @@
-"""Which base's files a gateway reads a text by: never another's than that which wrote it."""
+"""A gateway decodes a text only with the files of the base that generated it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def added(**models: str) -> m.AddedBases:
 
 
 async def test_a_base_that_is_replaced_is_read_by_no_other_meanwhile() -> None:
-    """Removed and added again with another model, it is fetched anew, which takes as long as the Hub likes."""
+    """When it is removed and added again with another model, it is fetched again, which may take long."""
     is_reading, go_on = asyncio.Event(), asyncio.Event()
 
     async def read(name: str, model: str) -> BaseTexts:
@@ -72,7 +72,7 @@ async def test_what_changes_while_it_is_read_is_read_again() -> None:
 
 
 def test_a_name_of_none_of_several_is_not_the_default_one() -> None:
-    """Nor is one that was taken away so long ago that it is forgotten."""
+    """Nor is a base that was removed so long ago that it is forgotten."""
     several = GatewayBases(texts_of("a"), {"b": texts_of("b")})
     assert {name: several.of(name).files.name for name in ("", "a", "b")} == {"": "a", "a": "a", "b": "b"}
     with pytest.raises(NotFound, match="`gone` is not served here"):

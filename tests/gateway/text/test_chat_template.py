@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, and cannot do more than make text."""
+"""Chat templates render the same as in transformers, and can only produce text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ TEMPLATES = [
 
 
 def reference(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
-    """Return what transformers makes of a conversation."""
+    """Return the text that transformers renders."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), bos_token="<s>", eos_token="</s>", chat_template=template
     )

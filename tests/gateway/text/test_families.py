@@ -1,7 +1,7 @@
-"""Every conversation that OpenAI's schema allows is rendered, or refused in the template's own words.
+"""Any conversation allowed by OpenAI's schema is rendered, or refused with the template's own message.
 
-The templates in `families` are short texts of our own with the control flow that each family's has: which roles it
-refuses, whether it indexes, joins or walks through content, how it writes calls, what it asks of their results.
+The templates in `families` are short texts of our own with the control flow of each family's template: the roles it
+refuses, whether it indexes, joins or iterates content, the format of calls, and the fields of results it needs.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def call(id_: str, city: str) -> dict[str, Any]:
     return {"id": id_, "type": "function", "function": {"name": "weather", "arguments": json.dumps({"city": city})}}
 
 
-CALLS_ONLY = ("hermes", "llama3.1", "mistral-v3", "mistral-v7")  # write no text beside calls
+CALLS_ONLY = ("hermes", "llama3.1", "mistral-v3", "mistral-v7")  # families that drop text next to calls
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": []}, {"content": "Let me"}])
 def test_calls_without_content_go_back_without_tools(name: str, content: dict[str, Any]) -> None:
-    """Agents hand a conversation over to another that has no tools."""
+    """Agents hand over conversations to other agents without tools."""
     messages = [
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", **content, "tool_calls": [call("a1b2c3d4e", "Oslo")]},
@@ -129,15 +129,15 @@ def test_any_conversation_is_rendered_or_refused_in_the_template_s_words(
         return
     assert "{'type'" not in text
     for message in messages:
-        if message["role"] == "user":  # whatever else a family leaves out
+        if message["role"] == "user":  # whatever else a family omits
             parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
             for part in parts:
-                # Some templates write one line break where a text has two.
+                # Some templates write a single line break instead of two.
                 assert "".join(part["text"].split()) in "".join(text.split()), part
 
 
 def reference(name: str, messages: Conversation) -> str:
-    """Return what transformers makes of a conversation whose last message is to be continued."""
+    """Return the text that transformers renders for a conversation whose last message is to be continued."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), chat_template=FAMILIES[name], **SPECIAL
     )

@@ -1,4 +1,4 @@
-"""The added tokens of adapters that a gateway keeps, and reads, have a limit of bytes whatever their sizes."""
+"""Adapters' added tokens that a gateway keeps and reads are limited in bytes, whatever their sizes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Files(OwnFiles):
 
     @property
     def own(self) -> list[AddedToken]:
-        """The base's added tokens."""
+        """Return the base's added tokens."""
         return [AddedToken(id_, token, special=True, normalized=False) for token, id_ in self.base.tokens.added.items()]
 
     async def _fetch(self, digest: str) -> bytes:
@@ -58,7 +58,7 @@ def files(bus: Bus, model_folder: Path) -> Files:
 
 
 async def test_kept_tokens_never_pass_their_limit(files: Files) -> None:
-    """Many small ones first, then large ones: one that came must not drop one that went alone."""
+    """Many small adapters first, then large ones: each large one must evict several small ones."""
     for number in range(30):
         await files.ask(f"1-{number}")
     most = 0
@@ -68,7 +68,7 @@ async def test_kept_tokens_never_pass_their_limit(files: Files) -> None:
     assert MOST // 2 < most <= MOST
     alone = await files.ask("2000-0")
     assert files.num_bytes > MOST
-    assert alone.encoder is (await files.ask("2000-0")).encoder  # the newest one is kept, whatever it has
+    assert alone.encoder is (await files.ask("2000-0")).encoder  # the newest is kept, whatever its size
     await files.ask("1-0")
     assert files.num_bytes < MOST
 
@@ -92,7 +92,7 @@ async def test_a_tenant_reads_one_after_the_other(files: Files) -> None:
     third = asyncio.create_task(files.ask("1-third", "third"))
     for _ in range(10):
         await asyncio.sleep(0)
-    assert files.num_reading == 2  # one of the greedy one's, and the other's
+    assert files.num_reading == 2  # one of the greedy tenant, and one of the other
     files.go.set()
     await asyncio.gather(*greedy, other, third)
     assert files.most_reading == 2

@@ -1,4 +1,4 @@
-"""Adapters that bring tokens and a chat template are asked and answered with these, which can do no harm."""
+"""Adapters with their own tokens and chat template are used with these, which can do no harm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OWN, BROKEN, GONE = (f"{n}{n}" * 32 for n in "abc")
 
 
 class Store:
-    """Serves texts, over the store's own HTTP."""
+    """Serves texts over the store's own HTTP API."""
 
     def __init__(self, root: Path, fleet: ScriptedFleet) -> None:
         self.root = root
@@ -94,7 +94,7 @@ async def test_its_template_and_tokenizer_make_the_prompt(
     by_digest = {submit.digest: body for submit, body in fleet.seen}
     assert prompt_of(by_digest[OWN]) == own_ids
     assert fleet.tokenizer.decode(prompt_of(by_digest[""]), skip_special_tokens=False).startswith("<|im_start|>user")
-    assert by_digest[OWN].stop_token_ids == [end]  # of which the worker does not know
+    assert by_digest[OWN].stop_token_ids == [end]  # unknown to the worker
     assert by_digest[""].stop_token_ids == []
     body = {"model": "own", "prompt": [word, 5], "max_tokens": 3, "ignore_eos": True, "logit_bias": {str(word): 1}}
     assert (await http.post("/v1/completions", json=body)).status_code == 200
@@ -148,7 +148,7 @@ async def test_a_broken_template_is_its_own_fault(http: httpx2.AsyncClient, stor
     await store.add("broken", BROKEN, OwnTexts("{% if %}"))
     answer = await http.post("/v1/chat/completions", json={"model": "broken", **QUESTION})
     assert (answer.status_code, "template is broken" in answer.text) == (400, True)
-    # Its tokenizer is the base's, and good enough without a template.
+    # Its tokenizer is the base's, which works without a template.
     assert (await http.post("/v1/completions", json={"model": "broken", "prompt": "hi"})).status_code == 200
 
 
@@ -191,7 +191,7 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
 async def test_texts_that_no_store_would_let_in_are_refused(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, texts: dict[str, Any], said: str
 ) -> None:
-    """What a store has is checked again: an older one may have taken it."""
+    """Texts from a store are checked again, as an older store may have accepted them."""
     await store.add("bomb", BROKEN, json.dumps(texts).encode())
     for path, body, status in (
         ("/v1/completions", {"model": "bomb", "prompt": "aaaaaa"}, 422),

@@ -1,4 +1,4 @@
-"""vLLM's routes beside OpenAI's: what they answer, and that `/tokenize` is still LoRAX's where `inputs` is given."""
+"""vLLM's tokenizer and server routes; `/tokenize` remains LoRAX's if the body has `inputs`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_a_prompt_is_tokenized_as_the_tokenizer_does(http: httpx2.AsyncCli
 async def test_the_context_of_an_adapter_is_what_its_virtual_tokens_leave(
     http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    """A client that asks for all that is told to be left of it gets that."""
+    """A client can use all of the reported remaining context."""
     await fleet.add_adapter("soft", "d-soft", num_virtual=100)
     for asked in ({"prompt": "hi"}, {"messages": MESSAGES}):
         answer = (await http.post("/tokenize", json={"model": "soft", **asked})).json()

@@ -1,4 +1,4 @@
-"""Tools whose schemas no grammar can hold, and tools that run elsewhere: served, told and, if strict, refused."""
+"""Tools with schemas that grammars can't enforce, and hosted tools: served with a notice, or refused if strict."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
-# What people's tools have besides plain types, as zod, pydantic and hand-written schemas say it.
+# Keywords other than types that tools of users have, written by zod, pydantic or by hand.
 KEYWORDS: dict[str, Any] = {
     "propertyNames": {"pattern": "^[a-z]+$"},
     "not": {"required": ["x"]},
@@ -50,7 +50,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 def body_of(path: str, schema: dict[str, Any], choice: str | None, **more: Any) -> dict[str, Any]:
-    """Return a body of one of the routes that have tools, with a tool of a schema. choice: auto, forced."""
+    """Return a body for one of the routes with tools, with a tool of a schema. choice: auto, forced."""
     name = {"name": "act", "description": "acts"}
     if path == "/v1/messages":
         forced = {"type": "any" if choice == "forced" else choice}
@@ -113,7 +113,7 @@ async def test_strict_tools_are_refused_by_keyword(
                 assert answer.status_code == 400, answer.text
                 message = answer.json()["error"]["message"]
                 assert keyword in message
-                assert "args_0" not in message  # nothing of the grammar that was made of the schema
+                assert "args_0" not in message  # no detail of the grammar made from the schema
     assert fleet.seen == []
 
 
@@ -122,7 +122,7 @@ def keywords(schema: dict[str, Any]) -> list[str]:
 
 
 def test_keywords_are_looked_for_within_a_limit() -> None:
-    """One for all tools: how many there are and how large, what is beyond it is held all the same where it can be."""
+    """All tools share the limit, whatever their number and size; schemas beyond it are enforced where possible."""
     wide = {"anyOf": [{"not": {}} for _ in range(4 * MAX_LOOKED_AT)]}
     assert not_held(wide, MAX_LOOKED_AT) == (["not"], MAX_LOOKED_AT)
     assert not_held(wide, 0) == ([], 0)
@@ -133,7 +133,7 @@ def test_keywords_are_looked_for_within_a_limit() -> None:
 
 
 def test_keywords_are_known_as_the_compiler_knows_them() -> None:
-    """The list of what is not held is the compiler's, and what is held is not in it."""
+    """The list of unsupported keywords equals the compiler's."""
 
     def refused(schema: dict[str, Any]) -> bool:
         return LLMatcher.validate_grammar_with_warnings(
@@ -185,19 +185,19 @@ async def test_arguments_in_tags_of_a_schema_that_tags_cannot_say(
     assert json.loads(call["function"]["arguments"]) == {"x": "y", "z": 3}
 
 
-# ---------------------------------------------------------------- tools that run elsewhere
+# ---------------------------------------------------------------- hosted tools
 
 OF_RESPONSES = ({"type": "web_search"}, {"type": "tool_search"}, {"type": "mcp"})
 OF_MESSAGES = (
     {"type": "web_search_20250305", "name": "web_search"},
     {"type": "code_execution_20250825", "name": "c"},
     {"type": "computer_20250124", "name": "computer", "display_width_px": 1024},
-    {"type": "bash_20991231", "name": "bash"},  # nobody knows yet what it takes
+    {"type": "bash_20991231", "name": "bash"},  # with unknown parameters
 )
 
 
 def num_read(usage: dict[str, int]) -> int:
-    """Return the tokens of a prompt, those of the cache among them."""
+    """Return the number of prompt tokens, including cached ones."""
     return usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
 
 
@@ -218,7 +218,7 @@ async def test_hosted_tools_are_left_out_and_told(agent: httpx2.AsyncClient, fle
             assert nothing.status_code == 200, nothing.text
             forced = {**body, "tools": [tool], "tool_choice": body_of(path, schema, "forced")["tool_choice"]}
             assert (await agent.post(path, json=forced)).json()["error"]["message"] == "tool_choice needs tools"
-        # A wrong tool beside them is named by its own place.
+        # A wrong tool next to them is named by its own index.
         wrong = await agent.post(path, json={**alone, "tools": [hosted[0], {**alone["tools"][0], "name": "a b"}]})
         assert "tools[1].name" in wrong.json()["error"]["message"]
 
@@ -238,7 +238,7 @@ async def test_hosted_tools_are_refused_where_the_setting_says_so(
             assert f"tools of type '{tool['type']}' are not supported: {why}" in answer.text
 
 
-# ---------------------------------------------------------------- what agents send
+# ---------------------------------------------------------------- requests of agents
 
 
 async def test_a_body_of_codex(agent: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:

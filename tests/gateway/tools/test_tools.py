@@ -1,4 +1,4 @@
-"""Tool calls and reasoning: how four families of templates want them, the grammar of such answers, and reading them."""
+"""Tool calls and reasoning: the formats of four families of templates, grammars of answers, and parsing them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def written(style: ToolStyle, *calls: tuple[str, dict[str, Any]]) -> str:
     ids=["written", "added", "special"],
 )
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Markers are text, or tokens of their own, which llguidance takes for special ones, or special tokens."""
+    """Markers are text, or separate tokens that llguidance treats as special, or special tokens."""
     folder = make_model_folder(tmp_path_factory.mktemp("markers"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     markers = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<think>", "</think>",
@@ -168,7 +168,7 @@ def test_text_beside_calls_may_have_a_form_too(tokenizer: Tokenizer) -> None:
         assert (copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting()) == good, text
 
 
-# ---------------------------------------------------------------- reading
+# ---------------------------------------------------------------- parsing
 
 RAW = {tool["function"]["name"]: raw_parameters(tool["function"]["parameters"]) for tool in TOOLS}
 
@@ -177,7 +177,7 @@ def read(
     text: str, size: int, *, style: ToolStyle | None, thought: Thought | None = None, opened: bool = False,
     raw: dict[str, frozenset[str]] | None = None,
 ) -> list[Any]:  # fmt: skip
-    """Return the parts of an answer that comes in pieces of so many characters, those that go on put together."""
+    """Return the parts of an answer that arrives in pieces of `size` characters, merging adjacent parts of a kind."""
     splitter = AnswerParts(thought=thought, opened=opened, style=style, raw=raw or RAW)
     parts = [part for at in range(0, len(text), size) for part in splitter.add(text[at : at + size])]
     whole: list[list[Any]] = []
@@ -204,7 +204,7 @@ def test_pieces_of_any_size_are_read_alike(size: int) -> None:
             text = f"Let me see.\n\n{written(style, *CALLS)}"
             assert read(text, size, style=style) == [("text", "Let me see.", 0), *CALL_PARTS]
     cut = written(HERMES, *CALLS)
-    assert read(cut[:18], size, style=HERMES) == [("text", cut[:18], 0)]  # nothing to be called yet
+    assert read(cut[:18], size, style=HERMES) == [("text", cut[:18], 0)]  # the call has no name yet
     assert read(cut[:59], size, style=HERMES) == [("call", "get_weather", 0), ("arguments", '{"city": "', 0)]
     for thought in THOUGHTS:
         begin, end = thought
@@ -230,7 +230,7 @@ EDIT: dict[str, Any] = {
     "required": ["path", "line", "owner"],
     "$defs": {"line": {"type": "integer", "minimum": 1}},
 }  # fmt: skip
-EDITS: list[tuple[str, Any]] = [  # what stands between the tags, and what it means
+EDITS: list[tuple[str, Any]] = [  # text between the tags, and its value
     ("path", 'a "b"\\n\n{"c": 1}\n<parameter=x>\n'), ("path", ""), ("mode", "replace"), ("line", 12), ("dry", False),
     ("note", None), ("note", "so"), ("code", "abc"), ("more", {"tags": ["\n</parameter>", "ü"]}), ("owner", [{}]),
 ]  # fmt: skip
@@ -238,7 +238,7 @@ NO_EDITS = [("mode", "remove"), ("line", 0), ("line", "12"), ("dry", "no"), ("co
 
 
 def test_arguments_in_tags_are_strings_as_they_are_and_json(tokenizer: Tokenizer) -> None:
-    """Each value of each kind, allowed and not; what was allowed is read as the JSON that it means, cut anywhere."""
+    """For each value of each kind, allowed or not: an allowed one is read as the JSON it means, however it is cut."""
     tool = {"type": "function", "function": {"name": "edit", "parameters": EDIT}}
     tools = tools_of([tool], "required", None, Settings())
     assert tools is not None
@@ -286,18 +286,18 @@ def test_arguments_without_names_and_what_tags_cannot_say() -> None:
             answer_grammar(None, tools(parameters), form, {}.get)
 
 
-# ---------------------------------------------------------------- the whole way
+# ---------------------------------------------------------------- end to end
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family of models: its template, and which markers its tokenizer knows."""
+    """A family of models: its template, and the markers in its tokenizer."""
 
     template: str
     style: ToolStyle
     tokens: tuple[str, ...] = ()
     special: bool = True
-    thought: str = ""  # before its answers
+    thought: str = ""  # precedes its answers
 
 
 FAMILIES = [
@@ -321,14 +321,14 @@ FAMILIES = [
 
 @dataclass(slots=True)
 class Served:
-    """A gateway before a fleet that says what a test wants."""
+    """A gateway in front of a fleet with a scripted answer."""
 
     http: httpx2.AsyncClient
     openai: AsyncOpenAI
     fleet: ScriptedFleet
 
     def prompt(self) -> str:
-        """The prompt of the last request."""
+        """Return the prompt of the last request."""
         ids = memoryview(self.fleet.seen[-1][1].prompt).cast("i").tolist()
         return self.fleet.tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -339,7 +339,7 @@ async def served(bus: Bus, folder: Path, family: Family) -> AsyncIterator[Served
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(token, special=family.special) for token in family.tokens])
     tokenizer.save(str(folder / "tokenizer.json"))
-    if family.template != "plain":  # which knows no tools, and refuses their results
+    if family.template != "plain":  # which supports no tools, and refuses their results
         (folder / "chat_template.jinja").write_text((TEMPLATES / f"{family.template}.jinja").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "", "eos_token": "<|im_end|>"}))
     async with (
@@ -388,7 +388,7 @@ async def test_a_conversation_with_tools(bus: Bus, tmp_path: Path, family: Famil
         ids = [call["id"] for call in streamed]
         assert len({*ids, *(call.id for call in calls)}) == 4
 
-        # The result of a call goes back.
+        # The result of a call is sent back.
         [first, *_] = calls
         messages += [
             {"role": "assistant", "content": None, "tool_calls": [first.model_dump()]},
@@ -432,7 +432,7 @@ async def test_reasoning_is_told_apart(bus: Bus, tmp_path: Path) -> None:
             assert message["reasoning"] == message["reasoning_content"]
             deltas: dict[str, str] = {}
             headers = {"Idempotency-Key": f"why-{opened}"}
-            for _ in range(2):  # the second finds the first's
+            for _ in range(2):  # the second gets the first's stored answer
                 answer = await it.http.post("/v1/chat/completions", json={**asked, "stream": True}, headers=headers)
                 deltas.clear()
                 for event in events_of(answer):
@@ -485,5 +485,5 @@ async def test_wrong_tools_are_400_with_the_place(http: httpx2.AsyncClient, flee
 
 @pytest.mark.parametrize("piece", ["{%", "{{ '\\", "{% 'tools' %}"], ids=["tags", "quotes", "quoted"])
 def test_a_template_of_unfinished_pieces_is_read_at_once(piece: str) -> None:
-    """Backtracking took minutes, on the gateway's event loop."""
+    """Backtracking took minutes on the gateway's event loop."""
     assert not knows_tools(piece * (MAX_TEMPLATE_BYTES // len(piece)))

@@ -1,4 +1,4 @@
-"""One tenant's webhooks do not wait for another's, whatever its receivers, its names and its records do."""
+"""A tenant's webhooks are not delayed by the receivers, host names and records of another tenant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACE = SenderPace(poll_s=0.05, lease_s=5.0, first_retry_s=3600.0, busy_s=0.05)
 
 @dataclass
 class Receiver:
-    """Takes webhooks, and notes the tenant of each; answers those of `answered` only."""
+    """Receives webhooks and records the tenant of each; only answers those of `answered`."""
 
     answered: tuple[str, ...] = ("victim",)
     port: int = 0
@@ -107,7 +107,7 @@ async def fill(bus: Bus, tenant: str, num: int) -> None:
 
 
 async def test_a_black_hole_keeps_no_other_tenant_waiting(bus: Bus, receiver: Receiver) -> None:
-    """A thousand deliveries that nobody answers are on their way before the victim's one begins."""
+    """A thousand unanswered deliveries are under way before the victim's starts."""
     async with answering(DnsServer({f"h{n}.example": ["127.0.0.1"] for n in range(20)})) as server:
         for number in range(20):
             await hook(bus, "attacker", f"http://h{number}.example:{receiver.port}/attacker", number)
@@ -138,7 +138,7 @@ async def test_names_that_hang_keep_no_other_tenant_waiting(bus: Bus, receiver: 
 
 
 async def test_many_tenants_with_black_holes_take_turns_with_others(bus: Bus, receiver: Receiver) -> None:
-    """All places are taken by twelve tenants; whoever has none gets one of the first that are free."""
+    """Twelve tenants use all slots; a tenant without one gets one of the first to become free."""
     pace = SenderPace(poll_s=0.05, lease_s=5.0, first_retry_s=3600.0, max_sending=8, max_sending_of_tenant=2)
     known = {f"h{number}.example": ["127.0.0.1"] for number in range(12)}
     async with answering(DnsServer(known)) as server:
@@ -178,12 +178,12 @@ async def _is_looked_at(bus: Bus) -> bool:
 
 
 class Raising(Outside):
-    """Raises what nobody has thought of."""
+    """Raises an unexpected exception."""
 
     num_tries = 0
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], tenant: str) -> int:
-        """Raise."""
+        """Raise an exception."""
         self.num_tries += 1
         raise ZeroDivisionError("what nobody has thought of")
 
@@ -209,7 +209,7 @@ async def test_whatever_a_delivery_raises_is_an_attempt(bus: Bus) -> None:
 
 @pytest.mark.parametrize("newer", ["endpoint", "job"])
 async def test_ends_that_a_newer_release_must_tell_of_wait_for_it(bus: Bus, receiver: Receiver, newer: str) -> None:
-    """Whoever sends now cannot read an endpoint, or what has ended: he makes nothing of it, and others' go on."""
+    """The sender can't read an endpoint or job of a newer release: it leaves it alone, and other tenants' continue."""
     endpoint = await hook(bus, "a", f"http://127.0.0.1:{receiver.port}/a")
     await hook(bus, "victim", f"http://127.0.0.1:{receiver.port}/victim")
     if newer == "endpoint":
@@ -229,7 +229,7 @@ async def test_ends_that_a_newer_release_must_tell_of_wait_for_it(bus: Bus, rece
 
 
 async def test_an_endpoint_that_cannot_be_read_is_tried_for_a_day(bus: Bus) -> None:
-    """What lies in its place is damaged, or of a newer release: an attempt like any other, with pauses and an end."""
+    """Its record is damaged, or of a newer release: an attempt like any other, with pauses and an end."""
     young, old = deliveries("a", range(2))
     old = msgspec.structs.replace(old, created_ms=now_ms() - MAX_AGE_MS - 1)
     await bus.webhooks.add("a", [young, old], 1000)
@@ -248,7 +248,7 @@ async def test_an_endpoint_that_cannot_be_read_is_tried_for_a_day(bus: Bus) -> N
 async def test_a_sender_that_fails_is_told_once_counted_and_goes_on(
     bus: Bus, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Within its own loop, as in any other: nothing swallows what the metric and its alert are for."""
+    """Inside its own loop as well: errors are not swallowed, so that the metric and its alert work."""
     before = failures_of("webhooks")
     await hook(bus, "victim", f"http://127.0.0.1:{receiver.port}/victim")
     await bus.webhooks.add("victim", deliveries("victim", range(1)), 1000)
@@ -297,7 +297,7 @@ async def test_a_job_that_cannot_be_read_takes_no_other_with_it(bus: Bus, receiv
 async def test_tenants_whose_records_are_broken_keep_no_other_back(
     bus: Bus, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of forty tenants that are looked at first, the endpoints, the deliveries or the ends are something else."""
+    """Forty tenants that are processed first have endpoints, deliveries or ends of a wrong type."""
     broken, before = [f"t{number:02}" for number in range(40)], failures_of("webhooks")
     for number, tenant in enumerate(broken):
         await bus._redis.zadd(bus.keys.ends, {tenant: 1})

@@ -1,4 +1,4 @@
-"""What a tenant asks of webhooks over HTTP is bounded, also when all of it is asked at once, and told truthfully."""
+"""Webhook requests of a tenant are bounded, also if they are concurrent, with accurate errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOOK = {"name": "n", "url": "https://a.example/hook", "event_types": ["job.faile
 
 @pytest_asyncio.fixture
 async def gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path) -> AsyncIterator[RunningGateway]:
-    """A gateway with API keys, whose DNS server answers for one name."""
+    """A gateway with API keys, whose DNS server knows one name."""
     async with answering(DnsServer({"xn--bcher-kva.example": ["127.0.0.1"]})) as server:
         settings = {
             "data": tmp_path, "private_webhooks": True, "secret": "0123456789abcdef0123", "api_keys": True,
@@ -47,7 +47,7 @@ async def client_of(gateway: RunningGateway, bus: Bus, tenant: str) -> AsyncIter
 
 @asynccontextmanager
 async def receiving(status: str) -> AsyncIterator[str]:
-    """Run a receiver that answers a status, or nothing if that is empty; yield its place."""
+    """Run a receiver that answers with a status, or not at all if it is empty; yield its address."""
 
     writers: list[asyncio.StreamWriter] = []
 
@@ -64,7 +64,7 @@ async def receiving(status: str) -> AsyncIterator[str]:
         yield f"{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
-        for writer in writers:  # whose clients would wait for an answer, and their gateway for them
+        for writer in writers:  # otherwise their clients, and so the gateway, would wait for an answer
             writer.close()
 
 
@@ -106,14 +106,14 @@ async def test_a_test_succeeds_with_2xx_alone(gateway: RunningGateway, bus: Bus,
 
 
 async def test_tests_at_once_are_few_and_say_so(gateway: RunningGateway, bus: Bus) -> None:
-    """Three hundred tests of endpoints that hang, of a name or of a receiver, take no more places than stated."""
+    """Three hundred tests of endpoints that hang, by name or by receiver, use no more slots than documented."""
     async with client_of(gateway, bus, "a") as http, receiving("") as port:
         silent, hanging = await made(http, "http://silent.example/"), await made(http, f"http://127.0.0.1:{port}/")
         before = len(os.listdir("/proc/self/fd"))
         tests = [asyncio.create_task(asked(http, (silent, hanging)[number % 2])) for number in range(300)]
         await wait_until(lambda: sum(one.done() for one in tests) >= 300 - MAX_TESTS_OF_TENANT, "most are refused")
         answers = [one.result() for one in tests if one.done()]
-        # A name that nobody answers for ends its test after 5 s, with 400; then the next one may have its place.
+        # A name that gets no DNS answer ends its test after 5 s with 400; then the next test may use the slot.
         refused = [answer for answer in answers if answer.status_code == 429]
         assert len(refused) > 280
         assert all(answer.status_code in (400, 429) for answer in answers)
@@ -121,7 +121,7 @@ async def test_tests_at_once_are_few_and_say_so(gateway: RunningGateway, bus: Bu
         assert int(refused[0].headers["retry-after"]) > 0
         async with client_of(gateway, bus, "b") as other, receiving("200 OK") as good:
             assert (await asked(other, await made(other, f"http://127.0.0.1:{good}/"))).json()["success"]
-        # The clients' own connections, both ends of each, are here too.
+        # Both ends of each of the clients' own connections are included.
         assert len(os.listdir("/proc/self/fd")) - before < 2 * 300 + 50
         for one in tests:
             one.cancel()

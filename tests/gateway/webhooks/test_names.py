@@ -1,4 +1,4 @@
-"""Hosts that strangers name: looked up without a thread, by the machine's settings, for a bounded time."""
+"""Clients' host names are resolved without threads, by the machine's settings, within a bounded time."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def test_silence_ends() -> None:
 
 
 async def test_names_that_nobody_answers_keep_no_other_waiting() -> None:
-    """More lookups hang than a loop has threads; no stranger's name waits, nor one that the loop's threads look up."""
+    """With more pending lookups than the loop has threads, neither other names nor the loop's own lookups wait."""
     async with answering(DnsServer({"a.example": ["127.0.0.7"]})) as server:
         names = HostNames(server.address, lookup_s=600.0)
         hanging = [asyncio.create_task(names.addresses(f"silent{number}.example")) for number in range(60)]
@@ -116,7 +116,7 @@ async def test_names_that_nobody_answers_keep_no_other_waiting() -> None:
 
 
 async def test_the_largest_answer_takes_no_time_of_the_loop() -> None:
-    """The median of many, in CPU time: 30 addresses, and a name that is as long as names get."""
+    """CPU time, averaged over many lookups of 30 addresses with a name of maximum length."""
     host = ".".join(["a" * 61] * 4)
     async with answering(DnsServer({host: [f"10.0.0.{number}" for number in range(15)]})) as server:
         names = HostNames(server.address)
@@ -124,7 +124,7 @@ async def test_the_largest_answer_takes_no_time_of_the_loop() -> None:
         began = time.process_time()
         for _ in range(20):
             await names.addresses(host)
-        assert (time.process_time() - began) / 20 < 0.1  # both servers and clients are counted
+        assert (time.process_time() - began) / 20 < 0.1  # includes both servers and clients
 
 
 @pytest.mark.parametrize("host", ["a", "a.b.", "xn--bcher-kva.example", "a_b.example", "1a.example", "8.8.8.a"])

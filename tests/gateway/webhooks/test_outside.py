@@ -1,4 +1,4 @@
-"""URLs of strangers reach the public internet and nothing else, and cost what is stated whatever receivers do."""
+"""URLs of clients reach the public internet only, with bounded costs whatever receivers do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SPECIAL = (
     "2001::/32", "2001:1::1/128", "2001:1::2/128", "2001:1::3/128", "2001:2::/48", "2001:3::/32", "2001:4:112::/48",
     "2001:10::/28", "2001:20::/28", "2001:30::/28", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20",
     "5f00::/16", "fc00::/7", "fe80::/10",
-    # IPv4-compatible, IPv4-translated, site-local, multicast, and what IANA has given to nobody
+    # IPv4-compatible, IPv4-translated, site-local, multicast, and unassigned by IANA
     "::/96", "::ffff:0:0:0/96", "fec0::/10", "ff00::/8", "4000::/3", "8000::/2", "c000::/3", "e000::/4", "200::/7",
 )  # fmt: skip
 PRIVATE = (
@@ -143,7 +143,7 @@ async def receiving(serve: Serve, tls: ssl.SSLContext | None = None) -> AsyncIte
 
 
 def saying(*parts: bytes, for_ever: bytes = b"", every_s: float = 0.0, closes: bool = False) -> Serve:
-    """Return a receiver that reads a request, says `parts`, then `for_ever` again and again, and keeps the line."""
+    """Return a receiver that reads a request, sends `parts`, then `for_ever` repeatedly, and stays connected."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -218,7 +218,7 @@ async def test_a_receiver_that_never_speaks_tls_ends_too() -> None:
 
 
 async def test_what_floods_with_100_continue_holds_no_loop() -> None:
-    """A whole client of HTTP would read all of it, 2,500 answers in each of its reads, until its time is over."""
+    """A complete HTTP client would read everything, 2,500 answers per read, until its timeout."""
     flood = b"HTTP/1.1 100 Continue\r\n\r\n" * 4096
     async with receiving(saying(flood)) as port:
         began = time.process_time()

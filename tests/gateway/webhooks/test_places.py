@@ -1,4 +1,4 @@
-"""Places that tenants share."""
+"""Slots shared by tenants."""
 
 from __future__ import annotations
 

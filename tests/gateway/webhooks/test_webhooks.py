@@ -1,4 +1,4 @@
-"""Webhooks as OpenAI's client sets them up and checks them: they arrive, signed, at least once, or are put aside."""
+"""Webhooks with OpenAI's client: they arrive signed and at least once, or are given up and listed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "backg
 
 @dataclass
 class Receiver:
-    """A web server that takes webhooks, and refuses as many as it is told to."""
+    """A web server that receives webhooks, after refusing `refusals` of them."""
 
     url: str = ""
     got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
@@ -137,7 +137,7 @@ async def test_ends_of_responses_arrive_in_openai_s_words(
     ends = ("completed", "incomplete", "failed", "cancelled")
     made = await endpoint(openai, receiver.url, *(f"response.{end}" for end in ends))
     ids: dict[str, str] = {}
-    await openai.responses.create(model="base", input="hi")  # followed, so its end is not told
+    await openai.responses.create(model="base", input="hi")  # not in the background, so there is no webhook
     for end in ends:
         fleet.script = {
             "failed": lambda submit, body: Script(error=WorkerLost("three workers died")),

@@ -1,4 +1,4 @@
-"""Try many cases of every fuzzing target, and write what came of them: `make fuzz`."""
+"""Try many cases of every fuzzing target, and report the outcomes: `make fuzz`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hostile.fuzz.targets import TARGETS, run_named, shares
 from chaos.report import machine
 
 SHOWN = 4
-"""Outcomes that the report names of each target: the most frequent ones."""
+"""Number of outcomes that the report lists per target: the most frequent ones."""
 
 
 def main() -> int:
-    """Run as the arguments say. Exit code 1 on a crash."""
+    """Run the command line. The exit code is 1 if a case crashed."""
     parser = argparse.ArgumentParser(prog="python -m hostile.fuzz", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--cases", type=int, default=100_000, help="of all targets together")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32), help="default: a new one")
@@ -33,7 +33,7 @@ def main() -> int:
     print(f"--seed {args.seed}", flush=True)
     chosen = [target.name for target in TARGETS if args.only in target.name]
     nums = shares(chosen, args.cases)
-    context = multiprocessing.get_context("spawn")  # each target's services live in a process of their own
+    context = multiprocessing.get_context("spawn")  # each target's services need their own process
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         running = [pool.submit(run_named, name, nums[name], args.seed) for name in chosen]
         results = [future.result() for future in running]

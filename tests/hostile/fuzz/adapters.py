@@ -1,4 +1,4 @@
-"""Adapter files: configs, safetensors headers and texts of every wrong kind are refused, or read as PEFT does."""
+"""Adapter files: invalid configs, safetensors headers and texts are refused, or read as PEFT reads them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LIKELY = (
 
 @st.composite
 def configs(draw: st.DrawFn) -> bytes:
-    """A good config with odd fields, or damaged bytes of it."""
+    """Draw a valid config with odd fields, or damaged bytes of one."""
     config = lora_config()
     for _ in range(draw(st.integers(1, 4))):
         value = draw(st.one_of(st.sampled_from(LIKELY), odd.wild_values))
@@ -54,7 +54,7 @@ def configs(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def headers(draw: st.DrawFn) -> bytes:
-    """The head of a weights file: entries replaced, names changed, lengths that lie, bytes damaged."""
+    """Draw the head of a weights file with replaced entries, changed names, wrong lengths, or damaged bytes."""
     header = json.loads(json.dumps(HEADER))
     names = sorted(header)
     for _ in range(draw(st.integers(0, 3))):
@@ -113,7 +113,7 @@ def _check_header(head: bytes) -> str:
 
 @st.composite
 def text_files(draw: st.DrawFn) -> dict[str, bytes]:
-    """Text files of an adapter: JSON of any kind, damaged JSON, bytes."""
+    """Draw an adapter's text files: JSON of any kind, damaged JSON, or bytes."""
     contents = st.one_of(
         odd.wild_values.map(odd.written),
         st.dictionaries(st.sampled_from(TEXT_FIELDS), odd.values, max_size=4).map(odd.written),
@@ -138,14 +138,14 @@ def _check_texts(files: dict[str, bytes]) -> str:
     return "taken with a template" if texts.template else "taken"
 
 
-# ---------------------------------------------------------------- kinds besides LoRA
+# ---------------------------------------------------------------- kinds other than LoRA
 
 KIND_FIELDS = ("peft_type", "target_modules", "rank_pattern", "alpha_pattern", "bias", "modules_to_save", "odd")
 
 
 @st.composite
 def kind_files(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """Config and weights of an adapter of another kind than LoRA, in which a few things are wrong."""
+    """Draw config and weights of an adapter of another kind than LoRA, with a few errors."""
     name = draw(st.sampled_from((*KIND_NAMES, *NO_EFFECT)))
     kind = kind_of(name)
     if kind is None:

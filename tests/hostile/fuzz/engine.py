@@ -1,4 +1,4 @@
-"""Runs one fuzzing target: so many cases from a seed, their outcomes counted, a crash shrunk to its smallest case."""
+"""Runs one fuzzing target: tries cases from a seed, counts their outcomes, and shrinks a crash to its smallest case."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from hypothesis import seed as seeded
 from hypothesis.strategies import SearchStrategy
 
 SLOW_S = 20.0
-"""A case that takes longer is a crash: far above every limit, so that a busy machine makes none."""
+"""Seconds after which a case counts as a crash: far above every limit, so that a busy machine causes none."""
 
 MAX_CPU_S = 1.0
-"""CPU seconds of the thread that reads a case, of services their event loop's, that are a crash. Cases are small, and
-take a few milliseconds."""
+"""Maximum CPU seconds for a case, of the thread that processes it, for services their event loop's. Cases are small and
+take a few milliseconds; more is a crash."""
 
 Check = Callable[[Any], str]
-"""Tries one case and returns the name of its outcome. Raises what no input may cause."""
+"""Tries one case and returns the name of its outcome. Raises an error that no input may cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class OnLoop:
-    """A check whose case is read by another thread, an event loop's."""
+    """A check whose cases are processed by another thread, that of an event loop."""
 
     check: Check
-    cpu_s: Callable[[], float]  # what that thread has used
+    cpu_s: Callable[[], float]  # returns the CPU seconds of that thread
 
     def __call__(self, case: Any) -> str:
         """Try a case."""
@@ -39,33 +39,33 @@ class OnLoop:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A place where strangers' input arrives."""
+    """A component that receives untrusted input."""
 
     name: str
     cases: SearchStrategy[Any]
     opened: Callable[[], AbstractContextManager[Check]]
-    cost: float = 1.0  # of a case, relative to a case of the cheapest targets: the cases of a run are shared out by it
+    cost: float = 1.0  # relative cost of a case; 1 for the cheapest targets. A run's cases are distributed by it
 
 
 @dataclass(slots=True)
 class Result:
-    """What came of a target's cases."""
+    """The results of a target's cases."""
 
     target: str
     num_cases: int = 0
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     slowest_s: float = 0.0
-    most_cpu_s: float = 0.0  # of the thread that reads cases
-    crash: str = ""  # the smallest case that crashes, and how; "": none
+    most_cpu_s: float = 0.0  # of the thread that processes cases
+    crash: str = ""  # the smallest crashing case and its error; "": none
 
 
-class _TooSlow(BaseException):  # no error to hypothesis, which would try it again and again to shrink it
-    """A case has taken too long."""
+class _TooSlow(BaseException):  # not an Exception: hypothesis would repeat it to shrink it
+    """A case took too long."""
 
 
 def pure(check: Check) -> Callable[[], AbstractContextManager[Check]]:
-    """Return how a target is opened that needs nothing."""
+    """Return an opener for a target that needs no setup."""
 
     @contextmanager
     def opened() -> Iterator[Check]:
@@ -75,7 +75,7 @@ def pure(check: Check) -> Callable[[], AbstractContextManager[Check]]:
 
 
 def run(target: Target, num_cases: int, seed: int) -> Result:
-    """Try so many cases of a target; the same seed tries the same ones."""
+    """Try `num_cases` cases of a target; the same seed gives the same cases."""
     result = Result(target.name)
     began_s = time.monotonic()
     with target.opened() as check:
@@ -103,7 +103,7 @@ def run(target: Target, num_cases: int, seed: int) -> Result:
             attempt()
         except _TooSlow as error:
             result.crash = str(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is what was looked for
+        except Exception as error:  # noqa: BLE001 - any exception is a finding
             result.crash = "".join([*traceback.format_exception(error)[-12:], *getattr(error, "__notes__", ())])
     result.seconds = time.monotonic() - began_s
     return result

@@ -1,4 +1,4 @@
-"""Requests at a real gateway: whatever a body or a head holds, the answer is JSON, and no 5xx but a 503 or 529."""
+"""Requests to a real gateway: for any body or head, the answer is JSON, and the only 5xx are 503 and 529."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gateway.app.access_table import unserved
 from gateway.lorax.lorax_bodies import Parameters
 
 PATIENCE_S = 30.0
-"""Silence after which a request counts as hung."""
+"""Seconds of silence after which a request counts as hung."""
 
 LIKELY: dict[str, tuple[Any, ...]] = {
     "messages": (
@@ -108,7 +108,7 @@ LIKELY: dict[str, tuple[Any, ...]] = {
 
 
 def _fields(body: Any) -> list[str]:
-    """Return the fields of what a route takes: of each form where there are several."""
+    """Return the fields of a route's body: of all its forms if there are several."""
     forms = [get_args(form)[0] for form in get_args(body)] or [body]
     return sorted({name for form in forms for name in form.model_fields})
 
@@ -119,12 +119,12 @@ FIELDS = {
     if isinstance(route, APIRoute) and route.body_field is not None
 }
 MADE = {"{conversation_id}": "CONVERSATION", "{endpoint_id}": "WEBHOOK", "{name}": "nobody"}
-"""Parameter of a path -> its value. Names in capitals stand for what `_made` has made, there and in bodies."""
+"""Path parameter -> its value. Names in capitals stand for objects created by `_made`, in paths and in bodies."""
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[str, str, bytes | None, dict[str, str]]:
-    """A method, a path, a body and headers."""
+    """Draw a method, a path, a body and headers."""
     how = draw(st.sampled_from(["field", "field", "field", "field", "json", "bytes", "damaged", "path"]))
     headers = {"content-type": "application/json"}
     if draw(st.integers(0, 9)) == 0:
@@ -183,11 +183,11 @@ PATHS = (
 ERROR_FRAME = re.compile(rb'^(event: error|data: \{"error":)', re.MULTILINE)
 
 MAY_FAIL = frozenset({"503", "529"})
-"""Only a 503, or Anthropic's 529, says that the gateway is at fault: nothing else above 499 is documented."""
+"""The only documented statuses above 499 are 503 and Anthropic's 529."""
 
 
 def _made(connection: http.client.HTTPConnection) -> dict[str, str]:
-    """Make one of each thing that clients keep; return their ids by what stands for them in paths and bodies."""
+    """Create one object of each kind that clients store; return their ids by placeholder in paths and bodies."""
 
     def sent(path: str, body: dict[str, Any] | bytes, kind: str = "application/json") -> dict[str, Any]:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -237,7 +237,7 @@ def _gateway() -> Iterator[Check]:
             assert not (ended := running.ended()), ended
             assert status < 500 or str(status) in MAY_FAIL, (status, raw)
             if status < 400:
-                assert not ERROR_FRAME.search(raw), (status, raw)  # a stream that fails says so within
+                assert not ERROR_FRAME.search(raw), (status, raw)  # a stream that fails reports it in an event
             if status < 400 or method == "HEAD":
                 return str(status)
             return f"{status} {json_error(raw)}"
@@ -279,7 +279,7 @@ TAILS = (
 
 @st.composite
 def heads(draw: st.DrawFn) -> bytes:
-    """The bytes of a connection: odd lines, lengths that lie, chunks that do not end, damage."""
+    """Draw the bytes of a connection: odd lines, wrong lengths, unterminated chunks, damage."""
     lines = [draw(st.sampled_from(FIRST_LINES)), b"host: 127.0.0.1"]
     lines += draw(st.lists(st.sampled_from(LINES), max_size=4))
     if draw(st.booleans()):

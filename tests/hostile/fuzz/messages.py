@@ -1,6 +1,6 @@
-"""What crosses the queue: whatever bytes a message has, it is read or refused by ProtocolError, and then used.
+"""Messages on the queue: any bytes are decoded or refused with ProtocolError, and decoded messages are used.
 
-Whatever was read goes to those who use it: the scheduler's decisions, the gateway's cursor, the worker's requests.
+Decoded messages are passed to their consumers: the scheduler's decisions, the gateway's cursor, the worker's requests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS: dict[str, Any] = {
     if inspect.isclass(kind) and issubclass(kind, msgspec.Struct) and kind not in (m.Wire, m.Packed)
 }
 LISTS = {"Delta": list[m.Delta], "Assigned": list[m.Assigned], "Ended": list[m.Ended]}
-"""What is sent in lists."""
+"""Messages that are sent in lists."""
 
 msgpack_leaves = st.one_of(odd.plain, st.binary(max_size=12), st.integers(-(1 << 63), (1 << 64) - 1))
 msgpack_values = odd.nested(msgpack_leaves)
@@ -38,7 +38,7 @@ msgpack_values = odd.nested(msgpack_leaves)
 
 @st.composite
 def messages(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A kind of message, and bytes: any msgpack, a good message with odd fields in it, or a damaged one."""
+    """Draw a kind of message, and bytes: any msgpack, a valid message with odd fields, or a damaged one."""
     name = draw(st.sampled_from(sorted(KINDS)))
     kind = KINDS[name]
     how = draw(st.sampled_from(["any", "bytes", "fields", "fields", "damaged"]))
@@ -65,7 +65,7 @@ _PLAIN: dict[Any, st.SearchStrategy[Any]] = {
 
 
 def _strategy_of(field: Any, depth: int = 0) -> st.SearchStrategy[Any]:
-    """Return a strategy of the plain values of a field's type."""
+    """Return a strategy for plain values of a field's type."""
     info = msgspec.inspect.type_info(field) if not isinstance(field, msgspec.inspect.Type) else field
     inspect_ = msgspec.inspect
     match info:
@@ -105,7 +105,7 @@ GOOD = {name: _strategy_of(kind) for name, kind in KINDS.items()}
 
 
 def can_be_read(name: str, raw: bytes) -> bool:
-    """Return whether bytes are a message of a kind."""
+    """Return whether bytes are a valid message of a kind."""
     try:
         decode(raw, LISTS.get(name, KINDS[name]))
     except ProtocolError:
@@ -124,9 +124,9 @@ def _check(case: tuple[str, bytes]) -> str:
 
 
 def _use(name: str, message: Any) -> None:
-    """Give a message to those who read such ones. Raises what would end them."""
+    """Pass a message to the code that consumes its kind. Raises what would end that code."""
     match name:
-        case "RequestHead" if message.cls in CLASSES:  # its reader refuses others
+        case "RequestHead" if message.cls in CLASSES:  # the code that reads it refuses others
             scheduler = _scheduler()
             scheduler.submit(message, 0)
             scheduler.plan(1.0)

@@ -1,4 +1,4 @@
-"""Odd values that all targets draw from."""
+"""Odd values that all targets use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protocol.wire.errors import LorafleetError
 TEXTS = ("", "\0", "\u202e", "a" * 3000, "null", "-1", "1e999", "base", "__proto__", "../..", "{{", "\ufeff", "😀" * 40)
 NUMBERS = (0, -1, 1, 2, 7, 1 << 31, 1 << 53, (1 << 63) - 1, 0.5, -0.0, 1e308, -1e308)
 HUGE = (1 << 63, -(1 << 64), 10**400, float("inf"), float("nan"))
-"""Numbers that JSON of some writers has, and msgpack cannot hold."""
+"""Numbers that some JSON writers emit, and msgpack cannot represent."""
 
 texts = st.one_of(st.sampled_from(TEXTS), st.text(max_size=12))
 numbers = st.sampled_from(NUMBERS)
@@ -21,7 +21,7 @@ plain = st.one_of(st.none(), st.booleans(), numbers, texts)
 
 
 def nested(leaves: st.SearchStrategy[Any], max_leaves: int = 10) -> st.SearchStrategy[Any]:
-    """Return a strategy of lists and objects of some leaves."""
+    """Return a strategy for nested lists and objects with these leaves."""
     return st.recursive(
         leaves,
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
@@ -33,17 +33,17 @@ values = nested(plain)
 """JSON values."""
 
 wild_values = nested(st.one_of(plain, st.sampled_from([*HUGE, "\ud800"])))
-"""The same, with numbers and texts that are not JSON."""
+"""JSON values, and numbers and texts that are not valid JSON."""
 
 
 def written(value: Any) -> bytes:
-    """Return a value as JSON, or as what careless writers take for it."""
+    """Return a value as JSON, or as lenient writers encode it."""
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
 @st.composite
 def damaged(draw: st.DrawFn, raws: st.SearchStrategy[bytes]) -> bytes:
-    """Bytes of which some are replaced, cut off, doubled or added."""
+    """Draw bytes with some parts replaced, truncated, doubled or inserted."""
     raw = bytearray(draw(raws))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(raw)))
@@ -62,11 +62,11 @@ def damaged(draw: st.DrawFn, raws: st.SearchStrategy[bytes]) -> bytes:
 
 
 MAX_MESSAGE = 20_000
-"""Characters that an error may have at most: one that repeats its input without limit is an attack by itself."""
+"""Maximum length of an error message: one that repeats its input without limit is itself an attack."""
 
 
 def kind_of(error: LorafleetError) -> str:
-    """Return the kind of a refusal: its first words, without what it quotes of the input."""
+    """Return the kind of a refusal: the first words of its message, without parts quoted from the input."""
     assert error.message
     assert len(error.message) <= MAX_MESSAGE, f"a message of {len(error.message)} characters"
     text = re.sub(r"'(?:[^'\\\\]|\\\\.)*'|\"(?:[^\"\\\\]|\\\\.)*\"|[0-9.+-]*[0-9]|`[^`]*`", "…", error.message[:400])

@@ -1,4 +1,4 @@
-"""Garbage on the queue: whatever a stream's entry or a heartbeat holds, its readers put it aside and go on."""
+"""Garbage on the queue: the readers of any stream entry or heartbeat set it aside and continue."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ PLACES = (
     "interactive", "batch", "ended", "work", "orders", "deliveries", "events", "worker's beat", "store's beat",
     "body", "registration", "alias",
 )  # fmt: skip
-"""Where garbage is put."""
+"""Where garbage is written."""
 
 KINDS = {
     "interactive": "RequestHead", "batch": "RequestHead", "ended": "Ended", "work": "Assigned", "orders": "Control",
     "deliveries": "Delta", "events": "AdapterEvent", "worker's beat": "WorkerBeat", "body": "Body",
     "registration": "Registration", "alias": "Alias",
 }  # fmt: skip
-"""Place -> the kind of message that is expected there."""
+"""Place -> the kind of message expected there."""
 
 ROUND = 25
-"""Cases between two looks whether the fleet still answers."""
+"""Number of cases between two checks that the fleet still answers."""
 
 
 @st.composite
 def entries(draw: st.DrawFn) -> tuple[str, dict[bytes, bytes]]:
-    """A place and an entry's fields for it, of which `b` is the message, damaged or another's."""
+    """Draw a place and the fields of an entry for it; `b` is the message, damaged or of another kind."""
     place = draw(st.sampled_from(PLACES))
     how = draw(st.sampled_from(["bytes", "damaged", "another", "value"]))
     if how == "bytes":
@@ -55,7 +55,7 @@ def entries(draw: st.DrawFn) -> tuple[str, dict[bytes, bytes]]:
 
 
 def is_readable(place: str, fields: dict[bytes, bytes]) -> bool:
-    """Return whether an entry is a message: that of somebody who may write to the queue, and so no garbage."""
+    """Return whether an entry is a valid message: writing it needs access to the queue, so it is not garbage."""
     name = KINDS.get(place)
     return name is not None and messages.can_be_read(name, fields.get(b"b", b""))
 
@@ -85,7 +85,7 @@ def _fleet() -> Iterator[Check]:
 
 
 async def put(running: Services, place: str, fields: dict[bytes, bytes]) -> None:
-    """Put garbage somewhere on the queue."""
+    """Write garbage to a place on the queue."""
     keys, redis, raw = running.bus.keys, running.bus._redis, fields.get(b"b", b"")
     streams = {
         "interactive": keys.sub("interactive"), "batch": keys.sub("batch"), "ended": keys.ended,
@@ -103,7 +103,7 @@ async def put(running: Services, place: str, fields: dict[bytes, bytes]) -> None
     elif place == "body":
         rid = f"garbage-{secrets.token_hex(8)}"
         await running.bus.submit("interactive", [(make_submit(rid), make_body())], max_queued=1000)
-        common = {"common": raw} if b"e" in fields else {}  # else a call has one body alone
+        common = {"common": raw} if b"e" in fields else {}  # without `e`, the call has only one body
         await redis.hset(keys.body(rid), mapping={"0": raw, **common})
     elif place == "registration":
         await redis.hset(keys.registrations, "garbage", raw)
@@ -114,7 +114,7 @@ async def put(running: Services, place: str, fields: dict[bytes, bytes]) -> None
 
 
 def look(running: Services, connection: http.client.HTTPConnection) -> None:
-    """Raise AssertionError unless every service runs and a request is answered as ever."""
+    """Raise AssertionError unless every service runs and requests are answered as usual."""
     assert not (ended := running.ended()), ended
     body: dict[str, Any] = {"model": "base", "prompt": "hi", "max_tokens": 3, "ignore_eos": True}
     for path, sent in (("/v1/completions", orjson.dumps(body)), ("/v1/models", None), ("/v1/adapters", None)):

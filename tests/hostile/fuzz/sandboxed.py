@@ -1,4 +1,4 @@
-"""What strangers write as programs: chat templates and grammars, where they run in production, in the sandbox."""
+"""Untrusted programs, chat templates and grammars, run in the sandbox as in production."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 
 LIMIT_S = 0.5
-"""CPU seconds of a job: enough for every honest one, and an endless one costs no more."""
+"""CPU seconds per job: enough for every valid one, and a limit on the cost of an endless one."""
 
 REFUSALS = (BadRequest, Overloaded, Unavailable)
-"""The job's own fault, a tenant's limit, and a machine too busy to give the job its time."""
+"""The job's own fault, a tenant's limit, and a machine too busy to run the job in time."""
 
 TENANTS = itertools.count()
-"""Each case is another tenant's: what one has cost so far would refuse its next ones."""
+"""Each case uses a new tenant: the cost of earlier cases would get a tenant's next ones refused."""
 
 # ---------------------------------------------------------------- templates
 
@@ -66,7 +66,7 @@ STATEMENTS = (
 
 @st.composite
 def expressions(draw: st.DrawFn) -> str:
-    """An expression of a template."""
+    """Draw an expression of a template."""
     text = draw(st.one_of(st.sampled_from(EXPRESSIONS), st.sampled_from(NAMES), odd.texts.map(json.dumps)))
     if draw(st.integers(0, 3)) == 0:
         text = f"{text} {draw(st.sampled_from(OPERATORS))} {draw(st.sampled_from(EXPRESSIONS))}"
@@ -75,7 +75,7 @@ def expressions(draw: st.DrawFn) -> str:
 
 @st.composite
 def templates(draw: st.DrawFn) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
-    """A template, messages, and further variables."""
+    """Draw a template, messages, and further variables."""
     body = ""
     for _ in range(draw(st.integers(1, 4))):
         statement = draw(st.sampled_from(STATEMENTS))
@@ -145,7 +145,7 @@ nested_schemas = st.recursive(
 
 @st.composite
 def grammars(draw: st.DrawFn) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """A `response_format` and a `structured_outputs`, of which one is None."""
+    """Draw a `response_format` and a `structured_outputs`, one of which is None."""
     how = draw(st.sampled_from(["schema", "schema", "regex", "grammar", "choice", "odd", "whitespace"]))
     if how == "schema":
         schema = draw(st.one_of(nested_schemas, nested_schemas, odd.values))

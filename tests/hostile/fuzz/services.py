@@ -1,7 +1,7 @@
-"""All services of a fleet in a thread of this process, with a queue of their own.
+"""All services of a fleet in a thread of this process, with their own queue.
 
-The worker's engine makes up its tokens; everything else is as in production. Cases reach it from outside, by HTTP or
-through the queue, and can end nothing here but what is to be found.
+The worker's engine invents its tokens; everything else is as in production. Cases arrive from outside, by HTTP or
+through the queue. If one ends a service, that is a finding.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from scheduler.service import serve as serve_scheduler
 
 
 class _Engine(FakeEngine):
-    """Makes up logprobs as well, for those who want them."""
+    """Also invents logprobs, for requests that want them."""
 
     def _advance(self, running: Any) -> TokenOutput:
         output, request = super()._advance(running), running.request
@@ -53,7 +53,7 @@ class _Engine(FakeEngine):
 
 
 class Services:
-    """The running services, and the queue between them."""
+    """The running services, and their queue."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, bus: Bus, tasks: dict[str, asyncio.Task[Any]]) -> None:
         self._loop = loop
@@ -62,15 +62,15 @@ class Services:
         self.port = 0
         self.gid = ""
         self.worker: WorkerService | None = None
-        self.thread = threading.current_thread()  # it is made there
+        self.thread = threading.current_thread()  # the constructor runs in the services' thread
 
     def cpu_s(self) -> float:
-        """Return the CPU seconds that the services' thread has used."""
+        """Return the CPU seconds used by the services' thread."""
         assert self.thread.ident is not None
         return time.clock_gettime(time.pthread_getcpuclockid(self.thread.ident))
 
     def do(self, work: Awaitable[Any]) -> Any:
-        """Do something in the services' thread; return what it returns."""
+        """Run an awaitable in the services' thread; return its result."""
 
         async def awaited() -> Any:
             return await work
@@ -84,7 +84,7 @@ class Services:
         return self.worker.wid
 
     def ended(self) -> list[str]:
-        """Return the services that have ended, and by what."""
+        """Return a message for each service that has ended, with the cause."""
         return [f"{name} ended: {_how(task)}" for name, task in self.tasks.items() if task.done()]
 
 
@@ -117,7 +117,7 @@ def services(**settings: Any) -> Iterator[Services]:
 async def _serve(
     url: str, folder: Path, settings: dict[str, Any], told: Future[tuple[Services, asyncio.Event]]
 ) -> None:
-    logging.disable(logging.ERROR)  # refused messages are logged by the thousand
+    logging.disable(logging.ERROR)  # thousands of refused messages would be logged
     stop, model, adapters = asyncio.Event(), make_model_folder(folder / "model"), folder / "adapters"
     write_adapter(adapters / "one")
     values = {"redis_url": url, "model": str(model), "data": folder / "data", "adapters": adapters, **settings}
@@ -161,14 +161,14 @@ async def _is_up(bus: Bus, worker: WorkerService) -> bool:
 
 
 def json_error(raw: bytes) -> str:
-    """Return the kind of an error of any API. Raises AssertionError for one that is not in its shape."""
+    """Return the kind of an error of any API. Raises AssertionError if the error does not have the API's format."""
     body = orjson.loads(raw)
     error = body["error"]
     if isinstance(error, dict):
         assert set(error) in ({"message", "type", "param", "code"}, {"message", "type"}, {"message", "type", "details"})
         message, kind = error["message"], error.get("code") or error["type"]
     else:
-        message, kind = error, body.get("error_type", "error")  # Ollama's have none
+        message, kind = error, body.get("error_type", "error")  # Ollama's errors have no kind
     assert isinstance(message, str), body
     assert message, body
     assert len(message) < 20_000, f"a message of {len(message)} characters"

@@ -1,4 +1,4 @@
-"""tokenizer.json of every wrong kind is refused, and added tokens that are taken encode and decode within limits."""
+"""Invalid tokenizer.json files are refused, and accepted added tokens encode and decode within limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from protocol.wire.errors import AdapterRefused
 TEXT = "Hello a b  aaaa 漢😀 <s> don't\n" * 20
 
 MAX_PIECE = 100_000
-"""Characters of one token's text, far above what any component may make of it."""
+"""Maximum characters of one token's text, far above what any component produces."""
 
 VOCAB = {
     token: number for number, token in enumerate(["<s>", "a", "b", "ab", *sorted(pre_tokenizers.ByteLevel.alphabet())])
@@ -43,7 +43,7 @@ CONTENTS = ("a", " ", "  a", "aa", "<s>", "Hello", "漢", "😀", "\n", "▁a", 
 
 @st.composite
 def files(draw: st.DrawFn) -> tuple[int, str]:
-    """A base's number, and a copy of its file with added tokens, with odd values in it, or damaged."""
+    """Draw a base's number, and a copy of its file with added tokens, odd values, or damage."""
     number = draw(st.integers(0, len(BASES) - 1))
     file: dict[str, Any] = json.loads(json.dumps(BASES[number]))
     for _ in range(draw(st.integers(0, 6))):

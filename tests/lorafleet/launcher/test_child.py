@@ -1,4 +1,4 @@
-"""A service process is restarted, drained, killed with its children, and never outlives its launcher."""
+"""A service process is restarted, drained, killed with its descendants, and never outlives its launcher."""
 
 import asyncio
 import json
@@ -204,7 +204,7 @@ async def test_a_log_begins_again_before_it_fills_the_disk(tmp_path: Path, lifel
         child.follow_log()
         assert (log.stat().st_size, older.stat().st_size) == (0, 30_000)
         assert older.read_text().startswith("000 ")
-        with log.open("ab") as more:  # as the process goes on: where the file ends
+        with log.open("ab") as more:  # as the process does, which appends
             more.write(b"12:00:00 I worker a.b: on\n")
         child.follow_log()
         assert child.activity == "on"

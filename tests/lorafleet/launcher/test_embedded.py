@@ -1,4 +1,4 @@
-"""The embedded queue keeps its data, belongs to one fleet, and ends with its launcher."""
+"""The embedded queue keeps its data, is used by one fleet only, and ends with its launcher."""
 
 import asyncio
 import sys

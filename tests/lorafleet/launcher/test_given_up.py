@@ -1,4 +1,4 @@
-"""A launcher of several bases goes on without one whose workers do not start, and notes why."""
+"""A launcher of several bases keeps running without a base whose workers do not start, and records the reason."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from protocol.runtime.settings import Settings
 
 @pytest.mark.parametrize("noted", ["", "no such folder"])
 async def test_why_a_worker_was_killed_is_noted_by_its_launcher(bus: Bus, tmp_path: Path, noted: str) -> None:
-    """By the system, for memory, it cannot note it itself; a reason that it has noted is the better one.
+    """A worker killed by the system for lack of memory cannot record the reason itself: its launcher does.
 
-    That of an earlier run is none.
+    A reason that the worker has recorded takes precedence, except one of an earlier run.
     """
 
     async def on_ready() -> bool:
@@ -45,4 +45,4 @@ async def test_why_a_worker_was_killed_is_noted_by_its_launcher(bus: Bus, tmp_pa
     assert set(reasons) == {"b"}
     assert reasons["b"] == noted or ("worker-1 did not start" in reasons["b"] and "\n" not in reasons["b"])
     await launcher._keep(children[0])
-    assert launcher._failure is not None  # nobody is left
+    assert launcher._failure is not None  # no worker is left

@@ -60,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def fleet_process(url: str, data: Path, num_signals: int = 1) -> Iterator[subprocess.Popen[str]]:
-    """Run what looks like a fleet, until it has handled so many signals."""
+    """Run a process that looks like a fleet until it has handled `num_signals` signals."""
     command = [sys.executable, "-c", RUN, url, str(data), str(num_signals)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -130,7 +130,7 @@ def test_looking_for_fleets_needs_no_folder_and_makes_none(
 def test_records_are_not_believed_where_others_may_write(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The record of another user could name an address that then gets this user's key."""
+    """A record written by another user could name an address, which would then be sent this user's key."""
     with registered(FLEET):
         folder.chmod(0o777)
         assert running() == []
@@ -158,7 +158,7 @@ def modes(within: Path) -> dict[Path, int]:
 def test_a_fleet_runs_without_a_record_where_none_can_be_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
-    """Without XDG_RUNTIME_DIR anybody may put something where the folder would be."""
+    """Without XDG_RUNTIME_DIR, any user may have created a file or folder at the path of the folder of records."""
     mine = tmp_path / "mine"
     mine.mkdir()
     mine.chmod(0o755)
@@ -217,7 +217,7 @@ async def test_stop_ends_a_fleet_and_waits_for_it(tmp_path: Path, capsys: pytest
 
 
 def process_facts(pid: int) -> dict[str, str]:
-    """Return what the kernel says of a process."""
+    """Return the fields of the `status` file of a process in /proc, by name."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: text.strip() for name, _, text in (line.partition(":") for line in lines)}
 
@@ -245,7 +245,7 @@ def pid_of_nobody() -> int:
 async def test_a_fleet_that_ends_before_the_signal_has_stopped(capfd: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
     stopping = threading.Thread(target=lambda: codes.append(main(["stop"])))
-    with registered(msgspec.structs.replace(FLEET, pid=pid_of_nobody())):  # its process is gone, its lock is not yet
+    with registered(msgspec.structs.replace(FLEET, pid=pid_of_nobody())):  # the process has ended; the lock remains
         stopping.start()
         seen = ""
 

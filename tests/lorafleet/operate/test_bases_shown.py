@@ -1,4 +1,4 @@
-"""What commands for operators show of a fleet with several bases, and that one base looks as it ever did."""
+"""Commands for operators list each base of a fleet with several; the output for a single base is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor makes of each fault: its line says what to do."""
+"""For each fault, the doctor's finding has the expected level and says what to do."""
 
 from __future__ import annotations
 

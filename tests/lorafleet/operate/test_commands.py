@@ -1,4 +1,4 @@
-"""The commands for operators against one real fleet: what they print, and what scripts read."""
+"""The commands for operators against a real fleet: their output for people and their JSON for scripts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proce
 
 @pytest.fixture
 def command(fleet: ProcessFleet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run a command on the fleet as a user would; return what it prints."""
+    """Return a function that runs a command on the fleet as a user would and returns its output."""
     monkeypatch.setenv("LORAFLEET_URL", fleet.url)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -55,7 +55,7 @@ async def read(command: Command, *words: str) -> Any:
 
 
 async def sources(command: Command, *flags: str) -> dict[str, str]:
-    """Return name -> source of what is listed. What else a row has changes by itself: its use is told later."""
+    """Return the source of each listed adapter by name; other columns, like the last use, change by themselves."""
     return {one["name"]: one["source"] for one in await read(command, "adapters", "list", *flags)}
 
 
@@ -132,7 +132,7 @@ async def test_a_conversation_goes_on_and_can_begin_anew(command: Command) -> No
     assert shown == f"{first['content']} [length]\n" or first["finish_reason"] == "stop"
     asked = await command("chat", "base", "hello", "--max-tokens", "4", "--temperature", "0")
     assert asked == shown
-    lost = "hello\n/model nobody\nand now?\n"  # what is no model takes no question back
+    lost = "hello\n/model nobody\nand now?\n"  # an unknown model leaves the question in the conversation
     told = [
         json.loads(line) for line in (await command("chat", "base", *flags, typed=lost, code=1, out=True)).splitlines()
     ]
@@ -189,7 +189,7 @@ async def test_the_doctor_finds_a_fleet_well_and_its_queue_at_risk(
     levels = {one["name"]: one["level"] for one in told}
     for name in ("gateway", "queue", "queue's eviction", "queue's clock", "scheduler", "workers", "versions"):
         assert levels[name] == "ok", told
-    assert levels["queue's file"] == "warning"  # this one has none
+    assert levels["queue's file"] == "warning"  # this queue has no file
     assert "→ CONFIG SET appendonly yes" in await command("doctor", *flags)
     told = json.loads(await command("doctor", "--data", str(tmp_path), "--json"))
     assert {one["level"] for one in told if one["name"] == "gateway"} == {"ok"}

@@ -1,4 +1,4 @@
-"""Shells complete commands and flags by scripts that are made of the parsers."""
+"""Shell completion scripts, generated from the parsers, complete commands and flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the doctor looks: each edge with the fault that it is to find there."""
+"""The doctor's probes of gateway, queue, memory and compiler find the fault prepared for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from protocol.runtime.settings import Settings
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, str]]:
-    """Return the findings of a doctor who finds a problem, by name."""
+    """Run the doctor, which must find a problem, and return its findings by name."""
     assert main(["doctor", "--json", *words, "--url", "http://127.0.0.1:9"]) == 1
     return {one["name"]: one for one in json.loads(capsys.readouterr().out)}
 
@@ -100,7 +100,7 @@ def test_a_model_that_is_not_here_has_no_size(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_model_larger_than_memory_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (tmp_path / "model.safetensors").open("wb") as file:
-        file.truncate(1 << 43)  # takes no room on the disk
+        file.truncate(1 << 43)  # a sparse file, which takes no space on the disk
     found = told(capsys, "--model", str(tmp_path), "--device", "cpu", "--data", str(tmp_path))
     assert found["model in memory"]["level"] == "problem"
     assert "--quantization" in found["model in memory"]["advice"]
@@ -109,7 +109,7 @@ def test_a_model_larger_than_memory_is_a_problem(tmp_path: Path, capsys: pytest.
 def test_free_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 64 kB\nMemAvailable:   12 kB\n")
     assert free_memory_bytes(tmp_path / "meminfo") == 12 * 1024
-    assert free_memory_bytes(tmp_path / "none") > 12 * 1024  # all that this process may have
+    assert free_memory_bytes(tmp_path / "none") > 12 * 1024  # all the memory this process may use
 
 
 def test_free_gpu_memory_is_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_compiler_is_looked_for(
     found = told(capsys, "--data", str(tmp_path))
     assert found["compiler"]["level"] == "warning"
     assert "g++" in found["compiler"]["advice"]
-    (tmp_path / "lora_kernels-0.so").touch()  # operations, without the kernels of an instruction set
+    (tmp_path / "lora_kernels-0.so").touch()  # the PyTorch operations, without the kernels for an instruction set
     assert told(capsys, "--data", str(tmp_path))["compiler"]["level"] == "warning"
     (tmp_path / "lora_kernels-0-avx2.so").touch()
     assert told(capsys, "--data", str(tmp_path))["compiler"]["level"] == "ok"

@@ -1,4 +1,4 @@
-"""Where commands find the fleet: a flag, then a variable, then the profile."""
+"""Commands find the fleet by a flag, otherwise by a variable, otherwise by the profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The queries of the charts name series and labels that are declared, and every number that charts have."""
+"""The charts' queries use only declared series and labels, and cover every number that the charts show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names in labels are bounded: whatever is asked for, and by whomever, there are only so many series."""
+"""Names in labels are bounded: whatever is requested by any client, the number of series is limited."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_ten_thousand_names_have_no_more_series_than_the_limit() -> None:
         assert len({labels[1] for labels in series_of(registry)}) <= 101
         assert len(names._uses) <= CANDIDATES * 100
     total = sum(s.value for m in registry.collect() for s in m.samples if s.name == "seconds_count")
-    assert total <= 300_000  # what left took its counts along; nothing was counted twice
+    assert total <= 300_000  # evicted names lost their counts; nothing was counted twice
 
 
 def test_places_go_to_the_most_used() -> None:
@@ -51,7 +51,7 @@ def test_places_go_to_the_most_used() -> None:
     kept = {names.of(name) for name in ("first", "second")}
     assert OTHER in kept
     assert len(kept) == 2
-    assert len(series_of(registry)) == 1  # the series of whoever lost its place is gone
+    assert len(series_of(registry)) == 1  # the series of a name that lost its place is gone
 
 
 def test_who_is_used_as_often_keeps_its_place() -> None:

@@ -1,4 +1,4 @@
-"""The list of series is whole: what is registered is declared, and the page of docs has it."""
+"""The list of series is complete: every registered series is declared and documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of bases that operators add and take away, and what becomes of those that workers have reported."""
+"""The record of bases that operators add and remove, and its effect on bases that workers have reported."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_names_of_removed_bases_are_bounded() -> None:
 
 
 async def test_gateways_that_change_it_together_lose_nothing(bus: Bus) -> None:
-    """A storm of adding and removing: each change is on top of the one before."""
+    """Concurrent additions and removals: each change is applied to the result of the previous one."""
     async with asyncio.TaskGroup() as group:
         for number in range(31):
             group.create_task(bus.added_bases.add(f"n{number}", f"/m/{number}", 31))
@@ -73,7 +73,7 @@ async def test_a_fleet_of_one_base_lets_another_in_once_it_is_added(bus: Bus) ->
 
 
 async def test_the_worker_of_an_added_base_leaves_others_their_records(bus: Bus) -> None:
-    """Also where no other worker lives for a moment, since the only one restarts or swaps."""
+    """Even if no other worker is alive for a moment, because the only one restarts or swaps."""
     for wid, name in (("w1", "a"), ("w2", "b")):
         await join(bus, wid, base(name))
     await bus.added_bases.add("x", "/models/x", 31)
@@ -112,7 +112,7 @@ async def test_a_removed_base_is_forgotten_with_its_last_worker(bus: Bus, first:
 
 
 async def test_nobody_is_told_why_a_removed_base_does_not_start(bus: Bus) -> None:
-    """A supervisor starts its worker again, which may not join. Once it is added anew, it has not failed yet."""
+    """A supervisor restarts its worker, which may not join. Once it is added again, it has not failed yet."""
     await join(bus, "w1", base("a"))
     await bus.added_bases.add("b", "/models/b", 31)
     await bus.added_bases.remove("b")
@@ -125,7 +125,7 @@ async def test_nobody_is_told_why_a_removed_base_does_not_start(bus: Bus) -> Non
 
 
 async def test_a_base_whose_worker_joins_meanwhile_stays(bus: Bus) -> None:
-    """The worker of an earlier version does not know what was taken away. No live worker lacks its base's record."""
+    """A worker of an earlier version does not know of removals. Every live worker's base must keep its record."""
     await join(bus, "w", base("a"))
     for number in range(40):
         joins = asyncio.create_task(join(bus, f"w{number}", base("b")))

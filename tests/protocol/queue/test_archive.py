@@ -1,4 +1,4 @@
-"""What the queue gives for a copy of the history: all that is new, once, and texts of whom they belong to alone."""
+"""The queue's data for a copy of the history: each new entry once, and texts only for their own tenant."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ async def test_what_is_deleted_after_its_record_is_gone_is_noted_too(queue: Queu
     await submit(queue, "plain", text=0, stored=True)
     for rid in ("a", "plain"):
         await queue.bus.finish(rid, "failed", "error")
-    await queue.bus._redis.delete(queue.keys.req("a"))  # as a day later
+    await queue.bus._redis.delete(queue.keys.req("a"))  # as after a day
     await queue.bus.jobs.forget(make_job("j", "a", "plain"))
     assert await queue.bus.archive.deletions(9) == [], "the history has no texts"
     await queue.bus.jobs.forget(make_job("j", "a"), KEEP_MS)

@@ -1,4 +1,4 @@
-"""Workers of several bases join one fleet, each under its base's name; what else has that name is refused at once."""
+"""Workers of several bases join one fleet, each under its base's name; another model with that name is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def join(bus: Bus, wid: str, served: m.ServedModel, *, several: bool = Tru
 
 
 async def join_as_earlier_version(bus: Bus, wid: str, served: m.ServedModel) -> None:
-    """Leave what such a worker does: a record without its weights' hash, a heartbeat without its base."""
+    """Write what such a worker writes: a record without a weights hash, a heartbeat without a base."""
     await bus.set(bus.keys.base, msgspec.structs.replace(served, weights=""))
     beat = m.WorkerBeat(wid=wid, name=wid, capacity=1)
     await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), TTL_MS)
@@ -117,7 +117,7 @@ async def test_a_stray_worker_does_not_join_where_an_earlier_run_knew_its_base(b
 
 
 async def test_workers_of_an_earlier_version_have_one_base_by_layout(bus: Bus) -> None:
-    """While workers are updated one by one. These had no further bases, and any names."""
+    """While workers are updated one at a time. Earlier versions had no added bases, and names of any form."""
     chat, same = base("org/chat", weights="W"), base("chat", weights="W")
     for wid in ("old1", "old2"):
         await join_as_earlier_version(bus, wid, chat)
@@ -139,14 +139,14 @@ async def test_a_fleet_that_starts_again_with_another_model_knows_that_one_only(
     for wid in ("w1", "w2"):
         await bus.members.leave(wid)
     assert await join(bus, "w3", base("b")) == "b"
-    assert await names(bus) == ["a", "b"]  # a known one was first to come back
+    assert await names(bus) == ["a", "b"]  # the first one to return is known
     await bus.members.leave("w3")
     assert await join(bus, "w4", base("c")) == "c"
     assert await names(bus) == ["c"]
 
 
 async def test_a_worker_that_swaps_keeps_the_records_of_other_bases(bus: Bus) -> None:
-    """So a fleet of one worker knows all of its bases once it has served each."""
+    """So a fleet of one worker knows all of its bases once it has served each of them."""
     fleet = ["a", "b", "c"]
 
     async def swap(name: str, fleet: list[str]) -> list[str]:
@@ -160,12 +160,12 @@ async def test_a_worker_that_swaps_keeps_the_records_of_other_bases(bus: Bus) ->
     assert await swap("a", fleet) == ["a", "b"]
     assert await swap("c", fleet) == ["a", "b", "c"]
     assert await swap("b", fleet) == ["a", "b", "c"]
-    assert await swap("d", ["d", "a", "b"]) == ["a", "b", "d"]  # a fleet that has changed: `c` is none of it
-    assert await swap("e", ["e", "d"]) == ["e", "d"]  # nor is its first one
+    assert await swap("d", ["d", "a", "b"]) == ["a", "b", "d"]  # the fleet's bases have changed: `c` is not one of them
+    assert await swap("e", ["e", "d"]) == ["e", "d"]  # nor is its first base
 
 
 class Meanwhile:
-    """A client after whose first reading of heartbeats something happens."""
+    """A client that triggers an action after the first read of heartbeats."""
 
     def __init__(self, bus: Bus, happens: Callable[[], Awaitable[object]]) -> None:
         self._client, bus.members._redis = bus.members._redis, self
@@ -196,7 +196,7 @@ class Meanwhile:
 
 
 async def test_who_left_is_not_held_against_records_that_came_later(bus: Bus) -> None:
-    """A worker was told that its fleet serves b, and that b cannot join it."""
+    """A worker got the answer that its fleet serves b, and that b cannot join it."""
     await join(bus, "w1", base("a"), several=False)
 
     async def change() -> None:
@@ -204,13 +204,13 @@ async def test_who_left_is_not_held_against_records_that_came_later(bus: Bus) ->
         await join(bus, "w2", base("b"), several=False)
 
     Meanwhile(bus, change)
-    with pytest.raises(Conflict, match="this fleet serves a; b cannot join it"):  # so it was when it asked
+    with pytest.raises(Conflict, match="this fleet serves a; b cannot join it"):  # that was true when the worker asked
         await join(bus, "w3", base("b"), several=False)
     assert await join(bus, "w3", base("b"), several=False) == "b"
 
 
 async def test_a_heartbeat_is_read_once_though_others_join_meanwhile(bus: Bus) -> None:
-    """A join that is tried again, since another was quicker, reads only the heartbeats that are new."""
+    """A join that is retried after a concurrent one reads only the new heartbeats."""
     await join(bus, "w1", base("a"))
     client = Meanwhile(bus, lambda: join(bus, "w2", base("a")))
     await join(bus, "w3", base("a"))
@@ -250,7 +250,7 @@ async def test_a_heartbeat_that_cannot_be_read_keeps_nobody_from_joining(bus: Bu
 
 
 async def test_the_beginning_of_a_heartbeat_is_enough_to_know_its_base(bus: Bus) -> None:
-    """So the queue is not held up, and a hundred workers that join together do not read megabytes each."""
+    """So the queue is not blocked, and a hundred workers that join together do not read megabytes each."""
     await join(bus, "w1", base("a"))
     raw = m.encode(m.WorkerBeat(wid="w1", name="base", base="a", capacity=1))
     await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", raw[:16], TTL_MS)
@@ -260,7 +260,7 @@ async def test_the_beginning_of_a_heartbeat_is_enough_to_know_its_base(bus: Bus)
 
 
 async def test_a_heartbeat_that_names_its_base_at_the_end_is_read_whole(bus: Bus) -> None:
-    """An earlier version wrote it there."""
+    """An earlier version wrote the field there."""
     await join(bus, "w1", base("a"))
     await join(bus, "w2", base("b"))
     beat = m.encode(m.WorkerBeat(wid="w2", name="n" * 99, base="b", capacity=1))
@@ -273,7 +273,7 @@ async def test_a_heartbeat_that_names_its_base_at_the_end_is_read_whole(bus: Bus
 
 @pytest.mark.parametrize("names_its_base", [False, True])
 async def test_a_worker_of_an_earlier_version_may_be_called_base(bus: Bus, names_its_base: bool) -> None:
-    """The value of its name was taken for the name of the field that begins today's heartbeats."""
+    """Its name was mistaken for the field name with which current heartbeats begin."""
     served = base("a/name-of-a-usual-length")
     await bus.set(bus.keys.base, served)
     beat = m.WorkerBeat(wid="w1", name="base", base=served.name if names_its_base else "", capacity=1)
@@ -330,4 +330,4 @@ async def test_why_a_base_did_not_start_is_told_until_a_worker_of_it_joins(bus: 
         await bus.members.note_failure(f"c{i}", "no such folder")
     assert len((await bus.members.bases())[1]) < 2 * MAX_BASES
     for i in range(MAX_BASES - 2):
-        await join(bus, f"v{i}", base(f"d{i}"))  # reasons take no base's place
+        await join(bus, f"v{i}", base(f"d{i}"))  # failure reasons do not count as bases

@@ -1,4 +1,4 @@
-"""The queue's client: streams, registers, messages that cannot be read, servers that are not fit."""
+"""The queue's client: streams, registers, messages that cannot be decoded, unsuitable servers."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ async def test_a_queue_that_may_evict_is_refused(bus: Bus) -> None:
 async def test_a_service_waits_for_a_queue_that_is_not_there_yet(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Services start in any order: one that comes first says what it waits for, and can be stopped meanwhile."""
+    """Services start in any order: one that starts before the queue logs that it waits, and can be stopped."""
     server = EmbeddedServer(tmp_path, durable=False, guarded=False)
     bus, stop = Bus(server.url), asyncio.Event()
     waiting = asyncio.create_task(bus.server.reach(stop))
@@ -221,7 +221,7 @@ async def test_a_service_waits_for_a_queue_that_is_not_there_yet(
 
 
 async def test_a_service_that_waits_for_a_silent_queue_can_be_stopped(tmp_path: Path) -> None:
-    """A server that takes connections and says nothing held a stop up for 25 seconds."""
+    """A server that accepted connections without answering delayed a stop by 25 seconds."""
     is_asked, stop = asyncio.Event(), asyncio.Event()
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -234,7 +234,7 @@ async def test_a_service_that_waits_for_a_silent_queue_can_be_stopped(tmp_path: 
         waiting = asyncio.create_task(bus.server.reach(stop))
         await is_asked.wait()
         stop.set()
-        done, _ = await asyncio.wait([waiting], timeout=TIMEOUT_S)  # before the first attempt is given up
+        done, _ = await asyncio.wait([waiting], timeout=TIMEOUT_S)  # before the first attempt times out
         assert done
         assert waiting.result() is False
         await bus.close()
@@ -264,7 +264,7 @@ async def test_a_cancelled_call_ends_its_task_whenever_the_cancellation_comes(bu
 
 
 async def test_a_server_that_does_not_answer_is_a_lost_connection(tmp_path: Path) -> None:
-    """Not a hang: neither while connecting nor while waiting for a reply."""
+    """Not a hang, neither while connecting nor while waiting for a reply."""
 
     async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(1000):

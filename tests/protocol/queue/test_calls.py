@@ -1,4 +1,4 @@
-"""What the requests of a call share: its bodies are kept once, until the last of them has ended."""
+"""The requests of a call share its bodies, which are stored once, until the last of them has ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACME = Quota("acme", max_bytes=1 << 20)
 
 
 async def submit_call(queue: Queue, bodies: list[m.Body], quota: Quota | None = None) -> list[m.RequestHead]:
-    """Submit a call of requests a0, a1, ... with these bodies; return its requests as the scheduler reads them."""
+    """Submit a call of requests a0, a1, … with these bodies; return its requests as the scheduler reads them."""
     pairs = [(make_submit(f"a{i}", choice=i), body) for i, body in enumerate(bodies)]
     assert (await queue.bus.submit("interactive", pairs, max_queued=1000, quota=quota))[0] == "ok"
     return await queue.submitted()
@@ -30,7 +30,7 @@ async def call_bytes(queue: Queue) -> int:
 
 
 async def kept(queue: Queue, tenant: str = "acme") -> int:
-    """Return the bytes that are counted of a tenant, which must be those of its entries."""
+    """Return the bytes counted for a tenant; assert that they are the sum of its entries."""
     found = dict(await queue.bus._redis.zrange(queue.keys.kept(tenant), 0, -1, withscores=True))
     total = -int(found.pop(b"sum", 0))
     assert total == sum(int(entry.rpartition(b":")[2]) for entry in found)
@@ -84,7 +84,7 @@ async def test_bodies_go_with_the_last_end_of_their_call(queue: Queue) -> None:
         assert 3600 < await queue.ttl_s(key) <= 3660
     await queue.assign("a0", "a1", "a2")
     steps = [row("a0", 0, 1, finish="stop")]
-    for _ in range(2):  # the reply was lost
+    for _ in range(2):  # the second time after a lost reply
         await queue.bus.step("w", StepResult(steps))
     await queue.requeue("a1")
     await queue.bus.finish("a1", "failed", "error")
@@ -96,7 +96,7 @@ async def test_bodies_go_with_the_last_end_of_their_call(queue: Queue) -> None:
 
 
 async def test_a_call_is_known_while_any_of_its_requests_runs(queue: Queue) -> None:
-    """Told again by a gateway that saw the queue restart, long after its first request ended and expired."""
+    """Submitted again by a gateway after a restart of the queue, long after its first request ended and expired."""
     subs = await submit_call(queue, [make_body()] * 2)
     await queue.assign("a0", "a1")
     await queue.write(row("a0", 0, 1, finish="stop"), row("a1", 0, 2))
@@ -195,7 +195,7 @@ async def test_what_has_expired_counts_no_more(queue: Queue) -> None:
     await queue.bus._redis.zadd(key, dict.fromkeys(entries, now_ms() - 1))
     await submit_call(queue, [make_body()], quota=ACME)
     assert 0 < await kept(queue) < everything
-    await submit_call(queue, [make_body()], quota=ACME)  # it is known
+    await submit_call(queue, [make_body()], quota=ACME)  # a known call
     pairs = [(make_submit("last"), make_body())]
     await queue.bus.submit("interactive", pairs, max_queued=999, quota=ACME)
     assert await kept(queue) == pytest.approx(everything / 100, rel=0.01)
@@ -250,7 +250,7 @@ async def test_forgetting_a_job_leaves_nothing(queue: Queue, ended: bool) -> Non
 
 
 async def test_a_request_whose_end_the_queue_has_lost_is_forgotten_whole(queue: Queue) -> None:
-    """A failover may take the end of a request that has been read; nothing of it may wait for a worker for ever."""
+    """A failover may lose an end that was already read; nothing of that request may wait for a worker forever."""
     await queue.submit("a")
     await queue.running("b")
     await queue.bus.forget_call("", ["a"])

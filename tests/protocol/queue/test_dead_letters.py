@@ -1,4 +1,4 @@
-"""Dead letters: found, shown, and their requests queued again, once."""
+"""Dead letters: listed, shown, and their requests retried once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENS = b"\1\0\0\0\2\0\0\0"
 
 
 async def give_up(bus: Bus, rid: str) -> str:
-    """Submit a request, let a worker die under it, give it up. Returns its letter's id."""
+    """Submit a request, let its worker die, give it up; return the id of its dead letter."""
     await bus.streams.create(bus.keys.work("w"), 3600)
     sub = make_submit(rid)
     await bus.submit("interactive", [(sub, make_body())], max_queued=10)
@@ -62,7 +62,7 @@ async def test_a_retried_request_is_queued_with_its_tokens(bus: Bus) -> None:
     row = StepRow("a", epoch + 1, 2, TOKENS, state="completed", finish="length")
     assert await bus.step("w", StepResult(rows=[row])) == []
     assert 80_000 < await bus._redis.ttl(bus.keys.tok("a")) <= 86_400
-    assert await bus._redis.xlen(bus.keys.out(GATEWAY)) == 0  # nobody waits for it any more
+    assert await bus._redis.xlen(bus.keys.out(GATEWAY)) == 0  # no gateway waits for it any more
 
 
 async def test_a_letter_is_retried_once(bus: Bus) -> None:
@@ -110,7 +110,7 @@ async def test_letters_are_bounded_in_number_and_size(bus: Bus) -> None:
     with pytest.raises(NotFound, match=str(MAX_LETTERS)):
         await bus.dead_letters.get(first)
     assert await bus._redis.memory_usage(bus.keys.dlq, samples=0) < MAX_LETTERS * (MAX_RAW_BYTES + 1024)
-    last = await give_up(bus, "a")  # by another script
+    last = await give_up(bus, "a")  # written by another script
     assert await bus.streams.length(bus.keys.dlq) == MAX_LETTERS
     [(found, newest)] = await bus.dead_letters.newest(1)
     assert (found, newest.submit is not None) == (last, True)

@@ -1,4 +1,4 @@
-"""A queue whose memory or disk is full takes nothing new, carries on, and takes it again when there is room."""
+"""A queue whose memory or disk is full accepts nothing new, keeps running, and accepts work again once it can."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ async def test_a_full_disk_refuses_writes_until_there_is_room(durable: EmbeddedS
     no_disk(durable.process, durable.folder)
 
     async def refused() -> bool:
-        """What the server had taken when it found the disk full it keeps, and writes later."""
+        """Writes that the server had accepted when it found the disk full are kept, and written later."""
         try:
             await queue.bus._redis.set(queue.keys.tag, "x", px=60_000)
         except DiskFull:

@@ -1,4 +1,4 @@
-"""The history of requests in the queue: what an entry may take, what all tenants may, and that it has an end."""
+"""The history of requests in the queue: limits on an entry and on all tenants together, and expiry."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from protocol.wire.errors import AdapterRefused, LorafleetError
 
 KEEP_S, NUM = 60.0, 100
 MAX_ALL = 200_000
-"""Ends of all tenants that stay, `history_entries` in `lua/common.lua`."""
+"""Maximum number of ends kept for all tenants, `history_entries` in `lua/common.lua`."""
 
 
 async def end(queue: Queue, *rids: str, tenant: str = "t", error: LorafleetError | None = None) -> None:
-    """Submit requests whose ends are in the history, and end them."""
+    """Submit requests whose ends are recorded in the history, and end them."""
     counted = CountedFor(tenant, "base", "", "base", batch=False, days=1)
     usage = usage_of(counted, calls=1, prompt_tokens=3, has_output=True)
     for rid in rids:
@@ -40,7 +40,7 @@ async def last(queue: Queue) -> bytes:
 
 
 async def make_tenants(queue: Queue, num: int) -> None:
-    """Let so many other tenants have a history."""
+    """Give `num` other tenants a history."""
     others = {f"other-{number}": float(await now_ms(queue)) for number in range(num)}
     await queue.bus._redis.zadd(queue.keys.histories, others)
     await queue.bus._redis.expire(queue.keys.histories, 60)
@@ -83,7 +83,7 @@ async def test_tenants_share_what_the_fleet_keeps(queue: Queue) -> None:
 
 
 async def test_refused_calls_are_written_a_few_at_a_time(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand commands at once, of a second in which many tenants are refused, would hold the gateway."""
+    """Sending a thousand commands at once, for a second with refusals of many tenants, would block the gateway."""
     sizes: list[int] = []
     execute = Pipeline.execute
 
@@ -101,7 +101,7 @@ async def test_refused_calls_are_written_a_few_at_a_time(queue: Queue, monkeypat
 
 
 async def test_who_is_silent_keeps_no_more_than_its_share(queue: Queue) -> None:
-    """A tenant that has filled its history and ends nothing more is trimmed as others go on."""
+    """A tenant that has filled its history and ends nothing more is trimmed while others continue."""
     redis, keys = queue.bus._redis, queue.keys
     await make_tenants(queue, 1)
     for key in (keys.history("other-0"), keys.refusals("other-0")):
@@ -126,7 +126,7 @@ async def test_who_is_silent_keeps_no_more_than_its_share(queue: Queue) -> None:
 
 
 async def test_a_history_has_an_end_whatever_a_gateway_s_clock_says(queue: Queue) -> None:
-    """A refusal that a gateway with a fast clock notes must not let the tenant's first end pass for maintained."""
+    """A refusal recorded by a gateway with a fast clock must not make the tenant's first end skip the expiry."""
     await queue.bus._redis.zadd(queue.keys.histories, {"t": float(await now_ms(queue) + 30_000)})
     await queue.bus._redis.expire(queue.keys.histories, 60)
     await end(queue, "a")

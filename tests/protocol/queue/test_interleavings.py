@@ -1,8 +1,8 @@
-"""The protocol explored: the real scripts under every order of steps, deaths, pauses and lost replies that is drawn.
+"""Explores the protocol: the real scripts under random orders of steps, deaths, pauses and lost replies.
 
-Two workers (pure publishing core), a scheduler, a gateway (pure delivery core) and a client that cancels take turns in
-a random walk. A token is made from (position, worker life), so a token written by the wrong owner shows. In every other
-walk the requests are choices of one call, whose body must be there until the last of them has ended.
+Two workers (pure publishing core), a scheduler, a gateway (pure delivery core) and a client that cancels act in a
+random walk. A token is a function of (position, worker life), so a token written by the wrong owner is detected. In
+every other walk the requests are choices of one call, whose body must exist until the last of them has ended.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ENDS: dict[str, tuple[str, m.FinishReason]] = {
     "exhausted": ("failed", "error"),
     "cancelled": ("cancelled", "cancelled"),
 }
-"""How a scheduler ends what a dead worker had, by what `requeue` says of it."""
+"""Outcome of `requeue` -> how a scheduler ends a dead worker's request."""
 T = TypeVar("T")
 
 QUOTA = Quota("t", max_bytes=1 << 30)
 
 
 class LostReplyError(Exception):
-    """The client has given up."""
+    """The client has lost the reply."""
 
 
 class Life:
@@ -56,7 +56,7 @@ class Life:
 
 
 class World:
-    """A fleet in miniature; each method of `MOVES` is one thing that may happen next."""
+    """A fleet in miniature; each method in `MOVES` is a possible next event."""
 
     MOVES = (
         "submit",
@@ -73,7 +73,7 @@ class World:
         "look",
     )
 
-    may_mend = False  # whether gateways make logs longer, also after the end
+    may_mend = False  # whether gateways extend logs, also after the end
 
     def __init__(self, url: str, seed: int, lua: Path = FOLDER) -> None:
         self.random = random.Random(seed)
@@ -85,7 +85,7 @@ class World:
         self.run(self.bus.streams.create(self.bus.keys.out(GATEWAY), 300))
         self.lives: dict[int, Life] = {}
         self.zombies: list[Life] = []
-        self.lost: list[str] = []  # wids that died and nobody has noticed yet
+        self.lost: list[str] = []  # ids of dead workers not noticed yet
         self.count = 0
         self.shown: dict[str, list[int]] = defaultdict(list)
         self.ends: dict[str, list[str]] = defaultdict(list)
@@ -104,7 +104,7 @@ class World:
         self.loop.close()
 
     def walk(self, num_moves: int) -> None:
-        """Make random moves, look at the invariants after each, then let everything end."""
+        """Make random moves, check the invariants after each, then let everything end."""
         for _ in range(num_moves):
             getattr(self, self.random.choice(self.MOVES))()
             self.clients_see_the_log_and_owners_know_it()
@@ -155,7 +155,7 @@ class World:
         self.run(self.bus.submit("interactive", pairs, max_queued=10, quota=QUOTA))
 
     def assign(self) -> None:
-        """The scheduler hands out what is on the submit stream; with a stale view it does so twice."""
+        """The scheduler assigns entries of the submit stream, twice if its view is stale."""
         slot, num = self.random.randrange(2), self.random.randint(1, 3)
         entries = self.run(self.bus.streams.entries(self.bus.keys.sub("interactive")))[:num]
         batch = [(decode(fields[b"b"], m.RequestHead), int(fields[b"e"])) for _, fields in entries]
@@ -190,7 +190,7 @@ class World:
         self.engine_step(self.random.choice(list(self.lives.values())), self._maybe())
 
     def zombie_step(self) -> None:
-        """A worker that was declared dead wakes up and writes."""
+        """A worker that was declared dead resumes and writes."""
         for life in self.zombies:
             self.engine_step(life, self._maybe())
 
@@ -219,7 +219,7 @@ class World:
         life.pending.clear()
 
     def write_step(self, wid: str, step: StepResult, lose_reply: bool) -> list[Refused] | None:
-        """Call the step script once, or twice as a client does that lost its connection; None: the reply is lost."""
+        """Call the step script once, or twice like a client that lost its connection. None: the reply is lost."""
         is_repeated = self.random.random() < 0.2
 
         async def ask(command: Any, within_s: float | None = None) -> Any:
@@ -239,7 +239,7 @@ class World:
             self.bus._line.ask = self.ask
 
     def die(self) -> None:
-        """A worker is killed, or only stops for a while; its successor has a new id."""
+        """A worker is killed, or only suspended; its successor has a new id."""
         slot = self.random.randrange(2)
         life = self.lives[slot]
         self.lost.append(life.wid)
@@ -254,7 +254,7 @@ class World:
             self.bury(self.lost.pop(0))
 
     def bury(self, wid: str) -> None:
-        """What the scheduler does for a dead worker; any prefix of it may happen twice."""
+        """The scheduler's work for a dead worker; any prefix of it may happen twice."""
         entries = self.run(self.bus.streams.entries(self.bus.keys.work(wid)))
         rids = [item.rid for _, fields in entries for item in decode(fields[b"b"], list[m.Assigned])]
         for _ in range(2):
@@ -266,16 +266,16 @@ class World:
         self.run(self.bus.members.leave(wid))
 
     def cancel(self) -> None:
-        if self.random.random() < 0.3:  # rarely, or nothing lives long enough to go wrong
+        if self.random.random() < 0.3:  # rarely, or no request would live long enough to go wrong
             self.run(self.bus.cancel(self.random.choice(RIDS)))
 
     def deadline(self) -> None:
-        """The scheduler ends a request from outside, perhaps too late."""
+        """The scheduler ends a request at its deadline, perhaps too late."""
         if self.random.random() < 0.2:
             self.run(self.bus.finish(self.random.choice(RIDS), "failed", "error"))
 
     def deliver(self) -> None:
-        """The gateway reads what has come, as `gateway.calls.replies` does."""
+        """The gateway reads new deltas, as `gateway.calls.replies` does."""
         start = b"(" + self.out_last if self.out_last != b"0" else "-"
         for entry, fields in self.run(self.bus._redis.xrange(self.bus.keys.out(GATEWAY), min=start)):
             self.out_last = entry
@@ -296,12 +296,12 @@ class World:
             self.ends[delta.rid].append(delta.finish)
 
     def look(self) -> None:
-        """Somebody reads a log: just what has been written."""
+        """A client reads a log: it must get exactly what has been written."""
         rid = self.random.choice(RIDS)
         found = self.run(self.bus.read_log(rid, 0))
         assert found is None or found.ids == self.log(rid), "not all that was written can be read"
 
-    # ------------------------------------------------------------ what must always hold
+    # ------------------------------------------------------------ invariants
 
     def clients_see_the_log_and_owners_know_it(self) -> None:
         rids = sorted(self.submitted)
@@ -351,7 +351,7 @@ class World:
             assert sum(entry.startswith(call[0].encode() + b":") for entry in counted) == 1, "a call is counted once"
 
     def settle_everything(self) -> None:
-        """Let the world calm down: then every request has one end, and the client all of it."""
+        """Let all events finish: then every request has one end, and the client has all of it."""
         for _ in range(12):
             while self.lost:
                 self.bury(self.lost.pop(0))
@@ -375,7 +375,7 @@ class World:
 
 
 def explore(url: str, num_walks: int, lua: Path = FOLDER) -> None:
-    """Take walks with the seeds 0, 1, ...; a failure names its seed. `lua` holds the scripts."""
+    """Take walks with the seeds 0, 1, …; a failure names its seed. lua: folder of the scripts."""
     for seed in range(num_walks):
         world = World(url, seed, lua)
         try:

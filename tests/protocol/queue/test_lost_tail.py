@@ -1,8 +1,8 @@
-"""The protocol explored further: the queue is killed and comes back without what it was told last.
+"""Explores the protocol further: the queue is killed and comes back without its last writes.
 
-As `test_interleavings`, with an engine that goes on by itself, and a queue that is set back to an earlier moment. A
-token is a function of its request and position, as it is with a real engine; where it lands shows whether one was
-lost, doubled, or put in another's place.
+Like `test_interleavings`, with an engine that continues on its own, and a queue that is reset to an earlier state. A
+token is a function of its request and position, as with a real engine; its place in the log shows whether one was lost,
+doubled, or misplaced.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from scheduler.core import Scheduler
 from scheduler.recovery import Recovery
 from tests.protocol.queue.test_interleavings import GATEWAY, LENGTH, RIDS, Life, World, _ids
 
-MANY = 1000  # attempts; a queue that forgets must not make poison of anything
+MANY = 1000  # attempts; a queue that forgets must not turn requests into dead letters
 
 
 LENGTHS = {rid: LENGTH + 2 * number for number, rid in enumerate(RIDS)}
-"""Tokens of each request: what is assigned together does not end together."""
+"""Number of tokens of each request: requests that are assigned together do not end together."""
 
 
 def token(rid: str, position: int) -> int:
@@ -32,7 +32,7 @@ def token(rid: str, position: int) -> int:
 
 
 class LosingWorld(World):
-    """`World` with a queue that forgets; each participant notices at some later moment."""
+    """A `World` with a queue that forgets; each participant notices that at some later time."""
 
     MOVES = (
         "submit",
@@ -58,7 +58,7 @@ class LosingWorld(World):
 
     def __init__(self, url: str, seed: int) -> None:
         self.engines: dict[str, dict[str, int]] = {}  # wid -> request -> next position
-        self.in_flight: dict[str, dict[str, PendingOutput]] = {}  # wid -> what it is writing
+        self.in_flight: dict[str, dict[str, PendingOutput]] = {}  # wid -> outputs that it is writing
         self.unaware: set[str] = set()  # wids that have not noticed the restart
         self.gateway_unaware = False
         self.buried: list[str] = []
@@ -68,7 +68,7 @@ class LosingWorld(World):
     # ------------------------------------------------------------ the queue
 
     def save(self) -> None:
-        """What is written now will survive."""
+        """Save the current state, which will survive."""
         keys: list[bytes] = self.run(self.bus._redis.keys("*"))
         pipe = self.bus._redis.pipeline(transaction=False)
         for key in keys:
@@ -84,12 +84,12 @@ class LosingWorld(World):
             return
         pipe = self.bus._redis.pipeline(transaction=False)
         pipe.flushall()
-        pipe.script_flush()  # as any new server process
+        pipe.script_flush()  # like any new server process
         for key, (raw, ttl_ms) in self.saved.items():
             pipe.restore(key, ttl_ms, raw, replace=True)
         self.run(pipe.execute())
         restored_ms = self.queue_ms()
-        while self.queue_ms() == restored_ms:  # no server starts within the millisecond of its last entry's id
+        while self.queue_ms() == restored_ms:  # a server never starts within the millisecond of its last entry's id
             pass
         self.unaware = {life.wid for life in self.lives.values()}
         self.gateway_unaware = True
@@ -134,11 +134,11 @@ class LosingWorld(World):
             self.stop_engine(life.wid, life.outbox.take(entry, held))
             for request in held:
                 life.pending.pop(request.rid, None)
-                # The engine ignores what it has: see `Engine._start`.
+                # The engine ignores requests that it already has: see `Engine._start`.
                 self.engines[life.wid].setdefault(request.rid, request.num_logged)
 
     def lost_ends(self, life: Life, items: list[m.Assigned]) -> list[m.Assigned]:
-        """What `gpu_worker.service` does."""
+        """Equivalent of `gpu_worker.service`."""
         ended = [item for item in items if item.rid not in life.outbox.owned]
         found = self.run(self.bus.owned([item.rid for item in ended]))
         return [
@@ -171,10 +171,10 @@ class LosingWorld(World):
         self.write(life, lose_reply)
 
     def place(self, pending: dict[str, PendingOutput]) -> None:
-        """Say where new tokens belong; `add_outputs` has done it."""
+        """Set where new tokens belong; `add_outputs` has done that already."""
 
     def write(self, life: Life, lose_reply: bool) -> None:
-        """Write what is in flight; with a lost reply it stays so, whatever is assigned meanwhile."""
+        """Write what is in flight; after a lost reply it stays in flight, whatever is assigned in the meantime."""
         pending = self.in_flight[life.wid]
         while True:
             step = life.outbox.build(pending)
@@ -205,7 +205,7 @@ class LosingWorld(World):
         self.buried.append(wid)
 
     def find_orphans(self) -> None:
-        """A scheduler's new session looks for what no worker has."""
+        """A scheduler's new session looks for requests that no worker has."""
         self.run(Recovery(self.bus, Scheduler(SchedulerConfig()), MANY).find_orphans())
 
     # ------------------------------------------------------------ the gateway
@@ -219,7 +219,7 @@ class LosingWorld(World):
                     self.catch_up(rid)
 
     def mend(self, rid: str) -> None:
-        """What `gateway.calls.follow` does for its open requests."""
+        """Equivalent of `gateway.calls.follow` for its open requests."""
         self.send(rid)
         self.cursors[rid].epoch = 0
         self.repair(rid)
@@ -238,7 +238,7 @@ class LosingWorld(World):
 
     def show(self, delta: m.Delta) -> None:
         if self.ends[delta.rid]:
-            return  # nobody listens any more
+            return  # no client reads any more
         cursor = self.cursors[delta.rid]
         if cursor.needs_log(delta):
             self.catch_up(delta.rid)
@@ -254,7 +254,7 @@ class LosingWorld(World):
         if delta.finish:
             self.ends[rid].append(delta.finish)
 
-    # ------------------------------------------------------------ what must always hold
+    # ------------------------------------------------------------ invariants
 
     def clients_see_the_log_and_owners_know_it(self) -> None:
         rids = sorted(self.submitted)
@@ -305,7 +305,7 @@ class NeverLooksAgain(LosingWorld):
 
 
 class NeverFindsOrphans(LosingWorld):
-    """A scheduler that trusts every worker which is registered."""
+    """A scheduler that trusts every registered worker."""
 
     MOVES = (
         "submit",
@@ -318,7 +318,7 @@ class NeverFindsOrphans(LosingWorld):
         "save",
         "lose_tail",
         "deliver",
-    )  # else it is rare
+    )  # otherwise this is rare
 
     def find_orphans(self) -> None:
         pass
@@ -332,7 +332,7 @@ class NeverRepairs(LosingWorld):
 
 
 class NeverSubmitsAgain(LosingWorld):
-    """A gateway that submits a request once."""
+    """A gateway that submits a request only once."""
 
     def __init__(self, url: str, seed: int) -> None:
         self.sent: set[str] = set()
@@ -345,7 +345,7 @@ class NeverSubmitsAgain(LosingWorld):
 
 
 class KeepsTheEngineGoing(LosingWorld):
-    """Workers whose engine goes on with what was assigned anew."""
+    """Workers whose engine continues requests that were assigned again."""
 
     MOVES = (*LosingWorld.MOVES, "assign", "take", "lose_tail", "worker_notices", "worker_notices")  # else it is rare
 
@@ -354,9 +354,9 @@ class KeepsTheEngineGoing(LosingWorld):
 
 
 class WritesWhereverTheLogEnds(LosingWorld):
-    """Workers that do not say where in the log their tokens belong."""
+    """Workers that do not send the positions of their tokens in the log."""
 
-    MOVES = (*LosingWorld.MOVES, "lose_tail", "gateway_notices", "gateway_notices")  # else it is rare
+    MOVES = (*LosingWorld.MOVES, "lose_tail", "gateway_notices", "gateway_notices")  # otherwise this is rare
 
     def place(self, pending: dict[str, PendingOutput]) -> None:
         for new in pending.values():
@@ -364,7 +364,7 @@ class WritesWhereverTheLogEnds(LosingWorld):
 
 
 def explore(url: str, num_walks: int, world_type: type[LosingWorld] = LosingWorld) -> None:
-    """Take walks with the seeds 0, 1, ...; a failure names its seed."""
+    """Take walks with the seeds 0, 1, …; a failure names its seed."""
     for seed in range(num_walks):
         world = world_type(url, seed)
         try:

@@ -1,4 +1,4 @@
-"""What a worker may write, and that a step which may not be written leaves nothing."""
+"""Which requests a worker may write; a refused step leaves no trace."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_what_a_worker_owns_follows_every_change_from_outside(queue: Queue
     assert await _owned(queue) == {b"a": b"1", b"b": b"1"}
     assert (
         await queue.bus.step("w", StepResult(rows=[row("a", 0, 1), row("b", 0, 1)])) == []
-    )  # they are known from now on
+    )  # makes the requests known to the script
     change = {
         "finish": lambda: queue.bus.finish("a", "failed", "error"),
         "cancel": lambda: queue.bus.cancel("a"),
@@ -122,7 +122,7 @@ async def test_rows_that_contradict_each_other_are_an_error_and_leave_nothing(qu
 async def test_a_step_looks_at_no_request_that_only_goes_on(queue: Queue) -> None:
     await queue.running("a")
     assert await queue.write(row("a", 0, 1)) == []
-    await queue.bus._redis.hset(queue.keys.req("a"), "epoch", 9)  # no script does that; it shows what is read
+    await queue.bus._redis.hset(queue.keys.req("a"), "epoch", 9)  # no script does that; it shows which values are read
     assert await queue.write(row("a", 1, 1)) == []
     await queue.bus._redis.hset(queue.keys.own("w"), "a", 9)
     assert [refused.code for refused in await queue.write(row("a", 2, 1))] == ["stale"]

@@ -1,4 +1,4 @@
-"""Every Lua script on a real server: what it does, what it refuses, and that a repeated call changes nothing."""
+"""Every Lua script on a real server: its effects, its refusals, and that a repeated call changes nothing."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ async def test_cancel_ends_a_queued_request_and_tells_gateway_and_scheduler(queu
 
 async def test_cancel_asks_the_worker_of_a_running_request(queue: Queue) -> None:
     await queue.running("a")
-    for _ in range(2):  # asking again adds nothing
+    for _ in range(2):  # a repeated cancel adds nothing
         assert await queue.bus.cancel("a") == "assigned"
         assert await queue.orders() == [m.Control(kind="cancel", rid="a")]
     assert await queue.deltas() == []
@@ -281,7 +281,7 @@ async def test_requeue_leaves_the_cancelled_to_be_finished(queue: Queue) -> None
 
 
 async def _die(queue: Queue, rid: str, num: int, *, progress: bool) -> list[str]:
-    """Let `num` workers die under a request, each after a token if it makes progress."""
+    """Let `num` workers die while they run a request; with `progress`, each writes a token first."""
     outcomes = []
     for _ in range(num):
         epoch = int((await queue.fields(rid))["epoch"])
@@ -392,7 +392,7 @@ async def test_a_prompt_s_logprobs_come_with_the_first_token(queue: Queue) -> No
     assert await queue.bus.step("w", StepResult([first])) == []
     assert await queue.bus.prompt_logprobs("a", 4) == (make_body().prompt, b"12345678abcd")
     assert 3600 < await queue.ttl_s(queue.keys.plp("a")) <= 3600 + DEADLINE_MS / 1000
-    assert (await queue.bus.step("w", StepResult([first])))[0].code == "length"  # its reply was lost
+    assert (await queue.bus.step("w", StepResult([first])))[0].code == "length"  # the reply to the first step was lost
     assert await queue.bus.prompt_logprobs("a", 4) == (make_body().prompt, b"12345678abcd")
     await queue.bus.step("w", StepResult([row("a", 1, 6, finish="stop")]))
     assert await queue.ttl_s(queue.keys.plp("a")) <= 120

@@ -1,4 +1,4 @@
-"""With a seal, whoever reads the queue reads no prompts; and nobody exchanges or changes them unnoticed."""
+"""With a seal, a reader of the queue gets no prompts, and nobody can exchange or change them unnoticed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def sealed(bus: Bus) -> AsyncIterator[Bus]:
 
 
 async def everything(bus: Bus) -> bytes:
-    """Return the values of all strings, hashes and streams, as whoever has the queue's files reads them."""
+    """Return the values of all strings, hashes and streams, as in the queue's files."""
     found: list[object] = []
     for key in await bus._redis.keys():
         kind = (await bus._redis.type(key)).decode()
@@ -117,7 +117,7 @@ async def test_what_another_secret_sealed_fails_its_request_alone(bus: Bus, seal
     await submit(bus, "r3")
     (plain,) = await sealed.inputs([make_submit("r3")])
     with pytest.raises(ProtocolError, match="--seal-bodies"):
-        plain.body()  # else whoever writes to the queue could leave the seal out
+        plain.body()  # otherwise a writer to the queue could omit the seal
     await other.close()
 
 
@@ -147,7 +147,7 @@ def test_every_changed_byte_is_noticed(text: bytes, place: str, at: int, change:
     sealed = seal.seal(text, place)
     assert sealed.startswith(MARK)
     assert seal.open(sealed, place) == text
-    assert sealed != seal.seal(text, place)  # equal texts do not look equal
+    assert sealed != seal.seal(text, place)  # equal texts have different ciphertexts
     changed = bytearray(sealed)
     changed[at % len(sealed)] ^= change
     for wrong in (bytes(changed), sealed[:-1], sealed + b"\0", sealed[:5], b""):

@@ -1,4 +1,4 @@
-"""Scripts are called with what they read: their heads, their code and their signatures agree, name by name."""
+"""Scripts are called with the arguments that they read: their heads, code and signatures agree by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from protocol.queue.script_call import Call, Group, shape_of
 from protocol.queue.scripts import FOLDER
 
 UNNAMED = {("submit", "fields")}
-"""Groups that a script passes on as they come, without reading one of them."""
+"""Groups that a script passes on unchanged, without reading any field."""
 
 _ENTRY = re.compile(r"-- (KEYS|ARGV|    )  (\w+)(\.\.\.)? +(\S+(?: \| \S+)*)  (.*)")
 _FIELD = re.compile(r"(\w+) \((str|bytes|int(?: \| str)?)\b")
@@ -24,7 +24,7 @@ def _source(kind: type[Call]) -> str:
 
 
 def _head(source: str) -> tuple[dict[str, str], dict[str, str], dict[str, list[tuple[str, str]] | str]]:
-    """Return what a script's head says of its keys, arguments and lists: types by name, and of lists the fields."""
+    """Return the keys, arguments and lists in a script's head: types by name, and the fields of lists."""
     entries: list[list[str]] = []
     part = ""
     for line in source.partition("-- Reply: ")[0].splitlines():
@@ -51,7 +51,7 @@ def _fields(kind: type[Group]) -> list[tuple[str, str]]:
 
 
 def _bound(source: str, table: str) -> list[list[str]]:
-    """Return the names that a script gives to what it unpacks from a table, from the first word after the prefix on."""
+    """Return the names to which a script unpacks a table, from the first name after the prefix on."""
     first = {"KEYS": "KEYS, 2", "ARGV": r"ARGV(?:, 1, (\d+))?"}[table]
     found = re.findall(rf"local ([\w,\s]+?) =\s+unpack\({first}\)\n", source)
     return [re.split(r",\s+", names if isinstance(names, str) else names[0]) for names in found]
@@ -78,7 +78,7 @@ def test_a_script_reads_what_its_signature_says(kind: type[Call]) -> None:
         else:
             assert _type(item) == said
 
-    # Its code has them under the same names, in the same order, and reads none by its number.
+    # Its code uses the same names in the same order, and reads none by index.
     assert _bound(code, "KEYS") == ([list(keys)] if keys else [])
     assert _bound(code, "ARGV") == ([list(args)] if args else [])
     assert re.findall(r"(?:KEYS|ARGV)\[[^\]]*\d[^\]]*\]", code) == []

@@ -1,6 +1,6 @@
-"""A queue at rediss://: certificates are checked on both sides.
+"""A queue at rediss://: both sides check certificates.
 
-The server that comes as a Python package is built without TLS, so a proxy in front of it speaks TLS.
+The server in the Python package is built without TLS, so a proxy in front of it speaks TLS.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @asynccontextmanager
 async def tls_in_front_of(server: EmbeddedServer, ours: Authority, certificate: str = "server") -> AsyncIterator[str]:
-    """Speak TLS before a queue and ask for a client's certificate; yield the URL."""
+    """Run a TLS proxy in front of a queue that requires client certificates; yield its URL."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(ours.folder / f"{certificate}.pem", ours.folder / f"{certificate}.key")
     context.load_verify_locations(ours.folder / "ca.pem")
@@ -51,7 +51,7 @@ async def tls_in_front_of(server: EmbeddedServer, ours: Authority, certificate: 
                 writer.write(data)
                 await writer.drain()
         except OSError:
-            return  # one side has gone
+            return  # one side has disconnected
         finally:
             writer.close()
 

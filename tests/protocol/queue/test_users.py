@@ -1,4 +1,4 @@
-"""The queue's users: the table covers all that the code does, and a real server refuses everything else."""
+"""The queue's users: the table covers everything that the code does, and a real server refuses everything else."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def patterns(rights: Rights) -> set[str]:
 
 
 def built_keys() -> dict[str, str]:
-    """Return what `Keys` can build, by name, with * for each argument."""
+    """Return the keys that `Keys` can build, by name, with * for each argument."""
     found: dict[str, str] = {}
     for name, member in vars(Keys).items():
         if isinstance(member, property):
@@ -60,7 +60,7 @@ def built_keys() -> dict[str, str]:
 
 
 def used_commands() -> dict[str, str]:
-    """Return each command that the code runs on the queue, and where."""
+    """Return each command that the code runs on the queue, and the file that uses it."""
     found: dict[str, str] = {}
     for path in sorted(FOLDER.glob("*.lua")):
         for command in re.findall(r"\bp?call\(\s*'(\w+)'", path.read_text()):
@@ -104,7 +104,7 @@ def test_the_acl_file_holds_no_password() -> None:
     passwords = {name: f"password-of-{name}" for name in table()}
     text = acl(passwords)
     assert not [password for password in passwords.values() if password in text]
-    assert text.splitlines()[0] == "user default reset"  # nobody enters without a name
+    assert text.splitlines()[0] == "user default reset"  # no access without a user name
 
 
 def _as_glob(pattern: str) -> str:
@@ -239,7 +239,7 @@ async def test_names_and_keys_need_their_own_users(buses: dict[str, Bus]) -> Non
 
 
 FORBIDDEN: list[tuple[str, Sequence[str | int]]] = [
-    # A worker reads no API keys, and no requests that it was not given by name; it names no adapters.
+    # A worker reads no API keys, and only requests whose ids it was given; it names no adapters.
     ("worker", ["HGETALL", KEYS.api_keys]),
     ("worker", ["HGETALL", KEYS.tenants]),
     ("worker", ["XRANGE", KEYS.sub("interactive"), "-", "+"]),
@@ -263,7 +263,7 @@ FORBIDDEN: list[tuple[str, Sequence[str | int]]] = [
     ("scheduler", ["HGETALL", KEYS.job("j")]),
     ("scheduler", ["HGETALL", KEYS.api_keys]),
     ("scheduler", ["HGETALL", KEYS.registrations]),
-    # A gateway makes no keys, gives itself no limits, and neither leads nor publishes.
+    # A gateway creates no keys, grants itself no limits, and neither leads nor publishes.
     ("gateway", ["HSET", KEYS.api_keys, "hash", "x"]),
     ("gateway", ["HSET", KEYS.tenants, "acme", "x"]),
     ("gateway", ["SET", KEYS.leader, "me"]),
@@ -343,7 +343,7 @@ async def test_a_password_opens_one_user_only(guarded: EmbeddedServer) -> None:
 
 
 async def test_a_refusal_is_an_error_of_its_own(buses: dict[str, Bus]) -> None:
-    """It is no lost connection, over which the services' loops would go on trying for ever."""
+    """It is not a lost connection, which the services' loops would retry forever."""
     with pytest.raises(NoPermissionError):
         await buses["store"].get(KEYS.status, m.SchedulerStatus)
     with pytest.raises(ResponseError, match="No permissions") as refused:

@@ -1,4 +1,4 @@
-"""Children get the variables that they need, and a service forgets the secrets that it has read."""
+"""Child processes get only the variables that they need, and a service removes the secrets that it has read."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_service_forgets_what_it_has_read(service: str, kept: set[str], monkey
 
 
 def test_every_child_is_given_an_environment() -> None:
-    """A child without `env=` would get all of ours."""
+    """A child without `env=` would inherit all variables."""
     starters = {"Popen", "run", "check_call", "check_output", "create_subprocess_exec", "create_subprocess_shell"}
     modules = {"subprocess", "asyncio"}
     missing: list[str] = []

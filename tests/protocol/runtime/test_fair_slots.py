@@ -1,4 +1,4 @@
-"""Slots that tenants share: who is next, who leaves the line, and what one tenant may hold."""
+"""Slots shared by tenants: who is next, who leaves the line, and how many one tenant may hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_BODY = 4 << 20
 
 
 async def taken(places: FairSlots, *tenants: str) -> list[asyncio.Task[None]]:
-    """Let tenants ask for places, in this order."""
+    """Let tenants request slots, in this order."""
     tasks = []
     for tenant in tenants:
         tasks.append(asyncio.create_task(places.take(tenant)))
@@ -63,7 +63,7 @@ async def test_one_tenant_leaves_room_for_others() -> None:
     assert done(tasks) == [True, True, False, True]
     places.give("b")
     await asyncio.sleep(0)
-    assert done(tasks) == [True, True, False, True]  # it has its share
+    assert done(tasks) == [True, True, False, True]  # tenant a has its share
     places.give("a")
     await asyncio.sleep(0)
     assert done(tasks)[2]
@@ -102,7 +102,7 @@ async def test_who_leaves_the_line_takes_no_place() -> None:
     places = FairSlots(1)
     first, second, third = await taken(places, "a", "b", "c")
     second.cancel()
-    places.give("a")  # before the second has heard of it
+    places.give("a")  # before the second has noticed
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert done([first, second, third]) == [True, True, True]
@@ -117,7 +117,7 @@ async def test_who_leaves_the_line_takes_no_place() -> None:
 async def test_a_place_that_came_too_late_is_given_back() -> None:
     places = FairSlots(1)
     _, second = await taken(places, "a", "b")
-    places.give("a")  # to the second, which is cancelled before it runs
+    places.give("a")  # goes to the second, which is cancelled before it runs
     second.cancel()
     await asyncio.wait([second])
     await places.take("c")

@@ -1,4 +1,4 @@
-"""The fleet's secret: what it seals, who can open it, and how a file of it comes to be."""
+"""The fleet's secret: what it seals, who can open that, and how its file is created."""
 
 from __future__ import annotations
 

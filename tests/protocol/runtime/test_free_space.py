@@ -1,4 +1,4 @@
-"""What is kept free of a disk stays free, whoever asks for room, and however many at once."""
+"""The free-space reserve of a disk stays free, whoever requests space, and however many requests there are at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from protocol.wire.errors import NoRoom
 
 
 class Disk:
-    """A disk of so many free bytes."""
+    """A disk with `free` bytes."""
 
     def __init__(self, free: int) -> None:
         self.free = free
@@ -37,7 +37,7 @@ def test_promised_room_is_given_to_nobody_else(tmp_path: Path) -> None:
         with reserve.room(tmp_path, lambda: 40), pytest.raises(NoRoom), reserve.room(tmp_path, lambda: 1):
             pass
     with pytest.raises(RuntimeError), reserve.room(tmp_path, lambda: 100):
-        raise RuntimeError  # who fails gives it back as well
+        raise RuntimeError  # a failed request releases its space too
     with reserve.room(tmp_path, lambda: 100):
         pass
 

@@ -1,4 +1,4 @@
-"""Loops and units of work that fail: tried ever later, told once, counted, and given up with an end."""
+"""Loops and units of work that fail are retried with increasing pauses, logged once, counted, and finally given up."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SOON = Backoff(0.001, 0.002)
 
 
 class PanicException(BaseException):
-    """What a panic of a library in Rust looks like."""
+    """Equivalent of a panic in a Rust library."""
 
 
 class Fenced(Exception):
-    """Its owner's to see."""
+    """An error that the loop's owner must see."""
 
 
 @asynccontextmanager
@@ -77,7 +77,7 @@ async def test_a_loop_that_fails_is_begun_again(fails: Callable[[], Awaitable[No
 
 
 async def test_turns_go_on_after_failures_and_a_good_turn_forgets_them() -> None:
-    """Failures that are not in a row never reach the limit of those in a row."""
+    """Only failures in a row count towards the limit."""
     turns = 0
 
     async def work() -> None:
@@ -143,7 +143,7 @@ async def test_pauses_double_and_a_calm_hour_is_forgotten() -> None:
         pauses.append(pause_s)
 
     loop = Loop("pauses", work, backoff=Backoff(1, 60), ends=(RuntimeError,))
-    with pytest.raises(RuntimeError):  # the lives are over
+    with pytest.raises(RuntimeError):  # all rounds are used up
         await guarded(loop, clock=lambda: now, sleep=sleep)
     assert pauses == [1, 2, 4, 1, 2]
 
@@ -177,7 +177,7 @@ def test_causes_that_are_remembered_are_bounded() -> None:
 
 
 class World:
-    """Items in a time of their own, and what was given up."""
+    """Items with their own clock, and a list of those given up."""
 
     def __init__(self, max_tries: int, max_keys: int = 10_000) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""What is imported late, or in parts, is what it would be anyway."""
+"""Modules that are imported late or in parts are the same as imported normally."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folders of models: the cache of what is made of them once, and which are on this machine."""
+"""Model folders: the cache of folders converted once, and which models are on this machine."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from protocol.runtime.model_files import hold_folder, is_here, prune_folders
 
 
 def test_the_least_recently_touched_folders_go(tmp_path: Path) -> None:
-    """But not one that a running fleet holds, nor what is still being made."""
+    """Except those that a running fleet holds, and those still being made."""
     for i in range(6):
         (tmp_path / str(i)).mkdir()
         (tmp_path / str(i) / "config.json").touch()
@@ -36,7 +36,7 @@ def test_a_model_is_here_once_a_worker_needs_no_download(tmp_path: Path) -> None
 
 
 def test_a_path_that_cannot_be_looked_at_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name is too long, or this process may not enter the folder above it."""
+    """Its name is too long, or this process has no access to the parent folder."""
     assert not is_here("/tmp/" + "x" * 300)
 
     def refuse(path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_path_that_cannot_be_looked_at_is_not_here(monkeypatch: pytest.MonkeyP
 
 
 def test_a_model_of_the_hub_is_here_with_its_weights(tmp_path: Path) -> None:
-    """Gateways of the same machine have fetched its text files alone."""
+    """Gateways of the same machine may have downloaded only its text files."""
     folder = tmp_path / "hub/models--org--x"
     snapshot = folder / "snapshots/abc"
     snapshot.mkdir(parents=True)

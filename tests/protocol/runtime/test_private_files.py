@@ -1,4 +1,4 @@
-"""Folders and secrets that others could read are closed, and what is another user's is told."""
+"""Folders and secrets that others could read get private permissions, and those of other users are reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_folder_of_another_user_is_told(
 def test_a_folder_where_everybody_may_write_is_claimed_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another user may have put a link to one of this user's folders there, which then is not closed either."""
+    """Another user may have put a link to one of this user's folders there; that folder must not be changed either."""
     assert mode_of(claimed_folder(tmp_path / "a" / "new")) == 0o700
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -76,7 +76,7 @@ def test_a_secret_that_others_could_read_is_closed(tmp_path: Path) -> None:
 def test_a_cache_that_others_may_write_is_closed_or_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies in a cache is run, so nobody else may have put it there, nor put anything in its place."""
+    """Code is loaded from a cache, so no other user may have written to it or replaced anything in it."""
     assert own_folder(tmp_path / "a" / "new") == tmp_path / "a" / "new"
     assert mode_of(tmp_path / "a" / "new") == 0o700
     mine = tmp_path / "mine"
@@ -88,13 +88,13 @@ def test_a_cache_that_others_may_write_is_closed_or_left(
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     (tmp_path / "roots").mkdir(mode=0o755)
-    monkeypatch.setattr("os.geteuid", lambda: 1_000_000)  # both are root's, or of whoever runs this
+    monkeypatch.setattr("os.geteuid", lambda: 1_000_000)  # both belong to root, or to the user who runs this test
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     own = own_folder(tmp_path / "shared")
     assert own == tmp_path / "shared" / "own-1000000"
     assert mode_of(own) == 0o700
     assert own_folder(tmp_path / "shared") == own
-    own.chmod(0o777)  # somebody was here first
+    own.chmod(0o777)  # as if another user had created it
     left = own_folder(tmp_path / "shared")
     assert left.parent == tmp_path
     assert mode_of(left) == 0o700
@@ -115,4 +115,4 @@ def test_a_file_that_others_may_have_written_is_not_ones_own(tmp_path: Path, mon
     file.chmod(0o600)
     owner = file.stat().st_uid
     monkeypatch.setattr("os.geteuid", lambda: owner + 1)
-    assert is_own(file) == (owner == 0)  # root may do anything as it is
+    assert is_own(file) == (owner == 0)  # root may do everything anyway

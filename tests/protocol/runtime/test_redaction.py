@@ -1,4 +1,4 @@
-"""No secret gets into a log line or an error that people read."""
+"""No secret appears in a log line or an error message."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_other_text_stays(text: str) -> None:
 
 @pytest.mark.parametrize("unit", ["a", "a-", "a://b:", "secret ", "bearer ", "secret=", "_", "hf_", "://:@"])
 def test_a_long_line_costs_its_length(unit: str) -> None:
-    """Anything quadratic would pass the limit of every test, 30 s."""
+    """A quadratic cost would exceed the limit of every test, 30 s."""
     assert redact(unit * (400_000 // len(unit)))
 
 

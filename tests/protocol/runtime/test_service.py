@@ -1,4 +1,4 @@
-"""Loops that must not end: a process does not live on without one of them."""
+"""Loops that must not end: a process does not survive the end of one of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ async def end() -> None:
 
 
 async def cancel_itself() -> None:
-    """Raise what a library does that leaks the cancellation of a future of its own."""
+    """Raise CancelledError, like a library that leaks the cancellation of its own future."""
     raise asyncio.CancelledError
 
 

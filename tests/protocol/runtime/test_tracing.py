@@ -1,4 +1,4 @@
-"""Places of spans; and that tracing which is off is not there at all."""
+"""The places of spans in a trace; and disabled tracing does not exist in the process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_assignment_has_the_same_place_everywhere() -> None:
 def test_off_there_is_no_tracer_and_no_library() -> None:
     with tracing(Settings(), "gateway", "g"):
         assert TRACING.tracer is None
-    kinds = ("opentelemetry.sdk.trace", "opentelemetry.exporter")  # redis-py itself looks for that of metrics
+    kinds = ("opentelemetry.sdk.trace", "opentelemetry.exporter")  # redis-py itself imports that of metrics
     code = (
         "import sys, gateway.service, scheduler.service, gpu_worker.service.program;"
         f"print([name for name in sys.modules if name.startswith({kinds})])"
@@ -56,7 +56,7 @@ def test_off_there_is_no_tracer_and_no_library() -> None:
 
 def test_a_collector_that_does_not_answer_holds_nobody_up() -> None:
     pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never answers
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # accepts connections and never answers
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         with tracing(Settings(otlp_endpoint=url, trace_share=1.0), "gateway", "g"):
             tracer = TRACING.tracer

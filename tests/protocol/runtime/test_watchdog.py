@@ -1,4 +1,4 @@
-"""A process that lives and does not work any more ends, with its stacks in the log, whatever it is stuck in."""
+"""A process that hangs is ended, with its stacks in the log, wherever it hangs."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ def test_a_process_that_is_stuck_tells_where_and_ends(which: str, stack: str) ->
 
 
 def test_a_process_that_works_goes_on_for_longer_than_the_limit() -> None:
-    ended = run_program("work", 5.0)  # longer than a busy machine keeps it from its turns
+    ended = run_program("work", 5.0)  # longer than a busy machine delays its turns
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""Names that are places, names that are not, and which places are open."""
+"""Adapter names that are source references, names that are not, and which sources are allowed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def allowed(policy: SourcePolicy, name: str, *, on_request: bool, as_fleet: bool
     ],
 )
 def test_policy(settings: dict[str, str], name: str, registered: bool, on_request: bool) -> None:
-    """By default only what was registered comes from the Hub, and nothing from S3."""
+    """By default only registered adapters come from the Hub, and none from S3."""
     assert allowed(policy(**settings), name, on_request=False) == registered
     assert allowed(policy(**settings), name, on_request=True) == on_request
 
@@ -99,7 +99,7 @@ def test_policy(settings: dict[str, str], name: str, registered: bool, on_reques
     ],
 )
 def test_what_the_fleets_credentials_are_lent_for(places: str, name: str, lent: bool) -> None:
-    """Without API keys there are no tenants, and whoever reaches the gateway has the fleet's rights."""
+    """Without API keys there are no tenants, and every client of the gateway has the fleet's rights."""
     reference = parse_reference(name)
     assert reference is not None
     assert policy(api_keys=True, tenant_places=places).lends(reference) == lent

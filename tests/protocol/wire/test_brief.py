@@ -1,4 +1,4 @@
-"""Values in messages are short, and cost no more where they are not."""
+"""Values in messages are short, and long ones are not formatted completely first."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_long_values_are_cut_before_they_are_written(value: Any) -> None:
 
 
 def test_the_gateway_writes_no_whole_value_into_a_message() -> None:
-    """`{value!r:.100}` writes all of it first, on the event loop."""
+    """`{value!r:.100}` formats the whole value first, on the event loop."""
     paths = sorted((ROOT / "gateway").rglob("*.py"))
     assert paths
     whole = [

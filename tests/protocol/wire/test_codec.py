@@ -1,4 +1,4 @@
-"""Whatever bytes stand where a message should be, its reader gets a ProtocolError, which it knows what to do with."""
+"""For any invalid bytes in place of a message, the reader gets a ProtocolError, which it can handle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors on the wire: one comes off it as the class it went on with, and the drawn tree names every class."""
+"""Errors on the wire: an error is decoded as the class with which it was encoded, and the docs list every class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("adapter_store", "gateway", "gpu_worker", "lorafleet", "peft_adapter
 
 
 def make(cls: type[LorafleetError]) -> LorafleetError:
-    """Return an error of a class, whatever its constructor takes."""
+    """Return an error of a class, whatever arguments its constructor takes."""
     if cls is AdapterRefused:
         return AdapterRefused(["rank 512; the limit is 256", "no config"])
     if cls is Overloaded:
@@ -29,7 +29,7 @@ def make(cls: type[LorafleetError]) -> LorafleetError:
 
 
 def facts(error: LorafleetError) -> tuple[object, ...]:
-    """Return everything that a client can see of an error."""
+    """Return everything that a client sees of an error."""
     reasons = error.reasons if isinstance(error, AdapterRefused) else None
     return (
         type(error), str(error), error.message, error.param, error.code, error.status, error.type, error.retryable,
@@ -52,7 +52,7 @@ def test_an_errors_own_time_to_retry_survives_the_wire() -> None:
 
 def test_an_error_from_elsewhere_arrives_as_its_nearest_base() -> None:
     class Lost(ModelNotFound):
-        """Not of the tree."""
+        """Not in the hierarchy."""
 
     assert type(error_from(error_json(Lost("a")))) is ModelNotFound
 
@@ -67,7 +67,7 @@ def test_no_error_is_no_text() -> None:
 
 
 def class_bases() -> Iterator[tuple[str, set[str]]]:
-    """Yield every class of the packages with the names of its bases."""
+    """Yield every class of the packages and the names of its bases."""
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             text = path.read_text()

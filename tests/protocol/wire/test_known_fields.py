@@ -1,4 +1,4 @@
-"""Which fields of a request not every worker knows: all that were added since workers say what they know."""
+"""Fields of a request that not every worker knows: those added since workers report what they know."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from protocol.wire.messages.requests import EVERY_WORKER_KNOWS, KNOWN_FIELDS, fi
 
 
 class LaterSampling(m.Sampling, frozen=True):
-    """A version with one more field of each kind."""
+    """A version with an additional field of each kind."""
 
     draw: int = 3
     forbidden: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Lines end with a line feed alone, wherever somebody else's text is read."""
+"""Only a line feed ends a line, wherever external text is read."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ OF_THE_SYSTEM = {
     "gateway/grammars/structured.py", "gpu_worker/model/compiled.py", "lorafleet/fetch.py",
     "lorafleet/operate/doctor.py", "protocol/queue/bus.py",
 }  # fmt: skip
-"""Files that split what the system, a program or we ourselves have written: no stream, and no text of strangers but in
-whole grammars and messages of errors, whose lines nothing reads as records."""
+"""Files that split output of the system, of a program, or of our own: no streams, and no untrusted text except whole
+grammars and error messages, whose lines are not parsed as records."""
 
 ODD = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i"
 

@@ -1,4 +1,4 @@
-"""What ends a text is shown if it is wanted, and special tokens are text if they are."""
+"""The text that ends an output is shown if requested, and so are special tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expressions that end a text mean what Python's do, cost no more than they may, and cut a text as stop strings do."""
+"""Stop expressions match as in Python, cost no more than their limits, and cut a text like stop strings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _compound(inner: st.SearchStrategy[str], times: st.SearchStrategy[str]) -> s
 
 simple = st.tuples(atoms, times).map("".join)
 grouped = simple | _compound(simple, times)
-nested = grouped | _compound(grouped, st.sampled_from(["", "?", "{2}", "{0,2}"]))  # Python takes long for more
+nested = grouped | _compound(grouped, st.sampled_from(["", "?", "{2}", "{0,2}"]))  # more would take long in Python
 rows = st.lists(nested, min_size=1, max_size=4).map("".join)
 flags = st.sampled_from(["", "", "(?i)", "(?s)", "(?im)"])
 expressions = st.tuples(flags, st.lists(rows, min_size=1, max_size=2).map("|".join)).map("".join)
@@ -52,12 +52,12 @@ pieces = st.lists(st.text(ALPHABET, max_size=3), max_size=5)
 
 def compiled(expression: str) -> re.Pattern[str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what may come to mean something else
+        warnings.simplefilter("ignore")  # FutureWarnings about syntax that may change its meaning
         return re.compile(expression)
 
 
 def served(given: Sequence[str]) -> list[re.Pattern[str]]:
-    """Return expressions as Python reads them; give a case up that has one which may not be served."""
+    """Return expressions compiled by Python; skip a case with one that is not served."""
     patterns = []
     for expression in given:
         try:
@@ -71,7 +71,7 @@ def served(given: Sequence[str]) -> list[re.Pattern[str]]:
 
 
 class SlowMatcher:
-    """What `RegexMatcher` does, by looking through the whole text after each piece."""
+    """Equivalent of `RegexMatcher` that searches the whole text after each piece."""
 
     def __init__(self, stops: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> None:
         self.stops, self.patterns = [stop for stop in stops if stop], patterns
@@ -117,7 +117,7 @@ def test_a_text_ends_where_python_finds_a_match(given: list[str], stops: list[st
 @settings(max_examples=examples.of(200), deadline=None)
 @given(st.text("ab01{},()[]|*+?.\\^$-dwsbu:P<>im", max_size=9), st.text(ALPHABET + "(){}[]", max_size=6))
 def test_what_is_served_is_an_expression_of_python_s(expression: str, text: str) -> None:
-    """What Python refuses is refused, and what is served means the same."""
+    """Expressions that Python refuses are refused, and those that are served have the same meaning."""
     try:
         pattern = compiled(expression)
     except (re.error, OverflowError):
@@ -145,7 +145,7 @@ with_gaps = st.lists(around | _compound(around, times), min_size=1, max_size=3).
 @settings(max_examples=examples.of(200), deadline=None)
 @given(st.sampled_from(["", "(?m)", "(?i)"]), with_gaps, st.lists(st.text("abA_1 \n", max_size=3), max_size=5))
 def test_gaps_are_where_python_has_them_in_the_text_so_far(flag: str, body: str, texts: list[str]) -> None:
-    """Without the flag m, the line break that `$` may leave behind is part of the match, as in `\\n?\\Z`."""
+    """Without the flag m, the line break before which `$` matches is part of the match, as in `\\n?\\Z`."""
     try:
         matcher = RegexMatcher([], [flag + body])
     except BadRequest as refusal:
@@ -280,7 +280,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("expression", HOSTILE.values(), ids=HOSTILE)
 def test_what_is_served_is_small(expression: str) -> None:
-    """The work for a character is that of arrays of these sizes, whatever the text."""
+    """The work per character depends on these array sizes only, whatever the text."""
     [kept] = checked([expression])
     automaton = Automaton([kept])
     assert automaton.num_places <= MAX_PLACES
@@ -291,5 +291,5 @@ def test_what_is_served_is_small(expression: str) -> None:
 
 
 def test_a_counted_part_has_few_links() -> None:
-    """Written out one inside the other, optional parts are followed by the next one alone."""
+    """Written as nested groups, optional parts link only to the next one."""
     assert len(Automaton(["a.{0,500}b"]).links) < 1600

@@ -1,4 +1,4 @@
-"""Tokens as text: however they are cut into steps, the same text comes out, and it ends at the same token."""
+"""Tokens as text: however tokens are split into steps, the text is the same, and it ends at the same token."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ stops = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
 
 @st.composite
 def cuts(draw: st.DrawFn, ids: Sequence[int]) -> list[list[int]]:
-    """Cut `ids` into steps."""
+    """Split `ids` into steps."""
     at = sorted(draw(st.lists(st.integers(0, len(ids)), max_size=8)))
     return [list(ids[i:j]) for i, j in zip([0, *at], [*at, len(ids)], strict=True)]
 
 
 def whole_text(ids: Sequence[int], stop: Sequence[str]) -> str:
-    """Return what a reader of all tokens at once would show."""
+    """Return the text that a reader of all tokens at once would show."""
     text = TOKENIZER.decode(list(ids))
     places = [at for s in stop if (at := text.find(s)) >= 0]
     return text[: min(places)] if places else text
@@ -59,7 +59,7 @@ def test_steps_do_not_change_the_text(text: str, stop: list[str], data: st.DataO
         assert "\ufffd" not in shown
         assert not any(s in shown for s in stop)
     shown += output.finish()
-    # A match is decided at the first token that completes one; at once, of overlapping ones, the earliest place wins.
+    # A match is decided at the first token that completes one; among overlapping ones in one step the earliest wins.
     one_by_one = OutputText(TOKENS, StopRule(stop))
     assert shown == "".join(one_by_one.add([id_]) for id_ in ids) + one_by_one.finish()
     assert output.num_tokens == one_by_one.num_tokens
@@ -101,7 +101,7 @@ def test_special_tokens_inside_are_not_shown() -> None:
 def test_special_tokens_that_are_shown_do_not_change_the_end(
     text: str, stop: list[str], min_tokens: int, ends: bool, data: st.DataObject
 ) -> None:
-    """The gateway writes some special tokens into a chat answer, the worker none: both end it at the same token."""
+    """The gateway shows some special tokens in a chat answer, the worker none: both end it at the same token."""
     ids = TOKENIZER.encode(text).ids
     for _ in range(data.draw(st.integers(0, 4), label="special tokens")):
         ids.insert(data.draw(st.integers(0, len(ids)), label="at"), END)
@@ -160,7 +160,7 @@ def test_what_may_become_a_stop_string_is_held_back(
 
 
 class SlowMatcher:
-    """What `StopMatcher` does, by looking for every stop string in all that is held."""
+    """Equivalent of `StopMatcher` that searches for every stop string in all held text."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = [stop for stop in stops if stop]
@@ -191,7 +191,7 @@ def test_stop_strings_are_found_as_by_looking_for_each(stop: list[str], pieces: 
 
 
 class CountingMatcher(StopMatcher):
-    """Counts its look-ups."""
+    """Counts its lookups."""
 
     num_lookups = 0
 

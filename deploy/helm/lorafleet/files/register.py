@@ -1,4 +1,4 @@
-"""Register the adapters of a JSON list with a gateway, and wait for each; the exit code is 1 where one was refused.
+"""Register the adapters of a JSON list with a gateway, and wait for each; the exit code is 1 if one was refused.
 
 Usage: register.py LIST.json URL. The API key, if there is one, is in /key/key.
 """
@@ -11,11 +11,11 @@ import urllib.error
 import urllib.request
 
 PATIENCE_S = 900
-"""How long a fleet may take until it answers: workers may be fetching their model."""
+"""Maximum seconds until a fleet answers: workers may be downloading their model."""
 
 
 def register(url: str, adapter: dict[str, object], headers: dict[str, str]) -> tuple[int, str]:
-    """Return the status and text of a gateway's answer to one registration; status 0 where nobody answers."""
+    """Return the status and text of a gateway's answer to one registration; status 0 without an answer."""
     body = json.dumps({"replace": True, **adapter}).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/adapters", body, headers), timeout=600) as answer:
@@ -27,7 +27,7 @@ def register(url: str, adapter: dict[str, object], headers: dict[str, str]) -> t
 
 
 def main(file: str, url: str, pause_s: float = 5.0) -> int:
-    """Register them one after another; ask again while the fleet is not ready or too busy."""
+    """Register the adapters one after another; retry while the fleet is not ready or overloaded."""
     key = pathlib.Path("/key/key")
     headers = {"Content-Type": "application/json"}
     if key.exists():

@@ -1,4 +1,4 @@
-"""A tenant's limits in the queue's scripts: reserved by submit, settled by whatever ends a request, never leaked."""
+"""A tenant's limits in the queue's scripts: reserved by submit, released by whatever ends a request, never leaked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_LIMIT = Quota("acme")
 
 
 class Tenant:
-    """A tenant's calls: requests of 3 prompt tokens and at most 8 more."""
+    """A tenant's calls: requests with 3 prompt tokens and at most 8 output tokens."""
 
     def __init__(self, queue: Queue, quota: Quota) -> None:
         self.queue = queue
@@ -27,7 +27,7 @@ class Tenant:
         return await self.queue.bus.submit("interactive", pairs, max_queued=max_queued, quota=self.quota, forced=forced)
 
     async def submit(self, *rids: str, forced: bool = False) -> tuple[str, Standing]:
-        """Send a call that is new and for which the queue has room, so that the tenant's limits decide."""
+        """Send a new call for which the queue has space, so that only the tenant's limits decide."""
         outcome, standing = await self.send(*rids, forced=forced)
         assert isinstance(standing, Standing)
         return outcome, standing
@@ -41,7 +41,7 @@ class Tenant:
         return float(raw or 0)
 
     async def later(self, ms: int) -> None:
-        """Let time pass for what has been used."""
+        """Let time pass for the usage so far."""
         key = self.queue.keys.quota(self.quota.tenant)
         await self.queue.bus._redis.hincrby(key, "ms", -ms)
 
@@ -67,7 +67,7 @@ async def test_of_many_calls_at_the_same_moment_just_as_many_get_in_as_may(queue
 
 async def test_calls_a_minute_are_limited_and_come_back_evenly(queue: Queue) -> None:
     acme = Tenant(queue, replace(NO_LIMIT, requests_per_minute=2))
-    _, standing = await acme.submit("a-0", "a-1", "a-2")  # a call counts once, however many choices it has
+    _, standing = await acme.submit("a-0", "a-1", "a-2")  # a call counts once, regardless of its number of choices
     assert standing.requests is not None
     assert (standing.requests.limit, standing.requests.remaining, standing.tokens) == (2, 1, None)
     assert 29_000 < standing.requests.reset_ms <= 30_000
@@ -90,12 +90,12 @@ async def test_tokens_are_reserved_and_what_was_not_made_is_given_back(queue: Qu
     used = await acme.used_tokens()
     await queue.assign("a")
     assert await queue.bus.step("w", StepResult([row("a", 0, 5, 6, finish="stop")])) == []
-    assert await acme.used_tokens() == pytest.approx(used - 6)  # two of eight were made
+    assert await acme.used_tokens() == pytest.approx(used - 6)  # two of the eight tokens were generated
     assert (await acme.submit("c"))[0] == "ok"
 
 
 async def test_virtual_tokens_are_reserved_like_a_prompt(queue: Queue) -> None:
-    """And given back like one: to who never left the queue. The request's own facts are of its prompt alone."""
+    """And released like one, to a request that never left the queue. The request's own facts are its prompt's alone."""
     acme = Tenant(queue, replace(NO_LIMIT, tokens_per_minute=1000))
 
     async def send(rid: str) -> Standing:
@@ -130,7 +130,7 @@ async def test_whatever_ends_a_request_settles_it_once(queue: Queue, end: str) -
         made = 3
     if end == "worker lost":
         assert await queue.requeue("a") == {"a": "requeued"}
-        assert await acme.running() == {"a"}  # it goes on elsewhere: nothing is over
+        assert await acme.running() == {"a"}  # it continues elsewhere: nothing has ended
         assert await acme.used_tokens() == used
     for _ in range(2):
         if end == "failed":
@@ -142,7 +142,7 @@ async def test_whatever_ends_a_request_settles_it_once(queue: Queue, end: str) -
             if made:
                 await queue.bus.step("w", StepResult([row("a", 3, finish="cancelled")]))
         assert await acme.running() == set()
-        # Nothing was computed of what never left the queue.
+        # Nothing was computed for a request that never left the queue.
         assert await acme.used_tokens() == pytest.approx(used - (8 - made if made else 11))
     assert "quota" not in await queue.fields("a")
 
@@ -195,7 +195,7 @@ async def test_limits_may_be_set_and_taken_away_while_requests_run(queue: Queue)
     free, limited = Tenant(queue, NO_LIMIT), Tenant(queue, replace(NO_LIMIT, tokens_per_minute=12))
     for i in range(5):
         await free.submit(f"r{i}")
-    assert (await limited.submit("a"))[0] == "ok"  # what was free is not held against it
+    assert (await limited.submit("a"))[0] == "ok"  # usage while there was no limit does not count
     assert (await limited.submit("b"))[1].over == "tokens"
     assert (await free.submit("b"))[0] == "ok"
     assert await queue.log("a") == ids()

@@ -1,4 +1,4 @@
-"""Usage: each request counts once, with its end, however it ends and whoever died before."""
+"""Usage: each request counts once, when it ends, however it ends and whichever service died before."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def today() -> int:
 async def submit(
     queue: Queue, *rids: str, counted: CountedFor = ACME, has_output: bool = True, waits: bool = False
 ) -> None:
-    """Submit the choices of one prompt, assigned to worker `w`."""
+    """Submit the choices of one prompt, assigned to worker `w` unless `waits`."""
     usages = [
         usage_of(counted, calls=int(i == 0), prompt_tokens=3 if i == 0 else 0, has_output=has_output)
         for i in range(len(rids))
@@ -53,7 +53,7 @@ async def test_a_request_counts_with_its_end(queue: Queue) -> None:
     assert not await queue.write(end)
     assert await queue.bus.usage.rows(today(), "acme") == [UsageRow("acme", "sql", "d1", "tiny", False, 1, 3, 2, 3)]
     assert await queue.bus.usage.tenants(today()) == ["acme"]
-    assert await queue.write(end)  # repeated after a lost reply, it is refused
+    assert await queue.write(end)  # a repetition after a lost reply is refused
     assert await counts(queue) == [(1, 3, 2, 3)]
     for key in (queue.keys.usage_tenants(today()), queue.keys.usage(today(), "acme")):
         assert 2 * DAY_S < await queue.ttl_s(key) <= 4 * DAY_S
@@ -80,7 +80,7 @@ async def test_a_request_that_was_run_again_counts_once(queue: Queue) -> None:
     assert await queue.requeue("a") == {"a": "requeued"}
     await queue.bus.streams.create(queue.keys.work("v"), 60)
     assert (await queue.assign("a", wid="v", epoch=2))[0] == "ok"
-    assert await queue.write(row("a", 2, 7, finish="stop"))  # its old owner wakes up
+    assert await queue.write(row("a", 2, 7, finish="stop"))  # its previous owner resumes
     await queue.bus.step("v", StepResult(rows=[row("a", 2, 7, 8, epoch=3, finish="stop")]))
     assert await counts(queue) == [(1, 3, 0, 4)]
 

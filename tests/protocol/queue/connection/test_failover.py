@@ -1,4 +1,4 @@
-"""A queue of several servers behind Sentinels: its URL, and real servers of which the primary changes."""
+"""A queue of several servers behind Sentinels: its URL, and real servers with failovers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_every_user_enters_and_goes_on_after_a_failover(replicated: Replic
 
 @pytest.mark.timeout(120)
 async def test_an_old_primary_that_was_cut_off_takes_nothing(replicated: ReplicatedQueue) -> None:
-    """Whoever is still connected to it is told, and finds the new one."""
+    """A client still connected to it gets an error, and finds the new primary."""
     await replicated.until_whole()
     old = await replicated.primary()
     assert old is not None
@@ -103,7 +103,7 @@ async def test_an_old_primary_that_was_cut_off_takes_nothing(replicated: Replica
     bus = Bus(replicated.door("gateway").queue_url())
     await bus._redis.set(bus.keys.tag, "before", px=60_000)
     with redis.Redis(port=replicated.ports[old], username="gateway", password=password) as client:
-        client.get(bus.keys.tag)  # it is connected to the old one, and stays so
+        client.get(bus.keys.tag)  # opens a connection to the old primary, which stays open
         process = replicated.servers[old]
         process.send_signal(signal.SIGSTOP)
 
@@ -114,7 +114,7 @@ async def test_an_old_primary_that_was_cut_off_takes_nothing(replicated: Replica
         process.send_signal(signal.SIGCONT)
 
         def refused() -> bool:
-            """It counts its replicas once a second: what it takes before that is lost, as the last second may be."""
+            """Replicas are counted once a second: writes accepted before are lost, as the last second may be."""
             try:
                 client.set(bus.keys.tag, "lost", px=60_000)
             except redis.RedisError:
@@ -137,13 +137,13 @@ async def test_an_old_primary_that_was_cut_off_takes_nothing(replicated: Replica
 
 @pytest.mark.timeout(120)
 async def test_who_still_reaches_an_old_primary_leaves_it_with_the_others(replicated: ReplicatedQueue) -> None:
-    """A connection to the old one and one to the new one would see two queues."""
+    """A client with connections to both the old and the new primary would see two queues."""
     await replicated.until_whole()
     bus = Bus(replicated.door("gateway").queue_url())
     await bus._redis.set(bus.keys.tag, "before", px=60_000)
     async with replicated.cut_off("split"):
-        assert await bus._redis.get(bus.keys.tag) == b"before"  # by the connection to the old one, which answers
-        await bus._blocking.set(bus.keys.tag, "after", px=60_000)  # by a new connection
+        assert await bus._redis.get(bus.keys.tag) == b"before"  # the connection to the old primary, which answers
+        await bus._blocking.set(bus.keys.tag, "after", px=60_000)  # through a new connection
         assert await bus._redis.get(bus.keys.tag) == b"after"
     await bus.close()
 

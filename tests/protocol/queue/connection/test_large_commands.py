@@ -1,4 +1,4 @@
-"""Commands of megabytes: sent in slices, so that the event loop goes on, and whole or not at all."""
+"""Commands of megabytes are sent in slices, so that the event loop continues, and completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def client(bus: Bus) -> AsyncIterator[Any]:
 
 
 def watched(client: Any, at: int, act: Any) -> list[int]:
-    """Have a client note the sizes of what it sends, and `act` on its connection after so many writes."""
+    """Record the sizes of a client's writes, and call `act` with its connection after `at` writes."""
     sizes: list[int] = []
     kind = client.connection_pool.connection_class
 
@@ -73,8 +73,8 @@ async def test_a_large_command_is_sent_in_slices(client: Any) -> None:
 
 
 async def test_a_command_that_is_given_up_in_its_middle_is_not_half_sent(client: Any) -> None:
-    """What comes next on its connection would be read as the rest of it, or its rest as commands."""
-    sizes = watched(client, 8, lambda _: asking.cancel())  # the connection's own words among them
+    """Otherwise the next command on its connection would be read as its rest, or its rest as commands."""
+    sizes = watched(client, 8, lambda _: asking.cancel())  # includes the connection's own handshake
     asking = asyncio.create_task(client.set(KEY, LARGE, px=60_000))
     with pytest.raises(asyncio.CancelledError):
         await asking

@@ -1,4 +1,4 @@
-"""The line that scripts share: replies reach who asked, and what goes wrong on it is made good."""
+"""The line that scripts share: replies reach their callers, and failures of the line are recovered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from protocol.queue.connection.redis_client import connect
 
 
 async def test_replies_and_errors_reach_who_asked(bus: Bus) -> None:
-    """An error of the server's is one command's own."""
+    """A server error belongs to one command only."""
 
     async def ask(i: int) -> str:
         try:
@@ -32,8 +32,8 @@ async def test_replies_and_errors_reach_who_asked(bus: Bus) -> None:
 
 
 async def test_a_reply_nobody_waits_for_is_not_taken_for_anothers(bus: Bus) -> None:
-    """Whoever asks may be cancelled before the reply comes."""
-    await bus._line.ask(("PING",))  # it is open
+    """A caller may be cancelled before its reply arrives."""
+    await bus._line.ask(("PING",))  # opens the line
     tasks = [asyncio.create_task(bus._line.ask(("ECHO", i))) for i in range(100)]
     await asyncio.sleep(0)  # all are sent
     for task in tasks[::2]:
@@ -45,7 +45,7 @@ async def test_a_reply_nobody_waits_for_is_not_taken_for_anothers(bus: Bus) -> N
 
 
 class Recorded:
-    """A transport that notes what is written at once."""
+    """A transport that records how many commands each write has."""
 
     def __init__(self, transport: asyncio.WriteTransport) -> None:
         self._transport = transport
@@ -60,8 +60,8 @@ class Recorded:
 
 
 async def test_commands_of_one_turn_of_the_loop_are_one_write(bus: Bus) -> None:
-    """A write of its own for each wakes the server for each, which costs it and all behind it more than the work."""
-    await bus._line.ask(("PING",))  # it is open
+    """One write per command would wake the server for each, which costs more than the commands themselves."""
+    await bus._line.ask(("PING",))  # opens the line
     talk = bus._line._talk
     assert talk is not None
     recorded = Recorded(talk._transport)
@@ -69,20 +69,20 @@ async def test_commands_of_one_turn_of_the_loop_are_one_write(bus: Bus) -> None:
     assert await asyncio.gather(*(bus._line.ask(("ECHO", i)) for i in range(40))) == [b"%d" % i for i in range(40)]
     assert recorded.writes == [40]
     waiting = [asyncio.create_task(bus._line.ask(("ECHO", i))) for i in range(3)]
-    await asyncio.sleep(0)  # they are asked
+    await asyncio.sleep(0)  # all are queued
     talk.end(LOST[0]("the line ends before they are sent"))
     assert all(isinstance(reply, LOST) for reply in await asyncio.gather(*waiting, return_exceptions=True))
     assert recorded.writes == [40]
 
 
 async def test_a_reply_that_came_while_this_process_stood_still_is_not_late(bus: Bus) -> None:
-    """A busy machine gives this process no time, and the server is not lost for that."""
-    await bus._line.ask(("PING",))  # it is open
+    """A busy machine may suspend this process; the server does not count as lost because of that."""
+    await bus._line.ask(("PING",))  # opens the line
     assert bus._line._talk is not None
     connection = bus._line._talk._transport.get_extra_info("socket")
     asked = asyncio.create_task(bus._line.ask(("ECHO", "there"), within_s=0.05))
-    await asyncio.sleep(0)  # it is asked
-    time.sleep(0.06)  # noqa: ASYNC251  # nothing runs here, while the server answers
+    await asyncio.sleep(0)  # the command is queued
+    time.sleep(0.06)  # noqa: ASYNC251  # this process does nothing while the server answers
     assert select([connection], [], [], 60)[0], "the reply has come"
     assert await asked == b"there"
     with pytest.raises(TimeoutError):
@@ -91,18 +91,18 @@ async def test_a_reply_that_came_while_this_process_stood_still_is_not_late(bus:
 
 
 async def test_a_process_that_stood_still_before_it_sent_has_its_whole_time(bus: Bus) -> None:
-    """A turn of the loop may take long after a command was asked in it, before it is sent in the next."""
+    """A turn of the loop may last long between queuing a command and sending it in the next turn."""
     line = Line(bus._blocking, timeout_s=0.5)
     number = await line.ask(("CLIENT", "ID"))
     asked = asyncio.create_task(line.ask(("CLIENT", "ID")))
-    await asyncio.sleep(0)  # it is asked
+    await asyncio.sleep(0)  # the command is queued
     time.sleep(0.6)  # noqa: ASYNC251  # nothing is sent here
     assert await asked == number
     await line.close()
 
 
 async def test_a_lost_line_is_told_to_all_who_wait_and_opened_again(bus: Bus) -> None:
-    """A blocked command keeps the others waiting until the connection is lost."""
+    """A blocking command keeps the others waiting until the connection is lost."""
     number = await bus._line.ask(("CLIENT", "ID"))
     waiting = [asyncio.create_task(bus._line.ask(("BLPOP", "none", 0))) for _ in range(3)]
     await asyncio.sleep(0)
@@ -112,7 +112,7 @@ async def test_a_lost_line_is_told_to_all_who_wait_and_opened_again(bus: Bus) ->
 
 
 async def test_scripts_run_though_the_line_is_lost_or_the_server_forgot_them(queue: Queue) -> None:
-    """redis-py connects again, and sends them again."""
+    """redis-py reconnects, and loads the scripts again."""
     line = queue.bus._line
     assert await queue.submit("a") == ("ok", None)
     await queue.bus._redis.script_flush()
@@ -123,15 +123,15 @@ async def test_scripts_run_though_the_line_is_lost_or_the_server_forgot_them(que
 
 
 async def test_a_large_command_takes_a_connection_of_its_own(queue: Queue) -> None:
-    """It would keep those behind it waiting."""
+    """On the line it would delay the commands behind it."""
     with pytest.raises(NotTakenError):
         await queue.bus._line.ask(("ECHO", bytes(MAX_COMMAND_BYTES)))
     assert await queue.bus._line.ask(("ECHO", "small")) == b"small"
 
 
 async def test_no_more_wait_on_the_line_than_it_may_hold(bus: Bus) -> None:
-    """The rest takes connections of its own."""
-    await bus._line.ask(("PING",))  # it is open
+    """The rest use connections of their own."""
+    await bus._line.ask(("PING",))  # opens the line
     waiting = [asyncio.create_task(bus._line.ask(("ECHO", i))) for i in range(2 * MAX_WAITING)]
     replies = await asyncio.gather(*waiting, return_exceptions=True)
     assert replies[:MAX_WAITING] == [b"%d" % i for i in range(MAX_WAITING)]
@@ -160,7 +160,7 @@ async def test_a_server_that_does_not_answer_is_given_up(bus: Bus, tmp_path: Pat
 
 
 async def test_what_a_server_tells_unasked_is_no_reply(bus: Bus) -> None:
-    """A server may push notices between two replies."""
+    """A server may push notifications between two replies."""
     line = bus._line
     await line.ask(("CLIENT", "TRACKING", "ON"))
     await line.ask(("GET", "watched"))
@@ -171,14 +171,14 @@ async def test_what_a_server_tells_unasked_is_no_reply(bus: Bus) -> None:
 
 @pytest.mark.parametrize("answer", [b"what is this\r\n", b"-LOADING the data\r\n", b"-READONLY a replica\r\n", b""])
 async def test_a_server_that_cannot_serve_loses_the_line(bus: Bus, tmp_path: Path, answer: bytes) -> None:
-    """It talks no protocol, or says that it cannot serve, or hangs up: all who wait are told."""
+    """It speaks no valid protocol, reports that it cannot serve, or disconnects: all waiting callers get an error."""
 
     async def carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         while data := await source.read(4096):
             target.write(data)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass on what the real server says, until it is asked for an echo."""
+        """Forward the real server's replies until an ECHO command arrives."""
         source, target = await asyncio.open_unix_connection(bus.url.removeprefix("unix://").partition("?")[0])
         carrying = asyncio.create_task(carry(source, writer))
         while b"ECHO" not in (data := await reader.read(4096)) and data:

@@ -1,4 +1,4 @@
-"""A queue that cannot serve for a moment is out of reach, whatever its server or the event loop calls that."""
+"""A queue that temporarily cannot serve counts as unreachable, whichever error its server or the event loop raises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from protocol.queue.connection.redis_client import connect
 
 @pytest.mark.parametrize("timeout_s", [2.0, None])
 def test_a_closed_transport_is_a_lost_connection(queue_server: EmbeddedServer, timeout_s: float | None) -> None:
-    """uvloop raises RuntimeError for a write to it, which no caller takes for a queue out of reach."""
+    """uvloop raises RuntimeError for a write to it, which callers do not treat as an unreachable queue."""
 
     async def main() -> None:
         client = connect(queue_server.url, timeout_s=timeout_s)
@@ -35,7 +35,7 @@ def test_a_closed_transport_is_a_lost_connection(queue_server: EmbeddedServer, t
 
 
 async def test_a_server_that_runs_a_script_for_long_is_out_of_reach(bus: Bus, queue_server: EmbeddedServer) -> None:
-    """It answers BUSY, also when it was stopped in the midst of a script that is short."""
+    """It answers BUSY, even if it was suspended in the middle of a short script."""
     operator = connect(queue_server.url, timeout_s=None)
     threshold = (await operator.config_get("busy-reply-threshold"))["busy-reply-threshold"]
     await operator.config_set("busy-reply-threshold", 1)

@@ -1,4 +1,4 @@
-"""Conversations in the queue: changes are whole or not at all, turns are added once, and every byte is counted."""
+"""Conversations in the queue: changes are atomic, turns are added once, and every byte is counted."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_a_turn_is_added_once_whatever_the_limits(queue: Queue) -> None:
     assert await conversations.turns(ID) == ["resp_r"]
     assert await conversations.due(1 << 50, 9) == [Turn(TENANT, ID, "resp_r")]
     assert await conversations.due(1, 9) == []
-    for name in ("d", "e"):  # whoever comes second adds nothing
+    for name in ("d", "e"):  # the second one adds nothing
         done = await conversations.change(ID, TENANT, LIMITS, items=[(name, b"x" * 9000)], response="resp_r")
         assert done.code == "ok"
     assert await conversations.items(ID) == [b"1", b"2", b"3", b"x" * 9000]
@@ -104,7 +104,7 @@ async def test_turns_need_their_conversation(queue: Queue) -> None:
         assert (await submitted(queue, f"r{number}"))[0] == "ok"
     assert await submitted(queue, "more") == ("conversation", MAX_TURNS)
     assert await queue.bus.jobs.get("resp_more") is None
-    assert (await submitted(queue, "again", forced=True))[0] == "ok"  # what was accepted before the queue lost it
+    assert (await submitted(queue, "again", forced=True))[0] == "ok"  # accepted before the queue lost the conversation
     await queue.bus.conversations.drop(ID, TENANT)
     assert (await submitted(queue, "late", forced=True))[0] == "ok"
     assert await queue.bus.conversations.turns(ID) == []

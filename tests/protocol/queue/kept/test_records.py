@@ -1,4 +1,4 @@
-"""Records of other releases, and damaged ones: each is told and counted, its owner gets an end, none hides others."""
+"""Records of other releases, and damaged ones: reported and counted, ended for their owner, and hiding no others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RECORDS: dict[str, m.Record] = {
     "registration": m.Registration(name="a", source="hub:a/b"),
     "adapter": m.AdapterRecord(digest="d", rank=8, num_bytes=1, config={}, modules=[], source="s", created_ms=1),
 }  # fmt: skip
-"""Everything that is kept for longer than the process that wrote it."""
+"""Every kind of record that outlives the process which wrote it."""
 
 
 def fields_of(record: m.Record) -> dict[str, Any]:
@@ -45,10 +45,10 @@ def fields_of(record: m.Record) -> dict[str, Any]:
 
 
 def damaged(record: m.Record) -> dict[str, bytes]:
-    """Return what may lie in a record's place."""
+    """Return invalid values that may be stored in place of a record."""
     fields = fields_of(record)
     required = [field.name for field in msgspec.structs.fields(type(record)) if field.required]
-    older = {name: value for name, value in fields.items() if name != required[-1]}  # from before there was this field
+    older = {name: value for name, value in fields.items() if name != required[-1]}  # written before this field existed
     wrong = {**fields, required[0]: ["another type"]}
     return {
         "older": msgspec.msgpack.encode(older), "another type": msgspec.msgpack.encode(wrong),
@@ -71,7 +71,7 @@ def test_every_kind_of_record_is_read_or_said_to_be_unreadable(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", RECORDS)
 def test_a_record_in_a_newer_form_is_known_as_one(kind: str) -> None:
-    """Whether this release could decode it or not: it would misread it."""
+    """Even if this release could decode it, since it would misread it."""
     record = RECORDS[kind]
     for fields in ({**fields_of(record), "form": 2}, {"form": 2}):
         with pytest.raises(NewerRecord, match="form 2"):
@@ -148,7 +148,7 @@ BAD_FILES = (b"no colon", b"t:", b"t:files/x", b"t:..", b"t:file-../../x", b"\xf
 
 @pytest.mark.parametrize("member", BAD_FILES)
 async def test_what_is_no_file_s_name_never_becomes_a_place(bus: Bus, member: bytes) -> None:
-    """An empty id would be the folder of all files, which a sweep would delete."""
+    """An empty id would mean the folder of all files, which a sweep would delete."""
     await bus._redis.zadd(bus.keys.file_expiry, {member: 1, b"t:file-1": 2})
     assert await bus.files.expired(now_ms(), 10) == [("t", "file-1")]
     assert await letters(bus) == [("file", member)]
@@ -246,7 +246,7 @@ async def test_rows_of_usage_that_cannot_be_read_hide_no_other(bus: Bus) -> None
 
 
 async def test_a_call_s_record_that_cannot_be_read_hides_no_other(bus: Bus) -> None:
-    """Those of a batch's lines are read by hundreds."""
+    """Hundreds of records of a batch's lines are read together."""
     call = RECORDS["idempotent call"]
     keys = [bus.keys.idem("t", key) for key in "abc"]
     await bus._redis.set(keys[0], b"\xc1", ex=60)

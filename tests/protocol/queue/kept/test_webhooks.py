@@ -1,4 +1,4 @@
-"""What waits to be told is kept by tenant, and tenants take turns; what the version before kept is taken over."""
+"""Pending events are stored per tenant, and tenants are served in turn; the previous version's records are migrated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def delivery(number: int, tenant: str = "a", **facts: Any) -> m.Delivery:
 
 
 async def turns(bus: Bus, num: int, of_turn: int) -> list[str]:
-    """Return whose deliveries `num` tenants' turns take, by their order."""
+    """Return the tenant of each delivery taken in `num` tenants' turns, in order."""
     taken: list[str] = []
     for tenant in await bus.webhooks.tenants_with_deliveries(num):
         taken += [one.tenant for one in await bus.webhooks.take(tenant, of_turn, 60_000)]
@@ -50,7 +50,7 @@ async def test_no_more_endpoints_than_allowed_whoever_asks_at_once(bus: Bus) -> 
 
 
 async def test_a_tenant_with_one_delivery_has_the_next_turn(bus: Bus) -> None:
-    """A thousand that are overdue since an hour take one turn, not a thousand."""
+    """A thousand deliveries overdue for an hour take one turn, not a thousand."""
     for number in range(0, 1000, 100):
         await bus.webhooks.add("a", [delivery(number + one) for one in range(100)], 1000)
     assert await turns(bus, 8, 4) == ["a"] * 4
@@ -112,7 +112,7 @@ async def test_ends_are_told_by_tenant_and_forgotten_once(bus: Bus) -> None:
     assert [one.id for one in ended] == [f"batch_{number}" for number in range(16)]
     await bus.webhooks.drop_ends("a", ended)
     assert await bus.webhooks.tenants_with_ends(9) == ["b", "a"]
-    await bus.webhooks.drop_ends("a", ended)  # by a gateway that has lost the lead, and does not know
+    await bus.webhooks.drop_ends("a", ended)  # by a gateway that has lost the lead without noticing
     assert (await bus.webhooks.ended("a", 1))[0].id == "batch_16"
     await bus.webhooks.drop_ends("b", await bus.webhooks.ended("b", 16))
     assert await bus.webhooks.tenants_with_ends(9) == ["a"]
@@ -140,7 +140,7 @@ async def test_what_the_version_before_kept_is_taken_over(bus: Bus) -> None:
     await redis.hset(keys.old_deliveries, "bad", b"\x81")
     await redis.zadd(keys.old_delivery_times, {"bad": 1})
     await redis.hset(keys.old_hooks, "t0:we_0", m.encode(endpoint(0, "t0")))
-    await redis.hset(keys.hooks("t0"), "we_0", m.encode(endpoint(7, "t0")))  # changed since
+    await redis.hset(keys.hooks("t0"), "we_0", m.encode(endpoint(7, "t0")))  # changed since then
     num_steps = 0
     while await bus.webhooks.take_over(16):
         num_steps += 1
