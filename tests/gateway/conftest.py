@@ -41,7 +41,7 @@ async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
 
 @pytest_asyncio.fixture
 async def qwen(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model reasons, and calls tools in Hermes' way."""
+    """A client of a gateway whose model reasons, and calls tools in the format of Hermes."""
     folder = make_model_folder(tmp_path / "model", (Path(__file__).parent / "templates" / "qwen.jinja").read_text())
     fleet.max_model_len = 1024
     await fleet.register()

@@ -28,7 +28,7 @@ Answer = tuple[str, list[tuple[str, dict[str, Any]]], str, int]
 
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model calls tools, and whose context holds an agent's prompt byte by byte."""
+    """A client of a gateway whose model calls tools and has room for the prompt of an agent, one token per byte."""
     folder = make_model_folder(tmp_path / "model", (HERE.parent / "templates" / "qwen.jinja").read_text())
     fleet.max_model_len = 200_000
     await fleet.register()
@@ -123,7 +123,7 @@ STEPS: dict[str, tuple[str, dict[str, Any], tuple[str, str]]] = {
 async def test_an_agent_calls_its_tool_and_reads_the_result(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, name: str
 ) -> None:
-    """Then it gets the answer to what its last call had besides."""
+    """Answer an agent with the tool call it expects, then with a text after the result of the tool."""
     sent = shape(name)
     for probe in sent["probes"]:
         assert (await http.request(*probe.split())).status_code == 200
@@ -132,7 +132,7 @@ async def test_an_agent_calls_its_tool_and_reads_the_result(
     fleet.script = lambda submit, body: Script(f"<tool_call>\n{written}\n</tool_call>", chunk=7)
     text, calls, reason, num_tokens = await asked(http, sent, sent["task"])
     assert (text.strip(), calls, reason) == ("", [(tool, arguments)], reasons[0])
-    assert num_tokens > 0  # agents count what is left of the context
+    assert num_tokens > 0  # agents compute the remaining context from it
     assert tool in fleet.prompt()  # its tools are shown to the model
     fleet.script = lambda submit, body: Script(DONE)
     text, calls, reason, num_tokens = await asked(http, sent, sent["task"] | sent["result"])
@@ -145,7 +145,7 @@ async def test_an_agent_calls_its_tool_and_reads_the_result(
         assert DONE.startswith(text)  # some requests limit the tokens
 
 
-# ---------------------------------------------------------------- what no text model reads
+# ---------------------------------------------------------------- content that text models can't read
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 STAND_IN = "[image: this model reads text]"

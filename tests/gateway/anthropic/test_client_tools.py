@@ -72,7 +72,7 @@ async def test_a_model_calls_them_and_reads_their_results(
 
 
 async def test_calls_are_held_to_what_is_documented(agent: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    """Forced, an editor is called with one of its commands: the grammar on the queue has them."""
+    """If a call is forced, the grammar of the request only allows the editor's documented commands."""
     tool = {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool", "max_characters": 10_000}
     calls(fleet, "str_replace_based_edit_tool", {"command": "view", "path": "/a"})
     answer = await agent.post(PATH, json={**BODY, "tools": [tool], "tool_choice": {"type": "any"}})

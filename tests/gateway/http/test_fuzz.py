@@ -154,7 +154,7 @@ FUZZED = examples.some(
 
 @pytest.mark.parametrize("path", FUZZED)
 async def test_odd_values_are_no_fault_in_any_place(http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str) -> None:
-    """What is no JSON, a number or half a character, is a client error, also in a place that nothing looks at."""
+    """Invalid numbers and half characters are client errors at each position of a valid body, read or not."""
     fleet.script = lambda submit, body: Script(text="hi", chunk=64)
     wrong = []
     for i, at in enumerate([*places(GOOD[path]), ("unknown",)]):

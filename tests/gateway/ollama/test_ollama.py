@@ -201,7 +201,7 @@ async def test_tool_calls_come_whole_and_thinking_apart(qwen: httpx2.AsyncClient
     fleet.script = lambda submit, body: Script(CALLS[:-20], eos=False, finish="length")
     cut = (await qwen.post("/api/chat", json={**body, **WHOLE})).json()["message"]
     assert len(cut["tool_calls"]) == 1
-    assert cut["content"].startswith("Let me see.add(")  # nothing of the answer is lost
+    assert cut["content"].startswith("Let me see.add(")  # the cut call is shown as text
 
 
 @pytest.mark.parametrize(("think", "shown"), [(True, True), (False, False), ("high", True), (None, None)])

@@ -76,7 +76,7 @@ async def test_a_list_of_models_gives_each_ones_answers_in_one_call(
     wanted = [("fox", f"d1 é {i}") for i in range(4)] + [("base", f"none é {i}") for i in range(4, 8)]
     assert [found[i] for i in range(8)] == wanted
     seeds = [body.sampling.seed for _, body in sorted(fleet.seen, key=lambda pair: pair[0].rid)]
-    assert seeds[:4] == seeds[4:]  # to compare the models by
+    assert seeds[:4] == seeds[4:]  # so that the models can be compared
     assert seeds[0] == seeds[2] != seeds[1] == seeds[3]
     refused = client.completions.create(model=["fox", "nobody"], prompt="hi")  # type: ignore[call-overload]
     with pytest.raises(NotFoundError, match="nobody"):

@@ -1,4 +1,4 @@
-"""Forms of an output, and parameters of vLLM, SGLang and TGI: they do what they do there, on both routes."""
+"""Output forms and parameters of vLLM, SGLang and TGI have the same effect as there, on both routes."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ async def choices_of(http: httpx2.AsyncClient, path: str, **fields: Any) -> list
 
 
 async def streamed(http: httpx2.AsyncClient, path: str, **fields: Any) -> tuple[str, dict[str, Any]]:
-    """Return a streamed answer's text, and the choice of its last chunk."""
+    """Return the text of a streamed answer, and the choice of its last chunk."""
     chunks = events_of(await http.post(path, json=body_of(path, stream=True, **fields)))
     return openai_events.text_of(chunks), chunks[-1]["choices"][0]
 
