@@ -1,4 +1,4 @@
-"""How benchmarks save their results: as JSON with machine and date, as a plot, and as a Markdown table."""
+"""How benchmarks save their results: as JSON with machine and date, as a Markdown table, and as a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import orjson
 
 from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_style
 
-__all__ = ["BLUE", "GREEN", "INK", "MUTED", "ORANGE", "RED", "machine", "parser", "save", "table"]
+__all__ = ["BLUE", "GREEN", "INK", "MUTED", "ORANGE", "RED", "machine", "parser", "plot", "save", "table"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -44,7 +44,7 @@ def parser(doc: str | None, *, without: Sequence[str] = ()) -> argparse.Argument
     if "short" not in without:
         parser.add_argument("--short", action="store_true", help="a short run of a minute or two")
     if "out" not in without:
-        parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and plot (%(default)s)")
+        parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     return parser
 
 
@@ -54,15 +54,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def save(path: Path, report: dict[str, Any], panels: int, draw: Callable[[Sequence[Any]], None]) -> None:
-    """Write `report` to `path`.json, and to `path`.png a row of `panels` axes, which `draw` fills."""
+def save(path: Path, report: dict[str, Any]) -> None:
+    """Write `report` to `path`.json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f"{path.name}.json")
+    file.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    print(f"wrote {file}")
+
+
+def plot(path: Path, panels: int, draw: Callable[[Sequence[Any]], None]) -> None:
+    """Write to `path`.png a row of `panels` axes, which `draw` fills."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     with mpl.rc_context(plot_style()):
         figure = Figure(figsize=(4.4 * panels, 3.4), layout="constrained", facecolor="white")
         draw(figure.subplots(1, panels, squeeze=False)[0])
-        figure.savefig(path.with_suffix(".png"), dpi=150)
-    print(f"wrote {path}.json and .png")
+        figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)

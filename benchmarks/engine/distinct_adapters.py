@@ -83,16 +83,6 @@ def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int =
     return times
 
 
-def draw(axes: Sequence[Any], medians: dict[str, float], floor_ms: float, num: int) -> None:
-    """Draw the medians as bars, and the floor as a line."""
-    bars = axes[0].bar(list(medians), list(medians.values()), color=(report.GREEN, report.BLUE, report.ORANGE))
-    axes[0].bar_label(bars, [f"{value:.1f}" for value in medians.values()], color=report.MUTED, padding=2)
-    axes[0].hlines(floor_ms, 1.6, 2.4, color=report.RED, label=f"floor {floor_ms:.1f}")
-    axes[0].set(title=f"a decode step of {num} requests, ms")
-    axes[0].grid(axis="x", visible=False)
-    axes[0].legend()
-
-
 STEPS = """
 import json, sys
 from pathlib import Path
@@ -141,7 +131,7 @@ def _tell(process: subprocess.Popen[str], line: str = "") -> str:
 
 
 def main() -> None:
-    """Measure, print a table, and save the figures and a plot."""
+    """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--before", type=Path, help="another checkout, whose steps are measured beside this one's")
     parser.add_argument("--requests", type=int, default=NUM_REQUESTS, help="at once (%(default)s); not with --before")
@@ -155,8 +145,7 @@ def main() -> None:
             found = compare(args.before, model, scratch / "adapters", 2 * rounds, num_steps // 2)
         rows = [(name, *(f"{value:.2f}" for value in figures.values())) for name, figures in found.items()]
         print(report.table(("32 requests", "before, ms", "after, ms", "ratio"), rows))
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "distinct-adapters-before.json").write_bytes(orjson.dumps({"machine": machine, "step_ms": found}))
+        report.save(args.out / "distinct-adapters-before", {"machine": machine, "step_ms": found})
         return
     torch.manual_seed(0)
     cases = {"base model": [""], "one adapter": names[:1], f"{num} adapters": names}
@@ -181,7 +170,7 @@ def main() -> None:
     }  # fmt: skip
     about = {"machine": machine, "rank": RANK, "requests": num, "steps_each": rounds * num_steps}
     path = args.out / ("distinct-adapters" if num == NUM_REQUESTS else f"distinct-adapters-{num}")
-    report.save(path, {**about, **figures}, 1, lambda axes: draw(axes, medians, floor_ms, num))
+    report.save(path, {**about, **figures})
     rows = [(name, f"{ms:.2f}", f"{1e3 * num / ms:.0f}", f"{base_ms / ms:.2f}") for name, ms in medians.items()]
     print(report.table((f"{num} requests", "step, ms", "tok/s", "of base"), rows))
     print(f"floor {floor_ms:.2f} ms ({num_bytes / 1e6:.0f} MB at {gb_s:.0f} GB/s): {distinct_ms / floor_ms:.2f} x")

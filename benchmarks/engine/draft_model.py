@@ -224,11 +224,8 @@ def main() -> None:
             draft = args.head or (model if kind == "bfloat16" else quantised_folder(model, read_config(model), kind, 8))
             print("a head" if args.head else f"a draft model in {kind}", flush=True)
             found[kind] = measure(scratch / "base", draft, plan)
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {"machine": machine, "added_layers": 0 if args.head else args.added, "drafts": found}
-    (args.out / ("draft-head.json" if args.head else "draft-model.json")).write_bytes(
-        orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    )
+    report.save(args.out / ("draft-head" if args.head else "draft-model"), about)
 
 
 if __name__ == "__main__":

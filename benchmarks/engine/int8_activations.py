@@ -135,7 +135,7 @@ def main() -> None:
             points = errors(models, docs_ids(folder))
         else:
             points = times(models, 5 if args.short else ROUNDS)
-    save(points, about, args.out / ("int8_activations_errors.json" if args.errors else "int8_activations.json"))
+    save(points, about, args.out / ("int8_activations_errors" if args.errors else "int8_activations"))
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def floor_ms(base_ms: float, rank_numbers: int, extra_numbers: int, gb_s: float,
 
 
 def main() -> None:
-    """Measure, print a table, and save the figures and a plot."""
+    """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--before", type=Path, help="another checkout, whose steps are measured beside this one's")
     args = parser.parse_args()
@@ -176,7 +176,7 @@ def main() -> None:
         "extra_numbers": {name: sum(own) for name, own in numbers.items()}, "rank_numbers": rank_numbers,
     }  # fmt: skip
     about = {"machine": machine, "requests": NUM_REQUESTS, "steps_each": rounds * num_steps}
-    report.save(args.out / "kinds-engine", {**about, **figures}, 1, lambda axes: draw(axes, steps, floors))
+    report.save(args.out / "kinds-engine", {**about, **figures})
     labels = sorted(folders)
     rows: list[tuple[str, ...]] = []
     for name, by in steps.items():
@@ -191,16 +191,6 @@ def main() -> None:
     )
     print(report.table(header, rows))
     print(f"one thread: {gb_s:.1f} GB/s, {products:.1f} · 10⁹ products/s; processor's time, lower quartile")
-
-
-def draw(axes: Sequence[Any], steps: dict[str, dict[str, float]], floors: dict[str, float]) -> None:
-    """Draw the steps as bars, and their floors as lines."""
-    bars = axes[0].barh(list(steps), [by["now"] for by in steps.values()], color=report.BLUE)
-    axes[0].bar_label(bars, [f"{by['now']:.1f}" for by in steps.values()], color=report.MUTED, padding=2)
-    for place, name in enumerate(steps):
-        if name in floors:
-            axes[0].vlines(floors[name], place - 0.4, place + 0.4, color=report.RED)
-    axes[0].set(title="a decode step of 32 requests, ms")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -163,8 +162,7 @@ def save(points: list[dict[str, Any]], about: dict[str, Any], path: Path) -> Non
     """Print points, which have the same names, as a table, and write them as JSON."""
     rows = [[f"{cell:.4g}" if isinstance(cell, float) else cell for cell in point.values()] for point in points]
     print(report.table(list(points[0]), rows))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+    report.save(path, about | {"points": points})
 
 
 def errors(folder: Path, model: BaseModel) -> list[dict[str, Any]]:
@@ -201,7 +199,7 @@ def main() -> None:
     model = load_model(folder, torch.device("cpu"), torch.bfloat16, None)
     with torch.inference_mode():
         points = errors(folder, model) if args.errors else times(model, 5 if args.short else ROUNDS)
-    save(points, about, args.out / ("kv_cache_errors.json" if args.errors else "kv_cache.json"))
+    save(points, about, args.out / ("kv_cache_errors" if args.errors else "kv_cache"))
 
 
 if __name__ == "__main__":

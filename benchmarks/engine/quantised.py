@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-import orjson
 import torch
 from torch import Tensor
 
@@ -134,8 +133,7 @@ def main() -> None:
     ]  # fmt: skip
     print(report.table(("instruction set", "weights", "rows", "ms", "GB/s", "a read, GB/s", "GFLOP/s"), rows))
     about = {"machine": report.machine(), "isa": cpu.isa()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quantised.json").write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+    report.save(args.out / "quantised", about | {"points": points})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import orjson
 import torch
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as transformers_model
@@ -111,8 +110,7 @@ def main() -> None:
         for p in points
     ]  # fmt: skip
     print(report.table(("operation", "case", "transformers, ms", "native, ms", "ratio"), rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "states.json").write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+    report.save(args.out / "states", about | {"points": points})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import orjson
 import torch
 
 from benchmarks.common import report
@@ -90,9 +89,8 @@ def main() -> None:
          "over_the_set_below": dict(zip(isas[1:], ratios, strict=True))}
         for name, num, rates, ratios in points
     ]  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {"machine": machine, "threads": args.threads, "rank": RANK, "rounds": rounds, "points": found}
-    (args.out / "steps-by-isa.json").write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
+    report.save(args.out / "steps-by-isa", about)
 
 
 if __name__ == "__main__":

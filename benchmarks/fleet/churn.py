@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from benchmarks.common import report
 from benchmarks.common.fleet import (
@@ -94,17 +94,8 @@ def _counters(running: RunningFleet) -> WorkerCounters:
     return beat.counters
 
 
-def draw(axes: Sequence[Any], points: Sequence[Point]) -> None:
-    """Draw throughput and time to first token of each turn, in two panels."""
-    colors = (report.BLUE, report.ORANGE, report.GREEN)
-    for axis, name in zip(axes, ("tokens_per_s", "ttft_p50_ms"), strict=True):
-        for place, point in enumerate(points):
-            axis.bar(place, getattr(point, name), color=colors[place % len(LOADS)])
-        axis.set(title=name, xlabel=f"turns: {', '.join(LOADS)}")
-
-
 def main() -> None:
-    """Measure, print a table, and save the figures and a plot."""
+    """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="turns of the three loads (%(default)s)")
     parser.add_argument("--in-pool", type=int, default=NUM_IN_POOL, help="adapters that have room (%(default)s)")
@@ -133,7 +124,7 @@ def main() -> None:
         "points": [asdict(point) for point in points],
         "accounts": [asdict(account) for account in accounts],
     }
-    report.save(args.out / "churn", results, 2, lambda axes: draw(axes, points))
+    report.save(args.out / "churn", results)
     print(markdown(points))
     for load, found in ratios(points).items():
         print(f"{load} ÷ one: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))

@@ -383,8 +383,7 @@ def observe(model: Path, trees: Mapping[str, Path], share: float, rounds: int, o
         rows.append([label, round(statistics.median(us[label]), 2), *each, speed,
                      f"{statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"])  # fmt: skip
     print(report.table(["", "µs/token", *PARTS, "tok/s", "÷ now, by pairs"], [[str(v) for v in row] for row in rows]))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"observed-{share:g}.json").write_text(json.dumps({"machine": report.machine(), "results": found}, indent=1))
+    report.save(out / f"observed-{share:g}", {"machine": report.machine(), "results": found})
 
 
 @contextmanager
@@ -436,7 +435,8 @@ def main() -> None:
     ]
     print(report.table(["", *trees, "wanted"], rows))
     saved = {"machine": about, "figures": found, "results": results}
-    report.save(args.out / "control_plane", saved, 2, lambda axes: draw(axes, results))
+    report.save(args.out / "control_plane", saved)
+    report.plot(args.out / "control_plane", 2, lambda axes: draw(axes, results))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ class Run:
     num_loads: int
     num_fetches: int  # loads that fetched from the store
     resident: int  # adapters in the pool at the end
-    progress: list[tuple[int, int]]  # (answers, loads) so far, about once a second
 
     @property
     def hit_rate(self) -> float:
@@ -98,16 +97,15 @@ def ask_all(running: RunningFleet, names: Sequence[str]) -> Run:
     """Ask every name in turn, `CONCURRENCY` at once. Raises HTTPStatusError when one gets an error."""
     before = running.num_loads()
     started_s = time.perf_counter()
-    texts, progress = asyncio.run(_ask_all(running, names))
+    texts = asyncio.run(_ask_all(running, names))
     wall_s = time.perf_counter() - started_s
     num_loads, num_fetches = (now - then for now, then in zip(running.num_loads(), before, strict=True))
     resident = sum(len(beat.resident) for beat in running.beats())
-    return Run(texts, wall_s, num_loads, num_fetches, resident, [*progress, (len(names), num_loads)])
+    return Run(texts, wall_s, num_loads, num_fetches, resident)
 
 
-async def _ask_all(running: RunningFleet, names: Sequence[str]) -> tuple[list[str], list[tuple[int, int]]]:
+async def _ask_all(running: RunningFleet, names: Sequence[str]) -> list[str]:
     texts: dict[int, str] = {}
-    progress: list[tuple[int, int]] = []
     todo = iter(enumerate(names))
 
     async def client(http: httpx2.AsyncClient) -> None:
@@ -116,18 +114,10 @@ async def _ask_all(running: RunningFleet, names: Sequence[str]) -> tuple[list[st
             response = (await http.post("/v1/completions", json=body)).raise_for_status()
             texts[index] = response.json()["choices"][0]["text"]
 
-    async def watch() -> None:
-        while True:
-            beats = await asyncio.to_thread(running.beats)
-            progress.append((len(texts), sum(beat.num_loads for beat in beats)))
-            await asyncio.sleep(1)
-
-    watcher = asyncio.create_task(watch())
     async with httpx2.AsyncClient(base_url=running.url, timeout=120, trust_env=False) as http, asyncio.TaskGroup() as g:
         for _ in range(CONCURRENCY):
             g.create_task(client(http))
-    watcher.cancel()
-    return [texts[index] for index in range(len(names))], progress
+    return [texts[index] for index in range(len(names))]
 
 
 def oracle_texts(model: Path, adapters: Path, names: Sequence[str]) -> dict[str, str]:
@@ -152,16 +142,6 @@ def oracle_texts(model: Path, adapters: Path, names: Sequence[str]) -> dict[str,
             ids = tuned.generate(**prompt, max_new_tokens=OUTPUT_TOKENS, do_sample=False)
         texts[name] = tokenizer.decode(ids[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
     return texts
-
-
-def draw(axes: Sequence[Any], run: Run, simulated: dict[str, np.ndarray]) -> None:
-    """Fill one panel: loads so far over requests so far, of the fleet and of the simulation."""
-    (axis,) = axes
-    for (policy, hits), color in zip(simulated.items(), (report.BLUE, report.MUTED), strict=True):
-        axis.plot(np.cumsum(~hits), "--", color=color, label=f"{policy}, simulated")
-    axis.plot(*zip(*run.progress, strict=True), color=report.ORANGE, label="the fleet")
-    axis.set(title="copies into the pool", xlabel="requests", xlim=(0, None), ylim=(0, None))
-    axis.legend(fontsize=7)
 
 
 def main() -> None:
@@ -199,7 +179,7 @@ def main() -> None:
         "different_answers": len({text for texts in answers.values() for text in texts}),
         "checked": len(checked), "checked_right": sum(answers[name] == {text} for name, text in right.items()),
     }  # fmt: skip
-    report.save(args.out / "hit-rate", results, 1, lambda axes: draw(axes, run, simulated))
+    report.save(args.out / "hit-rate", results)
     print(json.dumps(results, indent=1))
 
 

@@ -178,7 +178,8 @@ def main() -> None:
     header = ("worker", "starts in, s", "target", "by", "worker hours", "most", "TTFT p50, s", "p99, s", "% over 5 s")
     keys = ("kind", "start_s", "target", "how", "worker_hours", "most", "ttft_p50_s", "ttft_p99_s", "late")
     print(report.table(header, [[r[key] for key in keys] for r in rows]))
-    report.save(args.out / "scaling.json", {**about, "rows": rows}, len(KINDS), lambda axes: draw(axes, rows))
+    report.save(args.out / "scaling", {**about, "rows": rows})
+    report.plot(args.out / "scaling", len(KINDS), lambda axes: draw(axes, rows))
 
 
 if __name__ == "__main__":
