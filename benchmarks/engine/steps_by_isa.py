@@ -1,6 +1,6 @@
 """Decode steps of a whole model by each instruction set that this processor has, in turns, step by step.
 
-    python -m benchmarks.engine.steps_by_isa [--model FOLDER] [--short] [--sets avx512,avx2] [--threads N]
+    python -m benchmarks.engine.steps_by_isa [--model FOLDER] [--short] [--threads N]
 
 The base model in bf16, one adapter and as many adapters as requests (rank 16), and its weights as Q8_0 and Q4_0; 1, 8
 and 32 requests of 64 tokens and more. Only `Engine.step` is measured, in this process, without HTTP and queue. Each
@@ -52,10 +52,9 @@ def step_ms(engine: Engine, digests: list[str], num: int, isas: list[str], round
 def main() -> None:
     """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
-    parser.add_argument("--sets", default="", help="instruction sets, the lowest first (all that are here)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
     args = parser.parse_args()
-    isas = args.sets.split(",") if args.sets else cpu.isas()[::-1]
+    isas = cpu.isas()[::-1]  # the lowest first
     if not isas:
         raise SystemExit("the native operations cannot be built here; the log says why")
     torch.set_num_threads(args.threads)

@@ -1,14 +1,13 @@
 """Many more adapters than fit into the pool, on a machine whose cores are all busy.
 
-    python -m benchmarks.fleet.churn [--model FOLDER] [--short] [--rounds N] [--in-pool N] [--max-slowdown X]
+    python -m benchmarks.fleet.churn [--model FOLDER] [--short] [--rounds N]
 
 160 adapters of rank 8 on all linear layers, asked for by Zipf 1.0, a pool for 32 of them, 32 requests in flight, 64
 words in and 64 tokens out; on one fleet, in turns with one adapter under the same load and with 160 that nobody has
 asked for yet, all of which have to be fetched. Wanted: the median first token within 3 x of one adapter's, and 0.9 of
-its throughput. `--in-pool 160`: no adapter of the second load has to wait, which says what the loads cost.
+its throughput.
 
-Without API keys each adapter is a tenant, of which the most popular one has more than its share. With
-`--max-slowdown 0` it does not give way to the others.
+Without API keys each adapter is a tenant, of which the most popular one has more than its share.
 
 No two turns share a prompt: adapters of earlier turns would have theirs in the prefix cache, new ones would not.
 """
@@ -98,8 +97,6 @@ def main() -> None:
     """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="turns of the three loads (%(default)s)")
-    parser.add_argument("--in-pool", type=int, default=NUM_IN_POOL, help="adapters that have room (%(default)s)")
-    parser.add_argument("--max-slowdown", type=float, help="the fleet's; see docs/scheduling.md")
     args = parser.parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     num_requests = (2 if args.short else 4) * CONCURRENCY
@@ -109,8 +106,7 @@ def main() -> None:
     accounts: list[Account] = []
     with scratch_folder() as scratch:
         make_adapters(model, scratch / "adapters", [*names, *(name for turn in new for name in turn)], RANKS)
-        flags = [f"--adapter-pool-bytes={pool_bytes(model, args.in_pool, 2)}"]
-        flags += [f"--max-slowdown={args.max_slowdown}"] if args.max_slowdown is not None else []
+        flags = [f"--adapter-pool-bytes={pool_bytes(model, NUM_IN_POOL, 2)}"]
         with fleet(Setup(model, scratch / "adapters", scratch, flags)) as running:
             # A fleet's first requests are slower than all later ones.
             measure(running, names[:1], ZIPF, num_requests, seed=len(LOADS) * args.rounds)
@@ -119,11 +115,10 @@ def main() -> None:
                     fills, seed, account = own is not new[turn], len(points), accounted(running, accounts)
                     points.append(measure(running, own, ZIPF, num_requests, fill_pool=fills, seed=seed, beside=account))
                     print(points[-1], accounts[-1], sep="\n", flush=True)
-    about = {"machine": machine, "in_pool": args.in_pool, "max_slowdown": args.max_slowdown, "ratios": ratios(points)}
-    results = about | {
-        "points": [asdict(point) for point in points],
-        "accounts": [asdict(account) for account in accounts],
-    }
+    results = {
+        "machine": machine, "in_pool": NUM_IN_POOL, "ratios": ratios(points),
+        "points": [asdict(point) for point in points], "accounts": [asdict(account) for account in accounts],
+    }  # fmt: skip
     report.save(args.out / "churn", results)
     print(markdown(points))
     for load, found in ratios(points).items():

@@ -11,7 +11,6 @@ early enough to be there in time: KEDA's cron triggers do that.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ TOLERANCE = 0.1
 SLOT_S = 900
 NUM_BURSTS, BURST_S = 12, 300
 MAX_WORKERS = 40
+TARGETS = (16, 32, 64)
 WAYS = (("demand", 0.0), ("a schedule too", 1.0), ("with room", 2.0))
 """How workers are scaled, and what yesterday's number is multiplied by."""
 
@@ -160,14 +160,10 @@ def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Play the days and report them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=report.Path, default=report.RESULTS)
-    parser.add_argument("--targets", default="16,32,64", help="requests for each worker")
-    args = parser.parse_args()
+    args = report.parser(__doc__, without=("model", "short")).parse_args()
     about = report.machine()
     rows: list[dict[str, Any]] = []
-    targets = [int(text) for text in args.targets.split(",")]
-    for kind, start_s, target in product(KINDS, (60, 300), targets):
+    for kind, start_s, target in product(KINDS, (60, 300), TARGETS):
         before, coming = (arrivals(kind.peak_rate, np.random.default_rng(seed)) for seed in (1, 2))
         yesterday = live(kind, target, 0, before, np.random.default_rng(3))
         rows.append(row(kind, target, start_s, "demand", live(kind, target, start_s, coming, np.random.default_rng(4))))
