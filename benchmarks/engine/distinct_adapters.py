@@ -10,8 +10,6 @@ each checkout in its own process, in turns.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ import orjson
 import torch
 
 from benchmarks.common import report
+from benchmarks.common.checkouts import Checkout, in_turns
 from benchmarks.common.fleet import adapter_bytes, make_adapters, quickstart_model, scratch_folder
 from benchmarks.engine.kernels import memory_gb_s
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
@@ -29,7 +28,6 @@ from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import load_model
 from gpu_worker.planning.request import EngineRequest
-from protocol.runtime.environment import COMPUTE, child_environment
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
 
@@ -67,31 +65,41 @@ def add_requests(engine: Engine, digests: Sequence[str], num: int) -> None:
         )  # fmt: skip
 
 
-def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int = NUM_REQUESTS) -> list[float]:
-    """Run `num` requests of the adapters in turn; return the milliseconds of each step that decoded all of them."""
+def steps_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int) -> tuple[list[float], list[float]]:
+    """Run `num` requests of the adapters in turn.
+
+    Returns the milliseconds of steps with prompts, and of `num_steps` that decoded all of them.
+    """
     add_requests(engine, digests, num)
-    times: list[float] = []
-    while len(times) < num_steps:
-        decodes = len(engine.batcher.running) == num and all(seq.num_pending == 1 for seq in engine.batcher.running)
+    prefills, decodes = list[float](), list[float]()
+    while len(decodes) < num_steps:
+        running = engine.batcher.running
+        decodes_all = len(running) == num and all(seq.num_pending == 1 for seq in running)
         started = time.perf_counter()
         outputs = engine.step()
-        if decodes:
-            times.append(1e3 * (time.perf_counter() - started))
+        took = 1e3 * (time.perf_counter() - started)
         if error := next((output.error for output in outputs if output.error), None):
             raise error
+        if decodes_all:
+            decodes.append(took)
+        elif outputs:
+            prefills.append(took)
     engine.hand_over()
-    return times
+    return prefills, decodes
+
+
+def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int = NUM_REQUESTS) -> list[float]:
+    """Return the milliseconds of steps that decoded all of `num` requests of the adapters in turn."""
+    return steps_ms(engine, digests, num_steps, num)[1]
 
 
 STEPS = """
 import json, sys
 from pathlib import Path
 import torch
-from benchmarks.engine.distinct_adapters import CASES, NAMES, decode_ms, start_engine
+from benchmarks.engine.distinct_adapters import CASES, decode_ms, start_engine
 torch.manual_seed(0)
 engine = start_engine(Path(sys.argv[1]), Path(sys.argv[2]))
-decode_ms(engine, NAMES, 8)
-print("ready", flush=True)
 for line in sys.stdin:
     name, num_steps = json.loads(line)
     print(json.dumps(decode_ms(engine, CASES[name], num_steps)), flush=True)
@@ -101,33 +109,13 @@ for line in sys.stdin:
 
 def compare(before: Path, model: Path, adapters: Path, rounds: int, num_steps: int) -> dict[str, dict[str, float]]:
     """Return, for each case, the median step of another checkout and of this one in ms, and their ratio."""
-    processes: dict[str, subprocess.Popen[str]] = {}
-    for label, folder in {"before": before, "after": Path.cwd()}.items():
-        command = [sys.executable, "-c", STEPS, str(model), str(adapters)]
-        processes[label] = subprocess.Popen(
-            command, cwd=folder, env={**child_environment(*COMPUTE), "PYTHONPATH": ".:kernels"}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert _tell(processes[label]) == "ready"
-    times: dict[str, dict[str, list[float]]] = {name: {label: [] for label in processes} for name in CASES}
-    for index in range(rounds):
-        labels = [*processes] if index % 2 else [*processes][::-1]
-        for name in CASES:
-            for label in labels:
-                times[name][label] += orjson.loads(_tell(processes[label], orjson.dumps([name, num_steps]).decode()))
-    for process in processes.values():
-        process.communicate()
+    folders = {"before": before, "after": Path.cwd()}
+    checkouts = {label: Checkout(folder, STEPS, model, adapters) for label, folder in folders.items()}
+    for checkout in checkouts.values():
+        checkout.ask("32 adapters", 8)  # loads them
+    times = in_turns(checkouts, {name: (name, num_steps) for name in CASES}, rounds)
     figures = {name: {label: float(np.median(ms)) for label, ms in by.items()} for name, by in times.items()}
     return {name: {**medians, "ratio": medians["after"] / medians["before"]} for name, medians in figures.items()}
-
-
-def _tell(process: subprocess.Popen[str], line: str = "") -> str:
-    """Send a line, unless it is empty; return the next line of the process."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if line:
-        print(line, file=process.stdin, flush=True)
-    return process.stdout.readline().strip()
 
 
 def main() -> None:

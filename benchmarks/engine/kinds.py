@@ -11,22 +11,18 @@ whole steps. With `--before`, steps of another checkout are measured as well, in
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 from peft import LoraConfig
 
 from benchmarks.common import report
+from benchmarks.common.checkouts import Checkout, in_turns
 from benchmarks.common.fleet import quickstart_model, scratch_folder
 from benchmarks.common.kinds import IA3, LORA, OFT, ROAD, Groups, make_kinds
-from protocol.runtime.environment import COMPUTE, child_environment
 
 NUM_REQUESTS = 32
 BASE, FIRST = "base model", "LoRA of rank 16"
@@ -89,29 +85,6 @@ for line in sys.stdin:
 the steps' times, or how many fp32 numbers each adapter has besides rank rows."""
 
 
-class Checkout:
-    """A process that measures steps of a checkout."""
-
-    def __init__(self, folder: Path, model: Path, adapters: Path) -> None:
-        """Start it. adapters: folder of the adapters, by name."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", STEPS, str(model), str(adapters)], cwd=folder, text=True,
-            env={**child_environment(*COMPUTE), "PYTHONPATH": ".:kernels", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-
-    def ask(self, digests: Sequence[str], num_steps: int, *, numbers: bool = False) -> list[Any]:
-        """Return the times of steps in ms; or numbers besides rank rows, which each adapter has."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(orjson.dumps([digests, num_steps, numbers]).decode(), file=self._process.stdin, flush=True)
-        return orjson.loads(self._process.stdout.readline())
-
-    def stop(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-
 def lora_numbers(adapters: Path, name: str) -> int:
     """Return how many numbers an adapter's rank rows have; 0 for a kind without."""
     from safetensors import safe_open
@@ -154,17 +127,13 @@ def main() -> None:
         adapters = scratch / "adapters"
         groups = make_kinds(model, adapters, GROUPS, NUM_REQUESTS)
         folders = {"now": Path.cwd(), **({"before": args.before} if args.before else {})}
-        checkouts = {label: Checkout(folder, model, adapters) for label, folder in folders.items()}
-        numbers = {name: checkouts["now"].ask(own, 2, numbers=True) for name, own in groups.items()}
+        checkouts = {
+            label: Checkout(folder, STEPS, model, adapters, OMP_NUM_THREADS="1") for label, folder in folders.items()
+        }
+        numbers = {name: checkouts["now"].ask(own, 2, True) for name, own in groups.items()}
         rank_numbers = {name: sum(lora_numbers(adapters, one) for one in own) for name, own in groups.items()}
         cases = {BASE: [""] * NUM_REQUESTS, **groups}
-        times: dict[str, dict[str, list[float]]] = {name: {label: [] for label in folders} for name in cases}
-        for index in range(rounds):
-            for name, digests in cases.items():
-                for label in list(folders)[:: 1 if index % 2 else -1]:
-                    times[name][label] += checkouts[label].ask(digests, num_steps)
-        for checkout in checkouts.values():
-            checkout.stop()
+        times = in_turns(checkouts, {name: (digests, num_steps, False) for name, digests in cases.items()}, rounds)
     gb_s, products = speeds()
     steps = {name: {label: float(np.quantile(ms, 0.25)) for label, ms in by.items()} for name, by in times.items()}
     base_ms, lora_ms = steps[BASE]["now"], steps[FIRST]["now"]
