@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import httpx2
@@ -157,18 +158,18 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
     return merged
 
 
-def in_turns(servers: list[Server], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
-    """Run servers and programs side by side and measure them in turns, each load of each round.
+def in_turns(groups: Iterable[list[Server]], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
+    """Run the servers and programs of each group side by side and measure them in turns, each load of each round.
 
     Returns the points by round. Before the first, an adapter of each program must have changed the answer.
     """
     rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
-    with ExitStack() as stack:
-        asks = [_started(server, scratch, stack) for server in servers]
-        loads = dict.fromkeys(name for server in servers for name in server.scenarios)
-        for number, points in enumerate(rounds):
-            for scenario in loads:
-                for place, concurrency in enumerate(args.concurrency):
+    for servers in groups:
+        with ExitStack() as stack:
+            asks = [_started(server, scratch, stack) for server in servers]
+            loads = dict.fromkeys(name for server in servers for name in server.scenarios)
+            for number, points in enumerate(rounds):
+                for scenario, (place, concurrency) in product(loads, enumerate(args.concurrency)):
                     seed = 2 * (number * len(args.concurrency) + place)
                     for server, ask in zip(servers, asks, strict=True):
                         if scenario not in server.scenarios:
