@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.common import report
 from benchmarks.common.fleet import RunningFleet, Setup, fleet, quickstart_model, scratch_folder
-from benchmarks.peers.make_adapters import module_shapes
+from benchmarks.peers.make_adapters import make_adapter, module_shapes
 from benchmarks.simulation.eviction import play, zipf_trace
 
 NUM_ADAPTERS, NUM_REQUESTS, ZIPF = 2000, 2000, 1.0
@@ -32,10 +32,9 @@ POOL_ADAPTERS = 64
 CONCURRENCY = 16
 RANK = 4
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj")
-B_STD = 0.3
+B_STD = 0.6
 PROMPT = "The weather report for tomorrow:"
 OUTPUT_TOKENS = 8
-WEIGHTS = "adapter_model.safetensors"
 NUM_CHECKED = 50
 MAX_DIFFERENCE = 0.1  # wanted: relative difference of the hit rate from the simulation's
 
@@ -54,27 +53,6 @@ class Run:
     def hit_rate(self) -> float:
         """Share of the requests that needed no copy into the pool."""
         return 1 - self.num_loads / len(self.texts)
-
-
-def write_adapters(model: Path, root: Path, names: Sequence[str]) -> None:
-    """Write adapters of rank `RANK` on q and v, each with random weights of its own."""
-    from safetensors.numpy import save_file
-
-    shapes = {name: shape for name, shape in module_shapes(model).items() if name.endswith(tuple(TARGETS))}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model), "r": RANK}
-    config |= {"lora_alpha": 2 * RANK, "target_modules": [name.rpartition(".")[2] for name in TARGETS]}
-    for seed, name in enumerate(names):
-        random = np.random.default_rng(seed)
-        tensors: dict[str, np.ndarray] = {}
-        for module, (num_out, num_in) in shapes.items():
-            prefix = f"base_model.model.{module}"
-            a = random.standard_normal((RANK, num_in), np.float32) / num_in**0.5
-            b = random.standard_normal((num_out, RANK), np.float32) * B_STD
-            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
-        folder = root / name
-        folder.mkdir(parents=True)
-        save_file({key: tensor.astype(np.float16) for key, tensor in tensors.items()}, folder / WEIGHTS)
-        (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def pool_bytes(model: Path, num_adapters: int, item_bytes: int = 4) -> int:
@@ -156,7 +134,8 @@ def main() -> None:
     simulated = {policy: play(policy, trace, [1] * num_adapters, **room) for policy in ("GDSF", "LRU")}
     with scratch_folder() as scratch:
         adapters = scratch / "adapters"
-        write_adapters(model, adapters, names)
+        for seed, name in enumerate(names):
+            make_adapter(model, adapters / name, RANK, seed, targets=TARGETS, b_std=B_STD)
         flags = ["--dtype=float32", f"--adapter-pool-bytes={pool_bytes(model, POOL_ADAPTERS)}"]
         asked = [names[adapter] for adapter in trace]
         with fleet(Setup(model, adapters, scratch, flags)) as running:
