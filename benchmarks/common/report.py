@@ -13,9 +13,7 @@ from typing import Any
 
 import orjson
 
-from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_style
-
-__all__ = ["BLUE", "GREEN", "INK", "MUTED", "ORANGE", "RED", "machine", "parser", "plot", "save", "table"]
+from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_style  # noqa: F401  for scripts' plots
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -34,6 +32,17 @@ def machine() -> dict[str, Any]:
         "torch": version("torch"),
         "load_average_before": round(os.getloadavg()[0], 1),
     }
+
+
+def native_machine() -> dict[str, Any]:
+    """Return the machine, and how native operations run on it. Raises SystemExit where they cannot be built."""
+    import torch
+
+    from lora_kernels import cpu
+
+    if not cpu.load():
+        raise SystemExit("the native operations cannot be built here; the log says why")
+    return {"machine": machine(), "isa": cpu.isa(), "threads": torch.get_num_threads()}
 
 
 def parser(doc: str | None, *, without: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import report
-from lora_kernels import cpu, ops
+from lora_kernels import ops
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 576, 1536, 49152
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
@@ -207,13 +207,11 @@ def main() -> None:
     """Measure all operations, print a table, and save the figures."""
     args = report.parser(__doc__, without=("model", "short")).parse_args()
     torch.manual_seed(0)
-    if not cpu.load():
-        raise SystemExit("the native kernels are not available here")
-    machine = report.machine()
+    about = report.native_machine()
     bandwidth, peak = memory_gb_s(), peak_gflops()
     rows = [*linear_rows(), *lora_rows(), *attention_rows()]
     rows += [row for m in (1, 32, 512) for row in pointwise_rows(m)]
-    print(f"{cpu.isa()}, {torch.get_num_threads()} threads, load {machine['load_average_before']} before")
+    print(f"{about['isa']}, {about['threads']} threads, load {about['machine']['load_average_before']} before")
     print(f"memory {bandwidth:.0f} GB/s, arithmetic {peak:.0f} GFLOP/s")
     for row in rows:
         row.floor_ms = max(row.bytes / bandwidth, row.flops / peak) / 1e6
@@ -222,10 +220,8 @@ def main() -> None:
         for r in rows
     ]
     print(report.table(("operation", "case", "ms", "floor", "torch"), cells))
-    machine |= {
-        "isa": cpu.isa(), "threads": torch.get_num_threads(), "memory_gb_s": bandwidth, "peak_gflops": peak,
-    }  # fmt: skip
-    report.save(args.out / "kernels", {"machine": machine, "rows": [asdict(row) for row in rows]})
+    about |= {"memory_gb_s": bandwidth, "peak_gflops": peak, "rows": [asdict(row) for row in rows]}
+    report.save(args.out / "kernels", about)
 
 
 if __name__ == "__main__":

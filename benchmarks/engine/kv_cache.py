@@ -31,7 +31,7 @@ from benchmarks.common.fleet import quickstart_model
 from gpu_worker.loading.checkpoint import read_model
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import load_model
-from lora_kernels import cpu, kv_codes, ops
+from lora_kernels import kv_codes, ops
 
 CONTEXT, NUM_SEQS = 8192, (1, 8)
 LENGTHS, LAST, CHUNK = (512, 4608), 256, 256
@@ -192,9 +192,7 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--errors", action="store_true", help="what changes in answers, in place of times")
     args = parser.parse_args()
-    if not cpu.load():
-        raise SystemExit("the native operations cannot be built here; the log says why")
-    about = {"machine": report.machine(), "isa": cpu.isa(), "threads": torch.get_num_threads()}
+    about = report.native_machine()
     folder = args.model or quickstart_model()
     model = load_model(folder, torch.device("cpu"), torch.bfloat16, None)
     with torch.inference_mode():

@@ -22,7 +22,6 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as transformers_model
 
 from benchmarks.common import report
 from gpu_worker.layers.mixers import ChunkScan, Convolution, DeltaRule, Run, StateBatch
-from lora_kernels import cpu
 
 HEADS, DIM, TAPS = 16, 128, 4
 CHANNELS = 3 * HEADS * DIM
@@ -91,9 +90,7 @@ def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 def main() -> None:
     """Measure, print a table, and save the figures."""
     args = report.parser(__doc__, without=("model", "short")).parse_args()
-    if not cpu.load():
-        raise SystemExit("the native operations cannot be built here; the log says why")
-    about = {"machine": report.machine(), "isa": cpu.isa(), "threads": torch.get_num_threads()}
+    about = report.native_machine()
     points = []
     with torch.inference_mode():
         makers = {"gated delta rule": delta_rule, "causal convolution": convolution, "Mamba2's scan": scan}

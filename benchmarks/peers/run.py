@@ -22,10 +22,9 @@ from itertools import product
 from pathlib import Path
 
 import httpx2
-import orjson
 import psutil
 
-from benchmarks.common.report import RESULTS, machine
+from benchmarks.common import report
 from benchmarks.peers.programs import program
 from benchmarks.peers.report import markdown, save_plot
 from benchmarks.peers.servers import SYSTEMS, Lab, Server, started
@@ -243,20 +242,19 @@ def save(measured: Callable[[Path], list[list[Point]]], name: str, args: argpars
     """Save and print the medians of rounds that are measured with a folder to write to. name: of the results."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a server must not outlive this process
     started_at = datetime.now(UTC)
-    out = args.out or RESULTS / f"{name}-{started_at:%Y-%m-%d}"
-    about = {"started_at": started_at.isoformat(timespec="seconds"), "machine": machine()}
+    out = args.out or report.RESULTS / f"{name}-{started_at:%Y-%m-%d}"
+    about = {"started_at": started_at.isoformat(timespec="seconds"), "machine": report.machine()}
     about["load"] = {
         key: getattr(args, key)
         for key in ("num_adapters", "prompt_words", "output_tokens", "waves", "min_requests", "rounds")
     }
     with tempfile.TemporaryDirectory(prefix="lorafleet-peers-") as scratch:
         points = median_points(measured(Path(scratch)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report = {**about, "points": [asdict(point) for point in points]}
-    out.with_suffix(".json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    out.with_suffix(".md").write_text(markdown(report))
-    save_plot(report, out.with_suffix(".png"))
-    print(f"\n{markdown(report)}\nwrote {out}.json, .md and .png")
+    found = {**about, "points": [asdict(point) for point in points]}
+    report.save(out, found)
+    out.with_suffix(".md").write_text(markdown(found))
+    save_plot(found, out)
+    print(f"\n{markdown(found)}\nwrote {out}.md and .png")
 
 
 def main() -> None:
