@@ -180,6 +180,23 @@ def test_refuses_bad_fields(fields: dict[str, Any], part: str) -> None:
     assert any(part in reason for reason in reasons(lora_config(**fields)))
 
 
+QUANTISED = msgspec.structs.replace(BASE, sites=[msgspec.structs.replace(site, kind=m.OPAQUE) for site in BASE.sites])
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "part"),
+    [
+        ({"use_dora": True}, {}, "DoRA is not served on quantised layers"),
+        ({"modules_to_save": ["v_proj"], "target_modules": ["q_proj"]}, {}, "whole weights of quantised layers"),
+        ({"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}, {}, "LoRA on this parameter"),
+        ({}, {f"base_model.model.{BASE.sites[0].name}.base_layer.weight": np.zeros((16, 16))}, "whole weights"),
+    ],
+)
+def test_refuses_what_needs_the_weights_of_quantised_layers(fields: Any, tensors: Any, part: str) -> None:
+    assert len(read(lora_config(), QUANTISED).sites) == 4
+    assert any(part in reason for reason in reasons(lora_config(**fields), QUANTISED, **tensors))
+
+
 def test_refuses_another_base() -> None:
     """Unknown layers, and the same layers in other shapes."""
     other = m.ServedModel(
