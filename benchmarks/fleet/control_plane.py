@@ -19,7 +19,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
@@ -33,7 +32,7 @@ import psutil
 import uvloop
 
 from benchmarks.common import report
-from benchmarks.common.fleet import quickstart_model
+from benchmarks.common.fleet import quickstart_model, scratch_folder
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.launcher.machine import claim_port
 from protocol.queue.bus import Bus
@@ -159,8 +158,8 @@ def services(
     own: variables of the services, besides those that all have.
     """
     port = claim_port("127.0.0.1", 0)
-    with tempfile.TemporaryDirectory() as folder:
-        queue = start_embedded(Path(folder) / "queue")
+    with scratch_folder() as folder:
+        queue = start_embedded(folder / "queue")
         processes: dict[str, subprocess.Popen[bytes]] = {}
         try:
             settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")

@@ -211,7 +211,7 @@ class Asked:
             self.finish[output.rid] = output
 
 
-def watch(engine: Engine, look: Callable[[StepInputs, torch.Tensor], object]) -> Callable[[StepInputs], torch.Tensor]:
+def watch(engine: Engine, look: Callable[[Any, torch.Tensor], object]) -> Any:
     """Let `look` see the inputs of every step and the logits that it gives. Returns what ran before."""
     run = engine.runner.run
 
