@@ -148,8 +148,8 @@ def test_top_p_is_the_same_to_the_bit_where_the_host_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 3, 4, 5, 6, 100])
-def test_repetition_penalty_looks_back_over_output_and_prompt_as_far_as_is_asked(window: int) -> None:
-    """window: 0 is as far as the text goes."""
+def test_repetition_penalty_looks_back_as_far_as_is_asked(window: int) -> None:
+    """Over prompt and output. window: 0 is as far as they go."""
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
     prompt, output = np.array([1, 2, 2], np.int32), np.array([5, 6], np.int32)
     for num in (0, 1, 2):
