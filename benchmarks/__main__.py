@@ -19,15 +19,13 @@ FULL = (
     "fleet.mixed_ranks", "fleet.fairness", "fleet.prediction", "fleet.control_plane",
 )  # fmt: skip
 SHORT = ("engine.distinct_adapters", "fleet.adapters", "fleet.cold_loads", "fleet.mixed_ranks", "fleet.control_plane")
-OWN_FLAGS = ("engine.kernels",)  # takes the name of its output file, and no model
+TAKES_NO_MODEL = ("engine.kernels",)  # nor a short run
 
 
 def command(name: str, model: str, out: str, short: bool) -> list[str]:
     """Return the command line of one benchmark."""
-    flags = [f"--out={out}", f"--model={model}", *(["--short"] if short else [])]
-    if name in OWN_FLAGS:
-        flags = [f"--out={out}/{name.rpartition('.')[2]}.json"]
-    return [sys.executable, "-m", f"benchmarks.{name}", *flags]
+    flags = [] if name in TAKES_NO_MODEL else [f"--model={model}", *(["--short"] if short else [])]
+    return [sys.executable, "-m", f"benchmarks.{name}", f"--out={out}", *flags]
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import httpx2
 import psutil
 
 from benchmarks.peers.make_adapters import make_adapter
-from benchmarks.peers.servers import PORT, Server, running
+from benchmarks.peers.servers import Server, running, up
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.quickstart import fetch_quickstart_model
 from protocol.queue.bus import Bus
@@ -116,8 +115,7 @@ def fleet(setup: Setup) -> Iterator[RunningFleet]:
     Raises RuntimeError if the fleet does not start.
     """
     queue = start_embedded(setup.scratch / "queue")
-    command = [sys.executable, "-m", "lorafleet", "up", str(setup.model), "--adapters", str(setup.adapters)]
-    command += ["--host", "127.0.0.1", "--port", PORT, "--data", str(setup.scratch / "data"), "--dtype", "bfloat16"]
+    command = [*up(setup.model, setup.scratch), "--adapters", str(setup.adapters), "--dtype", "bfloat16"]
     command += ["--redis-url", queue.url, *setup.flags]
     try:
         with running(Server("Lorafleet", command, {}, dict(setup.environment)), setup.scratch / "fleet.log") as url:

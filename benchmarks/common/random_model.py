@@ -14,11 +14,11 @@ from benchmarks.common.fleet import quickstart_model
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def random_model(kind: type[Any], shape: Any) -> Any:
-    """Return a model of a transformers class and config with random bfloat16 weights, identical in every run."""
+def random_model(kind: type[Any], shape: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Return a model of a transformers class and config with random weights, identical in every run."""
     set_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         return kind(shape)
     finally:

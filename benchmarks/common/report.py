@@ -1,4 +1,4 @@
-"""How benchmarks save their results: as JSON with machine and date, as a plot, and as a Markdown table."""
+"""How benchmarks save their results: as JSON with machine and date, as a Markdown table, and as a plot."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from typing import Any
 
 import orjson
 
-from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_style
-
-__all__ = ["BLUE", "GREEN", "INK", "MUTED", "ORANGE", "RED", "machine", "parser", "save", "table"]
+from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_style  # noqa: F401  for scripts' plots
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -36,6 +34,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def native_machine() -> dict[str, Any]:
+    """Return the machine, and how native operations run on it. Raises SystemExit where they cannot be built."""
+    import torch
+
+    from lora_kernels import cpu
+
+    if not cpu.load():
+        raise SystemExit("the native operations cannot be built here; the log says why")
+    return {"machine": machine(), "isa": cpu.isa(), "threads": torch.get_num_threads()}
+
+
 def parser(doc: str | None, *, without: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return a parser with the arguments that scripts share. without: arguments that the script does not use."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,7 +53,7 @@ def parser(doc: str | None, *, without: Sequence[str] = ()) -> argparse.Argument
     if "short" not in without:
         parser.add_argument("--short", action="store_true", help="a short run of a minute or two")
     if "out" not in without:
-        parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and plot (%(default)s)")
+        parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     return parser
 
 
@@ -54,15 +63,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def save(path: Path, report: dict[str, Any], panels: int, draw: Callable[[Sequence[Any]], None]) -> None:
-    """Write `report` to `path`.json, and a row of `panels` axes, drawn by `draw`, to `path`.png."""
+def save(path: Path, report: dict[str, Any]) -> None:
+    """Write `report` to `path`.json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f"{path.name}.json")
+    file.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    print(f"wrote {file}")
+
+
+def plot(path: Path, panels: int, draw: Callable[[Sequence[Any]], None]) -> None:
+    """Write a row of `panels` axes, drawn by `draw`, to `path`.png."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     with mpl.rc_context(plot_style()):
         figure = Figure(figsize=(4.4 * panels, 3.4), layout="constrained", facecolor="white")
         draw(figure.subplots(1, panels, squeeze=False)[0])
-        figure.savefig(path.with_suffix(".png"), dpi=150)
-    print(f"wrote {path}.json and .png")
+        figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)

@@ -10,8 +10,6 @@ alternately and each checkout in its own process, and then no floor.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ import orjson
 import torch
 
 from benchmarks.common import report
+from benchmarks.common.checkouts import Checkout, in_turns
 from benchmarks.common.fleet import adapter_bytes, make_adapters, quickstart_model, scratch_folder
 from benchmarks.engine.kernels import memory_gb_s
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
@@ -29,7 +28,6 @@ from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import load_model
 from gpu_worker.planning.request import EngineRequest
-from protocol.runtime.environment import COMPUTE, child_environment
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
 
@@ -67,41 +65,41 @@ def add_requests(engine: Engine, digests: Sequence[str], num: int) -> None:
         )  # fmt: skip
 
 
-def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int = NUM_REQUESTS) -> list[float]:
-    """Run `num` requests for the adapters in turn; return the ms of each step that decoded all of them."""
+def steps_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int) -> tuple[list[float], list[float]]:
+    """Run `num` requests for the adapters in turn.
+
+    Returns the ms of each step with prompts, and of each of `num_steps` steps that decoded all requests.
+    """
     add_requests(engine, digests, num)
-    times: list[float] = []
-    while len(times) < num_steps:
-        decodes = len(engine.batcher.running) == num and all(seq.num_pending == 1 for seq in engine.batcher.running)
+    prefills, decodes = list[float](), list[float]()
+    while len(decodes) < num_steps:
+        running = engine.batcher.running
+        decodes_all = len(running) == num and all(seq.num_pending == 1 for seq in running)
         started = time.perf_counter()
         outputs = engine.step()
-        if decodes:
-            times.append(1e3 * (time.perf_counter() - started))
+        took = 1e3 * (time.perf_counter() - started)
         if error := next((output.error for output in outputs if output.error), None):
             raise error
+        if decodes_all:
+            decodes.append(took)
+        elif outputs:
+            prefills.append(took)
     engine.hand_over()
-    return times
+    return prefills, decodes
 
 
-def draw(axes: Sequence[Any], medians: dict[str, float], floor_ms: float, num: int) -> None:
-    """Draw the medians as bars and the floor as a line."""
-    bars = axes[0].bar(list(medians), list(medians.values()), color=(report.GREEN, report.BLUE, report.ORANGE))
-    axes[0].bar_label(bars, [f"{value:.1f}" for value in medians.values()], color=report.MUTED, padding=2)
-    axes[0].hlines(floor_ms, 1.6, 2.4, color=report.RED, label=f"floor {floor_ms:.1f}")
-    axes[0].set(title=f"a decode step of {num} requests, ms")
-    axes[0].grid(axis="x", visible=False)
-    axes[0].legend()
+def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int = NUM_REQUESTS) -> list[float]:
+    """Return the ms of each step that decoded all of `num` requests for the adapters in turn."""
+    return steps_ms(engine, digests, num_steps, num)[1]
 
 
 STEPS = """
 import json, sys
 from pathlib import Path
 import torch
-from benchmarks.engine.distinct_adapters import CASES, NAMES, decode_ms, start_engine
+from benchmarks.engine.distinct_adapters import CASES, decode_ms, start_engine
 torch.manual_seed(0)
 engine = start_engine(Path(sys.argv[1]), Path(sys.argv[2]))
-decode_ms(engine, NAMES, 8)
-print("ready", flush=True)
 for line in sys.stdin:
     name, num_steps = json.loads(line)
     print(json.dumps(decode_ms(engine, CASES[name], num_steps)), flush=True)
@@ -111,37 +109,17 @@ for line in sys.stdin:
 
 def compare(before: Path, model: Path, adapters: Path, rounds: int, num_steps: int) -> dict[str, dict[str, float]]:
     """Return, for each case, the median step in ms of the other checkout and of this one, and their ratio."""
-    processes: dict[str, subprocess.Popen[str]] = {}
-    for label, folder in {"before": before, "after": Path.cwd()}.items():
-        command = [sys.executable, "-c", STEPS, str(model), str(adapters)]
-        processes[label] = subprocess.Popen(
-            command, cwd=folder, env={**child_environment(*COMPUTE), "PYTHONPATH": ".:kernels"}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert _tell(processes[label]) == "ready"
-    times: dict[str, dict[str, list[float]]] = {name: {label: [] for label in processes} for name in CASES}
-    for index in range(rounds):
-        labels = [*processes] if index % 2 else [*processes][::-1]
-        for name in CASES:
-            for label in labels:
-                times[name][label] += orjson.loads(_tell(processes[label], orjson.dumps([name, num_steps]).decode()))
-    for process in processes.values():
-        process.communicate()
+    folders = {"before": before, "after": Path.cwd()}
+    checkouts = {label: Checkout(folder, STEPS, model, adapters) for label, folder in folders.items()}
+    for checkout in checkouts.values():
+        checkout.ask("32 adapters", 8)  # loads them
+    times = in_turns(checkouts, {name: (name, num_steps) for name in CASES}, rounds)
     figures = {name: {label: float(np.median(ms)) for label, ms in by.items()} for name, by in times.items()}
     return {name: {**medians, "ratio": medians["after"] / medians["before"]} for name, medians in figures.items()}
 
 
-def _tell(process: subprocess.Popen[str], line: str = "") -> str:
-    """Send a line to the process, unless it is empty; return the next line of its output."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if line:
-        print(line, file=process.stdin, flush=True)
-    return process.stdout.readline().strip()
-
-
 def main() -> None:
-    """Measure, print a table, and save the figures and a plot."""
+    """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--before", type=Path, help="another checkout, whose steps are measured beside this one's")
     parser.add_argument("--requests", type=int, default=NUM_REQUESTS, help="at once (%(default)s); not with --before")
@@ -155,8 +133,7 @@ def main() -> None:
             found = compare(args.before, model, scratch / "adapters", 2 * rounds, num_steps // 2)
         rows = [(name, *(f"{value:.2f}" for value in figures.values())) for name, figures in found.items()]
         print(report.table(("32 requests", "before, ms", "after, ms", "ratio"), rows))
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "distinct-adapters-before.json").write_bytes(orjson.dumps({"machine": machine, "step_ms": found}))
+        report.save(args.out / "distinct-adapters-before", {"machine": machine, "step_ms": found})
         return
     torch.manual_seed(0)
     cases = {"base model": [""], "one adapter": names[:1], f"{num} adapters": names}
@@ -181,7 +158,7 @@ def main() -> None:
     }  # fmt: skip
     about = {"machine": machine, "rank": RANK, "requests": num, "steps_each": rounds * num_steps}
     path = args.out / ("distinct-adapters" if num == NUM_REQUESTS else f"distinct-adapters-{num}")
-    report.save(path, {**about, **figures}, 1, lambda axes: draw(axes, medians, floor_ms, num))
+    report.save(path, {**about, **figures})
     rows = [(name, f"{ms:.2f}", f"{1e3 * num / ms:.0f}", f"{base_ms / ms:.2f}") for name, ms in medians.items()]
     print(report.table((f"{num} requests", "step, ms", "tok/s", "of base"), rows))
     print(f"floor {floor_ms:.2f} ms ({num_bytes / 1e6:.0f} MB at {gb_s:.0f} GB/s): {distinct_ms / floor_ms:.2f} x")

@@ -18,7 +18,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 ADAPTERS = ("pirate", "json", "haiku")
 LOADS = {"base": [""], "adapters": ["", *ADAPTERS]}
 WAYS = ("without", "lookup", "draft model")
+STREAMS = (1, 4, 8)
 MAX_TOKENS = 64
 OWN_LAYERS = 30
 COUNTED: tuple[str, ...] = ("output", "steps", "drafted", "accepted", "model_drafted", "model_accepted")
@@ -143,38 +144,26 @@ class Run:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to measure."""
-
-    rounds: int
-    streams: Sequence[int]
-    ways: Sequence[str]
-    loads: Sequence[str]
-    threads: int  # 0: all; 1: CPU time is measured
-
-
-def measure(base: Path, draft: Path, plan: Plan) -> dict[str, Any]:
-    """Return the figures of each way, by load and number of streams."""
+def measure(base: Path, draft: Path, rounds: int, threads: int) -> dict[str, Any]:
+    """Return the figures of each way, by load and number of streams. threads: 0 for all, 1 to measure CPU time."""
     settings = Settings(
         model=str(base), draft_model=str(draft), prefix_cache=False, max_model_len=1024, adapter_pool_bytes=512 << 20,
-        kv_cache_bytes=1 << 30, threads=plan.threads,
+        kv_cache_bytes=1 << 30, threads=threads,
     )  # fmt: skip
     engine = load_engine(settings, fetch)[0].engine
     assert isinstance(engine, Engine)
     engine.finish_start()
     source, limits = engine.batcher.draft_model, engine.batcher.limits
-    clock = time.thread_time if plan.threads == 1 else time.perf_counter
+    clock = time.thread_time if threads == 1 else time.perf_counter
     prompts = questions(Tokenizer.from_file(str(base / "tokenizer.json")))
     found: dict[str, Any] = {}
     number = 0
-    for load in plan.loads:
-        names = LOADS[load]
-        for streams in plan.streams:
-            runs = {way: Run(clock) for way in plan.ways}
-            first = -1 if streams == plan.streams[0] else 0  # -1 is a warm-up round
-            for i in range(first, plan.rounds):
-                for way in plan.ways if i % 2 else plan.ways[::-1]:
+    for load, names in LOADS.items():
+        for streams in STREAMS:
+            runs = {way: Run(clock) for way in WAYS}
+            first = -1 if streams == STREAMS[0] else 0  # -1 is a warm-up round
+            for i in range(first, rounds):
+                for way in WAYS if i % 2 else WAYS[::-1]:
                     engine.batcher.limits = replace(limits, max_draft_tokens=0) if way == WAYS[0] else limits
                     engine.batcher.draft_model = source if way == WAYS[-1] else None
                     requests: list[EngineRequest] = []
@@ -185,7 +174,7 @@ def measure(base: Path, draft: Path, plan: Plan) -> dict[str, Any]:
                         name = names[(i + k) % len(names)]
                         requests.append(EngineRequest(str(number), 1, name, prompt, sampling, MAX_TOKENS))
                     (runs[way] if i >= 0 else Run(clock)).add(engine, requests)
-            one = found[f"{load} {streams}"] = {way: run.report(runs[plan.ways[0]]) for way, run in runs.items()}
+            one = found[f"{load} {streams}"] = {way: run.report(runs[WAYS[0]]) for way, run in runs.items()}
             show(load, streams, one)
     return found
 
@@ -207,28 +196,20 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--added", type=int, default=240, help="layers that the base has more (%(default)s)")
     parser.add_argument("--drafts", default="bfloat16,int8,int4", help="draft models, by their weights (%(default)s)")
-    parser.add_argument("--ways", default=",".join(WAYS), help="ways to compare, of these, without first (%(default)s)")
-    parser.add_argument("--loads", default=",".join(LOADS), help="who is asked (%(default)s)")
-    parser.add_argument("--streams", default="1,4,8", help="requests at once (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="threads; with 1 of them its CPU time is measured")
     parser.add_argument("--head", type=Path, help="an EAGLE-3 head of the model, in place of draft models")
     args = parser.parse_args()
-    streams = [int(num) for num in args.streams.split(",")]
     machine, model = report.machine(), args.model or quickstart_model()
     found: dict[str, Any] = {}
     with scratch_folder() as scratch:
-        plan = Plan(2 if args.short else 6, streams, args.ways.split(","), args.loads.split(","), args.threads)
         add_layers(model, 0 if args.head else args.added, scratch / "base")
         kinds: Any = ["head"] if args.head else args.drafts.split(",")
         for kind in kinds:
             draft = args.head or (model if kind == "bfloat16" else quantised_folder(model, read_config(model), kind, 8))
             print("a head" if args.head else f"a draft model in {kind}", flush=True)
-            found[kind] = measure(scratch / "base", draft, plan)
-    args.out.mkdir(parents=True, exist_ok=True)
+            found[kind] = measure(scratch / "base", draft, 2 if args.short else 6, args.threads)
     about = {"machine": machine, "added_layers": 0 if args.head else args.added, "drafts": found}
-    (args.out / ("draft-head.json" if args.head else "draft-model.json")).write_bytes(
-        orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    )
+    report.save(args.out / ("draft-head" if args.head else "draft-model"), about)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ machine slows both. The figures are medians of whole steps.
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import time
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig
 from safetensors.torch import save
@@ -23,17 +21,15 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.common import report
 from benchmarks.common.random_model import random_model
+from benchmarks.engine.distinct_adapters import steps_ms
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
-from gpu_worker.planning.request import EngineRequest
 from protocol.runtime.settings import Settings
-from protocol.wire.messages import Sampling
 
 RANK = 16
 NAMES = ("a", "b")
-PROMPT_TOKENS = 64
 CASES: dict[str, list[str]] = {
     "1 request, the base": [""],
     "1 request, an adapter": ["a"],
@@ -41,6 +37,7 @@ CASES: dict[str, list[str]] = {
     "8 requests, an adapter": ["a"] * 8,
     "8 requests, two adapters and the base": ["a", "b", "", "a", "b", "", "a", "b"],
 }
+KINDS = ("a step of prompts", "a decode step")
 
 
 def shape(*, short: bool) -> Qwen3MoeConfig:
@@ -87,40 +84,6 @@ def start_engine(model: Any, adapters: dict[str, FetchedAdapter], *, grouped: bo
     return build_engine(prepared, settings, adapters.__getitem__, None)[0]
 
 
-@dataclass(slots=True)
-class Times:
-    """Milliseconds of each step, by way."""
-
-    decode: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
-    prefill: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
-
-
-def run(engine: Engine, digests: list[str], num_steps: int) -> tuple[list[float], list[float]]:
-    """Run requests for these adapters. Return the ms of steps with prompts, and of `num_steps` decode steps."""
-    rng = np.random.default_rng(0)
-    for index, digest in enumerate(digests):
-        prompt = rng.integers(engine.model.vocab_size, size=PROMPT_TOKENS, dtype=np.int32)
-        engine.add(EngineRequest(
-            rid=str(index), epoch=1, digest=digest, prompt=prompt, max_new_tokens=engine.config.max_model_len,
-            sampling=Sampling(temperature=0, ignore_eos=True),
-        ))  # fmt: skip
-    prefills, decodes = list[float](), list[float]()
-    while len(decodes) < num_steps:
-        running = engine.batcher.running
-        decodes_all = len(running) == len(digests) and all(seq.num_pending == 1 for seq in running)
-        started = time.perf_counter()
-        outputs = engine.step()
-        took = 1e3 * (time.perf_counter() - started)
-        if error := next((output.error for output in outputs if output.error), None):
-            raise error
-        if decodes_all:
-            decodes.append(took)
-        elif outputs:
-            prefills.append(took)
-    engine.hand_over()
-    return prefills, decodes
-
-
 def main() -> None:
     """Measure, and print a table."""
     args = report.parser(__doc__, without=("model", "out")).parse_args()
@@ -132,20 +95,18 @@ def main() -> None:
         for way in ("again", "rows")
     }
     num_steps, rounds = (3, 2) if args.short else (3, 3)
-    for engine in engines.values():  # loads every adapter, and takes every path once
-        run(engine, [*NAMES, ""], 1)
-    found = {case: Times() for case in CASES}
+    for engine in engines.values():  # loads every adapter and takes every path once
+        steps_ms(engine, [*NAMES, ""], 1, len(NAMES) + 1)
+    times: dict[tuple[str, str, str], list[float]] = {}
     for _ in range(rounds):
         for case, digests in CASES.items():
             for way, engine in engines.items():
-                prefills, decodes = run(engine, digests, num_steps)
-                found[case].prefill.setdefault(way, []).extend(prefills)
-                found[case].decode.setdefault(way, []).extend(decodes)
+                for kind, own in zip(KINDS, steps_ms(engine, digests, num_steps, len(digests)), strict=True):
+                    times.setdefault((case, kind, way), []).extend(own)
     rows: list[tuple[str, ...]] = []
-    for case, times in found.items():
-        for kind, part in (("a decode step", times.decode), ("a step of prompts", times.prefill)):
-            again, own = (statistics.median(part[way]) for way in ("again", "rows"))
-            rows.append((case, kind, f"{again:.1f}", f"{own:.1f}", f"{again / own:.2f}"))
+    for case, kind in itertools.product(CASES, KINDS):
+        again, own = (statistics.median(times[case, kind, way]) for way in engines)
+        rows.append((case, kind, f"{again:.1f}", f"{own:.1f}", f"{again / own:.2f}"))
     print(about)
     print(report.table(("step", "", "run again, ms", "rows, ms", "times as fast"), rows))
 

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import orjson
 import torch
 import torch.nn.functional as F
 
@@ -150,10 +149,7 @@ def main() -> None:
     found = [{"operation": what, "gflop": work, "seconds": dict(zip(columns, times, strict=False)),
               "over_the_set_below": dict(zip(sets[1:], ratios, strict=True))}
              for what, work, times, ratios in points]  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "instruction-sets.json").write_bytes(
-        orjson.dumps({"machine": machine, "threads": args.threads, "points": found}, option=orjson.OPT_INDENT_2)
-    )
+    report.save(args.out / "instruction-sets", {"machine": machine, "threads": args.threads, "points": found})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from gpu_worker.loading.checkpoint import read_config
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import load_model
 from gpu_worker.quantised.quantise import quantised_folder
-from lora_kernels import cpu, ops
+from lora_kernels import ops
 
 PROMPT, CONTEXT, NUM_SEQS = 512, 64, (1, 8, 32)
 BEGINNINGS, BEGINNING, GREEDY = 16, 32, 48
@@ -126,9 +126,7 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--errors", action="store_true", help="what changes in answers, in place of times")
     args = parser.parse_args()
-    if not cpu.load():
-        raise SystemExit("the native operations cannot be built here; the log says why")
-    about = {"machine": report.machine(), "isa": cpu.isa(), "threads": torch.get_num_threads()}
+    about = report.native_machine()
     folder = args.model or quickstart_model()
     models = load(folder)
     with torch.inference_mode():
@@ -136,7 +134,7 @@ def main() -> None:
             points = errors(models, docs_ids(folder))
         else:
             points = times(models, 5 if args.short else ROUNDS)
-    save(points, about, args.out / ("int8_activations_errors.json" if args.errors else "int8_activations.json"))
+    save(points, about, args.out / ("int8_activations_errors" if args.errors else "int8_activations"))
 
 
 if __name__ == "__main__":

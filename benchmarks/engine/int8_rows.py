@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import orjson
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -127,9 +126,8 @@ def main() -> None:
     steps = {dtype: min(values) for dtype, values in least.items()}
     print(report.table((f"{num} requests", "step, ms"), [(dtype, f"{ms:.2f}") for dtype, ms in steps.items()]))
     print(f"int8 beside bf16, median of {rounds} pairs: {ratio:.3f}")
-    args.out.mkdir(parents=True, exist_ok=True)
     figures = {"machine": report.machine(), "requests": num, "step_ms": steps, "ratio": ratio, "errors": table}
-    (args.out / f"int8-rows-{num}.json").write_bytes(orjson.dumps(figures))
+    report.save(args.out / f"int8-rows-{num}", figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The CPU kernels compared with the floors set by memory and arithmetic, for the shapes of SmolLM2-135M in bf16.
 
-    python -m benchmarks.engine.kernels [--out benchmarks/results/kernels.json]
+    python -m benchmarks.engine.kernels
 
 Each figure is the time of one operation in a whole step: all 30 layers, each with its own weights, so that these come
 from memory as in serving. It is the lower quartile of repetitions. The machine should be idle otherwise.
@@ -8,22 +8,17 @@ from memory as in serving. It is the lower quartile of repetitions. The machine 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import cpu, ops
+from benchmarks.common import report
+from lora_kernels import ops
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 576, 1536, 49152
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
@@ -208,57 +203,25 @@ def pointwise_rows(m: int) -> list[Row]:
     ]
 
 
-def write_plot(rows: list[Row], path: Path) -> None:
-    """Draw the times and floors of all rows to a PNG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = [row for row in rows if row.floor_ms > 0]
-    figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(shown) + 1), layout="constrained")
-    positions = range(len(shown))
-    axes.barh(positions, [row.ms for row in shown], label="measured")
-    axes.barh(positions, [row.floor_ms for row in shown], height=0.35, label="floor")
-    axes.set_yticks(positions, [f"{row.operation}, {row.case}" for row in shown])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("ms a step (30 layers)")
-    axes.legend()
-    figure.savefig(path)
-
-
 def main() -> None:
-    """Measure all operations; write the figures and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
-    out: Path = parser.parse_args().out
+    """Measure all operations, print a table, and save the figures."""
+    args = report.parser(__doc__, without=("model", "short")).parse_args()
     torch.manual_seed(0)
-    if not cpu.load():
-        raise SystemExit("the native kernels are not available here")
-    load_before = os.getloadavg()[0]
+    about = report.native_machine()
     bandwidth, peak = memory_gb_s(), peak_gflops()
     rows = [*linear_rows(), *lora_rows(), *attention_rows()]
     rows += [row for m in (1, 32, 512) for row in pointwise_rows(m)]
-    print(f"{cpu.isa()}, {torch.get_num_threads()} threads, load {load_before:.1f} before")
+    print(f"{about['isa']}, {about['threads']} threads, load {about['machine']['load_average_before']} before")
     print(f"memory {bandwidth:.0f} GB/s, arithmetic {peak:.0f} GFLOP/s")
     for row in rows:
         row.floor_ms = max(row.bytes / bandwidth, row.flops / peak) / 1e6
-        torchs = f"torch {row.torch_ms:8.2f}" if row.torch_ms else " " * 14
-        print(f"{row.operation:16}{row.case:34}{row.ms:8.2f} ms   floor {row.floor_ms:7.2f}   {torchs}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "isa": cpu.isa(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load_before": load_before,
-        "memory_gb_s": bandwidth,
-        "peak_gflops": peak,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    out.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    write_plot(rows, out.with_suffix(".png"))
+    cells = [
+        (r.operation, r.case, f"{r.ms:.2f}", f"{r.floor_ms:.2f}", f"{r.torch_ms:.2f}" if r.torch_ms else "")
+        for r in rows
+    ]
+    print(report.table(("operation", "case", "ms", "floor", "torch"), cells))
+    about |= {"memory_gb_s": bandwidth, "peak_gflops": peak, "rows": [asdict(row) for row in rows]}
+    report.save(args.out / "kernels", about)
 
 
 if __name__ == "__main__":

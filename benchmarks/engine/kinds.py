@@ -11,22 +11,18 @@ steps of another checkout, alternately.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 from peft import LoraConfig
 
 from benchmarks.common import report
+from benchmarks.common.checkouts import Checkout, in_turns
 from benchmarks.common.fleet import quickstart_model, scratch_folder
 from benchmarks.common.kinds import IA3, LORA, OFT, ROAD, Groups, make_kinds
-from protocol.runtime.environment import COMPUTE, child_environment
 
 NUM_REQUESTS = 32
 BASE, FIRST = "base model", "LoRA of rank 16"
@@ -89,29 +85,6 @@ for line in sys.stdin:
 steps' times, or the count of fp32 numbers besides rank rows of each adapter."""
 
 
-class Checkout:
-    """A process that measures the steps of a checkout."""
-
-    def __init__(self, folder: Path, model: Path, adapters: Path) -> None:
-        """Start the process. adapters: folder of the adapters, by name."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", STEPS, str(model), str(adapters)], cwd=folder, text=True,
-            env={**child_environment(*COMPUTE), "PYTHONPATH": ".:kernels", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-
-    def ask(self, digests: Sequence[str], num_steps: int, *, numbers: bool = False) -> list[Any]:
-        """Return the times of steps in ms; or, if `numbers`, how many numbers besides rank rows each adapter has."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(orjson.dumps([digests, num_steps, numbers]).decode(), file=self._process.stdin, flush=True)
-        return orjson.loads(self._process.stdout.readline())
-
-    def stop(self) -> None:
-        """Stop the process."""
-        self._process.communicate()
-
-
 def lora_numbers(adapters: Path, name: str) -> int:
     """Return the count of numbers in an adapter's rank rows; 0 for a kind without any."""
     from safetensors import safe_open
@@ -143,7 +116,7 @@ def floor_ms(base_ms: float, rank_numbers: int, extra_numbers: int, gb_s: float,
 
 
 def main() -> None:
-    """Measure, print a table, and save the figures and a plot."""
+    """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--before", type=Path, help="another checkout, whose steps are measured beside this one's")
     args = parser.parse_args()
@@ -154,17 +127,13 @@ def main() -> None:
         adapters = scratch / "adapters"
         groups = make_kinds(model, adapters, GROUPS, NUM_REQUESTS)
         folders = {"now": Path.cwd(), **({"before": args.before} if args.before else {})}
-        checkouts = {label: Checkout(folder, model, adapters) for label, folder in folders.items()}
-        numbers = {name: checkouts["now"].ask(own, 2, numbers=True) for name, own in groups.items()}
+        checkouts = {
+            label: Checkout(folder, STEPS, model, adapters, OMP_NUM_THREADS="1") for label, folder in folders.items()
+        }
+        numbers = {name: checkouts["now"].ask(own, 2, True) for name, own in groups.items()}
         rank_numbers = {name: sum(lora_numbers(adapters, one) for one in own) for name, own in groups.items()}
         cases = {BASE: [""] * NUM_REQUESTS, **groups}
-        times: dict[str, dict[str, list[float]]] = {name: {label: [] for label in folders} for name in cases}
-        for index in range(rounds):
-            for name, digests in cases.items():
-                for label in list(folders)[:: 1 if index % 2 else -1]:
-                    times[name][label] += checkouts[label].ask(digests, num_steps)
-        for checkout in checkouts.values():
-            checkout.stop()
+        times = in_turns(checkouts, {name: (digests, num_steps, False) for name, digests in cases.items()}, rounds)
     gb_s, products = speeds()
     steps = {name: {label: float(np.quantile(ms, 0.25)) for label, ms in by.items()} for name, by in times.items()}
     base_ms, lora_ms = steps[BASE]["now"], steps[FIRST]["now"]
@@ -176,7 +145,7 @@ def main() -> None:
         "extra_numbers": {name: sum(own) for name, own in numbers.items()}, "rank_numbers": rank_numbers,
     }  # fmt: skip
     about = {"machine": machine, "requests": NUM_REQUESTS, "steps_each": rounds * num_steps}
-    report.save(args.out / "kinds-engine", {**about, **figures}, 1, lambda axes: draw(axes, steps, floors))
+    report.save(args.out / "kinds-engine", {**about, **figures})
     labels = sorted(folders)
     rows: list[tuple[str, ...]] = []
     for name, by in steps.items():
@@ -191,16 +160,6 @@ def main() -> None:
     )
     print(report.table(header, rows))
     print(f"one thread: {gb_s:.1f} GB/s, {products:.1f} · 10⁹ products/s; processor's time, lower quartile")
-
-
-def draw(axes: Sequence[Any], steps: dict[str, dict[str, float]], floors: dict[str, float]) -> None:
-    """Draw the steps as bars and their floors as lines."""
-    bars = axes[0].barh(list(steps), [by["now"] for by in steps.values()], color=report.BLUE)
-    axes[0].bar_label(bars, [f"{by['now']:.1f}" for by in steps.values()], color=report.MUTED, padding=2)
-    for place, name in enumerate(steps):
-        if name in floors:
-            axes[0].vlines(floors[name], place - 0.4, place + 0.4, color=report.RED)
-    axes[0].set(title="a decode step of 32 requests, ms")
 
 
 if __name__ == "__main__":

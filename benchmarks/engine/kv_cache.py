@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -32,7 +31,7 @@ from benchmarks.common.fleet import quickstart_model
 from gpu_worker.loading.checkpoint import read_model
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import load_model
-from lora_kernels import cpu, kv_codes, ops
+from lora_kernels import kv_codes, ops
 
 CONTEXT, NUM_SEQS = 8192, (1, 8)
 LENGTHS, LAST, CHUNK = (512, 4608), 256, 256
@@ -163,8 +162,7 @@ def save(points: list[dict[str, Any]], about: dict[str, Any], path: Path) -> Non
     """Print points, which share their field names, as a table, and write them as JSON."""
     rows = [[f"{cell:.4g}" if isinstance(cell, float) else cell for cell in point.values()] for point in points]
     print(report.table(list(points[0]), rows))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+    report.save(path, about | {"points": points})
 
 
 def errors(folder: Path, model: BaseModel) -> list[dict[str, Any]]:
@@ -194,14 +192,12 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--errors", action="store_true", help="what changes in answers, in place of times")
     args = parser.parse_args()
-    if not cpu.load():
-        raise SystemExit("the native operations cannot be built here; the log says why")
-    about = {"machine": report.machine(), "isa": cpu.isa(), "threads": torch.get_num_threads()}
+    about = report.native_machine()
     folder = args.model or quickstart_model()
     model = load_model(folder, torch.device("cpu"), torch.bfloat16, None)
     with torch.inference_mode():
         points = errors(folder, model) if args.errors else times(model, 5 if args.short else ROUNDS)
-    save(points, about, args.out / ("kv_cache_errors.json" if args.errors else "kv_cache.json"))
+    save(points, about, args.out / ("kv_cache_errors" if args.errors else "kv_cache"))
 
 
 if __name__ == "__main__":

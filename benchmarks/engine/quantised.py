@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-import orjson
 import torch
 from torch import Tensor
 
@@ -111,8 +110,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=NUM_LAYERS, help="of each kind (%(default)s)")
     parser.add_argument("--cached", action="store_true", help="one layer in the cache and one thread; nothing is saved")
     args = parser.parse_args()
-    if not cpu.load():
-        raise SystemExit("the native operations cannot be built here; the log says why")
+    about = report.native_machine()
     if args.cached:
         if (args.sets, args.rows, args.layers, args.out) != (None, ROWS, NUM_LAYERS, report.RESULTS):
             parser.error("--cached takes no other argument")
@@ -133,9 +131,7 @@ def main() -> None:
         for p in points
     ]  # fmt: skip
     print(report.table(("instruction set", "weights", "rows", "ms", "GB/s", "a read, GB/s", "GFLOP/s"), rows))
-    about = {"machine": report.machine(), "isa": cpu.isa()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quantised.json").write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+    report.save(args.out / "quantised", about | {"points": points})
 
 
 if __name__ == "__main__":

@@ -17,14 +17,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import orjson
 import torch
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as transformers_model
 
 from benchmarks.common import report
 from gpu_worker.layers.mixers import ChunkScan, Convolution, DeltaRule, Run, StateBatch
-from lora_kernels import cpu
 
 HEADS, DIM, TAPS = 16, 128, 4
 CHANNELS = 3 * HEADS * DIM
@@ -93,9 +91,7 @@ def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 def main() -> None:
     """Measure, print a table, and save the figures."""
     args = report.parser(__doc__, without=("model", "short")).parse_args()
-    if not cpu.load():
-        raise SystemExit("the native operations cannot be built here; the log says why")
-    about = {"machine": report.machine(), "isa": cpu.isa(), "threads": torch.get_num_threads()}
+    about = report.native_machine()
     points = []
     with torch.inference_mode():
         makers = {"gated delta rule": delta_rule, "causal convolution": convolution, "Mamba2's scan": scan}
@@ -112,8 +108,7 @@ def main() -> None:
         for p in points
     ]  # fmt: skip
     print(report.table(("operation", "case", "transformers, ms", "native, ms", "ratio"), rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "states.json").write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+    report.save(args.out / "states", about | {"points": points})
 
 
 if __name__ == "__main__":

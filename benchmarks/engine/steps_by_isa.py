@@ -1,6 +1,6 @@
 """Decode steps of a whole model on each instruction set of this processor, alternating step by step.
 
-    python -m benchmarks.engine.steps_by_isa [--model FOLDER] [--short] [--sets avx512,avx2] [--threads N]
+    python -m benchmarks.engine.steps_by_isa [--model FOLDER] [--short] [--threads N]
 
 Cases are the base model in bf16, one adapter, and one adapter per request (rank 16), and the base's weights as Q8_0 and
 Q4_0; 1, 8 and 32 requests of at least 64 tokens. Only `Engine.step` is measured, in this process, without HTTP and
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import orjson
 import torch
 
 from benchmarks.common import report
@@ -53,10 +52,9 @@ def step_ms(engine: Engine, digests: list[str], num: int, isas: list[str], round
 def main() -> None:
     """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
-    parser.add_argument("--sets", default="", help="instruction sets, the lowest first (all that are here)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
     args = parser.parse_args()
-    isas = args.sets.split(",") if args.sets else cpu.isas()[::-1]
+    isas = cpu.isas()[::-1]  # the lowest first
     if not isas:
         raise SystemExit("the native operations cannot be built here; the log says why")
     torch.set_num_threads(args.threads)
@@ -90,9 +88,8 @@ def main() -> None:
          "over_the_set_below": dict(zip(isas[1:], ratios, strict=True))}
         for name, num, rates, ratios in points
     ]  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {"machine": machine, "threads": args.threads, "rank": RANK, "rounds": rounds, "points": found}
-    (args.out / "steps-by-isa.json").write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
+    report.save(args.out / "steps-by-isa", about)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def no_adapter(digest: str) -> FetchedAdapter:
 
 
 def main() -> None:
-    """Measure, print a table, and save the figures and a plot."""
+    """Measure, print a table, and save the figures."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), Path(args.model or quickstart_model())
     thread, _ = load_engine(Settings(model=str(model), device="cpu", max_num_seqs=32), no_adapter)
@@ -172,9 +172,7 @@ def main() -> None:
         figures[str(num_seqs)] = {"plain_ms": plain, "guided_ms": guided, "mask_ms": mask_ms}
         rows.append((num_seqs, f"{plain:.2f}", f"{guided:.2f}", f"{guided / plain:.3f}", f"{mask_ms:.2f}"))
     print(report.table(("sequences", "step, ms", "with a grammar on each", "ratio", "of it filling masks"), rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    whole = {"machine": machine, "schemas": dict(found), "steps": figures}
-    (args.out / "structured.json").write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2))
+    report.save(args.out / "structured", {"machine": machine, "schemas": dict(found), "steps": figures})
 
 
 if __name__ == "__main__":

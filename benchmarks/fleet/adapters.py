@@ -130,7 +130,8 @@ def main() -> None:
                     print(points[-1], flush=True)
     about = {"pool_bytes": POOL_BYTES, "ranks": RANKS, "concurrency": CONCURRENCY}
     results = {"machine": machine, **about, "points": [asdict(point) for point in points]}
-    report.save(args.out / "adapters", results, 3, lambda axes: draw(axes, points))
+    report.save(args.out / "adapters", results)
+    report.plot(args.out / "adapters", 3, lambda axes: draw(axes, points))
     print(markdown(points))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ from benchmarks.common.fleet import (
     quickstart_model,
     scratch_folder,
 )
-from benchmarks.fleet.control_plane import start, wait_until_ready
+from benchmarks.fleet.control_plane import HERE, services, wait_until_ready
 from lorafleet.bench import BenchConfig, BenchTarget, run_bench
 from lorafleet.bench.result import inter_token_gaps_s
 
@@ -208,32 +207,20 @@ def percentiles(of_rounds: Sequence[Sequence[float]]) -> dict[str, dict[str, Any
 
 def measure_many(model: Path, num_lines: int) -> dict[str, Any]:
     """Measure a batch of tiny calls for workers without a model: lines per second, and the gateway's memory in MB."""
-    with tempfile.TemporaryDirectory() as folder:
-        services, queue = start(
-            Path(folder), model, Path(__file__).resolve().parents[2], {}, workers=4, step_ms=5.0, capacity=256
-        )  # fmt: skip
-        url = f"http://127.0.0.1:{services.url_port}"
-        gateway, server = (
-            psutil.Process(pid) for pid in (services.processes["gateway"].pid, services.queue_pid)
-        )  # fmt: skip
-        rss: dict[str, dict[str, float]] = {"gateway": {}, "queue": {}}
-        try:
-            asyncio.run(wait_until_ready(queue.url, services, 4))
-            batch_id, started = begin(url, lines_of(["fake"], num_lines, 1)), time.monotonic()
-            while (batch := look(url, batch_id))["status"] not in ENDED:
-                fifth = min(4, batch["request_counts"]["completed"] * 5 // num_lines)
-                until = f"up to {(fifth + 1) * num_lines // 5} lines"
-                for name, process in (("gateway", gateway), ("queue", server)):
-                    rss[name][until] = max(rss[name].get(until, 0.0), process.memory_info().rss / 1e6)
-                time.sleep(0.5)
-            finish(url, batch_id)
-            seconds = time.monotonic() - started
-        finally:
-            for process in services.processes.values():
-                process.terminate()
-            for process in services.processes.values():
-                process.wait()
-            queue.stop()
+    with services(model, HERE, {}, workers=4, step_ms=5.0, capacity=256) as (own, queue_url):
+        url = f"http://127.0.0.1:{own.url_port}"
+        pids = {"gateway": own.processes["gateway"].pid, "queue": own.queue_pid}
+        rss: dict[str, dict[str, float]] = {name: {} for name in pids}
+        asyncio.run(wait_until_ready(queue_url, own, 4))
+        batch_id, started = begin(url, lines_of(["fake"], num_lines, 1)), time.monotonic()
+        while (batch := look(url, batch_id))["status"] not in ENDED:
+            fifth = min(4, batch["request_counts"]["completed"] * 5 // num_lines)
+            until = f"up to {(fifth + 1) * num_lines // 5} lines"
+            for name, pid in pids.items():
+                rss[name][until] = max(rss[name].get(until, 0.0), psutil.Process(pid).memory_info().rss / 1e6)
+            time.sleep(0.5)
+        finish(url, batch_id)
+        seconds = time.monotonic() - started
     return {"lines": num_lines, "lines_per_s": num_lines / seconds, "largest_rss_mb": rss}
 
 

@@ -1,14 +1,13 @@
 """Far more adapters than fit into the pool, on a machine whose cores are all busy.
 
-    python -m benchmarks.fleet.churn [--model FOLDER] [--short] [--rounds N] [--in-pool N] [--max-slowdown X]
+    python -m benchmarks.fleet.churn [--model FOLDER] [--short] [--rounds N]
 
 There are 160 adapters of rank 8 on all linear layers with Zipf popularity 1.0, a pool for 32 of them, 32 requests in
 flight, 64 words in and 64 tokens out. On one fleet this load alternates with one adapter under the same load, and with
 160 new adapters, all of which have to be fetched. The targets are a median TTFT within 3 x of one adapter's, and 0.9 of
-its throughput. With `--in-pool 160` no adapter of the second load has to wait, which shows the cost of the loads.
+its throughput.
 
-Without API keys each adapter is a tenant, and the most popular one has more than its share. With `--max-slowdown 0` it
-does not yield to the others.
+Without API keys each adapter is a tenant, and the most popular one has more than its share.
 
 No two measurements share a prompt: adapters of earlier ones would have it in the prefix cache, and new ones would not.
 """
@@ -20,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from benchmarks.common import report
 from benchmarks.common.fleet import (
@@ -94,21 +93,10 @@ def _counters(running: RunningFleet) -> WorkerCounters:
     return beat.counters
 
 
-def draw(axes: Sequence[Any], points: Sequence[Point]) -> None:
-    """Draw throughput and time to first token of each turn, in two panels."""
-    colors = (report.BLUE, report.ORANGE, report.GREEN)
-    for axis, name in zip(axes, ("tokens_per_s", "ttft_p50_ms"), strict=True):
-        for place, point in enumerate(points):
-            axis.bar(place, getattr(point, name), color=colors[place % len(LOADS)])
-        axis.set(title=name, xlabel=f"turns: {', '.join(LOADS)}")
-
-
 def main() -> None:
-    """Measure, print a table, and save the figures and a plot."""
+    """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="turns of the three loads (%(default)s)")
-    parser.add_argument("--in-pool", type=int, default=NUM_IN_POOL, help="adapters that have room (%(default)s)")
-    parser.add_argument("--max-slowdown", type=float, help="the fleet's; see docs/scheduling.md")
     args = parser.parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     num_requests = (2 if args.short else 4) * CONCURRENCY
@@ -118,8 +106,7 @@ def main() -> None:
     accounts: list[Account] = []
     with scratch_folder() as scratch:
         make_adapters(model, scratch / "adapters", [*names, *(name for turn in new for name in turn)], RANKS)
-        flags = [f"--adapter-pool-bytes={pool_bytes(model, args.in_pool, 2)}"]
-        flags += [f"--max-slowdown={args.max_slowdown}"] if args.max_slowdown is not None else []
+        flags = [f"--adapter-pool-bytes={pool_bytes(model, NUM_IN_POOL, 2)}"]
         with fleet(Setup(model, scratch / "adapters", scratch, flags)) as running:
             # The first requests to a fleet are slower than all later ones.
             measure(running, names[:1], ZIPF, num_requests, seed=len(LOADS) * args.rounds)
@@ -128,12 +115,11 @@ def main() -> None:
                     fills, seed, account = own is not new[turn], len(points), accounted(running, accounts)
                     points.append(measure(running, own, ZIPF, num_requests, fill_pool=fills, seed=seed, beside=account))
                     print(points[-1], accounts[-1], sep="\n", flush=True)
-    about = {"machine": machine, "in_pool": args.in_pool, "max_slowdown": args.max_slowdown, "ratios": ratios(points)}
-    results = about | {
-        "points": [asdict(point) for point in points],
-        "accounts": [asdict(account) for account in accounts],
-    }
-    report.save(args.out / "churn", results, 2, lambda axes: draw(axes, points))
+    results = {
+        "machine": machine, "in_pool": NUM_IN_POOL, "ratios": ratios(points),
+        "points": [asdict(point) for point in points], "accounts": [asdict(account) for account in accounts],
+    }  # fmt: skip
+    report.save(args.out / "churn", results)
     print(markdown(points))
     for load, found in ratios(points).items():
         print(f"{load} ÷ one: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))

@@ -136,19 +136,6 @@ def fill_names(args: Any) -> list[str]:
     return [f"fill-{index}" for index in range(args.pool_adapters - len(WARM) - len(RESIDENT))]
 
 
-def draw(axes: Sequence[Any], sources: dict[str, dict[str, Case]]) -> None:
-    """Draw the distributions of the gaps, a panel for each source."""
-    colors = (report.GREEN, report.BLUE, report.ORANGE)
-    for axis, (source, cases) in zip(axes, sources.items(), strict=True):
-        for color, (name, case) in zip(colors, cases.items(), strict=True):
-            gaps = np.sort(case.pooled_ms)
-            axis.plot(gaps, 1 - np.arange(len(gaps)) / len(gaps), color=color, label=name)
-        axis.set(title=f"warm streams, {source}", xlabel="inter-token latency, ms", yscale="log")
-        axis.set_ylabel("share of tokens that took longer")
-        axis.set_xlim(left=0)
-        axis.legend(fontsize=7)
-
-
 def markdown(sources: dict[str, dict[str, Case]]) -> str:
     """Return the figures of all sources as a Markdown table."""
     rows = []
@@ -164,7 +151,7 @@ def markdown(sources: dict[str, dict[str, Case]]) -> str:
 
 
 def main() -> None:
-    """Measure, print a table, and save the figures and a plot."""
+    """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--sources", default="near,slow", help="near, slow, or both (%(default)s)")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each case (%(default)s)")
@@ -191,7 +178,7 @@ def main() -> None:
             for source, cases in sources.items()
         },
     }  # fmt: skip
-    report.save(args.out / "cold-loads", results, len(sources), lambda axes: draw(axes, sources))
+    report.save(args.out / "cold-loads", results)
     print(markdown(sources))
     for source, cases in sources.items():
         same = "the same text" if identical(cases) else "DIFFERENT TEXT"

@@ -19,7 +19,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
@@ -33,7 +32,7 @@ import psutil
 import uvloop
 
 from benchmarks.common import report
-from benchmarks.common.fleet import quickstart_model
+from benchmarks.common.fleet import quickstart_model, scratch_folder
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.launcher.machine import claim_port
 from protocol.queue.bus import Bus
@@ -150,31 +149,40 @@ async def measure(fleet: Processes, name: str, *, num: int, concurrency: int, to
     return result
 
 
-def start(
-    folder: Path, model: Path, tree: Path, own: Mapping[str, str], *, workers: int, step_ms: float, capacity: int
-) -> tuple[Processes, Any]:
-    """Start the queue, the services of a checkout, and one process with `workers` fake workers.
+@contextmanager
+def services(
+    model: Path, tree: Path, own: Mapping[str, str], *, workers: int, step_ms: float, capacity: int
+) -> Iterator[tuple[Processes, str]]:
+    """Run the queue, a checkout's services, and one process with `workers` fake workers; yield the queue's URL, too.
 
     own: additional environment variables of the services.
     """
-    queue = start_embedded(folder / "queue")
     port = claim_port("127.0.0.1", 0)
-    settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")
-    usual = Settings().environment()  # other checkouts may lack some settings: omit defaults
-    given = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
-    environment = child_environment() | given | dict(own) | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
-    fake_worker = next(tree.glob("benchmarks/**/fake_worker.py"))
-    commands = {
-        "scheduler": ["-m", "lorafleet", "serve", "scheduler"],
-        "gateway": ["-m", "lorafleet", "serve", "gateway"],
-        "workers": ["-P", str(fake_worker), f"--count={workers}", f"--step-ms={step_ms}",
-                    f"--capacity={capacity}", "--vocab-size=40000"],
-    }  # fmt: skip
-    processes = {
-        name: subprocess.Popen([sys.executable, *args], env=environment, cwd=tree, stdin=subprocess.DEVNULL)
-        for name, args in commands.items()
-    }
-    return Processes(port, processes, queue.process.pid), queue
+    with scratch_folder() as folder:
+        queue = start_embedded(folder / "queue")
+        processes: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")
+            usual = Settings().environment()  # other checkouts may lack some settings: omit defaults
+            given = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
+            environment = child_environment() | given | dict(own) | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
+            fake_worker = next(tree.glob("benchmarks/**/fake_worker.py"))
+            commands = {
+                "scheduler": ["-m", "lorafleet", "serve", "scheduler"],
+                "gateway": ["-m", "lorafleet", "serve", "gateway"],
+                "workers": ["-P", str(fake_worker), f"--count={workers}", f"--step-ms={step_ms}",
+                            f"--capacity={capacity}", "--vocab-size=40000"],
+            }  # fmt: skip
+            for name, words in commands.items():
+                command = [sys.executable, *words]
+                processes[name] = subprocess.Popen(command, env=environment, cwd=tree, stdin=subprocess.DEVNULL)
+            yield Processes(port, processes, queue.process.pid), queue.url
+        finally:
+            for process in processes.values():
+                process.terminate()
+            for process in processes.values():
+                process.wait()
+            queue.stop()
 
 
 async def run(
@@ -192,23 +200,15 @@ async def run(
 
     together: a barrier at which each load waits until all parties are ready.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        fleet, queue = start(Path(folder), model, tree, own, workers=workers, step_ms=step_ms, capacity=capacity)
-        try:
-            await wait_until_ready(queue.url, fleet, workers)
-            await load(fleet.url_port, num=16, concurrency=8, tokens=2)
-            async with scraped(fleet.url_port) if own else nullcontext():
-                results: list[dict[str, Any]] = []
-                for one in loads:
-                    if together is not None:
-                        await together.wait()
-                    results.append(await measure(fleet, **one))
-        finally:
-            for process in fleet.processes.values():
-                process.terminate()
-            for process in fleet.processes.values():
-                process.wait()
-            queue.stop()
+    results: list[dict[str, Any]] = []
+    with services(model, tree, own, workers=workers, step_ms=step_ms, capacity=capacity) as (fleet, queue_url):
+        await wait_until_ready(queue_url, fleet, workers)
+        await load(fleet.url_port, num=16, concurrency=8, tokens=2)
+        async with scraped(fleet.url_port) if own else nullcontext():
+            for one in loads:
+                if together is not None:
+                    await together.wait()
+                results.append(await measure(fleet, **one))
     return [{"workers": workers, "step_ms": step_ms, **result} for result in results]
 
 
@@ -383,8 +383,7 @@ def observe(model: Path, trees: Mapping[str, Path], share: float, rounds: int, o
         rows.append([label, round(statistics.median(us[label]), 2), *each, speed,
                      f"{statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"])  # fmt: skip
     print(report.table(["", "µs/token", *PARTS, "tok/s", "÷ now, by pairs"], [[str(v) for v in row] for row in rows]))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"observed-{share:g}.json").write_text(json.dumps({"machine": report.machine(), "results": found}, indent=1))
+    report.save(out / f"observed-{share:g}", {"machine": report.machine(), "results": found})
 
 
 @contextmanager
@@ -436,7 +435,8 @@ def main() -> None:
     ]
     print(report.table(["", *trees, "wanted"], rows))
     saved = {"machine": about, "figures": found, "results": results}
-    report.save(args.out / "control_plane", saved, 2, lambda axes: draw(axes, results))
+    report.save(args.out / "control_plane", saved)
+    report.plot(args.out / "control_plane", 2, lambda axes: draw(axes, results))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from typing import Any
 
 import httpx2
 import numpy as np
-import orjson
 from transformers import BertConfig, BertModel
 
 from benchmarks.common import report
@@ -149,9 +148,7 @@ def main() -> None:
     header = ("texts a second", *(f"{words} words" for words in lengths))
     print(report.table(header, [(name, *(f"{rates[name, words]:.0f}" for words in lengths)) for name in systems]))
     points = [{"system": name, "words": words, "texts_per_s": rate} for (name, words), rate in rates.items()]
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = {"machine": machine, "rounds": args.rounds, "points": points}
-    (args.out / "encoders.json").write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2))
+    report.save(args.out / "encoders", {"machine": machine, "rounds": args.rounds, "points": points})
 
 
 if __name__ == "__main__":

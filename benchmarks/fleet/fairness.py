@@ -228,7 +228,8 @@ def main() -> None:
         "attained": shares, "jain": jain(shares), "equals": {name: asdict(equal) for name, equal in equals.items()},
         "streams": {name: {how: asdict(stream) for how, stream in both.items()} for name, both in streams.items()},
     }  # fmt: skip
-    report.save(args.out / "fairness", saved, 2, lambda axes: draw(axes, pooled, shares))
+    report.save(args.out / "fairness", saved)
+    report.plot(args.out / "fairness", 2, lambda axes: draw(axes, pooled, shares))
 
 
 if __name__ == "__main__":

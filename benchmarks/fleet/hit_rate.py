@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.common import report
 from benchmarks.common.fleet import RunningFleet, Setup, fleet, quickstart_model, scratch_folder
-from benchmarks.peers.make_adapters import module_shapes
+from benchmarks.peers.make_adapters import make_adapter, module_shapes
 from benchmarks.simulation.eviction import play, zipf_trace
 
 NUM_ADAPTERS, NUM_REQUESTS, ZIPF = 2000, 2000, 1.0
@@ -33,10 +33,9 @@ POOL_ADAPTERS = 64
 CONCURRENCY = 16
 RANK = 4
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj")
-B_STD = 0.3
+B_STD = 0.6
 PROMPT = "The weather report for tomorrow:"
 OUTPUT_TOKENS = 8
-WEIGHTS = "adapter_model.safetensors"
 NUM_CHECKED = 50
 MAX_DIFFERENCE = 0.1  # target: relative difference of the hit rate from the simulation's
 
@@ -50,33 +49,11 @@ class Run:
     num_loads: int
     num_fetches: int  # loads that needed a fetch from the store
     resident: int  # adapters in the pool at the end
-    progress: list[tuple[int, int]]  # (answers, loads) so far, about once per second
 
     @property
     def hit_rate(self) -> float:
         """Share of the requests that needed no copy into the pool."""
         return 1 - self.num_loads / len(self.texts)
-
-
-def write_adapters(model: Path, root: Path, names: Sequence[str]) -> None:
-    """Write adapters of rank `RANK` on q and v, each with its own random weights."""
-    from safetensors.numpy import save_file
-
-    shapes = {name: shape for name, shape in module_shapes(model).items() if name.endswith(tuple(TARGETS))}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model), "r": RANK}
-    config |= {"lora_alpha": 2 * RANK, "target_modules": [name.rpartition(".")[2] for name in TARGETS]}
-    for seed, name in enumerate(names):
-        random = np.random.default_rng(seed)
-        tensors: dict[str, np.ndarray] = {}
-        for module, (num_out, num_in) in shapes.items():
-            prefix = f"base_model.model.{module}"
-            a = random.standard_normal((RANK, num_in), np.float32) / num_in**0.5
-            b = random.standard_normal((num_out, RANK), np.float32) * B_STD
-            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
-        folder = root / name
-        folder.mkdir(parents=True)
-        save_file({key: tensor.astype(np.float16) for key, tensor in tensors.items()}, folder / WEIGHTS)
-        (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def pool_bytes(model: Path, num_adapters: int, item_bytes: int = 4) -> int:
@@ -99,16 +76,15 @@ def ask_all(running: RunningFleet, names: Sequence[str]) -> Run:
     """Send a request for each name in turn, `CONCURRENCY` in flight. Raises HTTPStatusError if one fails."""
     before = running.num_loads()
     started_s = time.perf_counter()
-    texts, progress = asyncio.run(_ask_all(running, names))
+    texts = asyncio.run(_ask_all(running, names))
     wall_s = time.perf_counter() - started_s
     num_loads, num_fetches = (now - then for now, then in zip(running.num_loads(), before, strict=True))
     resident = sum(len(beat.resident) for beat in running.beats())
-    return Run(texts, wall_s, num_loads, num_fetches, resident, [*progress, (len(names), num_loads)])
+    return Run(texts, wall_s, num_loads, num_fetches, resident)
 
 
-async def _ask_all(running: RunningFleet, names: Sequence[str]) -> tuple[list[str], list[tuple[int, int]]]:
+async def _ask_all(running: RunningFleet, names: Sequence[str]) -> list[str]:
     texts: dict[int, str] = {}
-    progress: list[tuple[int, int]] = []
     todo = iter(enumerate(names))
 
     async def client(http: httpx2.AsyncClient) -> None:
@@ -117,18 +93,10 @@ async def _ask_all(running: RunningFleet, names: Sequence[str]) -> tuple[list[st
             response = (await http.post("/v1/completions", json=body)).raise_for_status()
             texts[index] = response.json()["choices"][0]["text"]
 
-    async def watch() -> None:
-        while True:
-            beats = await asyncio.to_thread(running.beats)
-            progress.append((len(texts), sum(beat.num_loads for beat in beats)))
-            await asyncio.sleep(1)
-
-    watcher = asyncio.create_task(watch())
     async with httpx2.AsyncClient(base_url=running.url, timeout=120, trust_env=False) as http, asyncio.TaskGroup() as g:
         for _ in range(CONCURRENCY):
             g.create_task(client(http))
-    watcher.cancel()
-    return [texts[index] for index in range(len(names))], progress
+    return [texts[index] for index in range(len(names))]
 
 
 def oracle_texts(model: Path, adapters: Path, names: Sequence[str]) -> dict[str, str]:
@@ -155,16 +123,6 @@ def oracle_texts(model: Path, adapters: Path, names: Sequence[str]) -> dict[str,
     return texts
 
 
-def draw(axes: Sequence[Any], run: Run, simulated: dict[str, np.ndarray]) -> None:
-    """Draw the cumulative loads of the fleet and of the simulation against requests, in one panel."""
-    (axis,) = axes
-    for (policy, hits), color in zip(simulated.items(), (report.BLUE, report.MUTED), strict=True):
-        axis.plot(np.cumsum(~hits), "--", color=color, label=f"{policy}, simulated")
-    axis.plot(*zip(*run.progress, strict=True), color=report.ORANGE, label="the fleet")
-    axis.set(title="copies into the pool", xlabel="requests", xlim=(0, None), ylim=(0, None))
-    axis.legend(fontsize=7)
-
-
 def main() -> None:
     """Measure the hit rate of many adapters, and compare it with the simulation."""
     args = report.parser(__doc__).parse_args()
@@ -177,7 +135,8 @@ def main() -> None:
     simulated = {policy: play(policy, trace, [1] * num_adapters, **room) for policy in ("GDSF", "LRU")}
     with scratch_folder() as scratch:
         adapters = scratch / "adapters"
-        write_adapters(model, adapters, names)
+        for seed, name in enumerate(names):
+            make_adapter(model, adapters / name, RANK, seed, targets=TARGETS, b_std=B_STD)
         flags = ["--dtype=float32", f"--adapter-pool-bytes={pool_bytes(model, POOL_ADAPTERS)}"]
         asked = [names[adapter] for adapter in trace]
         with fleet(Setup(model, adapters, scratch, flags)) as running:
@@ -200,7 +159,7 @@ def main() -> None:
         "different_answers": len({text for texts in answers.values() for text in texts}),
         "checked": len(checked), "checked_right": sum(answers[name] == {text} for name, text in right.items()),
     }  # fmt: skip
-    report.save(args.out / "hit-rate", results, 1, lambda axes: draw(axes, run, simulated))
+    report.save(args.out / "hit-rate", results)
     print(json.dumps(results, indent=1))
 
 

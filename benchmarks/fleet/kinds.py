@@ -55,8 +55,7 @@ def main() -> None:
         for title, own in figures.items()
     ]
     about = {"machine": report.machine(), "rounds": rounds, "output_tokens": output_tokens}
-    report.save(args.out / "kinds", {**about, "figures": figures}, 1,
-                lambda axes: axes[0].bar(list(figures), [own["mean_ms"] for own in figures.values()]))  # fmt: skip
+    report.save(args.out / "kinds", {**about, "figures": figures})
     print(f"{report.machine()}, {rounds} rounds of {output_tokens} tokens")
     print(report.table(("32 streams of", "inter-token p50, ms", "mean", "throughput ÷ LoRA's"), rows))
 

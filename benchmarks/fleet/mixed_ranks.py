@@ -8,9 +8,6 @@ one of rank 128. The ninth stream of rank 8 shows the cost of any additional str
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 
 from benchmarks.common import report
@@ -22,18 +19,8 @@ NEIGHBOURS = {"alone": None, "beside rank 8": "small", "beside rank 128": "large
 SMALL, LARGE = 8, 128
 
 
-def draw(axes: Sequence[Any], gaps_ms: dict[str, np.ndarray]) -> None:
-    """Draw the distributions of the inter-token gaps."""
-    colors = (report.GREEN, report.BLUE, report.ORANGE)
-    for color, (name, gaps) in zip(colors, gaps_ms.items(), strict=True):
-        axes[0].plot(np.sort(gaps), np.linspace(0, 100, len(gaps)), color=color, label=name)
-    axes[0].set(title="eight rank-8 streams", xlabel="inter-token latency, ms", ylabel="% of tokens")
-    axes[0].set_xlim(0, 1.5 * max(float(np.percentile(gaps, 99)) for gaps in gaps_ms.values()))
-    axes[0].legend()
-
-
 def main() -> None:
-    """Measure, print a table, and save the figures and a plot."""
+    """Measure, print a table, and save the figures."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     rounds, output_tokens = (2, 200) if args.short else (6, 400)
@@ -59,8 +46,7 @@ def main() -> None:
         for name, row in figures.items()
     ]
     about = {"rounds": rounds, "output_tokens": output_tokens, "num_users": len(USERS)}
-    report.save(args.out / "mixed-ranks", {"machine": machine, **about, "figures": figures}, 1,
-                lambda axes: draw(axes, pooled))  # fmt: skip
+    report.save(args.out / "mixed-ranks", {"machine": machine, **about, "figures": figures})
     print(report.table(("rank-8 users", "inter-token p50, ms", "p90", "p99", "p50 ÷ beside rank 8"), rows))
 
 

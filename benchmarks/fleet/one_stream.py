@@ -10,11 +10,8 @@ of the file except an embedding that has a separate head; its keys and values, w
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import torch
 
 from benchmarks.common import report
 from benchmarks.common.fleet import scratch_folder
-from benchmarks.peers.servers import PORT, Server, running
+from benchmarks.peers.servers import Server, first_model, running, up
 from lorafleet.bench import BenchConfig, BenchTarget, run_bench
 
 READS = 12
@@ -65,16 +62,13 @@ def main() -> None:
     args = parser.parse_args()
     size = bytes_of_a_token(args.file)
     memory, machine = torch.ones(size // 4), report.machine()
-    with scratch_folder() as scratch:
-        command = [sys.executable, "-m", "lorafleet", "up", str(args.file), "--host", "127.0.0.1", "--port", PORT]
-        command += ["--data", str(scratch / "data")]
-        with running(Server("Lorafleet", command, {}), scratch / "up.log") as url:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
-                model = json.load(answer)["data"][0]["id"]
-            seconds_of_a_token(url, model, 0)
-            pairs = [
-                (seconds_of_a_token(url, model, seed + 1), seconds_of_a_read(memory)) for seed in range(args.rounds)
-            ]
+    with (
+        scratch_folder() as scratch,
+        running(Server("Lorafleet", up(args.file, scratch), {}), scratch / "up.log") as url,
+    ):
+        model = first_model(url)
+        seconds_of_a_token(url, model, 0)
+        pairs = [(seconds_of_a_token(url, model, seed + 1), seconds_of_a_read(memory)) for seed in range(args.rounds)]
     shares = sorted(read / token for token, read in pairs)
     rows = [(f"{1e3 * token:.1f}", f"{1e-9 * size / token:.1f}", f"{1e-9 * size / read:.1f}") for token, read in pairs]
     print(machine)

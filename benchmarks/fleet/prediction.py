@@ -200,7 +200,8 @@ def main() -> None:
     print(report.table(heads, rows))
     print(f"a request takes {way_ms:.1f} ms beside its steps")
     saved = {"machine": machine, "seconds": seconds, "way_ms": way_ms, "worker": models, "figures": results}
-    report.save(args.out / "prediction", saved, len(SHARES), lambda axes: draw(axes, results))
+    report.save(args.out / "prediction", saved)
+    report.plot(args.out / "prediction", len(SHARES), lambda axes: draw(axes, results))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import re
 import shutil
 import statistics
-import sys
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import psutil
 
 from benchmarks.common import report
 from benchmarks.common.fleet import scratch_folder, service_of
-from benchmarks.peers.servers import PORT, Server, running
+from benchmarks.peers.servers import Server, first_model, running, up
 from lora_kernels.cpu.build import cache_dir
 
 LOADED = re.compile(r"ready in ([\d.]+) s")
@@ -35,12 +34,10 @@ MB = 1e6
 
 def start(model: str, scratch: Path, flags: Sequence[str]) -> dict[str, float]:
     """Start a fleet, request a token and stop the fleet. Return seconds by stage, and megabytes."""
-    command = [sys.executable, "-m", "lorafleet", "up", model, "--host", "127.0.0.1", "--port", PORT, *flags]
-    command += ["--data", str(scratch / "data")]
     # Bytecode is cached as for an installed package: compiling the sources of five processes takes 0.8 s of CPU time.
     environment = {"LORAFLEET_CACHE_DIR": str(scratch / "cache"), "PYTHONDONTWRITEBYTECODE": ""}
     began = time.monotonic()
-    with running(Server("fleet", command, {}, environment), scratch / "up.log") as url:
+    with running(Server("fleet", [*up(model, scratch), *flags], {}, environment), scratch / "up.log") as url:
         found = {"s until it is ready": time.monotonic() - began}
         ask(url)
         found["s until the first token"] = time.monotonic() - began
@@ -59,9 +56,7 @@ def start(model: str, scratch: Path, flags: Sequence[str]) -> dict[str, float]:
 
 def ask(url: str) -> None:
     """Request one token from the base, and wait for it."""
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
-        name = json.load(answer)["data"][0]["id"]
-    body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 1}).encode()
+    body = json.dumps({"model": first_model(url), "prompt": "Once upon a time", "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         assert json.load(answer)["usage"]["completion_tokens"] == 1

@@ -1,13 +1,12 @@
 """The cost of usage accounting for the queue: its server's CPU time per submission, token and end, with and without.
 
-    python -m benchmarks.fleet.usage_cost [--pairs N]
+    python -m benchmarks.fleet.usage_cost
 
 Both kinds alternate on one server, so that other load on the machine affects both alike.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import tempfile
@@ -19,13 +18,13 @@ from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.bus import Bus, StepResult, StepRow, now_ms
 from protocol.wire import messages as m
 
-NUM, TOKENS = 128, 20
+PAIRS, NUM, TOKENS = 40, 128, 20
 ONE = (7).to_bytes(4, "little")
 COUNTED = CountedFor("acme", "sql", "d" * 64, "tiny", False, 62)
 PARTS = ("submission of a call", "token", "end of a request")
 
 
-async def main(pairs: int) -> None:
+async def main() -> None:
     """Measure and print the medians in µs of the server's CPU time."""
     with tempfile.TemporaryDirectory() as folder:
         server = start_embedded(Path(folder) / "queue")
@@ -33,7 +32,7 @@ async def main(pairs: int) -> None:
         try:
             await bus.streams.create(bus.keys.work("w"), 3600)
             found: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
-            for number in range(pairs + 3):
+            for number in range(PAIRS + 3):
                 for counts in (True, False) if number % 2 else (False, True):
                     us = await _once(bus, f"{number}-{counts}", counts=counts)
                     if number >= 3:
@@ -77,6 +76,4 @@ async def _cpu_us(bus: Bus) -> float:
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--pairs", type=int, default=40, help="how often both are measured (%(default)s)")
-    asyncio.run(main(arguments.parse_args().pairs))
+    asyncio.run(main())

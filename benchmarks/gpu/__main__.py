@@ -23,6 +23,7 @@ from typing import Any
 import orjson
 import torch
 
+from benchmarks.common import report
 from benchmarks.gpu import churn, kernels, peer, steps, summary
 from benchmarks.gpu.shapes import SHAPES
 
@@ -122,8 +123,7 @@ def _write(out: Path, about: dict[str, Any], sections: dict[str, dict[str, Any]]
     """Write the results so far, so that an interrupted run leaves them."""
     bars = [{"what": bar.what, "wanted": bar.wanted, "measured": bar.measured, "reached": bar.is_reached}
             for bar in summary.bars(sections)]  # fmt: skip
-    report = {**about, "bars": bars, "sections": sections}
-    (out / "gpu.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    report.save(out / "gpu", {**about, "bars": bars, "sections": sections})
     (out / "gpu.md").write_text(summary.page(about, sections))
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.gpu.shapes import RandomAdapters, Shape, names_of
+from benchmarks.common.fleet import make_adapters
+from benchmarks.gpu.shapes import Shape, names_of
 
 MOST_ADAPTERS = 32
 """Adapters that vLLM keeps on the device: the maximum in a mix of our first batch size."""
@@ -38,13 +39,13 @@ def run(
         return {"skipped": "vLLM is not installed here"}
     num_seqs = shape.num_seqs[0]
     counts = [num for num in (0, *shape.num_adapters) if num <= min(num_seqs, MOST_ADAPTERS)]
-    adapters, names = RandomAdapters(shape), names_of(max(counts))
+    names = names_of(max(counts))
     with tempfile.TemporaryDirectory(prefix="lorafleet-peer-") as scratch:
         folder = Path(scratch)
         config = LlamaConfig(**shape.config, architectures=["LlamaForCausalLM"])
         config.dtype = shape.dtype
         config.save_pretrained(folder / "model")
-        adapters.write(folder / "adapters", names)
+        make_adapters(folder / "model", folder / "adapters", names, shape.ranks)
         llm = vllm.LLM(
             model=str(folder / "model"), load_format="dummy", skip_tokenizer_init=True,
             dtype=str(shape.dtype).removeprefix("torch."), max_num_seqs=max(shape.num_seqs), enable_lora=True,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.random_model import random_model as random_weights
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.weights import page_bytes, split_budget
 from gpu_worker.layers.lora import GROUPS
@@ -81,14 +80,8 @@ def equal_names(num: int, kind: str) -> list[str]:
 
 def random_model(shape: Shape, device: torch.device, impl: ops.Impl | None = None) -> BaseModel:
     """Return a prepared model with random weights. impl: kernels to use; None: the device's default."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(shape.dtype)
-    torch.manual_seed(0)
-    try:
-        with device:
-            module = LlamaForCausalLM(LlamaConfig(**shape.config)).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with device:
+        module = random_weights(LlamaForCausalLM, LlamaConfig(**shape.config), shape.dtype).eval()
     return prepare_model(module, frozenset(), impl)
 
 
@@ -138,20 +131,6 @@ class RandomAdapters:
     def fetch(self, name: str) -> FetchedAdapter:
         """Return an adapter's files."""
         return FetchedAdapter(self.config(name), self.weights(self.rank(name)))
-
-    def write(self, root: Path, names: Sequence[str]) -> None:
-        """Write adapters to subfolders; those of one rank share a file by hard links."""
-        first: dict[int, Path] = {}
-        for name in names:
-            folder, rank = root / name, self.rank(name)
-            folder.mkdir(parents=True)
-            (folder / "adapter_config.json").write_text(json.dumps(self.config(name)))
-            file = folder / "adapter_model.safetensors"
-            if rank in first:
-                file.hardlink_to(first[rank])
-            else:
-                file.write_bytes(self.weights(rank))
-                first[rank] = file
 
 
 def pool_bytes(model: BaseModel, num_pages: int) -> int:

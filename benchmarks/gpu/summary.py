@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import report
 from protocol.runtime.environment import COMPUTE, child_environment
 
 Sections = Mapping[str, Mapping[str, Any]]
@@ -133,7 +134,7 @@ def page(about: Mapping[str, Any], sections: Sections) -> str:
         f"`python -m benchmarks.gpu` wrote this on {about['date']}, at commit {about['commit'] or 'unknown'}.", "",
         f"- {card}{driver}; {about['num_cpus']} CPUs", f"- {versions}, Python {about['python']}",
         f"- {about['shape']}, random weights; adapters of all linear layers, random too", "",
-        "## Bars", "", *_table(("what", "wanted", "measured", ""), [_row(bar) for bar in bars(sections)]),
+        "## Bars", "", report.table(("what", "wanted", "measured", ""), [_row(bar) for bar in bars(sections)]),
     ]  # fmt: skip
     for name, (title, write, key) in _SECTIONS.items():
         found = sections.get(name, {"skipped": "it was not asked for"})
@@ -151,17 +152,13 @@ def _row(bar: Bar) -> tuple[str, str, str, str]:
     return bar.what, bar.wanted, bar.measured, {True: "reached", False: "**missed**", None: ""}[bar.is_reached]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    return [f"| {' | '.join(str(cell) for cell in line)} |" for line in (header, ["---"] * len(header), *rows)]
-
-
 def _kernels(found: Mapping[str, Any]) -> list[str]:
     rows = [
         (case["kind"], case["name"], f"{case['us']:.1f}", f"{case['floor_us']:.1f}", f"{case['bandwidth_share']:.2f}")
         for case in found["cases"]
     ]
     head = f"Copies run at {found['copy_gb_s']:.0f} GB/s. Caches are cold before every call."
-    return [head, "", *_table(("kernel", "case", "µs", "floor, µs", "floor ÷ measured"), rows)]
+    return [head, "", report.table(("kernel", "case", "µs", "floor, µs", "floor ÷ measured"), rows)]
 
 
 def _steps(found: Mapping[str, Any]) -> list[str]:
@@ -189,7 +186,7 @@ def _steps(found: Mapping[str, Any]) -> list[str]:
         "prefill tok/s",
         "of base",
     )
-    return [head, "", *_table(header, rows)]
+    return [head, "", report.table(header, rows)]
 
 
 def _churn(found: Mapping[str, Any]) -> list[str]:
@@ -200,8 +197,8 @@ def _churn(found: Mapping[str, Any]) -> list[str]:
     ]
     return [
         f"Adapters of rank 16, a pool for {found['num_slots']}; the engine in its thread, no HTTP and no queue.", "",
-        *_table(("asked for in a closed loop", "TTFT p50, ms", "p99", "longest"), ttft), "",
-        *_table(("gaps of warm streams", "p50, ms", "p99", "p99.9", "longest", "other requests"), gaps),
+        report.table(("asked for in a closed loop", "TTFT p50, ms", "p99", "longest"), ttft), "",
+        report.table(("gaps of warm streams", "p50, ms", "p99", "p99.9", "longest", "other requests"), gaps),
     ]  # fmt: skip
 
 
@@ -217,7 +214,7 @@ def _peer(found: Mapping[str, Any]) -> list[str]:
     ]
     return [
         f"vLLM {found['version']}, its offline interface, the same shape and adapters, prefix cache off.", "",
-        *_table(("sequences", "adapters", "decode tok/s", "prefill tok/s"), rows),
+        report.table(("sequences", "adapters", "decode tok/s", "prefill tok/s"), rows),
     ]  # fmt: skip
 
 

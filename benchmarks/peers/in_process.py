@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.peers.run import Point, in_turns, lab_of, parse_arguments, save
+from benchmarks.peers.run import in_turns, lab_of, parse_arguments, save
 from benchmarks.peers.servers import MODEL_NAME, Lab, Server, lorafleet, scenarios_by_name
 from lorafleet.bench import BenchTarget
 
@@ -139,16 +140,13 @@ def main() -> None:
     lab = lab_of(args.peers, args)
     lab = replace(lab, num_threads=args.threads or lab.num_threads)
 
-    def measured(scratch: Path) -> list[list[Point]]:
-        rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
+    def groups(scratch: Path) -> Iterator[list[Server]]:
         for bits in args.bits.split(","):
             found = [SYSTEMS[system](lab, int(bits), args.isa, scratch) for system in args.systems]
             servers = [_only(server, args.loads) if args.loads else server for some in found for server in some]
-            own = in_turns([server for server in servers if server.scenarios], args, scratch)
-            rounds = [[*points, *more] for points, more in zip(rounds, own, strict=True)]
-        return rounds
+            yield [server for server in servers if server.scenarios]
 
-    save(measured, "engines", args)
+    save(lambda scratch: in_turns(groups(scratch), args, scratch), "engines", args)
 
 
 def _only(server: Server, loads: list[str]) -> Server:

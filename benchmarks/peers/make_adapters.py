@@ -37,14 +37,17 @@ def module_shapes(model: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> None:
-    """Write one adapter in PEFT's format, bf16."""
+def make_adapter(
+    model: Path, folder: Path, rank: int, seed: int, *, targets: tuple[str, ...] = ("",), b_std: float = B_STD
+) -> None:
+    """Write one adapter in PEFT's format, bf16. targets: what the names of its layers end with."""
+    shapes = {name: shape for name, shape in module_shapes(model).items() if name.endswith(targets)}
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for module, (out_features, in_features) in module_shapes(model).items():
+    for module, (out_features, in_features) in shapes.items():
         prefix = f"base_model.model.{module}"
         lora_a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
-        lora_b = torch.randn(out_features, rank, generator=generator) * B_STD
+        lora_b = torch.randn(out_features, rank, generator=generator) * b_std
         weights[f"{prefix}.lora_A.weight"] = lora_a.to(torch.bfloat16)
         weights[f"{prefix}.lora_B.weight"] = lora_b.to(torch.bfloat16)
     config = {
@@ -55,7 +58,7 @@ def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> None:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in module_shapes(model)}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in shapes}),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -14,6 +14,7 @@ import argparse
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -82,23 +83,13 @@ def main() -> None:
     parser.add_argument("--lab", type=Path, required=True, help="a folder to keep the models in")
     parser.add_argument("--models", default="smol,1b", help="%(default)s")
     parser.add_argument("--kinds", default="Q4_0,Q4_K_M,Q8_0,BF16", help="%(default)s")
-    parser.add_argument("--make", action="store_true", help="only make the files")
     args = parse_arguments(parser, "lorafleet,llama.cpp", waves=1)
     lab = lab_of(args.lab, args)
     lab.root.mkdir(parents=True, exist_ok=True)
-    if args.make:
-        for model in args.models.split(","):
-            for kind in args.kinds.split(","):
-                print(gguf_file(lab.root, args.peers, model, kind))
-        return
 
     def measured(scratch: Path) -> list[list[Point]]:
-        rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
-        for model in args.models.split(","):
-            for kind in args.kinds.split(","):
-                own = in_turns(servers(lab, args, model, kind, scratch), args, scratch)
-                rounds = [[*points, *more] for points, more in zip(rounds, own, strict=True)]
-        return rounds
+        files = product(args.models.split(","), args.kinds.split(","))
+        return in_turns((servers(lab, args, *file, scratch) for file in files), args, scratch)
 
     save(measured, "quantised-peers", args)
 

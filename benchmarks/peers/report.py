@@ -1,14 +1,13 @@
 """The tables and the plot of a comparison with peers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_style
+from benchmarks.common.report import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot, table
 
 OURS = "Lorafleet"
-COLORS = {
-    "Lorafleet": BLUE, "vLLM": ORANGE, "llama.cpp": GREEN, "OpenVINO GenAI": RED,
-}  # fmt: skip
+COLORS = {"Lorafleet": BLUE, "vLLM": ORANGE, "llama.cpp": GREEN, "OpenVINO GenAI": RED}
 
 Report = dict[str, Any]  # the JSON that run.py writes
 
@@ -24,27 +23,24 @@ def markdown(report: Report) -> str:
     ]
     levels = sorted({point["concurrency"] for point in report["points"]})
     shown = " / ".join(str(level) for level in levels)
-    lines += [
-        f"| server | load | tok/s at {shown} | inter-token p50, ms | TTFT p50, ms |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    rows = dict.fromkeys((point["server"], point["scenario"]) for point in report["points"])
-    for server, scenario in rows:
+    rows: list[list[str]] = []
+    for server, scenario in dict.fromkeys((point["server"], point["scenario"]) for point in report["points"]):
         cells = []
         for key in ("tokens_per_s", "inter_token_p50_ms", "ttft_p50_ms"):
             found = {
                 p["concurrency"]: p[key] for p in report["points"] if (p["server"], p["scenario"]) == (server, scenario)
             }
             cells.append(" / ".join(f"{found[level]:.0f}" if level in found else "-" for level in levels))
-        lines.append(f"| {server} | {scenario} | {' | '.join(cells)} |")
-    if ratios := ratio_lines(report, levels):
-        lines += ["", *ratios]
+        rows.append([server, scenario, *cells])
+    lines.append(table(("server", "load", f"tok/s at {shown}", "inter-token p50, ms", "TTFT p50, ms"), rows))
+    if ratios := ratio_table(report, levels):
+        lines += ["", ratios]
     if failed := sum(point["num_errors"] for point in report["points"]):
         lines += ["", f"{failed} requests failed: these figures are not comparable."]
     return "\n".join(lines) + "\n"
 
 
-def ratio_lines(report: Report, levels: list[int]) -> list[str]:
+def ratio_table(report: Report, levels: list[int]) -> str:
     """Return a table of our tok/s divided by the peers'; empty unless both were measured."""
     best: dict[tuple[str, int], dict[str, float]] = {}
     for point in report["points"]:
@@ -52,9 +48,8 @@ def ratio_lines(report: Report, levels: list[int]) -> list[str]:
         systems[point["system"]] = max(point["tokens_per_s"], systems.get(point["system"], 0.0))
     peers = sorted({point["system"] for point in report["points"]} - {OURS})
     if not peers or not any(OURS in systems for systems in best.values()):
-        return []
-    header = " | ".join(f"× at {level}" for level in levels)
-    lines = [f"| {OURS} ÷ | load | {header} |", "| --- | --- |" + " --- |" * len(levels)]
+        return ""
+    rows: list[list[str]] = []
     for scenario in dict.fromkeys(point["scenario"] for point in report["points"]):
         for peer in ["the better peer", *peers]:
             cells = []
@@ -63,21 +58,17 @@ def ratio_lines(report: Report, levels: list[int]) -> list[str]:
                 rivals = [systems[name] for name in peers if name in systems and peer in (name, "the better peer")]
                 known = OURS in systems and rivals and max(rivals) > 0
                 cells.append(f"{systems[OURS] / max(rivals):.2f}" if known else "-")
-            lines.append(f"| {peer} | {scenario} | {' | '.join(cells)} |")
-    return lines
+            rows.append([peer, scenario, *cells])
+    return table((f"{OURS} ÷", "load", *(f"× at {level}" for level in levels)), rows)
 
 
 def save_plot(report: Report, path: Path) -> None:
     """Draw the tok/s of each system as bars grouped by concurrency, one panel per load."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     scenarios = list(dict.fromkeys(point["scenario"] for point in report["points"]))
     levels = sorted({point["concurrency"] for point in report["points"]})
     systems = [name for name in COLORS if any(point["system"] == name for point in report["points"])]
-    with mpl.rc_context(plot_style()):
-        figure = Figure(figsize=(3.6 * len(scenarios), 3.4), layout="constrained", facecolor="white")
-        axes = figure.subplots(1, len(scenarios), squeeze=False)[0]
+
+    def draw(axes: Sequence[Any]) -> None:
         for axis, scenario in zip(axes, scenarios, strict=True):
             width = 0.8 / len(systems)
             for offset, system in enumerate(systems):
@@ -91,7 +82,8 @@ def save_plot(report: Report, path: Path) -> None:
             axis.grid(axis="x", visible=False)
         axes[0].set_ylabel("output tokens per second")
         axes[0].legend(frameon=False, labelcolor=INK)
-        figure.savefig(path, dpi=150)
+
+    plot(path, len(scenarios), draw)
 
 
 def _best(report: Report, system: str, scenario: str, level: int) -> float:

@@ -18,13 +18,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import httpx2
-import orjson
 import psutil
 
-from benchmarks.common.report import RESULTS, machine
+from benchmarks.common import report
 from benchmarks.peers.programs import program
 from benchmarks.peers.report import markdown, save_plot
 from benchmarks.peers.servers import SYSTEMS, Lab, Server, started
@@ -157,18 +157,18 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
     return merged
 
 
-def in_turns(servers: list[Server], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
-    """Run servers and programs side by side and measure them alternately, for each load of each round.
+def in_turns(groups: Iterable[list[Server]], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
+    """Run the servers and programs of each group side by side and measure them alternately, for each load of each round.
 
     Return the points by round. Before the first round, an adapter of each program must have changed the answer.
     """
     rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
-    with ExitStack() as stack:
-        asks = [_started(server, scratch, stack) for server in servers]
-        loads = dict.fromkeys(name for server in servers for name in server.scenarios)
-        for number, points in enumerate(rounds):
-            for scenario in loads:
-                for place, concurrency in enumerate(args.concurrency):
+    for servers in groups:
+        with ExitStack() as stack:
+            asks = [_started(server, scratch, stack) for server in servers]
+            loads = dict.fromkeys(name for server in servers for name in server.scenarios)
+            for number, points in enumerate(rounds):
+                for scenario, (place, concurrency) in product(loads, enumerate(args.concurrency)):
                     seed = 2 * (number * len(args.concurrency) + place)
                     for server, ask in zip(servers, asks, strict=True):
                         if scenario not in server.scenarios:
@@ -242,20 +242,19 @@ def save(measured: Callable[[Path], list[list[Point]]], name: str, args: argpars
     """Save and print the medians of rounds. measured: takes a folder to write to. name: of the results."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a server must not outlive this process
     started_at = datetime.now(UTC)
-    out = args.out or RESULTS / f"{name}-{started_at:%Y-%m-%d}"
-    about = {"started_at": started_at.isoformat(timespec="seconds"), "machine": machine()}
+    out = args.out or report.RESULTS / f"{name}-{started_at:%Y-%m-%d}"
+    about = {"started_at": started_at.isoformat(timespec="seconds"), "machine": report.machine()}
     about["load"] = {
         key: getattr(args, key)
         for key in ("num_adapters", "prompt_words", "output_tokens", "waves", "min_requests", "rounds")
     }
     with tempfile.TemporaryDirectory(prefix="lorafleet-peers-") as scratch:
         points = median_points(measured(Path(scratch)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report = {**about, "points": [asdict(point) for point in points]}
-    out.with_suffix(".json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    out.with_suffix(".md").write_text(markdown(report))
-    save_plot(report, out.with_suffix(".png"))
-    print(f"\n{markdown(report)}\nwrote {out}.json, .md and .png")
+    found = {**about, "points": [asdict(point) for point in points]}
+    report.save(out, found)
+    out.with_suffix(".md").write_text(markdown(found))
+    save_plot(found, out)
+    print(f"\n{markdown(found)}\nwrote {out}.md and .png")
 
 
 def main() -> None:

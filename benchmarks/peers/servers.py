@@ -1,5 +1,6 @@
 """The servers of a comparison: how to start each one, and which request fields select its adapters."""
 
+import json
 import os
 import signal
 import subprocess
@@ -82,10 +83,21 @@ def scenarios_by_name(lab: Lab) -> dict[str, tuple[BenchTarget, ...]]:
     return _scenarios(lab, BenchTarget.model(MODEL_NAME), [BenchTarget.model(name) for name in lab.adapter_names])
 
 
+def up(model: Path | str, scratch: Path) -> list[str]:
+    """Return the command that starts Lorafleet on a model, with its data in a folder."""
+    command = [sys.executable, "-m", "lorafleet", "up", str(model), "--data", str(scratch / "data")]
+    return [*command, "--host", "127.0.0.1", "--port", PORT]
+
+
+def first_model(url: str) -> str:
+    """Return the name of the first model that a server lists."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
+        return json.load(answer)["data"][0]["id"]
+
+
 def lorafleet(lab: Lab, scratch: Path) -> list[Server]:
     """Return Lorafleet with its whole path: HTTP, queue, scheduler and worker."""
-    command = [sys.executable, "-m", "lorafleet", "up", str(lab.model), "--adapters", str(lab.adapters)]
-    command += ["--host", "127.0.0.1", "--port", PORT, "--data", str(scratch / "data"), "--dtype", "bfloat16"]
+    command = [*up(lab.model, scratch), "--adapters", str(lab.adapters), "--dtype", "bfloat16"]
     sizes = {"--kv-cache-bytes": lab.cache_gib, "--adapter-pool-bytes": lab.pool_gib}
     command += [f"{flag}={size << 30}" for flag, size in sizes.items() if size]
     return [Server("Lorafleet", command, scenarios_by_name(lab))]

@@ -86,9 +86,13 @@ def load_s(num_pages: int) -> float:
 
 
 def run(
-    policy: str, zipf: float, *, num_adapters: int, num_slots: int, num_requests: int, num_running: int
-) -> PolicyCost:
-    """Play one trace over adapters of all `RANKS`; the first tenth warms the pool and is not counted."""
+    policy: str, zipf: float, *, num_adapters: int = 2000, num_slots: int = 64, num_requests: int = 20_000,
+    num_running: int = 16,
+) -> PolicyCost:  # fmt: skip
+    """Play one trace over adapters of all `RANKS`; the first tenth warms the pool and is not counted.
+
+    num_slots: adapters of mean size that the pool holds.
+    """
     random = np.random.default_rng(0)
     trace = zipf_trace(random, num_adapters, num_requests, zipf)
     pages = [-(-RANKS[rank] // PAGE_ROWS) for rank in random.integers(0, len(RANKS), num_adapters)]
@@ -105,28 +109,16 @@ def run(
 def main() -> None:
     """Compare eviction policies on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--adapters", type=int, default=2000)
-    parser.add_argument("--slots", type=int, default=64, help="adapters of mean size that the pool holds")
-    parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--running", type=int, default=16)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    outcomes = [
-        run(
-            policy, zipf, num_adapters=args.adapters, num_slots=args.slots, num_requests=args.requests,
-            num_running=args.running,
-        )
-        for zipf in (0.8, 1.0, 1.2)
-        for policy in ("LRU", "GDSF")
-    ]  # fmt: skip
+    outcomes = [run(policy, zipf) for zipf in (0.8, 1.0, 1.2) for policy in ("LRU", "GDSF")]
     for outcome in outcomes:
         print(
             f"zipf {outcome.zipf}  {outcome.policy:5} hits {outcome.hit_rate:.1%}  loads {outcome.num_loads}"
             f"  {outcome.loaded_bytes / 1e9:.2f} GB  {outcome.load_s:.1f} s"
         )
     if args.json:
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
-        args.json.write_text(json.dumps({"settings": settings, "outcomes": [asdict(o) for o in outcomes]}, indent=1))
+        args.json.write_text(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes]}, indent=1))
 
 
 if __name__ == "__main__":

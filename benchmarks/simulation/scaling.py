@@ -11,7 +11,6 @@ they start early enough to be ready in time. KEDA's cron triggers do that.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ TOLERANCE = 0.1
 SLOT_S = 900
 NUM_BURSTS, BURST_S = 12, 300
 MAX_WORKERS = 40
+TARGETS = (16, 32, 64)
 WAYS = (("demand", 0.0), ("a schedule too", 1.0), ("with room", 2.0))
 """How workers are scaled, and the factor on yesterday's number."""
 
@@ -160,14 +160,10 @@ def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Play the days and report them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=report.Path, default=report.RESULTS)
-    parser.add_argument("--targets", default="16,32,64", help="requests for each worker")
-    args = parser.parse_args()
+    args = report.parser(__doc__, without=("model", "short")).parse_args()
     about = report.machine()
     rows: list[dict[str, Any]] = []
-    targets = [int(text) for text in args.targets.split(",")]
-    for kind, start_s, target in product(KINDS, (60, 300), targets):
+    for kind, start_s, target in product(KINDS, (60, 300), TARGETS):
         before, coming = (arrivals(kind.peak_rate, np.random.default_rng(seed)) for seed in (1, 2))
         yesterday = live(kind, target, 0, before, np.random.default_rng(3))
         rows.append(row(kind, target, start_s, "demand", live(kind, target, start_s, coming, np.random.default_rng(4))))
@@ -178,7 +174,8 @@ def main() -> None:
     header = ("worker", "starts in, s", "target", "by", "worker hours", "most", "TTFT p50, s", "p99, s", "% over 5 s")
     keys = ("kind", "start_s", "target", "how", "worker_hours", "most", "ttft_p50_s", "ttft_p99_s", "late")
     print(report.table(header, [[r[key] for key in keys] for r in rows]))
-    report.save(args.out / "scaling.json", {**about, "rows": rows}, len(KINDS), lambda axes: draw(axes, rows))
+    report.save(args.out / "scaling", {**about, "rows": rows})
+    report.plot(args.out / "scaling", len(KINDS), lambda axes: draw(axes, rows))
 
 
 if __name__ == "__main__":

@@ -101,14 +101,11 @@ def test_the_proof_leaves_its_results_in_one_folder(tmp_path: Path) -> None:
     assert "## Kernels beside the bandwidth floor" in (tmp_path / "gpu.md").read_text()
 
 
-def test_adapters_of_one_rank_differ_and_fit_their_pool(tmp_path: Path) -> None:
+def test_adapters_of_one_rank_differ_and_fit_their_pool() -> None:
     adapters, names = RandomAdapters(TINY), names_of(6)
     assert [adapters.rank(name) for name in names] == [8, 16, 24] * 2
     assert adapters.num_pages(names) == 8
     assert len({digest_of(adapters.fetch(name)) for name in names}) == 6
-    adapters.write(tmp_path, names)
-    files = [tmp_path / name / "adapter_model.safetensors" for name in names]
-    assert len({file.stat().st_ino for file in files}) == 3
 
 
 def test_the_peer_is_asked_for_the_same() -> None:

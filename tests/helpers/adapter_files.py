@@ -1,18 +1,21 @@
-"""Adapters written byte by byte, without torch: valid ones for BASE, and malicious ones."""
+"""Adapters written byte by byte, without torch: valid ones for BASE, and malicious ones; what is read of them."""
 
 from __future__ import annotations
 
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.effect import has_effect
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec, TensorInfo, parse_header, read_adapter
 from protocol.wire import messages as m
+from protocol.wire.errors import AdapterRefused
 
 HIDDEN = 16
 BASE = m.ServedModel(
@@ -31,16 +34,43 @@ BASE = m.ServedModel(
 
 
 def safetensors(tensors: Mapping[str, np.ndarray[Any, Any]], **changes: Any) -> bytes:
-    """Return a safetensors file of float32 tensors; `changes` replace header entries, and None removes one."""
+    """Return a file of tensors, bytes or float32; `changes` replace header entries, and None removes one."""
     header: dict[str, Any] = {}
     body = b""
     for name, tensor in tensors.items():
-        raw = np.ascontiguousarray(tensor, dtype="<f4").tobytes()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        stored, dtype = ("U8", "u1") if tensor.dtype == np.uint8 else ("F32", "<f4")
+        raw = np.ascontiguousarray(tensor, dtype=dtype).tobytes()
+        header[name] = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(raw)]}
         body += raw
     header |= changes
     head = json.dumps({name: entry for name, entry in header.items() if entry is not None}).encode()
     return len(head).to_bytes(8, "little") + head + body
+
+
+def parsed(tensors: Mapping[str, np.ndarray[Any, Any]]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Return a safetensors file, and what its header says."""
+    raw = safetensors(tensors)
+    return raw, parse_header(raw, len(raw))
+
+
+def read_file(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray[Any, Any]], base: m.ServedModel | None = BASE
+) -> AdapterSpec:  # fmt: skip
+    return read_adapter(config, parsed(tensors)[1], base)
+
+
+def effect(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray[Any, Any]], base: m.ServedModel = BASE) -> bool:
+    raw, infos = parsed(tensors)
+    return has_effect(read_adapter(config, infos, base), infos, memoryview(raw))
+
+
+def refusal(reads: Callable[..., object], *given: Any, **more: Any) -> str:
+    """Return why an adapter is refused, a reason a line."""
+    with pytest.raises(AdapterRefused) as refused:
+        reads(*given, **more)
+    text = "\n".join(refused.value.reasons)
+    assert len(text) < 10_000
+    return text
 
 
 def lora_tensors(

@@ -133,14 +133,7 @@ def make_adapter(
     """
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
-    model: Any = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, scale / rank**0.5, generator=generator)
-    model.save_pretrained(folder)
-    return folder
+    return _write_random(folder, base, config, seed, scale)
 
 
 def make_decoder_adapter(folder: Path, base: PreTrainedModel, *, rank: int = 4, seed: int = 1) -> Path:
@@ -150,11 +143,15 @@ def make_decoder_adapter(folder: Path, base: PreTrainedModel, *, rank: int = 4, 
     """
     kind = "SEQ_CLS" if type(base).__name__.endswith("ForSequenceClassification") else "FEATURE_EXTRACTION"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type=kind)
+    return _write_random(folder, base, config, seed, 0.3)
+
+
+def _write_random(folder: Path, base: PreTrainedModel, config: LoraConfig, seed: int, scale: float) -> Path:
     model: Any = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(0.0, 0.3 / rank**0.5, generator=generator)
+                parameter.normal_(0.0, scale / config.r**0.5, generator=generator)
     model.save_pretrained(folder)
     return folder

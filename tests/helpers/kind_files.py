@@ -1,9 +1,7 @@
-"""Adapters of every kind besides LoRA for the small base of `adapter_files`, written byte by byte, without torch."""
+"""Adapters of every kind besides LoRA for the small base of `adapter_files`, written without torch."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,17 +67,3 @@ def kind_tensors(
             else:
                 found[name] = generator.normal(size=shape).astype(np.float32)
     return found
-
-
-def written(tensors: Mapping[str, NDArray[Any]]) -> bytes:
-    """Return a safetensors file of fp32 tensors; uint8 tensors are stored as U8."""
-    header: dict[str, Any] = {}
-    body = b""
-    for name, tensor in tensors.items():
-        dtype = "U8" if tensor.dtype == np.uint8 else "F32"
-        raw = np.ascontiguousarray(tensor).tobytes()
-        assert len(raw) == math.prod(tensor.shape) * (1 if dtype == "U8" else 4)
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(raw)]}
-        body += raw
-    head = json.dumps(header).encode()
-    return len(head).to_bytes(8, "little") + head + body

@@ -18,29 +18,24 @@ def weight_and_input(n: int, k: int, m: int, dtype: torch.dtype) -> tuple[torch.
     return weight.to(dtype), torch.randn(m, k, generator=generator).to(dtype)
 
 
+def product(x: torch.Tensor, weight: torch.Tensor, impl: Impl, bias: torch.Tensor | None = None) -> torch.Tensor:
+    with poisoned_memory():
+        return ops.linear(x, ops.pack_linear(weight, impl=impl), bias, impl=impl)
+
+
 @pytest.mark.parametrize("m", [1, 2, 3, 13, 14, 15, 16, 17, 29, 32, 33, 64, 257])
 def test_rows(m: int, impl: Impl) -> None:
     """Row counts with every remainder of the register tile, and more rows than a block has."""
     for n, k in ((96, 64), (33, 130), (200, 2)):
         weight, x = weight_and_input(n, k, m, BF16)
-        with poisoned_memory():
-            actual = ops.linear(x, ops.pack_linear(weight, impl=impl), impl=impl)
-        assert_close(actual, x.float() @ weight.float().T)
+        assert_close(product(x, weight, impl), x.float() @ weight.float().T)
 
 
-def test_many_rows_of_many_features(native: Impl) -> None:
-    """Enough rows and features that the input is processed in blocks of rows."""
-    weight, x = weight_and_input(64, 4096, 700, BF16)
-    assert_close(ops.linear(x, ops.pack_linear(weight, impl=native), impl=native), x.float() @ weight.float().T)
-
-
-@pytest.mark.parametrize("m", [65, 110, 257])
-def test_features_in_parts(m: int, native: Impl) -> None:
-    """Sums over many inputs are computed in parts; partial sums are stored between them."""
-    weight, x = weight_and_input(330, 4128, m, BF16)
-    with poisoned_memory():
-        actual = ops.linear(x, ops.pack_linear(weight, impl=native), impl=native)
-    assert_close(actual, x.float() @ weight.float().T)
+@pytest.mark.parametrize(("n", "k", "m"), [(330, 4128, 65), (330, 4128, 110), (330, 4128, 257), (64, 4096, 700)])
+def test_features_in_parts(n: int, k: int, m: int, native: Impl) -> None:
+    """Sums over many inputs are computed in parts, stored in between, and many rows are processed in blocks."""
+    weight, x = weight_and_input(n, k, m, BF16)
+    assert_close(product(x, weight, native), x.float() @ weight.float().T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
@@ -48,8 +43,7 @@ def test_features_in_parts(m: int, native: Impl) -> None:
 def test_dtypes_and_bias(dtype: torch.dtype, k: int, impl: Impl) -> None:
     weight, x = weight_and_input(50, k, 9, dtype)
     bias = torch.linspace(-1, 1, 50).to(dtype)
-    actual = ops.linear(x, ops.pack_linear(weight, impl=impl), bias, impl=impl)
-    assert_close(actual, x.float() @ weight.float().T + bias.float())
+    assert_close(product(x, weight, impl, bias), x.float() @ weight.float().T + bias.float())
 
 
 def test_leading_dimensions_and_strided_rows(impl: Impl) -> None:
@@ -63,7 +57,7 @@ def test_leading_dimensions_and_strided_rows(impl: Impl) -> None:
 
 def test_no_rows(impl: Impl) -> None:
     weight, _ = weight_and_input(40, 64, 1, BF16)
-    assert ops.linear(torch.empty(0, 64, dtype=BF16), ops.pack_linear(weight, impl=impl), impl=impl).shape == (0, 40)
+    assert product(torch.empty(0, 64, dtype=BF16), weight, impl).shape == (0, 40)
 
 
 def test_bf16_weights_are_packed(native: Impl) -> None:
@@ -91,4 +85,4 @@ def test_the_comparison_notices_one_weight_row(native: Impl) -> None:
     broken = weight.clone()
     broken[17] = weight[18]
     with pytest.raises(AssertionError):
-        assert_close(ops.linear(x, ops.pack_linear(broken, impl=native), impl=native), x.float() @ weight.float().T)
+        assert_close(product(x, broken, native), x.float() @ weight.float().T)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from oracle.peft_oracle import FAMILY_OF_TYPE, TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts
+from oracle.peft_oracle import FAMILY_OF_TYPE, TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, watch
 from oracle.tiny_models import TINY, tiny_model
 from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
 from torch import Tensor, nn
@@ -165,15 +165,12 @@ def targets_of(model: PreTrainedModel, sites: list[SiteInfo]) -> tuple[str, ...]
 def watch_logits(engine: Engine) -> dict[tuple[str, int], Tensor]:
     """Return a dict that fills with the logits [V] of output tokens, by request id and token number."""
     seen: dict[tuple[str, int], Tensor] = {}
-    run = engine.runner.run
 
-    def watched(inputs: StepInputs) -> Tensor:
-        logits = run(inputs)
+    def look(inputs: StepInputs, logits: Tensor) -> None:
         for row, seq in zip(logits, inputs.ready, strict=False):
             seen[seq.rid, seq.num_output] = row.clone()
-        return logits
 
-    engine.runner.run = watched
+    watch(engine, look)
     return seen
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion
@@ -26,12 +26,15 @@ from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.adapters.packing.rows import PackedRows, RowPacker
 from gpu_worker.build import build_engine
 from gpu_worker.drafting.load import LoadedDraft, LoadedHead
+from gpu_worker.encoder.engine import EncoderEngine
 from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.runner import StepInputs
 from gpu_worker.loading.checkpoint import takes_positions
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.planning.request import EngineRequest, TokenOutput
 from protocol.runtime.settings import Settings
+from protocol.wire.errors import LorafleetError
 from protocol.wire.messages import Sampling
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -72,9 +75,7 @@ class Oracle:
                 for parameter_name, parameter in self._model.named_parameters():
                     if f".{name}." in parameter_name:
                         parameter.normal_(0.0, scale / lora.rank**0.5, generator=generator)
-            tensors = get_peft_model_state_dict(self._model, adapter_name=name, save_embedding_layers=False)
-            weights = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-            self._files[name] = FetchedAdapter(json.loads(json.dumps(config.to_dict(), default=list)), weights)
+            self._files[name] = saved_files(self._model, config, adapter_name=name)
         self._model.eval()
 
     def round_rows(self) -> None:
@@ -136,11 +137,22 @@ class Oracle:
         self, tokenizer: Tokenizer | None = None, *, draft: LoadedDraft | None = None, **settings: Any
     ) -> Engine:
         """Return an engine on a copy of the base that fetches these adapters."""
-        values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
-        impl = "reference" if values.get("kernels") == "reference" else None
+        impl = "reference" if settings.get("kernels") == "reference" else None
         model = prepare_model(copy.deepcopy(self.untouched), frozenset(), impl)
         text = tokenizer.to_str() if tokenizer else None
-        return packed_engine(model, Settings(**values), self.fetch, text, draft)
+        return packed_engine(model, oracle_settings(**settings), self.fetch, text, draft)
+
+
+def saved_files(model: Any, config: PeftConfig, **options: Any) -> FetchedAdapter:
+    """Return the files that PEFT saves for an adapter of a model. options: of `get_peft_model_state_dict`."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False, **options)
+    weights = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+    return FetchedAdapter(json.loads(json.dumps(config.to_dict(), default=list)), weights)
+
+
+def oracle_settings(**given: Any) -> Settings:
+    """Return the settings of an engine over a tiny model."""
+    return Settings(**{"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20, **given})
 
 
 def round_rows(model: torch.nn.Module) -> None:
@@ -199,10 +211,23 @@ class Asked:
             self.finish[output.rid] = output
 
 
-def warm(engine: Engine, names: Iterable[str]) -> None:
+def watch(engine: Engine, look: Callable[[Any, torch.Tensor], object]) -> Any:
+    """Call `look` with the inputs and the logits of every step. Returns the original function."""
+    run = engine.runner.run
+
+    def watched(inputs: StepInputs) -> torch.Tensor:
+        logits = run(inputs)
+        look(inputs, logits)
+        return logits
+
+    engine.runner.run = watched
+    return run
+
+
+def warm(engine: Engine | EncoderEngine, names: Iterable[str]) -> None:
     """Load adapters into the pool, so that load times do not decide how many run together."""
     loaded = threading.Event()
-    engine.adapters.on_loaded = loaded.set
+    engine.wake_with(loaded.set)
     wanted = {name for name in names if name}
     for name in wanted:
         engine.prefetch(name)
@@ -234,6 +259,13 @@ def ask(engine: Engine, requests: Iterable[EngineRequest], after_step: Callable[
             loaded.clear()
     engine.check_integrity()
     return asked
+
+
+def refusal(engine: Engine, request: EngineRequest) -> LorafleetError:
+    """Return why a request is refused."""
+    error = ask(engine, [request]).finish[request.rid].error
+    assert error is not None
+    return error
 
 
 def greedy_request(rid: str, name: str, prompt: np.ndarray, num_tokens: int, **fields: Any) -> EngineRequest:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from oracle.conformance import LENGTHS, adapters_for
-from oracle.peft_oracle import Asked, ask, prompts
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save
+from oracle.peft_oracle import Asked, ask, oracle_settings, prompts, saved_files
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -25,7 +22,6 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.loading.checkpoint import takes_positions
 from gpu_worker.model.prepare import load_model, prepare_model
 from gpu_worker.planning.request import EngineRequest
-from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling, Task
 
 MAX_DIFFERENCE = 1e-4
@@ -72,10 +68,8 @@ class PooledOracle:
                     parameter.normal_(0.0, 0.3, generator=generator)
                 elif "magnitude" in own or "modules_to_save" in own:
                     parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        weights = save({key: tensor.contiguous() for key, tensor in tensors.items()})
         self.models[name] = model.eval()
-        self.files[name] = FetchedAdapter(json.loads(json.dumps(config.to_dict(), default=list)), weights)
+        self.files[name] = saved_files(model, config)
 
     def hidden(self, name: str, text: np.ndarray) -> Tensor:
         """Return the hidden states [T, D] of a text under an adapter, computed alone."""
@@ -99,17 +93,13 @@ class PooledOracle:
     def engine(self, **settings: Any) -> Engine:
         """Return an engine on a copy of the base, with these adapters."""
         model = prepare_model(copy.deepcopy(self.base), frozenset(), None)
-        return build_engine(model, _settings(settings), self.files.__getitem__)[0]
+        return build_engine(model, oracle_settings(**settings), self.files.__getitem__)[0]
 
     def engine_of(self, folder: Path, **settings: Any) -> Engine:
         """Return an engine on a model folder, with these adapters."""
-        given = _settings(settings)
+        given = oracle_settings(**settings)
         model = load_model(folder, torch.device("cpu"), torch.float32, None, score_tokens=given.score_tokens)
         return build_engine(model, given, self.files.__getitem__)[0]
-
-
-def _settings(given: Mapping[str, Any]) -> Settings:
-    return Settings(**{"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20, **given})
 
 
 def request_for(task: Task, rid: str, name: str, text: np.ndarray, **fields: Any) -> EngineRequest:

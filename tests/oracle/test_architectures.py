@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle.conformance import MAX_DIFFERENCE, conform
-from oracle.peft_oracle import Oracle
+from oracle.peft_oracle import Oracle, oracle_settings
 from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers.masking_utils import and_masks, causal_mask_function, chunked_causal_mask_function
@@ -20,7 +20,6 @@ from gpu_worker.layers.blocks import RotaryAttention
 from gpu_worker.layers.masks import AS_CALLED, MaskShape, read_shape
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.model.shortcuts import find_norm
-from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import OPAQUE
 
@@ -174,9 +173,8 @@ def test_a_model_that_computes_something_else_is_not_served() -> None:
     """In this model every query sees at most three keys."""
     oracle = Oracle(tiny_model("llama", rope_parameters=None), {}, scale=1.0)
     model = prepare_model(copy.deepcopy(oracle.untouched), frozenset(), "reference")
-    settings = Settings(model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)
-    build_engine(model, settings, oracle.fetch)
+    build_engine(model, oracle_settings(), oracle.fetch)
     for layer in model.layers:
         layer.call.window = 3
     with pytest.raises(BadRequest, match="llama cannot be served"):
-        build_engine(model, settings, oracle.fetch)
+        build_engine(model, oracle_settings(), oracle.fetch)

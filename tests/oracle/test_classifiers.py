@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import examples
-from oracle.peft_oracle import TINY_VOCAB, prompts, vary_norms
+from oracle.peft_oracle import TINY_VOCAB, oracle_settings, prompts, saved_files, vary_norms
 from oracle.test_encoders import ATTENTION, LENGTHS, MORE, SIZES, ask, floats
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -33,7 +31,6 @@ from gpu_worker.encoder.engine import EncoderEngine
 from gpu_worker.encoder.model import prepare_encoder, types_of
 from gpu_worker.loading.checkpoint import read_headless, tokenizer_types
 from gpu_worker.planning.request import EngineRequest
-from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling
 
@@ -107,9 +104,7 @@ class Oracle:
                         noise = torch.randn(parameter.shape, generator=generator)
                         is_lora = "lora_" in parameter_name and "magnitude" not in parameter_name
                         parameter.copy_(0.15 * noise if is_lora else parameter + 0.2 * noise)
-            tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-            weights = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-            self.files[name] = FetchedAdapter(json.loads(json.dumps(config.to_dict(), default=list)), weights)
+            self.files[name] = saved_files(model, config)
             self.models[name] = model.eval()
 
     def says(self, name: str, text: np.ndarray, second: int = 0) -> Tensor:
@@ -121,8 +116,7 @@ class Oracle:
 
     def engine(self, missing: tuple[str, ...] = (), **settings: Any) -> EncoderEngine:
         model = prepare_encoder(copy.deepcopy(self.models[""]), "score", None, missing=missing)
-        values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "max_step_tokens": 4096} | settings
-        return build_encoder_engine(model, Settings(**values), self.files.__getitem__)[0]
+        return build_encoder_engine(model, oracle_settings(max_step_tokens=4096, **settings), self.files.__getitem__)[0]
 
 
 def request(rid: str, name: str, text: np.ndarray, **fields: Any) -> EngineRequest:

@@ -8,20 +8,17 @@ from typing import NoReturn
 
 import pytest
 import torch
-from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, warm
+from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, oracle_settings, prompts, warm
 
 from gpu_worker.build import build_engine
 from gpu_worker.model.compiled import decoder_layers
 from gpu_worker.model.prepare import prepare_model
-from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from torch's compiler
 
 NUM_TOKENS = 12
-SETTINGS = Settings(
-    model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20, compile=True, max_step_tokens=64
-)
+SETTINGS = oracle_settings(compile=True, max_step_tokens=64)
 
 
 def test_every_mix_runs_through_the_same_two_graphs(tiny: Oracle) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import examples
-from oracle.peft_oracle import TINY_VOCAB, prompts, vary_norms
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save
+from oracle.peft_oracle import TINY_VOCAB, oracle_settings, prompts, saved_files, vary_norms, warm
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
 
@@ -28,7 +25,6 @@ from gpu_worker.encoder.model import prepare_encoder
 from gpu_worker.planning.batcher import MAX_SKIPS
 from gpu_worker.planning.request import EngineRequest, TokenOutput
 from gpu_worker.tasks.pooling import Pooling
-from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling, Task
 
@@ -119,9 +115,7 @@ class Oracle:
                         noise = torch.randn(parameter.shape, generator=generator)
                         is_lora = "lora_" in parameter_name and "magnitude" not in parameter_name
                         parameter.copy_(0.15 * noise if is_lora else parameter + 0.2 * noise)
-            tensors = get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False)
-            weights = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-            self.files[name] = FetchedAdapter(json.loads(json.dumps(config.to_dict(), default=list)), weights)
+            self.files[name] = saved_files(self.peft, config, adapter_name=name)
         self.peft.eval()
 
     @contextmanager
@@ -142,8 +136,7 @@ class Oracle:
 
     def engine(self, pooling: Pooling | None = None, **settings: Any) -> EncoderEngine:
         model = prepare_encoder(copy.deepcopy(self.untouched), self.task, None, pooling)
-        values = {"model": "oracle", "adapter_pool_bytes": 64 << 20} | settings
-        return build_encoder_engine(model, Settings(**values), self.files.__getitem__)[0]
+        return build_encoder_engine(model, oracle_settings(**settings), self.files.__getitem__)[0]
 
 
 def request(rid: str, name: str, text: np.ndarray, task: Task, **fields: Any) -> EngineRequest:
@@ -152,16 +145,7 @@ def request(rid: str, name: str, text: np.ndarray, task: Task, **fields: Any) ->
 
 def ask(engine: EncoderEngine, requests: Sequence[EngineRequest]) -> dict[str, TokenOutput]:
     """Load the adapters into the pool, then run requests to their ends."""
-    loaded = threading.Event()
-    engine.wake_with(loaded.set)
-    wanted = {request.digest for request in requests if request.digest}
-    for name in wanted:
-        engine.prefetch(name)
-    while not wanted <= set(engine.adapters.resident):
-        assert loaded.wait(timeout=60), "no adapter arrived"
-        loaded.clear()
-        failed = engine.adapters.poll()
-        assert not failed, failed
+    warm(engine, {request.digest for request in requests})
     for one in requests:
         engine.add(one)
     found: dict[str, TokenOutput] = {}

@@ -13,7 +13,7 @@ import torch
 from helpers import examples
 from helpers.gguf_models import CHAT_TEMPLATE, write_gguf
 from oracle.adapters.peft_kinds import model_logits
-from oracle.peft_oracle import ATTENTION, MLP, Lora, Oracle, ask, greedy_request, prompts, vary_norms
+from oracle.peft_oracle import ATTENTION, MLP, Lora, Oracle, ask, greedy_request, oracle_settings, prompts, vary_norms
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.build import build_engine
@@ -24,7 +24,6 @@ from gpu_worker.model.prepare import prepare_model
 from gpu_worker.quantised.modules import BlockEmbedding, BlockLinear
 from lora_kernels import ops
 from lora_kernels.quantised import Kind
-from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 CPU = torch.device("cpu")
@@ -64,8 +63,7 @@ def dense(path: Path) -> Any:
 def engine_on(folder: Path, oracle: Oracle, dtype: torch.dtype = torch.float32, impl: ops.Impl | None = None) -> Engine:
     model = read_model(folder, CPU, dtype)
     prepared = prepare_model(model, read_eos_ids(folder, model.config), impl)
-    settings = Settings(model="gguf", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)
-    return build_engine(prepared, settings, oracle.fetch)[0]
+    return build_engine(prepared, oracle_settings(), oracle.fetch)[0]
 
 
 def answers(engine: Engine, oracle: Oracle) -> Iterator[tuple[str, Any, list[int]]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, tiny_llama, warm
+from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, tiny_llama, warm, watch
 from oracle.tiny_models import tiny_model
-from torch import Tensor
 
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.runner import StepInputs
 from gpu_worker.engine.step_model import Phase
 from protocol.wire.errors import BadRequest
 
@@ -23,13 +21,7 @@ def tiny() -> Oracle:
 def launches_of(engine: Engine) -> list[int]:
     """Return a list to which each launch appends how many tokens it will return."""
     launches: list[int] = []
-    run = engine.runner.run
-
-    def watched(inputs: StepInputs) -> Tensor:
-        launches.append(len(inputs.ready))
-        return run(inputs)
-
-    engine.runner.run = watched
+    watch(engine, lambda inputs, _: launches.append(len(inputs.ready)))
     return launches
 
 

@@ -26,7 +26,7 @@ from oracle.adapters.quantised import BASE
 from oracle.adapters.test_quantised import NEED_WEIGHTS
 from oracle.adapters.virtual_cases import CASES as VIRTUAL
 from oracle.adapters.virtual_cases import task_of
-from oracle.peft_oracle import ATTENTION, MLP, Lora, Oracle, ask, greedy_request, prompts, random_llama
+from oracle.peft_oracle import ATTENTION, MLP, Lora, Oracle, ask, greedy_request, oracle_settings, prompts, random_llama
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
@@ -85,9 +85,7 @@ def test_tokens_are_those_of_the_dequantised_weights(
     assert (made / "weights.bin").stat().st_mtime_ns == written, "made once"
     assert [*cache.iterdir()] == [made]
     model = prepare_model(read_model(made, torch.device("cpu"), torch.float32), frozenset(), None)
-    engine, _ = build_engine(
-        model, Settings(model="m", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20), oracle.fetch
-    )
+    engine, _ = build_engine(model, oracle_settings(), oracle.fetch)
     asked = [(name, prompt) for prompt in prompts(3, 160) for name in oracle.names]
     got = ask(engine, [greedy_request(str(i), name, prompt, NUM_TOKENS) for i, (name, prompt) in enumerate(asked)])
     for i, (name, prompt) in enumerate(asked):
@@ -106,8 +104,7 @@ def test_kinds_besides_lora_are_what_peft_computes(quantization: Literal["int8",
     make_base(BASE).save_pretrained(tmp_path / "base")
     made = quantised_folder(tmp_path / "base", read_config(tmp_path / "base"), quantization, KEPT)
     model = prepare_model(read_model(made, torch.device("cpu"), torch.float32), frozenset(), None)
-    settings = Settings(model="m", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)
-    engine, _ = build_engine(model, settings, lambda name: read_files(folders[name]))
+    engine, _ = build_engine(model, oracle_settings(), lambda name: read_files(folders[name]))
     prompt = asked_prompts(Kind(BASE))[0]
     refused = ask(engine, [greedy_request(name, name, prompt, 1) for name in sorted(NEED_WEIGHTS)]).finish
     for name, end in refused.items():

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from helpers.fixed_sums import fixed_sums
-from oracle.peft_oracle import Oracle, ask, greedy_request, prompts
+from oracle.peft_oracle import Oracle, ask, greedy_request, oracle_settings, prompts
 from oracle.test_quantization import KEPT, LORAS, NUM_TOKENS, base, dequantised
 from transformers import LlamaForCausalLM
 
@@ -50,8 +50,7 @@ def with_rounded_inputs(model: LlamaForCausalLM) -> LlamaForCausalLM:
 def engine_on(folder: Path, oracle: Oracle, **settings: Any) -> Engine:
     module = read_model(folder, CPU, torch.float32)
     round_inputs_of(module)
-    values: dict[str, Any] = {"model": "m", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
-    return build_engine(prepare_model(module, frozenset(), None), Settings(**values), oracle.fetch)[0]
+    return build_engine(prepare_model(module, frozenset(), None), oracle_settings(**settings), oracle.fetch)[0]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, tiny_llama, warm
-from peft import PeftModel
 
 from gpu_worker.planning.request import EngineRequest
 from gpu_worker.planning.step_plan import StepPlan
@@ -82,7 +81,7 @@ def test_logprobs_are_those_of_the_model(tiny: Oracle) -> None:
     asked = ask(tiny.engine(), requests)
     for name in tiny.names:
         ids = np.concatenate([prompt, asked.ids[name]]).astype(np.int64)
-        logits = logits_under(tiny, name, ids)[len(prompt) - 1 : -1]
+        logits = tiny.logits(name, ids)[len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)
         records = np.frombuffer(asked.logprobs[name], [("chosen", "<f4"), ("top", [("id", "<i4"), ("lp", "<f4")], 3)])
         chosen = expected[torch.arange(6), torch.from_numpy(ids[len(prompt) :])]
@@ -110,7 +109,7 @@ def test_logprobs_of_the_whole_vocabulary_are_those_of_the_model(tiny: Oracle) -
         rid = f"{name} whole"
         assert asked.ids[rid] == asked.ids[f"{name} few"] == asked.ids[f"{name} none"]
         ids = np.concatenate([prompt, asked.ids[rid]]).astype(np.int64)
-        expected = logits_under(tiny, name, ids)[:-1].log_softmax(-1)
+        expected = tiny.logits(name, ids)[:-1].log_softmax(-1)
         chosen = expected[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])].numpy()
         output = np.frombuffer(asked.logprobs[rid], "<f4").reshape(num, 1 + TINY_VOCAB)
         assert np.allclose(output[:, 0], chosen[-num:], atol=1e-4)
@@ -157,7 +156,7 @@ def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle, overlap: str) 
         assert np.isnan(records[0, 0])
         assert records[0, 1:].tolist() == [0] * (size - 1)
         ids = request.prompt.astype(np.int64)
-        expected = logits_under(tiny, request.digest, ids)[:-1].log_softmax(-1)
+        expected = tiny.logits(request.digest, ids)[:-1].log_softmax(-1)
         chosen = expected[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])]
         assert np.allclose(records[1:, 0], chosen.numpy(), atol=1e-4)
         ranks = (expected > chosen[:, None]).sum(-1) + 1
@@ -167,18 +166,6 @@ def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle, overlap: str) 
         assert np.allclose(records[1:, 3::2], values.numpy(), atol=1e-4)
     resumed = ask(engine, [replace(r, epoch=2, output=plain.ids[r.rid][:3]) for r in asking])
     assert resumed.prompt_logprobs == {}  # they have been in the queue since the first token
-
-
-def logits_under(oracle: Oracle, name: str, ids: np.ndarray) -> torch.Tensor:
-    """Return the logits [T, V] that PEFT computes."""
-    model: PeftModel = oracle._model
-    inputs = torch.from_numpy(ids)[None]
-    with torch.inference_mode():
-        if name:
-            model.set_adapter(name)
-            return model(input_ids=inputs).logits[0]
-        with model.disable_adapter():
-            return model(input_ids=inputs).logits[0]
 
 
 def test_a_requests_own_scale_multiplies_the_adapters(tiny: Oracle) -> None:

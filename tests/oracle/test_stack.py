@@ -16,12 +16,11 @@ from helpers import examples
 from helpers.fixed_sums import fixed_sums
 from oracle.adapters.kind_cases import CASES, FORMS
 from oracle.adapters.peft_kinds import LLAMA, MAX_DIFFERENCE, Kind, engine_logits, make_adapter, make_engine
-from oracle.peft_oracle import ATTENTION, MLP, TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm
+from oracle.peft_oracle import ATTENTION, MLP, TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm, watch
 from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
 
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.runner import StepInputs
 from gpu_worker.layers.blocks import FEWEST_ANGLES, Angles, LayerStack, PlainDecoder, PreNormLayer
 from gpu_worker.layers.stack_changes import MAX_SCALED, StackChanges
 from lora_kernels import cpu
@@ -52,14 +51,7 @@ def plain_decoders(engine: Engine) -> list[PlainDecoder]:
 def logits_of(engine: Engine, names: list[str], lengths: Sequence[int] = (5, 33, 20)) -> list[Tensor]:
     """Return the logits of every step of a mixed batch with chunked prefill."""
     seen: list[Tensor] = []
-    run = engine.runner.run
-
-    def watch(inputs: StepInputs) -> Tensor:
-        logits = run(inputs)
-        seen.append(logits.clone())
-        return logits
-
-    engine.runner.run = watch
+    watch(engine, lambda _, logits: seen.append(logits.clone()))
     warm(engine, names)
     asked_prompts = prompts(3, TINY_VOCAB, lengths)
     ask(engine, [greedy_request(f"{n}/{i}", n, p, 6) for i, p in enumerate(asked_prompts) for n in names])
@@ -248,11 +240,11 @@ def test_a_few_sines_wake_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> No
     rotary, seen = type(base.model.rotary_emb), list[int]()
     compute = rotary.forward
 
-    def watch(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         seen.append(torch.get_num_threads())
         return compute(*args, **kwargs)
 
-    monkeypatch.setattr(rotary, "forward", watch)
+    monkeypatch.setattr(rotary, "forward", watched)
     engine = Oracle(base, {"one": Lora(5, STACKED["llama"])}, scale=0.4).engine()
     before = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -6,19 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.adapter_files import BASE, lora_config, lora_tensors, parsed, read_file
+from helpers.adapter_files import effect as effect_of
 from msgspec import structs
 
-from peft_adapters.effect import CHUNK_BYTES, check_idle, has_effect
-from peft_adapters.format import AdapterSpec, parse_header, read_adapter
+from peft_adapters.effect import CHUNK_BYTES, check_idle
+from peft_adapters.format import AdapterSpec, read_adapter
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import SiteShape
 
 
 def effect(tensors: dict[str, np.ndarray[Any, Any]], **fields: Any) -> bool:
-    raw = safetensors(tensors)
-    infos = parse_header(raw, len(raw))
-    return has_effect(read_adapter(lora_config(**fields), infos, BASE), infos, memoryview(raw))
+    return effect_of(lora_config(**fields), tensors)
 
 
 def zeroed(*parts: str, value: float = 0.0) -> dict[str, np.ndarray[Any, Any]]:
@@ -80,8 +79,7 @@ def idle(value: float, targets: Any = "all-linear", shape: tuple[int, int] = (16
     """Check an adapter with LoRA on a layer that never runs. value: of all entries of its B."""
     tensors = lora_tensors(sites=[*BASE.sites, IDLE])
     tensors[f"base_model.model.{IDLE.name}.lora_B.weight"] = np.full(shape, value)
-    raw = safetensors(tensors)
-    infos = parse_header(raw, len(raw))
+    raw, infos = parsed(tensors)
     spec = read_adapter(lora_config(target_modules=targets, **fields), infos, WITH_IDLE)
     check_idle(spec, infos, memoryview(raw))
     return spec
@@ -112,6 +110,6 @@ def test_what_else_a_layer_that_never_runs_has_is_refused(changes: dict[str, Any
 
 def test_lora_on_nothing_that_runs_is_refused() -> None:
     name = f"base_model.model.{IDLE.name}.lora"
-    raw = safetensors({f"{name}_A.weight": np.ones((4, 4)), f"{name}_B.weight": np.zeros((16, 4))})
+    tensors = {f"{name}_A.weight": np.ones((4, 4)), f"{name}_B.weight": np.zeros((16, 4))}
     with pytest.raises(AdapterRefused, match="target_modules matches no layer"):
-        read_adapter(lora_config(target_modules=["dt_proj"]), parse_header(raw, len(raw)), WITH_IDLE)
+        read_file(lora_config(target_modules=["dt_proj"]), tensors, WITH_IDLE)

@@ -7,13 +7,14 @@ import inspect
 import math
 from collections import UserDict
 from collections.abc import KeysView
+from functools import partial
 from typing import Any
 
 import numpy as np
 import peft
 import pytest
-from helpers.adapter_files import BASE
-from helpers.kind_files import KIND_BASE, SMALL, kind_config, kind_tensors, written
+from helpers.adapter_files import BASE, effect, parsed, read_file, refusal
+from helpers.kind_files import KIND_BASE, SMALL, kind_config, kind_tensors
 from msgspec import structs
 from numpy.typing import NDArray
 from peft import PeftType
@@ -22,8 +23,7 @@ from peft.tuners.lokr.layer import factorization as peft_factorization
 
 from peft_adapters import config as config_module
 from peft_adapters.config import read_config
-from peft_adapters.effect import has_effect
-from peft_adapters.format import AdapterSpec, adapter_digest, canonical_config, parse_header, read_adapter
+from peft_adapters.format import AdapterSpec, adapter_digest, canonical_config
 from peft_adapters.kinds import table, virtual
 from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, MAX_WHOLE
 from peft_adapters.kinds.lycoris import factorization
@@ -50,14 +50,10 @@ UNKNOWN_EFFECT = {"HRA", "DEFT", "BOFT", "IA3", "ROAD", "LN_TUNING", "TRAINABLE_
 
 
 def read(config: dict[str, Any], tensors: dict[str, Any], base: m.ServedModel | None = KIND_BASE) -> AdapterSpec:
-    raw = written(tensors)
-    return read_adapter(config, parse_header(raw, len(raw)), base)
+    return read_file(config, tensors, base)
 
 
-def reasons(config: dict[str, Any], tensors: dict[str, Any], base: m.ServedModel | None = KIND_BASE) -> str:
-    with pytest.raises(AdapterRefused) as refused:
-        read(config, tensors, base)
-    return "\n".join(refused.value.reasons)
+reasons = partial(refusal, read)
 
 
 # ---------------------------------------------------------------- the table
@@ -201,8 +197,8 @@ def test_shares_of_vectors_are_numbers_from_0_to_1(value: Any) -> None:
 def test_tensors_that_layers_share_are_looked_up_and_not_copied_for_each() -> None:
     """A file of 2 MB may have 20,000 of them: copying them for each of 4,000 layers took three seconds."""
     config, found = kind_config("TINYLORA"), Reasons()
-    raw = written(kind_tensors(config))
-    infos, fields = parse_header(raw, len(raw)), read_config(config, found)
+    _, infos = parsed(kind_tensors(config))
+    fields = read_config(config, found)
     tensors = sort_tensors({name: name for name in infos}, found, kind_of("TINYLORA"))
     shared: Any = Shared(tensors.shared)
     tensors.shared = shared
@@ -319,20 +315,14 @@ def test_knows_an_adapter_without_effect(name: str) -> None:
     """A hybrid GraLoRA is the sum of two products, and so is not tested."""
     config = kind_config(name, **({"hybrid_r": 0} if name == "GRALORA" else {}))
     tensors = kind_tensors(config)
-    raw = written(tensors)
-    infos = parse_header(raw, len(raw))
-    assert has_effect(read_adapter(config, infos, KIND_BASE), infos, memoryview(raw))
-    zero = {key: np.zeros_like(value) for key, value in tensors.items()}
-    raw = written(zero)
-    infos = parse_header(raw, len(raw))
-    assert not has_effect(read_adapter(config, infos, KIND_BASE), infos, memoryview(raw))
+    assert effect(config, tensors, KIND_BASE)
+    assert not effect(config, {key: np.zeros_like(value) for key, value in tensors.items()}, KIND_BASE)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_digest_is_of_the_maths_only(name: str) -> None:
     config = kind_config(name)
-    raw = written(kind_tensors(config))
-    infos = parse_header(raw, len(raw))
+    raw, infos = parsed(kind_tensors(config))
     kind = kind_of(name)
     assert kind is not None
 

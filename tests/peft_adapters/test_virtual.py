@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import tracemalloc
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.adapter_files import BASE, HIDDEN
-from helpers.kind_files import KIND_BASE, written
+from helpers.adapter_files import BASE, HIDDEN, effect, parsed, read_file, refusal
+from helpers.kind_files import KIND_BASE
 from helpers.virtual_files import (
     ENTRIES,
     HEADS,
@@ -27,25 +28,17 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from peft_adapters.config import ALWAYS_WITHOUT_EFFECT
-from peft_adapters.effect import has_effect
-from peft_adapters.format import AdapterSpec, adapter_digest, canonical_config, parse_header, read_adapter
+from peft_adapters.format import AdapterSpec, adapter_digest, canonical_config
 from peft_adapters.kinds.kind import MAX_WHOLE
 from peft_adapters.kinds.virtual import CLASSIFIES, NO_EFFECT, PREFIXES, TENSOR, fields_of
-from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel, SiteShape
 
 
 def read(config: dict[str, Any], tensors: Tensors, base: ServedModel | None = VIRTUAL_BASE) -> AdapterSpec:
-    raw = written(tensors)
-    return read_adapter(config, parse_header(raw, len(raw)), base)
+    return read_file(config, tensors, base)
 
 
-def reasons(config: dict[str, Any], tensors: Tensors, base: ServedModel | None = VIRTUAL_BASE) -> str:
-    with pytest.raises(AdapterRefused) as refused:
-        read(config, tensors, base)
-    text = "\n".join(refused.value.reasons)
-    assert len(text) < 10_000
-    return text
+reasons = partial(refusal, read)
 
 
 # ---------------------------------------------------------------- fields
@@ -203,8 +196,8 @@ def test_classifiers_that_are_not_served_are_refused_by_name(reason: str) -> Non
     base, tensors, fields = REFUSED[reason]
     config = virtual_config("PROMPT_TUNING", **CLASSIFIER | fields)
     assert reason in reasons(config, tensors, base)
-    raw = written(tensors)
-    assert adapter_digest(config, parse_header(raw, len(raw)), raw)  # nor does the digest fail on it
+    raw, infos = parsed(tensors)
+    assert adapter_digest(config, infos, raw)  # nor does the digest fail on it
 
 
 @pytest.mark.parametrize("kind", sorted(PREFIXES | {"CPT"}))
@@ -220,8 +213,7 @@ def test_kinds_with_which_peft_has_no_classifiers_are_refused(kind: str) -> None
 @pytest.mark.parametrize("kind", NO_EFFECT)
 def test_a_digest_is_of_what_counts(kind: str) -> None:
     tensors = virtual_tensors(kind)
-    raw = written(tensors)
-    infos = parse_header(raw, len(raw))
+    raw, infos = parsed(tensors)
 
     def digest(**fields: Any) -> str:
         return adapter_digest(virtual_config(kind, **fields), infos, raw)
@@ -234,7 +226,7 @@ def test_a_digest_is_of_what_counts(kind: str) -> None:
     canonical = canonical_config(virtual_config(kind, inference_mode=True, token_dim=None))
     assert read(json.loads(json.dumps(canonical)), tensors) == read(virtual_config(kind), tensors)
     assert canonical_config(canonical) == canonical
-    assert has_effect(read(virtual_config(kind), tensors), infos, memoryview(raw))
+    assert effect(virtual_config(kind), tensors, VIRTUAL_BASE)
 
 
 def test_a_bomb_is_refused_before_anything_is_made() -> None:

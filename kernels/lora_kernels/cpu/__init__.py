@@ -459,37 +459,19 @@ def _register_fakes() -> None:
     def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> Tensor:
         return q.new_empty(q.shape[0], q.shape[1], kv_codes.row_dim(v_cache))
 
-    @fake("lorafleet::rms_norm")
-    def _(x: Tensor, *_: object) -> Tensor:
-        return x.new_empty(x.shape)
-
-    @fake("lorafleet::gated_act")
-    def _(gate: Tensor, *_: object) -> Tensor:
-        return gate.new_empty(gate.shape)
-
-    @fake("lorafleet::selective_scan")
-    def _(x: Tensor, *_: object) -> Tensor:
-        return x.new_empty(x.shape)
-
     @fake("lorafleet::delta_rule")
     def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
         return v.new_empty(v.shape)
-
-    @fake("lorafleet::causal_conv")
-    def _(x: Tensor, *_: object) -> Tensor:
-        return x.new_empty(x.shape)
 
     @fake("lorafleet::gated_delta")
     def _(qkv: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
         return qkv.new_empty(*b.shape, rest[6].shape[3])
 
-    @fake("lorafleet::gated_scan")
-    def _(gate: Tensor, *_: object) -> Tensor:
-        return gate.new_empty(gate.shape)
-
     @fake("lorafleet::argmax")
     def _(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.bool)
 
+    for name in ("rms_norm", "gated_act", "selective_scan", "causal_conv", "gated_scan"):
+        fake(f"lorafleet::{name}", lambda x, *_: x.new_empty(x.shape))
     for name in ("pack_linear_", "lora_add_", "kv_write_", "rotary_", "gate_heads_", "mask_logits_"):
         fake(f"lorafleet::{name}", lambda *_: None)

@@ -21,23 +21,3 @@ from lora_kernels.triton_ops.lora import lora_add_
 from lora_kernels.triton_ops.matmul import linear
 from lora_kernels.triton_ops.pointwise import gated_act, kv_write_, rms_norm, rotary_
 from lora_kernels.triton_ops.scan import selective_scan
-
-__all__ = [
-    "argmax",
-    "causal_conv",
-    "decoder_stack",
-    "delta_rule",
-    "gate_heads_",
-    "gated_act",
-    "gated_delta",
-    "gated_scan",
-    "kv_write_",
-    "linear",
-    "lora_add_",
-    "mask_logits_",
-    "pack_linear",
-    "paged_attention",
-    "rms_norm",
-    "rotary_",
-    "selective_scan",
-]

@@ -60,18 +60,18 @@ def test_what_brings_adapters_has_less_of_a_core_than_steps() -> None:
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
-def test_an_adapter_in_use_stays() -> None:
+def test_prefetching_sends_nobody_away_and_loading_nobody_in_use() -> None:
     loading = Loading(1, [make_adapter("a", 8), make_adapter("b", 8)])
     loading.load("a", until="a")
-    loading.cache.acquire("a")
     loading.cache.prefetch("b")
     while "b" not in loading.cache.host:
         assert loading.changed.wait(timeout=60)
         loading.changed.clear()
         loading.cache.poll()
+    assert (loading.cache.resident, loading.cache.loading) == (["a"], [])
+    loading.cache.acquire("a")
     loading.cache.load(["b"])
-    assert loading.cache.loading == []
-    assert loading.cache.resident == ["a"]
+    assert (loading.cache.resident, loading.cache.loading) == (["a"], [])
     loading.cache.release("a")
     loading.load("b", until="b")
 
@@ -118,18 +118,6 @@ def test_a_starved_adapter_gets_its_turn() -> None:
     loading.load("b", until="b")
     loading.load("a", until="a")
     assert loading.cache.acquire("a") is not None, "a is welcome again"
-
-
-def test_prefetching_sends_nobody_away() -> None:
-    loading = Loading(1, [make_adapter("a", 8), make_adapter("b", 8)])
-    loading.load("a", until="a")
-    loading.cache.prefetch("b")
-    while "b" not in loading.cache.host:
-        assert loading.changed.wait(timeout=60)
-        loading.changed.clear()
-        loading.cache.poll()
-    assert loading.cache.resident == ["a"]
-    assert loading.cache.loading == []
 
 
 def test_the_host_keeps_what_is_wanted_and_drops_the_oldest_of_the_rest() -> None:

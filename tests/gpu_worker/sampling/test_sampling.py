@@ -147,18 +147,9 @@ def test_top_p_is_the_same_to_the_bit_where_the_host_does_not_wait() -> None:
     assert num.max() > sampling.TOP_P_CANDIDATES
 
 
-def test_repetition_penalty_is_over_prompt_and_output() -> None:
-    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
-    prompt, output = np.array([1, 2, 2]), np.array([5, 6])
-    expected = processed(RepetitionPenaltyLogitsProcessor(1.7), [1, 2, 2, 5, 6], logits)
-    adjusted = logits[0].clone()
-    sampling._adjust_(adjusted, row(prompt, output, repetition_penalty=1.7))
-    assert torch.allclose(adjusted, expected[0])
-    assert not torch.allclose(adjusted, logits[0])
-
-
-@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 6, 100])
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 4, 5, 6, 100])
 def test_repetition_penalty_looks_back_as_far_as_is_asked(window: int) -> None:
+    """Over prompt and output. window: 0 is as far as they go."""
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
     prompt, output = np.array([1, 2, 2], np.int32), np.array([5, 6], np.int32)
     for num in (0, 1, 2):

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
-from helpers.kind_files import kind_config, kind_tensors, written
+from helpers.kind_files import kind_config, kind_tensors
 from helpers.virtual_files import VIRTUAL_BASE, virtual_config, virtual_tensors
 from hostile.fuzz import odd
 from hostile.fuzz.engine import Target, pure
@@ -172,7 +172,7 @@ def kind_files(draw: st.DrawFn) -> tuple[bytes, bytes]:
             tensors[tensor] = np.full_like(tensors[tensor], 255 if tensors[tensor].dtype == np.uint8 else worst)
         else:
             tensors[tensor] = np.zeros(tensors[tensor].shape, np.uint8)
-    return odd.written(config), written(tensors)
+    return odd.written(config), safetensors(tensors)
 
 
 def _check_kind(files: tuple[bytes, bytes]) -> str:

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, round_rows
+from oracle.peft_oracle import (
+    TINY_VOCAB,
+    ask,
+    greedy_request,
+    oracle_settings,
+    packed_engine,
+    prompts,
+    round_rows,
+    watch,
+)
 from oracle.tiny_models import decoder_of, tiny_model
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
 from torch import Tensor
@@ -23,7 +32,6 @@ from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.planning.request import EngineRequest
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
-from protocol.runtime.settings import Settings
 
 MAX_DIFFERENCE = 1e-4
 """Maximum difference of a logit from PEFT's, fp32. Every adapter must change the logits by 100 times as much."""
@@ -68,9 +76,11 @@ class Kind:
     config: type[PeftConfig] = LoraConfig
 
 
-def make_adapter(kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5) -> None:
-    """Let PEFT make and save an adapter whose trained parameters are all random."""
-    model = base_for(kind)
+def make_adapter(
+    kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5, model: PreTrainedModel | None = None
+) -> None:
+    """Let PEFT make and save an adapter whose trained parameters are all random. model: None for the kind's."""
+    model = model or base_for(kind)
     fields = _fields(kind)
     if kind.config is AdaLoraConfig:
         fields["total_step"] = 10
@@ -136,17 +146,17 @@ def read_files(folder: Path) -> FetchedAdapter:
     return FetchedAdapter(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
 
 
-def load(kind: Kind, folder: Path) -> PeftModel:
-    """Let PEFT load a saved adapter."""
+def load(kind: Kind, folder: Path, model: PreTrainedModel | None = None) -> PeftModel:
+    """Let PEFT load a saved adapter. model: None for the kind's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(base_for(kind), str(folder)).eval()
+        return PeftModel.from_pretrained(model or base_for(kind), str(folder)).eval()
 
 
-def peft_logits(model: PeftModel, prompt: np.ndarray, output: Sequence[int]) -> Tensor:
+def peft_logits(model: torch.nn.Module, prompt: np.ndarray, output: Sequence[int]) -> Tensor:
     """Return PEFT's logits for each output token [n, V], with the adapter active as in `generate`."""
     options: dict[str, Any] = {}
-    invocation = getattr(model.active_peft_config, "alora_invocation_tokens", None)
+    invocation = getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None)
     if invocation:
         starts = [i for i in range(len(prompt)) if prompt[i : i + len(invocation)].tolist() == invocation]
         options["alora_offsets"] = [len(prompt) + len(output) - 1 - starts[-1] if starts else None]
@@ -162,24 +172,20 @@ def model_logits(model: torch.nn.Module, prompt: np.ndarray, output: Sequence[in
 
 def make_engine(base: Base, folders: dict[str, Path], *, draft: LoadedDraft | None = None, **settings: Any) -> Engine:
     """Return an engine on a base that reads adapters by name from folders."""
-    values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
-    impl = "reference" if values.get("kernels") == "reference" else None
+    impl = "reference" if settings.get("kernels") == "reference" else None
     model = prepare_model(make_base(base), frozenset(), impl)
-    return packed_engine(model, Settings(**values), lambda name: read_files(folders[name]), draft=draft)
+    return packed_engine(model, oracle_settings(**settings), lambda name: read_files(folders[name]), draft=draft)
 
 
 def engine_logits(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, tuple[list[int], Tensor]]:
     """Run requests in one batch. Return for each its output ids and the logits [n, V] from which they were chosen."""
     kept: dict[str, list[Tensor]] = {request.rid: [] for request in requests}
-    run = engine.runner.run
 
-    def spy(inputs: StepInputs) -> Tensor:
-        logits = run(inputs)
+    def look(inputs: StepInputs, logits: Tensor) -> None:
         for seq, row in zip(inputs.ready, logits, strict=False):
             kept[seq.rid].append(row.clone())
-        return logits
 
-    engine.runner.run = spy
+    run = watch(engine, look)
     try:
         asked = ask(engine, requests)
     finally:
@@ -208,16 +214,38 @@ class Measured:
     difference: float  # from PEFT's logits
     change: float  # by which PEFT's logits differ from the base's
 
+    def check(self) -> None:
+        """Assert that our logits with an adapter are PEFT's, and that it changes them a hundred times as much."""
+        assert self.difference <= MAX_DIFFERENCE
+        assert self.change >= 100 * MAX_DIFFERENCE
 
-def measure(kind: Kind, folder: Path, **settings: Any) -> Measured:
-    """Run a saved adapter in a mixed batch with its base; compare both with PEFT and the plain base."""
-    engine = make_engine(kind.base, {"tuned": folder}, **settings)
-    requests = [greedy_request(f"{i}", "tuned", prompt, NUM_TOKENS) for i, prompt in enumerate(asked_prompts(kind))]
-    beside = greedy_request("base", "", asked_prompts(Kind(LLAMA))[2], NUM_TOKENS)
-    got = engine_logits(engine, [requests[0], beside, *requests[1:]])
-    peft, base = load(kind, folder), base_for(kind)
+
+def measure(kind: Kind, folder: Path, expected: PeftModel | None = None, **settings: Any) -> Measured:
+    """Run a saved adapter in a mixed batch with its base; compare both with PEFT and the plain base.
+
+    expected: the model to compare with; None for the adapter as PEFT loads it.
+    """
+    peft = expected or load(kind, folder)
     if settings.get("lora_dtype") == "int8":
         round_rows(peft)
+    engine = make_engine(kind.base, {"tuned": folder}, **settings)
+    return compare(engine, asked_prompts(kind), peft, base_for(kind), make_base(kind.base))
+
+
+def compare(
+    engine: Engine,
+    asked: Sequence[np.ndarray],
+    peft: torch.nn.Module,
+    base: torch.nn.Module,
+    untouched: torch.nn.Module,
+) -> Measured:
+    """Run the adapter "tuned" in a mixed batch with the base.
+
+    peft: with the adapter; base: without it; untouched: the base with the engine's vocabulary.
+    """
+    requests = [greedy_request(f"{i}", "tuned", prompt, NUM_TOKENS) for i, prompt in enumerate(asked)]
+    beside = greedy_request("base", "", asked_prompts(Kind(LLAMA))[2], NUM_TOKENS)
+    got = engine_logits(engine, [requests[0], beside, *requests[1:]])
     largest, change = 0.0, 0.0
     for request in requests:
         ids, logits = got[request.rid]
@@ -225,16 +253,14 @@ def measure(kind: Kind, folder: Path, **settings: Any) -> Measured:
         largest = max(largest, difference(logits, expected))
         change = max(change, (expected - model_logits(base, request.prompt, ids)).abs().max().item())
     ids, logits = got["base"]
-    largest = max(largest, difference(logits, model_logits(make_base(kind.base), beside.prompt, ids)))
+    largest = max(largest, difference(logits, model_logits(untouched, beside.prompt, ids)))
     engine.check_integrity()
     return Measured(largest, change)
 
 
-def check_exact(kind: Kind, folder: Path, **settings: Any) -> None:
+def check_exact(kind: Kind, folder: Path, expected: PeftModel | None = None, **settings: Any) -> None:
     """Assert that our logits with a saved adapter equal PEFT's, and that it changes them 100 times as much or more."""
-    measured = measure(kind, folder, **settings)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    measure(kind, folder, expected, **settings).check()
 
 
 def asked_prompts(kind: Kind) -> list[np.ndarray]:

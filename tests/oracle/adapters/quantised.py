@@ -27,7 +27,7 @@ from oracle.adapters.peft_kinds import (
     read_files,
 )
 from oracle.adapters.virtual_cases import task_of
-from oracle.peft_oracle import greedy_request
+from oracle.peft_oracle import greedy_request, oracle_settings
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.loading.checkpoint import quantisation_of, read_model
 from gpu_worker.model.logits_check import MAX_OVER_SENSITIVITY, last_digits_changed
 from gpu_worker.model.prepare import prepare_model
-from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 BASE: Base = ("llama", {"intermediate_size": 128})  # on a CPU bitsandbytes needs 4-bit blocks of 64
@@ -320,9 +319,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def engine_on(folder: Path, dtype: torch.dtype, adapters: dict[str, Path]) -> Engine:
     """Return an engine on a quantized folder, loaded as in a worker."""
     model = prepare_model(read_model(folder, CPU, dtype), frozenset(), None)
-    settings = Settings(
-        model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20, max_step_tokens=16, max_num_seqs=8
-    )
+    settings = oracle_settings(max_step_tokens=16, max_num_seqs=8)
     return build_engine(model, settings, lambda name: read_files(adapters[name]), None)[0]
 
 

@@ -23,7 +23,7 @@ from oracle.adapters.peft_kinds import (
 )
 from oracle.conformance import conform, watch_logits
 from oracle.models_table import read_table
-from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
+from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, refusal, warm
 from oracle.recorders import WAITS, Rerun
 from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
@@ -116,8 +116,7 @@ def test_the_worker_packs_no_rows_of_experts(name: str, tmp_path: Path, monkeypa
 
 def test_rows_without_room_are_refused_by_name(oracle: Oracle) -> None:
     engine = oracle.engine(adapter_extra_bytes=page_budget(oracle, 1))
-    error = ask(engine, [greedy_request("a", "high", prompts(1, 199, (9,))[0], 3)]).finish["a"].error
-    assert error is not None
+    error = refusal(engine, greedy_request("a", "high", prompts(1, 199, (9,))[0], 3))
     assert error.status == 422
     assert "bytes of the adapter pool" in error.message
 

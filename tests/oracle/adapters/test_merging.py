@@ -29,7 +29,7 @@ from oracle.adapters.peft_kinds import (
     model_logits,
     read_files,
 )
-from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts
+from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, oracle_settings, prompts, refusal
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -44,7 +44,6 @@ from peft_adapters.format import WEIGHTS_FILE
 from peft_adapters.reasons import Reasons
 from peft_adapters.recipe import Merge, Strategy, check_merge, digest_of_merge, merge_of
 from peft_adapters.spec import AdapterSpec, LoraWeights
-from protocol.runtime.settings import Settings
 from protocol.wire.errors import AdapterRefused, BadRequest
 from protocol.wire.messages import ServedModel, SiteShape
 
@@ -82,8 +81,7 @@ class Merging:
             self.folders[digest_of(name)] = root / name
             make_adapter(Kind(base, fields), root / name, seed=i)
         model = prepare_model(make_base(base), frozenset(), None)
-        sizes = {"adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20}
-        self.engine: Engine = build_engine(model, Settings(model="oracle", **sizes, **settings), self._fetch, None)[0]
+        self.engine: Engine = build_engine(model, oracle_settings(**settings), self._fetch, None)[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             first, *others = options
@@ -197,9 +195,8 @@ def test_lorax_arithmetic(merging: Merging) -> None:
 def test_a_merge_that_takes_too_long_is_refused(strategy: Strategy, tmp_path: Path) -> None:
     merging = Merging(LLAMA, {"a": {}, "b": {}}, tmp_path, merge_timeout_s=1e-9)
     digest = merge_digest(["a", "b"], [0.5, 0.5], strategy=strategy, density=0.5)
-    end = ask(merging.engine, [greedy_request("slow", digest, prompts(1, TINY_VOCAB, (8,))[0], 3)]).finish["slow"]
-    assert end.error is not None
-    assert (end.error.status, "merge_timeout_s" in end.error.message) == (422, True)
+    error = refusal(merging.engine, greedy_request("slow", digest, prompts(1, TINY_VOCAB, (8,))[0], 3))
+    assert (error.status, "merge_timeout_s" in error.message) == (422, True)
 
 
 def test_whole_matrices_that_are_too_large_are_refused_unmade() -> None:
@@ -252,10 +249,9 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path: Path) -> Non
     }
     for name, reason in reasons.items():
         digest = merge_digest(["a", name], [0.5, 0.5])
-        end = ask(merging.engine, [greedy_request(name, digest, prompt, 3)]).finish[name]
-        assert end.error is not None
-        assert reason in end.error.message
-        assert end.error.status == 422 or end.error.status == 400
+        error = refusal(merging.engine, greedy_request(name, digest, prompt, 3))
+        assert reason in error.message
+        assert error.status in (400, 422)
 
 
 @pytest.mark.parametrize(

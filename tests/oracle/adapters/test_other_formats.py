@@ -9,23 +9,7 @@ import msgspec
 import pytest
 from helpers import examples
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
-from oracle.adapters.peft_kinds import (
-    LLAMA,
-    MAX_DIFFERENCE,
-    NUM_TOKENS,
-    Base,
-    Kind,
-    asked_prompts,
-    base_for,
-    difference,
-    engine_logits,
-    load,
-    make_adapter,
-    make_engine,
-    model_logits,
-    peft_logits,
-)
-from oracle.peft_oracle import greedy_request
+from oracle.adapters.peft_kinds import LLAMA, Base, Kind, base_for, check_exact, load, make_adapter
 
 from adapter_store.formats import convert, plan_conversion
 from gpu_worker.model.prepare import prepare_model
@@ -71,14 +55,7 @@ def hold(kind: Kind, peft: Path, source: Path, target: Path, base: ServedModel |
     assert plan is not None
     target.mkdir()
     convert(source, weights, plan, target)
-    engine = make_engine(kind.base, {"tuned": target})
-    prompt = asked_prompts(kind)[1]
-    got = engine_logits(engine, [greedy_request("0", "tuned", prompt, NUM_TOKENS)])
-    ids, logits = got["0"]
-    expected = peft_logits(load(kind, peft), prompt, ids)
-    assert difference(logits, expected) <= MAX_DIFFERENCE
-    change = (expected - model_logits(base_for(kind), prompt, ids)).abs().max()
-    assert change >= 100 * MAX_DIFFERENCE, "the adapter must change the answer"
+    check_exact(kind, target, load(kind, peft))
 
 
 @pytest.mark.parametrize("name", MLX)

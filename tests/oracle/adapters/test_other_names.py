@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import examples
-from oracle.adapters.peft_kinds import (
-    MAX_DIFFERENCE,
-    NUM_TOKENS,
-    TINY,
-    difference,
-    engine_logits,
-    model_logits,
-    read_files,
-)
-from oracle.peft_oracle import greedy_request, prompts
+from oracle.adapters.peft_kinds import TINY, Kind, asked_prompts, compare, load, make_adapter, read_files
+from oracle.peft_oracle import oracle_settings
 from oracle.tiny_models import decoder_of
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -38,7 +28,6 @@ from transformers import (
 from gpu_worker.build import build_engine
 from gpu_worker.model.prepare import prepare_model
 from peft_adapters.format import WEIGHTS_FILE, parse_header, read_adapter
-from protocol.runtime.settings import Settings
 
 GEMMA = TINY | {"head_dim": 16, "sliding_window": 12, "tie_word_embeddings": True}
 VISION = {
@@ -46,6 +35,7 @@ VISION = {
     "patch_size": 14,
 }  # fmt: skip
 LLAMA = TINY | {"rms_norm_eps": 1e-5, "head_dim": 16}
+ANY = Kind(("llama", {}))
 
 
 def gemma_text() -> PreTrainedModel:
@@ -103,7 +93,7 @@ def fused(weights: Weights) -> Weights:
 
 
 def lora(*targets: str, **fields: Any) -> dict[str, Any]:
-    return {"r": 4, "lora_alpha": 8, "target_modules": list(targets), "task_type": "CAUSAL_LM", **fields}
+    return {"target_modules": list(targets), **fields}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,27 +158,6 @@ CASES: dict[str, Twins] = {
 }  # fmt: skip
 
 
-def save(model: PreTrainedModel, config: dict[str, Any], folder: Path) -> None:
-    """Let PEFT make and save an adapter whose trained parameters are all random."""
-    generator = torch.Generator().manual_seed(5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peft = get_peft_model(model, LoraConfig(**config))
-        with torch.no_grad():
-            for name, parameter in peft.named_parameters():
-                if parameter.requires_grad:
-                    noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-                    is_lora = "lora_" in name and "magnitude" not in name
-                    parameter.copy_(noise if is_lora else parameter + noise)
-        peft.save_pretrained(str(folder))
-
-
-def load(model: PreTrainedModel, folder: Path) -> PeftModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(model, str(folder)).eval()
-
-
 def twin_of(twins: Twins) -> PreTrainedModel:
     """Return the model to train, with the weights of the served one."""
     model = twins.trained()
@@ -200,23 +169,9 @@ def twin_of(twins: Twins) -> PreTrainedModel:
 
 def hold(served: PreTrainedModel, folder: Path, expected: torch.nn.Module, base: PreTrainedModel) -> dict[str, str]:
     """Compare the engine's logits under an adapter and under the base with PEFT's. Return the mapped names."""
-    settings = Settings(
-        model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20, max_step_tokens=16, max_num_seqs=8
-    )
+    settings = oracle_settings(max_step_tokens=16, max_num_seqs=8)
     engine, info = build_engine(prepare_model(served, frozenset(), None), settings, lambda _: read_files(folder), None)
-    asked = prompts(3, 199, (5, 40, 23))
-    requests = [greedy_request(f"{i}", "tuned", prompt, NUM_TOKENS) for i, prompt in enumerate(asked)]
-    got = engine_logits(engine, [*requests, greedy_request("base", "", asked[0], NUM_TOKENS)])
-    change = 0.0
-    for request in requests:
-        ids, logits = got[request.rid]
-        wanted = model_logits(expected, request.prompt, ids)
-        assert difference(logits, wanted) <= MAX_DIFFERENCE
-        change = max(change, (wanted - model_logits(base, request.prompt, ids)).abs().max().item())
-    assert change >= 100 * MAX_DIFFERENCE, "the adapter must change the answer"
-    ids, logits = got["base"]
-    assert difference(logits, model_logits(base, asked[0], ids)) <= MAX_DIFFERENCE
-    engine.check_integrity()
+    compare(engine, asked_prompts(ANY), expected, base, base).check()
     files = read_files(folder)
     weights = bytes(files.weights)
     return dict(read_adapter(files.config, parse_header(weights, len(weights)), info).mapped)
@@ -231,8 +186,8 @@ def hold(served: PreTrainedModel, folder: Path, expected: torch.nn.Module, base:
 )  # fmt: skip
 def test_adapters_of_a_twin_are_those_of_peft(name: str, tmp_path: Path) -> None:
     twins = CASES[name]
-    save(twin_of(twins), twins.config, tmp_path)
-    mapped = hold(twins.served(), tmp_path, load(twin_of(twins), tmp_path), twin_of(twins))
+    make_adapter(replace(ANY, options=twins.config), tmp_path, model=twin_of(twins))
+    mapped = hold(twins.served(), tmp_path, load(ANY, tmp_path, twin_of(twins)), twin_of(twins))
     assert mapped == twins.mapped
 
 
@@ -252,8 +207,8 @@ SAVERS: dict[str, Sequence[tuple[str, str]]] = {
 @pytest.mark.parametrize("name", SAVERS)
 def test_adapters_of_other_savers_are_those_of_peft(name: str, tmp_path: Path) -> None:
     saved = {"modules_to_save": ["lm_head"]} if name == "raw state dict" else {}
-    save(llama(), lora("q_proj", "down_proj", **saved), tmp_path)
-    expected = load(llama(), tmp_path)
+    make_adapter(replace(ANY, options=lora("q_proj", "down_proj", **saved)), tmp_path, model=llama())
+    expected = load(ANY, tmp_path, llama())
 
     def rename(key: str) -> str:
         for old, new in SAVERS[name]:
@@ -267,7 +222,8 @@ def test_adapters_of_other_savers_are_those_of_peft(name: str, tmp_path: Path) -
 def test_a_decoder_trained_alone_is_read_for_its_language_model(tmp_path: Path) -> None:
     decoder = AutoModel.from_config(LlamaConfig(**LLAMA), attn_implementation="eager")
     decoder.load_state_dict(llama().model.state_dict())
-    save(decoder, lora("q_proj", "up_proj", task_type="FEATURE_EXTRACTION"), tmp_path)
+    options = lora("q_proj", "up_proj", task_type="FEATURE_EXTRACTION")
+    make_adapter(replace(ANY, options=options), tmp_path, model=decoder)
     model = llama()
-    model.model = load(decoder, tmp_path).merge_and_unload()
+    model.model = load(ANY, tmp_path, decoder).merge_and_unload()
     assert hold(llama(), tmp_path, model, llama()) == {"*": "model.*"}

@@ -16,6 +16,7 @@ from oracle.adapters.peft_kinds import (
     MAX_DIFFERENCE,
     Kind,
     asked_prompts,
+    check_exact,
     difference,
     engine_logits,
     make_adapter,
@@ -25,7 +26,7 @@ from oracle.adapters.peft_kinds import (
     model_logits,
     read_files,
 )
-from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request
+from oracle.peft_oracle import TINY_VOCAB, greedy_request, oracle_settings, refusal
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -34,7 +35,6 @@ from transformers import PreTrainedModel
 from gpu_worker.build import build_engine
 from gpu_worker.model.prepare import prepare_model
 from peft_adapters.format import CONFIG_FILE
-from protocol.runtime.settings import Settings
 
 PROMPT = asked_prompts(Kind(LLAMA))[1]
 IDS = torch.arange(TINY_VOCAB)[None]
@@ -88,15 +88,10 @@ def test_a_converted_save_is_served_and_an_unconverted_one_refused(init: str, tm
         torch.manual_seed(1)
         peft = start(init, make_base(LLAMA), **INITS[init])
         train_and_save(peft, init, tmp_path)
-    engine = make_engine(LLAMA, {name: tmp_path / name for name in ("raw", "converted")})
-    refusal = ask(engine, [greedy_request("raw", "raw", PROMPT, 2)]).finish["raw"].error
-    assert refusal is not None
-    assert refusal.status == 422
-    assert f"init_lora_weights {init} changes the base weights" in refusal.message
-    ids, logits = engine_logits(engine, [greedy_request("converted", "converted", PROMPT, 5)])["converted"]
-    trained = model_logits(peft, PROMPT, ids)
-    assert difference(logits, trained) <= MAX_DIFFERENCE, "not what was trained"
-    assert (trained - model_logits(make_base(LLAMA), PROMPT, ids)).abs().max() >= 100 * MAX_DIFFERENCE
+    error = refusal(make_engine(LLAMA, {"raw": tmp_path / "raw"}), greedy_request("raw", "raw", PROMPT, 2))
+    assert error.status == 422
+    assert f"init_lora_weights {init} changes the base weights" in error.message
+    check_exact(Kind(LLAMA), tmp_path / "converted", peft)  # what was trained
     assert measure(Kind(LLAMA), tmp_path / "converted").difference <= MAX_DIFFERENCE, "not what PEFT loads"
 
 
@@ -109,8 +104,8 @@ def test_as_saved_it_is_served_on_the_base_that_was_saved_with_it(tmp_path: Path
         config_of(peft).init_lora_weights = True
         peft.save_pretrained(str(tmp_path))
         base = copy.deepcopy(peft).unload()
-    settings = Settings(model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)
-    engine, _ = build_engine(prepare_model(base, frozenset(), None), settings, lambda _: read_files(tmp_path), None)
+    model = prepare_model(base, frozenset(), None)
+    engine, _ = build_engine(model, oracle_settings(), lambda _: read_files(tmp_path), None)
     ids, logits = engine_logits(engine, [greedy_request("a", "a", PROMPT, 5)])["a"]
     assert difference(logits, model_logits(peft, PROMPT, ids)) <= MAX_DIFFERENCE
     assert difference(logits, model_logits(make_base(LLAMA), PROMPT, ids)) <= MAX_DIFFERENCE, "nothing was trained"
@@ -122,6 +117,4 @@ def test_loftq_is_refused_by_name(tmp_path: Path) -> None:
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     config |= {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
-    refusal = ask(make_engine(LLAMA, {"a": tmp_path}), [greedy_request("a", "a", PROMPT, 2)]).finish["a"].error
-    assert refusal is not None
-    assert "loftq" in refusal.message
+    assert "loftq" in refusal(make_engine(LLAMA, {"a": tmp_path}), greedy_request("a", "a", PROMPT, 2)).message

@@ -36,7 +36,17 @@ from oracle.adapters.virtual_cases import (
     virtual_logits,
 )
 from oracle.models_table import read_table
-from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, warm
+from oracle.peft_oracle import (
+    TINY_VOCAB,
+    ask,
+    greedy_request,
+    oracle_settings,
+    packed_engine,
+    prompts,
+    refusal,
+    warm,
+    watch,
+)
 from oracle.test_grammars import END, GRAMMARS, TOKENIZER, VOCAB
 from oracle.test_kv_cache_dtype import rounded_cache
 from safetensors.torch import load_file, save_file
@@ -46,7 +56,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from peft_adapters.format import WEIGHTS_FILE
 from peft_adapters.recipe import Merge, digest_of_merge
-from protocol.runtime.settings import BLOCK_TOKENS, Settings
+from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.errors import AdapterRefused, BadRequest
 from protocol.wire.messages import Sampling
 
@@ -169,13 +179,7 @@ def test_a_resumed_request_goes_on_exactly(name: str, tmp_path: Path) -> None:
 def count_rows(engine: Engine) -> list[int]:
     """Return a list to which each step appends its number of tokens."""
     counts: list[int] = []
-    run = engine.runner.run
-
-    def spy(inputs: Any) -> Tensor:
-        counts.append(len(inputs.input_ids))
-        return run(inputs)
-
-    engine.runner.run = spy
+    watch(engine, lambda inputs, _: counts.append(len(inputs.input_ids)))
     return counts
 
 
@@ -224,13 +228,7 @@ def test_steps_behind_virtual_tokens_cost_nothing_more(tmp_path: Path) -> None:
     made("prefix_tuning", tmp_path)
     engine = make_engine(LLAMA, {"tuned": tmp_path})
     found: list[bool] = []
-    run = engine.runner.run
-
-    def spy(inputs: Any) -> Tensor:
-        found.append(bool(engine.model.context.extras))
-        return run(inputs)
-
-    engine.runner.run = spy
+    watch(engine, lambda *_: found.append(bool(engine.model.context.extras)))
     ask(engine, [greedy_request("r", "tuned", asked(), 5)])
     assert found == [True, False, False, False, False]
 
@@ -262,7 +260,7 @@ def test_outputs_follow_a_grammar(config: Any, tmp_path: Path) -> None:
     make_adapter(kind, tmp_path)
     engine = packed_engine(
         prepare_model(base_for(kind), frozenset(), None),
-        Settings(model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20, max_draft_tokens=4),
+        oracle_settings(max_draft_tokens=4),
         lambda _: read_files(tmp_path),
         TOKENIZER.to_str(),
     )
@@ -285,7 +283,7 @@ def test_the_context_counts_virtual_tokens(name: str, tmp_path: Path) -> None:
     got = ask(engine, [greedy_request("r", "tuned", asked(room - 3), 40)])
     assert got.ids["r"] == peft_greedy(kind, load(kind, tmp_path), asked(room - 3), 3)
     assert got.finish["r"].finish == "length"
-    error = ask(engine, [greedy_request("r", "tuned", asked(room), 4)]).finish["r"].error
+    error = refusal(engine, greedy_request("r", "tuned", asked(room), 4))
     assert isinstance(error, BadRequest)
     assert error.code == "context_length_exceeded"
     assert f"the prompt has {room} tokens and its adapter {NUM} virtual ones before it" in error.message
@@ -298,13 +296,13 @@ def test_what_has_no_scale_and_no_merge_is_refused_by_name(name: str, tmp_path: 
     made(name, tmp_path / "tuned")
     make_adapter(Kind(LLAMA), tmp_path / "lora")
     engine = make_engine(LLAMA, {"tuned": tmp_path / "tuned"})
-    error = ask(engine, [greedy_request("r", "tuned", asked(), 2, lora_scale=0.5)]).finish["r"].error
+    error = refusal(engine, greedy_request("r", "tuned", asked(), 2, lora_scale=0.5))
     assert isinstance(error, BadRequest)
     assert f"lora_scale 0.5: adapters of kind {name.upper()}" in error.message
     folders = {hex_of(part): tmp_path / part for part in ("tuned", "lora")}
     engine = make_engine(LLAMA, folders)
     merge = digest_of_merge(Merge([bytes.fromhex(digest) for digest in folders], [1.0, 1.0]))
-    error = ask(engine, [greedy_request("r", merge, asked(), 2)]).finish["r"].error
+    error = refusal(engine, greedy_request("r", merge, asked(), 2))
     assert isinstance(error, AdapterRefused)
     assert f"plain LoRA only; one of the adapters has peft_type {name.upper()}" in error.message
 
@@ -328,7 +326,7 @@ def test_numbers_that_are_not_finite_are_refused(name: str, number: float, tmp_p
         return tensor
 
     change_file(tmp_path, spoil)
-    error = ask(make_engine(LLAMA, {"tuned": tmp_path}), [greedy_request("r", "tuned", asked(), 2)]).finish["r"].error
+    error = refusal(make_engine(LLAMA, {"tuned": tmp_path}), greedy_request("r", "tuned", asked(), 2))
     assert isinstance(error, AdapterRefused)
     assert "not finite" in error.message
 
@@ -354,7 +352,7 @@ def test_embeddings_are_of_the_last_token(name: str, tmp_path: Path) -> None:
         states = load(kind, tmp_path)(input_ids=ids, use_cache=True, output_hidden_states=True).hidden_states
     assert np.allclose(np.array(got, "<i4").view("<f4"), states[-1][0, -1].numpy(), atol=1e-4)
     engine.model.tasks = replace(tasks, pooling=replace(tasks.pooling, mode="mean"))
-    error = ask(engine, [greedy_request("r", "tuned", prompt, 1, task="embed")]).finish["r"].error
+    error = refusal(engine, greedy_request("r", "tuned", prompt, 1, task="embed"))
     assert isinstance(error, BadRequest)
     assert "mean pooling is of the text's tokens alone" in error.message
 
@@ -377,7 +375,7 @@ REFUSED = {
 def test_bases_without_room_for_a_prefix_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
     make_adapter(Kind(LLAMA, SOME, config=PREFIX), tmp_path)
     engine = make_engine((model_type, {"tiny": True}), {"tuned": tmp_path})
-    error = ask(engine, [greedy_request("r", "tuned", asked(), 2)]).finish["r"].error
+    error = refusal(engine, greedy_request("r", "tuned", asked(), 2))
     assert isinstance(error, AdapterRefused)
     assert REFUSED[model_type] in error.message
 

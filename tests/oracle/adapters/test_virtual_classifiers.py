@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import examples
-from oracle.peft_oracle import TINY_VOCAB, ask, prompts, tiny_llama
+from oracle.peft_oracle import TINY_VOCAB, ask, prompts, saved_files, tiny_llama
 from oracle.pooled_oracle import PooledOracle, classifier_of, difference, numbers_of, request_for
 from oracle.test_classifiers import MAX_DIFFERENCE, MIN_EFFECT, SIZES, TYPES, Oracle, request
 from oracle.test_encoders import ask as ask_encoder
@@ -21,9 +20,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
-    get_peft_model_state_dict,
 )
-from safetensors.torch import save
 from torch import Tensor
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
@@ -50,9 +47,7 @@ def taught(base: Any, config: PeftConfig, seed: int, width: int = 0) -> tuple[An
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(parameter + 0.5 * torch.randn(parameter.shape, generator=generator))
-    model.eval()
-    tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
-    return model, FetchedAdapter(json.loads(json.dumps(config.to_dict(), default=list)), save(tensors))
+    return model.eval(), saved_files(model, config)
 
 
 def logits(model: Any, name: str, ids: Tensor, types: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.adapter_files import BASE, safetensors
+from helpers.adapter_files import BASE, parsed, refusal
 from safetensors.numpy import load
 
 from peft_adapters.format import parse_header, read_adapter
@@ -26,8 +26,8 @@ def config(**fields: Any) -> dict[str, Any]:
 
 
 def test_a_and_b_are_transposed_and_the_scale_is_kept() -> None:
-    raw = safetensors(GOOD)
-    plan = convert_mlx(config(), parse_header(raw, len(raw)))
+    raw, infos = parsed(GOOD)
+    plan = convert_mlx(config(), infos)
     out = b"".join(bytes(piece) for piece in plan.weights(memoryview(raw)))
     tensors = parse_header(out, len(out))
     assert tensors == plan.infos()
@@ -39,8 +39,8 @@ def test_a_and_b_are_transposed_and_the_scale_is_kept() -> None:
 
 def test_layers_of_other_ranks_keep_one_scale() -> None:
     other = Q.replace("q_proj", "v_proj")
-    raw = safetensors(GOOD | {f"{other}.lora_a": np.ones((16, 3)), f"{other}.lora_b": np.ones((3, 16))})
-    plan = convert_mlx(config(), parse_header(raw, len(raw)))
+    _, infos = parsed(GOOD | {f"{other}.lora_a": np.ones((16, 3)), f"{other}.lora_b": np.ones((3, 16))})
+    plan = convert_mlx(config(), infos)
     spec = read_adapter(plan.config, plan.infos(), BASE)
     assert {part.rank: part.scale for part in spec.sites} == {2: 20.0, 3: 20.0}
 
@@ -94,14 +94,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_lora_of_mlx_is_refused(name: str) -> None:
     fields, tensors, reason = REFUSED[name]
-    raw = safetensors(tensors)
-    with pytest.raises(AdapterRefused) as refused:
-        convert_mlx(fields, parse_header(raw, len(raw)))
-    assert reason in "\n".join(refused.value.reasons)
+    assert reason in refusal(convert_mlx, fields, parsed(tensors)[1])
 
 
 def test_what_the_base_does_not_have_is_refused() -> None:
-    raw = safetensors({name.replace("layers.1", "layers.7"): tensor for name, tensor in GOOD.items()})
-    plan = convert_mlx(config(), parse_header(raw, len(raw)))
+    _, infos = parsed({name.replace("layers.1", "layers.7"): tensor for name, tensor in GOOD.items()})
+    plan = convert_mlx(config(), infos)
     with pytest.raises(AdapterRefused, match="no layer of the base model"):
         read_adapter(plan.config, plan.infos(), BASE)

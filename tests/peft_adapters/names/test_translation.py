@@ -7,15 +7,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from helpers.adapter_files import BASE, safetensors
+from helpers.adapter_files import BASE, lora_config, read_file, refusal
 
-from peft_adapters.format import AdapterSpec, parse_header, read_adapter
+from peft_adapters.format import AdapterSpec
 from peft_adapters.names.fused import Cut, FusedPart, uncut
 from peft_adapters.names.layouts import LAYOUTS
 from peft_adapters.reasons import Reasons
 from peft_adapters.spec import LoraWeights
 from protocol.wire import messages as m
-from protocol.wire.errors import AdapterRefused
 
 RANK, IN = 2, 16
 SIZES = {"q_proj": 16, "k_proj": 8, "v_proj": 8, "o_proj": 16, "gate_proj": 24, "up_proj": 24}
@@ -61,15 +60,7 @@ Q_V = {"self_attn.q_proj": 16, "self_attn.v_proj": 8}
 
 
 def read(tensors: dict[str, np.ndarray[Any, Any]], served: m.ServedModel, **fields: Any) -> AdapterSpec:
-    raw = safetensors(tensors)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], **fields}
-    return read_adapter(config, parse_header(raw, len(raw)), served)
-
-
-def reasons(tensors: dict[str, np.ndarray[Any, Any]], served: m.ServedModel, **fields: Any) -> str:
-    with pytest.raises(AdapterRefused) as refused:
-        read(tensors, served, **fields)
-    return "\n".join(refused.value.reasons)
+    return read_file(lora_config(RANK, **{"lora_alpha": 4} | fields), tensors, served)
 
 
 @pytest.mark.parametrize("own", LAYOUTS)
@@ -284,4 +275,4 @@ def test_there_are_enough_of_them() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_matches_in_part_is_refused_with_reasons(name: str) -> None:
     tensors, served, fields, reason = REFUSED[name]
-    assert reason in reasons(tensors, served, **fields)
+    assert reason in refusal(read, tensors, served, **fields)

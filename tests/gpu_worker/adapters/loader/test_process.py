@@ -23,16 +23,43 @@ from gpu_worker.adapters.packing.rows import RowSite
 from protocol.wire.messages import ServedModel, SiteShape
 
 
-class OneAdapter:
-    """Stores that hold one adapter under every digest."""
+class Held:
+    """Stores that hold adapters by digest."""
+
+    def __init__(self, **held: FetchedAdapter) -> None:
+        self.held = held
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
         return
 
     def fetch(self, digest: str, allocate: Allocate = bytearray, turn: Turn | None = None) -> FetchedAdapter:
-        memory = allocate(7)
-        memory[:] = b"weights"
-        return FetchedAdapter({}, memory)
+        adapter = self.held[digest]
+        memory = allocate(len(adapter.weights))
+        memory[:] = adapter.weights
+        return FetchedAdapter(adapter.config, memory)
+
+
+class Seen(Held):
+    """The same, with a view of the memory that the last one was read into."""
+
+    view = memoryview(b"")
+
+    def fetch(self, digest: str, allocate: Allocate = bytearray, turn: Turn | None = None) -> FetchedAdapter:
+        found = super().fetch(digest, allocate, turn)
+        self.view = memoryview(found.weights)
+        return found
+
+
+CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q"]}
+
+
+def described(width: int, dtype: str) -> Describe:
+    """Return what a worker says of a model with one layer, of this width."""
+    served = ServedModel(
+        model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
+        sites=[SiteShape("layers.0.q", width, width)],
+    )  # fmt: skip
+    return Describe([RowSite("layers.0.q", width, width, dtype)], served)
 
 
 class FailingPacker:
@@ -52,7 +79,7 @@ def worker() -> Iterator[tuple[socket.socket, LoaderServer]]:
     """Yield the worker's end of the socket, and the loader's server on the other end."""
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs):
-        yield ours, LoaderServer(theirs, OneAdapter())
+        yield ours, LoaderServer(theirs, Held(d=FetchedAdapter({}, b"weights")))
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault"), MemoryError(), None])
@@ -78,36 +105,15 @@ def test_no_memory_stays_open_when_nothing_is_packed(
         os.close(fd)
 
 
-class KeptFile:
-    """Stores that hold one adapter under every digest, and keep a view of the memory into which they read it."""
-
-    def __init__(self, config: dict[str, Any], weights: bytes) -> None:
-        self.config, self.weights = config, weights
-        self.view = memoryview(b"")
-
-    def set_urls(self, urls: tuple[str, ...]) -> None:
-        return
-
-    def fetch(self, digest: str, allocate: Allocate = bytearray, turn: Turn | None = None) -> FetchedAdapter:
-        memory = allocate(len(self.weights))
-        memory[:] = self.weights
-        self.view = memoryview(memory)
-        return FetchedAdapter(self.config, memory)
-
-
 @pytest.mark.parametrize("is_large", [False, True])
 def test_a_large_file_is_given_back_while_it_is_packed(is_large: bool) -> None:
     name, ones = "base_model.model.layers.0.q.lora_{}.weight", np.ones((4, 8192), np.float32)
     weights = save({name.format("A"): ones, name.format("B"): ones.T.copy()})
-    store = KeptFile({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q"]}, weights)
-    served = ServedModel(
-        model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
-        sites=[SiteShape("layers.0.q", 8192, 8192)],
-    )  # fmt: skip
+    store = Seen(d=FetchedAdapter(CONFIG, weights))
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs):
         server = LoaderServer(theirs, store, 0 if is_large else 1 << 30)
-        server.take(Describe([RowSite("layers.0.q", 8192, 8192, "float32")], served))
+        server.take(described(8192, "float32"))
         server.answer(Fetch(1, "d"))
         received = receive(ours)
     assert received is not None
@@ -118,22 +124,6 @@ def test_a_large_file_is_given_back_while_it_is_packed(is_large: bool) -> None:
     os.close(received[1])
     middle = len(weights) // 4  # in the middle of A
     assert store.view[middle : middle + 4] == (bytes(4) if is_large else ones.tobytes()[:4])
-
-
-class SomeAdapters:
-    """Stores that hold the given adapters by digest."""
-
-    def __init__(self, weights: dict[str, bytes]) -> None:
-        self.weights = weights
-
-    def set_urls(self, urls: tuple[str, ...]) -> None:
-        return
-
-    def fetch(self, digest: str, allocate: Allocate = bytearray, turn: Turn | None = None) -> FetchedAdapter:
-        memory = allocate(len(self.weights[digest]))
-        memory[:] = self.weights[digest]
-        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q"]}
-        return FetchedAdapter(config | ({"use_dora": True} if digest == "files" else {}), memory)
 
 
 class MemoryInReserve(MemoryReserve):
@@ -157,10 +147,10 @@ def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> No
         return save({name.format("A"): numbers, name.format("B"): numbers.T.copy()})
 
     wide, same = weights(0, 8191), weights(1, 8191)
-    stores = SomeAdapters({"first": wide, "later": same, "files": wide[: len(wide) // 2]})
-    served = ServedModel(
-        model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
-        sites=[SiteShape("layers.0.q", 8191, 8191)],
+    half = wide[: len(wide) // 2]
+    stores = Held(
+        first=FetchedAdapter(CONFIG, wide), later=FetchedAdapter(CONFIG, same),
+        files=FetchedAdapter(CONFIG | {"use_dora": True}, half),
     )  # fmt: skip
 
     def answers(digests: list[str], reserve: MemoryReserve | None = None) -> list[bytes]:
@@ -168,7 +158,7 @@ def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> No
         got: list[bytes] = []
         with closing(ours), closing(theirs):
             server = LoaderServer(theirs, stores, reserve=reserve)
-            server.take(Describe([RowSite("layers.0.q", 8191, 8191, "bfloat16")], served))
+            server.take(described(8191, "bfloat16"))
             for number, digest in enumerate(digests):
                 server.answer(Fetch(number, digest))
                 received = receive(ours)
@@ -182,7 +172,7 @@ def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> No
 
     first, later, files, again = answers(["first", "later", "files", "first"])
     assert [later] == answers(["later"])
-    assert files == stores.weights["files"]
+    assert files == half
     assert again == first != later
     with closing(MemoryInReserve()) as reserve:
         assert answers(["first", "later"], reserve) == [first, later]

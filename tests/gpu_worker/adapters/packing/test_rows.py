@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.adapter_files import BASE
+from helpers.adapter_files import BASE, safetensors
 from helpers.adapter_loading import rows_of
-from helpers.kind_files import KIND_BASE, kind_config, kind_tensors, written
+from helpers.kind_files import KIND_BASE, kind_config, kind_tensors
 from safetensors.torch import save
 from torch import Tensor
 
@@ -113,7 +113,7 @@ def test_rows_of_other_kinds_are_those_of_torch(dtype: torch.dtype, int8: bool) 
     packer = Packer(sites, served, AdaptableModules(StepContext()), int8=int8)
     for kind in KIND_NAMES:
         config = kind_config(kind)
-        weights = written(kind_tensors(config))
+        weights = safetensors(kind_tensors(config))
         rows = RowPacker(packer.row_sites, served).pack(config, weights, lambda n: bytearray(b"\xff") * n)
         spec = read_adapter(config, read_header(weights), served)
         if not spec.sites or any(part.needs_weight for part in spec.sites):
@@ -129,7 +129,7 @@ def test_rows_of_other_kinds_are_those_of_torch(dtype: torch.dtype, int8: bool) 
         worst = next(value for value in broken.values() if value.dtype == np.float32)
         worst.flat[0] = np.inf
         with pytest.raises(AdapterRefused, match="not finite"):
-            RowPacker(packer.row_sites, served).pack(config, written(broken), bytearray)
+            RowPacker(packer.row_sites, served).pack(config, safetensors(broken), bytearray)
 
 
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
