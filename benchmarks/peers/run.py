@@ -158,7 +158,7 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
 
 
 def in_turns(groups: Iterable[list[Server]], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
-    """Run the servers and programs of each group side by side and measure them alternately, for each load of each round.
+    """Run the servers and programs of each group side by side; measure them alternately, for each load of each round.
 
     Return the points by round. Before the first round, an adapter of each program must have changed the answer.
     """
