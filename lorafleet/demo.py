@@ -119,7 +119,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
     num_shared, num_steps = await shared_steps(settings, len(answers))
     screen.say(
         f"\n{len(answers)} models, {num_tokens} tokens, {seconds:.1f} s: {num_tokens / seconds:.0f} tokens/s. "
-        f"{num_shared} of {num_steps} engine steps wrote a token for all {len(answers)} of them."
+        f"{num_shared} of {num_steps} engine steps generated a token for all {len(answers)} models."
     )
 
 

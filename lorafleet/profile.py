@@ -17,6 +17,7 @@ from rich.table import Table
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.shared.flags import add_settings, load_settings
 from lorafleet.shared.parser import Parser, number
+from lorafleet.shared.tables import count_text
 from protocol.runtime.service import set_up_logging
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -101,23 +102,19 @@ def print_profile(found: Any, console: Console) -> None:
     """Print a `gpu_worker.profiling.profile.StepProfile`: the phases and the forward pass of each case."""
     how = f"{found.num_stacked} of {found.num_layers} layers in one native call"
     console.print(
-        f"[bold]{found.model}[/] in {found.dtype} on {found.device}, {_count(found.num_threads, 'thread')}, {how}, "
-        f"{_count(len(found.adapters), 'adapter')}, prompts of {found.prompt_tokens} tokens, "
+        f"[bold]{found.model}[/] in {found.dtype} on {found.device}, {count_text(found.num_threads, 'thread')}, {how}, "
+        f"{count_text(len(found.adapters), 'adapter')}, prompts of {found.prompt_tokens} tokens, "
         f"room for {found.kv_tokens} KV tokens in {found.kv_dtype}"
     )
     for case in found.cases:
         rate = 1000 * case.tokens / case.step_ms
         console.print(
-            f"\n[bold]{case.kind}, {_count(case.num_sequences, 'sequence')}, "
-            f"{_count(case.num_adapters, 'adapter')}[/]: "
+            f"\n[bold]{case.kind}, {count_text(case.num_sequences, 'sequence')}, "
+            f"{count_text(case.num_adapters, 'adapter')}[/]: "
             f"{case.step_ms:.2f} ms a step, {case.tokens:.0f} tokens, {rate:,.0f} tok/s"
         )
         console.print(_phases(case))
         console.print(_operations(case))
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
 def _phases(case: Any) -> Table:

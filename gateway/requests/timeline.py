@@ -102,7 +102,7 @@ def _of_assignment(number: int, one: Assignment) -> list[dict[str, Any]]:
     if one.timing is not None:
         events += _of_run(number, name, one.timing)
     if one.left_ms:
-        text = f"{name} died" if one.left_how == "died" else f"{name} handed it back"
+        text = f"{name} died" if one.left_how == "died" else f"{name} returned it to the queue"
         event = "worker_died" if one.left_how == "died" else "handed_back"
         events.append(_event(one.left_ms, event, f"{text}; requeued", assignment=number, worker=name))
     return events

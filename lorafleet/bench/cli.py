@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"[red]cannot reach the server at {args.url}:[/] {reason_of(error)}")
         return 2
     except (ValueError, OSError, WarmupError) as error:
-        console.print(f"[red]cannot run the load:[/] {error}")
+        console.print(f"[red]cannot run the benchmark:[/] {error}")
         return 2
     print_result(result, console)
     save_json(result, args.out)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             save_plot(result, plot)
             written.append(plot)
         except ImportError:
-            console.print("no plot: matplotlib is missing; pip install 'lorafleet[bench]' brings it")
+            console.print("no plot: matplotlib is not installed; run pip install 'lorafleet[bench]'")
     console.print("wrote " + " and ".join(str(path) for path in written))
     return 1 if result.summary.num_errors else 0
 
@@ -167,7 +167,7 @@ def _first_model(url: str, api_key: str | None) -> str:
 def _run_with_progress(config: BenchConfig, console: Console) -> BenchResult:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[failed]}"), console=console, transient=True) as progress:
-        task = progress.add_task("Asking", total=config.num_requests, failed="")
+        task = progress.add_task("requests", total=config.num_requests, failed="")
         num_failed = 0
 
         def note(record: BenchRequest) -> None:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     logs = {path.stem: path for path in sorted(Path(fleet.logs).glob("*.log"))}
     for name in args.services:
         if name not in logs:
-            raise BadRequest(f"no service {name}: there are {', '.join(logs)}{suggestion(name, list(logs))}")
+            raise BadRequest(f"no service {name}; services: {', '.join(logs)}{suggestion(name, list(logs))}")
     names = args.services or list(logs)
     width = max(map(len, names), default=0) if len(names) > 1 else 0
     files = {name: logs[name].open("rb") for name in names}

@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     add.add_argument("--pin", action="store_true", help="also pin it in every worker's memory")
     add.add_argument("--preload", action="store_true", help="also load it on every worker")
     add.add_argument(
-        "--base", default="", help="the base to serve it with; default: the one it names, or the one it fits"
+        "--base", default="", help="base model to serve it with (default: the one it names, or the only one it fits)"
     )
     add.set_defaults(do=_add)
     found = [listing, add]
@@ -91,13 +91,13 @@ def _add_offline(actions: Any) -> None:
         "--rank",
         choices=("auto",),
         default="",
-        help="approximate an adapter of a full-rank kind at the least rank that keeps a share of what it adds",
+        help="approximate a full-rank adapter by LoRA, at the lowest rank that preserves --keep of its norm",
     )
     conversion.add_argument(
         "--keep",
         type=float,
         default=0.999,
-        help="that share, of the Frobenius norm at each layer (default: %(default)s)",
+        help="fraction of each layer's Frobenius norm that --rank auto preserves (%(default)s)",
     )
     for name, action in (("check", check), ("convert", conversion)):
         action.set_defaults(offline=name)
@@ -105,7 +105,7 @@ def _add_offline(actions: Any) -> None:
             "--base",
             metavar="MODEL",
             default="",
-            help="base model, a Hub id or a folder; required for GGUF and for kinds besides LoRA",
+            help="base model: a Hub id or a folder; required for GGUF and for adapter types other than LoRA",
         )
 
 
@@ -183,7 +183,7 @@ def _printed(args: argparse.Namespace, adapter: dict[str, Any]) -> dict[str, Any
 def _freed(result: dict[str, Any]) -> str:
     freed = result["freed"]
     pool, host = size_text(freed["pool_bytes"]), size_text(freed["host_bytes"])
-    waiting = f"; {result['waiting']} workers will free theirs when their requests end" if result["waiting"] else ""
+    waiting = f"; the rest is freed when requests end on {', '.join(result['waiting'])}" if result["waiting"] else ""
     return f"freed {pool} of pool memory, {host} of host memory{waiting}"
 
 

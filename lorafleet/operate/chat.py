@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 failed = True
                 print(f"error: {error.message}", file=sys.stderr)
     if not is_prompt and is_empty:
-        raise BadRequest("the input holds no message; give one as an argument, or a line of standard input")
+        raise BadRequest("no message: give one as an argument or on standard input")
     return int(failed and not is_prompt)
 
 

@@ -90,7 +90,7 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
     found = [Finding("gateway", "ok", f"{api.url} is {state}"), *checkup.of_history(health.get("history"))]
     if date is not None:  # it has whole seconds
         ahead_ms = 1000 * (date + 0.5 - time.time())
-        found.append(checkup.of_clock("gateway's clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))
+        found.append(checkup.of_clock("gateway clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))
     return found
 
 

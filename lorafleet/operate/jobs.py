@@ -44,7 +44,7 @@ def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
     wanted = {"limit": args.limit, "status": args.status, "model": args.model}
     page = api.ask("GET", "/v1/jobs", params={name: value for name, value in wanted.items() if value is not None})
     if not args.json:
-        columns = ("id", "status", "model", "endpoint", "tokens", "attempts")
+        columns = ("id", "status", "model", "endpoint", "output tokens", "worker failures")
         names = ("id", "status", "model", "endpoint", "tokens_generated", "attempts")
         print_list(columns, [[str(job[name]) for name in names] for job in page["data"]], "no jobs")
     return page["data"]

@@ -70,5 +70,5 @@ def run(args: argparse.Namespace) -> int:
             for bucket in answer.json()["data"]
             for one in bucket["results"]
         ]
-        print_list(("day", *names, "requests", "prompt tokens", "cached", "output tokens"), rows, "no usage")
+        print_list(("day", *names, "requests", "input tokens", "cached", "output tokens"), rows, "no usage")
     return 0

@@ -21,8 +21,8 @@ def add_arguments(parser: Parser) -> None:
     listing = actions.add_parser("list", aliases=ALIASES, help="list workers, with state and load")
     listing.set_defaults(do=_list)
     for name, text in (
-        ("drain", "let a worker finish and take no new requests"),
-        ("resume", "let a worker take requests again"),
+        ("drain", "let a worker finish its requests, and send it no new ones"),
+        ("resume", "send a worker requests again"),
     ):
         order = actions.add_parser(name, help=text)
         which = order.add_mutually_exclusive_group(required=True)

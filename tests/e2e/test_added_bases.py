@@ -62,7 +62,7 @@ async def test_a_base_is_added_asked_and_taken_away_while_it_answers(
             async with http.stream("POST", "/v1/completions", json=body) as stream:
                 lines = stream.aiter_lines()
                 assert await anext(lines)
-                assert "not served any more" in await lorafleet("bases", "remove", "two")
+                assert "no longer served" in await lorafleet("bases", "remove", "two")
                 async for line in lines:
                     if line.startswith("data: {"):
                         ends += [choice["finish_reason"] for choice in json.loads(line[6:])["choices"]]

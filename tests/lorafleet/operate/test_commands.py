@@ -72,6 +72,8 @@ async def test_adapters_are_listed_added_moved_and_removed(command: Command, fle
     assert (await read(command, "adapters", "unpin", "mine"))["pinned"] is None
     assert (await read(command, "adapters", "refresh", "mine"))["digest"] == added["digest"]
     assert (await read(command, "adapters", "preload", "two"))["state"] in ("resident", "loading", "host")
+    assert "is resident" in await command("adapters", "preload", "two", "--wait", "30")
+    assert "requests end on w0" in await command("adapters", "evict", "two", "--wait", "0")
     assert (await read(command, "adapters", "evict", "mine"))["freed"]["pool_bytes"] > 0
     assert "no longer served" in await command("adapters", "remove", "mine")
     assert {one["name"] for one in await read(command, "adapters", "list")} == {"one", "two"}
@@ -187,9 +189,9 @@ async def test_the_doctor_finds_a_fleet_well_and_its_queue_at_risk(
     flags = ("--redis-url", fleet.bus.url, "--data", str(tmp_path), "--workers", "1")
     told = json.loads(await command("doctor", *flags, "--json"))
     levels = {one["name"]: one["level"] for one in told}
-    for name in ("gateway", "queue", "queue's eviction", "queue's clock", "scheduler", "workers", "versions"):
+    for name in ("gateway", "queue", "queue eviction", "queue clock", "scheduler", "workers", "versions"):
         assert levels[name] == "ok", told
-    assert levels["queue's file"] == "warning"  # this one has none
+    assert levels["queue persistence"] == "warning"  # this one has none
     assert "→ CONFIG SET appendonly yes" in await command("doctor", *flags)
     told = json.loads(await command("doctor", "--data", str(tmp_path), "--json"))
     assert {one["level"] for one in told if one["name"] == "gateway"} == {"ok"}
