@@ -108,7 +108,7 @@ def _fetch_from_hub(staged: Path, endpoint: str | None, console: Console) -> Non
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        with console.status(f"Asking the Hub for {HUB_MODEL_ID}"):
+        with console.status(f"Looking up {HUB_MODEL_ID} on the Hub"):
             revision = HfApi(endpoint=endpoint).repo_info(HUB_MODEL_ID, timeout=_HUB_TIMEOUT_S).sha
         snapshot_download(
             HUB_MODEL_ID,

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.fleets import MARKER, QUICK
 from helpers.processes import with_variable
 from helpers.terminal import Terminal, terminal
+
+from lorafleet.__main__ import COMMANDS
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed"),
@@ -48,6 +51,16 @@ WRONG = (
     ("up tiny --prot 1", 2, "did you mean --port?"),
     ("serve nothing", 2, "gateway, scheduler, worker, store"),
     ("bench --adapters 0 --no-plot", 2, "names no adapter"),
+    ("bases add ./tiny", 2, "neither a Hub id"),
+    ("bases remove nothing", 2, "no base nothing"),
+    ("status --jsno", 2, "did you mean --json?"),
+    ("audit --limit 0", 2, "less than 1"),
+    ("doctor --workers many", 2, "--workers"),
+    ("demo --api-keys", 2, "the demo does not send an API key"),
+    ("users /proc/nothing", 2, "cannot write to /proc/nothing"),
+    ("fetch ./absent", 2, "./absent"),
+    ("profile", 2, "MODEL"),
+    ("completion basj", 2, "did you mean bash?"),
 )
 """Command, exit code, and what its only message says."""
 
@@ -74,6 +87,10 @@ RIGHT = (
     ("top --once --every 0.2", "worker-0"),
     ("doctor", "is ready"),
     ("completion bash | head -1", "shtab"),
+    ("bases ls", "tiny"),
+    ("users passwords", "passwords/queue/users.acl"),
+    ("fetch tiny", "tiny"),
+    ("profile tiny --sequences 1 --steps 1 --out profile.json", "wrote profile.json"),
 )
 """Command, and what it prints."""
 
@@ -132,6 +149,20 @@ def test_wrong_input_is_one_message(
 def test_commands_show_their_answer(fleet: tuple[Terminal, Terminal, str], command: str, says: str) -> None:
     printed, code = fleet[1].run(command if command.startswith("echo") else f"lorafleet {command}")
     assert (code, says in printed, "Traceback" in printed) == (0, True, False), printed
+
+
+def test_a_request_is_explained(fleet: tuple[Terminal, Terminal, str]) -> None:
+    printed, _ = fleet[1].run("lorafleet status --json")
+    (ended, *_) = httpx2.get(f"{json.loads(printed)[0]['url']}/v1/requests").json()["data"]
+    printed, code = fleet[1].run(f"lorafleet explain {ended['id']}")
+    assert (code, "prompt tokens" in printed, "completed" in printed) == (0, True, True), printed
+
+
+def test_the_tour_has_every_command() -> None:
+    elsewhere = {"up", "stop", "explain", "serve", "demo"}  # in other tests of this file, and in test_demo.py
+    right = {command.removeprefix("echo hello | lorafleet ").split()[0] for command, _ in RIGHT}
+    assert {command.split()[0] for command, *_ in WRONG} >= set(COMMANDS)
+    assert right | elsewhere == set(COMMANDS)
 
 
 def test_lists_fit_the_terminal(fleet: tuple[Terminal, Terminal, str]) -> None:
