@@ -22,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
     add.add_argument("--name", default="", help="its name in the API (default: the Hub id, or the folder's name)")
     add.set_defaults(do=_add)
     remove = actions.add_parser("remove", help="refuse a base's calls, fail its queued requests, and drain its workers")
-    remove.add_argument("name", metavar="NAME")
+    remove.add_argument("name", metavar="NAME", help="name of the base in the API")
     remove.set_defaults(do=_remove)
     for action in dict.fromkeys(actions.choices.values()):  # one that has two names comes twice
         add_json_flag(action)

@@ -40,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
     limits = create.add_argument_group(
         "limits of the tenant, shared by all its keys", "each given limit replaces the old one; 0: no limit"
     )
-    limits.add_argument("--requests-per-minute", type=int, metavar="N")
+    limits.add_argument("--requests-per-minute", type=int, metavar="N", help="HTTP calls")
     limits.add_argument("--tokens-per-minute", type=int, metavar="N", help="prompt and output tokens")
     limits.add_argument("--concurrency", type=int, metavar="N", help="maximum choices queued or running at once")
     limits.add_argument(
@@ -54,7 +54,7 @@ def add_arguments(parser: Parser) -> None:
     )
     listing = actions.add_parser("list", aliases=ALIASES, help="list all keys, without their secrets")
     revoke = actions.add_parser("revoke", help="revoke a key; its next request is refused everywhere")
-    revoke.add_argument("key", metavar="ID")
+    revoke.add_argument("key", metavar="ID", help="id of the key, key_…")
     for action, do in ((create, _create), (listing, _list), (revoke, _revoke)):
         action.set_defaults(do=do)
         add_flags(action)

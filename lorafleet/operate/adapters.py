@@ -32,7 +32,7 @@ def add_arguments(parser: Parser) -> None:
     listing.add_argument("--limit", type=number, default=100, help="maximum number listed (%(default)s)")
     listing.set_defaults(do=_list)
     add = actions.add_parser("add", help="serve an adapter under a name")
-    add.add_argument("name", metavar="NAME")
+    add.add_argument("name", metavar="NAME", help="name of the adapter in the API")
     add.add_argument(
         "source",
         metavar="SOURCE",
@@ -62,7 +62,7 @@ def add_arguments(parser: Parser) -> None:
     remove.set_defaults(do=_remove)
     found += [refresh, remove]
     for action in found[2:]:
-        action.add_argument("adapter", metavar="NAME")
+        action.add_argument("adapter", metavar="NAME", help="name of the adapter")
     for action in found[1:]:
         action.add_argument(
             "--wait", type=float, default=30.0, metavar="SECONDS", help="seconds to wait until it is done (%(default)g)"

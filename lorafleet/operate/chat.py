@@ -31,8 +31,8 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum tokens per answer")
-    parser.add_argument("--temperature", type=float, metavar="X")
-    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--temperature", type=float, metavar="X", help="sampling temperature; 0: greedy")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed of the sampling")
     parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     add_flags(parser)
 

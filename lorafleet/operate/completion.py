@@ -20,7 +20,7 @@ lorafleet completion fish | source     # in ~/.config/fish/config.fish"""
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.epilog = HINTS
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell: bash, zsh or fish")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
     cancel = actions.add_parser("cancel", help="cancel a job")
     cancel.set_defaults(do=_cancel)
     for action in (show, tail, cancel):
-        action.add_argument("job", metavar="ID")
+        action.add_argument("job", metavar="ID", help="id of the job, job_…")
     for action in (listing, cancel):
         add_json_flag(action)
     for action in (listing, show, tail, cancel):

@@ -41,6 +41,16 @@ def test_every_help_has_examples_that_parse(subtests: pytest.Subtests) -> None:
     assert f"examples:\n  {EXAMPLES['lorafleet adapters add'][0]}\n" in shown
 
 
+def test_every_argument_has_a_help_text() -> None:
+    bare = [
+        f"{parser.prog} {action.dest}"
+        for parser in parsers(WHOLE)
+        for action in parser._actions
+        if not action.help and not isinstance(action, argparse._SubParsersAction)
+    ]
+    assert bare == []
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
