@@ -39,8 +39,8 @@ COLORS = ("white", "cyan", "magenta", "green", "yellow", "blue")
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} [flags]"
-    parser.add_argument("--question", default=QUESTION, help="the question (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="maximum tokens per answer (%(default)s)")
+    parser.add_argument("--question", default=QUESTION, help="the question (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="maximum tokens per answer (default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="stop after the answers instead of continuing to serve")
     add_settings(parser, first=("model", *MAIN_FLAGS), skip=("worker_name", "store_url"))
 

@@ -19,7 +19,7 @@ def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="list|show|retry", required=True)
     listing = actions.add_parser("list", aliases=ALIASES, help="list dead letters, newest first")
-    listing.add_argument("--limit", type=number, default=50, help="maximum number listed (%(default)s)")
+    listing.add_argument("--limit", type=number, default=50, help="maximum number listed (default: %(default)s)")
     show = actions.add_parser("show", help="show one with its request, and each worker failure while it ran")
     retry = actions.add_parser("retry", help="requeue requests, with attempts reset")
     show.add_argument("letter", metavar="ID", help="id of the dead letter")

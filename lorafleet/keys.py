@@ -33,9 +33,11 @@ def add_arguments(parser: Parser) -> None:
         "--scopes",
         type=_scope_names,
         default="infer",
-        help=f"permissions, separated by commas: {', '.join(SCOPES)} (%(default)s)",
+        help=f"permissions, separated by commas: {', '.join(SCOPES)} (default: %(default)s)",
     )
-    create.add_argument("--expires", default="never", metavar="TIME", help="30m, 12h, 90d, 1y or never (%(default)s)")
+    create.add_argument(
+        "--expires", default="never", metavar="TIME", help="30m, 12h, 90d, 1y or never (default: %(default)s)"
+    )
     create.add_argument("--note", default="", help="a note, shown by `list`")
     limits = create.add_argument_group(
         "limits of the tenant, shared by all its keys", "each given limit replaces the old one; 0: no limit"
@@ -91,7 +93,7 @@ async def _create(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, 
     await bus.audit.note(from_command_line("key.create", key.tenant, detail))
     if not args.json:
         print(secret)
-    Console(stderr=True).print(f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; shown only once")
+    Console(stderr=True).print(f"{key.id} of {key.tenant}, scopes: {_scopes(key.scopes)}; the key is shown only once")
     return {"key": secret, **msgspec.structs.asdict(key)}
 
 

@@ -33,12 +33,20 @@ def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("model", metavar="MODEL", help="the base model: a Hub id or a local folder")
     parser.add_argument(
-        "--sequences", type=_numbers, default=(1, 8, 32), metavar="N,N,…", help="batch sizes (default 1,8,32)"
+        "--sequences", type=_numbers, default=(1, 8, 32), metavar="N,N,…", help="batch sizes (default: 1,8,32)"
     )
-    parser.add_argument("--steps", type=number, default=20, metavar="N", help="measured steps per case (%(default)s)")
-    parser.add_argument("--prompt-tokens", type=number, default=64, metavar="N", help="tokens per prompt (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("profile.json"), metavar="FILE", help="file for the JSON result (%(default)s)"
+        "--steps", type=number, default=20, metavar="N", help="measured steps per case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=number, default=64, metavar="N", help="tokens per prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("profile.json"),
+        metavar="FILE",
+        help="file for the JSON result (default: %(default)s)",
     )
     parser.add_argument(
         "--trace",

@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="A,B,…|N",
         help="adapters to query: their names, or a number of names generated from --adapter-format",
     )
-    what.add_argument("--adapter-format", default="adapter-{i}", help="name of the i-th adapter (%(default)s)")
+    what.add_argument("--adapter-format", default="adapter-{i}", help="name of the i-th adapter (default: %(default)s)")
     what.add_argument(
         "--zipf",
         type=float,
@@ -43,25 +43,35 @@ def add_arguments(parser: Parser) -> None:
         help="weight of the i-th target: 1/i^S (default: round robin)",
     )
     what.add_argument("--chat", action="store_true", help="use /v1/chat/completions instead of /v1/completions")
-    what.add_argument("--prompt-words", type=int, default=64, help="random words per prompt (%(default)s)")
-    what.add_argument("--output-tokens", type=int, default=64, help="tokens to generate per request (%(default)s)")
+    what.add_argument("--prompt-words", type=int, default=64, help="random words per prompt (default: %(default)s)")
+    what.add_argument(
+        "--output-tokens", type=int, default=64, help="tokens to generate per request (default: %(default)s)"
+    )
     what.add_argument(
         "--stop-at-eos", action="store_true", help="let answers stop at an end token (default: ignore_eos)"
     )
-    what.add_argument("--seed", type=int, default=0, help="seed of prompts, targets and arrivals (%(default)s)")
+    what.add_argument(
+        "--seed", type=int, default=0, help="seed of prompts, targets and arrivals (default: %(default)s)"
+    )
     load = parser.add_argument_group("load")
     load.add_argument(
         "--requests", type=number, help="number of measured requests (default: 8 × concurrency; with --rate 256)"
     )
     load.add_argument(
-        "--concurrency", type=number, help=f"concurrent requests (8; with --rate at most {_OPEN_LOOP_CONCURRENCY})"
+        "--concurrency",
+        type=number,
+        help=f"concurrent requests (default: 8; with --rate at most {_OPEN_LOOP_CONCURRENCY})",
     )
     load.add_argument(
         "--rate", type=float, metavar="R", help="open loop: Poisson arrivals, R per second, instead of a closed loop"
     )
     load.add_argument("--warmup", type=int, help="number of warm-up requests (default: the concurrency, at most 32)")
     load.add_argument(
-        "--timeout", type=float, default=300.0, metavar="S", help="deadline of a request, in seconds (%(default)g)"
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="deadline of a request, in seconds (default: %(default)g)",
     )
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="file with the API key (default: $OPENAI_API_KEY)"

@@ -23,7 +23,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "services", metavar="SERVICE", nargs="*", help="gateway, scheduler, store, worker-0, … (default: all)"
     )
-    parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="last lines per service (%(default)s)")
+    parser.add_argument(
+        "-n", "--lines", type=int, default=20, metavar="N", help="last lines per service (default: %(default)s)"
+    )
     parser.add_argument("-f", "--follow", action="store_true", help="continue with new lines until the fleet stops")
     parser.add_argument("--url", default="", help=records.URL_HELP)
 

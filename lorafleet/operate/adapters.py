@@ -29,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="list|add|pin|unpin|preload|evict|refresh|remove|check|convert", required=True
     )
     listing = actions.add_parser("list", aliases=ALIASES, help="list adapters by name, with state and location")
-    listing.add_argument("--limit", type=number, default=100, help="maximum number listed (%(default)s)")
+    listing.add_argument("--limit", type=number, default=100, help="maximum number listed (default: %(default)s)")
     listing.set_defaults(do=_list)
     add = actions.add_parser("add", help="serve an adapter under a name")
     add.add_argument("name", metavar="NAME", help="name of the adapter in the API")
@@ -65,7 +65,11 @@ def add_arguments(parser: Parser) -> None:
         action.add_argument("adapter", metavar="NAME", help="name of the adapter")
     for action in found[1:]:
         action.add_argument(
-            "--wait", type=float, default=30.0, metavar="SECONDS", help="seconds to wait until it is done (%(default)g)"
+            "--wait",
+            type=float,
+            default=30.0,
+            metavar="SECONDS",
+            help="seconds to wait until it is done (default: %(default)g)",
         )
     for action in found:
         action.add_argument("--tenant", help="owner of the name; needs an admin key (default: shared by all tenants)")
@@ -97,7 +101,7 @@ def _add_offline(actions: Any) -> None:
         "--keep",
         type=float,
         default=0.999,
-        help="fraction of each layer's Frobenius norm that --rank auto preserves (%(default)s)",
+        help="fraction of each layer's Frobenius norm that --rank auto preserves (default: %(default)s)",
     )
     for name, action in (("check", check), ("convert", conversion)):
         action.set_defaults(offline=name)
@@ -153,8 +157,8 @@ def _order(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     result = answer.json()
     if not args.json:
         later = "; still in progress" if answer.status_code == 202 else ""
-        freed = f", {_freed(result)}" if "freed" in result else f" is {result['state']}"
-        print(f"{args.adapter}{freed}{later}")
+        done = f": {_freed(result)}" if "freed" in result else f" is {result['state']}"
+        print(f"{args.adapter}{done}{later}")
     return result
 
 

@@ -41,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
     start.add_argument("--errors", type=Path, metavar="FILE", help="file for the errors (default: FILE.errors.jsonl)")
     start.set_defaults(do=_run)
     listing = actions.add_parser("list", aliases=ALIASES, help="list batches, newest first")
-    listing.add_argument("--limit", type=int, default=20, help="maximum number listed (%(default)s)")
+    listing.add_argument("--limit", type=int, default=20, help="maximum number listed (default: %(default)s)")
     listing.set_defaults(do=_list)
     show = actions.add_parser("show", help="show a batch as JSON, and download its results if it has ended")
     show.add_argument("--out", type=Path, metavar="FILE", help="file for the answers (default: not downloaded)")

@@ -39,9 +39,9 @@ class Finding:
 
 def of_queue(facts: ServerFacts) -> list[Finding]:
     """Judge the queue's server."""
-    found = [Finding("queue", "ok", f"{facts.version} answers in {facts.answer_ms:.1f} ms")]
+    found = [Finding("queue", "ok", f"{facts.version} responds in {facts.answer_ms:.1f} ms")]
     if facts.answer_ms > MAX_ANSWER_MS:
-        text = f"{facts.version} takes {facts.answer_ms:.0f} ms to answer, which delays every step"
+        text = f"{facts.version} takes {facts.answer_ms:.0f} ms to respond, which delays every step"
         found = [Finding("queue", "warning", text, "run it close to the services, on a machine with spare capacity")]
     if facts.role != "master":
         text = f"this server is a {facts.role} and accepts no writes"

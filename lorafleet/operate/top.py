@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -32,7 +33,9 @@ Sample = dict[str, Any]
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="refresh interval (%(default)g)")
+    parser.add_argument(
+        "--every", type=float, default=2.0, metavar="SECONDS", help="refresh interval (default: %(default)g)"
+    )
     parser.add_argument("--once", action="store_true", help="print one sample, measured over one interval, and exit")
     parser.add_argument("--json", action="store_true", help="print each sample as a line of JSON")
     add_flags(parser)
@@ -46,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
             for now in looks:
                 print(json.dumps(now), flush=True)
         elif args.once:
-            console = Console()
-            console.print(frame(api.url, next(looks), console.width if console.is_terminal else MAX_WIDTH))
+            console = Console() if sys.stdout.isatty() else Console(width=MAX_WIDTH)
+            console.print(frame(api.url, next(looks), console.width))
         else:
             with Live(Text(f"connecting to {api.url}"), screen=True, auto_refresh=False) as live:
                 for now in looks:

@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
             type=float,
             default=5.0,
             metavar="SECONDS",
-            help="seconds to wait for its confirmation (%(default)g)",
+            help="seconds to wait for its confirmation (default: %(default)g)",
         )
         order.set_defaults(do=_order, order=name)
     for action in dict.fromkeys(actions.choices.values()):  # one that has two names comes twice

@@ -216,7 +216,7 @@ async def test_a_request_is_followed_and_cancelled(fleet: ConsoleFleet, tab: Tab
         await tab.go("Requests")
         await tab.page.get_by_role("link", name=rid).click()
         dialog = tab.page.get_by_role("dialog").first
-        await dialog.get_by_text("queued behind").wait_for()
+        await dialog.get_by_text("queued, ").wait_for()
         await dialog.get_by_role("button", name="Cancel…").click()
         await tab.page.get_by_role("dialog").last.get_by_role("button", name="Cancel the request").click()
         await tab.said("Cancellation was requested.")

@@ -157,6 +157,7 @@ async def test_top_shows_a_frame(command: Command, fleet: ProcessFleet) -> None:
     (worker,) = await read(command, "workers", "list")
     for text in (worker["name"], "tokens/s", "no dead letters", "queued 0"):
         assert text in shown
+    assert "…" not in shown, "a pipe has no width"
     told = json.loads(await command("top", "--once", "--every", "0.2", "--json"))
     assert told["fleet"]["queued"] == 0
     assert told["workers"][0]["tokens_per_s"] >= 0
