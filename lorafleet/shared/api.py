@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from lorafleet.launcher.records import URL_VARIABLE, LocalFleet, the_only
+from lorafleet.launcher.records import URL_VARIABLE, LocalFleet, running, the_only
 from lorafleet.shared.parser import Parser, suggestion
 from lorafleet.shared.profiles import config_file, load_profile, read_key
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, PermissionDenied, Unauthorized, Unavailable
@@ -80,7 +80,9 @@ class Api:
     def __init__(self, args: argparse.Namespace, fleet: LocalFleet | None = None) -> None:
         """Take the flags of `add_flags`. fleet: the local fleet to ask; None: as the flags say.
 
-        A given fleet gets no key but that of a flag or its own: variable and profile may be for another fleet.
+        A given fleet gets no key but that of a flag or its own: variable and profile may be for another fleet. One that
+        is named by the URL of its record gets its own too, where nothing gives another; by another spelling of this
+        machine it does not, since another process may listen there.
         Raises BadRequest when key or profile cannot be read, and where several local fleets could be meant.
         """
         is_given = fleet is not None
@@ -93,10 +95,11 @@ class Api:
             key = read_key(args.api_key_file, "--api-key-file")
         else:
             key = args.key or ("" if is_given else os.environ.get(KEY_VARIABLE) or profile.key)
+        self.url: str = url.rstrip("/")
+        fleet = fleet or next((one for one in running() if one.url == self.url), None)
         if not key and fleet is not None and fleet.key_file:
             key = read_key(Path(fleet.key_file), "the fleet's key")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self.url: str = url.rstrip("/")
         self._is_default = self.url == DEFAULT_URL
         try:
             self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S, trust_env=False)

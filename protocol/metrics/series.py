@@ -179,9 +179,9 @@ LORAX_INFERENCE_SECONDS = _lorax.histogram(
 LORAX_TOKEN_SECONDS = _lorax.histogram(
     "lorax_request_mean_time_per_token_duration", "Seconds per token of a call.", buckets=_LORAX_S
 )
-LORAX_INPUT_LENGTH = _lorax.histogram("lorax_request_input_length", "Prompt tokens of a request.", buckets=_LORAX_TOKENS)
-LORAX_MAX_NEW = _lorax.histogram("lorax_request_max_new_tokens", "Maximum output tokens of a request.", buckets=_LORAX_TOKENS)
-LORAX_GENERATED = _lorax.histogram("lorax_request_generated_tokens", "Output tokens of a response.", buckets=_LORAX_TOKENS)
+LORAX_INPUT_LENGTH = _lorax.histogram("lorax_request_input_length", "Prompt tokens.", buckets=_LORAX_TOKENS)
+LORAX_MAX_NEW = _lorax.histogram("lorax_request_max_new_tokens", "Maximum output tokens.", buckets=_LORAX_TOKENS)
+LORAX_GENERATED = _lorax.histogram("lorax_request_generated_tokens", "Output tokens.", buckets=_LORAX_TOKENS)
 LORAX_INPUT_COUNT = _lorax.summary("lorax_request_input_count", "Prompts of a call.")
 LORAX_QUEUE_LENGTH = _lorax.gauge("lorax_queue_length", "Requests waiting for a worker.")
 LORAX_BATCH_SIZE = _lorax.gauge("lorax_batch_current_size", "Requests running on workers.")
