@@ -23,7 +23,7 @@ from lorafleet.launcher.embedded import with_queue
 from lorafleet.launcher.machine import memory_bytes
 from lorafleet.operate import checkup
 from lorafleet.operate.checkup import Finding, worst
-from lorafleet.shared.api import Api, add_flags, add_json_flag, given_url, print_json
+from lorafleet.shared.api import GIVE_KEY, Api, add_flags, add_json_flag, given_url, print_json
 from lorafleet.shared.flags import add_settings
 from lorafleet.shared.on_queue import check_is_here, load_local_settings
 from lorafleet.shared.parser import Parser
@@ -79,7 +79,8 @@ def _of_gateway(args: argparse.Namespace) -> tuple[list[Finding], dict[str, str]
             answer = api.request("GET", "/version")
         except (Unauthorized, PermissionDenied) as error:
             advice = "give an API key: --api-key-file or $OPENAI_API_KEY; `lorafleet keys create` makes one"
-            return [Finding("gateway", "problem", f"{api.url} requires an API key: {error.message}", advice)], {}
+            text = f"{api.url} requires an API key: {error.message.removesuffix(GIVE_KEY)}"
+            return [Finding("gateway", "problem", text, advice)], {}
         except LorafleetError as error:
             advice = "start the fleet with `lorafleet up`, or give its address: --url"
             return [Finding("gateway", "problem", error.message.partition("; start a fleet")[0], advice)], {}

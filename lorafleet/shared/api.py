@@ -23,6 +23,9 @@ KEY_VARIABLE, PROFILE_VARIABLE = "OPENAI_API_KEY", "LORAFLEET_PROFILE"
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 60.0
 
+GIVE_KEY = f"; give a valid key with --api-key-file or ${KEY_VARIABLE}"
+"""End of every error about a key."""
+
 _KINDS: dict[int, type[LorafleetError]] = {401: Unauthorized, 403: PermissionDenied, 404: NotFound}
 
 
@@ -182,6 +185,8 @@ def _check(answer: httpx2.Response) -> None:
         message = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = f"the server answered {answer.status_code}: {answer.text[:200]!r}"
+    if answer.status_code == 401:  # what the gateway says is for HTTP clients
+        message = f"{message.partition(': send')[0]}{GIVE_KEY}"
     default = BadRequest if answer.status_code < 500 else Unavailable
     raise _KINDS.get(answer.status_code, default)(message)
 

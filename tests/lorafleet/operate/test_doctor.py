@@ -41,8 +41,10 @@ async def test_a_fleet_with_keys_asks_for_one(
     async with running_gateway(bus, make_model_folder(tmp_path / "model"), api_keys=True) as gateway:
         words = ("doctor", "--json", "--data", str(tmp_path), "--url", gateway.url)
         assert await asyncio.to_thread(main, words) == 1
-    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
-    assert "requires an API key" in found["gateway"]["text"]
+        found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+        assert await asyncio.to_thread(main, ("adapters", "list", "--url", gateway.url)) == 2
+        assert "no API key was given; give a valid key with --api-key-file" in capsys.readouterr().err
+    assert found["gateway"]["text"].endswith("requires an API key: no API key was given")
     assert "--api-key-file" in found["gateway"]["advice"]
     assert "start the fleet" not in found["gateway"]["advice"]
 
