@@ -230,6 +230,8 @@ class FleetLauncher:
                 self._stop.set()
         except httpx2.HTTPError as error:
             self._fail(Unavailable(f"the gateway is not responding: {error!r}"))
+        except QueueError as error:
+            self._fail(Unavailable(f"the queue refused: {error}"))
         except LorafleetError as error:
             self._fail(error)
 
