@@ -48,7 +48,7 @@ async def test_a_base_is_added_asked_and_taken_away_while_it_answers(
                 return await says(model) == generated(tmp_path / ADAPTERS.get(model, model), adapter)
 
             await wait_until(partial(is_as_peft, "pirate"), "the adapter is there", timeout_s=60, every_s=0.3)
-            assert "two is added" in await lorafleet("bases", "add", str(tmp_path / "two"))
+            assert "two was added" in await lorafleet("bases", "add", str(tmp_path / "two"))
             assert await is_as_peft("pirate"), "nobody notices"
             fleet.add_worker(tmp_path / "two", "second", tmp_path)
             for model in ("two", "sailor", "pirate", "one"):
