@@ -114,7 +114,7 @@ async def take(browser: Any, url: str, key: str, folder: Path, look: tuple[str, 
     async def shot(name: str, *, whole: bool = False) -> None:
         if name not in wanted:
             return
-        await page.locator("text=Loading …").first.wait_for(state="detached")
+        await page.locator("text=Loading…").first.wait_for(state="detached")
         await page.screenshot(path=folder / f"console-{name}{end}.png", full_page=whole)
 
     await page.locator(".plot canvas").nth(5).wait_for()

@@ -74,8 +74,8 @@ def as_lora(version: SourceVersion, base: ServedModel) -> SourceVersion:
 
 def _too_many(_: int) -> Unavailable:
     return Unavailable(
-        f"it has to be converted, and too many wait for that: {MAX_TENANT_WAITING} of a tenant may, and {MAX_WAITING}"
-        " in all"
+        f"it must be converted first, and too many conversions are waiting: the limits are {MAX_TENANT_WAITING} per"
+        f" tenant and {MAX_WAITING} in all"
     )
 
 

@@ -187,7 +187,7 @@ def _approximate(args: argparse.Namespace, base: ServedModel | None) -> int:
     if base is None:
         raise BadRequest("approximating an adapter needs the weights of its base model: --base")
     if not 0 < args.keep <= 1:
-        raise BadRequest(f"--keep {args.keep:g} is not a share from 0 to 1")
+        raise BadRequest(f"--keep {args.keep:g} is not a fraction from 0 to 1")
     if args.target.exists():
         raise BadRequest(f"{args.target} exists already")
     words = (args.base, str(args.folder), str(args.target), str(args.keep))

@@ -147,7 +147,7 @@ def load_engine(
         places = row_sites(model.sites, expert_sites(model.adaptable.experts), int8=settings.lora_dtype == "int8")
         describe(places, served)
     logger.info(
-        "%s in %s (%s) on %s: %s%d tokens a request, %.1f MiB of adapters; ready in %.1f s",
+        "%s in %s (%s) on %s: %sat most %d tokens per request, adapter pool %.1f MiB; ready in %.1f s",
         served.name, served.dtype, reason, device, room, served.max_model_len,
         engine.adapters.pool.total_bytes / (1 << 20), time.monotonic() - started,
     )  # fmt: skip

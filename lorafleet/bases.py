@@ -21,10 +21,10 @@ def add_arguments(parser: Parser) -> None:
     actions.add_parser("list", aliases=ALIASES, help="list bases, with their state").set_defaults(do=_list)
     add = actions.add_parser("add", help="add a base; start its worker with `lorafleet serve worker`")
     add.add_argument("model", metavar="MODEL", help="a Hub id, or the absolute path of a folder, as services see it")
-    add.add_argument("--name", default="", help="its name in the API; default: the Hub id, or the folder's name")
+    add.add_argument("--name", default="", help="its name in the API (default: the Hub id, or the folder's name)")
     add.set_defaults(do=_add)
     remove = actions.add_parser("remove", help="refuse a base's calls, fail its queued requests, and drain its workers")
-    remove.add_argument("name", metavar="NAME")
+    remove.add_argument("name", metavar="NAME", help="name of the base in the API")
     remove.set_defaults(do=_remove)
     for action in dict.fromkeys(actions.choices.values()):  # an action with an alias is listed twice
         add_json_flag(action)
@@ -46,7 +46,7 @@ def _add(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     base = api.ask("POST", PATH, json={"model": args.model, "name": args.name})
     if not args.json:
         named = f" --served-name {args.name}" if args.name else ""
-        print(f"{base['id']} is added; `lorafleet bases list` shows its state")
+        print(f"{base['id']} was added; `lorafleet bases list` shows its state")
         print(f"to give it a worker: lorafleet serve worker --model {base['model']}{named}")
     return base
 
@@ -54,5 +54,5 @@ def _add(api: Api, args: argparse.Namespace) -> dict[str, Any]:
 def _remove(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     gone = api.ask("DELETE", f"{PATH}/{in_path(args.name)}")
     if not args.json:
-        print(f"{gone['id']} is not served any more; stop its workers once they have drained")
+        print(f"{gone['id']} is no longer served; stop its workers once they have drained")
     return gone

@@ -39,8 +39,8 @@ COLORS = ("white", "cyan", "magenta", "green", "yellow", "blue")
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} [flags]"
-    parser.add_argument("--question", default=QUESTION, help="the question (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="maximum tokens per answer (%(default)s)")
+    parser.add_argument("--question", default=QUESTION, help="the question (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="maximum tokens per answer (default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="stop after the answers instead of continuing to serve")
     add_settings(parser, first=("model", *MAIN_FLAGS), skip=("worker_name", "store_url"))
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     async def on_ready(plan: LaunchPlan, screen: Screen) -> bool:
         names = await model_names(plan.settings)
-        await show_answers(plan.settings, screen, names, args.question, args.tokens)
+        await show_answers(plan, screen, names, args.question, args.tokens)
         if not args.once:
             screen.say("\nThe fleet continues to serve. Send it requests, or stop it with Ctrl-C:\n")
             for name in names:
@@ -96,7 +96,7 @@ async def model_names(settings: Settings) -> list[str]:
         raise Unavailable(f"the store does not list the {expected} adapters of {folder}; see its log") from error
 
 
-async def show_answers(settings: Settings, screen: Screen, names: list[str], question: str, max_tokens: int) -> None:
+async def show_answers(plan: LaunchPlan, screen: Screen, names: list[str], question: str, max_tokens: int) -> None:
     """Ask all models at once, show the answers as they stream in, and print how many engine steps they shared.
 
     max_tokens: maximum tokens of each answer.
@@ -108,7 +108,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
     def show() -> None:
         live.update(_panels(answers), refresh=screen.console.is_terminal)
 
-    async with httpx2.AsyncClient(base_url=local_url(settings), timeout=300, trust_env=False) as client:
+    async with httpx2.AsyncClient(base_url=local_url(plan.settings), timeout=300, trust_env=False) as client:
         # One token each loads the adapters first, so that the measured answers show the batch without the loading.
         await _ask_all(client, [StreamedAnswer(name) for name in names], question, 1, lambda: None)
         started = time.monotonic()
@@ -116,10 +116,10 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
             await _ask_all(client, answers, question, max_tokens, show)
     seconds = time.monotonic() - started
     num_tokens = sum(answer.num_tokens for answer in answers)
-    num_shared, num_steps = await shared_steps(settings, len(answers))
+    num_shared, num_steps = await shared_steps(plan, len(answers))
     screen.say(
         f"\n{len(answers)} models, {num_tokens} tokens, {seconds:.1f} s: {num_tokens / seconds:.0f} tokens/s. "
-        f"{num_shared} of {num_steps} engine steps wrote a token for all {len(answers)} of them."
+        f"{num_shared} of {num_steps} engine steps generated a token for all {len(answers)} models."
     )
 
 
@@ -161,12 +161,14 @@ async def _ask(
             show()
 
 
-async def shared_steps(settings: Settings, num_models: int) -> tuple[int, int]:
+async def shared_steps(plan: LaunchPlan, num_models: int) -> tuple[int, int]:
     """Return how many of the latest engine steps had tokens of `num_models` requests, and the number of all steps.
 
-    Steps are counted in the gateways' output streams, which keep one entry per step for a minute.
+    Steps are counted in the gateways' output streams, which keep one entry per step for a minute, and which the queue
+    user of gateways may read.
     """
-    bus = Bus(settings.queue_url())
+    door = plan.queue.door("gateway") if plan.queue is not None else {}
+    bus = Bus(plan.settings.model_copy(update=door).queue_url())
     try:
         sizes: list[int] = []
         for gid in await bus.members.ids(bus.keys.gateways):

@@ -21,11 +21,11 @@ def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="list|show|retry", required=True)
     listing = actions.add_parser("list", aliases=ALIASES, help="list dead letters, newest first")
-    listing.add_argument("--limit", type=number, default=50, help="maximum number listed (%(default)s)")
+    listing.add_argument("--limit", type=number, default=50, help="maximum number listed (default: %(default)s)")
     show = actions.add_parser("show", help="show one with its request, and each worker failure while it ran")
     retry = actions.add_parser("retry", help="requeue requests, with attempts reset")
-    show.add_argument("letter", metavar="ID")
-    retry.add_argument("letters", metavar="ID", nargs="+")
+    show.add_argument("letter", metavar="ID", help="id of the dead letter")
+    retry.add_argument("letters", metavar="ID", nargs="+", help="ids of dead letters")
     for action, do in ((listing, _list), (show, _show), (retry, _retry)):
         action.set_defaults(do=do)
         add_json_flag(action)

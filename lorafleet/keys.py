@@ -35,14 +35,16 @@ def add_arguments(parser: Parser) -> None:
         "--scopes",
         type=_scope_names,
         default="infer",
-        help=f"permissions, separated by commas: {', '.join(SCOPES)} (%(default)s)",
+        help=f"permissions, separated by commas: {', '.join(SCOPES)} (default: %(default)s)",
     )
-    create.add_argument("--expires", default="never", metavar="TIME", help="30m, 12h, 90d, 1y or never (%(default)s)")
+    create.add_argument(
+        "--expires", default="never", metavar="TIME", help="30m, 12h, 90d, 1y or never (default: %(default)s)"
+    )
     create.add_argument("--note", default="", help="a note, shown by `list`")
     limits = create.add_argument_group(
         "limits of the tenant, shared by all its keys", "each given limit replaces the old one; 0: no limit"
     )
-    limits.add_argument("--requests-per-minute", type=int, metavar="N")
+    limits.add_argument("--requests-per-minute", type=int, metavar="N", help="HTTP calls")
     limits.add_argument("--tokens-per-minute", type=int, metavar="N", help="prompt and output tokens")
     limits.add_argument("--concurrency", type=int, metavar="N", help="maximum choices queued or running at once")
     limits.add_argument(
@@ -56,7 +58,7 @@ def add_arguments(parser: Parser) -> None:
     )
     listing = actions.add_parser("list", aliases=ALIASES, help="list all keys, without their secrets")
     revoke = actions.add_parser("revoke", help="revoke a key; its next request is refused everywhere")
-    revoke.add_argument("key", metavar="ID")
+    revoke.add_argument("key", metavar="ID", help="id of the key, key_…")
     for action, do in ((create, _create), (listing, _list), (revoke, _revoke)):
         action.set_defaults(do=do)
         add_flags(action)
@@ -88,7 +90,7 @@ async def _create(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, 
     await bus.audit.note(from_command_line("key.create", key.tenant, detail))
     if not args.json:
         print(secret)
-    Console(stderr=True).print(f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; shown only once")
+    Console(stderr=True).print(f"{key.id} of {key.tenant}, scopes: {_scopes(key.scopes)}; the key is shown only once")
     return {"key": secret, **msgspec.structs.asdict(key)}
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.shared.flags import add_settings, load_settings
 from lorafleet.shared.parser import Parser, number
+from lorafleet.shared.tables import count_text
 from protocol.runtime.service import set_up_logging
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -32,12 +33,20 @@ def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("model", metavar="MODEL", help="the base model: a Hub id or a local folder")
     parser.add_argument(
-        "--sequences", type=_numbers, default=(1, 8, 32), metavar="N,N,…", help="batch sizes (default 1,8,32)"
+        "--sequences", type=_numbers, default=(1, 8, 32), metavar="N,N,…", help="batch sizes (default: 1,8,32)"
     )
-    parser.add_argument("--steps", type=number, default=20, metavar="N", help="measured steps per case (%(default)s)")
-    parser.add_argument("--prompt-tokens", type=number, default=64, metavar="N", help="tokens per prompt (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("profile.json"), metavar="FILE", help="file for the JSON result (%(default)s)"
+        "--steps", type=number, default=20, metavar="N", help="measured steps per case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=number, default=64, metavar="N", help="tokens per prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("profile.json"),
+        metavar="FILE",
+        help="file for the JSON result (default: %(default)s)",
     )
     parser.add_argument(
         "--trace",
@@ -101,23 +110,19 @@ def print_profile(found: Any, console: Console) -> None:
     """Print a `gpu_worker.profiling.profile.StepProfile`: the phases and the forward pass of each case."""
     how = f"{found.num_stacked} of {found.num_layers} layers in one native call"
     console.print(
-        f"[bold]{found.model}[/] in {found.dtype} on {found.device}, {_count(found.num_threads, 'thread')}, {how}, "
-        f"{_count(len(found.adapters), 'adapter')}, prompts of {found.prompt_tokens} tokens, "
+        f"[bold]{found.model}[/] in {found.dtype} on {found.device}, {count_text(found.num_threads, 'thread')}, {how}, "
+        f"{count_text(len(found.adapters), 'adapter')}, prompts of {found.prompt_tokens} tokens, "
         f"room for {found.kv_tokens} KV tokens in {found.kv_dtype}"
     )
     for case in found.cases:
         rate = 1000 * case.tokens / case.step_ms
         console.print(
-            f"\n[bold]{case.kind}, {_count(case.num_sequences, 'sequence')}, "
-            f"{_count(case.num_adapters, 'adapter')}[/]: "
+            f"\n[bold]{case.kind}, {count_text(case.num_sequences, 'sequence')}, "
+            f"{count_text(case.num_adapters, 'adapter')}[/]: "
             f"{case.step_ms:.2f} ms a step, {case.tokens:.0f} tokens, {rate:,.0f} tok/s"
         )
         console.print(_phases(case))
         console.print(_operations(case))
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
 def _phases(case: Any) -> Table:

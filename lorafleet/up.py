@@ -26,6 +26,7 @@ from lorafleet.launcher.records import LocalFleet, registered
 from lorafleet.launcher.screen import Screen
 from lorafleet.shared.flags import add_settings, load_settings
 from lorafleet.shared.parser import Parser
+from lorafleet.shared.tables import count_text
 from protocol.queue.books.api_keys import SCOPES
 from protocol.queue.bus import Bus
 from protocol.queue.connection.redis_client import QueueError, ping
@@ -251,9 +252,9 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
             models = (await client.get("/v1/models")).json()["data"]
             info = await client.get("/info")  # 503 while the default base has no worker, even if another has
         bases = [model["id"] for model in models if model["parent"] is None]
-        num = len(models) - len(bases)
+        num = count_text(len(models) - len(bases), "adapter")
         offer = "; try:\n" if info.is_success else ""
-        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {', '.join(bases)} and {num} adapters{offer}")
+        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {', '.join(bases)} and {num}{offer}")
         if info.is_success:
             adapters = [model["id"] for model in models if model["parent"] == bases[0]]
             screen.say(escape(plan.curl([bases[0], *adapters][-1], does=info.json()["model_pipeline_tag"])))

@@ -326,7 +326,7 @@ class Session:
         for order, outcome in self.scheduler.swaps.settle(now_ms()):
             metrics.SWAPS.labels(order.base, outcome).inc()
             if outcome == FAILED:
-                await members.note_failure(order.base, f"worker {order.name} ended while it started", keep=True)
+                await members.note_failure(order.base, f"worker {order.name} exited during its start", keep=True)
                 await self._bus.audit.note(_audited(order, "base_failed"))
         if (asked := self.scheduler.swaps.asked(self.scheduler.ledger.mean_output_tokens)) is None:
             return

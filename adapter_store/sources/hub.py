@@ -145,7 +145,7 @@ class HubSource:
             try:
                 return await call()
             except hub_errors.GatedRepoError as error:
-                raise PermissionDenied(f"{repo} is gated: ask for access on the Hub, then give a token") from error
+                raise PermissionDenied(f"{repo} is gated: request access on the Hub, then give a token") from error
             except hub_errors.RevisionNotFoundError as error:
                 raise NotFound(f"{repo} has no revision {revision!r}") from error
             except hub_errors.RepositoryNotFoundError as error:
@@ -278,7 +278,7 @@ def _refusal(response: httpx2.Response, repo: str) -> LorafleetError | None:
     if status in RETRIED:
         return None
     if code == "GatedRepo":
-        return PermissionDenied(f"{repo} is gated: ask for access on the Hub, then give a token")
+        return PermissionDenied(f"{repo} is gated: request access on the Hub, then give a token")
     if status == 401 and code != "RepoNotFound":
         return PermissionDenied(f"the Hub does not accept the token given for {repo}")
     if status == 403:

@@ -63,4 +63,4 @@ async def _webhooks(attacker: Attacker) -> None:
     await asyncio.gather(*tests, return_exceptions=True)
 
 
-WEBHOOK_ATTACKS = (Attack("webhooks that nobody takes", _webhooks, ANSWERED),)
+WEBHOOK_ATTACKS = (Attack("webhooks that no endpoint accepts", _webhooks, ANSWERED),)

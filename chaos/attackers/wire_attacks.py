@@ -154,7 +154,7 @@ WIRE_ATTACKS = (
     Attack("a path of 2 MB", _long_path, frozenset({CLOSED}), keyless=True),
     Attack("200 half-sent heads", _half_heads, frozenset({HELD, CLOSED}), keyless=True),
     Attack("100 slow bodies", _slow_bodies, frozenset({HELD, CLOSED})),
-    Attack("16 streams that nobody reads", _slow_readers, frozenset({"200", CLOSED})),
+    Attack("16 streams that no client reads", _slow_readers, frozenset({"200", CLOSED})),
     Attack("500 idle connections", _connections, frozenset({HELD, CLOSED}), keyless=True),
     Attack("2,000 pipelined requests", _pipelining, frozenset({"200", CLOSED}), keyless=True),
     Attack("100,000 chunks of a byte", _small_chunks, frozenset({CLOSED})),

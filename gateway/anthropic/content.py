@@ -25,12 +25,12 @@ ERROR = "Error: "
 
 _BLOCKS_OF = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use"), "system": ("text",)}
 
-_READS_TEXT = "this model reads text"
+_TEXT_ONLY = "this model accepts text only"
 _AT_ANTHROPIC = "it belongs to a tool that runs at Anthropic"
 _NOT_READ = {
-    "image": _READS_TEXT,
-    "document": _READS_TEXT,
-    "search_result": _READS_TEXT,
+    "image": _TEXT_ONLY,
+    "document": _TEXT_ONLY,
+    "search_result": _TEXT_ONLY,
     "redacted_thinking": "it is encrypted, and Anthropic alone can read it",
     "container_upload": _AT_ANTHROPIC,
     "server_tool_use": _AT_ANTHROPIC,

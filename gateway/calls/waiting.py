@@ -37,5 +37,5 @@ def adapter_state(digest: str, beat: m.WorkerBeat | None) -> str:
 
 def _place(ahead: int) -> str:
     if ahead >= MAX_COUNTED:
-        return f"queued, {MAX_COUNTED} or more before it"
-    return f"queued, {ahead} before it"
+        return f"queued, {MAX_COUNTED} or more ahead of it"
+    return f"queued, {ahead} ahead of it"

@@ -124,7 +124,7 @@ def _normalize(message: Message, place: str, new_id: str) -> Message:
 def _normalize_assistant(message: Message, place: str, new_id: str) -> None:
     """Normalize the fields that only assistant messages have. new_id: for a call without one."""
     if "audio" in message:
-        raise BadRequest(f"{place}.audio is not supported: this model reads text", param=f"{place}.audio")
+        raise BadRequest(f"{place}.audio is not supported: this model accepts text only", param=f"{place}.audio")
     refusal = message.pop("refusal", "")
     if not isinstance(refusal, str):
         raise BadRequest(f"{place}.refusal must be a string", param=f"{place}.refusal")
@@ -177,7 +177,7 @@ def _text(part: object, place: str, is_result: bool) -> str:
     if is_result and isinstance(part, dict) and (instead := stand_in(kind)) is not None:
         return instead
     if not isinstance(part, dict) or kind not in _PART_TYPES:
-        text = f"{place}: parts of type {brief(kind)} are not supported: this model reads text"
+        text = f"{place}: parts of type {brief(kind)} are not supported: this model accepts text only"
         raise BadRequest(text, param=place)
     text = part.get(kind)
     if not isinstance(text, str):

@@ -155,8 +155,8 @@ class FileService:
             if is_slow and self._uploads.num_kept_waiting > len(self._ending):  # end one per waiting upload
                 self._ending.add(file.id)
                 raise Overloaded(
-                    f"others wait, and this upload has brought {int(come / max(lasts_s, 1.0))} bytes a second;"
-                    f" it must then be {least}",
+                    f"other uploads are waiting, and this one arrives at {int(come / max(lasts_s, 1.0))} bytes/s;"
+                    f" the minimum is then {least} bytes/s",
                     60.0,
                 )
             if come > held:

@@ -81,14 +81,14 @@ MESSAGES: Responses = {200: {"model": _MESSAGE, "content": _EVENTS}, **_ANTHROPI
 COUNTED: Responses = {**_found("Counted", "The tokens of a prompt.", input_tokens=int), **_ANTHROPIC}
 _HEALTH = _model(
     "Health",
-    "Whether requests are served.",
+    "The readiness of the fleet.",
     status=str,
     workers=int,
     history=_OR_NONE,
     error=_OR_NONE,
     error_type=_OR_NONE,
 )
-HEALTH: Responses = {200: {"model": _HEALTH}, 503: {"model": _HEALTH, "description": "No requests are served now"}}
+HEALTH: Responses = {200: {"model": _HEALTH}, 503: {"model": _HEALTH, "description": "The fleet is not ready"}}
 PAGE = _found("Page", "A list.", object=str, data=_ROWS)
 _MODELS = {"type": "object", "required": ["data"], "properties": {"data": {"type": "array"}}}
 MODELS: Responses = {200: _json("OpenAI's list or, with the header anthropic-version, a page of Anthropic's", _MODELS)}
@@ -295,7 +295,7 @@ VERSION = _found("Version", "The version of this server.", version=str)
 LOAD = _found("Load", "The calls that this gateway is answering.", server_load=int)
 FLEET = _found(
     "Fleet",
-    "How much the fleet has to do.",
+    "The load of the fleet.",
     object=str,
     workers=int,
     queued=int,
@@ -307,7 +307,7 @@ WORKER: Responses = {200: _json("A worker", _object(id=_TEXT, object=_TEXT, name
 WORKER[202] = {**WORKER[200], "description": "Requested; the worker has not confirmed it yet"}
 BASE: Responses = {
     status: _json(text, _object(id=_TEXT, object=_TEXT, model=_TEXT, added={"type": "boolean"}, state=_TEXT))
-    for status, text in ((201, "A base that was added"), (200, "It had been added before"))
+    for status, text in ((201, "A base that was added"), (200, "It was already added"))
 }
 LETTER: Responses = {
     200: _json("A dead letter: a request that failed too often", _object(id=_TEXT, object=_TEXT, reason=_TEXT))

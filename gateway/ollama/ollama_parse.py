@@ -206,7 +206,7 @@ def openai_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         images = message.get("images")
         if images and message.get("role") != "tool":
-            raise BadRequest(f"messages[{i}].images: this model reads text", param=f"messages[{i}].images")
+            raise BadRequest(f"messages[{i}].images: this model accepts text only", param=f"messages[{i}].images")
         one = {key: value for key, value in message.items() if key not in ("images", "tool_name")}
         calls = one.get("tool_calls")
         if isinstance(calls, list):

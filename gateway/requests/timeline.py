@@ -9,6 +9,7 @@ from typing import Any
 
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
+from protocol.wire.keys import BATCH
 from protocol.wire.records import Assignment, RequestRecord
 
 TIERS = {
@@ -71,9 +72,9 @@ def recalled(past: dict[str, Any]) -> dict[str, Any]:
 def timeline(record: RequestRecord) -> list[dict[str, Any]]:
     """Return a request's events in order of time, each with `ms`, `event`, a sentence `text`, and details."""
     facts = record.facts
-    events = [_event(facts.submitted_ms, "accepted", f"queued behind {record.num_ahead}", ahead=record.num_ahead)]
+    events = [_event(facts.submitted_ms, "accepted", f"queued, {record.num_ahead} ahead of it", ahead=record.num_ahead)]
     for number, one in enumerate(record.assignments, start=1):
-        events += _of_assignment(number, one)
+        events += _of_assignment(number, one, record.cls)
     if facts.first_ms:
         events.append(_event(facts.first_ms, "first_token", "the first token was delivered"))
     if facts.ended_ms:
@@ -86,15 +87,15 @@ def _event(ms: int, event: str, text: str, **more: Any) -> dict[str, Any]:
     return {"ms": ms, "event": event, "text": text, **more}
 
 
-def _of_assignment(number: int, one: Assignment) -> list[dict[str, Any]]:
+def _of_assignment(number: int, one: Assignment, cls: str) -> list[dict[str, Any]]:
     """Return the events of an assignment."""
     placed = one.placed
     name = placed.options[0].worker if placed.options else placed.wid
     events = [
         _event(
-            placed.ms, "placed", f"placed on {name}: {_why(placed)}", assignment=number, worker=name, wid=placed.wid,
-            because=placed.because, held_ms=placed.held_ms, yields=placed.yields, lead_tokens=placed.lead_tokens,
-            queued=placed.num_queued, more_workers=placed.num_others,
+            placed.ms, "placed", f"placed on {name}: {_why(placed, cls)}", assignment=number, worker=name,
+            wid=placed.wid, because=placed.because, held_ms=placed.held_ms, yields=placed.yields,
+            lead_tokens=placed.lead_tokens, queued=placed.num_queued, more_workers=placed.num_others,
             options=[
                 {"worker": o.worker, "wait_ms": o.wait_ms, "adapter": o.tier or None, "crowded": o.crowded}
                 for o in placed.options
@@ -104,13 +105,13 @@ def _of_assignment(number: int, one: Assignment) -> list[dict[str, Any]]:
     if one.timing is not None:
         events += _of_run(number, name, one.timing)
     if one.left_ms:
-        text = f"{name} died" if one.left_how == "died" else f"{name} handed it back"
+        text = f"{name} died" if one.left_how == "died" else f"{name} returned it to the queue"
         event = "worker_died" if one.left_how == "died" else "handed_back"
         events.append(_event(one.left_ms, event, f"{text}; requeued", assignment=number, worker=name))
     return events
 
 
-def _why(placed: m.Placed) -> str:
+def _why(placed: m.Placed, cls: str) -> str:
     words = [m.REASONS.get(placed.because, placed.because) or "no reason was recorded"]
     if placed.options:
         words[0] += f", {placed.options[0].wait_ms} ms"
@@ -120,7 +121,8 @@ def _why(placed: m.Placed) -> str:
     if placed.held_ms:
         words.append(f"held {placed.held_ms} ms for a worker with its adapter")
     if placed.yields:
-        words.append("lower priority than tenants below their fair share")
+        reason = "batch work" if cls == BATCH else "its tenant has more than its fair share"
+        words.append(f"lower priority: {reason}")
     return "; ".join(words)
 
 

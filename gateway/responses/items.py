@@ -29,7 +29,7 @@ PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "functio
 
 _ID = re.compile(r"(?:msg|rs|fc|fco)_([0-9a-f]{32})([0-9a-f]{4})")
 _ROLES = ("user", "assistant", "system", "developer")
-_READS_TEXT = "this model reads text"
+_TEXT_ONLY = "this model accepts text only"
 _AT_OPENAI = "it belongs to a tool that runs at OpenAI"
 _NOT_READ = {
     "compaction": "it is encrypted, and OpenAI alone can read it",
@@ -176,7 +176,7 @@ def _parts(content: Any, place: str, allowed: Sequence[str]) -> list[dict[str, A
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if not isinstance(part, dict) or not isinstance(kind, str) or kind not in allowed:
-            why = f"{_READS_TEXT}; there may be {', '.join(allowed)} here"
+            why = f"{_TEXT_ONLY}; there may be {', '.join(allowed)} here"
             raise BadRequest(f"{place}[{i}]: parts of type {brief(kind)} are not supported: {why}", param=place)
         field = _TEXT_OF[kind]
         made.append({"type": kind, field: _string(part, field, f"{place}[{i}]")})

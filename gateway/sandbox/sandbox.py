@@ -143,7 +143,7 @@ class SandboxPool:
         try:
             await process.start((*self._command, WITH_VOCABULARY) if self._had_grammars else self._command)
         except OSError as error:
-            logger.warning("a process for templates and grammars: %s", error)
+            logger.warning("sandbox process: %s", error)
 
     def _ready(self, process: SandboxProcess) -> None:
         """Take a process that has become idle."""
@@ -165,7 +165,7 @@ class SandboxPool:
             wait_s = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2 ** min(self._num_failed, 10))
             self._num_failed += 1
             self._retry_s = time.monotonic() + wait_s
-            logger.error("a process for templates and grammars did not start; no other is for %g s", wait_s)
+            logger.error("a sandbox process did not start; the next attempt is in %g s", wait_s)
         self._dispatch()
 
     def _fail_waiting(self, error: LorafleetError) -> None:
@@ -178,7 +178,7 @@ def _closing() -> Unavailable:
 
 
 def _no_process(wait_s: float) -> Unavailable:
-    error = Unavailable("there is no process for templates and grammars: none could be started", code="no_sandbox")
+    error = Unavailable("no sandbox process for templates and grammars could be started", code="no_sandbox")
     error.retry_after_s = max(1.0, wait_s)
     return error
 

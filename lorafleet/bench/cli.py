@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="A,B,…|N",
         help="adapters to query: their names, or a number of names generated from --adapter-format",
     )
-    what.add_argument("--adapter-format", default="adapter-{i}", help="name of the i-th adapter (%(default)s)")
+    what.add_argument("--adapter-format", default="adapter-{i}", help="name of the i-th adapter (default: %(default)s)")
     what.add_argument(
         "--zipf",
         type=float,
@@ -43,25 +43,35 @@ def add_arguments(parser: Parser) -> None:
         help="weight of the i-th target: 1/i^S (default: round robin)",
     )
     what.add_argument("--chat", action="store_true", help="use /v1/chat/completions instead of /v1/completions")
-    what.add_argument("--prompt-words", type=int, default=64, help="random words per prompt (%(default)s)")
-    what.add_argument("--output-tokens", type=int, default=64, help="tokens to generate per request (%(default)s)")
+    what.add_argument("--prompt-words", type=int, default=64, help="random words per prompt (default: %(default)s)")
+    what.add_argument(
+        "--output-tokens", type=int, default=64, help="tokens to generate per request (default: %(default)s)"
+    )
     what.add_argument(
         "--stop-at-eos", action="store_true", help="let answers stop at an end token (default: ignore_eos)"
     )
-    what.add_argument("--seed", type=int, default=0, help="seed of prompts, targets and arrivals (%(default)s)")
+    what.add_argument(
+        "--seed", type=int, default=0, help="seed of prompts, targets and arrivals (default: %(default)s)"
+    )
     load = parser.add_argument_group("load")
     load.add_argument(
         "--requests", type=number, help="number of measured requests (default: 8 × concurrency; with --rate 256)"
     )
     load.add_argument(
-        "--concurrency", type=number, help=f"concurrent requests (8; with --rate at most {_OPEN_LOOP_CONCURRENCY})"
+        "--concurrency",
+        type=number,
+        help=f"concurrent requests (default: 8; with --rate at most {_OPEN_LOOP_CONCURRENCY})",
     )
     load.add_argument(
         "--rate", type=float, metavar="R", help="open loop: Poisson arrivals, R per second, instead of a closed loop"
     )
     load.add_argument("--warmup", type=int, help="number of warm-up requests (default: the concurrency, at most 32)")
     load.add_argument(
-        "--timeout", type=float, default=300.0, metavar="S", help="deadline of a request, in seconds (%(default)g)"
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="deadline of a request, in seconds (default: %(default)g)",
     )
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="file with the API key (default: $OPENAI_API_KEY)"
@@ -82,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"[red]cannot reach the server at {args.url}:[/] {reason_of(error)}")
         return 2
     except (ValueError, OSError, WarmupError) as error:
-        console.print(f"[red]cannot run the load:[/] {error}")
+        console.print(f"[red]cannot run the benchmark:[/] {error}")
         return 2
     print_result(result, console)
     save_json(result, args.out)
@@ -93,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             save_plot(result, plot)
             written.append(plot)
         except ImportError:
-            console.print("no plot: matplotlib is missing; pip install 'lorafleet[bench]' brings it")
+            console.print("no plot: matplotlib is not installed; run pip install 'lorafleet[bench]'")
     console.print("wrote " + " and ".join(str(path) for path in written))
     return 1 if result.summary.num_errors else 0
 
@@ -167,7 +177,7 @@ def _first_model(url: str, api_key: str | None) -> str:
 def _run_with_progress(config: BenchConfig, console: Console) -> BenchResult:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[failed]}"), console=console, transient=True) as progress:
-        task = progress.add_task("Asking", total=config.num_requests, failed="")
+        task = progress.add_task("requests", total=config.num_requests, failed="")
         num_failed = 0
 
         def note(record: BenchRequest) -> None:

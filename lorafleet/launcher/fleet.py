@@ -134,7 +134,8 @@ class FleetLauncher:
             workers = {one.spec.name for one in self.children if one.spec.service == "worker"}
             self._given_up |= workers & {child.spec.name}
             if self.settings.more_models and child.spec.name in workers and self._given_up != workers:
-                self.screen.say(f"[red]{child.spec.name}[/] is given up, the others continue: {escape(error.message)}")
+                text = "is given up; the others continue"
+                self.screen.say(f"[red]{child.spec.name}[/] {text}: {escape(error.message)}")
                 await self._note_failure(child, error)
             else:
                 self._fail(error)
@@ -147,7 +148,7 @@ class FleetLauncher:
             async with self._worker_bus() as bus:
                 await bus.members.forget_failures(one.served_name for one in base_settings(self.settings))
         except QueueError as error:
-            raise Unavailable(f"cannot write to the queue what a worker writes of its base: {error}") from error
+            raise Unavailable(f"cannot update the state of bases in the queue: {error}") from error
 
     async def _note_failure(self, child: Child, error: ServiceFailed) -> None:
         """Record why a base does not start, unless its worker has: a worker that the system has killed could not."""
@@ -156,7 +157,7 @@ class FleetLauncher:
             async with self._worker_bus() as bus:
                 await bus.members.note_failure(name, error.message.partition("; end of its log")[0], keep=True)
         except QueueError as away:
-            self.screen.say(f"[yellow]queue[/]: why {child.spec.name} did not start is not noted: {away!r}")
+            self.screen.say(f"[yellow]queue[/]: cannot record why {child.spec.name} did not start: {away!r}")
 
     @asynccontextmanager
     async def _worker_bus(self) -> AsyncGenerator[Bus]:
@@ -228,6 +229,8 @@ class FleetLauncher:
                 self._stop.set()
         except httpx2.HTTPError as error:
             self._fail(Unavailable(f"the gateway is not responding: {error!r}"))
+        except QueueError as error:
+            self._fail(Unavailable(f"the queue refused: {error}"))
         except LorafleetError as error:
             self._fail(error)
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 URL_VARIABLE = "LORAFLEET_URL"
 """Environment variable with the URL of the gateway that commands use."""
 
-URL_HELP = f"which fleet, if several run (default: ${URL_VARIABLE}, or the only one)"
+URL_HELP = f"URL of the fleet, if several run (default: ${URL_VARIABLE}, or the only one)"
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})
 

@@ -23,7 +23,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "services", metavar="SERVICE", nargs="*", help="gateway, scheduler, store, worker-0, … (default: all)"
     )
-    parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="last lines per service (%(default)s)")
+    parser.add_argument(
+        "-n", "--lines", type=int, default=20, metavar="N", help="last lines per service (default: %(default)s)"
+    )
     parser.add_argument("-f", "--follow", action="store_true", help="continue with new lines until the fleet stops")
     parser.add_argument("--url", default="", help=records.URL_HELP)
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     logs = {path.stem: path for path in sorted(Path(fleet.logs).glob("*.log"))}
     for name in args.services:
         if name not in logs:
-            raise BadRequest(f"no service {name}: there are {', '.join(logs)}{suggestion(name, list(logs))}")
+            raise BadRequest(f"no service {name}; services: {', '.join(logs)}{suggestion(name, list(logs))}")
     names = args.services or list(logs)
     width = max(map(len, names), default=0) if len(names) > 1 else 0
     files = {name: logs[name].open("rb") for name in names}

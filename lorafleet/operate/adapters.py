@@ -29,10 +29,10 @@ def add_arguments(parser: Parser) -> None:
         metavar="list|add|pin|unpin|preload|evict|refresh|remove|check|convert", required=True
     )
     listing = actions.add_parser("list", aliases=ALIASES, help="list adapters by name, with state and location")
-    listing.add_argument("--limit", type=number, default=100, help="maximum number listed (%(default)s)")
+    listing.add_argument("--limit", type=number, default=100, help="maximum number listed (default: %(default)s)")
     listing.set_defaults(do=_list)
     add = actions.add_parser("add", help="serve an adapter under a name")
-    add.add_argument("name", metavar="NAME")
+    add.add_argument("name", metavar="NAME", help="name of the adapter in the API")
     add.add_argument(
         "source",
         metavar="SOURCE",
@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     add.add_argument("--pin", action="store_true", help="also pin it in every worker's memory")
     add.add_argument("--preload", action="store_true", help="also load it on every worker")
     add.add_argument(
-        "--base", default="", help="the base to serve it with; default: the one it names, or the one it fits"
+        "--base", default="", help="base model to serve it with (default: the one it names, or the only one it fits)"
     )
     add.set_defaults(do=_add)
     found = [listing, add]
@@ -62,10 +62,14 @@ def add_arguments(parser: Parser) -> None:
     remove.set_defaults(do=_remove)
     found += [refresh, remove]
     for action in found[2:]:
-        action.add_argument("adapter", metavar="NAME")
+        action.add_argument("adapter", metavar="NAME", help="name of the adapter")
     for action in found[1:]:
         action.add_argument(
-            "--wait", type=float, default=30.0, metavar="SECONDS", help="seconds to wait until it is done (%(default)g)"
+            "--wait",
+            type=float,
+            default=30.0,
+            metavar="SECONDS",
+            help="seconds to wait until it is done (default: %(default)g)",
         )
     for action in found:
         action.add_argument("--tenant", help="owner of the name; needs an admin key (default: shared by all tenants)")
@@ -91,13 +95,13 @@ def _add_offline(actions: Any) -> None:
         "--rank",
         choices=("auto",),
         default="",
-        help="approximate an adapter of a full-rank kind at the least rank that keeps a share of what it adds",
+        help="approximate a full-rank adapter by LoRA, at the lowest rank that preserves --keep of its norm",
     )
     conversion.add_argument(
         "--keep",
         type=float,
         default=0.999,
-        help="that share, of the Frobenius norm at each layer (default: %(default)s)",
+        help="fraction of each layer's Frobenius norm that --rank auto preserves (default: %(default)s)",
     )
     for name, action in (("check", check), ("convert", conversion)):
         action.set_defaults(offline=name)
@@ -105,7 +109,7 @@ def _add_offline(actions: Any) -> None:
             "--base",
             metavar="MODEL",
             default="",
-            help="base model, a Hub id or a folder; required for GGUF and for kinds besides LoRA",
+            help="base model: a Hub id or a folder; required for GGUF and for adapter types other than LoRA",
         )
 
 
@@ -153,8 +157,8 @@ def _order(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     result = answer.json()
     if not args.json:
         later = "; still in progress" if answer.status_code == 202 else ""
-        freed = f", {_freed(result)}" if "freed" in result else f" is {result['state']}"
-        print(f"{args.adapter}{freed}{later}")
+        done = f": {_freed(result)}" if "freed" in result else f" is {result['state']}"
+        print(f"{args.adapter}{done}{later}")
     return result
 
 
@@ -183,7 +187,7 @@ def _printed(args: argparse.Namespace, adapter: dict[str, Any]) -> dict[str, Any
 def _freed(result: dict[str, Any]) -> str:
     freed = result["freed"]
     pool, host = size_text(freed["pool_bytes"]), size_text(freed["host_bytes"])
-    waiting = f"; {result['waiting']} workers will free theirs when their requests end" if result["waiting"] else ""
+    waiting = f"; the rest is freed when requests end on {', '.join(result['waiting'])}" if result["waiting"] else ""
     return f"freed {pool} of pool memory, {host} of host memory{waiting}"
 
 

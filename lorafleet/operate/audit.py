@@ -18,7 +18,7 @@ COLUMNS = ("time", "key", "tenant", "address", "action", "target", "details", "o
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--limit", type=number, default=50, help="maximum number listed (%(default)s)")
+    parser.add_argument("--limit", type=number, default=50, help="maximum number listed (default: %(default)s)")
     parser.add_argument("--tenants", action="store_true", help="show tenants' actions on their adapters instead")
     add_json_flag(parser)
     add_flags(parser)

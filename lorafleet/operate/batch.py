@@ -34,14 +34,14 @@ def add_arguments(parser: Parser) -> None:
         "Each line of the file is a call: {custom_id, method, url, body}. Exit code: 0 if every line was answered,"
         " 1 if some failed, 130 if interrupted; the batch then continues, and `lorafleet batch show` shows it."
     )
-    start.add_argument("file", metavar="FILE.jsonl", type=Path)
+    start.add_argument("file", metavar="FILE.jsonl", type=Path, help="input file, one call per line")
     start.add_argument("--model", help="model for lines that name none")
     start.add_argument("--endpoint", help="endpoint of all lines (default: the url of the first line)")
     start.add_argument("--out", type=Path, metavar="FILE", help="file for the answers (default: FILE.output.jsonl)")
     start.add_argument("--errors", type=Path, metavar="FILE", help="file for the errors (default: FILE.errors.jsonl)")
     start.set_defaults(do=_run)
     listing = actions.add_parser("list", aliases=ALIASES, help="list batches, newest first")
-    listing.add_argument("--limit", type=int, default=20, help="maximum number listed (%(default)s)")
+    listing.add_argument("--limit", type=int, default=20, help="maximum number listed (default: %(default)s)")
     listing.set_defaults(do=_list)
     show = actions.add_parser("show", help="show a batch as JSON, and download its results if it has ended")
     show.add_argument("--out", type=Path, metavar="FILE", help="file for the answers (default: not downloaded)")
@@ -50,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
     cancel = actions.add_parser("cancel", help="cancel a batch; its results so far are kept")
     cancel.set_defaults(do=_cancel)
     for action in (show, cancel):
-        action.add_argument("batch", metavar="ID")
+        action.add_argument("batch", metavar="ID", help="id of the batch, batch_…")
     for action in (start, listing, cancel):
         add_json_flag(action)
     for action in (start, listing, show, cancel):

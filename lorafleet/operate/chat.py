@@ -31,8 +31,8 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum tokens per answer")
-    parser.add_argument("--temperature", type=float, metavar="X")
-    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--temperature", type=float, metavar="X", help="sampling temperature; 0: greedy")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed of the sampling")
     parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     add_flags(parser)
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 failed = True
                 print(f"error: {error.message}", file=sys.stderr)
     if not is_prompt and is_empty:
-        raise BadRequest("the input holds no message; give one as an argument, or a line of standard input")
+        raise BadRequest("no message: give one as an argument or on standard input")
     return int(failed and not is_prompt)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorafleet.shared.tables import size_text
+from lorafleet.shared.tables import count_text, size_text
 from protocol.queue.connection.server import ServerFacts
 from protocol.wire import messages as m
 
@@ -39,44 +39,44 @@ class Finding:
 
 def of_queue(facts: ServerFacts) -> list[Finding]:
     """Judge the queue's server."""
-    found = [Finding("queue", "ok", f"{facts.version} answers in {facts.answer_ms:.1f} ms")]
+    found = [Finding("queue", "ok", f"{facts.version} responds in {facts.answer_ms:.1f} ms")]
     if facts.answer_ms > MAX_ANSWER_MS:
-        text = f"{facts.version} takes {facts.answer_ms:.0f} ms to answer, which delays every step"
+        text = f"{facts.version} takes {facts.answer_ms:.0f} ms to respond, which delays every step"
         found = [Finding("queue", "warning", text, "run it close to the services, on a machine with spare capacity")]
     if facts.role != "master":
         text = f"this server is a {facts.role} and accepts no writes"
         found.append(
-            Finding("queue's role", "problem", text, "use the primary's URL, or the Sentinels': redis-sentinel://")
+            Finding("queue role", "problem", text, "use the primary's URL, or the Sentinels': redis-sentinel://")
         )
     if facts.policy == "noeviction":
-        found.append(Finding("queue's eviction", "ok", "maxmemory-policy is noeviction"))
+        found.append(Finding("queue eviction", "ok", "maxmemory-policy is noeviction"))
     else:
         text = f"maxmemory-policy is {facts.policy}: the server may evict requests, and services refuse to start"
-        found.append(Finding("queue's eviction", "problem", text, "CONFIG SET maxmemory-policy noeviction"))
+        found.append(Finding("queue eviction", "problem", text, "CONFIG SET maxmemory-policy noeviction"))
     if not facts.appends:
         text = "appendonly is off: a restart of the server loses every request and API key"
-        found.append(Finding("queue's file", "warning", text, "CONFIG SET appendonly yes"))
+        found.append(Finding("queue persistence", "warning", text, "CONFIG SET appendonly yes"))
     elif not facts.append_ok:
         text = "the server cannot write its append-only file and refuses all writes, so every call fails"
-        found.append(Finding("queue's file", "problem", text, MAKE_ROOM))
+        found.append(Finding("queue persistence", "problem", text, MAKE_ROOM))
     else:
-        found.append(Finding("queue's file", "ok", "appendonly is on"))
+        found.append(Finding("queue persistence", "ok", "appendonly is on"))
     if not facts.snapshot_ok:
         text = "the server could not write its last snapshot; by default it then refuses all writes"
-        found.append(Finding("queue's snapshot", "problem", text, MAKE_ROOM))
-    return [*found, _memory(facts), of_clock("queue's clock", facts.ahead_ms)]
+        found.append(Finding("queue snapshot", "problem", text, MAKE_ROOM))
+    return [*found, _memory(facts), of_clock("queue clock", facts.ahead_ms)]
 
 
 def _memory(facts: ServerFacts) -> Finding:
     used = size_text(facts.used_bytes)
     if not facts.max_bytes:
         text = f"{used} used, and maxmemory is not set: it may take all memory of its machine"
-        return Finding("queue's memory", "warning", text, "CONFIG SET maxmemory to less than the machine's memory")
+        return Finding("queue memory", "warning", text, "CONFIG SET maxmemory to less than the machine's memory")
     text = f"{used} of {size_text(facts.max_bytes)} used"
     if facts.used_bytes > (1 - 2 * LEAST_FREE) * facts.max_bytes:
         advice = "raise maxmemory, or lower the limit per tenant (tenant_bytes); a full queue refuses new calls"
-        return Finding("queue's memory", "problem", text, advice)
-    return Finding("queue's memory", "ok", text)
+        return Finding("queue memory", "problem", text, advice)
+    return Finding("queue memory", "ok", text)
 
 
 def of_history(state: str | None) -> list[Finding]:
@@ -123,7 +123,7 @@ def of_members(
         text = f"{', '.join(lost)} stopped sending heartbeats"
         found.append(Finding("lost workers", "warning", text, "check their logs; a scheduler removes them within 4 s"))
     if status is not None and status.dead_letters:
-        text = f"{status.dead_letters} requests failed too often"
+        text = f"{count_text(status.dead_letters, 'request')} failed too often"
         found.append(Finding("dead letters", "warning", text, "lorafleet dlq list shows why; dlq retry requeues them"))
     reported = {f"worker {name}": beat.version for name, beat in alive.items()} | dict(versions)
     if status is not None:

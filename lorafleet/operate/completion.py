@@ -11,16 +11,10 @@ import shtab
 
 from lorafleet.shared.parser import Parser
 
-HINTS = """\
-eval "$(lorafleet completion bash)"   # in ~/.bashrc
-eval "$(lorafleet completion zsh)"    # in ~/.zshrc, after compinit
-lorafleet completion fish | source     # in ~/.config/fish/config.fish"""
-
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.epilog = HINTS
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell: bash, zsh or fish")
 
 
 def run(args: argparse.Namespace) -> int:

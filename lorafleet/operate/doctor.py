@@ -23,7 +23,7 @@ from lorafleet.launcher.embedded import with_queue
 from lorafleet.launcher.machine import memory_bytes
 from lorafleet.operate import checkup
 from lorafleet.operate.checkup import Finding, worst
-from lorafleet.shared.api import Api, add_flags, add_json_flag, given_url, print_json
+from lorafleet.shared.api import GIVE_KEY, Api, add_flags, add_json_flag, given_url, print_json
 from lorafleet.shared.flags import add_settings
 from lorafleet.shared.on_queue import check_is_here, load_local_settings
 from lorafleet.shared.parser import Parser
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code: 1 if there is a problem. Raises BadRequest for wrong settings."""
     url = given_url(args)
     settings = load_local_settings(args, url)
-    gateway = _of_gateway(args)
-    queue = asyncio.run(_of_queue(settings, url, is_needed=worst(gateway) == "problem"))
+    gateway, known = _of_gateway(args)
+    queue = asyncio.run(_of_queue(settings, url, known, is_needed=worst(gateway) == "problem"))
     found = [*gateway, *queue, *of_machine(settings)]
     if args.json:
         print_json([asdict(finding) for finding in found])
@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------ the fleet
 
 
-def _of_gateway(args: argparse.Namespace) -> list[Finding]:
-    """Check the gateway, over HTTP like a client. Raises BadRequest for a wrong profile."""
+def _of_gateway(args: argparse.Namespace) -> tuple[list[Finding], dict[str, str]]:
+    """Check the gateway, over HTTP like a client; return also its version by URL. Raises BadRequest for a wrong profile."""
     with Api(args) as api:
         try:
             health = api.health()
@@ -79,24 +79,27 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
             answer = api.request("GET", "/version")
         except (Unauthorized, PermissionDenied) as error:
             advice = "give an API key: --api-key-file or $OPENAI_API_KEY; `lorafleet keys create` makes one"
-            return [Finding("gateway", "problem", f"{api.url} requires an API key: {error.message}", advice)]
+            text = f"{api.url} requires an API key: {error.message.removesuffix(GIVE_KEY)}"
+            return [Finding("gateway", "problem", text, advice)], {}
         except LorafleetError as error:
             advice = "start the fleet with `lorafleet up`, or give its address: --url"
-            return [Finding("gateway", "problem", error.message.partition("; start a fleet")[0], advice)]
+            return [Finding("gateway", "problem", error.message.partition("; start a fleet")[0], advice)], {}
+    known = {api.url: str(answer.json().get("version", ""))}
     if state != "ready":
         advice = "see what is wrong with the workers and the queue below, and their logs: `lorafleet logs`"
-        return [Finding("gateway", "problem", f"{api.url} is not ready: {state}", advice)]
+        return [Finding("gateway", "problem", f"{api.url} is not ready: {state}", advice)], known
     date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
     found = [Finding("gateway", "ok", f"{api.url} is {state}"), *checkup.of_history(health.get("history"))]
     if date is not None:  # the header has whole seconds
         ahead_ms = 1000 * (date + 0.5 - time.time())
-        found.append(checkup.of_clock("gateway's clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))
-    return found
+        found.append(checkup.of_clock("gateway clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))
+    return found, known
 
 
-async def _of_queue(settings: Settings, url: str, *, is_needed: bool) -> list[Finding]:
+async def _of_queue(settings: Settings, url: str, known: Mapping[str, str], *, is_needed: bool) -> list[Finding]:
     """Check the queue of the gateway at `url`.
 
+    known: URL -> version of gateways that show it; those with API keys do not.
     is_needed: whether it is a problem if no queue is named or found on this machine.
     """
     try:
@@ -127,10 +130,11 @@ async def _of_queue(settings: Settings, url: str, *, is_needed: bool) -> list[Fi
     finally:
         await bus.close()
     async with httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as http:
-        asked = [(f"gateway {one}", f"{one}/version") for one in gateways]
+        asked = [(f"gateway {one}", f"{one}/version") for one in gateways if one not in known]
         asked += [(f"store {one}", f"{one}/health") for one in stores]
         found_versions = await asyncio.gather(*(_version(http, url) for _, url in asked))
     versions = {name: found for (name, _), found in zip(asked, found_versions, strict=True)}
+    versions |= {f"gateway {one}": known[one] for one in gateways if one in known}
     of_members = checkup.of_members(beats, status, versions, RELEASE)
     return [*checkup.of_queue(facts), *of_members, *checkup.of_bases(bases, failures, beats)]
 

@@ -38,7 +38,7 @@ def _print(request: dict[str, Any]) -> None:
     base = f" ({request['base']})" if request.get("base") else ""
     print(
         f"{request['id']}: {request['state']}, {who}{base}, {request['prompt_tokens']} prompt tokens"
-        f" ({request['cached_tokens']} cached), {request['output_tokens']} tokens\n"
+        f" ({request['cached_tokens']} cached), {request['output_tokens']} output tokens\n"
     )
     if converted := adapter.get("converted"):
         layer, error = next(iter(converted["errors"].items()), ("", 0.0))

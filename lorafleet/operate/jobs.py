@@ -18,19 +18,19 @@ def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="list|show|tail|cancel", required=True)
     listing = actions.add_parser("list", aliases=ALIASES, help="list jobs, newest first")
-    listing.add_argument("--limit", type=int, default=20, help="maximum number listed (%(default)s)")
+    listing.add_argument("--limit", type=int, default=20, help="maximum number listed (default: %(default)s)")
     listing.add_argument("--status", help="filter by status: queued, running, completed, failed, cancelled or expired")
     listing.add_argument("--model", help="filter by model")
     listing.set_defaults(do=_list)
     show = actions.add_parser("show", help="show a job with its result, as JSON")
     show.set_defaults(do=_show, json=True)
     tail = actions.add_parser("tail", help="stream the text of a job, from its beginning to its end")
-    tail.add_argument("--choice", type=int, default=0, help="index of the choice to print (%(default)s)")
+    tail.add_argument("--choice", type=int, default=0, help="index of the choice to print (default: %(default)s)")
     tail.set_defaults(do=_tail, json=False)
     cancel = actions.add_parser("cancel", help="cancel a job")
     cancel.set_defaults(do=_cancel)
     for action in (show, tail, cancel):
-        action.add_argument("job", metavar="ID")
+        action.add_argument("job", metavar="ID", help="id of the job, job_…")
     for action in (listing, cancel):
         add_json_flag(action)
     for action in (listing, show, tail, cancel):
@@ -41,7 +41,7 @@ def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
     wanted = {"limit": args.limit, "status": args.status, "model": args.model}
     page = api.ask("GET", "/v1/jobs", params={name: value for name, value in wanted.items() if value is not None})
     if not args.json:
-        columns = ("id", "status", "model", "endpoint", "tokens", "attempts")
+        columns = ("id", "status", "model", "endpoint", "output tokens", "worker failures")
         names = ("id", "status", "model", "endpoint", "tokens_generated", "attempts")
         print_list(columns, [[str(job[name]) for name in names] for job in page["data"]], "no jobs")
     return page["data"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -19,7 +20,7 @@ from lorafleet.operate.workers import COLUMNS, row, shown
 from lorafleet.operate.workers import PATH as WORKERS
 from lorafleet.shared.api import Api, add_flags
 from lorafleet.shared.parser import Parser
-from lorafleet.shared.tables import MAX_WIDTH, part_text, size_text
+from lorafleet.shared.tables import MAX_WIDTH, count_text, part_text, size_text
 
 FLEET = "/v1/fleet"
 
@@ -32,7 +33,9 @@ Sample = dict[str, Any]
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="refresh interval (%(default)g)")
+    parser.add_argument(
+        "--every", type=float, default=2.0, metavar="SECONDS", help="refresh interval (default: %(default)g)"
+    )
     parser.add_argument("--once", action="store_true", help="print one sample, measured over one interval, and exit")
     parser.add_argument("--json", action="store_true", help="print each sample as a line of JSON")
     add_flags(parser)
@@ -46,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
             for now in looks:
                 print(json.dumps(now), flush=True)
         elif args.once:
-            console = Console()
-            console.print(frame(api.url, next(looks), console.width if console.is_terminal else MAX_WIDTH))
+            console = Console() if sys.stdout.isatty() else Console(width=MAX_WIDTH)
+            console.print(frame(api.url, next(looks), console.width))
         else:
-            with Live(Text(f"connecting to {api.url} …"), screen=True, auto_refresh=False) as live:
+            with Live(Text(f"connecting to {api.url}"), screen=True, auto_refresh=False) as live:
                 for now in looks:
                     live.update(frame(api.url, now, live.console.width), refresh=True)
     return 0
@@ -108,7 +111,7 @@ def frame(url: str, now: dict[str, Any], width: int) -> RenderableType:
     head.add_row(
         f"queue memory {size_text(queue.get('used_bytes'))}"
         + (f" ({part_text(queue['used_bytes'], queue['max_bytes'])})" if queue.get("max_bytes") else ""),
-        f"[red]{letters} dead letters[/]" if letters else "no dead letters",
+        f"[red]{count_text(letters, 'dead letter')}[/]" if letters else "no dead letters",
         f"leader {escape(queue.get('leader') or 'none')}" if queue else "[red]no active scheduler[/]",
     )
     bases = [_bases(fleet, now["workers"]), Text()] if fleet.get("bases") else []

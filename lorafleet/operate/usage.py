@@ -6,7 +6,7 @@ import argparse
 import time
 
 from lorafleet.shared.api import Api, add_flags, add_json_flag, print_json
-from lorafleet.shared.parser import Parser
+from lorafleet.shared.parser import Parser, suggestion
 from lorafleet.shared.tables import print_list
 from protocol.wire.brief import brief
 
@@ -29,13 +29,14 @@ def add_arguments(parser: Parser) -> None:
         type=_days,
         default=7,
         metavar="N",
-        help=f"number of days, today included: 1 to {MAX_DAYS} (%(default)s)",
+        help=f"number of days, today included: 1 to {MAX_DAYS} (default: %(default)s)",
     )
     parser.add_argument(
         "--by",
+        type=_columns,
         default="tenant,model",
         metavar="NAMES",
-        help=f"columns to group by, comma-separated: {', '.join(GROUPS)} (%(default)s)",
+        help=f"columns to group by, comma-separated: {', '.join(GROUPS)} (default: %(default)s)",
     )
     parser.add_argument("--csv", action="store_true", help="print CSV")
     add_json_flag(parser)
@@ -48,11 +49,20 @@ def _days(text: str) -> int:
     return int(text)
 
 
+def _columns(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in GROUPS:
+            raise argparse.ArgumentTypeError(
+                f"{brief(name)} is not one of {', '.join(GROUPS)}{suggestion(name, GROUPS)}"
+            )
+    return names
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises the fleet's error response, and Unavailable."""
     start_s = (int(time.time()) // DAY_S - args.days + 1) * DAY_S
-    names = [name for name in args.by.split(",") if name]
-    by = [API_NAMES.get(name, name) for name in names]
+    by = [API_NAMES.get(name, name) for name in args.by]
     params = {"start_time": start_s, "limit": args.days, "group_by": by, "format": "csv" if args.csv else "json"}
     with Api(args) as api:
         answer = api.request("GET", PATH, params=params)
@@ -70,5 +80,5 @@ def run(args: argparse.Namespace) -> int:
             for bucket in answer.json()["data"]
             for one in bucket["results"]
         ]
-        print_list(("day", *names, "requests", "prompt tokens", "cached", "output tokens"), rows, "no usage")
+        print_list(("day", *args.by, "requests", "input tokens", "cached", "output tokens"), rows, "no usage")
     return 0

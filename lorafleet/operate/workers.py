@@ -23,8 +23,8 @@ def add_arguments(parser: Parser) -> None:
     listing = actions.add_parser("list", aliases=ALIASES, help="list workers, with state and load")
     listing.set_defaults(do=_list)
     for name, text in (
-        ("drain", "let a worker finish and take no new requests"),
-        ("resume", "let a worker take requests again"),
+        ("drain", "let a worker finish its requests, and send it no new ones"),
+        ("resume", "send a worker requests again"),
     ):
         order = actions.add_parser(name, help=text)
         which = order.add_mutually_exclusive_group(required=True)
@@ -37,7 +37,7 @@ def add_arguments(parser: Parser) -> None:
             type=float,
             default=5.0,
             metavar="SECONDS",
-            help="seconds to wait for its confirmation (%(default)g)",
+            help="seconds to wait for its confirmation (default: %(default)g)",
         )
         order.set_defaults(do=_order, order=name)
     for action in dict.fromkeys(actions.choices.values()):  # an action with an alias is listed twice

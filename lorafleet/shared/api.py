@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from lorafleet.launcher.records import URL_VARIABLE, LocalFleet, the_only
+from lorafleet.launcher.records import URL_VARIABLE, LocalFleet, running, the_only
 from lorafleet.shared.parser import Parser, suggestion
 from lorafleet.shared.profiles import config_file, load_profile, read_key
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, PermissionDenied, Unauthorized, Unavailable
@@ -22,6 +22,9 @@ from protocol.wire.lines import iter_lines
 KEY_VARIABLE, PROFILE_VARIABLE = "OPENAI_API_KEY", "LORAFLEET_PROFILE"
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 60.0
+
+GIVE_KEY = f"; give a valid key with --api-key-file or ${KEY_VARIABLE}"
+"""End of every error about a key."""
 
 _KINDS: dict[int, type[LorafleetError]] = {401: Unauthorized, 403: PermissionDenied, 404: NotFound}
 
@@ -80,7 +83,9 @@ class Api:
     def __init__(self, args: argparse.Namespace, fleet: LocalFleet | None = None) -> None:
         """args: flags of `add_flags`. fleet: the local fleet to call; None: as the flags say.
 
-        A given fleet only gets the key of a flag or its own, since variable and profile may be for another fleet.
+        A given fleet only gets the key of a flag or its own, since variable and profile may be for another fleet. A
+        local fleet given by the URL of its record gets its own key if nothing gives another. Another spelling of that
+        URL does not, since another process may listen there.
         Raises BadRequest if the key or profile cannot be read, or if several local fleets could be meant.
         """
         is_given = fleet is not None
@@ -93,10 +98,11 @@ class Api:
             key = read_key(args.api_key_file, "--api-key-file")
         else:
             key = args.key or ("" if is_given else os.environ.get(KEY_VARIABLE) or profile.key)
+        self.url: str = url.rstrip("/")
+        fleet = fleet or next((one for one in running() if one.url == self.url), None)
         if not key and fleet is not None and fleet.key_file:
             key = read_key(Path(fleet.key_file), "the fleet's key")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self.url: str = url.rstrip("/")
         self._is_default = self.url == DEFAULT_URL
         try:
             self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S, trust_env=False)
@@ -179,6 +185,8 @@ def _check(answer: httpx2.Response) -> None:
         message = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = f"the server answered {answer.status_code}: {answer.text[:200]!r}"
+    if answer.status_code == 401:  # what the gateway says is for HTTP clients
+        message = f"{message.partition(': send')[0]}{GIVE_KEY}"
     default = BadRequest if answer.status_code < 500 else Unavailable
     raise _KINDS.get(answer.status_code, default)(message)
 

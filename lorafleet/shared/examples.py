@@ -94,6 +94,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "lorafleet fetch": ("lorafleet fetch org/model",),
     "lorafleet bench": ("lorafleet bench --requests 200 --concurrency 8",),
     "lorafleet profile": ("lorafleet profile org/model --adapters ./adapters",),
-    "lorafleet completion": ('eval "$(lorafleet completion bash)"   # in ~/.bashrc',),
+    "lorafleet completion": (
+        'eval "$(lorafleet completion bash)"   # in ~/.bashrc',
+        'eval "$(lorafleet completion zsh)"    # in ~/.zshrc, after compinit',
+        "lorafleet completion fish | source    # in ~/.config/fish/config.fish",
+    ),
 }
 """Words of a command -> shell command lines."""

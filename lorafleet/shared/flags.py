@@ -35,8 +35,9 @@ OTHER_VARIABLES = {
     SWAP_VARIABLE,
 }
 PRECEDENCE = f"""\
-Each setting is also an environment variable {PREFIX}NAME, and a line NAME = VALUE in the --config file.
-Flags override variables, and variables override the file."""
+Each setting is also an environment variable {PREFIX}NAME, and a line
+NAME = VALUE in the --config file. Flags override variables, and variables
+override the file."""
 NO_FLAG = ("secret",)
 """Settings without a flag, because every user of this machine could read a flag in the process list."""
 SECTIONS = {
@@ -156,7 +157,7 @@ def _add_flag(group: argparse._ActionsContainer, name: str) -> None:
     field = Settings.model_fields[name]
     flag = "--" + name.replace("_", "-")
     text = (field.description or name.replace("_", " ")).replace("%", "%%")
-    default = "" if field.default in (None, "", False) else f" (default {field.default})"
+    default = "" if field.default in (None, "", False) else f" (default: {field.default})"
     if "default" in text or (field.default == 0 and text.find("0:") >= 0):
         default = ""
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + default}

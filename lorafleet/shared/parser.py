@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         """Return the help. shows_all: include every group."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
-        formatter.add_text(self.description)
+        formatter.add_text(_filled(self.description, formatter._width))
         for group in self._action_groups:
             if shows_all or group not in self.long_groups:
                 formatter.start_section(group.title)
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         lines = EXAMPLES.get(self.prog, ())
         if lines:
             formatter.add_text("examples:\n" + "\n".join(f"  {line}" for line in lines))
-        formatter.add_text(self.epilog)
+        formatter.add_text(_filled(self.epilog, formatter._width))
         return formatter.format_help()
 
     def add_help_all(self) -> None:
@@ -62,6 +63,11 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown command {str(value)!r:.100}{close}")
             known = f"one of {', '.join(choices)}" if len(choices) > 1 else f"{choices[0]}, the only choice"
             raise argparse.ArgumentError(action, f"{value!r:.100} is not {known}{close}")
+
+
+def _filled(text: str | None, width: int) -> str | None:
+    """Return a text with lines of at most `width` characters; one that has several lines keeps them."""
+    return text if text is None or "\n" in text else textwrap.fill(text, width, break_on_hyphens=False)
 
 
 class _HelpAll(argparse.Action):
@@ -93,11 +99,19 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 
 def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; for an unknown flag or word, exit with 2 and a suggestion."""
+    """Return the arguments; for an unknown flag or word, exit with 2 and a suggestion.
+
+    Flags may stand between the words of a list, where argparse alone would only take the words before the first flag.
+    """
     args, unknown = parser.parse_known_args(words)
     if unknown:
         used: Parser = args.parser
-        word = unknown[0].partition("=")[0]
+        flag = next((word for word in unknown if word.startswith("-")), "")
+        rest = next((one for one in used._actions if not one.option_strings and one.nargs in ("*", "+")), None)
+        if rest is not None and not flag:
+            setattr(args, rest.dest, [*getattr(args, rest.dest), *unknown])
+            return args
+        word = (flag or unknown[0]).partition("=")[0]
         flags = list(used._option_string_actions)
         used.error(f"unknown argument {word}{suggestion(word, flags)}")
     return args

@@ -55,6 +55,11 @@ def size_text(num_bytes: int | None) -> str:
     return f"{size:.3g} TB"
 
 
+def count_text(number: int, thing: str) -> str:
+    """Return a number of things, with the singular for one."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def part_text(used: float, total: float) -> str:
     """Return used / total in percent, "-" if the total is 0."""
     return f"{100 * used / total:.0f} %" if total else "-"

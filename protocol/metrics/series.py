@@ -160,11 +160,11 @@ _lorax = _Shown("gateway, as LoRAX")
 _LORAX_S = tuple(0.00015 * 1.5**i for i in range(35))
 _LORAX_TOKENS = tuple(1 << i for i in range(21))
 
-LORAX_COUNT = _lorax.counter("lorax_request_count", "Generations that were asked for.")
-LORAX_SUCCESS = _lorax.counter("lorax_request_success", "Generations that came to their end.")
+LORAX_COUNT = _lorax.counter("lorax_request_count", "Generations requested.")
+LORAX_SUCCESS = _lorax.counter("lorax_request_success", "Generations completed.")
 LORAX_FAILURE = _lorax.counter("lorax_request_failure", "Generations that failed, by cause.", ["err"])
 LORAX_SECONDS = _lorax.histogram(
-    "lorax_request_duration", "Seconds from a request to its answer's end.", buckets=_LORAX_S
+    "lorax_request_duration", "Seconds from a request to the end of its response.", buckets=_LORAX_S
 )
 LORAX_VALIDATION_SECONDS = _lorax.histogram(
     "lorax_request_validation_duration", "Seconds before submission, native routes.", buckets=_LORAX_S
@@ -178,9 +178,9 @@ LORAX_INFERENCE_SECONDS = _lorax.histogram(
 LORAX_TOKEN_SECONDS = _lorax.histogram(
     "lorax_request_mean_time_per_token_duration", "Seconds per token of a call.", buckets=_LORAX_S
 )
-LORAX_INPUT_LENGTH = _lorax.histogram("lorax_request_input_length", "Tokens of a prompt.", buckets=_LORAX_TOKENS)
-LORAX_MAX_NEW = _lorax.histogram("lorax_request_max_new_tokens", "Tokens a request may make.", buckets=_LORAX_TOKENS)
-LORAX_GENERATED = _lorax.histogram("lorax_request_generated_tokens", "Tokens of an answer.", buckets=_LORAX_TOKENS)
+LORAX_INPUT_LENGTH = _lorax.histogram("lorax_request_input_length", "Prompt tokens.", buckets=_LORAX_TOKENS)
+LORAX_MAX_NEW = _lorax.histogram("lorax_request_max_new_tokens", "Maximum output tokens.", buckets=_LORAX_TOKENS)
+LORAX_GENERATED = _lorax.histogram("lorax_request_generated_tokens", "Output tokens.", buckets=_LORAX_TOKENS)
 LORAX_INPUT_COUNT = _lorax.summary("lorax_request_input_count", "Prompts of a call.")
 LORAX_QUEUE_LENGTH = _lorax.gauge("lorax_queue_length", "Requests waiting for a worker.")
 LORAX_BATCH_SIZE = _lorax.gauge("lorax_batch_current_size", "Requests running on workers.")

@@ -73,7 +73,7 @@ class DeadLetters:
         _check_id(letter_id)
         entries = await self._redis.xrange(self._keys.dlq, letter_id, letter_id)
         if not entries:
-            gone = f"it was retried, is older than 7 days, or {MAX_LETTERS} came since"
+            gone = f"it was retried, is older than 7 days, or {MAX_LETTERS} newer ones replaced it"
             raise NotFound(f"there is no dead letter {letter_id}: {gone}")
         return _read(entries[0][1])
 

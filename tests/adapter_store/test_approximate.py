@@ -202,7 +202,7 @@ async def test_only_so_many_wait(tmp_path: Path, model: Path, base: m.ServedMode
     async with turns.held("a"):
         tasks = [asyncio.create_task(turns.take(tenant)) for tenant in "ab" * MAX_TENANT_WAITING]
         await asyncio.sleep(0)
-        with pytest.raises(Unavailable, match="16 of a tenant may, and 64 in all"):
+        with pytest.raises(Unavailable, match="16 per tenant and 64 in all"):
             turns.check("a")
         turns.check("c")
     for task in tasks:

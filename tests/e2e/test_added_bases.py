@@ -50,7 +50,7 @@ async def test_a_base_is_added_asked_and_taken_away_while_it_answers(
                 return await says(http, model) == generated(tmp_path / ADAPTERS.get(model, model), adapter)
 
             await wait_until(partial(is_as_peft, "pirate"), "the adapter is there", timeout_s=60, every_s=0.3)
-            assert "two is added" in await lorafleet("bases", "add", str(tmp_path / "two"))
+            assert "two was added" in await lorafleet("bases", "add", str(tmp_path / "two"))
             assert await is_as_peft("pirate"), "nobody notices"
             fleet.add_worker(tmp_path / "two", "second", tmp_path)
             for model in ("two", "sailor", "pirate", "one"):
@@ -64,7 +64,7 @@ async def test_a_base_is_added_asked_and_taken_away_while_it_answers(
             async with http.stream("POST", "/v1/completions", json=body) as stream:
                 lines = stream.aiter_lines()
                 assert await anext(lines)
-                assert "not served any more" in await lorafleet("bases", "remove", "two")
+                assert "no longer served" in await lorafleet("bases", "remove", "two")
                 async for line in lines:
                     if line.startswith("data: {"):
                         ends += [choice["finish_reason"] for choice in json.loads(line[6:])["choices"]]

@@ -25,7 +25,7 @@ def test_the_demo_shows_every_answer_and_that_they_shared_steps(tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     for title in (" tiny ", " pirate ", " json ", " haiku "):
         assert title in done.stdout
-    found = re.search(r"(\d+) of (\d+) engine steps wrote a token for all 4 of them", done.stdout)
+    found = re.search(r"(\d+) of (\d+) engine steps generated a token for all 4 models", done.stdout)
     assert found, done.stdout
     num_shared, num_steps = int(found[1]), int(found[2])
     assert 0 < num_shared <= num_steps

@@ -8,13 +8,17 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.fleets import MARKER, QUICK
 from helpers.processes import with_variable
 from helpers.terminal import Terminal, terminal
+
+from lorafleet.__main__ import COMMANDS
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed"),
@@ -47,6 +51,16 @@ WRONG = (
     ("up tiny --prot 1", 2, "did you mean --port?"),
     ("serve nothing", 2, "gateway, scheduler, worker, store"),
     ("bench --adapters 0 --no-plot", 2, "names no adapter"),
+    ("bases add ./tiny", 2, "neither a Hub id"),
+    ("bases remove nothing", 2, "no base nothing"),
+    ("status --jsno", 2, "did you mean --json?"),
+    ("audit --limit 0", 2, "less than 1"),
+    ("doctor --workers many", 2, "--workers"),
+    ("demo --api-keys", 2, "the demo does not send an API key"),
+    ("users /proc/nothing", 2, "cannot write to /proc/nothing"),
+    ("fetch ./absent", 2, "./absent"),
+    ("profile", 2, "MODEL"),
+    ("completion basj", 2, "did you mean bash?"),
 )
 """Command, exit code, and text of its only message."""
 
@@ -56,7 +70,7 @@ RIGHT = (
     ("adapters list --json | head -c 1", "["),
     ("adapters pin pirate", "resident"),
     ("adapters unpin pirate", "pirate"),
-    ("adapters evict pirate", "freed"),
+    ("adapters unpin pirate && lorafleet adapters evict pirate", "freed"),
     ("workers ls", "worker-0"),
     ("jobs ls", "no jobs"),
     ("batch run calls.jsonl", "2 of 2 lines answered"),
@@ -73,14 +87,20 @@ RIGHT = (
     ("top --once --every 0.2", "worker-0"),
     ("doctor", "is ready"),
     ("completion bash | head -1", "shtab"),
+    ("bases ls", "tiny"),
+    ("users passwords", "passwords/queue/users.acl"),
+    ("fetch tiny", "tiny"),
+    ("profile tiny --sequences 1 --steps 1 --out profile.json", "wrote profile.json"),
 )
 """Command, and text that it prints."""
 
+BEFORE = ("adapters pin haiku", "batch run calls.jsonl", "keys create --tenant before")
+"""What lists show later: each test may run alone, and before every other."""
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Terminal, Terminal, str]]:
+
+@contextmanager
+def fleet_in(folder: Path) -> Iterator[tuple[Terminal, Terminal, str]]:
     """A terminal in which `lorafleet up` runs, a second terminal, and the marker of the first one's processes."""
-    folder = tmp_path_factory.mktemp("terminal")
     model = make_tiny_model(folder / "tiny", max_len=4096)
     for seed, name in enumerate(("pirate", "haiku"), start=1):
         make_adapter(folder / "adapters" / name, model, seed=seed)
@@ -106,6 +126,16 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Terminal, 
         yield first, second, marker
 
 
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Terminal, Terminal, str]]:
+    """A fleet that has something to list."""
+    with fleet_in(tmp_path_factory.mktemp("terminal")) as running:
+        for command in BEFORE:
+            printed, code = running[1].run(f"lorafleet {command}")
+            assert code == 0, printed
+        yield running
+
+
 @pytest.mark.parametrize(("command", "code", "says"), WRONG, ids=lambda value: str(value))
 def test_wrong_input_is_one_message(
     fleet: tuple[Terminal, Terminal, str], command: str, code: int, says: str
@@ -119,6 +149,20 @@ def test_wrong_input_is_one_message(
 def test_commands_show_their_answer(fleet: tuple[Terminal, Terminal, str], command: str, says: str) -> None:
     printed, code = fleet[1].run(command if command.startswith("echo") else f"lorafleet {command}")
     assert (code, says in printed, "Traceback" in printed) == (0, True, False), printed
+
+
+def test_a_request_is_explained(fleet: tuple[Terminal, Terminal, str]) -> None:
+    printed, _ = fleet[1].run("lorafleet status --json")
+    (ended, *_) = httpx2.get(f"{json.loads(printed)[0]['url']}/v1/requests").json()["data"]
+    printed, code = fleet[1].run(f"lorafleet explain {ended['id']}")
+    assert (code, "prompt tokens" in printed, "completed" in printed) == (0, True, True), printed
+
+
+def test_the_tour_has_every_command() -> None:
+    elsewhere = {"up", "stop", "explain", "serve", "demo"}  # in other tests of this file, and in test_demo.py
+    right = {command.removeprefix("echo hello | lorafleet ").split()[0] for command, _ in RIGHT}
+    assert {command.split()[0] for command, *_ in WRONG} >= set(COMMANDS)
+    assert right | elsewhere == set(COMMANDS)
 
 
 def test_lists_fit_the_terminal(fleet: tuple[Terminal, Terminal, str]) -> None:
@@ -165,16 +209,16 @@ def test_what_runs_on_ends_at_ctrl_c(fleet: tuple[Terminal, Terminal, str], comm
     here.clear()
     here.type(f"lorafleet {command}; echo rc=$?")
     shown = here.wait_for("worker-0")
-    assert "…" not in shown.replace("connecting to", "") or command != "top"
+    assert "…" not in shown or command != "top"
     here.press("C-c")
     assert "Traceback" not in here.wait_for("rc=130")
 
 
-def test_the_fleet_stops_from_another_terminal(fleet: tuple[Terminal, Terminal, str]) -> None:
-    first, second, marker = fleet
-    printed, code = second.run("lorafleet stop")
-    assert code == 0, printed
-    assert "Traceback" not in first.wait_for("rc=0")
-    printed, code = second.run("lorafleet status")
-    assert (code, "no fleet runs on this machine" in printed) == (1, True), printed
-    assert not [one for one in with_variable(MARKER, marker) if "lorafleet" in " ".join(one.cmdline())]
+def test_the_fleet_stops_from_another_terminal(tmp_path: Path) -> None:
+    with fleet_in(tmp_path) as (first, second, marker):
+        printed, code = second.run("lorafleet stop")
+        assert code == 0, printed
+        assert "Traceback" not in first.wait_for("rc=0")
+        printed, code = second.run("lorafleet status")
+        assert (code, "no fleet runs on this machine" in printed) == (1, True), printed
+        assert not [one for one in with_variable(MARKER, marker) if "lorafleet" in " ".join(one.cmdline())]

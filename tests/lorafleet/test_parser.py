@@ -41,6 +41,23 @@ def test_every_help_has_examples_that_parse(subtests: pytest.Subtests) -> None:
     assert f"examples:\n  {EXAMPLES['lorafleet adapters add'][0]}\n" in shown
 
 
+def test_every_argument_has_a_help_text() -> None:
+    bare = [
+        f"{parser.prog} {action.dest}"
+        for parser in parsers(WHOLE)
+        for action in parser._actions
+        if not action.help and not isinstance(action, argparse._SubParsersAction)
+    ]
+    assert bare == []
+
+
+def test_texts_in_a_help_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples stay on one line, to be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line for parser in parsers(WHOLE) for line in parser.format_whole_help().splitlines()]
+    assert [one for one in lines if len(one) > 80 and len(one.split()) > 3 and not one.startswith("  lorafleet ")] == []
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -60,6 +77,9 @@ def test_every_help_has_examples_that_parse(subtests: pytest.Subtests) -> None:
         ("bench --requests 0", "argument --requests: 0 is less than 1 (see"),
         ("adapters convert a b --rank 8", "argument --rank: '8' is not auto, the only choice (see"),
         ("keys create --tenant a --scopes infer,adaptors", "not one of infer, adapters, admin; did you mean"),
+        ("usage --by tenants", "'tenants' is not one of tenant, model, batch, adapter, base_model; did you"),
+        ("chat a --seed 1 b --nothing", "lorafleet chat: error: unknown argument --nothing (see"),
+        ("chat a --seed x b", "argument --seed: invalid int value: 'x' (see"),
         ("keys create --tenant a --scopes ,", "argument --scopes: give at least one of infer, adapters, admin (see"),
     ],
 )  # fmt: skip
@@ -70,6 +90,20 @@ def test_an_unknown_word_gets_a_suggestion(words: str, said: str, capsys: pytest
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "values"),
+    [
+        ("chat a --seed 1 b c --json", "message", ["b", "c"]),
+        ("chat a b --seed 1 c", "message", ["b", "c"]),
+        ("up a --port 9 b", "models", ["a", "b"]),
+        ("logs -n 2 gateway store", "services", ["gateway", "store"]),
+        ("dlq retry 1-0 --json 2-0", "letters", ["1-0", "2-0"]),
+    ],
+)
+def test_flags_may_stand_between_words(words: str, name: str, values: list[str]) -> None:
+    assert getattr(parse(WHOLE, words.split()), name) == values
 
 
 def test_the_command_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,7 @@ def test_the_demo_runs_from_it_without_a_compiler(clean: dict[str, str], tmp_pat
     environment = {**clean, MARKER: marker, "COLUMNS": "100"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "engine steps wrote a token for all" in done.stdout
+    assert "engine steps generated a token for all" in done.stdout
     logs = [path.read_text(errors="replace") for path in (tmp_path / "data").rglob("*.log")]
     assert logs, "the check below would prove nothing"
     assert not any("plain torch" in log for log in logs)

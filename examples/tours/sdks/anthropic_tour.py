@@ -150,7 +150,7 @@ def refusals(tour: Tour, client: Anthropic) -> None:
                 mcp_servers=[{"type": "url", "name": "x", "url": "https://example.com"}],
             )  # fmt: skip
         image = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
-        with raises(BadRequestError, "this model reads text"):
+        with raises(BadRequestError, "this model accepts text only"):
             ask.create(model=tour.base, messages=[{"role": "user", "content": [image]}], **GREEDY)
         with raises(NotFoundError, "send each to /v1/messages"):
             client.messages.batches.create(requests=[])

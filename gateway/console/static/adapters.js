@@ -73,7 +73,7 @@ function Facts({ adapter, onClose, again }) {
       ${act("Evict", "evict", { wait_s: 5 }, ({ freed }) => `Freed ${bytes(freed.pool_bytes)} of pool memory and ${bytes(freed.host_bytes)} of host memory.`)}
       ${act("Refresh", "refresh", { wait_s: 20 }, "Checked its source for changes.")}
       <a class="button" href=${href("playground", "", { model: adapter.name })}>Try it</a>
-      <${Act} kind="danger" does=${unload} done=${({ name }) => `${name} was unloaded.`} after=${() => { again(); onClose(); }}>Unload …<//>
+      <${Act} kind="danger" does=${unload} done=${({ name }) => `${name} was unloaded.`} after=${() => { again(); onClose(); }}>Unload…<//>
     </div>
     <dl class="facts">${facts.map(([name, fact]) => html`<div><dt>${name}</dt><dd>${fact}</dd></div>`)}</dl>
     <h2>By worker</h2>
@@ -86,7 +86,7 @@ function Details({ name, tenant, known, onClose, again }) {
   const adapter = poll.value ?? known;
   return html`<${Dialog} title=${name} onClose=${onClose}>
     <${Problem} error=${poll.error} />
-    ${adapter ? html`<${Facts} adapter=${adapter} onClose=${onClose} again=${() => { again(); poll.again(); }} />` : poll.error ? null : html`<p>Loading …</p>`}
+    ${adapter ? html`<${Facts} adapter=${adapter} onClose=${onClose} again=${() => { again(); poll.again(); }} />` : poll.error ? null : html`<p>Loading…</p>`}
   <//>`;
 }
 
@@ -142,9 +142,9 @@ export function Adapters({ route }) {
         ${bases.length || base ? html`<label><span>Base</span><select value=${base} onChange=${(event) => replace(href("adapters", "", { ...route.params, base: event.target.value }))}>
           <option value="">any</option>${[...new Set([...bases, base])].filter(Boolean).map((one) => html`<option value=${one}>${one}</option>`)}</select></label>` : null}
         <${Act} does=${async () => found.again()}>Refresh<//>
-        <button type="button" class="main" onClick=${() => setAdding(true)}>Add …</button>
+        <button type="button" class="main" onClick=${() => setAdding(true)}>Add…</button>
       </div>
-      <p role="status">${found.value ? `${count(shown.length)} of ${count(all.length)} adapters` : "Loading …"}${found.value?.more ? `; showing the first ${count(MOST)}` : ""}${num > SMALL ? html`<span class="soft">; automatic refresh is off for long lists</span>` : ""}</p>
+      <p role="status">${found.value ? `${count(shown.length)} of ${count(all.length)} adapters` : "Loading…"}${found.value?.more ? `; showing the first ${count(MOST)}` : ""}${num > SMALL ? html`<span class="soft">; automatic refresh is off for long lists</span>` : ""}</p>
       ${found.value ? html`<${Table} name="Adapters" columns=${columns} rows=${shown} id=${idOf} selected=${idOf(chosen)}
         empty=${all.length ? "No adapter matches the search." : "No adapters yet. Add one, or put its folder into the adapter root."} />` : null}
     </section>

@@ -85,7 +85,7 @@ function App() {
   useEffect(() => {
     document.title = `${route.id || title} · Lorafleet`;
   }, [title, route.id]);
-  if (locked === null) return html`<main><h1>Lorafleet</h1><p>Connecting …</p></main>`;
+  if (locked === null) return html`<main><h1>Lorafleet</h1><p>Connecting…</p></main>`;
   if (locked) return html`<${SignIn} text=${locked} onOpen=${() => setLocked("")} />`;
   return html`
     <a class="skip" href="#content" onClick=${(event) => { event.preventDefault(); document.getElementById("content").focus(); }}>Skip to content</a>

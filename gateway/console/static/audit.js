@@ -21,6 +21,6 @@ export function Audit() {
     <div class="row"><h2 class="grow">Audit log</h2>
       <label><span>Actions of</span><select value=${by} onChange=${(event) => setBy(event.target.value)}><option value="operators">operators</option><option value="tenants">tenants</option></select></label></div>
     <${Stale} poll=${poll} />
-    ${poll.value ? html`<${Table} name="Audit log" columns=${columns} rows=${poll.value.data} id=${(one) => one.id} empty="No actions yet." />` : html`<p>Loading …</p>`}
+    ${poll.value ? html`<${Table} name="Audit log" columns=${columns} rows=${poll.value.data} id=${(one) => one.id} empty="No actions yet." />` : html`<p>Loading…</p>`}
   </section>`;
 }

@@ -43,7 +43,7 @@ function Details({ id, onClose }) {
         ${value.error_file_id ? html`<${Save} file=${value.error_file_id} name=${`${id}.errors.jsonl`}>Download errors<//>` : null}
         <${Save} file=${value.input_file_id} name=${`${id}.input.jsonl`}>Download input<//>
         ${open(value) ? html`<${Cancel} batch=${value} after=${poll.again} />` : null}
-      </div>` : error ? null : html`<p>Loading …</p>`}
+      </div>` : error ? null : html`<p>Loading…</p>`}
   <//>`;
 }
 
@@ -109,7 +109,7 @@ function NewBatch({ onClose, again }) {
       </div>
       <div class="form"><label><span>Endpoint</span><select value=${endpoint} onChange=${(event) => setEndpoint(event.target.value)}>${ENDPOINTS.map((one) => html`<option value=${one}>${one}</option>`)}</select></label></div>
       <p class="row end">
-        <span role="status" class="soft grow">${step ? html`${step} … <progress max="1" value=${sent} aria-label="Uploaded"></progress>` : ""}</span>
+        <span role="status" class="soft grow">${step ? html`${step}… <progress max="1" value=${sent} aria-label="Uploaded"></progress>` : ""}</span>
         ${step ? html`<button key="stop" type="button" onClick=${() => abort.current.abort()}>Stop</button>` : html`<button key="start" class="main" disabled=${!file}>Start batch</button>`}
       </p>
     </form>
@@ -134,8 +134,8 @@ export function Batches({ route }) {
     { title: "Actions", of: (batch) => (open(batch) ? html`<${Cancel} batch=${batch} after=${poll.again} />` : batch.output_file_id ? html`<${Save} file=${batch.output_file_id} name=${`${batch.id}.output.jsonl`}>Download<//>` : "–") },
   ];
   return html`<section class="panel">
-    <div class="row"><p class="grow" role="status">${value ? `${count(rows.length)} ${rows.length === 1 ? "batch" : "batches"} of this key's tenant` : "Loading …"}</p>
-      <button type="button" class="main" onClick=${() => setMaking(true)}>New batch …</button></div>
+    <div class="row"><p class="grow" role="status">${value ? `${count(rows.length)} ${rows.length === 1 ? "batch" : "batches"} of this key's tenant` : "Loading…"}</p>
+      <button type="button" class="main" onClick=${() => setMaking(true)}>New batch…</button></div>
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Batches" columns=${columns} rows=${rows} id=${(batch) => batch.id} selected=${route.id} empty="No batches yet." />` : null}
   </section>

@@ -38,7 +38,7 @@ function Details({ id, onClose }) {
         <a class="button" href=${href("requests", id.replace(/^job_/, ""))}>Timeline</a>
         ${value.result ? html`<button type="button" onClick=${() => copy(answers.length ? answers.join("\n\n") : JSON.stringify(value.result))}>Copy answer</button>` : null}
         ${open(value) ? html`<${Cancel} job=${value} after=${poll.again} />` : null}
-      </div>` : error ? null : html`<p>Loading …</p>`}
+      </div>` : error ? null : html`<p>Loading…</p>`}
   <//>`;
 }
 
@@ -57,7 +57,7 @@ export function Jobs({ route }) {
     { title: "Actions", of: (job) => (open(job) ? html`<${Cancel} job=${job} after=${poll.again} />` : "–") },
   ];
   return html`<section class="panel">
-    <p role="status">${value ? `${plural(rows.length, "job")} of this key's tenant` : "Loading …"}</p>
+    <p role="status">${value ? `${plural(rows.length, "job")} of this key's tenant` : "Loading…"}</p>
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Jobs" columns=${columns} rows=${rows} id=${(job) => job.id} selected=${route.id} empty=${html`No jobs. A call with <code>"background": true</code> starts one.`} />` : null}
   </section>

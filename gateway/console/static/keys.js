@@ -102,7 +102,7 @@ export function Keys() {
     { title: "Stored bytes", kind: "num", of: (one) => limit(one.kept_bytes && bytes(one.kept_bytes)) },
     { title: "Weight", kind: "num", of: (one) => one.weight },
     { title: "Visible adapters", of: (one) => html`<${Cut} text=${one.adapters.join(" ") || "none"} />` },
-    { title: "Actions", of: (one) => html`<button type="button" disabled=${!writable} aria-label=${`Limit ${one.id}`} onClick=${() => setLimiting(one)}>Limit …</button>` },
+    { title: "Actions", of: (one) => html`<button type="button" disabled=${!writable} aria-label=${`Limit ${one.id}`} onClick=${() => setLimiting(one)}>Limit…</button>` },
   ];
   const keys = [
     { title: "Key", of: (one) => html`<code>${one.id}</code>` },
@@ -111,14 +111,14 @@ export function Keys() {
     { title: "Created", of: (one) => html`<${When} ms=${one.created_ms} />` },
     { title: "Expires", of: (one) => (one.expired ? html`<${State} of="expired" />` : one.expires_ms ? html`<${When} ms=${one.expires_ms} />` : "never") },
     { title: "Note", of: (one) => html`<${Cut} text=${one.note || "–"} />` },
-    { title: "Actions", of: (one) => html`<${Act} kind="danger" label=${`Revoke ${one.id}`} disabled=${!writable} does=${() => revoke(one)} done=${`${one.id} was revoked.`} after=${again}>Revoke …<//>` },
+    { title: "Actions", of: (one) => html`<${Act} kind="danger" label=${`Revoke ${one.id}`} disabled=${!writable} does=${() => revoke(one)} done=${`${one.id} was revoked.`} after=${again}>Revoke…<//>` },
   ];
   return html`
     <${Stale} poll=${poll} />
     ${value && !writable ? html`<p class="note">Read-only: change keys and limits with <code>lorafleet keys</code>, or allow it here with the setting <code>console_keys</code> (see docs/keys.md for the risks).</p>` : null}
-    <section class="panel"><h2>Tenants</h2>${value ? html`<${Table} name="Tenants" columns=${tenants} rows=${value.tenants} id=${(one) => one.id} empty="No tenants yet." />` : html`<p>Loading …</p>`}</section>
+    <section class="panel"><h2>Tenants</h2>${value ? html`<${Table} name="Tenants" columns=${tenants} rows=${value.tenants} id=${(one) => one.id} empty="No tenants yet." />` : html`<p>Loading…</p>`}</section>
     <section class="panel">
-      <div class="row"><h2 class="grow">Keys</h2><button type="button" class="main" disabled=${!writable} onClick=${() => setMaking(true)}>New key …</button></div>
+      <div class="row"><h2 class="grow">Keys</h2><button type="button" class="main" disabled=${!writable} onClick=${() => setMaking(true)}>New key…</button></div>
       ${value ? html`<${Table} name="Keys" columns=${keys} rows=${value.keys} id=${(one) => one.id} empty="No keys yet." />` : null}
     </section>
     <${Audit} />

@@ -19,7 +19,7 @@ function Details({ id, onClose, again }) {
       <p>${value.reason}</p>
       <ol class="time">${value.deaths.map((death) => html`<li class="bad">${clock(death.ms)}: ${death.worker ?? death.wid} failed in ${death.phase}, ${lasted(death.after_ms)} after the assignment, ${count(death.output_tokens)} tokens generated</li>`)}</ol>
       ${value.raw ? html`<h2>Message</h2><pre>${value.raw}</pre>` : null}
-      <div class="row end"><${Retry} letter=${value} after=${() => { again(); onClose(); }} /></div>` : error ? null : html`<p>Loading …</p>`}
+      <div class="row end"><${Retry} letter=${value} after=${() => { again(); onClose(); }} /></div>` : error ? null : html`<p>Loading…</p>`}
   <//>`;
 }
 
@@ -37,7 +37,7 @@ export function Letters({ route }) {
     { title: "Actions", of: (letter) => html`<${Retry} letter=${letter} after=${poll.again} />` },
   ];
   return html`<section class="panel">
-    <p role="status">${value ? plural(rows.length, "dead letter") : "Loading …"}</p>
+    <p role="status">${value ? plural(rows.length, "dead letter") : "Loading…"}</p>
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Dead letters" columns=${columns} rows=${rows} id=${(letter) => letter.id} selected=${route.id} empty="No dead letters." />` : null}
   </section>

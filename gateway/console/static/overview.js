@@ -89,7 +89,7 @@ function Bases({ bases, failed }) {
       <th scope="row"><${Cut} text=${base.name} /></th>
       <td><${State} of=${failed[base.name] ? "failed" : base.workers ? "ready" : "no_worker"} />${failed[base.name] ? html` <${Cut} text=${failed[base.name]} />` : null}</td>
       <td>${base.task ?? "–"}</td><td>${count(base.workers)}</td><td>${count(base.running)}</td><td>${count(base.queued)}</td>
-      <td><a href=${href("adapters", "", { base: base.name })}>its adapters</a></td></tr>`)}</tbody>
+      <td><a href=${href("adapters", "", { base: base.name })}>Show adapters</a></td></tr>`)}</tbody>
   </table><//></section>`;
 }
 
@@ -123,7 +123,7 @@ function Charts({ params, set, offer }) {
     offer(answer.ranges ?? OWN); // a gateway of an earlier version says nothing of ranges
     return complete(answer);
   }, range === "15m" ? 5000 : 30_000, [range, by]);
-  if (!value) return error ? html`<p class="note">${error.message}</p>` : html`<p>Loading …</p>`;
+  if (!value) return error ? html`<p class="note">${error.message}</p>` : html`<p>Loading…</p>`;
   const { fleet, step_s: step } = value;
   const times = Array.from({ length: value.num }, (_, place) => value.start_time + place * step);
   const [all, ...groups] = value.groups;
@@ -154,7 +154,7 @@ export function Overview({ route }) {
   const [ranges, offer] = useState(OWN);
   const range = RANGES.some(([name]) => name === route.params.range) ? route.params.range : "15m";
   const set = (more) => replace(href("overview", "", { ...route.params, ...more }));
-  if (!poll.value) return poll.error ? html`<${Stale} poll=${poll} />` : html`<p>Loading …</p>`;
+  if (!poll.value) return poll.error ? html`<${Stale} poll=${poll} />` : html`<p>Loading…</p>`;
   const { fleet, workers, steps, rate } = poll.value;
   const queue = fleet.queue;
   const oldest = queue ? Math.min(...Object.values(queue.oldest_ms).filter(Boolean), Infinity) : Infinity;

@@ -105,7 +105,7 @@ export function Playground({ route }) {
   const chats = useChats();
   const chat = useChat(route, chats);
   const known = usePoll(names, 0);
-  if (!chat) return route.id ? html`<p>This tab has no chat <code>${route.id}</code>. <a href=${href("playground")}>Start a new one</a>.</p>` : html`<p>Loading …</p>`;
+  if (!chat) return route.id ? html`<p>This tab has no chat <code>${route.id}</code>. <a href=${href("playground")}>Start a new one</a>.</p>` : html`<p>Loading…</p>`;
   return html`<${Problem} error=${known.error} /><${Chat} key=${chat.id} chat=${chat} chats=${chats} known=${known.value} />`;
 }
 

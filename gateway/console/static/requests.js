@@ -9,7 +9,7 @@ const MOST = 1000; // maximum number of listed requests
 const MOST_PAGES = 10; // of a poll, each of up to 1,000 requests that the gateway looks at
 const EVERY_MS = 4000;
 const ENDED = ["completed", "failed", "cancelled", "refused"];
-const SPANS = [["", "any time"], ["300", "last 5 minutes"], ["3600", "last hour"], ["86400", "last 24 hours"], ["custom", "from … to …"]];
+const SPANS = [["", "any time"], ["300", "last 5 minutes"], ["3600", "last hour"], ["86400", "last 24 hours"], ["custom", "custom range"]];
 
 export const modelOf = (one) => one.model ?? one.adapter?.name ?? one.adapter?.digest.slice(0, 12) ?? (one.state === "refused" ? "–" : "base");
 
@@ -59,8 +59,8 @@ function Timeline({ id, onClose }) {
       <ol class="time">${(value.timeline ?? []).map((event) => html`<li class=${event.event === "worker_died" ? "bad" : ""}>
         <span class="soft code" title=${clock(event.ms)}>+${lasted(event.ms - begin)}</span> ${event.text}</li>`)}</ol>
       <${Texts} of=${value.text} />
-      ${ended ? null : html`<div class="row end"><${Act} kind="danger" does=${cancel} done="Cancellation was requested." after=${poll.again}>Cancel …<//></div>`}
-    ` : error ? null : html`<p>Loading …</p>`}
+      ${ended ? null : html`<div class="row end"><${Act} kind="danger" does=${cancel} done="Cancellation was requested." after=${poll.again}>Cancel…<//></div>`}
+    ` : error ? null : html`<p>Loading…</p>`}
   <//>`;
 }
 
@@ -133,7 +133,7 @@ export function Requests({ route }) {
   ];
   return html`<section class="panel">
     <${Filters} given=${given} change=${change} />
-    <div class="row"><p class="grow" role="status">${value ? `${plural(rows.length, "request")}${value.more ? (value.data.length < MOST ? ", older ones were not searched" : `, out of the latest ${count(MOST)}`) : ""}` : "Loading …"}</p>
+    <div class="row"><p class="grow" role="status">${value ? `${plural(rows.length, "request")}${value.more ? (value.data.length < MOST ? ", older ones were not searched" : `, out of the latest ${count(MOST)}`) : ""}` : "Loading…"}</p>
       ${filtered ? html`<button type="button" onClick=${() => replace(href("requests"))}>Clear filters</button>` : null}</div>
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Requests" columns=${columns} rows=${rows} id=${(one) => one.id} selected=${route.id}

@@ -58,6 +58,6 @@ export function Usage({ route }) {
     <${Stale} poll=${poll} />
     ${value ? html`
       <${Lines} title=${`${unit} per day (UTC)`} bars=${true} times=${buckets.map((bucket) => bucket.start_time)} lines=${series(buckets, by, metric).map((line) => ({ label: line.name === "others" ? "others" : labelOf(line.name), values: line.values }))} />
-      <${Table} name="Usage" columns=${columns} rows=${rows} id=${(one) => `${one.day} ${one[by]}`} empty="No usage in this period." />` : html`<p>Loading …</p>`}
+      <${Table} name="Usage" columns=${columns} rows=${rows} id=${(one) => `${one.day} ${one[by]}`} empty="No usage in this period." />` : html`<p>Loading…</p>`}
   </section>`;
 }

@@ -198,7 +198,7 @@ def connect(url: str, *, timeout_s: float | None, timed: bool = False) -> Client
         return _connect(url, timeout_s, timed=timed)
     except ValueError as error:
         raise BadRequest(
-            "redis_url is no URL of a queue: it must be redis://, rediss://, unix://PATH, or"
+            "redis_url is not a queue URL: it must be redis://, rediss://, unix://PATH, or"
             " redis-sentinel://HOST:PORT,HOST:PORT/NAME/DB, with a port and a database that are numbers"
         ) from error
 

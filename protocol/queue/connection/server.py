@@ -97,7 +97,7 @@ class Server:
                 return await self.check()
             except (*CONNECTION_ERRORS, NoPermissionError) as error:
                 if isinstance(error.__cause__ or error, _DENIED):
-                    raise Internal(f"the queue does not let this service in: {error}") from error
+                    raise Internal(f"the queue refused this service: {error}") from error
                 if str(error) != told:
                     logger.warning("the queue cannot be reached, waiting for it: %s", error)
                 told = str(error)

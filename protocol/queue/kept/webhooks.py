@@ -92,7 +92,7 @@ class Webhooks:
         if not await self._redis.exists(keys.old_hooks, keys.old_ends, keys.old_delivery_times):
             return False
         for lost in await self._scripts.run(lua.TakeOver(num=num)):
-            logger.error("the webhook %r of the version before is dropped: %s", lost, UNREADABLE)
+            logger.error("dropping webhook %r of an earlier release: %s", lost, UNREADABLE)
         return True
 
     # ------------------------------------------------------------ ends

@@ -243,7 +243,7 @@ async def test_what_a_user_shows_is_still_refused(http: httpx2.AsyncClient, flee
         body: dict[str, Any] = {"model": "base", field: [{"role": "user", "content": [PARTS[path]]}]}
         answer = await http.post(path, json=body if path == "/v1/responses" else {**body, "max_tokens": 4})
         assert answer.status_code == 400, answer.text
-        assert "this model reads text" in answer.json()["error"]["message"]
+        assert "this model accepts text only" in answer.json()["error"]["message"]
     for part in ({"type": "video"}, {"type": ["input_image"]}, {"type": {}}, {}, 3, None):
         output = {"type": "function_call_output", "call_id": "c", "output": [part]}
         answer = await http.post("/v1/responses", json={"model": "base", "input": [call, output]})

@@ -194,8 +194,8 @@ def result(**fields: Any) -> dict[str, Any]:
 
 IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    (user(IMAGE), "messages[0].content[0]", "blocks of type 'image' are not supported: this model reads text"),
-    (user({"type": "document", "source": {}}), "messages[0].content[0]", "this model reads text"),
+    (user(IMAGE), "messages[0].content[0]", "blocks of type 'image' are not supported: this model accepts text only"),
+    (user({"type": "document", "source": {}}), "messages[0].content[0]", "this model accepts text only"),
     (user({"type": "web_search_tool_result", "content": []}), "messages[0].content[0]", "runs at Anthropic"),
     (user({"type": "nonsense"}), "messages[0].content[0]", "there may be text, tool_result here"),
     (user({"type": ["text"]}), "messages[0].content[0]", "the type of a block is a string"),
@@ -212,7 +212,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": CALLED}, "messages[1]", "the calls of the last message have no results yet"),
     (result(tool_use_id="t2"), "messages[2].content[0].tool_use_id", "'t2' is not the id of an earlier tool_use block"),
-    (result(content=[{"type": "search_result"}]), "messages[2].content[0].content[0]", "this model reads text"),
+    (result(content=[{"type": "search_result"}]), "messages[2].content[0].content[0]", "this model accepts text only"),
     (result(is_error="x"), "messages[2].content[0].is_error", "true or false"),
     (
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": "{}"}]}]},
@@ -224,7 +224,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "messages[0].content[0]",
         "it is encrypted",
     ),
-    ({"system": [IMAGE]}, "system[0]", "this model reads text"),
+    ({"system": [IMAGE]}, "system[0]", "this model accepts text only"),
     ({"tools": [{"type": "house_20250305", "name": "house"}]}, "tools[0].type", "at Anthropic"),
     ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name", "1 to 128 letters"),
     ({"tools": [{"name": "a"}]}, "tools[0].input_schema", "it is missing"),

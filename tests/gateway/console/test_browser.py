@@ -145,7 +145,7 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     made = fleet.adapter(tmp_path / "mine", 9)
     await tab.go("Adapters")
     dialog = tab.page.get_by_role("dialog")
-    await tab.page.get_by_role("button", name="Add …").click()
+    await tab.page.get_by_role("button", name="Add…").click()
     await dialog.get_by_label("files or a zip").set_input_files([str(path) for path in made.iterdir()])
     await dialog.get_by_label("Name", exact=True).fill("mine")
     await dialog.get_by_role("button", name="Upload", exact=True).click()
@@ -155,7 +155,7 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     assert first["source"].startswith("local:uploads/kept/")
     assert (await fleet.ask("mine"))["choices"]
     # Replaced by dropping a zip, after an attempt without permission to replace.
-    await tab.page.get_by_role("button", name="Add …").click()
+    await tab.page.get_by_role("button", name="Add…").click()
     raw = list(zipped(fleet.adapter(tmp_path / "other", 10)))
     await dialog.locator("[data-drop]").evaluate(
         """(box, bytes) => {
@@ -175,7 +175,7 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     await dialog.wait_for(state="detached")
     assert (await fleet.http.get("/v1/adapters/mine")).json()["digest"] != first["digest"]
     # Refused, with the reasons.
-    await tab.page.get_by_role("button", name="Add …").click()
+    await tab.page.get_by_role("button", name="Add…").click()
     wrong = {"name": "adapter_config.json", "mimeType": "application/json", "buffer": b'{"peft_type": "IA3"}'}
     weights = {"name": "adapter_model.safetensors", "mimeType": "", "buffer": bytes(8) + b"{}"}
     await dialog.get_by_label("files or a zip").set_input_files([wrong, weights])
@@ -184,7 +184,7 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     await dialog.get_by_role("alert").wait_for()
     await dialog.get_by_role("button", name="Close").click()
     await tab.page.get_by_role("link", name="mine").click()
-    await dialog.get_by_role("button", name="Unload …").click()
+    await dialog.get_by_role("button", name="Unload…").click()
     await tab.page.get_by_role("dialog").last.get_by_role("button", name="Unload", exact=True).click()
     await tab.said("mine was unloaded.")
     assert (await fleet.http.get("/v1/adapters/mine")).status_code == 404
@@ -193,7 +193,7 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
 async def test_a_place_is_registered(fleet: ConsoleFleet, tab: Tab) -> None:
     await tab.go("Adapters")
     dialog = tab.page.get_by_role("dialog")
-    await tab.page.get_by_role("button", name="Add …").click()
+    await tab.page.get_by_role("button", name="Add…").click()
     await dialog.get_by_role("button", name="Hub / S3 / local path").click()
     await dialog.get_by_label("Name", exact=True).fill("again")
     await dialog.get_by_label("Source (default").fill("local:beta")
@@ -216,8 +216,8 @@ async def test_a_request_is_followed_and_cancelled(fleet: ConsoleFleet, tab: Tab
         await tab.go("Requests")
         await tab.page.get_by_role("link", name=rid).click()
         dialog = tab.page.get_by_role("dialog").first
-        await dialog.get_by_text("queued behind").wait_for()
-        await dialog.get_by_role("button", name="Cancel …").click()
+        await dialog.get_by_text("queued, ").wait_for()
+        await dialog.get_by_role("button", name="Cancel…").click()
         await tab.page.get_by_role("dialog").last.get_by_role("button", name="Cancel the request").click()
         await tab.said("Cancellation was requested.")
     finally:
@@ -272,7 +272,7 @@ async def test_a_batch_shows_its_progress(fleet: ConsoleFleet, tab: Tab) -> None
 
 async def test_a_key_is_made_limited_and_revoked(fleet: ConsoleFleet, tab: Tab) -> None:
     await tab.go("Tenants and keys")
-    await tab.page.get_by_role("button", name="New key …").click()
+    await tab.page.get_by_role("button", name="New key…").click()
     dialog = tab.page.get_by_role("dialog")
     await dialog.get_by_label("Tenant", exact=True).fill("globex")
     await dialog.get_by_label("Note").fill("from the console")
@@ -350,14 +350,14 @@ async def test_axe_finds_nothing_on_any_page(fleet: ConsoleFleet, browser: Any, 
 
     for title in PAGES:
         await tab.go(title)
-        await tab.page.get_by_text("Loading …").first.wait_for(state="detached")
+        await tab.page.get_by_text("Loading…").first.wait_for(state="detached")
         await hold(title)
     await tab.go("Adapters")
     await tab.page.get_by_role("link", name="broken").click()
     await tab.page.get_by_role("dialog").get_by_text("By worker").wait_for()
     await hold("an adapter")
     await tab.page.get_by_role("button", name="Close").click()
-    await tab.page.get_by_role("button", name="Add …").click()
+    await tab.page.get_by_role("button", name="Add…").click()
     await hold("upload")
     await tab.page.get_by_role("button", name="Hub / S3 / local path").click()
     await hold("a place")
@@ -368,11 +368,11 @@ async def test_axe_finds_nothing_on_any_page(fleet: ConsoleFleet, browser: Any, 
     await hold("a request")
     await tab.page.get_by_role("button", name="Close").click()
     await tab.go("Batches")
-    await tab.page.get_by_role("button", name="New batch …").click()
+    await tab.page.get_by_role("button", name="New batch…").click()
     await hold("a new batch")
     await tab.page.get_by_role("button", name="Close").click()
     await tab.go("Tenants and keys")
-    await tab.page.get_by_role("button", name="New key …").click()
+    await tab.page.get_by_role("button", name="New key…").click()
     await hold("a new key")
     assert wrong == {}
     assert tab.wrong == []

@@ -137,7 +137,7 @@ async def test_a_slow_upload_makes_place_for_who_waits(bus: Bus, tmp_path: Path)
     ends = await asyncio.gather(*slow, return_exceptions=True)
     [ended] = [end for end in ends if isinstance(end, BaseException)]  # one slot is enough
     assert isinstance(ended, Overloaded)
-    assert "others wait" in str(ended)
+    assert "other uploads are waiting" in str(ended)
     assert (await other).num_bytes == 1
     assert len(below(tmp_path)) == 4
 

@@ -104,7 +104,7 @@ async def test_a_queued_stream_gets_headers_and_pings_before_its_first_token(
         async for part in answer.aiter_raw():
             raw += part
             fleet.assigning.set()
-    assert raw.startswith(b": queued, 0 before it\n\n")
+    assert raw.startswith(b": queued, 0 ahead of it\n\n")
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks_of(raw)) == Script().text
 
 
@@ -163,7 +163,7 @@ async def test_who_waits_is_told_for_what(bus: Bus, fleet: ScriptedFleet, model_
                     if found == line:
                         return
 
-            await comes(": queued, 1 before it")
+            await comes(": queued, 1 ahead of it")
             fleet.assigning.set()
             await comes(": its adapter is being fetched")
             fleet.host = ["d1"]

@@ -377,7 +377,7 @@ async def test_a_waiting_job_says_what_it_waits_for(http: httpx2.AsyncClient, fl
     fleet.assigning.clear()
     for model in ("base", "base"):
         job = (await http.post("/v1/completions", json={**COMPLETION, "model": model, "background": True})).json()
-    assert (job["position"], job["waiting_for"]) == (4, "queued, 4 before it")
+    assert (job["position"], job["waiting_for"]) == (4, "queued, 4 ahead of it")
     listed = (await http.get("/v1/jobs", params={"model": "base"})).json()["data"]
     assert len(listed) == 2
     assert (await http.get("/v1/jobs", params={"model": "other"})).json()["data"] == []

@@ -16,10 +16,12 @@ from helpers.small_fleet import SmallFleet, small_fleet
 from prometheus_client import REGISTRY
 
 from gateway.requests.replay import compared
+from gateway.requests.timeline import timeline
 from lorafleet.__main__ import main
 from protocol.queue.books.api_keys import ApiKeys, Tenant
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
+from protocol.wire.records import Assignment, RequestFacts, RequestRecord
 
 BODY = {"model": "base", "prompt": "the dog", "max_tokens": 12, "ignore_eos": True, "temperature": 0}
 
@@ -56,6 +58,18 @@ async def test_a_request_is_told_from_its_acceptance_to_its_end(small: SmallFlee
     second = await explained(small.http, f"{done['id']}-1")
     assert second["timeline"][0]["ahead"] == 1  # after the first choice of its call
     assert second["call"] == told["id"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"), [("batch", "batch work"), ("interactive", "its tenant has more than its fair share")]
+)
+def test_why_a_request_has_a_lower_priority_is_said(cls: str, why: str) -> None:
+    facts = RequestFacts("running", 1, "", "", "", 1, 0, 0, submitted_ms=1, first_ms=0, ended_ms=0)
+    placed = m.Placed(2, "w", "least_wait", [m.Option("w", 1, "")], yields=True)
+    record = RequestRecord(facts, "t", cls, "", "base", "c", 0, 3, 9, [Assignment(placed)])
+    first, second = timeline(record)
+    assert first["text"] == "queued, 3 ahead of it"
+    assert second["text"].endswith(f"; lower priority: {why}")
 
 
 async def test_an_answer_of_a_converted_adapter_says_so(

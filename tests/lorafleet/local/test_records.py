@@ -299,7 +299,15 @@ def test_the_key_of_the_fleet_is_sent_to_it_alone(tmp_path: Path, monkeypatch: p
     with registered(fleet):
         assert key_of() == "Bearer sk-lf-local"
         assert key_of("--key", "sk-lf-mine") == "Bearer sk-lf-mine"
-        assert key_of("--url", "http://127.0.0.1:2") is None
+        assert key_of("--url", "http://127.0.0.1:1/") == "Bearer sk-lf-local"
+        for other in (
+            "http://127.0.0.1:2",
+            "http://localhost:1",
+            "https://127.0.0.1:1",
+        ):  # who answers there is unknown
+            assert key_of("--url", other) is None
+        monkeypatch.setenv("LORAFLEET_URL", "http://127.0.0.1:1")
+        assert key_of() == "Bearer sk-lf-local"
         monkeypatch.setenv("LORAFLEET_URL", "http://127.0.0.1:2")
         assert key_of() is None
     monkeypatch.delenv("LORAFLEET_URL")

@@ -43,16 +43,16 @@ def test_a_good_queue_is_said_to_be_good() -> None:
 @pytest.mark.parametrize(
     ("fault", "name", "level"),
     [
-        ({"policy": "allkeys-lru"}, "queue's eviction", "problem"),
-        ({"appends": False}, "queue's file", "warning"),
-        ({"append_ok": False}, "queue's file", "problem"),
-        ({"snapshot_ok": False}, "queue's snapshot", "problem"),
-        ({"role": "slave"}, "queue's role", "problem"),
-        ({"max_bytes": 0}, "queue's memory", "warning"),
-        ({"used_bytes": (1 << 30) - 1}, "queue's memory", "problem"),
+        ({"policy": "allkeys-lru"}, "queue eviction", "problem"),
+        ({"appends": False}, "queue persistence", "warning"),
+        ({"append_ok": False}, "queue persistence", "problem"),
+        ({"snapshot_ok": False}, "queue snapshot", "problem"),
+        ({"role": "slave"}, "queue role", "problem"),
+        ({"max_bytes": 0}, "queue memory", "warning"),
+        ({"used_bytes": (1 << 30) - 1}, "queue memory", "problem"),
         ({"answer_ms": MAX_ANSWER_MS + 1}, "queue", "warning"),
-        ({"ahead_ms": MAX_SKEW_MS + 1.0}, "queue's clock", "problem"),
-        ({"ahead_ms": -60_000.0}, "queue's clock", "problem"),
+        ({"ahead_ms": MAX_SKEW_MS + 1.0}, "queue clock", "problem"),
+        ({"ahead_ms": -60_000.0}, "queue clock", "problem"),
     ],
 )
 def test_each_fault_of_a_queue_is_named(fault: dict[str, object], name: str, level: Level) -> None:

@@ -72,6 +72,8 @@ async def test_adapters_are_listed_added_moved_and_removed(command: Command, fle
     assert (await read(command, "adapters", "unpin", "mine"))["pinned"] is None
     assert (await read(command, "adapters", "refresh", "mine"))["digest"] == added["digest"]
     assert (await read(command, "adapters", "preload", "two"))["state"] in ("resident", "loading", "host")
+    assert "is resident" in await command("adapters", "preload", "two", "--wait", "30")
+    assert "requests end on w0" in await command("adapters", "evict", "two", "--wait", "0")
     assert (await read(command, "adapters", "evict", "mine"))["freed"]["pool_bytes"] > 0
     assert "no longer served" in await command("adapters", "remove", "mine")
     assert {one["name"] for one in await read(command, "adapters", "list")} == {"one", "two"}
@@ -155,6 +157,7 @@ async def test_top_shows_a_frame(command: Command, fleet: ProcessFleet) -> None:
     (worker,) = await read(command, "workers", "list")
     for text in (worker["name"], "tokens/s", "no dead letters", "queued 0"):
         assert text in shown
+    assert "…" not in shown, "a pipe has no width"
     told = json.loads(await command("top", "--once", "--every", "0.2", "--json"))
     assert told["fleet"]["queued"] == 0
     assert told["workers"][0]["tokens_per_s"] >= 0
@@ -187,9 +190,9 @@ async def test_the_doctor_finds_a_fleet_well_and_its_queue_at_risk(
     flags = ("--redis-url", fleet.bus.url, "--data", str(tmp_path), "--workers", "1")
     told = json.loads(await command("doctor", *flags, "--json"))
     levels = {one["name"]: one["level"] for one in told}
-    for name in ("gateway", "queue", "queue's eviction", "queue's clock", "scheduler", "workers", "versions"):
+    for name in ("gateway", "queue", "queue eviction", "queue clock", "scheduler", "workers", "versions"):
         assert levels[name] == "ok", told
-    assert levels["queue's file"] == "warning"  # this queue has no file
+    assert levels["queue persistence"] == "warning"  # this queue has no file
     assert "→ CONFIG SET appendonly yes" in await command("doctor", *flags)
     told = json.loads(await command("doctor", "--data", str(tmp_path), "--json"))
     assert {one["level"] for one in told if one["name"] == "gateway"} == {"ok"}

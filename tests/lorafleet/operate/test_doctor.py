@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers.scripted_fleet import make_model_folder, running_gateway
+from helpers.waiting import wait_until
 
 from lorafleet.__main__ import main
 from lorafleet.launcher.embedded import start_embedded
@@ -39,10 +41,28 @@ async def test_a_fleet_with_keys_asks_for_one(
     async with running_gateway(bus, make_model_folder(tmp_path / "model"), api_keys=True) as gateway:
         words = ("doctor", "--json", "--data", str(tmp_path), "--url", gateway.url)
         assert await asyncio.to_thread(main, words) == 1
-    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
-    assert "requires an API key" in found["gateway"]["text"]
+        found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+        assert await asyncio.to_thread(main, ("adapters", "list", "--url", gateway.url)) == 2
+        assert "no API key was given; give a valid key with --api-key-file" in capsys.readouterr().err
+    assert found["gateway"]["text"].endswith("requires an API key: no API key was given")
     assert "--api-key-file" in found["gateway"]["advice"]
     assert "start the fleet" not in found["gateway"]["advice"]
+
+
+async def test_the_version_of_a_gateway_with_keys_is_known(
+    bus: Bus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, _ = await bus.api_keys.create("ops", ["admin"])
+    async with running_gateway(bus, make_model_folder(tmp_path / "model"), api_keys=True) as gateway:
+        words = ("doctor", "--json", "--data", str(tmp_path), "--url", gateway.url, "--redis-url", bus.url)
+        await wait_until(partial(is_listed, bus, gateway.url), "the gateway has sent a heartbeat")
+        await asyncio.to_thread(main, (*words, "--key", key))
+    found = [one for one in json.loads(capsys.readouterr().out) if one["name"] == "versions"]
+    assert [one["level"] for one in found] == ["ok"], found
+
+
+async def is_listed(bus: Bus, url: str) -> bool:
+    return url in await bus.members.gateway_urls()
 
 
 def test_a_queue_without_services_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,6 @@ def test_a_password_file_goes_into_the_url_quoted(tmp_path: Path) -> None:
     "url", ["", "http://h/0", "h:6379", "redis://:secret@h:port/0", "redis://h:6379/0?db=x", "redis-sentinel://h:1"]
 )
 def test_what_is_no_url_of_a_queue_is_refused_without_showing_it(url: str) -> None:
-    with pytest.raises(BadRequest, match="redis_url is no URL of a queue") as refused:
+    with pytest.raises(BadRequest, match="redis_url is not a queue URL") as refused:
         Bus(url)
     assert "secret" not in refused.value.message
