@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_gateway(args: argparse.Namespace) -> tuple[list[Finding], dict[str, str]]:
-    """Check the gateway over HTTP, like a client; also return its version by URL. Raises BadRequest for a bad profile."""
+    """Check the gateway over HTTP; also return its version by URL. Raises BadRequest for a bad profile."""
     with Api(args) as api:
         try:
             health = api.health()
