@@ -17,10 +17,16 @@ _SPREAD: dict[Kind, float] = {
 """Scales with which weights are of order 1."""
 
 
-def random_weight(kind: Kind, n: int, k: int, seed: int = 0, scale: float = 1.0) -> QuantisedWeight:
-    """Return a weight [n, k] of a kind; its products with numbers of order 1 are of order `scale`."""
+def random_weight(
+    kind: Kind, n: int, k: int, seed: int = 0, scale: float = 1.0, byte: int | None = None
+) -> QuantisedWeight:
+    """Return a weight [n, k] of a kind; its products with numbers of order 1 are of order `scale`.
+
+    byte: the value of all its bytes except the scales; None: random bytes.
+    """
     generator = np.random.default_rng(seed)
-    rows = generator.integers(0, 256, (n, row_bytes(kind, k)), dtype=np.uint8)
+    low, end = (0, 256) if byte is None else (byte, byte + 1)
+    rows = generator.integers(low, end, (n, row_bytes(kind, k)), dtype=np.uint8)
     blocks = rows.reshape(-1, row_bytes(kind, block_inputs(kind)))
     for at in _HALVES[kind]:
         scales = generator.standard_normal(len(blocks)) * _SPREAD[kind] * scale / k**0.5

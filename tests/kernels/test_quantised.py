@@ -139,7 +139,7 @@ def test_codes_of_inputs_are_exact(kind: Literal["q8_0", "q4_0"], native: Impl) 
     assert torch.equal(numbers.round(), codes * factor.view(-1, 32))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_are_exact_whatever_the_size_of_their_numbers(
@@ -154,11 +154,32 @@ def test_few_rows_are_exact_whatever_the_size_of_their_numbers(
     within = torch.randint(-12 if dtype != torch.float16 else -4, 1, (rows, groups, 32), generator=seeded(7))
     x = (randn(rows, groups, 32) * 2.0**sizes * 2.0**within).to(dtype)
     x[0, 3], x[0, 4, 1:] = 0, 0
-    numbers = oracle(weight).double()
-    farthest = torch.einsum("rg,ng->rn", x.abs().amax(dim=-1).double(), numbers.view(40, groups, 32).abs().sum(dim=-1))
-    expected = x.view(rows, -1).double() @ numbers.T
-    found = product(x.view(rows, -1), [weight], native).double()
-    rounding = expected.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).tiny
+    assert_exact(x.view(rows, -1), weight, native)
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q4_k", "q8_0", "q6_k"])
+def test_sums_of_the_largest_codes_and_inputs_are_exact(kind: Kind, native: Impl) -> None:
+    """A group's integer is the largest that there is, of either sign. In fp32 more of equal terms would be rounded."""
+    width = quantised.block_inputs(kind)
+    for byte in (0x00, 0x7F, 0x80, 0xFF):
+        weight = random_weight(kind, 40, width, byte=byte)
+        for largest in (2 - 2.0**-23, 2 - 2.0**-15, 1.0):
+            x = torch.zeros(8, width)
+            x[::2, :32], x[1::2, :32] = largest, -largest
+            for rows in (1, 2, 3, 8):
+                assert_exact(x[:rows], weight, native)
+
+
+def assert_exact(x: torch.Tensor, weight: QuantisedWeight, native: Impl) -> None:
+    """Check a product [rows, n] within what losing 2^-22 of the largest input of each group changes."""
+    numbers, groups = oracle(weight).double(), x.shape[1] // 32
+    farthest = torch.einsum(
+        "rg,ng->rn",
+        x.view(-1, groups, 32).abs().amax(dim=-1).double(),
+        numbers.view(-1, groups, 32).abs().sum(dim=-1),
+    )
+    expected, found = x.double() @ numbers.T, product(x, [weight], native).double()
+    rounding = expected.abs() * torch.finfo(x.dtype).eps + torch.finfo(x.dtype).tiny
     assert ((found - expected).abs() <= 2.0**-20 * farthest + rounding).all()
 
 

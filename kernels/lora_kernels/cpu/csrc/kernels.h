@@ -65,7 +65,8 @@ struct QuantArgs {
   // sum of `digits` rows of codes, each times its scales: one rounded row, or several exact ones.
   const int8_t* x_codes;
   const float* x_scales;    // of x_codes' groups: [rows * digits, in_features / 32]
-  const int32_t* x_halves;  // sums of x_codes' halves of groups: [rows * digits, in_features / 16]
+  // Sums of x_codes' halves of groups, of digits with those before: [rows * digits, in_features / 16].
+  const int32_t* x_halves;
   int64_t digits;
   const QuantPart* parts;  // side by side in out
   int64_t num_parts;

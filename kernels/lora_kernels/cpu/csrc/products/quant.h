@@ -169,29 +169,15 @@ inline void store_panel(const QuantArgs& args, const float* sums, int64_t row, i
   }
 }
 
-// sums [rows, kPanel] = the sums of each row's digits in [rows, kDigits, kPanel], adding the last digit first.
-inline void add_digits(float* sums, int64_t rows) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < kPanel; j += kLanes) {
-      const float* from = sums + i * kDigits * kPanel + j;
-      Vec total = zero();
-      for (int64_t d = kDigits; d-- > 0;) total = add(total, load(from + d * kPanel));
-      store(sums + i * kPanel + j, total);
-    }
-  }
-}
-
 // Rows [row, row + rows) times one panel. width: number of the panel's columns in use.
 inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint8_t* panel, int64_t row, int64_t rows,
                         int64_t col, int64_t width) {
   float* memory = scratch(kQuantRows * kPanel + kChunk * kPanel);
   float* sums = memory + kChunk * kPanel;  // after the widened codes
-  const int64_t digits = args.x_codes ? args.digits : 1;
-  for (int64_t i = 0; i < rows * digits * kPanel; i += kLanes) store(sums + i, zero());
-  if (args.x_codes) {
-    int8_panel(args, part.form, panel, row * digits, rows * digits, sums, memory);
-    if (digits > 1) add_digits(sums, rows);
-  } else
+  for (int64_t i = 0; i < rows * kPanel; i += kLanes) store(sums + i, zero());
+  if (args.x_codes)
+    int8_panel(args, part.form, panel, row, rows, sums, memory);
+  else
 #ifdef __AVX512BF16__
       if (args.x_chunks)
     kIntegerPanel[part.form](args, panel, row, rows, sums, memory);

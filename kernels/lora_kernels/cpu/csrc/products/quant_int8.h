@@ -7,6 +7,7 @@
 #pragma once
 
 constexpr int kInt8Rows = kLanes == 16 ? 6 : 4;  // per tile
+constexpr int kDigitRows = 8;                    // per tile of rows written as digits
 constexpr int kInt8Vecs = kLanes == 16 ? 2 : 1;  // of columns per tile
 
 // The number subtracted from codes during multiplication.
@@ -48,7 +49,8 @@ struct Int8Chunk {
   int64_t head_ahead;    // from a group's codes to the scales to prefetch
 };
 
-// A tile's rows of x, and the sums it adds to.
+// A tile's rows of x, and the sums it adds to. If inputs are written as digits, each row has kDigits rows of codes,
+// scales and halves; the halves are then sums over the digits so far, in units of the last one.
 struct Int8Rows {
   const int8_t* x;        // [rows, kXChunk]
   const float* scales;    // [rows, groups of all inputs]
@@ -117,6 +119,89 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
     for (int v = 0; v < kInt8Vecs; ++v) store(t.sums + i * kPanel + col + v * kLanes, totals[i][v]);
 }
 
+constexpr int kDigits = 3;  // per input
+// Digits are -128 to 127, which needs one shift. Where products take the sign off signed bytes, these must not be -128.
+constexpr int kDigitBase = kUnsignedBytes ? 256 : 255;
+
+// Like int8_tile, for rows whose inputs are written as digits. The products of a row's digits form one integer: the sum
+// so far is multiplied by the base before the next digit's products are added. With codes of more than four bits it
+// could exceed 32 bits, so the first digit is scaled separately.
+template <int Bits, int Group, int Rows>
+void digit_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t groups) {
+  constexpr int kParts = 32 / Group, kFirst = Bits == 4 ? 0 : 1;  // kFirst: the first digit of that integer
+  constexpr bool kIsApart = Rows <= 2;                            // few rows: each sum would wait for its previous addition
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* codes = chunk.codes + g * chunk.group_bytes;
+    const auto sum_of = [&](int i, int d, int part) {  // over the group, or over the inputs that share a scale
+      const int32_t* halves = t.halves + ((i * kDigits + d) * t.groups + g) * 2;
+      return kParts == 2 ? halves[part] : halves[0] + halves[1];
+    };
+    const auto x_scale = [&](int i, int d) { return t.scales[(i * kDigits + d) * t.groups + g]; };
+    prefetch_once<128>(codes + chunk.head_ahead);
+    repeat<kParts>([&]<int P>() __attribute__((always_inline)) {
+      Words own[Group / 8][2][kInt8Vecs];
+      repeat<Group / 8>([&]<int Q>() __attribute__((always_inline)) {
+        constexpr int kQuad = P * Group / 8 + Q;
+        load_quad<Bits, kQuad>(codes, col, own[Q]);
+        prefetch_once<Bits * 32>(codes + kQuad * Bits * 32 + kLinesAhead);
+      });
+      // Adds the scaled integers of digits `first` to `last` to t.sums.
+      const auto add_scaled = [&](const Ints (&of_rows)[Rows][kInt8Vecs], int first, int last)
+                                  __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) {
+          int sum = sum_of(i, last, P);
+          if (first) sum -= sum_of(i, first - 1, P) * kDigitBase * kDigitBase;
+          const Ints less = set1_int(-t.offset * sum);
+          const Vec factor = set1(x_scale(i, last));
+#pragma GCC unroll 2
+          for (int v = 0; v < kInt8Vecs; ++v) {
+            const Vec scale = load(chunk.scales + (g * kParts + P) * kPanel + col + v * kLanes);
+            float* to = t.sums + i * kPanel + col + v * kLanes;
+            store(to, fma(to_floats(add_ints(of_rows[i][v], less)), mul(scale, factor), load(to)));
+          }
+        }
+      };
+      Ints acc[kIsApart ? kDigits : 1][Rows][kInt8Vecs];
+      repeat<kDigits>([&]<int D>() __attribute__((always_inline)) {
+        auto& to = acc[kIsApart ? D : 0];
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+          for (int v = 0; v < kInt8Vecs; ++v)
+            to[i][v] = kIsApart || D <= kFirst ? set1_int(0) : times(to[i][v], kDigitBase);
+        const int8_t* x = t.x + D * kXChunk + g * 32 + P * Group;
+        for (int four = 0; four < Group / 4; ++four, x += 4) {
+#pragma GCC unroll 8
+          for (int i = 0; i < Rows; ++i) {
+            int all;
+            __builtin_memcpy(&all, x + i * kDigits * kXChunk, 4);
+#pragma GCC unroll 2
+            for (int v = 0; v < kInt8Vecs; ++v)
+              to[i][v] = dot_codes<Bits>(to[i][v], own[four / 2][four % 2][v], all);
+          }
+        }
+        if constexpr (D < kFirst) add_scaled(to, D, D);
+      });
+      if constexpr (kIsApart)
+        for (int d = kFirst + 1; d < kDigits; ++d)
+          for (int i = 0; i < Rows; ++i)
+            for (int v = 0; v < kInt8Vecs; ++v)
+              acc[kFirst][i][v] = add_ints(times(acc[kFirst][i][v], kDigitBase), acc[d][i][v]);
+      add_scaled(acc[kIsApart ? kFirst : 0], kFirst, kDigits - 1);
+    });
+    if (chunk.addends) {
+      for (int i = 0; i < Rows; ++i) {
+        const float sum = static_cast<float>(sum_of(i, kDigits - 1, 0)) * x_scale(i, kDigits - 1);
+        for (int v = 0; v < kInt8Vecs; ++v) {
+          float* to = t.sums + i * kPanel + col + v * kLanes;
+          store(to, fma(load(chunk.addends + g * kPanel + col + v * kLanes), set1(sum), load(to)));
+        }
+      }
+    }
+  }
+}
+
 // Writes the scales of `inputs` inputs of a panel, and moves `at` past them. first: index of the first input. memory:
 // kChunk * kPanel floats.
 template <int F>
@@ -150,21 +235,27 @@ constexpr ScalesOf kScalesOf[] = {scales_of<0>, scales_of<1>, scales_of<2>, scal
 static_assert(sizeof(kScalesOf) / sizeof(ScalesOf) == kNumQuantForms && kXChunk % kChunk == 0 &&
               kSuperInputs % kChunk == 0);
 
-// sums [rows, kPanel] += rows [row, row + rows) of all code rows times one panel. memory: kChunk * kPanel floats.
+// sums [rows, kPanel] += rows [row, row + rows) times one panel. memory: kChunk * kPanel floats.
 template <int Bits, int Group>
 void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64_t row, int64_t rows, float* sums,
                 float* memory) {
-  const int64_t tiles = ceil_div(rows, kInt8Rows), groups = args.in_features / 32, all_rows = args.rows * args.digits;
+  const bool are_digits = args.digits > 1;
+  const int64_t tiles = ceil_div(rows, are_digits ? kDigitRows : kInt8Rows), groups = args.in_features / 32;
   for (int64_t first = 0; first < args.in_features; first += kChunk) {
     const int64_t inputs = min(kChunk, args.in_features - first);
     const Int8Chunk chunk = kScalesOf[form](panel, first, inputs, memory);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t begin = rows * tile / tiles, num = rows * (tile + 1) / tiles - begin, at = row + begin;
-      const Int8Rows t = {args.x_codes + (first / kXChunk * all_rows + at) * kXChunk + first % kXChunk,
+      const int64_t begin = rows * tile / tiles, num = rows * (tile + 1) / tiles - begin;
+      const int64_t at = (row + begin) * args.digits, chunk_row = first / kXChunk * args.rows * args.digits + at;
+      const Int8Rows t = {args.x_codes + chunk_row * kXChunk + first % kXChunk,
                           args.x_scales + at * groups + first / 32, args.x_halves + (at * groups + first / 32) * 2,
                           groups, int8_offset(kQuantForms[form]), sums + begin * kPanel};
-      for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
-        with_size<kInt8Rows>(num, [&]<int Rows>() { int8_tile<Bits, Group, Rows>(chunk, t, col, inputs / 32); });
+      for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes) {
+        if (are_digits)
+          with_size<kDigitRows>(num, [&]<int Rows>() { digit_tile<Bits, Group, Rows>(chunk, t, col, inputs / 32); });
+        else
+          with_size<kInt8Rows>(num, [&]<int Rows>() { int8_tile<Bits, Group, Rows>(chunk, t, col, inputs / 32); });
+      }
     }
   }
 }
@@ -197,12 +288,12 @@ struct InputGroup {
     return max_lane(largest);
   }
 
-  // Writes a group of integers from -127 to 127 as codes, and the sums of its halves. Returns 0, or NaN if one is NaN.
+  // Writes a group of integers from -128 to 127 as codes, and the sums of its halves. Returns 0, or NaN if one is NaN.
   float store_to(int8_t* codes, int32_t* halves) const {
     Vec own[kVecs], sums[2] = {zero(), zero()};
     for (int v = 0; v < kVecs; ++v) {
       sums[v * 2 / kVecs] = add(sums[v * 2 / kVecs], x[v]);
-      own[v] = max(x[v], set1(-127.0f));  // also turns a NaN into a code
+      own[v] = max(x[v], set1(-128.0f));  // a NaN becomes a code, too
     }
     store_eights(codes, own);
     float found[4];
@@ -225,8 +316,6 @@ inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
   return scale + group.store_to(codes, halves);
 }
 
-constexpr int64_t kDigits = 3;  // per input
-
 // Maximum rows for writing inputs as digits. Up to here, integer products of three digits take less time than the
 // alternative: products in fp32, slow products of bf16 pairs, or codes widened for tile registers.
 inline int64_t most_digit_rows([[maybe_unused]] const QuantForm& form) {
@@ -235,7 +324,7 @@ inline int64_t most_digit_rows([[maybe_unused]] const QuantForm& form) {
 #elif defined(__AVX512BF16__)
   return is_amd ? 0 : 4;
 #elif defined(__AVX512VNNI__)
-  return form.bits == 8 ? 6 : 8;
+  return form.bits == 4 ? 16 : 8;
 #elif defined(__AVX512F__)
   return form.bits == 8 ? 2 : 3;
 #elif defined(__AVXVNNI__)
@@ -258,11 +347,11 @@ int64_t quant_digits(const QuantArgs& args) {
 // codes[d]. Relative to the group's largest magnitude, or to 2^-100 if that is larger, numbers of eight bits down to
 // 2^-14 are exact, and the error of others is at most 2^-22.
 //
-// Digit d is at codes + d * kXChunk; the sums of its halves at halves + d * 2 * groups; its scale at scales + d *
-// groups, NaN if an input is NaN or infinite.
+// Digit d is at codes + d * kXChunk; the sums of the halves at halves + d * 2 * groups (see Int8Rows); its scale at
+// scales + d * groups, NaN if an input is NaN or infinite.
 template <typename T>
 inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* halves, float* scales) {
-  constexpr float kBase = 254;  // digits are -127 to 127
+  constexpr float kTie = kDigitBase % 2 ? 0.0f : 0x1p-10f;  // 128 is -128 and one of the next digit
   InputGroup rest, digit;
   // The largest power of two up to the largest magnitude, but at least 2^-100, so that its inverse is finite.
   const float size = rest.load_from(from);
@@ -272,17 +361,20 @@ inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* h
   float top;
   __builtin_memcpy(&top, &bits, 4);
   if (!(top > 0x1p-100f)) top = 0x1p-100f;
-  const Vec inverse = set1(0x1p21f / top), base = set1(kBase), part = set1(1 / kBase);
+  const Vec inverse = set1(0x1p21f / top), base = set1(kDigitBase), part = set1(1.0f / kDigitBase), tie = set1(kTie);
   float scale = top * 0x1p-21f;
   for (Vec& x : rest.x) x = round(mul(x, inverse));
-  for (int64_t d = kDigits; d-- > 0; scale *= kBase) {
+  for (int64_t d = kDigits; d-- > 0; scale *= kDigitBase) {
     for (int v = 0; v < InputGroup::kVecs; ++v) {
-      const Vec upper = d ? round(mul(rest.x[v], part)) : zero();
+      const Vec upper = d ? round(fma(rest.x[v], part, tie)) : zero();
       digit.x[v] = sub(rest.x[v], mul(upper, base));
       rest.x[v] = upper;
     }
     scales[d * groups] = scale + digit.store_to(codes + d * kXChunk, halves + d * 2 * groups);
   }
+  for (int64_t d = 1; d < kDigits; ++d)
+    for (int64_t half = 0; half < 2; ++half)
+      halves[d * 2 * groups + half] += halves[(d - 1) * 2 * groups + half] * kDigitBase;
 }
 
 // Writes x as codes, in the layout of QuantArgs.

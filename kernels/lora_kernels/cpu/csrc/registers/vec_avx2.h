@@ -131,6 +131,7 @@ inline void transpose(Vec rows[kLanes]) {
 using Ints = __m256i;
 inline Ints set1_int(int x) { return _mm256_set1_epi32(x); }
 inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints times(Ints a, int b) { return reinterpret_cast<Ints>(reinterpret_cast<__v8si>(a) * b); }
 inline Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 // acc[i] += the sum of codes[4 i + j] * (byte j of x). Codes of fewer than eight bits are not negative.
 template <int Bits>

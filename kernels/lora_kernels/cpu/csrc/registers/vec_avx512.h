@@ -154,6 +154,7 @@ typedef uint16_t Words __attribute__((vector_size(64)));
 using Ints = __m512i;
 inline Ints set1_int(int x) { return _mm512_set1_epi32(x); }
 inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints times(Ints a, int b) { return reinterpret_cast<Ints>(reinterpret_cast<__v16si>(a) * b); }
 inline Vec to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 // mask ? a : b, bit by bit.
 inline Words select(uint16_t mask, Words a, Words b) {

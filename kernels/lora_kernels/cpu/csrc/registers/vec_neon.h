@@ -163,6 +163,7 @@ struct Ints {
 };
 inline Ints set1_int(int x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
 inline Ints add_ints(Ints a, Ints b) { return {vaddq_s32(a.lo, b.lo), vaddq_s32(a.hi, b.hi)}; }
+inline Ints times(Ints a, int b) { return {a.lo * b, a.hi * b}; }
 inline Vec to_floats(Ints a) { return {vcvtq_f32_s32(a.lo), vcvtq_f32_s32(a.hi)}; }
 inline int32x4_t dot_signed(int32x4_t acc, int8x16_t codes, int8x16_t x) {
   const int16x8_t first = vmull_s8(vget_low_s8(codes), vget_low_s8(x)), second = vmull_high_s8(codes, x);
