@@ -191,7 +191,7 @@ async def _serve(
         uploads = FileService(bus, storage, settings)
         jobs = calls.jobs
         stored = StoredResponses(pipeline, jobs)
-        conversations = Conversations(bus, settings, jobs, stored, timings.conversation_sweep_s)
+        conversations = Conversations(bus, settings, jobs, stored, pipeline.checks, timings.conversation_sweep_s)
         batch_wake = asyncio.Event()
         outside = Outside(private=settings.private_webhooks, names=HostNames(settings.webhook_dns))
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)

@@ -85,17 +85,17 @@ class Jobs:
         request: what of the body writing its answer needs; `JobApi.parse` takes it.
         """
         caller = call.parsed.caller
-        made = await self.submit(call, sent, request)
+        made = await self.submit(call, sent, orjson.dumps(request))
         if isinstance(made, m.Idempotent):
             return await self.get(made.jid, caller)
         return await self._view(made, await self.facts(made), whole=True)
 
     async def submit(
-        self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any], conversation: str = ""
+        self, call: AdmittedCall, sent: Sent, request: bytes, conversation: str = ""
     ) -> m.Job | m.Idempotent:
         """Submit a call as a job that nobody follows; or return what its Idempotency-Key was used for before.
 
-        conversation: whose turn it is, "" for none.
+        request: what `create` takes, as JSON. conversation: whose turn it is, "" for none.
 
         Raises Overloaded, and IdempotencyKeyReused for a key that was used with another body.
         """
@@ -113,7 +113,7 @@ class Jobs:
         self,
         made: SubmittedCall,
         sent: Sent,
-        request: Mapping[str, Any],
+        request: bytes,
         *,
         background: bool = True,
         conversation: str = "",
@@ -137,7 +137,7 @@ class Jobs:
             **facts_of(made),
         )
         ttl_s = self._pipeline.settings.job_ttl_s + KEPT_AFTER_EXPIRY_S
-        return NewJob(job, orjson.dumps(request), int(ttl_s * 1000))
+        return NewJob(job, request, int(ttl_s * 1000))
 
     async def get(self, jid: str, caller: Caller, wait_s: float = 0.0) -> dict[str, Any]:
         """Return a job; with `wait_s`, wait at most so long until it has ended. Raises NotFound."""

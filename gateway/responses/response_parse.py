@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import msgspec
@@ -18,6 +18,7 @@ from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
 from gateway.grammars.schemas import ANY_OBJECT, checked_schema, is_strict
 from gateway.openai.openai_parse import check_variables, stop_strings
+from gateway.overload.large import PLAIN_BYTES
 from gateway.responses.items import Item, messages_of, unread_results
 from gateway.responses.response_bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
 from gateway.responses.tools import is_hosted, shown_tool, tools_in
@@ -36,12 +37,28 @@ ENCRYPTED = "reasoning.encrypted_content"
 """The one that is accepted: reasoning is shown as it is, and comes back so."""
 
 
+PART_BYTES = 1 << 7
+"""Weight of an item, or a part of one, beside its text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a body's input goes on with."""
 
     items: Sequence[Item] = ()  # items of the previous response, its output last
     known: Mapping[str, Item] = field(default_factory=dict[str, Item])  # by id, items that the input refers to
+
+    @property
+    def num_bytes(self) -> int:
+        """An estimate of what the items weigh beside a body's bytes; counted until they are many."""
+        num = 0
+        for part in chain.from_iterable(
+            content if isinstance(content := item.get("content"), list) else (item,) for item in self.items
+        ):
+            num += PART_BYTES + sum(len(value) for value in part.values() if isinstance(value, str))
+            if num > PLAIN_BYTES:
+                break
+        return num
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +267,8 @@ def _constraint(request: PromptRequest, settings: Settings) -> Constraint | None
 
 def to_be_stored(
     call: ParsedCall, request: ResponseRequest, items: Sequence[Item], num_own: int, max_bytes: int
-) -> dict[str, Any]:
-    """Return what `parse_stored` needs to write the answer, and a later response to go on with it.
+) -> bytes:
+    """Return as JSON what `parse_stored` needs to write the answer, and a later response to go on with it.
 
     num_own: how many of the items, the last ones, are the body's own. Raises BadRequest for a conversation that has
     more than `max_bytes` as JSON.
@@ -264,11 +281,11 @@ def to_be_stored(
         "num_own": num_own,
         "stop": request.stop,
     }
-    num_bytes = len(orjson.dumps(kept))
-    if num_bytes > max_bytes:
-        text = f"the conversation has {num_bytes} bytes; the limit is {max_bytes}"
+    raw = orjson.dumps(kept)
+    if len(raw) > max_bytes:
+        text = f"the conversation has {len(raw)} bytes; the limit is {max_bytes}"
         raise BadRequest(text, param="input", code="limit_exceeded")
-    return kept
+    return raw
 
 
 def parse_stored(kept: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:

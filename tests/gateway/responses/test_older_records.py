@@ -13,6 +13,7 @@ from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, runnin
 from helpers.waiting import wait_until
 
 from gateway.jobs.jobs import Facts
+from gateway.overload.large import Checks
 from gateway.responses.conversations import Conversations
 from gateway.responses.items import Item
 from gateway.responses.stored import StoredResponses
@@ -124,7 +125,7 @@ async def test_a_turn_that_fails_unforeseen_is_given_up_and_others_are_added(
         stored = Breaking(broken)
         jobs: Any = SimpleNamespace()
         conversations = Conversations(
-            bus, Settings(redis_url=bus.url), jobs, stored, retry=Backoff(0.0001, 0.0001)
+            bus, Settings(redis_url=bus.url), jobs, stored, Checks(), retry=Backoff(0.0001, 0.0001)
         )  # fmt: skip
 
         async def is_over() -> bool:
