@@ -8,6 +8,7 @@ the records of requests, which live on for two minutes.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ LEASE_MS = 10_000
 """How long a gateway that has died keeps others from copying. Whatever is read is written in half of this time."""
 
 _PROBLEM_MS = 60_000
+
+_COPIED = re.compile(rb"\d{1,18}-\d{1,18} \d{1,18}-\d{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,8 @@ class Archive:
         ids: list[list[str]] = []
         pipe = self._redis.pipeline(transaction=False)
         for tenant, raw in zip(tenants, copied, strict=True):
-            ids.append([max(at, f"{since_ms}-0", key=_numbers) for at in (raw or b"0-0 0-0").decode().split(" ")])
+            known = raw if raw is not None and _COPIED.fullmatch(raw) else b"0-0 0-0"  # or another release wrote it
+            ids.append([max(at, f"{since_ms}-0", key=_numbers) for at in known.decode().split(" ")])
             for key, at in zip(self._streams(tenant), ids[-1], strict=True):
                 pipe.xrange(key, f"({at}", "+", count=num)
         entries: list[Any] = await pipe.execute()
@@ -174,7 +178,7 @@ class Archive:
             return None
         try:
             return decode(sub, m.RequestHead), int(num), self._keys.body(call.decode())
-        except ProtocolError:  # another release wrote it
+        except (ProtocolError, ValueError):  # another release wrote it
             return None
 
     def sealed(self, tenant: str, rid: str, text: m.KeptText) -> bytes:
