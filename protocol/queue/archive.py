@@ -96,7 +96,8 @@ class Archive:
 
     async def tenants(self, since_ms: int) -> list[str]:
         """Return the tenants whose last end was noted since a time."""
-        return [name.decode() for name in await self._redis.zrangebyscore(self._keys.histories, since_ms, "+inf")]
+        found = await self._redis.zrangebyscore(self._keys.histories, since_ms, "+inf")
+        return [name.decode(errors="replace") for name in found]  # what is no tenant's has no history
 
     async def new(self, tenants: Sequence[str], num: int, since_ms: int) -> list[NewPast]:
         """Return what tenants' histories have that was not copied: `num` of each stream's oldest since a time."""
@@ -198,7 +199,7 @@ class Archive:
     async def deletions(self, num: int) -> list[tuple[str, str]]:
         """Return tenant and id of the requests whose texts are to be deleted from the database, the oldest first."""
         members = await self._redis.zrange(self._keys.history_deleted, 0, num - 1)
-        return [(tenant, rid) for tenant, _, rid in (one.decode().partition(":") for one in members)]
+        return [(tenant, rid) for tenant, _, rid in (one.decode(errors="replace").partition(":") for one in members)]
 
     async def deleted(self, done: Sequence[tuple[str, str]]) -> None:
         """Note that these texts have been deleted."""

@@ -224,7 +224,8 @@ class Members:
     async def ids(self, registry: str, max_age_ms: int | None = None) -> list[str]:
         """Return who is on a register, by last heartbeat; None: however long ago that was."""
         low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms
-        return [member.decode() for member in await self._redis.zrangebyscore(registry, low, "+inf")]
+        found = await self._redis.zrangebyscore(registry, low, "+inf")
+        return [name for member in found if "\ufffd" not in (name := member.decode(errors="replace"))]
 
     async def has_beaten(self, registry: str, since_ms: int) -> bool:
         """Return whether any member on a register has sent a heartbeat since a unix time in ms."""
