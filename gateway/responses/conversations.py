@@ -38,6 +38,7 @@ from protocol.runtime.guarded import FAILED, Items, is_queue_away
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
+from protocol.wire.codec import as_kept
 from protocol.wire.errors import BadRequest, LorafleetError, NewerRecord, NotFound, Overloaded, UnreadableRecord
 
 ID_PREFIX = "conv_"
@@ -254,11 +255,12 @@ class Conversations:
     async def _values(self, raws: Sequence[bytes], tenant: str) -> list[Item]:
         """Return items stored as JSON, and charge for them: a conversation may have some of each of many bodies.
 
-        Raises as `cost.hold`.
+        Raises UnreadableRecord, and as `cost.hold`.
         """
         apart = partial(self._checks.do, fields=(), num_bytes=sum(map(len, raws)), tenant=tenant)
         hold(held() + await apart(lambda: sum(len(raw) + values_bytes(raw) for raw in raws)))
-        return await apart(lambda: [loads_kept(raw) for raw in raws])
+        with as_kept("an item of the conversation"):
+            return await apart(lambda: [{"id": item["id"], **item} for item in map(loads_kept, raws)])
 
     async def _known(self, conversation_id: str, caller: Caller, param: str = "conversation_id") -> m.Conversation:
         found = None
