@@ -80,6 +80,7 @@ from gateway.webhooks.webhook_routes import WebhookRoutes
 from protocol.metrics.series import GATEWAY_HELD_BYTES
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.free_space import Reserve
 from protocol.runtime.guarded import BRISK, Loop, guarded
 from protocol.runtime.model_files import base_settings
 from protocol.runtime.sealing import Seal
@@ -190,7 +191,7 @@ async def _serve(
         uploads = FileService(bus, storage, settings)
         jobs = calls.jobs
         stored = StoredResponses(pipeline, jobs)
-        conversations = Conversations(bus, settings, jobs, stored, timings.conversation_sweep_s)
+        conversations = Conversations(bus, settings, jobs, stored, pipeline.checks, timings.conversation_sweep_s)
         batch_wake = asyncio.Event()
         outside = Outside(private=settings.private_webhooks, names=HostNames(settings.webhook_dns))
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
@@ -238,7 +239,7 @@ def _database(settings: Settings) -> Database | None:
     try:
         from gateway.requests.database import Database
 
-        return Database(settings.history)
+        return Database(settings.history, reserve=Reserve(settings.keep_free))
     except ImportError as error:
         raise BadRequest(f"--history needs `pip install 'lorafleet[history]'`: {error}") from error
 

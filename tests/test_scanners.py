@@ -35,7 +35,6 @@ READERS = {
     "gateway/grammars/ebnf.py": "one string of a grammar, without lists and objects",
     "gateway/grammars/structured.py": "a schema in a grammar of `max_grammar_bytes`, in a thread; then held to limits",
     "gateway/text/tokenizer.py": "generation_config.json of the operator's model",
-    "gateway/responses/conversations.py": "records of ours, of such a body; their size is charged",
     "gateway/responses/stored.py": "a copy of what was just written",
     "gateway/batches/lines.py": "lines are passed over: no value of a body is made",
     "gateway/bodies/json_outline.py": "a text is passed over in pieces: no value of it is made",

@@ -44,7 +44,7 @@ from gateway.console.console_routes import ConsolePages, DocsPages, add_console
 from gateway.encoders.encoder_routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.file_routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
-from gateway.http.access import API_PAGE, MATCH, RouteMatch, Routes, RouteTable, normal_path
+from gateway.http.access import API_PAGE, MATCH, RouteMatch, Routes, RouteTable, check_query, normal_path
 from gateway.http.errors import OUTCOME_OF, REQUEST_ID_OF, Outcome, add_handlers
 from gateway.http.headers import header_of
 from gateway.http.paths import SMALL_BODY_BYTES
@@ -222,6 +222,7 @@ class Envelope:
         refusal: BadRequest | None = None
         try:
             match = self._table.match(scope["method"], normal_path(scope["path"], self._prefix))
+            check_query(scope["query_string"])
         except BadRequest as error:
             match, refusal = RouteMatch(scope["path"]), error
         scope = {**scope, MATCH: match, "path": match.path}

@@ -20,6 +20,9 @@ MAX_FIELDS = 16
 MAX_FIELD_BYTES = 4096
 """Maximum bytes of a field's name and value, and of a part's headers."""
 
+MAX_PARAMETERS = 64
+"""Semicolons of a header. Its parser took 29 ms of the event loop for the 60,000 that a head has room for."""
+
 MAX_FILENAME_CHARACTERS = 255
 
 
@@ -28,7 +31,7 @@ class UploadedForm:
 
     def __init__(self, content_type: str, max_bytes: int) -> None:
         """max_bytes: maximum bytes of the file. Raises BadRequest for a body that is not a form."""
-        kind, options = parse_options_header(content_type)
+        kind, options = _options_of(content_type.encode())
         boundary = options.get(b"boundary", b"")
         if kind != b"multipart/form-data" or not 0 < len(boundary) <= 200:
             raise BadRequest(f"a file is uploaded as multipart/form-data with a boundary, not as {brief(content_type)}")
@@ -102,7 +105,7 @@ class UploadedForm:
         self._header, self._value = b"", b""
 
     def _end_headers(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        _, options = _options_of(self._headers.get(b"content-disposition", b""))
         self._field = options.get(b"name", b"").decode(errors="replace")
         if b"filename" not in options:
             if self._field in self.fields:
@@ -135,6 +138,12 @@ class UploadedForm:
 
     def _finish(self) -> None:
         self._has_ended = True
+
+
+def _options_of(header: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    if (num := header.count(b";")) > MAX_PARAMETERS:
+        raise BadRequest(f"a header of the form has {num} semicolons; the limit is {MAX_PARAMETERS}")
+    return parse_options_header(header)
 
 
 def _check(value: bytes) -> None:

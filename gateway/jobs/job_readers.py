@@ -15,6 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from gateway.jobs.job_events import JobEvent, JobEvents
 from gateway.overload.cost import held, hold, own_cost, shared
 from protocol.runtime.fair_slots import FairSlots
+from protocol.runtime.guarded import is_failure
 
 POLL_S, WAITING_POLL_S = 0.1, 0.5
 """Minimum seconds between reads of the logs: while tokens arrive, and before the first."""
@@ -140,7 +141,9 @@ class SharedReader:
                     self.waiting_for = await events.waiting_for()
                 if not events.is_behind and not events.is_over:
                     await asyncio.sleep(self._pause_s(POLL_S if events.has_begun else WAITING_POLL_S))
-        except Exception as error:  # noqa: BLE001  all readers of the job get the error
+        except BaseException as error:  # all readers of the job get the error, also a panic of a Rust library
+            if not is_failure(error):
+                raise
             self._failure = error
             self._tell()
 

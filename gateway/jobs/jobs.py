@@ -85,18 +85,18 @@ class Jobs:
         request: the part of the body needed to write the answer, in the form that `JobApi.parse` accepts.
         """
         caller = call.parsed.caller
-        made = await self.submit(call, sent, request)
+        made = await self.submit(call, sent, orjson.dumps(request))
         if isinstance(made, m.Idempotent):
             return await self.get(made.jid, caller)
         return await self._view(made, await self.facts(made), whole=True)
 
     async def submit(
-        self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any], conversation: str = ""
+        self, call: AdmittedCall, sent: Sent, request: bytes, conversation: str = ""
     ) -> m.Job | m.Idempotent:
         """Submit a call as a job that no client follows; or return the record of its Idempotency-Key's first use.
 
-        conversation: id of the conversation that gets its turn, "" for none. Raises Overloaded, and
-        IdempotencyKeyReused for a key that was used with another body.
+        request: the argument of `create`, as JSON. conversation: id of the conversation that gets its turn, "" for
+        none. Raises Overloaded, and IdempotencyKeyReused for a key that was used with another body.
         """
         submitter = self._pipeline.submitter
         made = submitter.made(call)
@@ -112,7 +112,7 @@ class Jobs:
         self,
         made: SubmittedCall,
         sent: Sent,
-        request: Mapping[str, Any],
+        request: bytes,
         *,
         background: bool = True,
         conversation: str = "",
@@ -137,7 +137,7 @@ class Jobs:
             **facts_of(made),
         )
         ttl_s = self._pipeline.settings.job_ttl_s + KEPT_AFTER_EXPIRY_S
-        return NewJob(job, orjson.dumps(request), int(ttl_s * 1000))
+        return NewJob(job, request, int(ttl_s * 1000))
 
     async def get(self, jid: str, caller: Caller, wait_s: float = 0.0) -> dict[str, Any]:
         """Return a job; with `wait_s`, wait up to that many seconds for its end. Raises NotFound."""

@@ -20,7 +20,7 @@ from protocol.queue.history import MAINTAIN_MS
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.guarded import Loop
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import NotFound, ProtocolError, Unavailable
+from protocol.wire.errors import NoRoom, NotFound, ProtocolError, Unavailable
 
 if TYPE_CHECKING:  # its packages are optional
     from gateway.requests.database import Database
@@ -110,6 +110,11 @@ class Archiver:
         if not self._is_prepared:
             await self._database.prepare()
             self._is_prepared = True
+        try:
+            self._database.check_room()
+        except NoRoom:
+            await self._delete()  # what its owner has deleted goes all the same
+            raise
         archive = self._bus.archive
         recent = await archive.tenants(0 if self._looks_at_all else now_ms() - RECENT_MS)
         tenants = list(dict.fromkeys([*self._unfinished, *recent]))

@@ -46,6 +46,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from protocol.queue.archive import Past
 from protocol.queue.history import MAX_REFUSALS, Place
 from protocol.runtime.fair_slots import RETRY_S, FairSlots
+from protocol.runtime.free_space import Reserve
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable
@@ -156,10 +157,14 @@ _ADD = {
 class Database:
     """The history's database. Raises Unavailable if it fails, and Overloaded for readers."""
 
-    def __init__(self, url: str, timeout_s: float = TIMEOUT_S) -> None:
-        """url: the value of `--history`. Raises BadRequest if it cannot be used, ImportError without its driver."""
+    def __init__(self, url: str, timeout_s: float = TIMEOUT_S, reserve: Reserve | None = None) -> None:
+        """url: the value of `--history`. reserve: free space to keep on the disk of SQLite's file; None: none.
+
+        Raises BadRequest if the URL cannot be used, ImportError without its driver.
+        """
         self._url = url_of(url)
         self._timeout_s = timeout_s
+        self._reserve = reserve or Reserve(0)
         self._slots = FairSlots(READS, READS_OF_TENANT, READS_WAITING)
         try:
             more: dict[str, Any] = {"pool_size": READS + 2, "max_overflow": 0, "pool_timeout": timeout_s}
@@ -194,6 +199,11 @@ class Database:
         """Create the table if it does not exist. Raises Unavailable."""
         async with self._begun() as connection:
             await connection.run_sync(REQUESTS.metadata.create_all)
+
+    def check_room(self) -> None:
+        """Raise NoRoom where the file would take what is kept free of its disk; what is deleted makes no room there."""
+        if self._is_sqlite:
+            self._reserve.check(Path(self._url.database or ""))
 
     async def write(self, rows: Sequence[tuple[Past, bytes | None]]) -> None:
         """Insert entries with their texts, except unreadable ones and those already stored. Raises Unavailable."""

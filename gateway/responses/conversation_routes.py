@@ -8,7 +8,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
-from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
 from gateway.http import openapi
 from gateway.http.access import INFER, Routes
 from gateway.http.paths import CONVERSATIONS
@@ -57,7 +57,7 @@ class ConversationEndpoints:
         check_included(include)
         caller = caller_of(request)
         page = await self._conversations.page(conversation_id, caller, limit, after, newest_first=order == "desc")
-        return json_response(page)
+        return json_answer(page)
 
     async def item(self, conversation_id: str, item_id: str, request: Request, include: Included = None) -> Response:
         """Answer `GET /v1/conversations/{id}/items/{item}`."""

@@ -19,9 +19,12 @@ from typing import Any
 import orjson
 
 from gateway.auth.callers import Caller
+from gateway.bodies.json_slices import RowSlices
+from gateway.bodies.json_values import loads_kept
 from gateway.http.list_page import list_page
 from gateway.jobs.jobs import KEPT_AFTER_EXPIRY_S, Jobs
 from gateway.overload.cost import held, hold
+from gateway.overload.large import Checks
 from gateway.overload.memory import values_bytes
 from gateway.overload.shares import shares
 from gateway.responses.items import Item, items_of
@@ -35,6 +38,7 @@ from protocol.runtime.guarded import FAILED, Items, is_queue_away
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
+from protocol.wire.codec import as_kept
 from protocol.wire.errors import BadRequest, LorafleetError, NewerRecord, NotFound, Overloaded, UnreadableRecord
 
 ID_PREFIX = "conv_"
@@ -72,14 +76,19 @@ class Conversations:
         settings: Settings,
         jobs: Jobs,
         stored: StoredResponses,
+        checks: Checks,
         sweep_s: float = SWEEP_S,
         retry: Backoff = RETRY,
     ) -> None:
-        """jobs: a job is added to its conversation before it is deleted. retry: backoff of a turn that fails."""
+        """jobs: a job is added to its conversation before it is deleted. checks: runs the reading of items.
+
+        retry: backoff of a turn that fails.
+        """
         self._bus = bus
         self._queue = bus.conversations
         self._jobs = jobs
         self._stored = stored
+        self._checks = checks
         self.sweep_s = sweep_s
         self._turns = Items("conversations", backoff=retry)
         ttl_s = max(settings.conversation_ttl_s, settings.job_ttl_s + KEPT_AFTER_EXPIRY_S)  # outlives its turns
@@ -141,7 +150,8 @@ class Conversations:
                 raise NotFound(f"there is no item {brief(after)}", param="after")
             start = rank + 1
         raws = await self._queue.items(conversation_id, start, limit + 1, newest_first=newest_first)
-        return list_page(_values(raws[:limit]), has_more=len(raws) > limit)
+        items = await self._values(raws[:limit], caller.owner)
+        return list_page(items, has_more=len(raws) > limit) | {"data": RowSlices(lambda: items, at_once=1)}
 
     async def item(self, conversation_id: str, item_id: str, caller: Caller) -> Item:
         """Return an item. Raises NotFound."""
@@ -150,7 +160,7 @@ class Conversations:
         raw = await self._queue.item(conversation_id, item_id)
         if raw is None:
             raise _no_item(item_id)
-        return _values([raw])[0]
+        return (await self._values([raw], caller.owner))[0]
 
     async def delete_item(self, conversation_id: str, item_id: str, caller: Caller) -> dict[str, Any]:
         """Delete an item; return the conversation. Raises NotFound."""
@@ -167,7 +177,7 @@ class Conversations:
         known = await self._known(conversation_id, caller, "conversation")
         await self._add_turns(known.id, caller.owner)
         await self._change(known.id, caller)
-        return _values(await self._queue.items(known.id))
+        return await self._values(await self._queue.items(known.id), caller.owner)
 
     async def _add_turn_of(self, job: m.Job) -> None:
         """Add the turn of a response that is about to be deleted, if it has ended with an answer."""
@@ -242,6 +252,16 @@ class Conversations:
 
     # ------------------------------------------------------------ storage
 
+    async def _values(self, raws: Sequence[bytes], tenant: str) -> list[Item]:
+        """Return items stored as JSON, and charge for them: a conversation may have some of each of many bodies.
+
+        Raises UnreadableRecord, and as `cost.hold`.
+        """
+        apart = partial(self._checks.do, fields=(), num_bytes=sum(map(len, raws)), tenant=tenant)
+        hold(held() + await apart(lambda: sum(len(raw) + values_bytes(raw) for raw in raws)))
+        with as_kept("an item of the conversation"):
+            return await apart(lambda: [{"id": item["id"], **item} for item in map(loads_kept, raws)])
+
     async def _known(self, conversation_id: str, caller: Caller, param: str = "conversation_id") -> m.Conversation:
         found = None
         if _ID.fullmatch(conversation_id):
@@ -296,12 +316,6 @@ def _given(items: Sequence[Item]) -> list[Item]:
 
 def _written(items: Sequence[Item]) -> list[tuple[str, bytes]]:
     return [(item["id"], orjson.dumps(item)) for item in items]
-
-
-def _values(raws: Sequence[bytes]) -> list[Item]:
-    """Parse items stored as JSON, and charge for them. Raises as `cost.hold`."""
-    hold(held() + sum(len(raw) + values_bytes(raw) for raw in raws))
-    return [orjson.loads(raw) for raw in raws]
 
 
 def _not_found(conversation_id: str, param: str) -> NotFound:

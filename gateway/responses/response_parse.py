@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import msgspec
@@ -18,6 +18,7 @@ from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
 from gateway.grammars.schemas import ANY_OBJECT, checked_schema, is_strict
 from gateway.openai.openai_parse import check_variables, stop_strings
+from gateway.overload.large import PLAIN_BYTES
 from gateway.responses.items import Item, messages_of, unread_results
 from gateway.responses.response_bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
 from gateway.responses.tools import is_hosted, shown_tool, tools_in
@@ -36,12 +37,28 @@ ENCRYPTED = "reasoning.encrypted_content"
 """The value of `include` accepted without effect: reasoning is returned, and sent back, as plain text."""
 
 
+PART_BYTES = 1 << 7
+"""Weight of an item, or a part of one, beside its text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """The conversation that a body continues, and the items that it references."""
 
     items: Sequence[Item] = ()  # items of the previous response, its output last
     known: Mapping[str, Item] = field(default_factory=dict[str, Item])  # referenced items by id
+
+    @property
+    def num_bytes(self) -> int:
+        """An estimate of what the items weigh beside a body's bytes; counted until they are many."""
+        num = 0
+        for part in chain.from_iterable(
+            content if isinstance(content := item.get("content"), list) else (item,) for item in self.items
+        ):
+            num += PART_BYTES + sum(len(value) for value in part.values() if isinstance(value, str))
+            if num > PLAIN_BYTES:
+                break
+        return num
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +270,8 @@ def _constraint(request: PromptRequest, settings: Settings) -> Constraint | None
 
 def to_be_stored(
     call: ParsedCall, request: ResponseRequest, items: Sequence[Item], num_own: int, max_bytes: int
-) -> dict[str, Any]:
-    """Return what `parse_stored` needs to write the answer, and what a later response needs to continue it.
+) -> bytes:
+    """Return as JSON what `parse_stored` needs to write the answer, and what a later response needs to continue it.
 
     num_own: number of the last items, which are the body's own. Raises BadRequest for more than `max_bytes` of JSON.
     """
@@ -266,11 +283,11 @@ def to_be_stored(
         "num_own": num_own,
         "stop": request.stop,
     }
-    num_bytes = len(orjson.dumps(kept))
-    if num_bytes > max_bytes:
-        text = f"the conversation has {num_bytes} bytes; the limit is {max_bytes}"
+    raw = orjson.dumps(kept)
+    if len(raw) > max_bytes:
+        text = f"the conversation has {len(raw)} bytes; the limit is {max_bytes}"
         raise BadRequest(text, param="input", code="limit_exceeded")
-    return kept
+    return raw
 
 
 def parse_stored(kept: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:

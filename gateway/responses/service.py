@@ -31,9 +31,6 @@ from protocol.wire.errors import BadRequest, NotFound
 CANCEL_WAIT_S = 10.0
 """Maximum seconds to wait for a worker to end a cancelled response."""
 
-ITEM_BYTES = 1 << 8
-"""Size of a stored item in the estimate of a body's parse time."""
-
 MAX_REFERRED = 16
 """Maximum responses whose items an input may reference: each is read from its log."""
 
@@ -72,7 +69,7 @@ class Responses:
             items = [*context.items, *own]
             return own, items, parse(body, caller, self._settings, sent, items, call_id)
 
-        num_bytes = len(sent.raw) + ITEM_BYTES * len(context.items)
+        num_bytes = len(sent.raw) + context.num_bytes
         own, items, call = await pipeline.parsed(body, caller, num_bytes, make)
         large.keep(items)
         if not call.shown["store"]:
@@ -107,7 +104,7 @@ class Responses:
             items = [*context.items, *items_of(body.input, uuid.uuid4().hex, context.known, len(context.items))]
             return parse_count(body, caller, self._settings, items, most_tokenized(base))
 
-        call = await self._pipeline.parsed(body, caller, num_bytes + ITEM_BYTES * len(context.items), make)
+        call = await self._pipeline.parsed(body, caller, num_bytes + context.num_bytes, make)
         ignore(caller.headers, call.served_without)
         resolved = await resolver.resolve(call)
         [prompt] = (await large.work(lambda: tokenize(resolved))).prompts

@@ -180,7 +180,7 @@ class Connection(HttpToolsProtocol):
         if self._num_headers > MAX_HEADERS:
             self._fail(HttpError(431, f"a request may have at most {MAX_HEADERS} headers", code="headers_too_large"))
         self._count_head(len(name) + len(value) + 4)
-        if self._phase == "head":
+        if self._phase == "head" and name.lower() != b"cookie":  # no route has any, and every one would parse them
             super().on_header(name, value)
 
     def on_message_begin(self) -> None:

@@ -8,6 +8,7 @@ read from the records of requests, which live two minutes longer than the reques
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ LEASE_MS = 10_000
 """How long a dead gateway keeps others from copying. What has been read is written within half of this time."""
 
 _PROBLEM_MS = 60_000
+
+_COPIED = re.compile(rb"\d{1,18}-\d{1,18} \d{1,18}-\d{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,8 @@ class Archive:
 
     async def tenants(self, since_ms: int) -> list[str]:
         """Return the tenants whose last request ended, as far as noted, at or after a unix time in ms."""
-        return [name.decode() for name in await self._redis.zrangebyscore(self._keys.histories, since_ms, "+inf")]
+        found = await self._redis.zrangebyscore(self._keys.histories, since_ms, "+inf")
+        return [name.decode(errors="replace") for name in found]  # an invalid name has no history
 
     async def new(self, tenants: Sequence[str], num: int, since_ms: int) -> list[NewPast]:
         """Return tenants' uncopied entries: the `num` oldest of each stream since a unix time in ms."""
@@ -101,7 +105,8 @@ class Archive:
         ids: list[list[str]] = []
         pipe = self._redis.pipeline(transaction=False)
         for tenant, raw in zip(tenants, copied, strict=True):
-            ids.append([max(at, f"{since_ms}-0", key=_numbers) for at in (raw or b"0-0 0-0").decode().split(" ")])
+            known = raw if raw is not None and _COPIED.fullmatch(raw) else b"0-0 0-0"  # or another release wrote it
+            ids.append([max(at, f"{since_ms}-0", key=_numbers) for at in known.decode().split(" ")])
             for key, at in zip(self._streams(tenant), ids[-1], strict=True):
                 pipe.xrange(key, f"({at}", "+", count=num)
         entries: list[Any] = await pipe.execute()
@@ -173,7 +178,7 @@ class Archive:
             return None
         try:
             return decode(sub, m.RequestHead), int(num), self._keys.body(call.decode())
-        except ProtocolError:  # another release wrote it
+        except (ProtocolError, ValueError):  # another release wrote it
             return None
 
     def sealed(self, tenant: str, rid: str, text: m.KeptText) -> bytes:
@@ -193,7 +198,7 @@ class Archive:
     async def deletions(self, num: int) -> list[tuple[str, str]]:
         """Return (tenant, id) of `num` requests whose texts must be deleted from the database, oldest first."""
         members = await self._redis.zrange(self._keys.history_deleted, 0, num - 1)
-        return [(tenant, rid) for tenant, _, rid in (one.decode().partition(":") for one in members)]
+        return [(tenant, rid) for tenant, _, rid in (one.decode(errors="replace").partition(":") for one in members)]
 
     async def deleted(self, done: Sequence[tuple[str, str]]) -> None:
         """Record that these texts have been deleted."""

@@ -49,6 +49,18 @@ async def set_aside(
     )
 
 
+async def names_in(scripts: Scripts, keys: Keys, register: str, members: Sequence[bytes], num_parts: int) -> list[str]:
+    """Return the members of a sorted set, names of so many parts with colons between; what is none is put aside."""
+    names: list[str] = []
+    for member in members:
+        name = member.decode(errors="replace")
+        if len(parts := name.split(":")) == num_parts and all(parts) and "\ufffd" not in name:
+            names.append(name)
+        else:
+            await set_aside(scripts, keys, register, member, "it is no name", ("ZREM", register, member))
+    return names
+
+
 class DeadLetters:
     """The dead letters of a fleet; a letter's id is that of its stream entry."""
 

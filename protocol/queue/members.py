@@ -227,7 +227,8 @@ class Members:
     async def ids(self, registry: str, max_age_ms: int | None = None) -> list[str]:
         """Return the members of a register by last heartbeat. max_age_ms: maximum age of that; None: any age."""
         low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms
-        return [member.decode() for member in await self._redis.zrangebyscore(registry, low, "+inf")]
+        found = await self._redis.zrangebyscore(registry, low, "+inf")
+        return [name for member in found if "\ufffd" not in (name := member.decode(errors="replace"))]
 
     async def has_beaten(self, registry: str, since_ms: int) -> bool:
         """Return whether any member of a register has sent a heartbeat since a unix time in ms."""

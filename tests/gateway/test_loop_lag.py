@@ -24,6 +24,7 @@ from gateway.batches.lines import InputLines
 from gateway.bodies import json_bodies
 from gateway.overload import cost
 from gateway.overload.large import PLAIN_BYTES
+from gateway.responses import response_parse
 from protocol.queue.bus import Bus
 from protocol.queue.connection import line
 from protocol.queue.connection.redis_client import SENT_BYTES
@@ -220,6 +221,29 @@ async def test_no_long_prompt_that_is_accepted_holds_the_event_loop(
         assert lag.longest_s < MOST_S
     assert max(packed) <= line.MAX_COMMAND_BYTES
     assert SENT_BYTES <= max(sent) < 2 * SENT_BYTES
+
+
+async def test_no_conversation_holds_the_event_loop(
+    http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is put together from many bodies, so that it may have a multiple of what one of them may have."""
+    await fleet.set_context(http.base_url, 1 << 18)
+    item = {"role": "user", "content": [{"type": "input_text", "text": "a"}] * 1300}
+    made = (await asyncio.to_thread(lambda: http.post("/v1/conversations", json={"items": [item]}))).json()
+    read, parsed = noting(monkeypatch, orjson, "loads", len), noting(monkeypatch, response_parse, "messages_of", len)
+    items = f"/v1/conversations/{made['id']}/items"
+    for _ in range(15):
+        assert (await asyncio.to_thread(lambda: http.post(items, json={"items": [item]}))).status_code == 200
+    async with measured_lag("a conversation's items") as lag:
+        page = await asyncio.to_thread(http.get, f"{items}?limit=100")
+        asked = {"model": "base", "input": "a", "conversation": made["id"], "max_output_tokens": 16}
+        answer = await asyncio.to_thread(lambda: http.post("/v1/responses", json=asked))
+    assert len(page.json()["data"]) == 16
+    assert page.headers["transfer-encoding"] == "chunked"  # written in slices
+    assert answer.status_code == 200, answer.text
+    assert max([0, *read]) <= PLAIN_BYTES
+    assert parsed == []
+    assert lag.longest_s < MOST_S
 
 
 @pytest.mark.thorough

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
+
+Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,12 @@ class Authority:
         found._write("ca", name, found.key, ca=True)
         return found
 
-    def issue(self, file: str, address: str = "127.0.0.1") -> None:
-        """Write FILE.pem and FILE.key for a server with an IP address or DNS name, or for a client."""
+    def issue(self, file: str, address: str = "127.0.0.1", key: Key | None = None) -> None:
+        """Write FILE.pem and FILE.key for a server with an IP address or DNS name, or for a client. key: None: new."""
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, file)])
-        self._write(file, name, ec.generate_private_key(ec.SECP256R1()), address=address)
+        self._write(file, name, key or ec.generate_private_key(ec.SECP256R1()), address=address)
 
-    def _write(
-        self, file: str, name: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool = False, address: str = ""
-    ) -> None:
+    def _write(self, file: str, name: x509.Name, key: Key, *, ca: bool = False, address: str = "") -> None:
         now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateBuilder().subject_name(name).issuer_name(self.name).public_key(key.public_key())

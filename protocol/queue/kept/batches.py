@@ -13,7 +13,7 @@ import msgspec
 
 from protocol.metrics.series import UNREADABLE
 from protocol.queue.connection.redis_client import Client
-from protocol.queue.dead_letters import set_aside
+from protocol.queue.dead_letters import names_in, set_aside
 from protocol.queue.kept import signatures as lua
 from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
@@ -66,8 +66,8 @@ class Batches:
         pipe.zrangebyscore(self._keys.open_batches, "-inf", "(1", start=0, num=num)
         pipe.zrangebyscore(self._keys.open_batches, 1, now_ms(), start=0, num=num)
         new, begun = await pipe.execute()
-        parts = [member.decode().partition(":") for member in (*begun, *new)]
-        return [(tenant, batch_id) for tenant, _, batch_id in parts]
+        names = await names_in(self._scripts, self._keys, self._keys.open_batches, [*begun, *new], 2)
+        return [(tenant, batch_id) for tenant, _, batch_id in (name.partition(":") for name in names)]
 
     async def claim(self, batch_id: str, tenant: str, gid: str, lease_ms: int) -> ClaimedBatch | None:
         """Claim a batch for `lease_ms`, or renew the lease. None if another gateway has it or it has ended.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol.queue.connection.redis_client import Client
+from protocol.queue.dead_letters import names_in
 from protocol.queue.kept import signatures as lua
 from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
@@ -99,7 +100,8 @@ class Webhooks:
 
     async def tenants_with_ends(self, num: int) -> list[str]:
         """Return at most `num` tenants that have ends, those whose turn is longest ago first."""
-        return [raw.decode() for raw in await self._redis.zrange(self._keys.ends, 0, num - 1)]
+        found = await self._redis.zrange(self._keys.ends, 0, num - 1)
+        return await names_in(self._scripts, self._keys, self._keys.ends, found, 1)
 
     async def ended(self, tenant: str, num: int) -> list[EndedWork]:
         """Return at most `num` of a tenant's ends without deliveries, oldest first."""
@@ -140,7 +142,7 @@ class Webhooks:
     async def tenants_with_deliveries(self, num: int) -> list[str]:
         """Return at most `num` tenants that may have due deliveries, those whose turn is longest ago first."""
         found = await self._redis.zrangebyscore(self._keys.outboxes, "-inf", now_ms(), start=0, num=num)
-        return [raw.decode() for raw in found]
+        return await names_in(self._scripts, self._keys, self._keys.outboxes, found, 1)
 
     async def take(self, tenant: str, num: int, claim_ms: int) -> list[m.Delivery]:
         """Give a tenant its turn: return at most `num` of its due deliveries, the most overdue first.

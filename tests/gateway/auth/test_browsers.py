@@ -107,6 +107,9 @@ async def test_a_page_cannot_use_a_gateway_without_keys_and_programs_can(
         body = {"model": "base", "prompt": "hi"}
         answer = await http.post("/v1/completions", json=body, headers={"origin": EVIL})
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")
+        long = "a." * 300 + "localhost"  # longer than a name may be: it is not taken apart
+        answer = await http.get("/v1/models", headers={"host": long, "origin": f"http://{long}"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")
         assert fleet.seen == []
         assert (await client.completions.create(model="base", prompt="hi")).choices
         assert (await http.get("/health")).status_code == 200

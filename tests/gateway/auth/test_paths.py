@@ -24,7 +24,7 @@ from gateway.app.shapes import shape_of
 from gateway.auth.authentication import Authentication
 from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import JsonRoute
-from gateway.http.access import ADMIN, INFER, MAX_PATH_CHARACTERS, Routes, RouteTable, normal_path
+from gateway.http.access import ADMIN, INFER, MAX_PATH_CHARACTERS, MAX_QUERY_FIELDS, Routes, RouteTable, normal_path
 from gateway.http.paths import BATCH_ENDPOINTS
 from gateway.overload.gate import Gate
 from gateway.overload.memory import MemoryAccount
@@ -299,6 +299,18 @@ async def sent(gateway: RunningGateway, line: bytes, key: str, body: bytes = b""
     answer = await reader.read()
     writer.close()
     return answer.partition(b"\r\n")[0]
+
+
+async def test_a_long_query_is_taken_apart_for_nobody(bus: Bus, model_folder: Path) -> None:
+    async with running_gateway(bus, model_folder, api_keys=True) as gateway:
+        for path in (b"/health", b"/ping", b"/", b"/v1/keys", b"/v1/jobs/job_x", b"/none"):
+            most = b"GET " + path + b"?" + b"&".join([b"a="] * MAX_QUERY_FIELDS)
+            wrong = (b"400", b"422")  # as APIs write it
+            assert (await sent(gateway, most, "nobody")).split()[1] not in wrong
+            assert (await sent(gateway, most + b"&", "nobody")).split()[1] in wrong
+            long = b"GET " + path + b"?" + b"%C3" * 2730
+            assert (await sent(gateway, long, "nobody")).split()[1] not in wrong
+            assert (await sent(gateway, long + b"%C3", "nobody")).split()[1] in wrong
 
 
 async def test_no_spelling_changes_anything_at_a_gateway(

@@ -175,6 +175,16 @@ def test_trailers_do_not_become_headers() -> None:
     with_server(test)
 
 
+def test_cookies_are_left_out_before_anybody_parses_them() -> None:
+    async def test(run: Running) -> None:
+        await run.send(GET + b"Cookie: " + b"a=1;" * 10_000 + b"\r\nx-other: b\r\nconnection: close\r\n\r\n")
+        names = {name for name, _ in run.app.scopes[0]["headers"]}
+        assert b"x-other" in names
+        assert b"cookie" not in names
+
+    with_server(test)
+
+
 def test_chunks_of_ordinary_size_are_served() -> None:
     async def test(run: Running) -> None:
         head = POST + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"

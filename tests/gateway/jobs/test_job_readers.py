@@ -247,6 +247,29 @@ async def test_what_is_wrong_with_a_job_is_told_to_all_and_forgotten() -> None:
     assert readers._streams == {}
 
 
+class PanicException(BaseException):
+    """What a panic of a library in Rust looks like."""
+
+
+class Panicking(Told):
+    async def advance(self) -> list[JobEvent]:
+        if self.num_looks:
+            raise PanicException
+        return await super().advance()
+
+
+async def test_a_panic_while_a_job_is_read_ends_all_who_stream_it() -> None:
+    readers, job = JobReaders(10.0, per_s=10_000), Job(30, 4)
+
+    async def opening() -> Any:
+        return Panicking(job.num, lambda: job.known)
+
+    job.open = opening  # type: ignore[method-assign]
+    for lines in await asyncio.gather(*(streamed(readers, job) for _ in range(3))):
+        assert "internal_error" in "".join(lines)
+    assert readers._streams == {}
+
+
 async def test_the_end_is_waited_for_once_and_not_after_all_have_left() -> None:
     readers, begun, ended = JobReaders(10.0), list[str](), asyncio.Event()
 

@@ -27,6 +27,7 @@ from protocol.queue.archive import Past
 from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.bus import Bus, now_ms
 from protocol.queue.history import kept_for
+from protocol.runtime.free_space import Reserve
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import NotFound, Unavailable
@@ -387,3 +388,24 @@ async def test_a_full_disk_loses_nothing(bus: Bus, database: Database) -> None:
     assert archiver.problem == ""
     found = await rids_of(database)
     assert found == [*rids[: len(found) - 1], "last"]
+
+
+async def test_a_disk_without_room_takes_no_more_and_gives_up_what_is_deleted(bus: Bus, tmp_path: Path) -> None:
+    """The queue's log may be on the same disk: what tenants' calls add to the history leaves room for it."""
+    free = 200
+    database = Database(URL.format(tmp_path), reserve=Reserve(100, lambda _: free))
+    archiver = make(bus, database)
+    await end(bus, "a", stored=True)
+    await archiver.look()
+    free = 99
+    await end(bus, "b")
+    await bus.jobs.forget(make_job("j", "a"))
+    with pytest.raises(Unavailable, match="100 are kept free"):
+        await archiver.look()
+    assert await rids_of(database) == ["a"]
+    assert await database.text("t", "a") is None
+    assert "100 are kept free" in archiver.problem
+    free = 200
+    await archiver.look()
+    assert await rids_of(database) == ["a", "b"]
+    await archiver.leave()

@@ -13,6 +13,7 @@ from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, runnin
 from helpers.waiting import wait_until
 
 from gateway.jobs.jobs import Facts
+from gateway.overload.large import Checks
 from gateway.responses.conversations import Conversations
 from gateway.responses.items import Item
 from gateway.responses.stored import StoredResponses
@@ -77,6 +78,23 @@ async def test_a_response_of_an_older_release_adds_nothing_and_stops_nothing(
         assert not gateway.task.done()
 
 
+@pytest.mark.parametrize("raw", [b"", b"{", b"7", b"[]", b"{}", b"\xff", b"[" * 2000])
+async def test_an_item_that_cannot_be_read_is_said_to_be(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, raw: bytes
+) -> None:
+    async with gateway_client(bus, model_folder) as http:
+        conversation = await made(http)
+        path = f"/v1/conversations/{conversation}/items"
+        item = {"role": "user", "content": "hi"}
+        item_id = (await http.post(path, json={"items": [item]})).json()["data"][0]["id"]
+        await bus._redis.hset(bus.keys.conversation_items(conversation), item_id, raw)
+        for one in (path, f"{path}/{item_id}"):
+            answer = await http.get(one)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "record_unreadable")
+        assert (await http.delete(f"{path}/{item_id}")).status_code == 200
+        assert (await http.get(path)).json()["data"] == []
+
+
 async def test_a_job_that_cannot_be_read_hides_no_other(
     bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient
 ) -> None:  # fmt: skip
@@ -124,7 +142,7 @@ async def test_a_turn_that_fails_unforeseen_is_given_up_and_others_are_added(
         stored = Breaking(broken)
         jobs: Any = SimpleNamespace()
         conversations = Conversations(
-            bus, Settings(redis_url=bus.url), jobs, stored, retry=Backoff(0.0001, 0.0001)
+            bus, Settings(redis_url=bus.url), jobs, stored, Checks(), retry=Backoff(0.0001, 0.0001)
         )  # fmt: skip
 
         async def is_over() -> bool:

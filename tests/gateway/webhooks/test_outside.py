@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from helpers.authority import Authority
 from helpers.processes import num_open_files
 from helpers.waiting import wait_until
@@ -266,15 +268,37 @@ async def test_a_certificate_must_be_of_the_name_that_was_asked_for(tmp_path: Pa
     authority.issue("server", "xn--bcher-kva.example")
     shown = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     shown.load_cert_chain(authority.folder / "server.pem", authority.folder / "server.key")
-    trusting = ssl.create_default_context(cafile=str(authority.folder / "ca.pem"))
     known = {"xn--bcher-kva.example": ["127.0.0.1"], "b.example": ["127.0.0.1"]}
     async with (
         receiving(saying(b"HTTP/1.1 200 OK\r\n"), shown) as port,
         answering(DnsServer(known)) as server,
     ):
         names = HostNames(server.address)
-        outside = Outside(private=True, names=names, tls=trusting)
+        outside = Outside(private=True, names=names, authority=authority.folder / "ca.pem")
         assert await outside.post(f"https://Bücher.example:{port}/", b"{}", {}, "a") == 200
         for other, host in ((outside, "b.example"), (Outside(private=True, names=names), "bücher.example")):
             with pytest.raises(UnreachableError, match=r"CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
                 await other.post(f"https://{host}:{port}/", b"{}", {}, "a")
+
+
+async def test_no_receiver_chooses_the_numbers_of_a_key_exchange(tmp_path: Path) -> None:
+    """A power of a number of 10,000 bits takes a third of a second, and the client of TLS takes two, on the loop."""
+    authority = Authority.make(tmp_path / "ours")
+    authority.issue("server", key=rsa.generate_private_key(65537, 2048))
+    prime = (random.getrandbits(2048) | 3 << 2046 | 1).to_bytes(257)  # nobody checks that it is one
+    encoded = b"\x30\x82\x01\x08\x02\x82\x01\x01" + prime + b"\x02\x01\x02"
+    (tmp_path / "own.pem").write_text(ssl.DER_cert_to_PEM_cert(encoded).replace("CERTIFICATE", "DH PARAMETERS"))
+    for ciphers in ("ECDHE", "DHE"):
+        shown = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        shown.load_cert_chain(authority.folder / "server.pem", authority.folder / "server.key")
+        shown.load_dh_params(str(tmp_path / "own.pem"))
+        shown.maximum_version = ssl.TLSVersion.TLSv1_2
+        shown.set_ciphers(ciphers)
+        async with receiving(saying(b"HTTP/1.1 200 OK\r\n"), shown) as port:
+            outside = Outside(private=True, authority=authority.folder / "ca.pem")
+            sent = outside.post(f"https://127.0.0.1:{port}/", b"{}", {}, "a")
+            if ciphers == "ECDHE":
+                assert await sent == 200
+            else:
+                with pytest.raises(UnreachableError, match=r"(?i)handshake.failure|ConnectionReset"):
+                    await sent

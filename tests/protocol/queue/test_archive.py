@@ -101,6 +101,25 @@ async def test_an_entry_that_cannot_be_read_holds_up_nothing(queue: Queue) -> No
     assert [one.entry.rid if one.entry is not None else None for one in found.found] == ["a", None, "b"]
 
 
+@pytest.mark.parametrize("raw", [b"", b"5-0", b"1-0 1-0 1-0", b"x y", b"\xff", b"-1-0 0-0", b"9" * 30 + b"-0 0-0"])
+async def test_a_note_that_cannot_be_read_holds_up_no_tenant(queue: Queue, raw: bytes) -> None:
+    """What is copied once more changes nothing."""
+    await end(queue, "a")
+    await end(queue, "o", tenant="other")
+    await queue.bus._redis.set(queue.keys.copied("t"), raw, px=KEEP_MS)
+    assert rids_of(await new(queue, "t", "other")) == ["a", "o"]
+
+
+async def test_facts_that_cannot_be_read_hold_up_no_text(queue: Queue) -> None:
+    for rid in ("a", "b", "c"):
+        await submit(queue, rid)
+        await queue.bus.finish(rid, "failed", "error")
+    await queue.bus._redis.hset(queue.keys.req("a"), mapping={"text": b"many"})
+    await queue.bus._redis.hset(queue.keys.req("b"), mapping={"call": b"\xff"})
+    found = await queue.bus.archive.texts([("t", rid) for rid in ("a", "b", "c")])
+    assert [one.text is not None for one in found] == [False, False, True]
+
+
 async def test_a_text_is_the_end_of_the_prompt_and_the_beginning_of_the_output(queue: Queue) -> None:
     await submit(queue, "a")
     await queue.assign("a")

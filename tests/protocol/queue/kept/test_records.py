@@ -164,6 +164,31 @@ async def test_what_is_no_turn_s_name_is_put_aside(bus: Bus, member: bytes) -> N
     await bus._redis.delete(bus.keys.turns)
 
 
+@pytest.mark.parametrize("member", [b"\xff", b"\xff:batch_1", b"", b"a:b:c", b":", b"t:"])
+async def test_what_is_no_name_holds_up_no_tenant_s_turn(bus: Bus, member: bytes) -> None:
+    keys, redis = bus.keys, bus._redis
+    places: dict[str, tuple[str, Any, list[Any]]] = {
+        keys.open_batches: ("t:batch_1", bus.batches.waiting, [("t", "batch_1")]),
+        keys.ends: ("t", bus.webhooks.tenants_with_ends, ["t"]),
+        keys.outboxes: ("t", bus.webhooks.tenants_with_deliveries, ["t"]),
+    }
+    for register, (good, asked, told) in places.items():
+        await redis.zadd(register, {member: 0, good: 0})
+        assert await asked(9) == told
+        assert (register, member) in await letters(bus)
+        assert await redis.zrange(register, 0, -1) == [good.encode()]
+        await redis.delete(register)
+
+
+async def test_what_is_no_member_s_name_hides_no_member(bus: Bus) -> None:
+    for register in (bus.keys.workers, bus.keys.gateways, bus.keys.stores, bus.keys.histories):
+        await bus._redis.zadd(register, {b"\xff": now_ms(), "one": now_ms()})
+    assert "one" in await bus.archive.tenants(0)
+    for register in (bus.keys.workers, bus.keys.gateways, bus.keys.stores):
+        assert await bus.members.ids(register) == ["one"]
+    await bus._redis.delete(bus.keys.workers, bus.keys.gateways, bus.keys.stores, bus.keys.histories)
+
+
 async def test_a_delivery_that_cannot_be_read_is_given_up(bus: Bus) -> None:
     delivery, webhooks = RECORDS["delivery"], bus.webhooks
     assert isinstance(delivery, m.Delivery)
