@@ -59,7 +59,6 @@ THOROUGH = (
     "e2e/test_adapters.py",
     "e2e/test_at_rest.py",
     "e2e/test_bases.py",
-    "e2e/test_demo.py",
     "e2e/test_encoders.py",
     "e2e/test_network.py",
     "e2e/test_observed.py",
