@@ -118,16 +118,10 @@ class Turns(Generic[T]):
             self.remove(turn)
         return waiting
 
-    def num_ready(self, most: int) -> int:
-        """Return how many jobs could begin with unlimited processes, at most `most`."""
-        num = 0
-        for ring in self._rings:
-            for name in ring:
-                tenant = self._tenants[name]
-                num += min(len(tenant.waiting), self._most_running - tenant.num_running)
-                if num >= most:
-                    return most
-        return num
+    @property
+    def has_ready(self) -> bool:
+        """Whether a job could begin if a process were idle."""
+        return any(self._tenants[name].num_running < self._most_running for ring in self._rings for name in ring)
 
     def next(self, now_s: float) -> T | None:
         """Return the next job and count it as running; None if none may begin."""
