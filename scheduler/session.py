@@ -174,7 +174,7 @@ class Session:
                 submits.append((sub, int(fields[b"e"]), int(fields.get(b"a", 0))))
             except (ProtocolError, KeyError, ValueError) as error:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
-        if any(sub.base and sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
+        if any(sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
             await self._look_at_bases()  # one that came since the last look, or that is gone
         removed = self.scheduler.swaps.removed
         for sub in [sub for sub, _, _ in submits if sub.base in removed]:

@@ -165,9 +165,9 @@ class Workers:
         """Return the base that a request or a worker means by a name; "" while none is known.
 
         In a fleet of one base it is that one, so that its requests run on workers that have come back with another
-        name. In a fleet of several, what an earlier version wrote, which names none, is of the first.
+        name.
         """
-        return name if name and len(self.bases) > 1 else next(iter(self.bases), "")
+        return name if len(self.bases) > 1 else next(iter(self.bases), "")
 
     def set_bases(self, names: Sequence[str]) -> bool:
         """Take the names of the fleet's bases; return whether `base_of` answers anew."""

@@ -63,12 +63,10 @@ class KeptTexts:
     async def _files(self, text: m.KeptText, tenant: str) -> ModelFiles:
         """Return what a text's ids are tokens of. Raises as `OwnFiles.files`, and NotFound for those of no base here.
 
-        A gateway's only base may have had another name, so the tokenizer decides. An earlier version kept a name alone,
-        which is the gateway's or its workers'.
+        A gateway's only base may have had another name, so the tokenizer decides.
         """
-        own, reported = self._pipeline.resolver.bases.of(text.base).own, self._pipeline.fleet.named(text.base)
-        names = ("", own.base.name, "" if reported is None else reported.name)
-        if text.tokenizer != own.base.tokenizer if text.tokenizer else text.base not in names:
+        own = self._pipeline.resolver.bases.of(text.base).own
+        if text.tokenizer != own.base.tokenizer:
             message = f"its tokens are those of the base `{text.base}`, whose tokenizer this gateway does not have"
             raise NotFound(message, code="base_not_served")
         return await own.files(text.digest, text.texts, tenant)

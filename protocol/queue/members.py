@@ -110,8 +110,8 @@ class Members:
 
         That is its own or, in a fleet of one base, that under which live workers serve the same weights. fleet: the
         names of its fleet's bases, if it has several. Raises Conflict when live workers serve another base by its
-        name, or the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an
-        earlier version; and when there are too many bases.
+        name, or the fleet has another one only; with `fleet`, when they serve its weights by another name; and when
+        there are too many bases.
         """
         keys = self._keys
         beats: dict[str, bytes] = {}  # their beginnings, each read once, however many workers join meanwhile
@@ -140,16 +140,12 @@ class Members:
     async def _beginnings(self, wids: Sequence[str], longest: int) -> dict[str, bytes]:
         """Return of workers' heartbeats, which come to megabytes, as much as says which bases they serve.
 
-        longest: bytes of the longest name of a base. Of earlier versions, which name it elsewhere or not at all, it is
-        the whole heartbeat.
+        longest: bytes of the longest name of a base.
         """
         pipe = self._redis.pipeline(transaction=False)
         for wid in wids:
             pipe.getrange(self._keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
-        found = {wid: raw for wid, raw in zip(wids, await pipe.execute(), strict=True) if raw}
-        old = [wid for wid, raw in found.items() if not _begins_with_base(raw)]
-        raws = await read_many(self._redis, [self._keys.worker_beat(wid) for wid in old])
-        return found | {wid: raw or b"" for wid, raw in zip(old, raws, strict=True)}
+        return {wid: raw for wid, raw in zip(wids, await pipe.execute(), strict=True) if raw}
 
     async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes], list[str]]:
         """Return the records of the first base, b"" without one, and of the further ones by name, as written.
@@ -333,50 +329,28 @@ def joining_of(
     without workers, the records go of bases that are none of these. Raises as `Members.join`.
     """
     first_name = next(iter(known), served.name)
-    live, has_old = _live([*known, served.name], first_name, beats)
-    twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
-    if fleet and live.intersection(twins):
-        taken = min(live.intersection(twins))
-        text = f"this fleet serves the weights of {served.name} as {taken}; name each base model once"
+    begun = [raw.partition(_BASE)[2] for raw in beats]
+    live = {name for name in (*known, served.name) if any(raw.startswith(m.encode(name)) for raw in begun)}
+    twins = [name for name in known if name in live - {served.name} and served.has_weights_of(known[name])]
+    if fleet and twins:
+        text = f"this fleet serves the weights of {served.name} as {min(twins)}; name each base model once"
         raise Conflict(text, code="base_named_twice")
-    if not fleet and served.name not in known:  # earlier versions reported no weights, and knew one base by many names
-        twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
-    name = next((name for name in twins if name in live), served.name)
+    name = next(iter(twins), served.name)
     base = msgspec.structs.replace(served, name=name)
     other = known.get(name, base)
-    serves = f"this fleet serves {', '.join(known)}; {name} cannot join it"
     if name in live:
         if not other.is_same(base):
             raise Conflict(_taken(base, other), code="base_name_taken")
         base = msgspec.structs.replace(base, max_model_len=min(base.max_model_len, other.max_model_len))
-    elif has_old:
-        text = f"{serves} beside workers of an earlier version, which know of one base only: update those first"
-        raise Conflict(text, code="old_workers")
     elif beats and not fleet:
-        text = f"{serves}: a fleet of several bases has --more-models on all services"
-        raise Conflict(text, code="other_base")
+        text = f"this fleet serves {', '.join(known)}; {name} cannot join it"
+        raise Conflict(f"{text}: a fleet of several bases has --more-models on all services", code="other_base")
     if name in known or name == first_name:
         return Joining(base, name == first_name, ())
     dropped = [] if beats else [one for one in known if one not in fleet]
     if len(known) - len(dropped) >= MAX_BASES:
         raise Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {name} cannot join it")
     return Joining(base, first_name in dropped, dropped)
-
-
-def _begins_with_base(raw: bytes) -> bool:
-    """Return whether a heartbeat's first field is its base; further on, a worker's name may read like that field's."""
-    return 0 < raw.find(_BASE) < len(_BASE)  # before it is the number of fields alone
-
-
-def _live(names: Iterable[str], first: str, beats: Sequence[bytes]) -> tuple[set[str], bool]:
-    """Return which bases live workers serve, and whether some are of an earlier version, which names none.
-
-    Those are of the first one. Only beats of earlier versions are decoded.
-    """
-    new = [raw for raw in beats if _begins_with_base(raw)]
-    old = [beat.base for raw in beats if not _begins_with_base(raw) and (beat := _beat(raw)) is not None]
-    live = {name for name in names if any(_BASE + m.encode(name) in raw for raw in new)}
-    return live.union(name or first for name in old), "" in old
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:

@@ -138,19 +138,6 @@ def test_the_last_worker_of_a_base_is_not_the_next_to_go() -> None:
     assert scheduler_of(beat("wa", "a"), beat("wb", "b")).drain_next(0.0) in ("wa", "wb")
 
 
-def test_services_of_an_earlier_version_know_of_one_base() -> None:
-    """Its workers are of the first base, and what its gateways queued is for that one, also once there are others."""
-    scheduler = scheduler_of(beat("old", "", capacity=8), beat("wb", "b", capacity=1))
-    for i in range(8):
-        scheduler.submit(make_submit(f"b{i}", base="b"), 0)
-        scheduler.submit(make_submit(f"old{i}"), 0)
-    plan = planned(scheduler)
-    assert {rid[0] for rid in plan["wb"]} == {"b"}
-    assert {rid[:3] for rid in plan["old"]} == {"old"}
-    loads = scheduler.bases()
-    assert (loads["a"].workers, loads["b"].workers) == (1, 1)
-
-
 @pytest.mark.parametrize("bases", ["", "a"])
 def test_a_fleet_of_one_base_asks_for_no_name(bases: str) -> None:
     """Also what was queued before its worker came back under another one runs."""

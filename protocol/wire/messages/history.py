@@ -53,4 +53,4 @@ class KeptText(Packed, frozen=True):
     texts: str  # hash of the texts that the adapter brings, "" for none
     has_output: bool = True  # whether it generates text
     base: str = ""  # name of the base, whose tokens they are
-    tokenizer: str = ""  # hash of the base's tokenizer; "" of an earlier version
+    tokenizer: str = ""  # hash of the base's tokenizer

@@ -74,7 +74,7 @@ class ServedModel(Wire, frozen=True):
 
     def is_same(self, other: ServedModel) -> bool:
         """Return whether both are one base: of one config, layout and, as far as both say, of the same weights."""
-        unknown = not self.weights or not other.weights  # of a worker of an earlier version
+        unknown = not self.weights or not other.weights
         return self.fingerprint == other.fingerprint and (unknown or self.weights == other.weights)
 
     def has_weights_of(self, other: ServedModel) -> bool:

@@ -68,7 +68,7 @@ class WorkerCounters(msgspec.Struct, omit_defaults=True):
 class WorkerBeat(Wire, frozen=True, kw_only=True):
     """A worker's state, once a second and on change. Who asks which bases live workers serve reads its beginning."""
 
-    base: str = ""  # name of the base that it serves; "" of an earlier version: the fleet's only one
+    base: str = ""  # name of the base that it serves
     wid: str  # unique per process start
     name: str  # stable across restarts: a new wid with the same name means the old one is gone
     capacity: int  # requests it would hold at once
@@ -105,8 +105,8 @@ class WorkerBeat(Wire, frozen=True, kw_only=True):
     started_with: int = 0  # workers that were started together, it among them; 0: not known
 
     def is_of(self, base: str) -> bool:
-        """Return whether it is a worker of a base. "", of either, is of an earlier version: there was one only."""
-        return base in ("", self.base) or not self.base
+        """Return whether it is a worker of a base; "" is the only one of its fleet."""
+        return base in ("", self.base)
 
 
 class BaseLoad(Packed, frozen=True):
