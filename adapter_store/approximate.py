@@ -171,9 +171,7 @@ class Approximation:
         files = AdapterFolder.open_fetched(made)
         read_adapter(files.config, files.tensors, base)
         files.keep_texts()
-        digest = self._blobs.put(own.key, files, sync=not own.at_hand)
-        self._blobs.note_base(own.key, named)
-        return digest
+        return self._blobs.put(own.key, files, named, sync=not own.at_hand)
 
     async def write(self, source: Path, target: Path, base: ServedModel) -> None:
         """Write the adapter in one folder as LoRA into another, which is made.

@@ -85,7 +85,7 @@ class Bases:
         mirrored, name = None, asked
         try:
             mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant, candidates)
-            name = asked or self._named_by(await mirror.named_base(source, target, mirrored.version, access, tenant))
+            name = asked or self._named_by(await mirror.named_base(mirrored.version))
         except NeedsBase as error:
             if error.named is not None:  # it is not tried with each base, since a conversion costs minutes
                 if named := self._named_by(error.named):

@@ -200,16 +200,10 @@ class Blobs:
             if digest and reader not in notes:
                 self._write_note(version, digest, {*notes, reader})
 
-    def named_base(self, version: str) -> str | None:
-        """Return the base that a version names, as `note_base` was told; None if it was not."""
+    def named_base(self, version: str) -> str:
+        """Return the base that a version, which has a digest here, names; "" if it names none."""
         notes = self._note_of(version)[1]
-        return next((note.removeprefix(BASE_LINE) for note in notes if note.startswith(BASE_LINE)), None)
-
-    def note_base(self, version: str, name: str) -> None:
-        """Note which base a version, which has a digest here, names: one line of text."""
-        with self._notes_lock:
-            if digest := self._note_of(version)[0]:
-                self._write_note(version, digest, {*self.readers_of(version), f"{BASE_LINE}{name}"})
+        return next((note.removeprefix(BASE_LINE) for note in notes if note.startswith(BASE_LINE)), "")
 
     def _write_note(self, version: str, digest: str, notes: Iterable[str]) -> None:
         self._version_file(version).write_text("\n".join([digest, *sorted(notes)]))
@@ -238,10 +232,10 @@ class Blobs:
         """Delete what was fetched of a version."""
         self._remove(self._staging / hashlib.sha256(version.encode()).hexdigest())
 
-    def put(self, version: str, files: AdapterFolder, *, sync: bool) -> str:
+    def put(self, version: str, files: AdapterFolder, named: str = "", *, sync: bool) -> str:
         """Move a staged adapter into the blobs and return its digest; with `sync` it survives a power cut.
 
-        Raises Unavailable when the adapter is larger than the quota.
+        named: the base that the version names. Raises Unavailable when the adapter is larger than the quota.
         """
         digest = files.digest()
         config = json.dumps(canonical_config(files.config) | written_converted(files.config, files.tensors)).encode()
@@ -262,14 +256,17 @@ class Blobs:
                 self._verified.add(digest)
         if sync:
             _fsync(self._blobs)
-        self.note_version(version, digest)
+        self.note_version(version, digest, named)
         return digest
 
-    def note_version(self, version: str, digest: str) -> None:
-        """Note which digest a source's version has. Losing the note in a crash only costs another fetch."""
+    def note_version(self, version: str, digest: str, named: str = "") -> None:
+        """Note which digest a source's version has, and which base it names: one line of text.
+
+        Losing the note in a crash only costs another fetch.
+        """
         with self._notes_lock:
-            known, notes = self._note_of(version)
-            self._write_note(version, digest, notes if known == digest else ())
+            readers = self.readers_of(version) if self._note_of(version)[0] == digest else ()
+            self._write_note(version, digest, {*readers, f"{BASE_LINE}{named}"})
 
     def room(self, num_blob: int, num_staged: int, folder: Path) -> AbstractContextManager[None]:
         """Promise room on the disk, meanwhile, for an adapter that is staged in a folder.

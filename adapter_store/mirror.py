@@ -233,11 +233,11 @@ class Mirror:
             for form in self._forms(version, bases[0] if len(bases) == 1 else None):
                 if self._bucket is None or version.at_hand:
                     break
-                digest = await asyncio.to_thread(self._bucket.digest_of, form.key)
-                if digest is not None:
+                digest, named = await asyncio.to_thread(self._bucket.note_of, form.key)
+                if digest:
                     await source.confirm(version, access)
                     if await self.restore(digest):
-                        await asyncio.to_thread(self.blobs.note_version, form.key, digest)
+                        await asyncio.to_thread(self.blobs.note_version, form.key, digest, named)
                         return Mirrored(digest, form)
             digest = await self._fetch(source, version, bases, access, tenant)
         except (AdapterRefused, Changed, NoRoom):
@@ -293,9 +293,7 @@ class Mirror:
             convert(folder, version.weights, conversion, folder, self.blobs.reserve)
         files = AdapterFolder.open_fetched(folder)
         files.keep_texts()
-        digest = self.blobs.put(version.key, files, sync=not version.at_hand)
-        self.blobs.note_base(version.key, named)
-        return digest
+        return self.blobs.put(version.key, files, named, sync=not version.at_hand)
 
     # ------------------------------------------------------------ kinds of full rank
 
@@ -325,35 +323,12 @@ class Mirror:
 
     # ------------------------------------------------------------ what is here
 
-    async def named_base(
-        self, source: Source, target: str, version: SourceVersion, access: SourceAccess, tenant: str = ""
-    ) -> str:
-        """Return the `base_model_name_or_path` in the config of a version of `target` that is here, "" without one.
+    async def named_base(self, version: SourceVersion) -> str:
+        """Return the `base_model_name_or_path` in the config of a version that is here, "" without one.
 
-        A blob does not hold it: contents that differ in nothing else are one. It is noted at the fetch, and fetched for
-        versions without that note: those of earlier releases and of the shared bucket. Raises the errors of the source.
+        A blob does not hold it: contents that differ in nothing else are one.
         """
-        key, own = version.key, f"config:{version.key}"
-        known = await asyncio.to_thread(self.blobs.named_base, key)
-        if known is not None:
-            return known
-        async with self._slot(source, tenant), self._locks.setdefault(own, asyncio.Lock()):
-            known = await asyncio.to_thread(self.blobs.named_base, key)
-            if known is not None:
-                return known
-            if not version.files:  # as `Source.fixed` says it
-                version = await source.resolve(target, access)
-            self._check_sizes(version)
-            config, known = version.files.get(CONFIG_FILE), ""
-            if config is not None:
-                folder = await asyncio.to_thread(self.blobs.staging, own)
-                try:
-                    await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
-                    known = named_in(parse_config(await asyncio.to_thread((folder / CONFIG_FILE).read_bytes)))
-                finally:
-                    await asyncio.to_thread(self.blobs.discard, own)
-            await asyncio.to_thread(self.blobs.note_base, key, known)
-        return known
+        return await asyncio.to_thread(self.blobs.named_base, version.key)
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record.

@@ -157,16 +157,13 @@ def test_a_change_of_any_base_is_one() -> None:
 
 def test_what_a_version_names_is_kept_beside_its_readers(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
-    blobs.note_base("v", "one")
-    assert blobs.named_base("v") is None  # nothing is known of the version
+    assert blobs.named_base("v") == ""
     blobs.note_version("v", "d")
     blobs.note_reader("v", "anyone")
     for name in ("one", "", "base two"):
-        blobs.note_base("v", name)
+        blobs.note_version("v", "d", name)
         assert (blobs.named_base("v"), blobs.readers_of("v")) == (name, {"anyone"})
     blobs.note_reader("v", "fleet")
     assert (blobs.named_base("v"), blobs.readers_of("v")) == ("base two", {"anyone", "fleet"})
-    blobs.note_version("v", "d")
-    assert blobs.named_base("v") == "base two"
     blobs.note_version("v", "other")  # a commit never changes, but a folder does
-    assert (blobs.named_base("v"), blobs.readers_of("v")) == (None, set())
+    assert (blobs.named_base("v"), blobs.readers_of("v")) == ("", set())

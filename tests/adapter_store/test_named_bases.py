@@ -47,37 +47,20 @@ def hub(hub: HubStub) -> HubStub:
     return hub
 
 
-async def without_note(mirror: Mirror, key: str) -> None:
-    """Make a version one of an earlier release, which noted no base."""
-    digest, _ = mirror.blobs._note_of(key)
-    mirror.blobs._write_note(key, digest, mirror.blobs.readers_of(key))
-
-
-@pytest.mark.parametrize("has_note", [True, False])
-async def test_a_commit_names_its_base_at_every_look(
-    hub: HubStub, source: HubSource, mirror: Mirror, has_note: bool
-) -> None:
+async def test_a_commit_names_its_base_at_every_look(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
     """Once it is here its source is asked nothing, not even for its files."""
     commit = hub.repos["org/a"].commit(adapter_bytes(base_model_name_or_path="two"))
     unfit = several(ONE, msgspec.structs.replace(WIDE, model="two"))
     for _ in range(3):
-        mirrored, name, _ = await several(ONE, TWO).take(mirror, source, f"org/a@{commit}", "", FLEET)
+        _, name, _ = await several(ONE, TWO).take(mirror, source, f"org/a@{commit}", "", FLEET)
         assert name == "two"
-        if not has_note:
-            await without_note(mirror, mirrored.version.key)
         with pytest.raises(AdapterRefused, match="says the base wide, which it does not fit"):
             await unfit.take(mirror, source, f"org/a@{commit}", "", FLEET)
 
 
-@pytest.mark.parametrize("has_note", [True, False])
-async def test_many_names_of_one_version_are_taken_together(
-    hub: HubStub, source: HubSource, mirror: Mirror, has_note: bool
-) -> None:
+async def test_many_names_of_one_version_are_taken_together(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
     for seed in range(3):
         hub.repos["org/a"].commit(adapter_bytes(seed, base_model_name_or_path="two"))
-        if not has_note:
-            mirrored, *_ = await several(ONE, TWO).take(mirror, source, "org/a", "", FLEET)
-            await without_note(mirror, mirrored.version.key)
         hub.seen.clear()
         takes = [several(ONE, TWO).take(mirror, source, "org/a", "", FLEET, f"t{i}") for i in range(6)]
         assert {name for _, name, _ in await asyncio.gather(*takes)} == {"two"}

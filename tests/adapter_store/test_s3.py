@@ -246,7 +246,7 @@ def bucket(s3: S3Server, tmp_path: Path) -> SharedBucket:
 async def test_what_one_store_has_another_need_not_fetch(
     s3: S3Server, source: S3Source, bucket: SharedBucket, tmp_path: Path
 ) -> None:
-    upload(s3, "shared", weights())
+    upload(s3, "shared", weights(), base_model_name_or_path="two")
     first = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, shared_bucket=bucket)
     taken = await first.take(source, f"//{BUCKET}/shared", BASE)
     second = Mirror(Blobs(tmp_path / "2"), max_bytes=1 << 20, shared_bucket=bucket)
@@ -258,7 +258,8 @@ async def test_what_one_store_has_another_need_not_fetch(
         async def fetch(self, *args: Any, **kwargs: Any) -> None:
             raise AssertionError("fetched from the source")
 
-    assert (await second.take(Unreadable(), f"//{BUCKET}/shared", BASE)).digest == taken.digest
+    again = await second.take(Unreadable(), f"//{BUCKET}/shared", BASE)
+    assert (again.digest, await second.named_base(again.version)) == (taken.digest, "two")
     folder = second.blobs.verified(taken.digest)
     assert folder is not None
     assert (folder / WEIGHTS_FILE).read_bytes() == weights()

@@ -58,7 +58,6 @@ async def test_what_an_adapter_calls_its_base_is_a_name_and_nothing_else(tmp_pat
         assert name == ONE.name  # by its shapes
     readers = blobs.readers_of(mirrored.version.key)
     named = blobs.named_base(mirrored.version.key)
-    assert named is not None
     assert named.isprintable()
     assert len(named) <= MAX_BASE_NAME
     again, same, _ = await bases.take(mirror, source, "x", "", FLEET)
