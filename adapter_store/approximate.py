@@ -110,7 +110,7 @@ class Approximation:
             )
         if not settings.model:
             raise BadRequest("convert_adapters needs the weights of the base: give the store the same --model")
-        models = {one.served_name: one.model for one in base_settings(settings)}
+        models = {name: one.model for name, one in base_settings(settings).items()}
         return cls(
             blobs,
             models,

@@ -133,7 +133,7 @@ class Store:
         self._last_ids = {bus.keys.adapter_events: b"$"}  # how far the events are read
         self._changed = False  # the catalogue has, and the registrations are to be read again
         self._steps = Items("catalogue", max_tries=0, backoff=AWAY)
-        names = [one.served_name for one in base_settings(settings)] if settings.model else []
+        names = list(base_settings(settings)) if settings.model else []
         self.bases = Bases(names)
         if settings.adapters is not None or settings.adapter_roots:
             more = [Path(path) for path in names_of(settings.adapter_roots)]

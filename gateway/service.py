@@ -136,7 +136,7 @@ async def _serve(
         if not await bus.server.reach(stop):
             return 0
         replies = Replies(bus, gid, beats)
-        names = [one.served_name for one in base_settings(settings)]
+        names = list(base_settings(settings))
         waits = settings.wait_for_worker_s > 0
         fleet = FleetView(
             beats,

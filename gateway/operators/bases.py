@@ -36,7 +36,7 @@ class BaseAdministration:
         self._record = bus.added_bases
         self._fleet = fleet
         self._bases = bases
-        self._models = {one.served_name: one.model for one in base_settings(settings)}
+        self._models = {name: one.model for name, one in base_settings(settings).items()}
         self._may_change = settings.api_keys or is_loopback(settings.host)
 
     async def list(self) -> dict[str, Any]:

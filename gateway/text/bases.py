@@ -166,7 +166,7 @@ async def open_bases(
             await asyncio.to_thread(check_text_files, model)
             return await read(settings.model_copy(update={"model": model, "served_name": name}))
 
-    default, *others = base_settings(settings)
+    default, *others = base_settings(settings).values()
     found: dict[str, BaseTexts | str] = {}
     made = await read(default)
     for one in others:

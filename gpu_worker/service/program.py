@@ -122,8 +122,7 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
                 return code, None
             if service.becomes not in bases.others:  # taken away while the worker left
                 return 0, msgspec.structs.replace(start, began_ms=now_ms())
-            added = bases.models(service.becomes, start.base)
-            return 0, BaseStart(service.becomes, (start.base,), now_ms(), added)
+            return 0, BaseStart(service.becomes, (start.base,), now_ms(), bases.added)
         except Exception as error:
             if is_loaded and not isinstance(error, Conflict):
                 raise

@@ -40,7 +40,7 @@ def service_specs(
     `logs` is the folder of their logs, `queue` the fleet's own queue, which each service enters as a user of its own,
     `cores` the number of cores to share, by default those of this machine.
     """
-    bases = base_settings(settings)
+    bases = list(base_settings(settings))
     num_workers = num_workers_of(settings)
     threads = settings.threads or max(1, (cores or num_cores()) // num_workers)
     gpus = [] if settings.device == "cpu" else visible_gpus(os.environ)
@@ -57,7 +57,7 @@ def service_specs(
         if settings.metrics_port:  # each gets its own port, since they share this machine
             own["LORAFLEET_METRICS_PORT"] = str(settings.metrics_port + len(specs))
         if service == "worker":
-            begun = bases[int(number) % len(bases)].served_name if len(bases) > 1 else ""
+            begun = bases[int(number) % len(bases)] if len(bases) > 1 else ""
             own |= {"LORAFLEET_WORKER_NAME": name, "LORAFLEET_THREADS": str(threads), "LORAFLEET_BASE": begun}
             own["LORAFLEET_WORKERS"] = str(num_workers)
             own["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
@@ -146,7 +146,7 @@ class FleetLauncher:
             return
         try:
             async with self._worker_bus() as bus:
-                await bus.members.forget_failures(one.served_name for one in base_settings(self.settings))
+                await bus.members.forget_failures(base_settings(self.settings))
         except QueueError as error:
             raise Unavailable(f"cannot write to the queue what a worker writes of its base: {error}") from error
 
@@ -215,7 +215,7 @@ class FleetLauncher:
             served, failed = await bus.members.base_names()
         except CONNECTION_ERRORS:
             return False  # the queue is restarting
-        names = {one.served_name for one in base_settings(self.settings)}
+        names = set(base_settings(self.settings))
         if not self.settings.swaps:
             names &= {child.spec.environment["LORAFLEET_BASE"] for child in workers}
         missing = names.difference(served, failed)

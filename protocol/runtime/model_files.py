@@ -186,32 +186,25 @@ def settings_of_further(settings: Settings, model: str, name: str) -> Settings:
     return settings.model_copy(update={"model": model, "served_name": name, "draft_model": ""})
 
 
-def worker_bases(settings: Settings) -> dict[str, Settings]:
-    """Return for each base that a worker may serve the settings with which it does, by name: that of `model` first.
+def base_settings(settings: Settings) -> dict[str, Settings]:
+    """Return for each base of a fleet the settings of its own services, by its name: the default one first.
 
-    Unlike a gateway's, a worker's `more_models` may repeat its own `model`.
+    Raises BadRequest for two bases of one name.
     """
     own = served_name(settings.model, settings.served_name)
     found = {own: settings.model_copy(update={"served_name": own})}
     for model in names_of(settings.more_models):
         name = served_name(model, "")
-        found.setdefault(name, settings_of_further(settings, model, name))
-    return found
-
-
-def base_settings(settings: Settings) -> list[Settings]:
-    """Return for each base of a fleet the settings of its own services, with its name: the default one first.
-
-    Raises BadRequest for two bases of one name.
-    """
-    names = [served_name(settings.model, settings.served_name)]
-    found = [settings.model_copy(update={"served_name": names[0]})]
-    for model in names_of(settings.more_models):
-        name = served_name(model, "")
         if name in RESERVED:
             raise BadRequest(f"a further base model cannot be named {name}, which {RESERVED[name]}: rename its folder")
-        if name in names:
+        if name in found:
             raise BadRequest(f"two base models of this fleet have the name {name}: rename the folder of one of them")
-        names.append(name)
-        found.append(settings_of_further(settings, model, name))
+        found[name] = settings_of_further(settings, model, name)
     return found
+
+
+def worker_bases(settings: Settings) -> dict[str, Settings]:
+    """Return the same of the bases that a worker may serve: its `more_models` may repeat its own `model`."""
+    own = served_name(settings.model, settings.served_name)
+    others = [model for model in names_of(settings.more_models) if served_name(model, "") != own]
+    return base_settings(settings.model_copy(update={"more_models": ",".join(others)}))

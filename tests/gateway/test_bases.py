@@ -260,6 +260,6 @@ def test_further_bases_need_names_of_their_own(tmp_path: Path, name: str, why: s
     with pytest.raises(BadRequest, match=why):
         base_settings(Settings(model=str(one), more_models=str(other)))
     found = base_settings(Settings(model=str(one), served_name="mine", more_models=f"{one}, org/model"))
-    assert [(each.served_name, each.model) for each in found] == [
-        ("mine", str(one)), ("a", str(one)), ("org/model", "org/model"),
+    assert [(name, each.served_name, each.model) for name, each in found.items()] == [
+        ("mine", "mine", str(one)), ("a", "a", str(one)), ("org/model", "org/model", "org/model"),
     ]  # fmt: skip

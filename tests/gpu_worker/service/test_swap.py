@@ -415,7 +415,7 @@ def test_the_draft_model_is_of_the_base_of_model_alone() -> None:
     found = bases.WorkerBases(settings, "a", {"added": "c"})
     assert [found.settings(name).draft_model for name in ("a", "b", "added")] == ["small", "", ""]
     assert [found.settings(name).draft_tokens for name in ("a", "b")] == [DRAFT_TOKENS, 0]
-    assert [one.draft_model for one in base_settings(settings)] == ["small", ""]
+    assert [one.draft_model for one in base_settings(settings).values()] == ["small", ""]
     assert settings.model_copy(update={"max_draft_tokens": 3}).draft_tokens == 3
 
 
