@@ -148,7 +148,7 @@ class Scheduler:
         return dead
 
     def set_bases(self, names: Sequence[str], failed: Collection[str] = ()) -> None:
-        """Take the names of the fleet's bases, the first one first, and of those that failed to start.
+        """Take the names of the fleet's bases, and of those that failed to start.
 
         Costs all requests where one base becomes several.
         """

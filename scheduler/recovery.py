@@ -37,7 +37,8 @@ class Recovery:
         # In this order: what ends after this is read, so nothing adopted below is counted for ever.
         last_ids = {bus.keys.ended: await bus.streams.last_id(bus.keys.ended)}
         beats = await bus.members.worker_beats()
-        scheduler.set_bases(*await bus.members.base_names())  # after the heartbeats, so that none of theirs is missing
+        bases, failed = await bus.members.bases()  # after the heartbeats, so that none of theirs is missing
+        scheduler.set_bases([base.name for base in bases], failed)
         scheduler.beats(beats, 0.0)
         num_adopted = 0
         for wid in beats:

@@ -314,11 +314,11 @@ class Session:
                 await self._recovery.bury(wid)
 
     async def _look_at_bases(self) -> None:
-        bases, failed = await self._bus.members.base_names()
+        bases, failed = await self._bus.members.bases()
         self.scheduler.swaps.removed = removed = frozenset((await self._bus.added_bases.get()).removed)
         for rid, base in self.scheduler.queued_of(removed):
             await self._end_removed(rid, base)
-        self.scheduler.set_bases(bases, failed)
+        self.scheduler.set_bases([base.name for base in bases], failed)
 
     async def _watch_swaps(self) -> None:
         """See what has become of orders to workers to become another base, and give new ones."""

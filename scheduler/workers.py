@@ -157,7 +157,7 @@ class Workers:
         self.num_assigned = 0
         """Requests on all workers."""
         self.bases: tuple[str, ...] = ()
-        """The names of the fleet's bases, the first one first."""
+        """The names of the fleet's bases."""
         self.holders: dict[str, set[str]] = {}
         """Adapter -> available workers on which it is resident."""
 
@@ -172,7 +172,7 @@ class Workers:
     def set_bases(self, names: Sequence[str]) -> bool:
         """Take the names of the fleet's bases; return whether `base_of` answers anew."""
         before, self.bases = self.bases, tuple(names)
-        if before[:1] == self.bases[:1] and (len(before) > 1) == (len(self.bases) > 1):
+        if before == self.bases or min(len(before), len(self.bases)) > 1:
             return False
         for worker in self.by_id.values():
             worker.base = self.base_of(worker.beat.base)

@@ -212,13 +212,13 @@ class FleetLauncher:
         if not all(child.ready.is_set() or child.spec.name in self._given_up for child in workers):
             return False
         try:
-            served, failed = await bus.members.base_names()
+            served, failed = await bus.members.bases()
         except CONNECTION_ERRORS:
             return False  # the queue is restarting
         names = set(base_settings(self.settings))
         if not self.settings.swaps:
             names &= {child.spec.environment["LORAFLEET_BASE"] for child in workers}
-        missing = names.difference(served, failed)
+        missing = names.difference((base.name for base in served), failed)
         if missing:
             self.screen.starting("bases", f"{', '.join(sorted(missing))} not yet served")
         return not missing

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import msgspec
 from redis.exceptions import WatchError
@@ -116,23 +115,26 @@ class Members:
         keys = self._keys
         beats: dict[str, bytes] = {}  # their beginnings, each read once, however many workers join meanwhile
         while True:
-            first, further, wids = await self._raw_bases()
-            others = [wid for wid in wids if wid != beat.wid]
+            pipe = self._redis.pipeline(transaction=True)  # who left before that has no say on later records
+            pipe.hgetall(keys.bases)
+            pipe.zrange(keys.workers, 0, -1)
+            records, wids = await pipe.execute()
+            others = [wid.decode() for wid in wids if wid.decode() != beat.wid]
             unread = [wid for wid in others if wid not in beats]
-            known = {base.name: base for base in _decoded(first, further)}
+            known = {base.name: base for base in _decoded(records)[0]}
             beats |= await self._beginnings(unread, max(len(m.encode(name)) for name in (*known, served.name)))
             by_operators = decoded(await self._redis.get(keys.added_bases))
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was removed from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
             names = _fleet_of(served.name, fleet, by_operators.bases, known)
-            joining = joining_of(served, known, names, [beats[wid] for wid in others if wid in beats])
-            name = joining.base.name
+            base, dropped = joining_of(served, known, names, [beats[wid] for wid in others if wid in beats])
+            name = base.name
             call = lua.Join(
-                base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
-                wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
-                name=name, first_base=first, further=further.get(name.encode(), b""), served=m.encode(joining.base),
-                is_first=int(joining.is_first), num_others=len(others), more=[*others, *joining.dropped],
+                bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid), wid=beat.wid,
+                beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(), name=name,
+                known=records.get(name.encode(), b""), served=m.encode(base), num_others=len(others),
+                more=[*others, *dropped],
             )  # fmt: skip
             if await self._scripts.run(call) == b"joined":
                 return name
@@ -146,18 +148,6 @@ class Members:
         for wid in wids:
             pipe.getrange(self._keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
         return {wid: raw for wid, raw in zip(wids, await pipe.execute(), strict=True) if raw}
-
-    async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes], list[str]]:
-        """Return the records of the first base, b"" without one, and of the further ones by name, as written.
-
-        With them the ids of the registered workers, at one moment: who left before it has no say on later records.
-        """
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.get(self._keys.base)
-        pipe.hgetall(self._keys.bases)
-        pipe.zrange(self._keys.workers, 0, -1)
-        first, further, wids = await pipe.execute()
-        return first or b"", further, [wid.decode() for wid in wids]
 
     async def note_failure(self, name: str, reason: str, *, keep: bool = False) -> None:
         """Note why no worker of a base has started, until one joins. There is room for as many as for bases.
@@ -179,19 +169,7 @@ class Members:
 
         Raises ProtocolError.
         """
-        first, further, _ = await self._raw_bases()
-        return _decoded(first, further), _failures(further)
-
-    async def base_names(self) -> tuple[list[str], list[str]]:
-        """Return the names of the bases that `bases` returns, and of those that failed to start."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.get(self._keys.base)
-        pipe.hkeys(self._keys.bases)
-        first, fields = await pipe.execute()
-        names = [field.decode() for field in fields]
-        served = [_base(first).name] if first else []
-        served += [name for name in names if not name.startswith(_FAILED)]
-        return served, [name.removeprefix(_FAILED) for name in names if name.startswith(_FAILED)]
+        return _decoded(await self._redis.hgetall(self._keys.bases))
 
     async def drop_base(self, name: str) -> None:
         """Delete what workers of a base have reported, unless one is registered.
@@ -200,18 +178,11 @@ class Members:
         """
         keys = self._keys
         async with self._redis.pipeline(transaction=True) as pipe:
-            await pipe.watch(keys.base, keys.bases)
+            await pipe.watch(keys.bases)
             if any(beat is None or beat.base == name for beat in (await self.worker_beats()).values()):
                 return
-            first, further, _ = await self._raw_bases()
-            others = sorted(_decoded(None, further), key=lambda base: base.created_ms)
             pipe.multi()
             pipe.hdel(keys.bases, name, f"{_FAILED}{name}")
-            if first and _base(first).name == name:
-                pipe.delete(keys.base)
-                if others:
-                    pipe.set(keys.base, m.encode(others[0]))
-                    pipe.hdel(keys.bases, others[0].name)
             with suppress(WatchError):
                 await pipe.execute()
 
@@ -267,24 +238,24 @@ class Members:
         """Return what admission asks about the fleet, in one round trip. Raises ProtocolError."""
         pipe = self._redis.pipeline(transaction=False)
         pipe.zcount(self._keys.workers, now_ms() - max_silence_ms, "+inf")
-        pipe.get(self._keys.base)
         pipe.hgetall(self._keys.bases)
         pipe.get(self._keys.status)
         pipe.get(self._keys.added_bases)
-        num_workers, base, further, status, by_operators = await pipe.execute()
+        num_workers, records, status, by_operators = await pipe.execute()
         return FleetSummary(
             num_workers,
-            _decoded(base, further),
-            _failures(further),
+            *_decoded(records),
             decode(status, m.SchedulerStatus) if status else None,
             decoded(by_operators),
         )
 
 
-def _decoded(first: bytes | None, further: Mapping[bytes, bytes]) -> list[m.ServedModel]:
-    """Return the bases of their records, without the reasons of `note_failure`. Raises ProtocolError."""
-    raws = [raw for name, raw in further.items() if not name.startswith(_FAILED.encode())]
-    return [_base(raw) for raw in (first, *raws) if raw]
+def _decoded(records: Mapping[bytes, bytes]) -> tuple[list[m.ServedModel], dict[str, str]]:
+    """Return the bases of `Keys.bases`, and the reasons of `note_failure`. Raises ProtocolError."""
+    names = {name.decode(): raw for name, raw in records.items()}
+    bases = [_base(raw) for name, raw in names.items() if not name.startswith(_FAILED)]
+    failures = {name[1:]: why.decode() for name, why in names.items() if name.startswith(_FAILED)}
+    return sorted(bases, key=lambda base: (base.created_ms, base.name)), failures
 
 
 @lru_cache(maxsize=2 * MAX_BASES)
@@ -305,30 +276,17 @@ def _fleet_of(name: str, fleet: Sequence[str], added: Iterable[str], known: Iter
     return list(dict.fromkeys([name, *(fleet or (known if name in added else ())), *added]))
 
 
-def _failures(further: Mapping[bytes, bytes]) -> dict[str, str]:
-    return {name.decode()[1:]: why.decode() for name, why in further.items() if name.startswith(_FAILED.encode())}
-
-
-class Joining(NamedTuple):
-    """How a worker joins."""
-
-    base: m.ServedModel  # the record to write, with the name under which it joins
-    is_first: bool
-    dropped: Sequence[str]  # further bases whose records go
-
-
 def joining_of(
     served: m.ServedModel,
     known: Mapping[str, m.ServedModel],
     fleet: Sequence[str],
     beats: Sequence[bytes],
-) -> Joining:
-    """Return how the worker of a base joins, by the records that are known and the beats of live workers. Pure.
+) -> tuple[m.ServedModel, list[str]]:
+    """Return the record that a worker writes as it joins, by those that are known and the beats of live workers. Pure.
 
-    fleet: the names of its fleet's bases, if it has several. When a worker of a base without record joins a fleet
-    without workers, the records go of bases that are none of these. Raises as `Members.join`.
+    With it come the bases whose records go: when a worker of a base without record joins a fleet without workers, those
+    that are none of `fleet`, the names of its fleet's bases, if it has several. Raises as `Members.join`.
     """
-    first_name = next(iter(known), served.name)
     begun = [raw.partition(_BASE)[2] for raw in beats]
     live = {name for name in (*known, served.name) if any(raw.startswith(m.encode(name)) for raw in begun)}
     twins = [name for name in known if name in live - {served.name} and served.has_weights_of(known[name])]
@@ -345,12 +303,12 @@ def joining_of(
     elif beats and not fleet:
         text = f"this fleet serves {', '.join(known)}; {name} cannot join it"
         raise Conflict(f"{text}: a fleet of several bases has --more-models on all services", code="other_base")
-    if name in known or name == first_name:
-        return Joining(base, name == first_name, ())
+    if name in known:
+        return msgspec.structs.replace(base, created_ms=other.created_ms), []  # which keeps the order of bases
     dropped = [] if beats else [one for one in known if one not in fleet]
     if len(known) - len(dropped) >= MAX_BASES:
         raise Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {name} cannot join it")
-    return Joining(base, first_name in dropped, dropped)
+    return base, dropped
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:

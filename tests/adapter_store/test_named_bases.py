@@ -11,6 +11,7 @@ import pytest
 from helpers.adapter_files import BASE, adapter_bytes, write_adapter
 from helpers.hub_stub import HubStub, Repo
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
+from helpers.reported import report
 from helpers.store_run import RunStore, in_state
 from helpers.waiting import wait_until
 
@@ -114,7 +115,7 @@ async def test_a_name_stays_served_when_it_does_not_fit_the_base_asked(
     bus: Bus, hub: HubStub, run_store: RunStore
 ) -> None:
     hub.repos["org/a"].commit(adapter_bytes())
-    await bus.set(bus.keys.base, ONE)
+    await report(bus, ONE)
     await bus._redis.hset(bus.keys.bases, "wide", m.encode(WIDE))
     run_store(model=ONE.name, more_models="wide", hub_endpoint=hub.url)
     await register(bus)
@@ -135,13 +136,13 @@ async def test_what_one_base_served_is_kept_for_no_other_when_there_are_several(
 ) -> None:
     """Its entry names no base; while its source is away nothing says which it was, and any of the layout would do."""
     hub.repos["org/a"].commit(adapter_bytes())
-    await bus.set(bus.keys.base, ONE)
+    await report(bus, ONE)
     store = run_store(hub_endpoint=hub.url)
     await register(bus)
     assert (await in_state(bus, "a", "on_disk")).base == ""
     await store.end()
     hub.down = True
-    await bus.set(bus.keys.base, TWO)
+    await report(bus, TWO)
     await bus._redis.hset(bus.keys.bases, ONE.name, m.encode(ONE))
     run_store(model="two", more_models=ONE.name, hub_endpoint=hub.url, refresh_s=0.1)
     assert (await in_state(bus, "a", "failed")).status == 503

@@ -14,6 +14,7 @@ import pytest
 from botocore.exceptions import ClientError
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
+from helpers.reported import report
 from helpers.s3_server import BUCKET, S3Server, run_cutter, run_s3
 from helpers.store_run import QUICK, RunStore, ask, in_state
 from safetensors.numpy import load_file
@@ -316,7 +317,7 @@ def settings(settings: Settings, s3: S3Server, monkeypatch: pytest.MonkeyPatch, 
 
 
 async def test_a_registered_bucket_is_followed(bus: Bus, s3: S3Server, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     upload(s3, "followed", weights())
     store = run_store(refresh_s=0.1)
     await bus.adapters.register(m.Registration(name="f", source=f"s3://{BUCKET}/followed", asked_ms=now_ms()))
@@ -333,7 +334,7 @@ async def test_a_store_gives_out_what_only_another_has(
     bus: Bus, settings: Settings, tmp_path: Path, run_store: RunStore
 ) -> None:
     """The first sees the adapter folder, the second only the bucket."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     assert settings.adapters is not None
     write_adapter(settings.adapters / "a")
     first = run_store()

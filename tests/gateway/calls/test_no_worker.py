@@ -60,5 +60,5 @@ async def test_the_fleet_tells_how_much_it_has_to_do(bus: Bus, fleet: ScriptedFl
     # Nothing is asked, and nothing can be while no worker has told its model: one is needed all the same.
     await leave(bus, fleet)
     assert (await http.get("/v1/fleet")).json()["demand"] == 0
-    await bus._redis.delete(bus.keys.base)
+    await bus._redis.delete(bus.keys.bases)
     assert (await http.get("/v1/fleet")).json()["demand"] == 1

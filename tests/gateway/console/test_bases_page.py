@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.browser import REASON, WIDE, Tab, axe, running_browser
+from helpers.reported import report
 from helpers.scripted_fleet import make_model_folder, running_gateway
 
 from protocol.queue.bus import Bus
@@ -37,7 +38,7 @@ async def add_adapter(bus: Bus, name: str, of: str) -> None:
 async def test_bases_are_shown_with_what_is_theirs(bus: Bus, tmp_path: Path, several: bool) -> None:
     folders = {name: make_model_folder(tmp_path / name) for name in ("chat", "embed", "bad")}
     further = ",".join(str(folders[name]) for name in ("embed", "bad")) if several else ""
-    await bus.set(bus.keys.base, base("chat"))
+    await report(bus, base("chat"))
     await add_worker(bus, "w1", "chat")
     for name, of in (("one", "chat"), ("two", "embed"), ("three", "embed")):
         await add_adapter(bus, name, of if several else "")

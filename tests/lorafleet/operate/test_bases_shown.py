@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from helpers.reported import report
 from helpers.scripted_fleet import make_model_folder, running_gateway
 
 from lorafleet.__main__ import main
@@ -29,7 +30,7 @@ async def test_commands_show_each_base_of_several(
     bus: Bus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, several: bool
 ) -> None:
     folders = {name: make_model_folder(tmp_path / name) for name in ("chat", "embed", "bad")}
-    await bus.set(bus.keys.base, base("chat"))
+    await report(bus, base("chat"))
     await add_worker(bus, "w1", "chat")
     if several:
         await bus._redis.hset(bus.keys.bases, "embed", m.encode(base("embed")))

@@ -27,9 +27,7 @@ async def join(bus: Bus, wid: str, served: m.ServedModel, *, several: bool = Tru
 
 
 async def names(bus: Bus) -> list[str]:
-    served, _ = await bus.members.base_names()
-    assert served == [one.name for one in (await bus.members.bases())[0]]
-    return served
+    return [one.name for one in (await bus.members.bases())[0]]
 
 
 async def test_bases_of_one_layout_live_side_by_side(bus: Bus) -> None:
@@ -136,7 +134,7 @@ async def test_a_worker_that_swaps_keeps_the_records_of_other_bases(bus: Bus) ->
     assert await swap("c", fleet) == ["a", "b", "c"]
     assert await swap("b", fleet) == ["a", "b", "c"]
     assert await swap("d", ["d", "a", "b"]) == ["a", "b", "d"]  # a fleet that has changed: `c` is none of it
-    assert await swap("e", ["e", "d"]) == ["e", "d"]  # nor is its first one
+    assert await swap("e", ["e", "d"]) == ["d", "e"]  # nor is its first one
 
 
 class Meanwhile:
