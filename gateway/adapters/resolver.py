@@ -12,7 +12,7 @@ from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
 from gateway.bodies.fields import BASE
-from gateway.text.bases import GatewayBases
+from gateway.fleet.bases import GatewayBases
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -58,7 +58,7 @@ class Resolver:
         self._folder = folder
         self._shows_paths = shows_paths
         self._aliases = aliases
-        self.bases = bases
+        self.bases, self._fleet = bases, bases.fleet
         self.catalogue = CatalogueCopy(bus)
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> CallTarget:
@@ -84,17 +84,17 @@ class Resolver:
         """Return whether an adapter was checked for a base. One whose base no store has named is of an only one."""
         if alias.base:
             return alias.base == base.name
-        return not self.bases.several_in_settings and base.name not in self.bases.names
+        return not self._fleet.several_in_settings and base.name not in self._fleet.further
 
     async def _served(self, name: str, timeout_s: float, caller: Caller) -> m.Alias:
         """Return an adapter's alias once it is on disk. Raises as `resolve`, also while it is of an unknown base."""
         try:
             alias = await self._aliases.served(name, timeout_s, caller)
         except ModelNotFound:
-            if gone := _named(name, self.bases.removed):
+            if gone := _named(name, self._fleet.removed):
                 self.bases.of(gone)  # says that it was taken away
             raise
-        if self.bases.several_in_settings and not alias.base:
+        if self._fleet.several_in_settings and not alias.base:
             text = f"the base of `{name}` is not known yet: an adapter store of several bases has to look at it first"
             raise Unavailable(text, param="model")
         return alias
@@ -104,8 +104,8 @@ class Resolver:
 
         Waits up to `timeout_s` while the adapter is being fetched. Raises as `resolve`.
         """
-        default = self.bases.default.files.name
-        named = _named(name, [default, *self.bases.names])
+        default = self._fleet.names[0]
+        named = _named(name, self._fleet.names)
         if named:
             return "" if named == default else named
         if name in ("", BASE) or name.startswith(f"{BASE}:"):
@@ -113,7 +113,7 @@ class Resolver:
         alias = await self._served(name, timeout_s, caller)
         if not alias.base:
             return ""
-        if alias.base not in (default, *self.bases.names):
+        if alias.base not in self._fleet.names:
             raise ModelNotFound(
                 name, f"It is an adapter of the base `{alias.base}`, which this gateway does not serve."
             )
@@ -157,7 +157,7 @@ class Resolver:
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
         """Return an adapter's name without the base's name as its prefix. Raises ModelNotFound if nothing is left."""
-        prefixes = (f"{base.name}:",) if base.name in self.bases.names else (f"{base.name}:", f"{BASE}:")
+        prefixes = (f"{base.name}:",) if base.name in self._fleet.further else (f"{base.name}:", f"{BASE}:")
         for prefix in prefixes:
             if name == prefix:
                 raise ModelNotFound(name, "No adapter is named after the colon.")
@@ -182,7 +182,7 @@ class Resolver:
 
     def _default(self, bases: Sequence[m.ServedModel]) -> str:
         """Return the name of the default base, which is the first of `bases` unless it has not been reported yet."""
-        return self.bases.default.files.name if self.bases.names else bases[0].name
+        return self._fleet.names[0] if self._fleet.further else bases[0].name
 
     async def model(self, name: str, bases: Sequence[m.ServedModel], caller: Caller) -> dict[str, Any]:
         """Return the object of one model in any state. Raises ModelNotFound."""

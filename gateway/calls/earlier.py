@@ -15,10 +15,10 @@ from gateway.calls.replies import Replies
 from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
 from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
+from gateway.fleet.bases import GatewayBases
 from gateway.fleet.view import FleetView
 from gateway.overload.cost import held, hold
 from gateway.text.answer_form import found_form
-from gateway.text.bases import GatewayBases
 from protocol.queue.bus import Bus, RequestFacts
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

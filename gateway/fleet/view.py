@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 from protocol.metrics import series
 from protocol.metrics.fleet import WORKERS
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.runtime.model_files import base_settings
+from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Unavailable
 from protocol.wire.keys import CLASSES
@@ -20,29 +21,24 @@ REFRESH_S = 1.0  # pause between two looks at the fleet
 class FleetView:
     """The bases, the number of live workers and the scheduler's status, read from the queue once a second."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        beat_timeout_s: float,
-        *,
-        waits: bool = False,
-        name: str = "",
-        further: Sequence[str] = (),
-        shows_reasons: bool = True,
-    ) -> None:
-        """beat_timeout_s: silence after which a worker counts as dead. waits: calls wait in the queue for a worker.
-
-        name: of the default base. further: names of the other bases of the settings. shows_reasons: clients may
-        know why a base does not start, which may name paths of its machine.
-        """
+    def __init__(self, bus: Bus, settings: Settings) -> None:
+        """Know of nothing but the settings. Raises BadRequest for two bases of one name."""
         self._bus = bus
-        self._name = name
-        self._in_settings = tuple(further)
-        self.further = self._in_settings
-        """The names of the bases besides the default one that are asked here, added ones among them."""
-        self._shows_reasons = shows_reasons
-        self._waits = waits
-        self._beat_timeout_ms = int(beat_timeout_s * 1000)
+        self.in_settings = {
+            name: m.AddedBase(model=one.model, added_ms=0) for name, one in base_settings(settings).items()
+        }
+        """The bases that the settings name, which nobody adds or takes away."""
+        self.known = self.in_settings
+        """The bases that are asked here, the default one first: those of the settings, then added ones."""
+        self.names = tuple(self.known)
+        """Their names, whether or not workers have reported them."""
+        self.further = self.names[1:]
+        """The names of those besides the default one."""
+        self._name = self.names[0]
+        self.shows_reasons = not settings.api_keys
+        """Whether clients may know why a base does not start, which may name paths of its machine."""
+        self._waits = settings.wait_for_worker_s > 0  # calls wait in the queue for a worker
+        self._beat_timeout_ms = int(settings.beat_timeout_s * 1000)
         self.base: m.ServedModel | None = None
         """The default base: that of its name or, where this gateway has one base only, what workers serve."""
         self._others: dict[str, m.ServedModel] = {}  # further bases that workers have reported
@@ -50,19 +46,19 @@ class FleetView:
         self._is_mixed = False  # whether workers of several bases have reported
         self.failures: dict[str, str] = {}
         """Base -> why no worker of it has started, where none has since."""
-        self.added = m.AddedBases()
-        """The bases that operators have added and taken away."""
+        self.removed: list[str] = []
+        """The names of bases that operators have taken away."""
         self.status: m.SchedulerStatus | None = None
         self.num_workers = 0
         self.num_queued = self.num_running = 0  # requests, when `show_workers` last looked
 
     def set_added(self, added: m.AddedBases) -> None:
         """Take what operators have added and taken away until now: further bases are asked here from now on, or not."""
-        self.added = added
-        in_settings = (self._name, *self._in_settings)
-        further = (*self._in_settings, *(name for name in added.bases if name not in in_settings))
-        if self.further != further:
-            self.further = further
+        self.removed = [name for name in added.removed if name not in self.in_settings]
+        self.known = self.in_settings | {n: base for n, base in added.bases.items() if n not in self.in_settings}
+        if self.names != tuple(self.known):
+            self.names = tuple(self.known)
+            self.further = self.names[1:]
             series.BASE_LOAD.clear()
 
     @property
@@ -82,14 +78,13 @@ class FleetView:
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a call's base is none of those asked here. A fleet's only one may have had other names."""
-        if name in self.added.removed and name not in self.names:
-            return True
-        return name not in ("", self._name, *self.further) and (self._is_mixed or bool(self.further))
+        is_one = name == "" or name in self.known
+        return name in self.removed or (not is_one and (self._is_mixed or len(self.known) > 1))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the bases that are asked here, the default one first, whether or not one was reported."""
-        return (self._name, *self.further)
+    def several_in_settings(self) -> bool:
+        """Whether stores name the base of every adapter. Where bases are only added, an unnamed one is the default."""
+        return len(self.in_settings) > 1
 
     def load(self, name: str) -> m.BaseLoad:
         """Return how many workers, and requests, a base has."""
@@ -190,7 +185,7 @@ class FleetView:
             raise Unavailable(f"{text}; a worker is about to serve it for the first time", code="base_starting")
         if why is None:
             raise Unavailable(f"{text}; it may still be loading")
-        raise Unavailable(f"{text}: it did not start{f': {why}' if self._shows_reasons else ''}", code="base_failed")
+        raise Unavailable(f"{text}: it did not start{f': {why}' if self.shows_reasons else ''}", code="base_failed")
 
     async def require_any(self, *, worker: bool) -> None:
         """Raise Unavailable while no base is known or, with `worker`, no calls of any are accepted."""

@@ -8,7 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.text.bases import BaseTexts, GatewayBases
+from gateway.fleet.bases import BaseTexts, GatewayBases
+from gateway.fleet.view import FleetView
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import NotFound, Unavailable
 
@@ -21,26 +24,31 @@ def texts_of(name: str) -> BaseTexts:
     return BaseTexts(cast(Any, own), cast(Any, None), cast(Any, SimpleNamespace(close=close)))
 
 
+def view(bus: Bus, **settings: str) -> FleetView:
+    return FleetView(bus, Settings(model="a", **cast(Any, settings)))
+
+
 def added(**models: str) -> m.AddedBases:
     return m.AddedBases(bases={name: m.AddedBase(model=model, added_ms=1) for name, model in models.items()})
 
 
-async def test_a_base_that_is_replaced_is_read_by_no_other_meanwhile() -> None:
+async def test_a_base_that_is_replaced_is_read_by_no_other_meanwhile(bus: Bus) -> None:
     """Removed and added again with another model, it is fetched anew, which takes as long as the Hub likes."""
     is_reading, go_on = asyncio.Event(), asyncio.Event()
 
-    async def read(name: str, model: str) -> BaseTexts:
-        if model == "/new":
+    async def read(name: str, base: m.AddedBase) -> BaseTexts:
+        if base.model == "/new":
             is_reading.set()
             await go_on.wait()
-        return texts_of(f"{name} of {model}")
+        return texts_of(f"{name} of {base.model}")
 
-    known = [added(x="/old")]
-    bases = GatewayBases(texts_of("a"), {}, read, added=lambda: known[-1])
+    fleet = view(bus)
+    bases = GatewayBases(fleet, texts_of("a"), read)
+    fleet.set_added(added(x="/old"))
     await bases.read()
     assert bases.of("x").files.name == "x of /old"
-    known.append(added(y="/new", x="/new"))
-    assert bases.names == ["y", "x"]
+    fleet.set_added(added(y="/new", x="/new"))
+    assert fleet.names == ("a", "y", "x")
     reading = asyncio.create_task(bases.read())
     await is_reading.wait()
     for name in "xy":
@@ -51,30 +59,37 @@ async def test_a_base_that_is_replaced_is_read_by_no_other_meanwhile() -> None:
     assert bases.of("x").files.name == "x of /new"
 
 
-async def test_what_changes_while_it_is_read_is_read_again() -> None:
-    known = [added(x="/first")]
+async def test_what_changes_while_it_is_read_is_read_again(bus: Bus) -> None:
+    fleet = view(bus)
+    fleet.set_added(added(x="/first"))
 
-    async def read(name: str, model: str) -> BaseTexts:
+    async def read(name: str, base: m.AddedBase) -> BaseTexts:
         await asyncio.sleep(0)
-        if model == "/first":
-            known.append(added(x="/second"))
-        return texts_of(f"{name} of {model}")
+        if base.model == "/first":
+            fleet.set_added(added(x="/second"))
+        return texts_of(f"{name} of {base.model}")
 
-    bases = GatewayBases(texts_of("a"), {}, read, added=lambda: known[-1])
+    bases = GatewayBases(fleet, texts_of("a"), read)
     await bases.read()
     with pytest.raises(Unavailable, match="`x` is still loading"):
         bases.of("x")
     await bases.read()
     assert bases.of("x").files.name == "x of /second"
-    known.append(m.AddedBases(removed=["x"]))
+    fleet.set_added(m.AddedBases(removed=["x"]))
     with pytest.raises(NotFound, match="`x` was removed"):
         bases.of("x")
 
 
-def test_a_name_of_none_of_several_is_not_the_default_one() -> None:
+async def test_a_name_of_none_of_several_is_not_the_default_one(bus: Bus) -> None:
     """Nor is one that was taken away so long ago that it is forgotten."""
-    several = GatewayBases(texts_of("a"), {"b": texts_of("b")})
+
+    async def read(name: str, _: m.AddedBase) -> BaseTexts:
+        await asyncio.sleep(0)
+        return texts_of(name)
+
+    several = GatewayBases(view(bus, more_models="b"), texts_of("a"), read)
+    await several.read()
     assert {name: several.of(name).files.name for name in ("", "a", "b")} == {"": "a", "a": "a", "b": "b"}
     with pytest.raises(NotFound, match="`gone` is not served here"):
         several.of("gone")
-    assert GatewayBases(texts_of("a"), {}).of("its earlier name").files.name == "a"
+    assert GatewayBases(view(bus), texts_of("a"), read).of("its earlier name").files.name == "a"

@@ -1,0 +1,147 @@
+"""What a gateway reads of each base: its tokenizer, chat template and end tokens, and a sandbox with its tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from gateway.fleet.view import FleetView
+from gateway.grammars.check import GrammarCheck
+from gateway.http.http_client import HttpClient
+from gateway.sandbox.sandbox import SandboxPool
+from gateway.text.own_files import OwnFiles
+from gateway.text.tokenizer import ModelFiles, load_model_files
+from peft_adapters.texts.files import TOKENIZER
+from protocol.queue.bus import Bus
+from protocol.runtime.model_files import TOKENIZER_FILES, check_text_files, model_folder
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Unavailable, panics_as
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTexts:
+    """The files of one base, and of its adapters."""
+
+    own: OwnFiles
+    grammars: GrammarCheck
+    sandbox: SandboxPool
+
+    @property
+    def files(self) -> ModelFiles:
+        """The base's own."""
+        return self.own.base
+
+
+class GatewayBases:
+    """What a gateway has read of the default base, and of further ones, of its settings or added while it runs."""
+
+    def __init__(
+        self, fleet: FleetView, default: BaseTexts, read: Callable[[str, m.AddedBase], Awaitable[BaseTexts]]
+    ) -> None:
+        """read: the files of a base by its name."""
+        self.fleet = fleet
+        self.default = default
+        self._read = read
+        self._found: dict[str, tuple[m.AddedBase, BaseTexts | str]] = {}  # or why it cannot be read
+
+    def _of(self, name: str) -> BaseTexts | str | None:
+        """Return what a further base has, or why it cannot be read; None before it has been read as it is now."""
+        base, found = self._found.get(name, (None, None))
+        return found if base == self.fleet.known.get(name) else None
+
+    def why_unreadable(self, name: str) -> str:
+        """Return why a further base cannot be read, "" if it can."""
+        found = self._of(name)
+        return found if isinstance(found, str) else ""
+
+    def is_being_read(self, name: str) -> bool:
+        """Return whether a base has not been read yet as it is now."""
+        return name in self.fleet.further and self._of(name) is None
+
+    def of(self, name: str) -> BaseTexts:
+        """Return what a base has; the name of a gateway's only one does not matter.
+
+        Raises Unavailable if it cannot be read or has not been yet, and NotFound if it was taken away, or is none of
+        several.
+        """
+        if name in ("", self.fleet.names[0]):
+            return self.default
+        if name in self.fleet.removed:
+            raise NotFound(f"the base `{name}` was removed", param="model", code="base_not_served")
+        if not self.fleet.further:
+            return self.default
+        if name not in self.fleet.further:
+            raise NotFound(f"the base `{name}` is not served here", param="model", code="base_not_served")
+        found = self._of(name)
+        if found is None:
+            raise Unavailable(
+                f"the base `{name}` is still loading in this gateway", param="model", code="base_starting"
+            )
+        if isinstance(found, str):
+            why = f": {found}" if self.fleet.shows_reasons else ""
+            raise Unavailable(
+                f"the base `{name}` cannot be served by this gateway{why}", param="model", code="base_unreadable"
+            )
+        return found
+
+    async def read(self) -> None:
+        """Read the further bases, one after the other, and leave those that were removed."""
+        known = self.fleet.known
+        for name in [name for name, (base, _) in self._found.items() if known.get(name) != base]:
+            await _close(self._found.pop(name)[1])
+        for name in self.fleet.further:
+            if name in self._found:
+                continue
+            try:
+                found = await self._read(name, known[name])
+            except Exception as error:  # noqa: BLE001  the base's edge: whatever its files are, others are read
+                found = _why(name, error)
+            self._found[name] = known[name], found
+
+    async def close(self) -> None:
+        """End what each has started."""
+        for found in (self.default, *(found for _, found in self._found.values())):
+            await _close(found)
+
+
+async def _close(base: BaseTexts | str) -> None:
+    if isinstance(base, BaseTexts):
+        await base.sandbox.close()
+
+
+def _why(name: str, error: Exception) -> str:
+    """Log why a base cannot be read, and return it."""
+    why = error.message if isinstance(error, LorafleetError) else f"{error!s:.300}".split("\n", 1)[0] or repr(error)
+    logger.warning("the base %s cannot be served by this gateway: %s", name, why)
+    return why
+
+
+async def open_bases(
+    settings: Settings, fleet: FleetView, bus: Bus, stores: HttpClient, on_wait: Callable[[], object]
+) -> GatewayBases:
+    """Read the files of all bases. A further one that cannot be read fails its own calls only.
+
+    on_wait: as of `SandboxPool`. Raises BadRequest where the default one cannot be read.
+    """
+
+    async def read(name: str, base: m.AddedBase) -> BaseTexts:
+        with panics_as(BadRequest):
+            if base.added_ms:
+                await asyncio.to_thread(check_text_files, base.model)
+            own = settings.model_copy(update={"model": base.model, "served_name": name})
+            files = await asyncio.to_thread(load_model_files, own)
+            tokenizer = await asyncio.to_thread(model_folder, base.model, TOKENIZER_FILES) / TOKENIZER
+        sandbox = SandboxPool(settings.sandboxes, str(tokenizer), on_wait, template_s=settings.template_timeout_s)
+        return BaseTexts(
+            OwnFiles(bus, files, sandbox, stores), GrammarCheck(sandbox, settings.grammar_timeout_s), sandbox
+        )
+
+    default = await read(*next(iter(fleet.known.items())))
+    bases = GatewayBases(fleet, default, read)
+    await bases.read()
+    return bases
