@@ -252,12 +252,20 @@ class Scheduler:
             if r.base in late and r.submit.gateway and r.submit.submitted_ms <= before_ms
         ]
 
-    def failed(self) -> list[str]:
-        """Return the requests, for which somebody waits, of bases that workers might become but that do not start."""
-        failed = self.swaps.failed() & self.swaps.reachable().keys()
-        if not failed:
+    def hopeless(self) -> list[tuple[str, str]]:
+        """Return the requests that wait for bases that were taken away, each with its base.
+
+        With them those, for which somebody waits, of bases that workers might become but that do not start.
+        """
+        removed, failed = self.workers.removed, self.swaps.failed() & self.swaps.reachable().keys()
+        if not any(queues.num for base, queues in self.backlog.by_base.items() if base in removed | failed):
             return []
-        return [rid for rid, r in self.requests.items() if r.base in failed and r.submit.gateway and not r.wid]
+        waiting = [(rid, one) for rid, one in self.requests.items() if not one.wid]
+        return [
+            (rid, one.base)
+            for rid, one in waiting
+            if one.base in removed or (one.base in failed and one.submit.gateway)
+        ]
 
     def bases(self) -> dict[str, m.BaseLoad]:
         """Return how many workers and requests each base has, by its name, and how many workers may become it.
@@ -272,17 +280,6 @@ class Scheduler:
         for base, num in self.swaps.reachable().items():
             counts.setdefault(base, [0, 0, 0, 0])[3] = num
         return {base: m.BaseLoad(*count) for base, count in counts.items() if base}
-
-    def queued_of(self, bases: Collection[str]) -> list[tuple[str, str]]:
-        """Return the requests of these bases that wait, each with its base."""
-        if not any(queues.num for base, queues in self.backlog.by_base.items() if base in bases):
-            return []
-        return [(rid, one.base) for rid, one in self.requests.items() if one.base in bases and not one.wid]
-
-    def used_bases(self) -> set[str]:
-        """Return the names of the bases that workers serve or that requests name."""
-        served = {worker.beat.base for worker in self.workers.by_id.values()}
-        return served | {request.submit.base for request in self.requests.values()}
 
     def of_gateway(self, gid: str) -> list[str]:
         """Return the requests that end when a gateway dies."""

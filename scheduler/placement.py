@@ -40,9 +40,6 @@ MAX_PREFIXES = 16_384
 MAX_KNOWN_ADAPTERS = 100_000
 """Adapters whose rank and size are remembered."""
 
-MAX_GROUPS = 256
-"""Bases whose workers are kept as a group: more than a fleet may have."""
-
 SUSPECTS_PER_WORKER = 8
 """Requests whose worker has died that may start together on another. One on its final attempt waits until no other
 request on its final attempt is starting there."""
@@ -191,10 +188,9 @@ class Placement:
         self.bandwidths = Bandwidths()
         self.homes = Homes()
         self._facts: dict[str, AdapterFacts] = {}  # the one learnt longest ago first
-        self._groups: dict[str, BaseWorkers] = {}  # by base; of a base that was asked for, until there are too many
+        self._groups: dict[str, BaseWorkers] = {}  # by base
         self._prefixes: dict[str, str] = {}  # hash of a prompt's first blocks -> worker that computed them last
         self._available: list[Worker] = []
-        self._is_mixed = False  # whether they are of several bases
         self._version = -1
         self._turn = 0
 
@@ -204,19 +200,14 @@ class Placement:
             return
         self._version = self._workers.version
         self._available = list(self._workers.available())
-        self._is_mixed = len({worker.base for worker in self._available}) > 1
+        bases = {worker.base for worker in self._available}
+        self._groups = {base: self._groups.get(base) or BaseWorkers() for base in bases}
         for base, group in self._groups.items():
             group.set_workers([worker for worker in self._available if worker.base == base])
 
     def group(self, base: str) -> BaseWorkers:
         """Return the available workers of a base."""
-        group = self._groups.get(base)
-        if group is None:
-            if len(self._groups) >= MAX_GROUPS:
-                self._groups.clear()
-            group = self._groups[base] = BaseWorkers()
-            group.set_workers([worker for worker in self._available if worker.base == base])
-        return group
+        return self._groups.get(base) or BaseWorkers()
 
     def note_assigned(self, request: QueuedRequest, worker: Worker, now_ms: float) -> None:
         """Note that a request was assigned to a worker."""
@@ -305,7 +296,7 @@ class Placement:
         group, holders = self.group(request.base), self._workers.holders.get(digest, ())
         homes = group.rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         load = self._workers.num_assigned
-        if self._is_mixed:  # what is said of all workers is said of this base's only
+        if len(self._groups) > 1:  # what is said of all workers is said of this base's only
             holders = [wid for wid in holders if self._workers.by_id[wid].base == request.base]
             load = sum(worker.load for worker in group.workers)
         best, crowded = _Best(), _Best()

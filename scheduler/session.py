@@ -176,10 +176,6 @@ class Session:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
         if any(sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
             await self._look_at_bases()  # one that came since the last look, or that is gone
-        removed = self.scheduler.swaps.removed
-        for sub in [sub for sub, _, _ in submits if sub.base in removed]:
-            await self._end_removed(sub.rid, sub.base)
-        submits = [one for one in submits if one[0].base not in removed]
         await self._learn({sub.digest: sub.base for sub, _, _ in submits})
         for sub, epoch, attempts in submits:
             self.scheduler.submit(sub, epoch, attempts)
@@ -285,8 +281,10 @@ class Session:
         if rounds % 2 == 0:
             await done("swaps", self._watch_swaps)
             await done("status", self._publish_status)
-        for rid in self.scheduler.failed():
+        for rid, base in self.scheduler.hopeless():
             why = Unavailable("no worker is ready to serve its base, which did not start", code="base_failed")
+            if base in self.scheduler.workers.removed:
+                why = NotFound(f"the base `{base}` was removed", code="base_not_served")
             await done(rid, partial(self._recovery.end, rid, why))
         if rounds % 4 == 3:
             await done("lost messages", self._recovery.reconcile)
@@ -315,9 +313,7 @@ class Session:
 
     async def _look_at_bases(self) -> None:
         bases, failed = await self._bus.members.bases()
-        self.scheduler.swaps.removed = removed = frozenset((await self._bus.added_bases.get()).removed)
-        for rid, base in self.scheduler.queued_of(removed):
-            await self._end_removed(rid, base)
+        self.scheduler.workers.removed = frozenset((await self._bus.added_bases.get()).removed)
         self.scheduler.set_bases([base.name for base in bases], failed)
 
     async def _watch_swaps(self) -> None:
@@ -340,10 +336,6 @@ class Session:
             for order in orders:
                 await self._bus.audit.note(_audited(order, "done"))
 
-    async def _end_removed(self, rid: str, base: str) -> None:
-        """Fail a request of a base that was taken away."""
-        await self._recovery.end(rid, NotFound(f"the base `{base}` was removed", code="base_not_served"))
-
     async def _empty_removed(self) -> None:
         """Drain the workers of bases that were taken away, and forget a base once it has none and no requests.
 
@@ -353,12 +345,12 @@ class Session:
         leaving = [
             one.wid
             for one in workers.available()
-            if one.beat.base in swaps.removed and swaps.removed.issuperset(one.beat.may_become)
+            if one.beat.base in workers.removed and workers.removed.issuperset(one.beat.may_become)
         ]
         if leaving:
             await self._bus.streams.tell([(wid, m.Control(kind="drain")) for wid in leaving])
-        if recorded := swaps.removed.intersection({*workers.bases, *swaps.noted}):
-            for name in recorded - self.scheduler.used_bases():
+        if recorded := workers.removed.intersection({*workers.bases, *swaps.noted}):
+            for name in recorded - self.scheduler.bases().keys():
                 await self._bus.members.drop_base(name)
 
     async def _watch_gateways(self, elapsed_s: float) -> None:

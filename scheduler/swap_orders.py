@@ -124,8 +124,6 @@ class SwapOrders:
     _known_ms: dict[str, float] = field(default_factory=dict[str, float])  # base not reported yet -> since when known
     noted: set[str] = field(default_factory=set[str])
     """Bases of which the queue says why they failed."""
-    removed: frozenset[str] = frozenset()
-    """Bases that operators have taken away: no worker becomes one, whatever its settings say."""
 
     def settle(self, now_ms: float) -> list[tuple[Swap, str]]:
         """Learn from the latest heartbeats. Returns the orders that came to an end, each with DONE, FAILED or LOST."""
@@ -191,7 +189,7 @@ class SwapOrders:
         return swaps
 
     def _may_become(self, worker: Worker) -> frozenset[str]:
-        return frozenset(worker.beat.may_become) - self.removed
+        return frozenset(worker.beat.may_become) - self.workers.removed
 
     def _demands(self, now_ms: float, asked: Asked) -> list[BaseDemand]:
         """Return what the policy is told of the bases: what is asked of them, and that some are to be tried."""
@@ -222,7 +220,7 @@ class SwapOrders:
             if worker.beat.name not in self.by_worker:
                 found.update(self._may_become(worker))
         for order in self.by_worker.values():
-            found.update((order.may_become | {order.left}) - self.removed)
+            found.update((order.may_become | {order.left}) - self.workers.removed)
         return found
 
     def failed(self) -> set[str]:

@@ -158,6 +158,8 @@ class Workers:
         """Requests on all workers."""
         self.bases: tuple[str, ...] = ()
         """The names of the fleet's bases."""
+        self.removed: frozenset[str] = frozenset()
+        """Bases that operators have taken away: no worker becomes one, whatever its settings say."""
         self.holders: dict[str, set[str]] = {}
         """Adapter -> available workers on which it is resident."""
 
@@ -165,9 +167,9 @@ class Workers:
         """Return the base that a request or a worker means by a name; "" while none is known.
 
         In a fleet of one base it is that one, so that its requests run on workers that have come back with another
-        name.
+        name; unless that was taken away.
         """
-        return name if len(self.bases) > 1 else next(iter(self.bases), "")
+        return name if len(self.bases) > 1 or name in self.removed else next(iter(self.bases), "")
 
     def set_bases(self, names: Sequence[str]) -> bool:
         """Take the names of the fleet's bases; return whether `base_of` answers anew."""

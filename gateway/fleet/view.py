@@ -39,9 +39,7 @@ class FleetView:
         """Whether clients may know why a base does not start, which may name paths of its machine."""
         self._waits = settings.wait_for_worker_s > 0  # calls wait in the queue for a worker
         self._beat_timeout_ms = int(settings.beat_timeout_s * 1000)
-        self.base: m.ServedModel | None = None
-        """The default base: that of its name or, where this gateway has one base only, what workers serve."""
-        self._others: dict[str, m.ServedModel] = {}  # further bases that workers have reported
+        self._reported: dict[str, m.ServedModel] = {}  # bases that workers have reported, by the names of `known`
         self._loads: dict[str, m.BaseLoad] = {}  # as the scheduler last said
         self._is_mixed = False  # whether workers of several bases have reported
         self.failures: dict[str, str] = {}
@@ -64,17 +62,21 @@ class FleetView:
     @property
     def is_ready(self) -> bool:
         """Whether calls of any base are accepted: it is known, and a worker is alive or calls wait for one."""
-        base = self.base
-        return (base is not None and self._accepts(base)) or any(map(self._accepts, self._others.values()))
+        return any(map(self._accepts, self.bases))
 
     @property
     def bases(self) -> list[m.ServedModel]:
         """The bases that workers have reported and that are asked here, the default one first."""
-        return [base for base in (self.base, *self._others.values()) if base is not None]
+        return list(self._reported.values())
+
+    @property
+    def base(self) -> m.ServedModel | None:
+        """The default base: that of its name or, where this gateway has one base only, what workers serve."""
+        return self._reported.get(self._name)
 
     def named(self, name: str) -> m.ServedModel | None:
         """Return a further base by its name, or else the default one; None if no worker has reported it."""
-        return self._others.get(name) if name in self.further else self.base
+        return self._reported.get(name if name in self.further else self._name)
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a call's base is none of those asked here. A fleet's only one may have had other names."""
@@ -114,10 +116,10 @@ class FleetView:
         self._is_mixed = len(fleet.bases) > 1
         self.set_added(fleet.added)
         self.failures = {name: why for name, why in fleet.failures.items() if name in self.names}
-        known = {base.name: base for base in fleet.bases}
-        default = known.get(self._name)
-        self.base = default if default is not None or self.further or not known else fleet.bases[0]
-        self._others = {name: known[name] for name in self.further if name in known}
+        found = {base.name: base for base in fleet.bases}
+        if fleet.bases and not self.further:
+            found.setdefault(self._name, fleet.bases[0])
+        self._reported = {name: found[name] for name in self.names if name in found}
         if self.status is not None:
             self._loads = self.status.bases
         for name in self.names if self.further else ():

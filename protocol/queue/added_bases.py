@@ -29,13 +29,12 @@ def added(known: m.AddedBases, name: str, model: str, now: int, most: int) -> m.
 
     Raises Conflict for a name or a model that another one has, and above `most` bases.
     """
-    there = known.bases.get(name)
-    if there is not None and there.model == model:
-        return known
-    if there is not None:
-        raise Conflict(f"the base {name} was added with the model {there.model}: remove it first", code="base_exists")
-    if twin := next((other for other, base in known.bases.items() if base.model == model), ""):
-        raise Conflict(f"the model {model} is the base {twin}: name each base model once", code="base_exists")
+    for other, base in known.bases.items():
+        if (other, base.model) == (name, model):
+            return known
+        if other == name or base.model == model:
+            text = f"the base {other} was added with the model {base.model}"
+            raise Conflict(f"{text}: remove it first, or name each base model once", code="base_exists")
     if len(known.bases) >= most:
         raise Conflict(f"no more than {most} bases can be added to those of the settings", code="too_many_bases")
     bases = known.bases | {name: m.AddedBase(model=model, added_ms=now)}
