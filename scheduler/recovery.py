@@ -60,8 +60,8 @@ class Recovery:
         rids = list(assigned | set(self._scheduler.assigned_to(wid)))
         worker = self._scheduler.workers.by_id.get(wid)
         order = self._scheduler.swaps.by_worker.get(worker.beat.name) if worker is not None else None
-        if order is not None and order.wid == wid and not rids:
-            logger.info("worker %s is switching to base %s", order.name, order.base)
+        if order is not None and order.seat.wid == wid and not rids:
+            logger.info("worker %s is switching to base %s", order.seat.name, order.base)
         else:
             metrics.WORKERS_LOST.inc()
             logger.warning("worker %s is dead; it had %d requests", wid, len(rids))

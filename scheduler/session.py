@@ -322,7 +322,7 @@ class Session:
         for order, outcome in self.scheduler.swaps.settle(now_ms()):
             metrics.SWAPS.labels(order.base, outcome).inc()
             if outcome == FAILED:
-                await members.note_failure(order.base, f"worker {order.name} ended while it started", keep=True)
+                await members.note_failure(order.base, f"worker {order.seat.name} ended while it started", keep=True)
                 await self._bus.audit.note(_audited(order, "base_failed"))
         if (asked := self.scheduler.swaps.asked(self.scheduler.ledger.mean_output_tokens)) is None:
             return
@@ -332,7 +332,7 @@ class Session:
             await asyncio.sleep(0)
         if orders := self.scheduler.swaps.decide(now_ms(), asked):
             await self._renew()  # a leader that was deposed gives none
-            await self._bus.streams.tell([(one.wid, m.Control(kind="serve", base=one.base)) for one in orders])
+            await self._bus.streams.tell([(one.seat.wid, m.Control(kind="serve", base=one.base)) for one in orders])
             for order in orders:
                 await self._bus.audit.note(_audited(order, "done"))
 
@@ -391,7 +391,7 @@ class Session:
             sent_ms=now_ms(),
             drain_next=self._drain_next,
             bases=scheduler.bases(),
-            becoming={order.name: order.base for order in scheduler.swaps.by_worker.values()},
+            becoming={name: order.base for name, order in scheduler.swaps.by_worker.items()},
             knows=sorted({name for worker in workers for name in worker.knows}),
             version=RELEASE,
         )
@@ -420,8 +420,8 @@ def _count(batch: list[QueuedRequest]) -> None:
 
 def _audited(order: Swap, outcome: str) -> AuditEntry:
     """Return the entry of an order to a worker to become another base."""
-    detail = f"from={order.left} to={order.base} why={order.why}"
-    return AuditEntry(now_ms(), SCHEDULER, "", "", "worker.swap", order.name, detail, outcome, True)
+    detail = f"from={order.seat.base} to={order.base} why={order.why}"
+    return AuditEntry(now_ms(), SCHEDULER, "", "", "worker.swap", order.seat.name, detail, outcome, True)
 
 
 def _most(digests: Mapping[str, int]) -> list[str]:

@@ -134,13 +134,12 @@ class SwapOrders:
             facts.start_s = worker.beat.start_s or facts.start_s
             name, becoming, order = worker.beat.name, worker.beat.becoming, self.by_worker.get(worker.beat.name)
             # A worker obeys the first order that it reads, which may be an earlier leader's.
-            if becoming and (order is None or (order.wid == worker.wid and order.base != becoming)):
-                may_become = frozenset(worker.beat.may_become)
-                self.by_worker[name] = Swap(worker.wid, becoming, "", now_ms, name, worker.base, may_become)
+            if becoming and (order is None or (order.seat.wid == worker.wid and order.base != becoming)):
+                self.by_worker[name] = Swap(self._seat(worker), becoming, "", now_ms)
         found: list[tuple[Swap, str]] = []
         for name, order in list(self.by_worker.items()):
             worker = by_name.get(name)
-            if worker is not None and worker.wid != order.wid:
+            if worker is not None and worker.wid != order.seat.wid:
                 outcome = DONE if worker.beat.base == order.base else self._failed(order, now_ms)
             elif worker is not None and worker.beat.becoming:
                 continue
@@ -177,19 +176,16 @@ class SwapOrders:
 
     def decide(self, now_ms: float, asked: Asked) -> list[Swap]:
         """Return the orders to give now. To be called once a second."""
-        seats = [
-            Seat(one.wid, one.base, float(one.beat.joined_ms), one.load, self._may_become(one), one.beat.name)
-            for one in self.workers.available()
-            if one.beat.name not in self.by_worker
-        ]
+        seats = [self._seat(one) for one in self.workers.available() if one.beat.name not in self.by_worker]
         swaps = self.policy.decide(now_ms, self._demands(now_ms, asked), seats, self.by_worker.values())
         for swap in swaps:
-            self.by_worker[swap.name] = swap
-            self.workers.set_unreachable(swap.wid)  # until its next heartbeat, which says that it leaves
+            self.by_worker[swap.seat.name] = swap
+            self.workers.set_unreachable(swap.seat.wid)  # until its next heartbeat, which says that it leaves
         return swaps
 
-    def _may_become(self, worker: Worker) -> frozenset[str]:
-        return frozenset(worker.beat.may_become) - self.workers.removed
+    def _seat(self, worker: Worker) -> Seat:
+        beat, may_become = worker.beat, frozenset(worker.beat.may_become) - self.workers.removed
+        return Seat(worker.wid, worker.base, float(beat.joined_ms), worker.load, may_become, beat.name)
 
     def _demands(self, now_ms: float, asked: Asked) -> list[BaseDemand]:
         """Return what the policy is told of the bases: what is asked of them, and that some are to be tried."""
@@ -198,9 +194,11 @@ class SwapOrders:
             (beat.started_with for beat in beats), default=0
         )
         demands = asked.demands()
-        for name, demand in demands.items():
+        for name, demand in list(demands.items()):
             if (failure := self._failures.get(name)) is not None:
-                demand.blocked_until_ms = failure.until_ms
+                if now_ms < failure.until_ms:
+                    del demands[name]
+                    continue
                 since_ms = min(now_ms, failure.due_ms)
             elif name not in self.workers.bases:
                 since_ms = self._known_ms.setdefault(name, now_ms)
@@ -218,9 +216,9 @@ class SwapOrders:
         found: Counter[str] = Counter()
         for worker in self.workers.available():
             if worker.beat.name not in self.by_worker:
-                found.update(self._may_become(worker))
+                found.update(self._seat(worker).may_become)
         for order in self.by_worker.values():
-            found.update((order.may_become | {order.left}) - self.workers.removed)
+            found.update((order.seat.may_become | {order.seat.base}) - self.workers.removed)
         return found
 
     def failed(self) -> set[str]:

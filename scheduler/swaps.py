@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
 TURN_STARTS = 4.0
@@ -56,8 +56,6 @@ class BaseDemand:
     """Since when the request waits that has waited longest, counted anew when it is handed back; None: none waits."""
     typical_s: float = 0.0
     """Lower median over its tenants of the seconds of work that wait, each divided by the tenant's weight."""
-    blocked_until_ms: float = 0.0
-    """It failed to start, and is not tried again before."""
 
     def add(self, seconds: float, since_ms: float) -> None:
         """Add work that waits since a unix time in ms."""
@@ -84,16 +82,12 @@ class Seat:
 class Swap:
     """An order: a worker becomes another base."""
 
-    wid: str
+    seat: Seat
+    """The worker as it is before."""
     base: str
     why: str
     """idle: its base had nothing to do; turn: its turn was over; bound: others would wait too long; load: it helps."""
-    at_ms: float = field(default=0.0, compare=False)
-    name: str = field(default="", compare=False)
-    """The worker's name."""
-    left: str = field(default="", compare=False)
-    """The base that it had."""
-    may_become: frozenset[str] = field(default=frozenset(), compare=False)
+    at_ms: float
 
 
 class SwapPolicy:
@@ -111,9 +105,10 @@ class SwapPolicy:
     def decide(
         self, now_ms: float, demands: Sequence[BaseDemand], seats: Sequence[Seat], orders: Iterable[Swap] = ()
     ) -> list[Swap]:
-        """Return the swaps to order now. To be called about once a second, with all bases and all workers.
+        """Return the swaps to order now. To be called about once a second, with all workers.
 
-        orders: those on their way, of which nothing has come yet.
+        demands: of all bases but those that failed to start and are not to be tried yet. orders: those on their way, of
+        which nothing has come yet.
         """
         fleet = _Fleet(self, now_ms, {demand.name: demand for demand in demands}, seats, orders)
         self._observe_use(now_ms, fleet)
@@ -154,11 +149,7 @@ class _Fleet:
         self._joins_ms = [order.at_ms + 1000 * demands[order.base].start_s for order in orders]
         self._since_ms = {demand.name: demand.oldest_ms for demand in demands.values() if demand.oldest_ms is not None}
         running = {seat.base for seat in self.free if seat.running}
-        self._active = [
-            demand
-            for name, demand in demands.items()
-            if name in running or (name in self._since_ms and self._is_open(demand))
-        ]
+        self._active = [one for name, one in demands.items() if name in running or name in self._since_ms]
         self._shares = sum(demand.shares for demand in self._active) or 1.0
         self._starts_ms = sum(1000 * demand.start_s for demand in self._active)
         self._swaps: list[Swap] = []
@@ -166,9 +157,7 @@ class _Fleet:
     def _may_come(self, order: Swap) -> bool:
         """Return whether the worker of an order may still come to its base."""
         demand = self.demands.get(order.base)
-        if demand is None or not self._is_open(demand):
-            return False
-        return self._now_ms < order.at_ms + LOST_STARTS * 1000 * demand.start_s + LOST_MS
+        return demand is not None and self._now_ms < order.at_ms + LOST_STARTS * 1000 * demand.start_s + LOST_MS
 
     def is_idle(self, seat: Seat) -> bool:
         """Return whether a worker and its base have nothing to do."""
@@ -179,7 +168,7 @@ class _Fleet:
         due_ms = {
             name: max(since_ms, self._policy.served_ms.get(name, since_ms)) + self._limit_ms(self.demands[name])
             for name, since_ms in self._since_ms.items()
-            if not self.num[name] and self._is_open(self.demands[name])
+            if not self.num[name]
         }
         unserved = deque(sorted(due_ms, key=due_ms.__getitem__))
         leaving = [(seat, why) for seat in self.free if (why := self._why(seat))]
@@ -196,9 +185,6 @@ class _Fleet:
         if all(self.num[name] for name in due_ms):
             self._help()
         return self._swaps
-
-    def _is_open(self, demand: BaseDemand) -> bool:
-        return demand.blocked_until_ms <= self._now_ms
 
     def _limit_ms(self, demand: BaseDemand) -> float:
         """Return how long a base waits for a worker at most.
@@ -262,7 +248,7 @@ class _Fleet:
         helpers = [seat for seat in self.free if self._may_help(seat)]
         for demand in sorted(self._active, key=lambda one: -one.waiting_s) if helpers else ():
             enough_s = HELP_STARTS * demand.start_s
-            while self._is_open(demand) and demand.waiting_s > self.num[demand.name] * enough_s > 0:
+            while demand.waiting_s > self.num[demand.name] * enough_s > 0:
                 may = [seat for seat in helpers if self._may_help(seat) and self._is_better_at(demand, seat)]
                 if not may:
                     break
@@ -286,7 +272,7 @@ class _Fleet:
         return self.num[seat.base] > 1 or idle_ms >= starts * 1000 * demand.start_s
 
     def _order(self, seat: Seat, why: str, name: str) -> None:
-        self._swaps.append(Swap(seat.wid, name, why, self._now_ms, seat.name, seat.base, seat.may_become))
+        self._swaps.append(Swap(seat, name, why, self._now_ms))
         self.free.remove(seat)
         self._joins_ms.append(self._now_ms + 1000 * self.demands[name].start_s)
         self.num[seat.base] -= 1

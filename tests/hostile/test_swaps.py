@@ -81,7 +81,7 @@ class Fleet:
         if self.now_ms % TICK_MS == 0:
             self.scheduler.swaps.settle(self.now_ms)
             for order in order_swaps(self.scheduler, self.now_ms):
-                self._leave(order.name, order.base)
+                self._leave(order.seat.name, order.base)
             for rid, _ in self.scheduler.hopeless():
                 self.scheduler.forget(rid)
                 self.ended_ms[rid] = -1

@@ -39,7 +39,7 @@ def scheduler_of(*beats: m.WorkerBeat, known: list[str] = FLEET, **config: Any) 
 
 
 def ordered(scheduler: Scheduler, at_ms: float) -> dict[str, str]:
-    return {order.name: order.base for order in order_swaps(scheduler, at_ms)}
+    return {order.seat.name: order.base for order in order_swaps(scheduler, at_ms)}
 
 
 def settled(scheduler: Scheduler, at_ms: float) -> list[tuple[str, str]]:
@@ -67,7 +67,7 @@ def test_a_worker_that_obeys_another_leader_speaks_against_no_base() -> None:
     scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
     for at_ms in range(0, 100_000 * MAX_LOST, 100_000):
         assert ordered(scheduler, at_ms + 1000.0) == {"w": "b"}
-        see(scheduler, beat("a", wid=scheduler.swaps.by_worker["w"].wid, becoming="c", draining=True, sent_ms=2))
+        see(scheduler, beat("a", wid=scheduler.swaps.by_worker["w"].seat.wid, becoming="c", draining=True, sent_ms=2))
         assert settled(scheduler, at_ms + 2000.0) == []
         see(scheduler, beat("c", wid=f"c{at_ms}"))
         assert settled(scheduler, at_ms + 9000.0) == [("c", DONE)]
