@@ -68,11 +68,11 @@ class Resolver:
         source. Raises ModelNotFound, PermissionDenied, AdapterRefused, Unavailable.
         """
         if is_base(name, base):
-            return CallTarget(base.name, "", self.bases.of(base.name).files)
+            return CallTarget(base.name, "", self.bases.of(base.name).base)
         alias = await self._served(self._plain(name, base), timeout_s, caller)
         if not self.is_of(alias, base):
             raise ModelNotFound(name, f"It is an adapter of the base `{alias.base}`, not of `{base.name}`.")
-        own = self.bases.of(base.name).own
+        own = self.bases.of(base.name)
         facts = await own.facts(alias.digest)
         files = await own.files(alias.digest, facts.texts, caller.name or alias.digest)
         source = alias.source.partition(":")[0]
@@ -186,10 +186,10 @@ class Resolver:
 
     async def model(self, name: str, bases: Sequence[m.ServedModel], caller: Caller) -> dict[str, Any]:
         """Return the object of one model in any state. Raises ModelNotFound."""
+        if (base := self.listed(name, bases)) is not None:
+            return base_object(base)
         named = _named(name, [one.name for one in bases])
         base = next((one for one in bases if one.name == named), bases[0])
-        if name == base.name or (name == BASE and base.name == self._default(bases)):
-            return base_object(base)
         plain = self._plain(name, base)
         alias = await self.known(plain, caller)
         if alias is None or (plain != name and not self.is_of(alias, base)):

@@ -104,7 +104,7 @@ class EarlierCalls:
         if isinstance(call.inputs, Pairs) and len(record.rids) != len(call.sources):
             call = structs.replace(call, task="embed", inputs=replace(call.inputs, apart=True))
         prompts: list[Prompt] = []
-        base, own = self._fleet.named(record.base), self._bases.of(record.base).own
+        base, own = self._fleet.named(record.base), self._bases.of(record.base)
         if base is None and call.task != "generate":
             raise Unavailable("no worker has reported the base model of these token ids yet")
         max_model_len = base.max_model_len if base is not None else UNKNOWN_MODEL_LEN

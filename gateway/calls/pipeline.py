@@ -56,7 +56,7 @@ class Pipeline:
         self.settings = settings
         self.checks = Checks()
         self.bus = bus
-        self.files = resolver.bases.default.files
+        self.files = resolver.bases.default.base
         self.fleet = fleet
         self.resolver = resolver
         self.replies = replies

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from gateway.fleet.view import FleetView
 from gateway.grammars.check import GrammarCheck
 from gateway.http.http_client import HttpClient
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
-from gateway.text.tokenizer import ModelFiles, load_model_files
+from gateway.text.tokenizer import load_model_files
 from peft_adapters.texts.files import TOKENIZER
 from protocol.queue.bus import Bus
 from protocol.runtime.model_files import TOKENIZER_FILES, check_text_files, model_folder
@@ -23,33 +22,19 @@ from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Unavailab
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class BaseTexts:
-    """The files of one base, and of its adapters."""
-
-    own: OwnFiles
-    grammars: GrammarCheck
-    sandbox: SandboxPool
-
-    @property
-    def files(self) -> ModelFiles:
-        """The base's own."""
-        return self.own.base
-
-
 class GatewayBases:
     """What a gateway has read of the default base, and of further ones, of its settings or added while it runs."""
 
     def __init__(
-        self, fleet: FleetView, default: BaseTexts, read: Callable[[str, m.AddedBase], Awaitable[BaseTexts]]
+        self, fleet: FleetView, default: OwnFiles, read: Callable[[str, m.AddedBase], Awaitable[OwnFiles]]
     ) -> None:
         """read: the files of a base by its name."""
         self.fleet = fleet
         self.default = default
         self._read = read
-        self._found: dict[str, tuple[m.AddedBase, BaseTexts | str]] = {}  # or why it cannot be read
+        self._found: dict[str, tuple[m.AddedBase, OwnFiles | str]] = {}  # or why it cannot be read
 
-    def _of(self, name: str) -> BaseTexts | str | None:
+    def _of(self, name: str) -> OwnFiles | str | None:
         """Return what a further base has, or why it cannot be read; None before it has been read as it is now."""
         base, found = self._found.get(name, (None, None))
         return found if base == self.fleet.known.get(name) else None
@@ -63,7 +48,7 @@ class GatewayBases:
         """Return whether a base has not been read yet as it is now."""
         return name in self.fleet.further and self._of(name) is None
 
-    def of(self, name: str) -> BaseTexts:
+    def of(self, name: str) -> OwnFiles:
         """Return what a base has; the name of a gateway's only one does not matter.
 
         Raises Unavailable if it cannot be read or has not been yet, and NotFound if it was taken away, or is none of
@@ -93,25 +78,22 @@ class GatewayBases:
         """Read the further bases, one after the other, and leave those that were removed."""
         known = self.fleet.known
         for name in [name for name, (base, _) in self._found.items() if known.get(name) != base]:
-            await _close(self._found.pop(name)[1])
-        for name in self.fleet.further:
+            if isinstance(found := self._found.pop(name)[1], OwnFiles):
+                await found.sandbox.close()
+        for name, base in [*known.items()][1:]:
             if name in self._found:
                 continue
             try:
-                found = await self._read(name, known[name])
+                found = await self._read(name, base)
             except Exception as error:  # noqa: BLE001  the base's edge: whatever its files are, others are read
                 found = _why(name, error)
-            self._found[name] = known[name], found
+            self._found[name] = base, found
 
     async def close(self) -> None:
         """End what each has started."""
         for found in (self.default, *(found for _, found in self._found.values())):
-            await _close(found)
-
-
-async def _close(base: BaseTexts | str) -> None:
-    if isinstance(base, BaseTexts):
-        await base.sandbox.close()
+            if isinstance(found, OwnFiles):
+                await found.sandbox.close()
 
 
 def _why(name: str, error: Exception) -> str:
@@ -129,7 +111,7 @@ async def open_bases(
     on_wait: as of `SandboxPool`. Raises BadRequest where the default one cannot be read.
     """
 
-    async def read(name: str, base: m.AddedBase) -> BaseTexts:
+    async def read(name: str, base: m.AddedBase) -> OwnFiles:
         with panics_as(BadRequest):
             if base.added_ms:
                 await asyncio.to_thread(check_text_files, base.model)
@@ -137,9 +119,7 @@ async def open_bases(
             files = await asyncio.to_thread(load_model_files, own)
             tokenizer = await asyncio.to_thread(model_folder, base.model, TOKENIZER_FILES) / TOKENIZER
         sandbox = SandboxPool(settings.sandboxes, str(tokenizer), on_wait, template_s=settings.template_timeout_s)
-        return BaseTexts(
-            OwnFiles(bus, files, sandbox, stores), GrammarCheck(sandbox, settings.grammar_timeout_s), sandbox
-        )
+        return OwnFiles(bus, files, sandbox, stores, GrammarCheck(sandbox, settings.grammar_timeout_s))
 
     default = await read(*next(iter(fleet.known.items())))
     bases = GatewayBases(fleet, default, read)

@@ -175,7 +175,7 @@ class Archiver:
             try:
                 digest, texts_hash = one.text.digest, ""
                 if digest:
-                    texts_hash = (await self._bases.default.own.facts(digest)).texts
+                    texts_hash = (await self._bases.default.facts(digest)).texts
             except (NotFound, ProtocolError):  # nobody knows its adapter's tokens any more
                 num_lost += 1
             else:

@@ -65,7 +65,7 @@ class KeptTexts:
 
         A gateway's only base may have had another name, so the tokenizer decides.
         """
-        own = self._pipeline.resolver.bases.of(text.base).own
+        own = self._pipeline.resolver.bases.of(text.base)
         if text.tokenizer != own.base.tokenizer:
             message = f"its tokens are those of the base `{text.base}`, whose tokenizer this gateway does not have"
             raise NotFound(message, code="base_not_served")

@@ -130,7 +130,7 @@ async def test_a_broken_further_base_tells_no_tenant_where_it_lies(bus: Bus, tmp
     settings = Settings(redis_url=bus.url, model=str(one), more_models=str(other), data=tmp_path, api_keys=keys)
     bases = await open_bases(settings, FleetView(bus, settings), bus, HttpClient(), lambda: None)
     try:
-        assert bases.of("a").files.name == "a"
+        assert bases.of("a").base.name == "a"
         with pytest.raises(Unavailable) as refused:
             bases.of("b")
     finally:
