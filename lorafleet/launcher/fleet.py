@@ -6,8 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,7 +90,7 @@ class FleetLauncher:
     _failure: LorafleetError | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _hurry: bool = False
-    _given_up: set[str] = field(default_factory=set[str])  # workers that did not start, beside other bases' that may
+    _given_up: set[str] = field(default_factory=set[str])  # services that did not start
 
     async def run(self) -> int:
         """Run until a signal, drain all services, and return the exit code. Raises LorafleetError when one fails.
@@ -133,8 +132,9 @@ class FleetLauncher:
             await child.supervise()
         except ServiceFailed as error:
             workers = {one.spec.name for one in self.children if one.spec.service == "worker"}
-            self._given_up |= workers & {child.spec.name}
-            if self.settings.more_models and child.spec.name in workers and self._given_up != workers:
+            self._given_up.add(child.spec.name)
+            if self.settings.more_models and child.spec.name in workers and not workers <= self._given_up:
+                child.ready.set()  # nobody waits for it
                 self.screen.say(f"[red]{child.spec.name}[/] is given up, the others continue: {escape(error.message)}")
                 await self._note_failure(child, error)
             else:
@@ -145,27 +145,24 @@ class FleetLauncher:
         if not self.settings.more_models:
             return
         try:
-            async with self._worker_bus() as bus:
-                await bus.members.forget_failures(base_settings(self.settings))
+            await self._write(lambda bus: bus.members.forget_failures(base_settings(self.settings)))
         except QueueError as error:
             raise Unavailable(f"cannot write to the queue what a worker writes of its base: {error}") from error
 
     async def _note_failure(self, child: Child, error: ServiceFailed) -> None:
         """Note why a base does not start, unless its worker has: one that the system has killed could not."""
-        name = child.spec.environment["LORAFLEET_BASE"]
+        name, why = child.spec.environment["LORAFLEET_BASE"], error.message.partition("; end of its log")[0]
         try:
-            async with self._worker_bus() as bus:
-                await bus.members.note_failure(name, error.message.partition("; end of its log")[0], keep=True)
+            await self._write(lambda bus: bus.members.note_failure(name, why, keep=True))
         except QueueError as away:
             self.screen.say(f"[yellow]queue[/]: why {child.spec.name} did not start is not noted: {away!r}")
 
-    @asynccontextmanager
-    async def _worker_bus(self) -> AsyncGenerator[Bus]:
-        """Enter the queue with the rights of a worker, who may write of bases."""
+    async def _write(self, write: Callable[[Bus], Awaitable[None]]) -> None:
+        """Write to the queue with the rights of a worker, who may write of bases."""
         door = self.queue.door("worker") if self.queue is not None else {}
         bus = Bus(self.settings.model_copy(update=door).queue_url())
         try:
-            yield bus
+            await write(bus)
         finally:
             await bus.close()
 
@@ -189,9 +186,7 @@ class FleetLauncher:
                 if announcement is None and await self._bases_are_settled(bus) and await _health(gateway) == 200:
                     self.screen.close()
                     announcement = group.create_task(self._announce())
-                settled = announcement is not None and all(
-                    child.ready.is_set() or child.spec.name in self._given_up for child in self.children
-                )
+                settled = announcement is not None and all(child.ready.is_set() for child in self.children)
                 await asyncio.sleep(POLL_S if settled else START_POLL_S)
         except LorafleetError as error:
             self._fail(error)
@@ -209,7 +204,7 @@ class FleetLauncher:
         if not self.settings.more_models:
             return True
         workers = [child for child in self.children if child.spec.service == "worker"]
-        if not all(child.ready.is_set() or child.spec.name in self._given_up for child in workers):
+        if not all(child.ready.is_set() for child in workers):
             return False
         try:
             served, failed = await bus.members.bases()
@@ -237,7 +232,7 @@ class FleetLauncher:
         self._stop.set()
 
     async def _note(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> None:
-        if child.ready.is_set() or self._stop.is_set() or child.spec.name in self._given_up:
+        if child.ready.is_set() or self._stop.is_set():
             return
         self.screen.starting(child.spec.name, child.activity)
         try:
