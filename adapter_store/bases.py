@@ -72,39 +72,37 @@ class Bases:
         this fleet does not have; AdapterRefused, with the candidates, for an adapter that fits none or several; and
         Unavailable while no worker has reported one of several bases that the answer depends on.
         """
+        if asked and asked not in (names := self._names or list(self._known) or [asked]):
+            raise BadRequest(f"this fleet has no base {brief(asked)}; it has {', '.join(names)}", param="base")
         if not self._names:
             only = self.get("")
-            if asked and only is not None and asked != only.name:
-                raise BadRequest(f"this fleet has no base {brief(asked)}; it has {only.name}", param="base")
             mirrored = await mirror.take(source, target, only, access, tenant)
             record = None if only is None else await mirror.describe(mirrored.digest, mirrored.version.source, only)
             return mirrored, "", record
-        if asked and asked not in self._names:
-            raise BadRequest(f"this fleet has no base {brief(asked)}; it has {', '.join(self._names)}", param="base")
+        mirrored: Mirrored | None = None
+
+        async def read(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
+            found = mirrored or await mirror.take(source, target, base, access, tenant)
+            return found, await mirror.describe(found.digest, found.version.source, base)
+
         candidates = [] if asked or self._missing else list(self._known.values())
-        mirrored, name = None, asked
         try:
             mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant, candidates)
             name = asked or self._named_by(await mirror.named_base(mirrored.version))
         except NeedsBase as error:
-            if error.named is not None:  # it is not tried with each base, since a conversion costs minutes
-                if named := self._named_by(error.named):
-                    return await self.take(mirror, source, target, named, access, tenant)
+            name = self._named_by(error.named or "")
+            if error.named is not None and not name:  # it is not tried with each base: a conversion costs minutes
                 text = "it is converted for one base, and names none of this fleet"
                 raise AdapterRefused([f"{text}: set base_model_name_or_path, or register it with `base`"]) from error
-        if mirrored is None or not name:
-
-            async def read(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
-                found = mirrored or await mirror.take(source, target, base, access, tenant)
-                return found, await mirror.describe(found.digest, found.version.source, base)
-
+        if not name:
             return await self._fitting(read)
         base = self._known.get(name)
         if base is None:
             what = "which was removed" if name in self._removed else "of which no worker has started yet"
             raise Unavailable(f"it is an adapter of the base {name}, {what}")
         try:
-            return mirrored, name, await mirror.describe(mirrored.digest, mirrored.version.source, base)
+            mirrored, record = await read(base)
+            return mirrored, name, record
         except AdapterRefused as error:
             how = "it is registered for" if asked else "its base_model_name_or_path says"
             raise AdapterRefused([f"{how} the base {name}, which it does not fit: {error.message}"]) from error
