@@ -6,12 +6,12 @@ been ordered to become, and decides anew.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from protocol.wire import messages as m
-from protocol.wire.keys import BATCH
+from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
 from scheduler.request import QueuedRequest
 from scheduler.swaps import BaseDemand, Seat, Swap, SwapPolicy
 from scheduler.workers import UNFITTED_STEP, Worker, Workers
@@ -62,9 +62,10 @@ class Asked:
     def __init__(self, facts: Mapping[str, _Facts], mean_tokens: float) -> None:
         """facts: of the bases that count. mean_tokens: of an output."""
         self._facts, self._mean_tokens = facts, mean_tokens
-        self._interactive, self._batch = (
-            {name: (BaseDemand(name, one.start_s), dict[str, float]()) for name, one in facts.items()} for _ in range(2)
-        )  # with the seconds that wait of each tenant, over its weight
+        self._demands = {cls: {name: BaseDemand(name, one.start_s) for name, one in facts.items()} for cls in CLASSES}
+        self._waiting = defaultdict[tuple[str, str, str], float](
+            float
+        )  # class, base, tenant -> seconds over its weight
         self._used: dict[str, set[str]] = {}  # tenant -> bases that it waits for or runs on
         self._weights: dict[str, float] = {}
 
@@ -77,23 +78,22 @@ class Asked:
             self._used.setdefault(sub.tenant, set()).add(base)
             self._weights[sub.tenant] = sub.weight
             if not request.wid:
-                demand, by_tenant = (self._batch if sub.cls == BATCH else self._interactive)[base]
                 seconds = facts.seconds(request, self._mean_tokens)
-                demand.add(seconds, request.since_ms or sub.submitted_ms)
-                by_tenant[sub.tenant] = by_tenant.get(sub.tenant, 0.0) + seconds / sub.weight
+                self._demands[sub.cls][base].add(seconds, request.since_ms or sub.submitted_ms)
+                self._waiting[sub.cls, base, sub.tenant] += seconds / sub.weight
 
     def demands(self) -> dict[str, BaseDemand]:
         """Return the sums by base. Batch work counts where nothing else waits."""
-        nothing_waits = all(demand.oldest_ms is None for demand, _ in self._interactive.values())
-        found = self._batch if nothing_waits else self._interactive
+        nothing_waits = all(demand.oldest_ms is None for demand in self._demands[INTERACTIVE].values())
+        cls = BATCH if nothing_waits else INTERACTIVE
+        waiting: dict[str, list[float]] = {name: [] for name in sorted(self._demands[cls])}
         for tenant, bases in self._used.items():
             for base in bases:
-                demand, by_tenant = found[base]
-                demand.shares += self._weights[tenant] / len(bases)
-                by_tenant.setdefault(tenant, 0.0)
-        for demand, by_tenant in found.values():
-            demand.typical_s = sorted(by_tenant.values())[(len(by_tenant) - 1) // 2] if by_tenant else 0.0
-        return {name: demand for name, (demand, _) in sorted(found.items())}
+                self._demands[cls][base].shares += self._weights[tenant] / len(bases)
+                waiting[base].append(self._waiting.get((cls, base, tenant), 0.0))
+        for base, seconds in waiting.items():
+            self._demands[cls][base].typical_s = sorted(seconds)[(len(seconds) - 1) // 2] if seconds else 0.0
+        return {base: self._demands[cls][base] for base in waiting}
 
 
 @dataclass(slots=True)
