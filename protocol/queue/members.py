@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
 import msgspec
-from redis.exceptions import WatchError
 
 from protocol.queue import signatures as lua
 from protocol.queue.added_bases import decoded
@@ -113,22 +111,23 @@ class Members:
         there are too many bases.
         """
         keys = self._keys
-        beats: dict[str, bytes] = {}  # their beginnings, each read once, however many workers join meanwhile
         while True:
             pipe = self._redis.pipeline(transaction=True)  # who left before that has no say on later records
             pipe.hgetall(keys.bases)
             pipe.zrange(keys.workers, 0, -1)
-            records, wids = await pipe.execute()
+            pipe.get(keys.added_bases)
+            records, wids, added = await pipe.execute()
             others = [wid.decode() for wid in wids if wid.decode() != beat.wid]
-            unread = [wid for wid in others if wid not in beats]
             known = {base.name: base for base in _decoded(records)[0]}
-            beats |= await self._beginnings(unread, max(len(m.encode(name)) for name in (*known, served.name)))
-            by_operators = decoded(await self._redis.get(keys.added_bases))
+            beats = await self._beginnings(others, max(len(m.encode(name)) for name in (*known, served.name)))
+            by_operators, names = decoded(added), list(fleet)
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was removed from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
-            names = _fleet_of(served.name, fleet, by_operators.bases, known)
-            base, dropped = joining_of(served, known, names, [beats[wid] for wid in others if wid in beats])
+            if by_operators.bases:  # of whom a worker's settings do not say; without any it knows nobody's
+                more = fleet or (known if served.name in by_operators.bases else ())
+                names = [served.name, *more, *by_operators.bases]
+            base, dropped = joining_of(served, known, names, beats)
             name = base.name
             call = lua.Join(
                 bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid), wid=beat.wid,
@@ -139,15 +138,15 @@ class Members:
             if await self._scripts.run(call) == b"joined":
                 return name
 
-    async def _beginnings(self, wids: Sequence[str], longest: int) -> dict[str, bytes]:
-        """Return of workers' heartbeats, which come to megabytes, as much as says which bases they serve.
+    async def _beginnings(self, wids: Sequence[str], longest: int) -> list[bytes]:
+        """Return of live workers' heartbeats, which come to megabytes, as much as says which bases they serve.
 
         longest: bytes of the longest name of a base.
         """
         pipe = self._redis.pipeline(transaction=False)
         for wid in wids:
             pipe.getrange(self._keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
-        return {wid: raw for wid, raw in zip(wids, await pipe.execute(), strict=True) if raw}
+        return [raw for raw in await pipe.execute() if raw]
 
     async def note_failure(self, name: str, reason: str, *, keep: bool = False) -> None:
         """Note why no worker of a base has started, until one joins. There is room for as many as for bases.
@@ -174,17 +173,16 @@ class Members:
     async def drop_base(self, name: str) -> None:
         """Delete what workers of a base have reported, unless one is registered.
 
-        A worker that joins meanwhile writes its base again (`join.lua`), and then nothing is deleted.
+        A worker that joins meanwhile writes its base again (`join.lua`), and then it is looked at again.
         """
-        keys = self._keys
-        async with self._redis.pipeline(transaction=True) as pipe:
-            await pipe.watch(keys.bases)
-            if any(beat is None or beat.base == name for beat in (await self.worker_beats()).values()):
-                return
+
+        async def drop(pipe: Client) -> None:
+            beats = await self.worker_beats()
             pipe.multi()
-            pipe.hdel(keys.bases, name, f"{_FAILED}{name}")
-            with suppress(WatchError):
-                await pipe.execute()
+            if all(beat is not None and beat.base != name for beat in beats.values()):
+                pipe.hdel(self._keys.bases, name, f"{_FAILED}{name}")
+
+        await self._redis.transaction(drop, self._keys.bases)
 
     # ------------------------------------------------------------ asking
 
@@ -262,18 +260,6 @@ def _decoded(records: Mapping[bytes, bytes]) -> tuple[list[m.ServedModel], dict[
 def _base(raw: bytes) -> m.ServedModel:
     """Decode a base's record, which many read once a second and which seldom changes."""
     return decode(raw, m.ServedModel)
-
-
-def _fleet_of(name: str, fleet: Sequence[str], added: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return the names of a fleet's bases as the worker of one is to know them, none where it has one base.
-
-    fleet: as the worker's settings say. added: by operators, of whom a worker is not told. The worker of an added base
-    without such settings does not know those of others, so that all which are `known` stay.
-    """
-    added = list(added)
-    if not added:
-        return list(fleet)
-    return list(dict.fromkeys([name, *(fleet or (known if name in added else ())), *added]))
 
 
 def joining_of(

@@ -182,14 +182,6 @@ async def test_who_left_is_not_held_against_records_that_came_later(bus: Bus) ->
     assert await join(bus, "w3", base("b"), several=False) == "b"
 
 
-async def test_a_heartbeat_is_read_once_though_others_join_meanwhile(bus: Bus) -> None:
-    """A join that is tried again, since another was quicker, reads only the heartbeats that are new."""
-    await join(bus, "w1", base("a"))
-    client = Meanwhile(bus, lambda: join(bus, "w2", base("a")))
-    await join(bus, "w3", base("a"))
-    assert client.read == [bus.keys.worker_beat("w1"), bus.keys.worker_beat("w2")]
-
-
 async def test_which_bases_failed_is_told_with_their_names(bus: Bus) -> None:
     assert await bus.members.bases() == ([], {})
     await bus.members.note_failure("c", "no memory")
