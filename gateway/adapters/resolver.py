@@ -99,12 +99,14 @@ class Resolver:
             raise Unavailable(text, param="model")
         return alias
 
-    async def base_of(self, name: str, timeout_s: float, caller: Caller) -> str:
+    async def base_of(self, name: str, source: str | None, timeout_s: float, caller: Caller) -> str:
         """Return the name of the base that a model is, or is an adapter of; "" for the default one, and of no adapter.
 
-        Waits up to `timeout_s` while the adapter is being fetched. Raises as `resolve`.
+        Waits up to `timeout_s` while the adapter is being fetched. Raises as `name_in` and `resolve`.
         """
         default = self._fleet.names[0]
+        if name not in ("", BASE, *self._fleet.names):
+            name = await self.name_in(source, name, caller)
         named = _named(name, self._fleet.names)
         if named:
             return "" if named == default else named

@@ -32,21 +32,14 @@ class GatewayBases:
         self.fleet = fleet
         self.default = default
         self._read = read
-        self._found: dict[str, tuple[m.AddedBase, OwnFiles | str]] = {}  # or why it cannot be read
+        self._found: dict[str, tuple[m.AddedBase, OwnFiles | str]] = {
+            fleet.names[0]: (next(iter(fleet.known.values())), default)
+        }
 
-    def _of(self, name: str) -> OwnFiles | str | None:
-        """Return what a further base has, or why it cannot be read; None before it has been read as it is now."""
+    def found(self, name: str) -> OwnFiles | str | None:
+        """Return what a base has, or why it cannot be read; None before it has been read as it is now."""
         base, found = self._found.get(name, (None, None))
         return found if base == self.fleet.known.get(name) else None
-
-    def why_unreadable(self, name: str) -> str:
-        """Return why a further base cannot be read, "" if it can."""
-        found = self._of(name)
-        return found if isinstance(found, str) else ""
-
-    def is_being_read(self, name: str) -> bool:
-        """Return whether a base has not been read yet as it is now."""
-        return name in self.fleet.further and self._of(name) is None
 
     def of(self, name: str) -> OwnFiles:
         """Return what a base has; the name of a gateway's only one does not matter.
@@ -62,7 +55,7 @@ class GatewayBases:
             return self.default
         if name not in self.fleet.further:
             raise NotFound(f"the base `{name}` is not served here", param="model", code="base_not_served")
-        found = self._of(name)
+        found = self.found(name)
         if found is None:
             raise Unavailable(
                 f"the base `{name}` is still loading in this gateway", param="model", code="base_starting"
@@ -75,12 +68,12 @@ class GatewayBases:
         return found
 
     async def read(self) -> None:
-        """Read the further bases, one after the other, and leave those that were removed."""
+        """Read what has not been read, one base after the other, and leave those that were removed."""
         known = self.fleet.known
         for name in [name for name, (base, _) in self._found.items() if known.get(name) != base]:
             if isinstance(found := self._found.pop(name)[1], OwnFiles):
                 await found.sandbox.close()
-        for name, base in [*known.items()][1:]:
+        for name, base in known.items():
             if name in self._found:
                 continue
             try:
@@ -91,7 +84,7 @@ class GatewayBases:
 
     async def close(self) -> None:
         """End what each has started."""
-        for found in (self.default, *(found for _, found in self._found.values())):
+        for _, found in self._found.values():
             if isinstance(found, OwnFiles):
                 await found.sandbox.close()
 

@@ -46,12 +46,12 @@ class BaseAdministration:
         return {"object": "list", "data": found, "has_more": False}
 
     def _view(self, name: str, base: m.AddedBase) -> dict[str, Any]:
-        reason = self._fleet.failures.get(name) or self._bases.why_unreadable(name)
-        if self._bases.why_unreadable(name):
-            state = "unreadable"
-        elif self._bases.is_being_read(name):
+        found, reason = self._bases.found(name), self._fleet.failures.get(name)
+        if isinstance(found, str):
+            state, reason = "unreadable", reason or found
+        elif found is None:
             state = "loading"
-        elif name in self._fleet.failures:
+        elif reason is not None:
             state = "failed"
         else:
             state = "ready" if self._has_worker(name) else "no_worker"
