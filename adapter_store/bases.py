@@ -8,7 +8,9 @@ from adapter_store.mirror import Mirror, Mirrored, NeedsBase, fits_none
 from adapter_store.sources import Source, SourceAccess
 from protocol.wire.brief import brief
 from protocol.wire.errors import AdapterRefused, BadRequest, Unavailable
-from protocol.wire.messages import AdapterRecord, ServedModel
+from protocol.wire.messages import AdapterRecord, AddedBases, ServedModel
+
+NONE = AddedBases()
 
 
 class Bases:
@@ -22,21 +24,15 @@ class Bases:
         self._state: tuple[object, ...] = ()  # what adapters are checked for
         self.set(())
 
-    def set(
-        self,
-        reported: Iterable[ServedModel],
-        failed: Iterable[str] = (),
-        *,
-        added: Iterable[str] = (),
-        removed: Iterable[str] = (),
-    ) -> bool:
+    def set(self, reported: Iterable[ServedModel], failed: Iterable[str] = (), by_operators: AddedBases = NONE) -> bool:
         """Take the bases that workers have reported, the first one first, and those of which none has started.
 
-        added, removed: by operators. What names one that was taken away is of an unknown base, and not checked for
-        another. Returns whether any that adapters are checked for has changed, so that all have to be checked again.
+        by_operators: what they have added and taken away. What names one that was taken away is of an unknown base, and
+        not checked for another. Returns whether any that adapters are checked for has changed, so that all have to be
+        checked again.
         """
-        self._removed = frozenset(removed) - set(self._in_settings)
-        names = (*self._in_settings, *sorted({*added, *self._removed} - set(self._in_settings)))
+        self._removed = frozenset(by_operators.removed) - set(self._in_settings)
+        names = (*self._in_settings, *sorted({*by_operators.bases, *self._removed} - set(self._in_settings)))
         self._names = names if len(names) > 1 else ()
         found = {base.name: base for base in reported}
         if not self._names:

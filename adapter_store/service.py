@@ -230,8 +230,7 @@ class Store:
             metrics.STORE_NAMES.labels(state).set(states[state])
 
     async def _set_bases(self) -> None:
-        known = await self.bus.added_bases.get()
-        if self.bases.set(*await self.bus.members.bases(), added=known.bases, removed=known.removed):
+        if self.bases.set(*await self.bus.members.bases(), await self.bus.added_bases.get()):
             self.registrar.set_bases(self.bases)
             if self.follower is not None:
                 self.follower.set_bases(self.bases)

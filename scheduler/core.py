@@ -89,8 +89,7 @@ class Scheduler:
     def submit(self, sub: m.RequestHead, epoch: int, attempts: int = 0) -> None:
         """Queue a request, new or handed back. An older or equal epoch of a known one is a repetition."""
         known = self.requests.get(sub.rid)
-        base = self.workers.base_of(sub.base)
-        request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0, base=base)
+        request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0)
         if known is not None:
             if epoch <= known.epoch:
                 return
@@ -100,7 +99,7 @@ class Scheduler:
             self._open(request)
         self._enqueue(request)
         if sub.digest != BASE and sub.digest not in self.workers.holders:
-            self._unplaced[sub.digest] = base
+            self._unplaced[sub.digest] = sub.base
 
     def adopt(self, wid: str, sub: m.RequestHead, epoch: int, attempts: int, *, yields: bool = False) -> None:
         """Take over a request that an earlier leader assigned; `epoch` and `yields` are those of the assignment."""
@@ -115,7 +114,6 @@ class Scheduler:
             input_charged=True,
             output_charged=-1,
             yields=yields,
-            base=self.workers.base_of(sub.base),
         )
         self.requests[sub.rid] = request
         self._open(request)
@@ -148,23 +146,9 @@ class Scheduler:
         return dead
 
     def set_bases(self, names: Sequence[str], failed: Collection[str] = ()) -> None:
-        """Take the names of the fleet's bases, and of those that failed to start.
-
-        Costs all requests where one base becomes several.
-        """
+        """Take the names of the fleet's bases, and of those that failed to start."""
         self.swaps.noted = set(failed)
-        if not self.workers.set_bases(names):
-            return
-        requests = list(self.requests.values())
-        queued = [request for request in requests if not request.wid and not request.dropped]
-        for request in queued:
-            self._take_out(request)
-        self._shares.clear()
-        for request in requests:
-            request.base = self.workers.base_of(request.submit.base)
-            self._share(request)
-        for request in sorted(queued, key=lambda one: one.order):
-            self._enqueue(replace(request, dropped=False))
+        self.workers.set_bases(names)
 
     @property
     def waits_for_loads(self) -> bool:
@@ -235,9 +219,9 @@ class Scheduler:
         Jobs, which nobody waits for, are not among them. Time counts from the last worker's end or the request's
         submission, whichever is later.
         """
-        served = {worker.base for worker in self.workers.by_id.values()}
-        served |= self.swaps.hopeful()
-        alone = [base for base, queues in self.backlog.by_base.items() if queues.num and base not in served]
+        base_of, bases = self.workers.base_of, [worker.beat.base for worker in self.workers.by_id.values()]
+        served = set(map(base_of, [*bases, *self.swaps.hopeful()]))
+        alone = [base for base, queues in self.backlog.by_base.items() if queues.num and base_of(base) not in served]
         if not alone or not self.config.wait_for_worker_s:
             self._alone_since_ms = {}
             return []
@@ -249,7 +233,7 @@ class Scheduler:
         return [
             rid
             for rid, r in self.requests.items()
-            if r.base in late and r.submit.gateway and r.submit.submitted_ms <= before_ms
+            if r.submit.base in late and r.submit.gateway and r.submit.submitted_ms <= before_ms
         ]
 
     def hopeless(self) -> list[tuple[str, str]]:
@@ -262,9 +246,9 @@ class Scheduler:
             return []
         waiting = [(rid, one) for rid, one in self.requests.items() if not one.wid]
         return [
-            (rid, one.base)
+            (rid, one.submit.base)
             for rid, one in waiting
-            if one.base in removed or (one.base in failed and one.submit.gateway)
+            if one.submit.base in removed or (one.submit.base in failed and one.submit.gateway)
         ]
 
     def bases(self) -> dict[str, m.BaseLoad]:
@@ -274,7 +258,7 @@ class Scheduler:
         """
         counts = {base: [0, queues.num, 0, 0] for base, queues in self.backlog.by_base.items() if queues.num}
         for worker in self.workers.by_id.values():
-            count = counts.setdefault(worker.base, [0, 0, 0, 0])
+            count = counts.setdefault(worker.beat.base, [0, 0, 0, 0])
             count[0] += worker.available
             count[2] += worker.load
         for base, num in self.swaps.reachable().items():
@@ -324,9 +308,9 @@ class Scheduler:
         The last worker of a base stays for as long as another base has two.
         """
         placement, workers = self.placement, list(self.workers.available())
-        num = Counter(worker.base for worker in workers)
+        num = Counter(worker.beat.base for worker in workers)
         return least_valuable(
-            [worker for worker in workers if num[worker.base] > 1] or workers,
+            [worker for worker in workers if num[worker.beat.base] > 1] or workers,
             lambda digest: self.popularity.of(digest, now_ms),
             placement.facts_of,
             placement.bandwidths,
@@ -374,12 +358,12 @@ class Scheduler:
 
     def _share(self, request: QueuedRequest) -> None:
         if request.submit.cls != BATCH:
-            self.shares(request.base).opened(request.submit.tenant, request.submit.weight, self._now_ms)
+            self.shares(request.submit.base).opened(request.submit.tenant, request.submit.weight, self._now_ms)
 
     def _close(self, request: QueuedRequest) -> None:
         del self.requests[request.rid]
         if request.submit.cls != BATCH:
-            self.shares(request.base).closed(request.submit.tenant)
+            self.shares(request.submit.base).closed(request.submit.tenant)
 
     def _enqueue(self, request: QueuedRequest) -> None:
         self._num_seen += 1

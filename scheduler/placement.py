@@ -9,7 +9,7 @@ more than 1.25 times the mean load while others are free (consistent hashing wit
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -200,14 +200,16 @@ class Placement:
             return
         self._version = self._workers.version
         self._available = list(self._workers.available())
-        bases = {worker.base for worker in self._available}
-        self._groups = {base: self._groups.get(base) or BaseWorkers() for base in bases}
+        by_base: defaultdict[str, list[Worker]] = defaultdict(list)
+        for worker in self._available:
+            by_base[self._workers.base_of(worker.beat.base)].append(worker)
+        self._groups = {base: self._groups.get(base) or BaseWorkers() for base in by_base}
         for base, group in self._groups.items():
-            group.set_workers([worker for worker in self._available if worker.base == base])
+            group.set_workers(by_base[base])
 
     def group(self, base: str) -> BaseWorkers:
         """Return the available workers of a base."""
-        return self._groups.get(base) or BaseWorkers()
+        return self._groups.get(self._workers.base_of(base)) or BaseWorkers()
 
     def note_assigned(self, request: QueuedRequest, worker: Worker, now_ms: float) -> None:
         """Note that a request was assigned to a worker."""
@@ -249,7 +251,7 @@ class Placement:
         """
         cls, digest = request.submit.cls, request.submit.digest
         yields = request.yields if yields is None else yields
-        workers = self.group(request.base).workers
+        workers = self.group(request.submit.base).workers
         if digest == BASE or digest in self._workers.holders:
             return any(worker.ready_credit(cls, yields=yields) > 0 for worker in workers)
         return any(worker.takes_cold("?", cls, yields=yields) for worker in workers)
@@ -280,8 +282,7 @@ class Placement:
         ]
 
     def _homes_of(self, digest: str) -> tuple[str, ...]:
-        base = self._workers.base_of(self.facts_of(digest).base)
-        return self.group(base).rendezvous.order(digest)[: self.homes[digest]]
+        return self.group(self.facts_of(digest).base).rendezvous.order(digest)[: self.homes[digest]]
 
     def choose(
         self, request: QueuedRequest, output_tokens: float, now_ms: float, *, final: bool
@@ -293,11 +294,11 @@ class Placement:
         """
         digest = request.submit.digest
         facts = self.facts_of(digest)
-        group, holders = self.group(request.base), self._workers.holders.get(digest, ())
+        group, holders = self.group(request.submit.base), self._workers.holders.get(digest, ())
         homes = group.rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         load = self._workers.num_assigned
         if len(self._groups) > 1:  # what is said of all workers is said of this base's only
-            holders = [wid for wid in holders if self._workers.by_id[wid].base == request.base]
+            holders = [wid for wid in holders if self._workers.by_id[wid].beat.base == request.submit.base]
             load = sum(worker.load for worker in group.workers)
         best, crowded = _Best(), _Best()
         candidates: list[Candidate] = []

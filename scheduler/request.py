@@ -55,7 +55,6 @@ class QueuedRequest:
     since_ms: int = 0  # when it came to the backlog, unix time; 0: as it was submitted
     assigned_ms: int = 0  # unix time, 0 while that is not known
     choice: WorkerChoice | None = None  # worker that it was last offered to
-    base: str = ""  # only workers of this base take it, see `Workers.base_of`
 
     @property
     def rid(self) -> str:

@@ -72,7 +72,7 @@ class Asked:
     def add(self, requests: Iterable[QueuedRequest]) -> None:
         """Add requests that have not ended."""
         for request in requests:
-            base, sub = request.base, request.submit
+            base, sub = request.submit.base, request.submit
             if (facts := self._facts.get(base)) is None:
                 continue
             self._used.setdefault(sub.tenant, set()).add(base)
@@ -104,10 +104,9 @@ class _Failure:
     until_ms: float = 0.0  # not tried again before
     due_ms: float = 0.0  # before that, only a worker that has nothing else to do tries it
 
-    def add(self, now_ms: float) -> None:
+    def again(self, now_ms: float) -> _Failure:
         pause_ms = min(FIRST_PAUSE_MS * 2**self.num, MAX_PAUSE_MS)
-        self.until_ms, self.due_ms = now_ms + pause_ms, now_ms + 2 * pause_ms
-        self.num += 1
+        return _Failure(self.num + 1, now_ms + pause_ms, now_ms + 2 * pause_ms)
 
 
 @dataclass(slots=True)
@@ -129,7 +128,7 @@ class SwapOrders:
         """Learn from the latest heartbeats. Returns the orders that came to an end, each with DONE, FAILED or LOST."""
         by_name = {worker.beat.name: worker for worker in self.workers.by_id.values()}
         for worker in by_name.values():
-            facts = self._facts.setdefault(worker.base, _Facts())
+            facts = self._facts.setdefault(worker.beat.base, _Facts())
             facts.model, facts.capacity = worker.model, worker.beat.capacity or facts.capacity
             facts.start_s = worker.beat.start_s or facts.start_s
             name, becoming, order = worker.beat.name, worker.beat.becoming, self.by_worker.get(worker.beat.name)
@@ -150,10 +149,8 @@ class SwapOrders:
             del self.by_worker[name]
             found.append((order, outcome))
         served = {worker.beat.base for worker in by_name.values()}
-        for base in self._failures.keys() - (self.noted - served):
-            del self._failures[base]
-        for base in self.noted - served - self._failures.keys():  # at a first start, or under an earlier leader
-            self._failures.setdefault(base, _Failure()).add(now_ms)
+        failed = self.noted - served  # also at a first start, or under an earlier leader
+        self._failures = {base: self._failures.get(base) or _Failure().again(now_ms) for base in failed}
         for base in served:
             self._num_lost.pop(base, None)
         return found
@@ -164,14 +161,14 @@ class SwapOrders:
         if order.base not in self.noted and self._num_lost[order.base] < MAX_LOST:
             return LOST
         self.noted.add(order.base)
-        self._failures.setdefault(order.base, _Failure()).add(now_ms)
+        self._failures[order.base] = self._failures.get(order.base, _Failure()).again(now_ms)
         return FAILED
 
     def asked(self, mean_output_tokens: float) -> Asked | None:
         """Return what all requests that have not ended are to be added to; None: no worker may become another base."""
         if not any(worker.beat.may_become for worker in self.workers.by_id.values()):
             return None
-        names = self.reachable().keys() | {worker.base for worker in self.workers.by_id.values()}
+        names = self.reachable().keys() | {worker.beat.base for worker in self.workers.by_id.values()}
         return Asked({name: self._facts.get(name) or _Facts() for name in names}, mean_output_tokens)
 
     def decide(self, now_ms: float, asked: Asked) -> list[Swap]:
@@ -185,7 +182,7 @@ class SwapOrders:
 
     def _seat(self, worker: Worker) -> Seat:
         beat, may_become = worker.beat, frozenset(worker.beat.may_become) - self.workers.removed
-        return Seat(worker.wid, worker.base, float(beat.joined_ms), worker.load, may_become, beat.name)
+        return Seat(worker.wid, worker.beat.base, float(beat.joined_ms), worker.load, may_become, beat.name)
 
     def _demands(self, now_ms: float, asked: Asked) -> list[BaseDemand]:
         """Return what the policy is told of the bases: what is asked of them, and that some are to be tried."""

@@ -49,7 +49,6 @@ class Worker:
     """One worker process. What it holds is counted here from assignment to end."""
 
     beat: m.WorkerBeat
-    base: str = ""  # see `Workers.base_of`
     silent_s: float = 0.0
     unreachable: bool = False  # its work stream was gone at the last assignment
     resident: frozenset[str] = frozenset()
@@ -164,22 +163,18 @@ class Workers:
         """Adapter -> available workers on which it is resident."""
 
     def base_of(self, name: str) -> str:
-        """Return the base that a request or a worker means by a name; "" while none is known.
+        """Return the base that a request or a worker means by a name.
 
-        In a fleet of one base it is that one, so that its requests run on workers that have come back with another
+        In a fleet of one base it is that one, "", so that its requests run on workers that have come back with another
         name; unless that was taken away.
         """
-        return name if len(self.bases) > 1 or name in self.removed else next(iter(self.bases), "")
+        return name if len(self.bases) > 1 or name in self.removed else ""
 
-    def set_bases(self, names: Sequence[str]) -> bool:
-        """Take the names of the fleet's bases; return whether `base_of` answers anew."""
-        before, self.bases = self.bases, tuple(names)
-        if before == self.bases or min(len(before), len(self.bases)) > 1:
-            return False
-        for worker in self.by_id.values():
-            worker.base = self.base_of(worker.beat.base)
-        self.version += 1
-        return True
+    def set_bases(self, names: Sequence[str]) -> None:
+        """Take the names of the fleet's bases."""
+        if self.bases != tuple(names):
+            self.bases = tuple(names)
+            self.version += 1
 
     def available(self) -> Iterator[Worker]:
         """Return the workers that may get requests."""
@@ -224,14 +219,13 @@ class Workers:
             self.version += 1
         worker.resident, worker.loading = frozenset(beat.resident), frozenset(beat.loading)
         worker.host, worker.knows = frozenset(beat.host), frozenset(beat.knows)
-        worker.base = self.base_of(beat.base)
-        worker.model = self._usual_model(worker.base) if beat.step_model == m.StepModel() else beat.step_model
+        worker.model = self._usual_model(beat.base) if beat.step_model == m.StepModel() else beat.step_model
         self._index(worker)
         return worker
 
     def _usual_model(self, base: str) -> m.StepModel:
         """Return the step model of a worker of a base that has fitted one: a new worker of it is likely no slower."""
-        models = (worker.beat.step_model for worker in self.by_id.values() if worker.base == base)
+        models = (worker.beat.step_model for worker in self.by_id.values() if worker.beat.base == base)
         return next((model for model in models if model != m.StepModel()), UNFITTED_STEP)
 
     def note_resident(self, worker: Worker, digest: str) -> None:

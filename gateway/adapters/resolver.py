@@ -81,10 +81,13 @@ class Resolver:
         )
 
     def is_of(self, alias: m.Alias, base: m.ServedModel) -> bool:
-        """Return whether an adapter was checked for a base. One whose base no store has named is of an only one."""
+        """Return whether an adapter was checked for a base. One whose base no store has named is of an only one.
+
+        Stores name that of every adapter where settings have several. Where bases are only added, it is the default.
+        """
         if alias.base:
             return alias.base == base.name
-        return not self._fleet.several_in_settings and base.name not in self._fleet.further
+        return len(self._fleet.in_settings) == 1 and base.name not in self._fleet.further
 
     async def _served(self, name: str, timeout_s: float, caller: Caller) -> m.Alias:
         """Return an adapter's alias once it is on disk. Raises as `resolve`, also while it is of an unknown base."""
@@ -94,7 +97,7 @@ class Resolver:
             if gone := _named(name, self._fleet.removed):
                 self.bases.of(gone)  # says that it was taken away
             raise
-        if self._fleet.several_in_settings and not alias.base:
+        if len(self._fleet.in_settings) > 1 and not alias.base:
             text = f"the base of `{name}` is not known yet: an adapter store of several bases has to look at it first"
             raise Unavailable(text, param="model")
         return alias

@@ -83,11 +83,6 @@ class FleetView:
         is_one = name == "" or name in self.known
         return name in self.removed or (not is_one and (self._is_mixed or len(self.known) > 1))
 
-    @property
-    def several_in_settings(self) -> bool:
-        """Whether stores name the base of every adapter. Where bases are only added, an unnamed one is the default."""
-        return len(self.in_settings) > 1
-
     def load(self, name: str) -> m.BaseLoad:
         """Return how many workers, and requests, a base has."""
         return self._loads.get(name, m.BaseLoad())

@@ -275,7 +275,8 @@ def joining_of(
     """
     begun = [raw.partition(_BASE)[2] for raw in beats]
     live = {name for name in (*known, served.name) if any(raw.startswith(m.encode(name)) for raw in begun)}
-    twins = [name for name in known if name in live - {served.name} and served.has_weights_of(known[name])]
+    hashed = [one for one in known.values() if one.weights and served.weights and one.is_same(served)]
+    twins = [one.name for one in hashed if one.name in live - {served.name}]
     if fleet and twins:
         text = f"this fleet serves the weights of {served.name} as {min(twins)}; name each base model once"
         raise Conflict(text, code="base_named_twice")

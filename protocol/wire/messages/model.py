@@ -77,10 +77,6 @@ class ServedModel(Wire, frozen=True):
         unknown = not self.weights or not other.weights
         return self.fingerprint == other.fingerprint and (unknown or self.weights == other.weights)
 
-    def has_weights_of(self, other: ServedModel) -> bool:
-        """Return whether both are known to be one base."""
-        return bool(self.weights) and bool(other.weights) and self.is_same(other)
-
     def does(self, task: Task) -> bool:
         """Return whether requests may ask this of the model."""
         return task == self.task or task in self.tasks
