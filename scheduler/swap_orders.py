@@ -173,8 +173,10 @@ class SwapOrders:
 
     def decide(self, now_ms: float, asked: Asked) -> list[Swap]:
         """Return the orders to give now. To be called once a second."""
-        seats = [self._seat(one) for one in self.workers.available() if one.beat.name not in self.by_worker]
-        swaps = self.policy.decide(now_ms, self._demands(now_ms, asked), seats, self.by_worker.values())
+        demands = self._demands(now_ms, asked)
+        free = [one for one in self.workers.available() if one.beat.name not in self.by_worker]
+        seats = [self._seat(one) for one in free if one.beat.base in demands]
+        swaps = self.policy.decide(now_ms, list(demands.values()), seats, self.by_worker.values())
         for swap in swaps:
             self.by_worker[swap.seat.name] = swap
             self.workers.set_unreachable(swap.seat.wid)  # until its next heartbeat, which says that it leaves
@@ -184,7 +186,7 @@ class SwapOrders:
         beat, may_become = worker.beat, frozenset(worker.beat.may_become) - self.workers.removed
         return Seat(worker.wid, worker.beat.base, float(beat.joined_ms), worker.load, may_become, beat.name)
 
-    def _demands(self, now_ms: float, asked: Asked) -> list[BaseDemand]:
+    def _demands(self, now_ms: float, asked: Asked) -> dict[str, BaseDemand]:
         """Return what the policy is told of the bases: what is asked of them, and that some are to be tried."""
         beats = [worker.beat for worker in self.workers.by_id.values()]
         are_coming = len({beat.name for beat in beats} | self.by_worker.keys()) < max(
@@ -206,7 +208,7 @@ class SwapOrders:
                 continue
             demand.add(VISIT_S, since_ms)
             demand.shares = demand.shares or 1.0
-        return list(demands.values())
+        return demands
 
     def reachable(self) -> Counter[str]:
         """Return for each base how many workers may become it, or are on their way and may have been it."""

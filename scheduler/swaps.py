@@ -12,7 +12,6 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
 
 TURN_STARTS = 4.0
 """Shortest turn of a base that is beyond its share, in starts, so that starts cost the other bases little."""
@@ -105,7 +104,7 @@ class SwapPolicy:
     def decide(
         self, now_ms: float, demands: Sequence[BaseDemand], seats: Sequence[Seat], orders: Iterable[Swap] = ()
     ) -> list[Swap]:
-        """Return the swaps to order now. To be called about once a second, with all workers.
+        """Return the swaps to order now. To be called about once a second, with all workers of these bases.
 
         demands: of all bases but those that failed to start and are not to be tried yet. orders: those on their way, of
         which nothing has come yet.
@@ -200,43 +199,39 @@ class _Fleet:
         return max(least_ms, min(most_ms, least_ms * 1000 * demand.typical_s / max(part_ms, 1.0)))
 
     def _is_late(self, unserved: Iterable[str], due_ms: Mapping[str, float]) -> bool:
-        """Return whether some base would wait too long if no worker left one before the next decision."""
+        """Return whether some base would wait too long if no worker left one before the next decision.
+
+        The workers end their residencies first; then each base takes a start and a residency of all of them together.
+        """
         soon_ms, residency_ms = self._now_ms + TICK_MS, self._policy.residency_ms
         joined_ms = [*(seat.since_ms for seat in self.free), *self._joins_ms]
-        leaves_ms = [max(soon_ms, since_ms + residency_ms) for since_ms in joined_ms]
-        heapify(leaves_ms)
+        taken_ms = sum(max(0.0, since_ms + residency_ms - soon_ms) for since_ms in joined_ms)
         for name in unserved:
-            if leaves_ms[0] > due_ms[name]:
+            if soon_ms + taken_ms / self._num_workers > due_ms[name]:
                 return True
-            heapreplace(leaves_ms, leaves_ms[0] + 1000 * self.demands[name].start_s + residency_ms)
+            taken_ms += 1000 * self.demands[name].start_s + residency_ms
         return False
 
     def _why(self, seat: Seat) -> str:
         """Return why a worker may leave its base for one without a worker, "" if it stays."""
         if self.is_idle(seat):
             return "idle"
-        if self._has_had_turn(seat) and self._is_flooded(seat.base):
+        long_ms = self.num[seat.base] * LONG_QUEUE * self._policy.max_wait_ms
+        if self._has_had_turn(seat) and 1000 * self.demands[seat.base].waiting_s > long_ms:
             return "turn"
         return "bound" if self._now_ms - seat.since_ms >= self._policy.residency_ms else ""
 
     def _has_had_turn(self, seat: Seat) -> bool:
         """Return whether a worker's base is beyond its share, and it has stayed for a turn."""
-        demand = self.demands.get(seat.base)
-        if demand is None:
-            return self._now_ms - seat.since_ms >= self._policy.residency_ms
+        demand = self.demands[seat.base]
         turn_ms = max(self._policy.residency_ms, TURN_STARTS * 1000 * demand.start_s)
         return self._now_ms - seat.since_ms >= turn_ms and self._policy.used[seat.base] > self._share(demand)
-
-    def _is_flooded(self, name: str) -> bool:
-        """Return whether the workers of a base will not be through with what waits for most of the bound."""
-        demand = self.demands.get(name)
-        return demand is None or 1000 * demand.waiting_s > self.num[name] * LONG_QUEUE * self._policy.max_wait_ms
 
     def _share(self, demand: BaseDemand) -> float:
         return demand.shares / self._shares
 
     def _ideal(self, name: str) -> float:
-        return self._num_workers * self._share(self.demands[name]) if name in self.demands else 0.0
+        return self._num_workers * self._share(self.demands[name])
 
     def _excess(self, seat: Seat) -> tuple[bool, float, float]:
         """Order workers by what their base has beyond its share, then by how little it had of the workers lately."""
@@ -245,16 +240,13 @@ class _Fleet:
 
     def _help(self) -> None:
         """Move workers to bases whose own need longer than a few starts for what waits."""
-        helpers = [seat for seat in self.free if self._may_help(seat)]
-        for demand in sorted(self._active, key=lambda one: -one.waiting_s) if helpers else ():
+        for demand in sorted(self._active, key=lambda one: -one.waiting_s):
             enough_s = HELP_STARTS * demand.start_s
             while demand.waiting_s > self.num[demand.name] * enough_s > 0:
-                may = [seat for seat in helpers if self._may_help(seat) and self._is_better_at(demand, seat)]
+                may = [seat for seat in self.free if self._may_help(seat) and self._is_better_at(demand, seat)]
                 if not may:
                     break
-                helper = max(may, key=self._excess)
-                helpers.remove(helper)
-                self._order(helper, "load", demand.name)
+                self._order(max(may, key=self._excess), "load", demand.name)
 
     def _may_help(self, seat: Seat) -> bool:
         """Return whether a worker is idle, or its base has one too many for its share."""
