@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from adapter_store.mirror import Mirror, Mirrored, NeedsBase, fits_none
@@ -84,10 +85,11 @@ class Bases:
         candidates = [] if asked or self._missing else list(self._known.values())
         try:
             mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant, candidates)
-            name = asked or self._named_by(await mirror.named_base(mirrored.version))
+            name = asked or self._named_by(await asyncio.to_thread(mirror.blobs.named_base, mirrored.version.key))
         except NeedsBase as error:
-            name = self._named_by(error.named or "")
-            if error.named is not None and not name:  # it is not tried with each base: a conversion costs minutes
+            (named,) = error.args
+            name = self._named_by(named or "")
+            if named is not None and not name:  # it is not tried with each base: a conversion costs minutes
                 text = "it is converted for one base, and names none of this fleet"
                 raise AdapterRefused([f"{text}: set base_model_name_or_path, or register it with `base`"]) from error
         if not name:

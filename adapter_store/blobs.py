@@ -201,7 +201,10 @@ class Blobs:
                 self._write_note(version, digest, {*notes, reader})
 
     def named_base(self, version: str) -> str:
-        """Return the base that a version, which has a digest here, names; "" if it names none."""
+        """Return the `base_model_name_or_path` in the config of a version that has a digest here, "" without one.
+
+        A blob does not hold it: contents that differ in nothing else are one.
+        """
         notes = self._note_of(version)[1]
         return next((note.removeprefix(BASE_LINE) for note in notes if note.startswith(BASE_LINE)), "")
 

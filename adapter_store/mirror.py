@@ -58,12 +58,8 @@ class Mirrored:
 class NeedsBase(Exception):
     """The weights are read for one base, and which of several that is was not said.
 
-    named: the base that its config names; None where the weights say which bases they fit.
+    Its argument is the base that the config names; None where the weights say which bases they fit.
     """
-
-    def __init__(self, named: str | None = None) -> None:
-        super().__init__()
-        self.named = named
 
 
 class Mirror:
@@ -323,13 +319,6 @@ class Mirror:
 
     # ------------------------------------------------------------ what is here
 
-    async def named_base(self, version: SourceVersion) -> str:
-        """Return the `base_model_name_or_path` in the config of a version that is here, "" without one.
-
-        A blob does not hold it: contents that differ in nothing else are one.
-        """
-        return await asyncio.to_thread(self.blobs.named_base, version.key)
-
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record.
 
@@ -391,7 +380,7 @@ def _for_base(version: SourceVersion, base: ServedModel | None, any_of: Sequence
     if not depends_on_base(version.weights):
         return version
     if base is None and any_of:
-        raise NeedsBase
+        raise NeedsBase(None)
     if base is None:
         raise Unavailable(f"{version.source} can be read once a worker has reported its base model")
     return replace(version, key=f"{version.key}:{base.model_type}:{base.head_dim}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -32,8 +33,9 @@ class FakeMirror:
     async def take(self, *_: object) -> Mirrored:
         return Mirrored("d", cast("SourceVersion", _Version))
 
-    async def named_base(self, *_: object) -> str:
-        return self.named
+    @property
+    def blobs(self) -> Any:
+        return SimpleNamespace(named_base=lambda _: self.named)
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         self.checked.append(base.name)
@@ -43,7 +45,7 @@ class FakeMirror:
 
 
 class _Version:
-    source = "local:x"
+    source, key = "local:x", "x"
 
 
 async def chosen(bases: Bases, mirror: FakeMirror, asked: str = "") -> str:
