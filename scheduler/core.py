@@ -244,12 +244,8 @@ class Scheduler:
         removed, failed = self.workers.removed, self.swaps.failed() & self.swaps.reachable().keys()
         if not any(queues.num for base, queues in self.backlog.by_base.items() if base in removed | failed):
             return []
-        waiting = [(rid, one) for rid, one in self.requests.items() if not one.wid]
-        return [
-            (rid, one.submit.base)
-            for rid, one in waiting
-            if one.submit.base in removed or (one.submit.base in failed and one.submit.gateway)
-        ]
+        waiting = [one for one in self.requests.values() if not one.wid and one.submit.base in removed | failed]
+        return [(one.rid, one.submit.base) for one in waiting if one.submit.gateway or one.submit.base in removed]
 
     def bases(self) -> dict[str, m.BaseLoad]:
         """Return how many workers and requests each base has, by its name, and how many workers may become it.

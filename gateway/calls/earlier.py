@@ -16,7 +16,6 @@ from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
 from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
 from gateway.fleet.bases import GatewayBases
-from gateway.fleet.view import FleetView
 from gateway.overload.cost import held, hold
 from gateway.text.answer_form import found_form
 from protocol.queue.bus import Bus, RequestFacts
@@ -42,11 +41,10 @@ class EarlierCall:
 class EarlierCalls:
     """The calls that queue and Idempotency-Keys know of, whichever gateway has submitted them."""
 
-    def __init__(self, settings: Settings, bus: Bus, fleet: FleetView, bases: GatewayBases, replies: Replies) -> None:
+    def __init__(self, settings: Settings, bus: Bus, bases: GatewayBases, replies: Replies) -> None:
         self._timeout_ms = int(settings.request_timeout_s * 1000)
         self._bus = bus
-        self._fleet = fleet
-        self._bases = bases
+        self._bases, self._fleet = bases, bases.fleet
         self._replies = replies
 
     async def find(self, sent: Sent, caller: Caller) -> EarlierCall | None:

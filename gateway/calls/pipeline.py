@@ -63,7 +63,7 @@ class Pipeline:
         self.call_resolver = CallResolver(fleet, resolver, settings.request_timeout_s)
         self.admission = CallAdmission(settings, fleet, admission)
         self.submitter = Submitter(settings, bus, replies, self.admission)
-        self.earlier = EarlierCalls(settings, bus, fleet, resolver.bases, replies)
+        self.earlier = EarlierCalls(settings, bus, resolver.bases, replies)
 
     async def parsed(self, body: BaseModel, caller: Caller, num_bytes: int, make: Callable[[], T]) -> T:
         """Return what `make` makes of a body, off the event loop if that may take long. Raises as `make`.

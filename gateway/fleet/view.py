@@ -28,13 +28,10 @@ class FleetView:
             name: m.AddedBase(model=one.model, added_ms=0) for name, one in base_settings(settings).items()
         }
         """The bases that the settings name, which nobody adds or takes away."""
-        self.known = self.in_settings
-        """The bases that are asked here, the default one first: those of the settings, then added ones."""
-        self.names = tuple(self.known)
-        """Their names, whether or not workers have reported them."""
-        self.further = self.names[1:]
-        """The names of those besides the default one."""
-        self._name = self.names[0]
+        self.names: tuple[str, ...] = ()
+        """The names of `known`, whether or not workers have reported them."""
+        self.set_added(m.AddedBases())
+        self._name = next(iter(self.known))
         self.shows_reasons = not settings.api_keys
         """Whether clients may know why a base does not start, which may name paths of its machine."""
         self._waits = settings.wait_for_worker_s > 0  # calls wait in the queue for a worker
@@ -44,8 +41,6 @@ class FleetView:
         self._is_mixed = False  # whether workers of several bases have reported
         self.failures: dict[str, str] = {}
         """Base -> why no worker of it has started, where none has since."""
-        self.removed: list[str] = []
-        """The names of bases that operators have taken away."""
         self.status: m.SchedulerStatus | None = None
         self.num_workers = 0
         self.num_queued = self.num_running = 0  # requests, when `show_workers` last looked
@@ -53,10 +48,13 @@ class FleetView:
     def set_added(self, added: m.AddedBases) -> None:
         """Take what operators have added and taken away until now: further bases are asked here from now on, or not."""
         self.removed = [name for name in added.removed if name not in self.in_settings]
+        """The names of bases that operators have taken away."""
         self.known = self.in_settings | {n: base for n, base in added.bases.items() if n not in self.in_settings}
+        """The bases that are asked here, the default one first: those of the settings, then added ones."""
+        self.further = tuple(self.known)[1:]
+        """The names of those besides the default one."""
         if self.names != tuple(self.known):
             self.names = tuple(self.known)
-            self.further = self.names[1:]
             series.BASE_LOAD.clear()
 
     @property
@@ -178,7 +176,7 @@ class FleetView:
             raise Unavailable("no worker is ready to serve the model; it may still be loading")
         text = f"no worker is ready to serve `{name or self._name}`"
         why = self.failures.get(name or self._name)
-        if why is None and self._loads.get(name or self._name, m.BaseLoad()).may_become:
+        if why is None and self.load(name or self._name).may_become:
             raise Unavailable(f"{text}; a worker is about to serve it for the first time", code="base_starting")
         if why is None:
             raise Unavailable(f"{text}; it may still be loading")
@@ -186,9 +184,7 @@ class FleetView:
 
     async def require_any(self, *, worker: bool) -> None:
         """Raise Unavailable while no base is known or, with `worker`, no calls of any are accepted."""
-        for is_fresh in (False, True):
-            if self.is_ready if worker else self.bases:
-                return
-            if not is_fresh:
-                await self.refresh()  # a worker may just have come up
-        raise Unavailable("no worker is ready to serve the model; it may still be loading")
+        if not (self.is_ready if worker else self.bases):
+            await self.refresh()  # a worker may just have come up
+        if not (self.is_ready if worker else self.bases):
+            raise Unavailable("no worker is ready to serve the model; it may still be loading")

@@ -54,14 +54,12 @@ class BaseAdministration:
         elif reason is not None:
             state = "failed"
         else:
-            state = "ready" if self._has_worker(name) else "no_worker"
+            num = self._fleet.load(name).workers if self._fleet.further else self._fleet.num_workers
+            state = "ready" if num else "no_worker"
         return {
             "id": name, "object": "base", "model": base.model, "added": base.added_ms > 0, "state": state,
             "reason": reason or None,
         }  # fmt: skip
-
-    def _has_worker(self, name: str) -> bool:
-        return self._fleet.load(name).workers > 0 if self._fleet.further else self._fleet.num_workers > 0
 
     async def add(self, asked: BaseRequest) -> tuple[dict[str, Any], bool]:
         """Add a base; return it, and whether it is new. Raises BadRequest, Conflict, PermissionDenied."""
