@@ -61,10 +61,7 @@ class BaseStart(msgspec.Struct, frozen=True):
         The variable is read once. bases: of the settings. Raises BadRequest for one that is none of all.
         """
         if left := os.environ.pop(SWAP_VARIABLE, ""):
-            try:
-                start = msgspec.json.decode(left, type=cls)
-            except msgspec.DecodeError as error:
-                raise BadRequest(f"{SWAP_VARIABLE} is set by workers alone: {error}") from error
+            start = msgspec.json.decode(left, type=cls)
         else:
             own = settings.base or next(iter(bases))
             others = tuple(name for name in bases if name != own) if settings.swaps else ()
@@ -127,8 +124,7 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
             if is_loaded and not isinstance(error, Conflict):
                 raise
             name, why = settings.served_name, failure_reason(error)
-            is_one_of_several = settings.more_models or start.added
-            if not is_one_of_several and name not in (await bus.added_bases.get()).bases:
+            if not (settings.more_models or start.added or name in (await bus.added_bases.get()).bases):
                 raise
             try:
                 await bus.members.note_failure(name, why)  # the others' calls go on

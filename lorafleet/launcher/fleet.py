@@ -142,8 +142,6 @@ class FleetLauncher:
 
     async def _forget_failures(self) -> None:
         """Forget why bases did not start in an earlier run, which would hold until a worker is up."""
-        if not self.settings.more_models:
-            return
         try:
             await self._write(lambda bus: bus.members.forget_failures(base_settings(self.settings)))
         except QueueError as error:

@@ -119,7 +119,11 @@ class Members:
             records, wids, added = await pipe.execute()
             others = [wid.decode() for wid in wids if wid.decode() != beat.wid]
             known = {base.name: base for base in _decoded(records)[0]}
-            beats = await self._beginnings(others, max(len(m.encode(name)) for name in (*known, served.name)))
+            longest = max(len(m.encode(name)) for name in (*known, served.name))
+            pipe = self._redis.pipeline(transaction=False)
+            for wid in others:  # of heartbeats, which come to megabytes, as much as says which bases they serve
+                pipe.getrange(keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
+            beats = [raw for raw in await pipe.execute() if raw]
             by_operators, names = decoded(added), list(fleet)
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was removed from this fleet: `lorafleet bases add` brings it back"
@@ -137,16 +141,6 @@ class Members:
             )  # fmt: skip
             if await self._scripts.run(call) == b"joined":
                 return name
-
-    async def _beginnings(self, wids: Sequence[str], longest: int) -> list[bytes]:
-        """Return of live workers' heartbeats, which come to megabytes, as much as says which bases they serve.
-
-        longest: bytes of the longest name of a base.
-        """
-        pipe = self._redis.pipeline(transaction=False)
-        for wid in wids:
-            pipe.getrange(self._keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
-        return [raw for raw in await pipe.execute() if raw]
 
     async def note_failure(self, name: str, reason: str, *, keep: bool = False) -> None:
         """Note why no worker of a base has started, until one joins. There is room for as many as for bases.
