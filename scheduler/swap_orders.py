@@ -63,9 +63,8 @@ class Asked:
         """facts: of the bases that count. mean_tokens: of an output."""
         self._facts, self._mean_tokens = facts, mean_tokens
         self._demands = {cls: {name: BaseDemand(name, one.start_s) for name, one in facts.items()} for cls in CLASSES}
-        self._waiting = defaultdict[tuple[str, str, str], float](
-            float
-        )  # class, base, tenant -> seconds over its weight
+        # By class, base and tenant, the seconds that wait over the tenant's weight.
+        self._waiting = defaultdict[tuple[str, str, str], float](float)
         self._used: dict[str, set[str]] = {}  # tenant -> bases that it waits for or runs on
         self._weights: dict[str, float] = {}
 
