@@ -80,9 +80,8 @@ class Endpoints:
         if alias is None or alias.state != "on_disk":
             raise ModelNotFound(name)
         records = await self._pipeline.bus.adapters.records([alias.digest])
-        return json_response(
-            shown(self._pipeline.fleet.named(alias.base) or bases[0], alias, records.get(alias.digest))
-        )
+        base = self._pipeline.fleet.named(alias.base) or bases[0]
+        return json_response(shown(base, alias, records.get(alias.digest)))
 
     async def _bases(self) -> list[ServedModel]:
         """Return the bases that are listed, the default one first. Raises Unavailable while none is known."""

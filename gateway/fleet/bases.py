@@ -32,9 +32,8 @@ class GatewayBases:
         self.fleet = fleet
         self.default = default
         self._read = read
-        self._found: dict[str, tuple[m.AddedBase, OwnFiles | str]] = {
-            fleet.names[0]: (next(iter(fleet.known.values())), default)
-        }
+        self._found: dict[str, tuple[m.AddedBase, OwnFiles | str]] = {}
+        self._found[fleet.names[0]] = next(iter(fleet.known.values())), default
 
     def found(self, name: str) -> OwnFiles | str | None:
         """Return what a base has, or why it cannot be read; None before it has been read as it is now."""

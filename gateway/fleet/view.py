@@ -78,8 +78,7 @@ class FleetView:
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a call's base is none of those asked here. A fleet's only one may have had other names."""
-        is_one = name == "" or name in self.known
-        return name in self.removed or (not is_one and (self._is_mixed or len(self.known) > 1))
+        return name in self.removed or (name not in ("", *self.names) and (self._is_mixed or len(self.names) > 1))
 
     def load(self, name: str) -> m.BaseLoad:
         """Return how many workers, and requests, a base has."""
