@@ -38,7 +38,7 @@ from protocol.wire.records import AdapterUse
 KEYS = Keys()
 SERVICES = ("gateway", "scheduler", "worker", "store")
 
-_PYTHON = {"scan_iter": "scan", "register_script": "evalsha", "delete": "del"}
+_PYTHON = {"scan_iter": "scan", "register_script": "evalsha", "delete": "del", "transaction": "watch"}
 _NO_COMMAND = {"aclose", "close", "execute", "from_pool", "from_url", "pipeline"}
 _CLIENTS = re.compile(r"(self\._redis|self\._blocking|pipe|client)$")
 
