@@ -110,7 +110,7 @@ class Approximation:
             )
         if not settings.model:
             raise BadRequest("convert_adapters needs the weights of the base: give the store the same --model")
-        models = {one.served_name: one.model for one in base_settings(settings)}
+        models = {name: one.model for name, one in base_settings(settings).items()}
         return cls(
             blobs,
             models,
@@ -171,9 +171,7 @@ class Approximation:
         files = AdapterFolder.open_fetched(made)
         read_adapter(files.config, files.tensors, base)
         files.keep_texts()
-        digest = self._blobs.put(own.key, files, sync=not own.at_hand)
-        self._blobs.note_base(own.key, named)
-        return digest
+        return self._blobs.put(own.key, files, named, sync=not own.at_hand)
 
     async def write(self, source: Path, target: Path, base: ServedModel) -> None:
         """Convert the adapter in folder `source` to LoRA in the new folder `target`.

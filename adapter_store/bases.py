@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from adapter_store.mirror import Mirror, Mirrored, NeedsBase, fits_none
 from adapter_store.sources import Source, SourceAccess
 from protocol.wire.brief import brief
 from protocol.wire.errors import AdapterRefused, BadRequest, Unavailable
-from protocol.wire.messages import AdapterRecord, ServedModel
+from protocol.wire.messages import AdapterRecord, AddedBases, ServedModel
+
+NONE = AddedBases()
 
 
 class Bases:
@@ -22,21 +25,15 @@ class Bases:
         self._state: tuple[object, ...] = ()  # everything that the checks of adapters depend on
         self.set(())
 
-    def set(
-        self,
-        reported: Iterable[ServedModel],
-        failed: Iterable[str] = (),
-        *,
-        added: Iterable[str] = (),
-        removed: Iterable[str] = (),
-    ) -> bool:
+    def set(self, reported: Iterable[ServedModel], failed: Iterable[str] = (), by_operators: AddedBases = NONE) -> bool:
         """Set the bases that workers have reported, the first one first, and those of which no worker has started.
 
-        added, removed: names, by operators. An adapter that names a removed base has an unknown base, and is not
-        checked for another. Returns whether the checks depend on a change, so that all adapters must be checked again.
+        by_operators: the bases that operators have added and removed. An adapter that names a removed base has an
+        unknown base, and is not checked for another. Returns whether the checks depend on a change, so that all
+        adapters must be checked again.
         """
-        self._removed = frozenset(removed) - set(self._in_settings)
-        names = (*self._in_settings, *sorted({*added, *self._removed} - set(self._in_settings)))
+        self._removed = frozenset(by_operators.removed) - set(self._in_settings)
+        names = (*self._in_settings, *sorted({*by_operators.bases, *self._removed} - set(self._in_settings)))
         self._names = names if len(names) > 1 else ()
         found = {base.name: base for base in reported}
         if not self._names:
@@ -74,39 +71,38 @@ class Bases:
         - AdapterRefused, with the candidates, for an adapter that fits no base or several.
         - Unavailable while the result depends on a base that no worker has reported.
         """
+        if asked and asked not in (names := self._names or list(self._known) or [asked]):
+            raise BadRequest(f"this fleet has no base {brief(asked)}; it has {', '.join(names)}", param="base")
         if not self._names:
             only = self.get("")
-            if asked and only is not None and asked != only.name:
-                raise BadRequest(f"this fleet has no base {brief(asked)}; it has {only.name}", param="base")
             mirrored = await mirror.take(source, target, only, access, tenant)
             record = None if only is None else await mirror.describe(mirrored.digest, mirrored.version.source, only)
             return mirrored, "", record
-        if asked and asked not in self._names:
-            raise BadRequest(f"this fleet has no base {brief(asked)}; it has {', '.join(self._names)}", param="base")
+        mirrored: Mirrored | None = None
+
+        async def read(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
+            found = mirrored or await mirror.take(source, target, base, access, tenant)
+            return found, await mirror.describe(found.digest, found.version.source, base)
+
         candidates = [] if asked or self._missing else list(self._known.values())
-        mirrored, name = None, asked
         try:
             mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant, candidates)
-            name = asked or self._named_by(await mirror.named_base(source, target, mirrored.version, access, tenant))
+            name = asked or self._named_by(await asyncio.to_thread(mirror.blobs.named_base, mirrored.version.key))
         except NeedsBase as error:
-            if error.named is not None:  # not tried with each base, since a conversion takes minutes
-                if named := self._named_by(error.named):
-                    return await self.take(mirror, source, target, named, access, tenant)
+            (named,) = error.args
+            name = self._named_by(named or "")
+            if named is not None and not name:  # not tried with each base, since a conversion takes minutes
                 text = "it is converted for one base, and names none of this fleet"
                 raise AdapterRefused([f"{text}: set base_model_name_or_path, or register it with `base`"]) from error
-        if mirrored is None or not name:
-
-            async def read(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
-                found = mirrored or await mirror.take(source, target, base, access, tenant)
-                return found, await mirror.describe(found.digest, found.version.source, base)
-
+        if not name:
             return await self._fitting(read)
         base = self._known.get(name)
         if base is None:
             what = "which was removed" if name in self._removed else "of which no worker has started yet"
             raise Unavailable(f"it is an adapter of the base {name}, {what}")
         try:
-            return mirrored, name, await mirror.describe(mirrored.digest, mirrored.version.source, base)
+            mirrored, record = await read(base)
+            return mirrored, name, record
         except AdapterRefused as error:
             how = "it is registered for" if asked else "its base_model_name_or_path says"
             raise AdapterRefused([f"{how} the base {name}, which it does not fit: {error.message}"]) from error

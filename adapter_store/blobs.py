@@ -200,16 +200,13 @@ class Blobs:
             if digest and reader not in notes:
                 self._write_note(version, digest, {*notes, reader})
 
-    def named_base(self, version: str) -> str | None:
-        """Return the base that a version names, as recorded by `note_base`; None if it was not recorded."""
-        notes = self._note_of(version)[1]
-        return next((note.removeprefix(BASE_LINE) for note in notes if note.startswith(BASE_LINE)), None)
+    def named_base(self, version: str) -> str:
+        """Return the `base_model_name_or_path` in the config of a version with a digest here, "" without one.
 
-    def note_base(self, version: str, name: str) -> None:
-        """Record the base that a version with a digest here names, one line of text."""
-        with self._notes_lock:
-            if digest := self._note_of(version)[0]:
-                self._write_note(version, digest, {*self.readers_of(version), f"{BASE_LINE}{name}"})
+        Blobs do not contain it, so that contents which differ in nothing else are the same.
+        """
+        notes = self._note_of(version)[1]
+        return next((note.removeprefix(BASE_LINE) for note in notes if note.startswith(BASE_LINE)), "")
 
     def _write_note(self, version: str, digest: str, notes: Iterable[str]) -> None:
         self._version_file(version).write_text("\n".join([digest, *sorted(notes)]))
@@ -238,10 +235,10 @@ class Blobs:
         """Delete the staged files of a version."""
         self._remove(self._staging / hashlib.sha256(version.encode()).hexdigest())
 
-    def put(self, version: str, files: AdapterFolder, *, sync: bool) -> str:
+    def put(self, version: str, files: AdapterFolder, named: str = "", *, sync: bool) -> str:
         """Move a staged adapter into the blobs and return its digest. sync: make it survive a power loss.
 
-        Raises Unavailable if the adapter is larger than the quota.
+        named: the base that the version names. Raises Unavailable if the adapter is larger than the quota.
         """
         digest = files.digest()
         config = json.dumps(canonical_config(files.config) | written_converted(files.config, files.tensors)).encode()
@@ -262,14 +259,17 @@ class Blobs:
                 self._verified.add(digest)
         if sync:
             _fsync(self._blobs)
-        self.note_version(version, digest)
+        self.note_version(version, digest, named)
         return digest
 
-    def note_version(self, version: str, digest: str) -> None:
-        """Record the digest of a source's version. If a crash loses the record, the version is only fetched again."""
+    def note_version(self, version: str, digest: str, named: str = "") -> None:
+        """Record the digest of a source's version, and the base that it names, one line of text.
+
+        If a crash loses the record, the version is only fetched again.
+        """
         with self._notes_lock:
-            known, notes = self._note_of(version)
-            self._write_note(version, digest, notes if known == digest else ())
+            readers = self.readers_of(version) if self._note_of(version)[0] == digest else ()
+            self._write_note(version, digest, {*readers, f"{BASE_LINE}{named}"})
 
     def room(self, num_blob: int, num_staged: int, folder: Path) -> AbstractContextManager[None]:
         """Reserve disk space for an adapter that is staged in a folder, until the block ends.

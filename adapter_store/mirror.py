@@ -58,12 +58,8 @@ class Mirrored:
 class NeedsBase(Exception):
     """Raised if the weights can only be read for one base, and it is not known which of several that is.
 
-    named: the base that its config names; None if the weights themselves show which bases they fit.
+    Its argument is the base that its config names; None if the weights themselves show which bases they fit.
     """
-
-    def __init__(self, named: str | None = None) -> None:
-        super().__init__()
-        self.named = named
 
 
 class Mirror:
@@ -236,11 +232,11 @@ class Mirror:
             for form in self._forms(version, bases[0] if len(bases) == 1 else None):
                 if self._bucket is None or version.at_hand:
                     break
-                digest = await asyncio.to_thread(self._bucket.digest_of, form.key)
-                if digest is not None:
+                digest, named = await asyncio.to_thread(self._bucket.note_of, form.key)
+                if digest:
                     await source.confirm(version, access)
                     if await self.restore(digest):
-                        await asyncio.to_thread(self.blobs.note_version, form.key, digest)
+                        await asyncio.to_thread(self.blobs.note_version, form.key, digest, named)
                         return Mirrored(digest, form)
             digest = await self._fetch(source, version, bases, access, tenant)
         except (AdapterRefused, Changed, NoRoom):
@@ -297,9 +293,7 @@ class Mirror:
             convert(folder, version.weights, conversion, folder, self.blobs.reserve)
         files = AdapterFolder.open_fetched(folder)
         files.keep_texts()
-        digest = self.blobs.put(version.key, files, sync=not version.at_hand)
-        self.blobs.note_base(version.key, named)
-        return digest
+        return self.blobs.put(version.key, files, named, sync=not version.at_hand)
 
     # ------------------------------------------------------------ kinds of full rank
 
@@ -328,37 +322,6 @@ class Mirror:
         return await (take() if self._approximation is None else self._approximation.converted(take))
 
     # ------------------------------------------------------------ blobs
-
-    async def named_base(
-        self, source: Source, target: str, version: SourceVersion, access: SourceAccess, tenant: str = ""
-    ) -> str:
-        """Return the `base_model_name_or_path` in the config of a stored version of `target`, "" without one.
-
-        Blobs do not contain it, so that contents which differ in nothing else are the same. It is recorded at the
-        fetch. Versions without that record, from earlier releases or the shared bucket, have their config fetched
-        again. Raises the errors of the source.
-        """
-        key, own = version.key, f"config:{version.key}"
-        known = await asyncio.to_thread(self.blobs.named_base, key)
-        if known is not None:
-            return known
-        async with self._slot(source, tenant), self._locks.setdefault(own, asyncio.Lock()):
-            known = await asyncio.to_thread(self.blobs.named_base, key)
-            if known is not None:
-                return known
-            if not version.files:  # as returned by `Source.fixed`
-                version = await source.resolve(target, access)
-            self._check_sizes(version)
-            config, known = version.files.get(CONFIG_FILE), ""
-            if config is not None:
-                folder = await asyncio.to_thread(self.blobs.staging, own)
-                try:
-                    await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
-                    known = named_in(parse_config(await asyncio.to_thread((folder / CONFIG_FILE).read_bytes)))
-                finally:
-                    await asyncio.to_thread(self.blobs.discard, own)
-            await asyncio.to_thread(self.blobs.note_base, key, known)
-        return known
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record.
@@ -421,7 +384,7 @@ def _for_base(version: SourceVersion, base: ServedModel | None, any_of: Sequence
     if not depends_on_base(version.weights):
         return version
     if base is None and any_of:
-        raise NeedsBase
+        raise NeedsBase(None)
     if base is None:
         raise Unavailable(f"{version.source} can be read once a worker has reported its base model")
     return replace(version, key=f"{version.key}:{base.model_type}:{base.head_dim}")

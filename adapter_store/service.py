@@ -133,7 +133,7 @@ class Store:
         self._last_ids = {bus.keys.adapter_events: b"$"}  # position in the stream of events
         self._changed = False  # whether the catalogue has changed, so that registrations must be read again
         self._steps = Items("catalogue", max_tries=0, backoff=AWAY)
-        names = [one.served_name for one in base_settings(settings)] if settings.model else []
+        names = list(base_settings(settings)) if settings.model else []
         self.bases = Bases(names)
         if settings.adapters is not None or settings.adapter_roots:
             more = [Path(path) for path in names_of(settings.adapter_roots)]
@@ -230,8 +230,7 @@ class Store:
             metrics.STORE_NAMES.labels(state).set(states[state])
 
     async def _set_bases(self) -> None:
-        known = await self.bus.added_bases.get()
-        if self.bases.set(*await self.bus.members.bases(), added=known.bases, removed=known.removed):
+        if self.bases.set(*await self.bus.members.bases(), await self.bus.added_bases.get()):
             self.registrar.set_bases(self.bases)
             if self.follower is not None:
                 self.follower.set_bases(self.bases)

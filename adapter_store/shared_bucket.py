@@ -44,30 +44,31 @@ class SharedBucket:
         self._s3 = client
         self._bucket, self._prefix = reference.owner, reference.path
 
-    def push(self, version: str, digest: str, folder: Path) -> None:
-        """Upload a blob's files, large ones in parts, and record its digest for the version."""
+    def push_blob(self, version: str, digest: str, blobs: Blobs) -> None:
+        """Upload a blob's files, large ones in parts, and record its digest and base for the version.
+
+        Does nothing if the blob is no longer on disk.
+        """
+        if (folder := blobs.verified(digest)) is None:
+            return
         try:
             for name in (*FILES, *([TEXTS_FILE] if (folder / TEXTS_FILE).exists() else [])):
                 if not self._has(f"blobs/{digest}/{name}"):
                     self._s3.upload_file(str(folder / name), self._bucket, f"{self._prefix}/blobs/{digest}/{name}")
-            self._s3.put_object(Bucket=self._bucket, Key=self._version_key(version), Body=digest.encode())
+            note = f"{digest}\n{blobs.named_base(version)}".encode()
+            self._s3.put_object(Bucket=self._bucket, Key=self._version_key(version), Body=note)
         except ERRORS as error:
             logger.warning("adapter %.12s cannot be copied to the shared bucket: %s", digest, error)
 
-    def digest_of(self, version: str) -> str | None:
-        """Return the digest that a store has recorded for a source's version; None if none has."""
+    def note_of(self, version: str) -> tuple[str, str]:
+        """Return the digest of a source's version, "" if no store has recorded it, and the base that it names."""
         try:
             reply = self._s3.get_object(Bucket=self._bucket, Key=self._version_key(version))
-            return reply["Body"].read().decode()
+            digest, _, named = reply["Body"].read().decode().partition("\n")
+            return digest, named.partition("\n")[0]
         except ERRORS as error:
             self._log_unless_missing(error)
-            return None
-
-    def push_blob(self, version: str, digest: str, blobs: Blobs) -> None:
-        """Copy a blob to the bucket, unless it is no longer on disk."""
-        folder = blobs.verified(digest)
-        if folder is not None:
-            self.push(version, digest, folder)
+            return "", ""
 
     def pull(self, digest: str, folder: Path, room: Room) -> bool:
         """Download a blob's files into a folder; return whether all existed. The caller checks their content.

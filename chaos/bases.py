@@ -68,7 +68,7 @@ class Turns:
         num_bases = len(set(self._base_of.values()))
         async with asyncio.timeout(FAILED_S):
             while True:
-                _, failed = await fleet.bus.members.base_names()
+                _, failed = await fleet.bus.members.bases()
                 if not failed:
                     break
                 await asyncio.sleep(1.0)
@@ -107,7 +107,7 @@ async def all_served(fleet: ProcessFleet, models: Iterable[str], num_bases: int,
         while True:
             answers = [await fleet.http.get(f"{url}/v1/models", headers=headers) for url in fleet.urls]
             listed = [{one["id"] for one in answer.json()["data"]} for answer in answers]
-            served, _ = await fleet.bus.members.base_names()
+            served, _ = await fleet.bus.members.bases()
             if len(served) == num_bases and set.intersection(*listed) >= set(models) - {"base"}:
                 return
             await asyncio.sleep(0.2)

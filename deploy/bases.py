@@ -20,17 +20,17 @@ def claim(models: Sequence[str], folder: Path) -> str:
 
     folder: holds the locks; each base has one lock for its first worker, one for its second, and so on.
     """
-    for turn in count():
-        for i, model in enumerate(models):
-            lock = os.open(folder / f"base-{i}-{turn}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                continue
-            os.set_inheritable(lock, True)
-            return model
-    raise AssertionError  # unreachable: there is always a next turn
+    for number in count():
+        turn, i = divmod(number, len(models))
+        lock = os.open(folder / f"base-{i}-{turn}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        os.set_inheritable(lock, True)
+        return models[i]
+    raise AssertionError  # unreachable: there is always a next number
 
 
 def set_models(variables: MutableMapping[str, str]) -> None:

@@ -44,6 +44,7 @@ from gateway.encoders.encoder_routes import EncoderEndpoints
 from gateway.files.file_routes import FileEndpoints
 from gateway.files.files import SWEEP_S, FileService
 from gateway.files.place import open_storage
+from gateway.fleet.bases import GatewayBases, open_bases
 from gateway.fleet.sampler import SAMPLE_S, Sampler
 from gateway.fleet.view import REFRESH_S, FleetView
 from gateway.http.http_client import HttpClient
@@ -70,7 +71,6 @@ from gateway.responses.service import Responses
 from gateway.responses.stored import StoredResponses
 from gateway.server.connection import ConnectionLimits
 from gateway.server.server import BACKLOG, HttpServer, allow_connections
-from gateway.text.bases import GatewayBases, open_bases
 from gateway.tokenizer.tokenizer_routes import TokenizerEndpoints
 from gateway.webhooks.endpoints import WebhookService
 from gateway.webhooks.names import HostNames
@@ -82,7 +82,6 @@ from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.free_space import Reserve
 from protocol.runtime.guarded import BRISK, Loop, guarded
-from protocol.runtime.model_files import base_settings
 from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending
 from protocol.runtime.settings import Settings
@@ -136,16 +135,7 @@ async def _serve(
         if not await bus.server.reach(stop):
             return 0
         replies = Replies(bus, gid, beats)
-        names = [one.served_name for one in base_settings(settings)]
-        waits = settings.wait_for_worker_s > 0
-        fleet = FleetView(
-            beats,
-            settings.beat_timeout_s,
-            waits=waits,
-            name=names[0],
-            further=names[1:],
-            shows_reasons=not settings.api_keys,
-        )
+        fleet = FleetView(beats, settings)
         sampler = Sampler(beats, fleet, observe.SERIES)
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
@@ -156,9 +146,8 @@ async def _serve(
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         aliases.listeners.append(observe.adapter_event)
         stores = HttpClient(secret.bearer if secret else "")
-        bases = await open_bases(settings, bus, stores, admission.leave_inbound, lambda: fleet.added)
         fleet.set_added(await bus.added_bases.get())
-        await bases.read()
+        bases = await open_bases(settings, fleet, bus, stores, admission.leave_inbound)
         resolver = Resolver(bus, aliases, bases, settings.adapters, shows_paths=not settings.api_keys)
         pipeline = Pipeline(settings, bus, fleet, resolver, replies, admission)
         answers = Answers(settings.keepalive_s)

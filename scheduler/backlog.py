@@ -390,7 +390,7 @@ class Backlog:
         self.by_class[request.submit.cls] += 1
         self.by_digest[request.submit.digest] += 1
         self.num_tokens += _max_tokens(request)
-        queues = self.of(request.base)
+        queues = self.of(request.submit.base)
         queues.num += 1
         if request.resumed:
             queues.resumed[request.rid] = request
@@ -405,7 +405,7 @@ class Backlog:
         self.by_class[request.submit.cls] -= 1
         decrement(self.by_digest, request.submit.digest)
         self.num_tokens -= _max_tokens(request)
-        queues = self.by_base[request.base]
+        queues = self.by_base[request.submit.base]
         queues.num -= 1
         if queues.resumed.pop(request.rid, None) is None:
             queues.fair[request.submit.cls, request.submit.digest in self._warm].forget(request)

@@ -90,8 +90,7 @@ class Scheduler:
     def submit(self, sub: m.RequestHead, epoch: int, attempts: int = 0) -> None:
         """Queue a request, new or handed back. For a known request, an epoch that is not newer is a repetition."""
         known = self.requests.get(sub.rid)
-        base = self.workers.base_of(sub.base)
-        request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0, base=base)
+        request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0)
         if known is not None:
             if epoch <= known.epoch:
                 return
@@ -101,7 +100,7 @@ class Scheduler:
             self._open(request)
         self._enqueue(request)
         if sub.digest != BASE and sub.digest not in self.workers.holders:
-            self._unplaced[sub.digest] = base
+            self._unplaced[sub.digest] = sub.base
 
     def adopt(self, wid: str, sub: m.RequestHead, epoch: int, attempts: int, *, yields: bool = False) -> None:
         """Take over a request that an earlier leader assigned. epoch, yields: those of the assignment."""
@@ -116,7 +115,6 @@ class Scheduler:
             input_charged=True,
             output_charged=-1,
             yields=yields,
-            base=self.workers.base_of(sub.base),
         )
         self.requests[sub.rid] = request
         self._open(request)
@@ -149,23 +147,9 @@ class Scheduler:
         return dead
 
     def set_bases(self, names: Sequence[str], failed: Collection[str] = ()) -> None:
-        """Set the names of the fleet's bases, the first base first, and of those that failed to start.
-
-        Visits all requests if the fleet changes between one base and several.
-        """
+        """Set the names of the fleet's bases, and of those that failed to start."""
         self.swaps.noted = set(failed)
-        if not self.workers.set_bases(names):
-            return
-        requests = list(self.requests.values())
-        queued = [request for request in requests if not request.wid and not request.dropped]
-        for request in queued:
-            self._take_out(request)
-        self._shares.clear()
-        for request in requests:
-            request.base = self.workers.base_of(request.submit.base)
-            self._share(request)
-        for request in sorted(queued, key=lambda one: one.order):
-            self._enqueue(replace(request, dropped=False))
+        self.workers.set_bases(names)
 
     @property
     def waits_for_loads(self) -> bool:
@@ -236,9 +220,9 @@ class Scheduler:
         Jobs, for which no gateway waits, are not included. Time counts from the end of the last worker or from the
         request's submission, whichever is later.
         """
-        served = {worker.base for worker in self.workers.by_id.values()}
-        served |= self.swaps.hopeful()
-        alone = [base for base, queues in self.backlog.by_base.items() if queues.num and base not in served]
+        base_of, bases = self.workers.base_of, [worker.beat.base for worker in self.workers.by_id.values()]
+        served = set(map(base_of, [*bases, *self.swaps.hopeful()]))
+        alone = [base for base, queues in self.backlog.by_base.items() if queues.num and base_of(base) not in served]
         if not alone or not self.config.wait_for_worker_s:
             self._alone_since_ms = {}
             return []
@@ -250,15 +234,20 @@ class Scheduler:
         return [
             rid
             for rid, r in self.requests.items()
-            if r.base in late and r.submit.gateway and r.submit.submitted_ms <= before_ms
+            if r.submit.base in late and r.submit.gateway and r.submit.submitted_ms <= before_ms
         ]
 
-    def failed(self) -> list[str]:
-        """Return the ids of unassigned requests with a waiting gateway whose base workers might become, but cannot."""
-        failed = self.swaps.failed() & self.swaps.reachable().keys()
-        if not failed:
+    def hopeless(self) -> list[tuple[str, str]]:
+        """Return (id, base) of the unassigned requests that cannot run.
+
+        Those are the requests of removed bases, and those with a waiting gateway whose base workers might become, but
+        cannot.
+        """
+        removed, failed = self.workers.removed, self.swaps.failed() & self.swaps.reachable().keys()
+        if not any(queues.num for base, queues in self.backlog.by_base.items() if base in removed | failed):
             return []
-        return [rid for rid, r in self.requests.items() if r.base in failed and r.submit.gateway and not r.wid]
+        waiting = [one for one in self.requests.values() if not one.wid and one.submit.base in removed | failed]
+        return [(one.rid, one.submit.base) for one in waiting if one.submit.gateway or one.submit.base in removed]
 
     def bases(self) -> dict[str, m.BaseLoad]:
         """Return the load of each base by name: its workers and requests, and how many workers may become it.
@@ -267,23 +256,12 @@ class Scheduler:
         """
         counts = {base: [0, queues.num, 0, 0] for base, queues in self.backlog.by_base.items() if queues.num}
         for worker in self.workers.by_id.values():
-            count = counts.setdefault(worker.base, [0, 0, 0, 0])
+            count = counts.setdefault(worker.beat.base, [0, 0, 0, 0])
             count[0] += worker.available
             count[2] += worker.load
         for base, num in self.swaps.reachable().items():
             counts.setdefault(base, [0, 0, 0, 0])[3] = num
         return {base: m.BaseLoad(*count) for base, count in counts.items() if base}
-
-    def queued_of(self, bases: Collection[str]) -> list[tuple[str, str]]:
-        """Return (id, base) of the unassigned requests of these bases."""
-        if not any(queues.num for base, queues in self.backlog.by_base.items() if base in bases):
-            return []
-        return [(rid, one.base) for rid, one in self.requests.items() if one.base in bases and not one.wid]
-
-    def used_bases(self) -> set[str]:
-        """Return the names of the bases that workers serve or that requests name."""
-        served = {worker.beat.base for worker in self.workers.by_id.values()}
-        return served | {request.submit.base for request in self.requests.values()}
 
     def of_gateway(self, gid: str) -> list[str]:
         """Return the ids of the requests that end when a gateway dies."""
@@ -328,9 +306,9 @@ class Scheduler:
         The last worker of a base is kept as long as another base has two.
         """
         placement, workers = self.placement, list(self.workers.available())
-        num = Counter(worker.base for worker in workers)
+        num = Counter(worker.beat.base for worker in workers)
         return least_valuable(
-            [worker for worker in workers if num[worker.base] > 1] or workers,
+            [worker for worker in workers if num[worker.beat.base] > 1] or workers,
             lambda digest: self.popularity.of(digest, now_ms),
             placement.facts_of,
             placement.bandwidths,
@@ -378,12 +356,12 @@ class Scheduler:
 
     def _share(self, request: QueuedRequest) -> None:
         if request.submit.cls != BATCH:
-            self.shares(request.base).opened(request.submit.tenant, request.submit.weight, self._now_ms)
+            self.shares(request.submit.base).opened(request.submit.tenant, request.submit.weight, self._now_ms)
 
     def _close(self, request: QueuedRequest) -> None:
         del self.requests[request.rid]
         if request.submit.cls != BATCH:
-            self.shares(request.base).closed(request.submit.tenant)
+            self.shares(request.submit.base).closed(request.submit.tenant)
 
     def _enqueue(self, request: QueuedRequest) -> None:
         self._num_seen += 1

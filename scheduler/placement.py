@@ -9,7 +9,7 @@ mean load while others are free (consistent hashing with bounded loads, Mirrokni
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -40,9 +40,6 @@ MAX_PREFIXES = 16_384
 
 MAX_KNOWN_ADAPTERS = 100_000
 """Maximum number of adapters whose rank and size are remembered."""
-
-MAX_GROUPS = 256
-"""Maximum number of bases whose workers are cached as a group; more than a fleet may have."""
 
 SUSPECTS_PER_WORKER = 8
 """Maximum number of suspects that may start together on a worker. A suspect on its final attempt waits until no other
@@ -193,10 +190,9 @@ class Placement:
         self.bandwidths = Bandwidths()
         self.homes = Homes()
         self._facts: dict[str, AdapterFacts] = {}  # the oldest entry first
-        self._groups: dict[str, BaseWorkers] = {}  # by base, for requested bases; cleared when there are too many
+        self._groups: dict[str, BaseWorkers] = {}  # by base
         self._prefixes: dict[str, str] = {}  # hash of a prompt's first blocks -> worker that computed them last
         self._available: list[Worker] = []
-        self._is_mixed = False  # whether `_available` has several bases
         self._version = -1
         self._turn = 0
 
@@ -206,19 +202,16 @@ class Placement:
             return
         self._version = self._workers.version
         self._available = list(self._workers.available())
-        self._is_mixed = len({worker.base for worker in self._available}) > 1
+        by_base: defaultdict[str, list[Worker]] = defaultdict(list)
+        for worker in self._available:
+            by_base[self._workers.base_of(worker.beat.base)].append(worker)
+        self._groups = {base: self._groups.get(base) or BaseWorkers() for base in by_base}
         for base, group in self._groups.items():
-            group.set_workers([worker for worker in self._available if worker.base == base])
+            group.set_workers(by_base[base])
 
     def group(self, base: str) -> BaseWorkers:
         """Return the available workers of a base."""
-        group = self._groups.get(base)
-        if group is None:
-            if len(self._groups) >= MAX_GROUPS:
-                self._groups.clear()
-            group = self._groups[base] = BaseWorkers()
-            group.set_workers([worker for worker in self._available if worker.base == base])
-        return group
+        return self._groups.get(self._workers.base_of(base)) or BaseWorkers()
 
     def note_assigned(self, request: QueuedRequest, worker: Worker, now_ms: float) -> None:
         """Record that a request was assigned to a worker."""
@@ -260,7 +253,7 @@ class Placement:
         """
         cls, digest = request.submit.cls, request.submit.digest
         yields = request.yields if yields is None else yields
-        workers = self.group(request.base).workers
+        workers = self.group(request.submit.base).workers
         if digest == BASE or digest in self._workers.holders:
             return any(worker.ready_credit(cls, yields=yields) > 0 for worker in workers)
         return any(worker.takes_cold("?", cls, yields=yields) for worker in workers)
@@ -291,8 +284,7 @@ class Placement:
         ]
 
     def _homes_of(self, digest: str) -> tuple[str, ...]:
-        base = self._workers.base_of(self.facts_of(digest).base)
-        return self.group(base).rendezvous.order(digest)[: self.homes[digest]]
+        return self.group(self.facts_of(digest).base).rendezvous.order(digest)[: self.homes[digest]]
 
     def choose(
         self, request: QueuedRequest, output_tokens: float, now_ms: float, *, final: bool
@@ -304,11 +296,11 @@ class Placement:
         """
         digest = request.submit.digest
         facts = self.facts_of(digest)
-        group, holders = self.group(request.base), self._workers.holders.get(digest, ())
+        group, holders = self.group(request.submit.base), self._workers.holders.get(digest, ())
         homes = group.rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         load = self._workers.num_assigned
-        if self._is_mixed:  # count only the workers of this base
-            holders = [wid for wid in holders if self._workers.by_id[wid].base == request.base]
+        if len(self._groups) > 1:  # count only the workers of this base
+            holders = [wid for wid in holders if self._workers.by_id[wid].beat.base == request.submit.base]
             load = sum(worker.load for worker in group.workers)
         best, crowded = _Best(), _Best()
         candidates: list[Candidate] = []

@@ -37,7 +37,8 @@ class Recovery:
         # The order matters: all later ends are read, so no request adopted below is counted forever.
         last_ids = {bus.keys.ended: await bus.streams.last_id(bus.keys.ended)}
         beats = await bus.members.worker_beats()
-        scheduler.set_bases(*await bus.members.base_names())  # after the heartbeats, to know all their bases
+        bases, failed = await bus.members.bases()  # after the heartbeats, to know all their bases
+        scheduler.set_bases([base.name for base in bases], failed)
         scheduler.beats(beats, 0.0)
         num_adopted = 0
         for wid in beats:
@@ -59,8 +60,8 @@ class Recovery:
         rids = list(assigned | set(self._scheduler.assigned_to(wid)))
         worker = self._scheduler.workers.by_id.get(wid)
         order = self._scheduler.swaps.by_worker.get(worker.beat.name) if worker is not None else None
-        if order is not None and order.wid == wid and not rids:
-            logger.info("worker %s is switching to base %s", order.name, order.base)
+        if order is not None and order.seat.wid == wid and not rids:
+            logger.info("worker %s is switching to base %s", order.seat.name, order.base)
         else:
             metrics.WORKERS_LOST.inc()
             logger.warning("worker %s is dead; it had %d requests", wid, len(rids))

@@ -55,7 +55,6 @@ class QueuedRequest:
     since_ms: int = 0  # unix ms when it was queued again; 0: only at its submission
     assigned_ms: int = 0  # unix ms; 0: not known
     choice: WorkerChoice | None = None  # the last choice of a worker for it
-    base: str = ""  # base whose workers may take it, see `Workers.base_of`
 
     @property
     def rid(self) -> str:

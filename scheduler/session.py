@@ -174,12 +174,8 @@ class Session:
                 submits.append((sub, int(fields[b"e"]), int(fields.get(b"a", 0))))
             except (ProtocolError, KeyError, ValueError) as error:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
-        if any(sub.base and sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
+        if any(sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
             await self._look_at_bases()  # added since the last check, or removed
-        removed = self.scheduler.swaps.removed
-        for sub in [sub for sub, _, _ in submits if sub.base in removed]:
-            await self._end_removed(sub.rid, sub.base)
-        submits = [one for one in submits if one[0].base not in removed]
         await self._learn({sub.digest: sub.base for sub, _, _ in submits})
         for sub, epoch, attempts in submits:
             self.scheduler.submit(sub, epoch, attempts)
@@ -285,8 +281,10 @@ class Session:
         if rounds % 2 == 0:
             await done("swaps", self._watch_swaps)
             await done("status", self._publish_status)
-        for rid in self.scheduler.failed():
+        for rid, base in self.scheduler.hopeless():
             why = Unavailable("no worker is ready to serve its base, which did not start", code="base_failed")
+            if base in self.scheduler.workers.removed:
+                why = NotFound(f"the base `{base}` was removed", code="base_not_served")
             await done(rid, partial(self._recovery.end, rid, why))
         if rounds % 4 == 3:
             await done("lost messages", self._recovery.reconcile)
@@ -314,11 +312,9 @@ class Session:
                 await self._recovery.bury(wid)
 
     async def _look_at_bases(self) -> None:
-        bases, failed = await self._bus.members.base_names()
-        self.scheduler.swaps.removed = removed = frozenset((await self._bus.added_bases.get()).removed)
-        for rid, base in self.scheduler.queued_of(removed):
-            await self._end_removed(rid, base)
-        self.scheduler.set_bases(bases, failed)
+        bases, failed = await self._bus.members.bases()
+        self.scheduler.workers.removed = frozenset((await self._bus.added_bases.get()).removed)
+        self.scheduler.set_bases([base.name for base in bases], failed)
 
     async def _watch_swaps(self) -> None:
         """Process the outcomes of swap orders to workers, and give new orders."""
@@ -326,7 +322,7 @@ class Session:
         for order, outcome in self.scheduler.swaps.settle(now_ms()):
             metrics.SWAPS.labels(order.base, outcome).inc()
             if outcome == FAILED:
-                await members.note_failure(order.base, f"worker {order.name} exited during its start", keep=True)
+                await members.note_failure(order.base, f"worker {order.seat.name} exited during its start", keep=True)
                 await self._bus.audit.note(_audited(order, "base_failed"))
         if (asked := self.scheduler.swaps.asked(self.scheduler.ledger.mean_output_tokens)) is None:
             return
@@ -336,13 +332,9 @@ class Session:
             await asyncio.sleep(0)
         if orders := self.scheduler.swaps.decide(now_ms(), asked):
             await self._renew()  # a deposed leader gives no orders
-            await self._bus.streams.tell([(one.wid, m.Control(kind="serve", base=one.base)) for one in orders])
+            await self._bus.streams.tell([(one.seat.wid, m.Control(kind="serve", base=one.base)) for one in orders])
             for order in orders:
                 await self._bus.audit.note(_audited(order, "done"))
-
-    async def _end_removed(self, rid: str, base: str) -> None:
-        """Fail a request of a base that was removed."""
-        await self._recovery.end(rid, NotFound(f"the base `{base}` was removed", code="base_not_served"))
 
     async def _empty_removed(self) -> None:
         """Drain the workers of removed bases, and delete a base's records once it has no workers and requests.
@@ -353,12 +345,12 @@ class Session:
         leaving = [
             one.wid
             for one in workers.available()
-            if one.beat.base in swaps.removed and swaps.removed.issuperset(one.beat.may_become)
+            if one.beat.base in workers.removed and workers.removed.issuperset(one.beat.may_become)
         ]
         if leaving:
             await self._bus.streams.tell([(wid, m.Control(kind="drain")) for wid in leaving])
-        if recorded := swaps.removed.intersection({*workers.bases, *swaps.noted}):
-            for name in recorded - self.scheduler.used_bases():
+        if recorded := workers.removed.intersection({*workers.bases, *swaps.noted}):
+            for name in recorded - self.scheduler.bases().keys():
                 await self._bus.members.drop_base(name)
 
     async def _watch_gateways(self, elapsed_s: float) -> None:
@@ -399,7 +391,7 @@ class Session:
             sent_ms=now_ms(),
             drain_next=self._drain_next,
             bases=scheduler.bases(),
-            becoming={order.name: order.base for order in scheduler.swaps.by_worker.values()},
+            becoming={name: order.base for name, order in scheduler.swaps.by_worker.items()},
             knows=sorted({name for worker in workers for name in worker.knows}),
             version=RELEASE,
         )
@@ -428,8 +420,8 @@ def _count(batch: list[QueuedRequest]) -> None:
 
 def _audited(order: Swap, outcome: str) -> AuditEntry:
     """Return the audit entry of an order to switch a worker to another base."""
-    detail = f"from={order.left} to={order.base} why={order.why}"
-    return AuditEntry(now_ms(), SCHEDULER, "", "", "worker.swap", order.name, detail, outcome, True)
+    detail = f"from={order.seat.base} to={order.base} why={order.why}"
+    return AuditEntry(now_ms(), SCHEDULER, "", "", "worker.swap", order.seat.name, detail, outcome, True)
 
 
 def _most(digests: Mapping[str, int]) -> list[str]:

@@ -6,12 +6,12 @@ have been ordered to become, and decides again.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from protocol.wire import messages as m
-from protocol.wire.keys import BATCH
+from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
 from scheduler.request import QueuedRequest
 from scheduler.swaps import BaseDemand, Seat, Swap, SwapPolicy
 from scheduler.workers import UNFITTED_STEP, Worker, Workers
@@ -62,38 +62,37 @@ class Asked:
     def __init__(self, facts: Mapping[str, _Facts], mean_tokens: float) -> None:
         """facts: of the bases to count. mean_tokens: mean length of an output."""
         self._facts, self._mean_tokens = facts, mean_tokens
-        self._interactive, self._batch = (
-            {name: (BaseDemand(name, one.start_s), dict[str, float]()) for name, one in facts.items()} for _ in range(2)
-        )  # each with tenant -> seconds of its waiting work, divided by its weight
+        self._demands = {cls: {name: BaseDemand(name, one.start_s) for name, one in facts.items()} for cls in CLASSES}
+        # (class, base, tenant) -> seconds of its waiting work, divided by its weight.
+        self._waiting = defaultdict[tuple[str, str, str], float](float)
         self._used: dict[str, set[str]] = {}  # tenant -> bases for which it waits or on which it runs
         self._weights: dict[str, float] = {}
 
     def add(self, requests: Iterable[QueuedRequest]) -> None:
         """Add requests that have not ended."""
         for request in requests:
-            base, sub = request.base, request.submit
+            base, sub = request.submit.base, request.submit
             if (facts := self._facts.get(base)) is None:
                 continue
             self._used.setdefault(sub.tenant, set()).add(base)
             self._weights[sub.tenant] = sub.weight
             if not request.wid:
-                demand, by_tenant = (self._batch if sub.cls == BATCH else self._interactive)[base]
                 seconds = facts.seconds(request, self._mean_tokens)
-                demand.add(seconds, request.since_ms or sub.submitted_ms)
-                by_tenant[sub.tenant] = by_tenant.get(sub.tenant, 0.0) + seconds / sub.weight
+                self._demands[sub.cls][base].add(seconds, request.since_ms or sub.submitted_ms)
+                self._waiting[sub.cls, base, sub.tenant] += seconds / sub.weight
 
     def demands(self) -> dict[str, BaseDemand]:
         """Return the demand by base. Batch work counts only if no interactive request waits."""
-        nothing_waits = all(demand.oldest_ms is None for demand, _ in self._interactive.values())
-        found = self._batch if nothing_waits else self._interactive
+        nothing_waits = all(demand.oldest_ms is None for demand in self._demands[INTERACTIVE].values())
+        cls = BATCH if nothing_waits else INTERACTIVE
+        waiting: dict[str, list[float]] = {name: [] for name in sorted(self._demands[cls])}
         for tenant, bases in self._used.items():
             for base in bases:
-                demand, by_tenant = found[base]
-                demand.shares += self._weights[tenant] / len(bases)
-                by_tenant.setdefault(tenant, 0.0)
-        for demand, by_tenant in found.values():
-            demand.typical_s = sorted(by_tenant.values())[(len(by_tenant) - 1) // 2] if by_tenant else 0.0
-        return {name: demand for name, (demand, _) in sorted(found.items())}
+                self._demands[cls][base].shares += self._weights[tenant] / len(bases)
+                waiting[base].append(self._waiting.get((cls, base, tenant), 0.0))
+        for base, seconds in waiting.items():
+            self._demands[cls][base].typical_s = sorted(seconds)[(len(seconds) - 1) // 2] if seconds else 0.0
+        return {base: self._demands[cls][base] for base in waiting}
 
 
 @dataclass(slots=True)
@@ -104,10 +103,9 @@ class _Failure:
     until_ms: float = 0.0  # the base is not tried again before this time
     due_ms: float = 0.0  # before this time, only an otherwise idle worker tries it
 
-    def add(self, now_ms: float) -> None:
+    def again(self, now_ms: float) -> _Failure:
         pause_ms = min(FIRST_PAUSE_MS * 2**self.num, MAX_PAUSE_MS)
-        self.until_ms, self.due_ms = now_ms + pause_ms, now_ms + 2 * pause_ms
-        self.num += 1
+        return _Failure(self.num + 1, now_ms + pause_ms, now_ms + 2 * pause_ms)
 
 
 @dataclass(slots=True)
@@ -124,25 +122,22 @@ class SwapOrders:
     _known_ms: dict[str, float] = field(default_factory=dict[str, float])  # unreported base -> known since, unix ms
     noted: set[str] = field(default_factory=set[str])
     """Bases for which the queue has a reason why they failed."""
-    removed: frozenset[str] = frozenset()
-    """Bases that operators have removed: no worker becomes one, whatever its settings say."""
 
     def settle(self, now_ms: float) -> list[tuple[Swap, str]]:
         """Process the latest heartbeats. Returns the orders that ended, each with DONE, FAILED or LOST."""
         by_name = {worker.beat.name: worker for worker in self.workers.by_id.values()}
         for worker in by_name.values():
-            facts = self._facts.setdefault(worker.base, _Facts())
+            facts = self._facts.setdefault(worker.beat.base, _Facts())
             facts.model, facts.capacity = worker.model, worker.beat.capacity or facts.capacity
             facts.start_s = worker.beat.start_s or facts.start_s
             name, becoming, order = worker.beat.name, worker.beat.becoming, self.by_worker.get(worker.beat.name)
             # A worker obeys the first order that it reads, perhaps an earlier leader's.
-            if becoming and (order is None or (order.wid == worker.wid and order.base != becoming)):
-                may_become = frozenset(worker.beat.may_become)
-                self.by_worker[name] = Swap(worker.wid, becoming, "", now_ms, name, worker.base, may_become)
+            if becoming and (order is None or (order.seat.wid == worker.wid and order.base != becoming)):
+                self.by_worker[name] = Swap(self._seat(worker), becoming, "", now_ms)
         found: list[tuple[Swap, str]] = []
         for name, order in list(self.by_worker.items()):
             worker = by_name.get(name)
-            if worker is not None and worker.wid != order.wid:
+            if worker is not None and worker.wid != order.seat.wid:
                 outcome = DONE if worker.beat.base == order.base else self._failed(order, now_ms)
             elif worker is not None and worker.beat.becoming:
                 continue
@@ -153,10 +148,8 @@ class SwapOrders:
             del self.by_worker[name]
             found.append((order, outcome))
         served = {worker.beat.base for worker in by_name.values()}
-        for base in self._failures.keys() - (self.noted - served):
-            del self._failures[base]
-        for base in self.noted - served - self._failures.keys():  # failed at a first start, or under an earlier leader
-            self._failures.setdefault(base, _Failure()).add(now_ms)
+        failed = self.noted - served  # at a swap, at a first start, or under an earlier leader
+        self._failures = {base: self._failures.get(base) or _Failure().again(now_ms) for base in failed}
         for base in served:
             self._num_lost.pop(base, None)
         return found
@@ -167,42 +160,43 @@ class SwapOrders:
         if order.base not in self.noted and self._num_lost[order.base] < MAX_LOST:
             return LOST
         self.noted.add(order.base)
-        self._failures.setdefault(order.base, _Failure()).add(now_ms)
+        self._failures[order.base] = self._failures.get(order.base, _Failure()).again(now_ms)
         return FAILED
 
     def asked(self, mean_output_tokens: float) -> Asked | None:
         """Return an empty `Asked`, to which all open requests must be added; None: no worker may switch."""
         if not any(worker.beat.may_become for worker in self.workers.by_id.values()):
             return None
-        names = self.reachable().keys() | {worker.base for worker in self.workers.by_id.values()}
+        names = self.reachable().keys() | {worker.beat.base for worker in self.workers.by_id.values()}
         return Asked({name: self._facts.get(name) or _Facts() for name in names}, mean_output_tokens)
 
     def decide(self, now_ms: float, asked: Asked) -> list[Swap]:
         """Return the orders to give now. Must be called once a second."""
-        seats = [
-            Seat(one.wid, one.base, float(one.beat.joined_ms), one.load, self._may_become(one), one.beat.name)
-            for one in self.workers.available()
-            if one.beat.name not in self.by_worker
-        ]
-        swaps = self.policy.decide(now_ms, self._demands(now_ms, asked), seats, self.by_worker.values())
+        demands = self._demands(now_ms, asked)
+        free = [one for one in self.workers.available() if one.beat.name not in self.by_worker]
+        seats = [self._seat(one) for one in free if one.beat.base in demands]
+        swaps = self.policy.decide(now_ms, list(demands.values()), seats, self.by_worker.values())
         for swap in swaps:
-            self.by_worker[swap.name] = swap
-            self.workers.set_unreachable(swap.wid)  # until its next heartbeat, which says that it leaves
+            self.by_worker[swap.seat.name] = swap
+            self.workers.set_unreachable(swap.seat.wid)  # until its next heartbeat, which says that it leaves
         return swaps
 
-    def _may_become(self, worker: Worker) -> frozenset[str]:
-        return frozenset(worker.beat.may_become) - self.removed
+    def _seat(self, worker: Worker) -> Seat:
+        beat, may_become = worker.beat, frozenset(worker.beat.may_become) - self.workers.removed
+        return Seat(worker.wid, worker.beat.base, float(beat.joined_ms), worker.load, may_become, beat.name)
 
-    def _demands(self, now_ms: float, asked: Asked) -> list[BaseDemand]:
+    def _demands(self, now_ms: float, asked: Asked) -> dict[str, BaseDemand]:
         """Return the demands for the policy: those of requests, and a short visit to bases that are to be tried."""
         beats = [worker.beat for worker in self.workers.by_id.values()]
         are_coming = len({beat.name for beat in beats} | self.by_worker.keys()) < max(
             (beat.started_with for beat in beats), default=0
         )
         demands = asked.demands()
-        for name, demand in demands.items():
+        for name, demand in list(demands.items()):
             if (failure := self._failures.get(name)) is not None:
-                demand.blocked_until_ms = failure.until_ms
+                if now_ms < failure.until_ms:
+                    del demands[name]
+                    continue
                 since_ms = min(now_ms, failure.due_ms)
             elif name not in self.workers.bases:
                 since_ms = self._known_ms.setdefault(name, now_ms)
@@ -213,16 +207,16 @@ class SwapOrders:
                 continue
             demand.add(VISIT_S, since_ms)
             demand.shares = demand.shares or 1.0
-        return list(demands.values())
+        return demands
 
     def reachable(self) -> Counter[str]:
         """Return for each base the number of workers that may become it, or that are switching and could have."""
         found: Counter[str] = Counter()
         for worker in self.workers.available():
             if worker.beat.name not in self.by_worker:
-                found.update(self._may_become(worker))
+                found.update(self._seat(worker).may_become)
         for order in self.by_worker.values():
-            found.update((order.may_become | {order.left}) - self.removed)
+            found.update((order.seat.may_become | {order.seat.base}) - self.workers.removed)
         return found
 
     def failed(self) -> set[str]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from heapq import heapify, heapreplace
+from dataclasses import dataclass
 
 TURN_STARTS = 4.0
 """Minimum turn of a base that is beyond its share, in starts, so that starts cost the other bases little."""
@@ -61,8 +60,6 @@ class BaseDemand:
     """
     typical_s: float = 0.0
     """Lower median over its tenants of the seconds of waiting work divided by the tenant's weight."""
-    blocked_until_ms: float = 0.0
-    """Unix ms before which it is not tried again, after a failed start."""
 
     def add(self, seconds: float, since_ms: float) -> None:
         """Add work that has waited since a unix time in ms."""
@@ -89,16 +86,12 @@ class Seat:
 class Swap:
     """An order that a worker switch to another base."""
 
-    wid: str
+    seat: Seat
+    """The worker before the swap."""
     base: str
     why: str
     """idle: its base has no work; turn: its turn is over; bound: another base would wait too long; load: it helps."""
-    at_ms: float = field(default=0.0, compare=False)
-    name: str = field(default="", compare=False)
-    """The worker's name."""
-    left: str = field(default="", compare=False)
-    """The base that it leaves."""
-    may_become: frozenset[str] = field(default=frozenset(), compare=False)
+    at_ms: float
 
 
 class SwapPolicy:
@@ -116,9 +109,10 @@ class SwapPolicy:
     def decide(
         self, now_ms: float, demands: Sequence[BaseDemand], seats: Sequence[Seat], orders: Iterable[Swap] = ()
     ) -> list[Swap]:
-        """Return the swaps to order now. Must be called about once a second, with all bases and all workers.
+        """Return the swaps to order now. Must be called about once a second, with all workers of these bases.
 
-        orders: pending orders, without a result yet.
+        demands: of all bases, except those that failed to start and must not be tried yet. orders: pending orders,
+        without a result yet.
         """
         fleet = _Fleet(self, now_ms, {demand.name: demand for demand in demands}, seats, orders)
         self._observe_use(now_ms, fleet)
@@ -159,11 +153,7 @@ class _Fleet:
         self._joins_ms = [order.at_ms + 1000 * demands[order.base].start_s for order in orders]
         self._since_ms = {demand.name: demand.oldest_ms for demand in demands.values() if demand.oldest_ms is not None}
         running = {seat.base for seat in self.free if seat.running}
-        self._active = [
-            demand
-            for name, demand in demands.items()
-            if name in running or (name in self._since_ms and self._is_open(demand))
-        ]
+        self._active = [one for name, one in demands.items() if name in running or name in self._since_ms]
         self._shares = sum(demand.shares for demand in self._active) or 1.0
         self._starts_ms = sum(1000 * demand.start_s for demand in self._active)
         self._swaps: list[Swap] = []
@@ -171,9 +161,7 @@ class _Fleet:
     def _may_come(self, order: Swap) -> bool:
         """Return whether the worker of an order may still arrive at its base."""
         demand = self.demands.get(order.base)
-        if demand is None or not self._is_open(demand):
-            return False
-        return self._now_ms < order.at_ms + LOST_STARTS * 1000 * demand.start_s + LOST_MS
+        return demand is not None and self._now_ms < order.at_ms + LOST_STARTS * 1000 * demand.start_s + LOST_MS
 
     def is_idle(self, seat: Seat) -> bool:
         """Return whether neither a worker nor its base has work."""
@@ -184,7 +172,7 @@ class _Fleet:
         due_ms = {
             name: max(since_ms, self._policy.served_ms.get(name, since_ms)) + self._limit_ms(self.demands[name])
             for name, since_ms in self._since_ms.items()
-            if not self.num[name] and self._is_open(self.demands[name])
+            if not self.num[name]
         }
         unserved = deque(sorted(due_ms, key=due_ms.__getitem__))
         leaving = [(seat, why) for seat in self.free if (why := self._why(seat))]
@@ -202,9 +190,6 @@ class _Fleet:
             self._help()
         return self._swaps
 
-    def _is_open(self, demand: BaseDemand) -> bool:
-        return demand.blocked_until_ms <= self._now_ms
-
     def _limit_ms(self, demand: BaseDemand) -> float:
         """Return the maximum ms for which a base waits for a worker.
 
@@ -219,43 +204,40 @@ class _Fleet:
         return max(least_ms, min(most_ms, least_ms * 1000 * demand.typical_s / max(part_ms, 1.0)))
 
     def _is_late(self, unserved: Iterable[str], due_ms: Mapping[str, float]) -> bool:
-        """Return whether some base would wait too long if no worker left its base before the next decision."""
+        """Return whether some base would wait too long if no worker left its base before the next decision.
+
+        Counts the time of all workers together: first the rest of their minimum residencies, then a start and a
+        residency for each unserved base.
+        """
         soon_ms, residency_ms = self._now_ms + TICK_MS, self._policy.residency_ms
         joined_ms = [*(seat.since_ms for seat in self.free), *self._joins_ms]
-        leaves_ms = [max(soon_ms, since_ms + residency_ms) for since_ms in joined_ms]
-        heapify(leaves_ms)
+        taken_ms = sum(max(0.0, since_ms + residency_ms - soon_ms) for since_ms in joined_ms)
         for name in unserved:
-            if leaves_ms[0] > due_ms[name]:
+            if soon_ms + taken_ms / self._num_workers > due_ms[name]:
                 return True
-            heapreplace(leaves_ms, leaves_ms[0] + 1000 * self.demands[name].start_s + residency_ms)
+            taken_ms += 1000 * self.demands[name].start_s + residency_ms
         return False
 
     def _why(self, seat: Seat) -> str:
         """Return why a worker may leave for a base without a worker, "" if it stays."""
         if self.is_idle(seat):
             return "idle"
-        if self._has_had_turn(seat) and self._is_flooded(seat.base):
+        long_ms = self.num[seat.base] * LONG_QUEUE * self._policy.max_wait_ms
+        if self._has_had_turn(seat) and 1000 * self.demands[seat.base].waiting_s > long_ms:
             return "turn"
         return "bound" if self._now_ms - seat.since_ms >= self._policy.residency_ms else ""
 
     def _has_had_turn(self, seat: Seat) -> bool:
         """Return whether a worker's base is beyond its share and the worker has served it for a turn."""
-        demand = self.demands.get(seat.base)
-        if demand is None:
-            return self._now_ms - seat.since_ms >= self._policy.residency_ms
+        demand = self.demands[seat.base]
         turn_ms = max(self._policy.residency_ms, TURN_STARTS * 1000 * demand.start_s)
         return self._now_ms - seat.since_ms >= turn_ms and self._policy.used[seat.base] > self._share(demand)
-
-    def _is_flooded(self, name: str) -> bool:
-        """Return whether the workers of a base need most of the bound for its waiting work."""
-        demand = self.demands.get(name)
-        return demand is None or 1000 * demand.waiting_s > self.num[name] * LONG_QUEUE * self._policy.max_wait_ms
 
     def _share(self, demand: BaseDemand) -> float:
         return demand.shares / self._shares
 
     def _ideal(self, name: str) -> float:
-        return self._num_workers * self._share(self.demands[name]) if name in self.demands else 0.0
+        return self._num_workers * self._share(self.demands[name])
 
     def _excess(self, seat: Seat) -> tuple[bool, float, float]:
         """Return a sort key of workers: idle ones, then the excess of the base over its share, then its lack of use."""
@@ -264,16 +246,13 @@ class _Fleet:
 
     def _help(self) -> None:
         """Move workers to bases whose own workers need more than a few starts for the waiting work."""
-        helpers = [seat for seat in self.free if self._may_help(seat)]
-        for demand in sorted(self._active, key=lambda one: -one.waiting_s) if helpers else ():
+        for demand in sorted(self._active, key=lambda one: -one.waiting_s):
             enough_s = HELP_STARTS * demand.start_s
-            while self._is_open(demand) and demand.waiting_s > self.num[demand.name] * enough_s > 0:
-                may = [seat for seat in helpers if self._may_help(seat) and self._is_better_at(demand, seat)]
+            while demand.waiting_s > self.num[demand.name] * enough_s > 0:
+                may = [seat for seat in self.free if self._may_help(seat) and self._is_better_at(demand, seat)]
                 if not may:
                     break
-                helper = max(may, key=self._excess)
-                helpers.remove(helper)
-                self._order(helper, "load", demand.name)
+                self._order(max(may, key=self._excess), "load", demand.name)
 
     def _may_help(self, seat: Seat) -> bool:
         """Return whether a worker is idle, or its base has one more than its share."""
@@ -291,7 +270,7 @@ class _Fleet:
         return self.num[seat.base] > 1 or idle_ms >= starts * 1000 * demand.start_s
 
     def _order(self, seat: Seat, why: str, name: str) -> None:
-        self._swaps.append(Swap(seat.wid, name, why, self._now_ms, seat.name, seat.base, seat.may_become))
+        self._swaps.append(Swap(seat, name, why, self._now_ms))
         self.free.remove(seat)
         self._joins_ms.append(self._now_ms + 1000 * self.demands[name].start_s)
         self.num[seat.base] -= 1

@@ -49,7 +49,6 @@ class Worker:
     """One worker process. Its requests are counted here from assignment to end."""
 
     beat: m.WorkerBeat
-    base: str = ""  # see `Workers.base_of`
     silent_s: float = 0.0
     unreachable: bool = False  # whether its work stream was missing at the last assignment
     resident: frozenset[str] = frozenset()
@@ -157,27 +156,25 @@ class Workers:
         self.num_assigned = 0
         """Number of requests on all workers."""
         self.bases: tuple[str, ...] = ()
-        """The names of the fleet's bases, the first one first."""
+        """The names of the fleet's bases."""
+        self.removed: frozenset[str] = frozenset()
+        """Bases that operators have removed: no worker becomes one, whatever its settings say."""
         self.holders: dict[str, set[str]] = {}
         """Adapter -> available workers on which it is resident."""
 
     def base_of(self, name: str) -> str:
-        """Return the base that a name in a request or heartbeat refers to; "" while no base is known.
+        """Return the base that a name in a request or heartbeat refers to; "" for the only base of a fleet.
 
-        In a fleet of one base it is always that base, so that its requests also run on workers that have returned with
-        another name. In a fleet of several, an empty name, from an earlier version, means the first base.
+        In a fleet of one base every name refers to that base, so that its requests also run on workers that have
+        returned with another name. A removed base keeps its name.
         """
-        return name if name and len(self.bases) > 1 else next(iter(self.bases), "")
+        return name if len(self.bases) > 1 or name in self.removed else ""
 
-    def set_bases(self, names: Sequence[str]) -> bool:
-        """Set the names of the fleet's bases; return whether `base_of` changes its results."""
-        before, self.bases = self.bases, tuple(names)
-        if before[:1] == self.bases[:1] and (len(before) > 1) == (len(self.bases) > 1):
-            return False
-        for worker in self.by_id.values():
-            worker.base = self.base_of(worker.beat.base)
-        self.version += 1
-        return True
+    def set_bases(self, names: Sequence[str]) -> None:
+        """Set the names of the fleet's bases."""
+        if self.bases != tuple(names):
+            self.bases = tuple(names)
+            self.version += 1
 
     def available(self) -> Iterator[Worker]:
         """Return the workers that may get requests."""
@@ -223,14 +220,13 @@ class Workers:
             self.version += 1
         worker.resident, worker.loading = frozenset(beat.resident), frozenset(beat.loading)
         worker.host, worker.knows = frozenset(beat.host), frozenset(beat.knows)
-        worker.base = self.base_of(beat.base)
-        worker.model = self._usual_model(worker.base) if beat.step_model == m.StepModel() else beat.step_model
+        worker.model = self._usual_model(beat.base) if beat.step_model == m.StepModel() else beat.step_model
         self._index(worker)
         return worker
 
     def _usual_model(self, base: str) -> m.StepModel:
         """Return the fitted step model of another worker of a base: a new worker of it is likely no slower."""
-        models = (worker.beat.step_model for worker in self.by_id.values() if worker.base == base)
+        models = (worker.beat.step_model for worker in self.by_id.values() if worker.beat.base == base)
         return next((model for model in models if model != m.StepModel()), UNFITTED_STEP)
 
     def note_resident(self, worker: Worker, digest: str) -> None:

@@ -290,7 +290,7 @@ class Day:
         ]
         orders = [one.order for one in self._workers if one.order is not None and one.ready_s > now_s]
         for swap in self._swaps.decide(1000 * now_s, demands, seats, orders):
-            worker = by_seat[swap.wid]
+            worker = by_seat[swap.seat.wid]
             worker.order = swap
             if (request := worker.request) is not None:
                 worker.request = None

@@ -12,7 +12,7 @@ from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
 from gateway.bodies.fields import BASE
-from gateway.text.bases import GatewayBases
+from gateway.fleet.bases import GatewayBases
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -58,7 +58,7 @@ class Resolver:
         self._folder = folder
         self._shows_paths = shows_paths
         self._aliases = aliases
-        self.bases = bases
+        self.bases, self._fleet = bases, bases.fleet
         self.catalogue = CatalogueCopy(bus)
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> CallTarget:
@@ -68,11 +68,11 @@ class Resolver:
         source. Raises ModelNotFound, PermissionDenied, AdapterRefused, Unavailable.
         """
         if is_base(name, base):
-            return CallTarget(base.name, "", self.bases.of(base.name).files)
+            return CallTarget(base.name, "", self.bases.of(base.name).base)
         alias = await self._served(self._plain(name, base), timeout_s, caller)
         if not self.is_of(alias, base):
             raise ModelNotFound(name, f"It is an adapter of the base `{alias.base}`, not of `{base.name}`.")
-        own = self.bases.of(base.name).own
+        own = self.bases.of(base.name)
         facts = await own.facts(alias.digest)
         files = await own.files(alias.digest, facts.texts, caller.name or alias.digest)
         source = alias.source.partition(":")[0]
@@ -81,31 +81,36 @@ class Resolver:
         )
 
     def is_of(self, alias: m.Alias, base: m.ServedModel) -> bool:
-        """Return whether an adapter belongs to a base. If no store has named its base, it is the gateway's only one."""
+        """Return whether an adapter belongs to a base. If no store has named its base, it is the gateway's only one.
+
+        If the settings have several bases, stores name the base of every adapter; otherwise none means the default.
+        """
         if alias.base:
             return alias.base == base.name
-        return not self.bases.several_in_settings and base.name not in self.bases.names
+        return len(self._fleet.in_settings) == 1 and base.name not in self._fleet.further
 
     async def _served(self, name: str, timeout_s: float, caller: Caller) -> m.Alias:
         """Return an adapter's alias once it is on disk. Raises as `resolve`, also while its base is unknown."""
         try:
             alias = await self._aliases.served(name, timeout_s, caller)
         except ModelNotFound:
-            if gone := _named(name, self.bases.removed):
+            if gone := _named(name, self._fleet.removed):
                 self.bases.of(gone)  # raises NotFound: it was removed
             raise
-        if self.bases.several_in_settings and not alias.base:
+        if len(self._fleet.in_settings) > 1 and not alias.base:
             text = f"the base of `{name}` is not known yet: an adapter store of several bases has to look at it first"
             raise Unavailable(text, param="model")
         return alias
 
-    async def base_of(self, name: str, timeout_s: float, caller: Caller) -> str:
+    async def base_of(self, name: str, source: str | None, timeout_s: float, caller: Caller) -> str:
         """Return the base that a name is, or whose adapter it is; "" for the default base.
 
-        Waits up to `timeout_s` while the adapter is being fetched. Raises as `resolve`.
+        Waits up to `timeout_s` while the adapter is being fetched. Raises as `name_in` and `resolve`.
         """
-        default = self.bases.default.files.name
-        named = _named(name, [default, *self.bases.names])
+        default = self._fleet.names[0]
+        if name not in ("", BASE, *self._fleet.names):
+            name = await self.name_in(source, name, caller)
+        named = _named(name, self._fleet.names)
         if named:
             return "" if named == default else named
         if name in ("", BASE) or name.startswith(f"{BASE}:"):
@@ -113,7 +118,7 @@ class Resolver:
         alias = await self._served(name, timeout_s, caller)
         if not alias.base:
             return ""
-        if alias.base not in (default, *self.bases.names):
+        if alias.base not in self._fleet.names:
             raise ModelNotFound(
                 name, f"It is an adapter of the base `{alias.base}`, which this gateway does not serve."
             )
@@ -160,7 +165,7 @@ class Resolver:
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
         """Return an adapter's name without the prefix `base:`. Raises ModelNotFound if nothing is left."""
-        prefixes = (f"{base.name}:",) if base.name in self.bases.names else (f"{base.name}:", f"{BASE}:")
+        prefixes = (f"{base.name}:",) if base.name in self._fleet.further else (f"{base.name}:", f"{BASE}:")
         for prefix in prefixes:
             if name == prefix:
                 raise ModelNotFound(name, "No adapter is named after the colon.")
@@ -185,14 +190,14 @@ class Resolver:
 
     def _default(self, bases: Sequence[m.ServedModel]) -> str:
         """Return the name of the default base: the first of `bases`, unless it has not been reported yet."""
-        return self.bases.default.files.name if self.bases.names else bases[0].name
+        return self._fleet.names[0] if self._fleet.further else bases[0].name
 
     async def model(self, name: str, bases: Sequence[m.ServedModel], caller: Caller) -> dict[str, Any]:
         """Return the object of one model in any state. Raises ModelNotFound."""
+        if (base := self.listed(name, bases)) is not None:
+            return base_object(base)
         named = _named(name, [one.name for one in bases])
         base = next((one for one in bases if one.name == named), bases[0])
-        if name == base.name or (name == BASE and base.name == self._default(bases)):
-            return base_object(base)
         plain = self._plain(name, base)
         alias = await self.known(plain, caller)
         if alias is None or (plain != name and not self.is_of(alias, base)):

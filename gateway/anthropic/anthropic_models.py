@@ -30,11 +30,6 @@ def shown(base: m.ServedModel, alias: m.Alias | None, record: m.AdapterRecord | 
     }
 
 
-def base_of(alias: m.Alias, bases: Sequence[m.ServedModel]) -> m.ServedModel:
-    """Return an adapter's base, the first one if no base has its name."""
-    return next((base for base in bases if base.name == alias.base), bases[0])
-
-
 def cut(
     bases: Sequence[m.ServedModel],
     aliases: Sequence[m.Alias],

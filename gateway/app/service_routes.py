@@ -10,7 +10,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from gateway.answers.respond import Answers
-from gateway.anthropic.anthropic_models import DEFAULT_LIMIT, MAX_LIMIT, base_of, cut, page, shown
+from gateway.anthropic.anthropic_models import DEFAULT_LIMIT, MAX_LIMIT, cut, page, shown
 from gateway.app.shapes import speaks_anthropic
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
@@ -60,7 +60,8 @@ class Endpoints:
             served = await catalogue.served(caller_of(request))
             shown_bases, aliases, has_more = cut(bases, served, limit, after_id, before_id, lifecycle)
             found = [shown(base, None) for base in shown_bases]
-            found += [shown(base_of(one, bases), one, record) async for one, record in catalogue.records(aliases)]
+            async for one, record in catalogue.records(aliases):
+                found.append(shown(self._pipeline.fleet.named(one.base) or bases[0], one, record))
             return json_response(page(found, has_more=has_more))
         models = await self._pipeline.resolver.models(bases, caller_of(request))
         return json_response({"object": "list", "data": orjson.Fragment(models)})
@@ -79,7 +80,8 @@ class Endpoints:
         if alias is None or alias.state != "on_disk":
             raise ModelNotFound(name)
         records = await self._pipeline.bus.adapters.records([alias.digest])
-        return json_response(shown(base_of(alias, bases), alias, records.get(alias.digest)))
+        base = self._pipeline.fleet.named(alias.base) or bases[0]
+        return json_response(shown(base, alias, records.get(alias.digest)))
 
     async def _bases(self) -> list[ServedModel]:
         """Return the listed bases, the default one first. Raises Unavailable while none is known."""

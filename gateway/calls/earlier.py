@@ -15,10 +15,9 @@ from gateway.calls.replies import Replies
 from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
 from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
-from gateway.fleet.view import FleetView
+from gateway.fleet.bases import GatewayBases
 from gateway.overload.cost import held, hold
 from gateway.text.answer_form import found_form
-from gateway.text.bases import GatewayBases
 from protocol.queue.bus import Bus, RequestFacts
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -42,11 +41,10 @@ class EarlierCall:
 class EarlierCalls:
     """Finds calls by Idempotency-Key or job record in the queue, whichever gateway submitted them."""
 
-    def __init__(self, settings: Settings, bus: Bus, fleet: FleetView, bases: GatewayBases, replies: Replies) -> None:
+    def __init__(self, settings: Settings, bus: Bus, bases: GatewayBases, replies: Replies) -> None:
         self._timeout_ms = int(settings.request_timeout_s * 1000)
         self._bus = bus
-        self._fleet = fleet
-        self._bases = bases
+        self._bases, self._fleet = bases, bases.fleet
         self._replies = replies
 
     async def find(self, sent: Sent, caller: Caller) -> EarlierCall | None:
@@ -104,7 +102,7 @@ class EarlierCalls:
         if isinstance(call.inputs, Pairs) and len(record.rids) != len(call.sources):
             call = structs.replace(call, task="embed", inputs=replace(call.inputs, apart=True))
         prompts: list[Prompt] = []
-        base, own = self._fleet.named(record.base), self._bases.of(record.base).own
+        base, own = self._fleet.named(record.base), self._bases.of(record.base)
         if base is None and call.task != "generate":
             raise Unavailable("no worker has reported the base model of these token ids yet")
         max_model_len = base.max_model_len if base is not None else UNKNOWN_MODEL_LEN

@@ -56,14 +56,14 @@ class Pipeline:
         self.settings = settings
         self.checks = Checks()
         self.bus = bus
-        self.files = resolver.bases.default.files
+        self.files = resolver.bases.default.base
         self.fleet = fleet
         self.resolver = resolver
         self.replies = replies
         self.call_resolver = CallResolver(fleet, resolver, settings.request_timeout_s)
         self.admission = CallAdmission(settings, fleet, admission)
         self.submitter = Submitter(settings, bus, replies, self.admission)
-        self.earlier = EarlierCalls(settings, bus, fleet, resolver.bases, replies)
+        self.earlier = EarlierCalls(settings, bus, resolver.bases, replies)
 
     async def parsed(self, body: BaseModel, caller: Caller, num_bytes: int, make: Callable[[], T]) -> T:
         """Return `make()`, which converts a body; it runs off the event loop if it may take long. Raises as `make`.

@@ -12,7 +12,6 @@ import msgspec
 from gateway.adapters.merged import MergedAdapters, merge_of_request
 from gateway.adapters.resolver import CallTarget, Resolver, is_base
 from gateway.auth.callers import Caller
-from gateway.bodies.fields import BASE
 from gateway.calls.parsed_call import Models, Pairs, ParsedCall
 from gateway.fleet.view import FleetView
 from peft_adapters.recipe import digest_of_merge
@@ -85,20 +84,11 @@ class CallResolver:
         if self._fleet.further:
             if models.token:
                 caller = replace(caller, token=models.token)
-            asked = models.names[0]
-            by_name = await self._name_of_base(models, asked, caller, refused)
-            name = by_name or await self._name_of_base(models, models.adapter, caller, refused)
+            for asked in (models.names[0], models.adapter):
+                if not name:
+                    finding = self._resolver.base_of(asked, models.source, self._timeout_s, caller)
+                    name = await _refusing(finding, refused)
         return await self._fleet.require(worker=worker, name=name)
-
-    async def _name_of_base(
-        self, models: Models, asked: str, caller: Caller, refused: Callable[[LorafleetError], LorafleetError] | None
-    ) -> str:
-        async def find() -> str:
-            named = asked in ("", BASE, *(base.name for base in self._fleet.bases))
-            known = asked if named else await self._resolver.name_in(models.source, asked, caller)
-            return await self._resolver.base_of(known, self._timeout_s, caller)
-
-        return await _refusing(find(), refused)
 
     async def targets(
         self,
@@ -114,14 +104,11 @@ class CallResolver:
         async def find(name: str) -> CallTarget:
             known = name if is_base(name, base) else await self._resolver.name_in(models.source, name, caller)
             if len(models.names) > 1 and self._fleet.further:
-                other = await self._fleet.require(
-                    worker=False, name=await self._resolver.base_of(known, self._timeout_s, caller)
-                )
+                named = await self._resolver.base_of(name, models.source, self._timeout_s, caller)
+                other = await self._fleet.require(worker=False, name=named)
                 if other.name != base.name:
-                    text = (
-                        f"the models of one call must be of one base: {brief(name)} is of {other.name}, not {base.name}"
-                    )
-                    raise BadRequest(text, param="model")
+                    text = f"the models of one call must be of one base: {brief(name)} is of {other.name}"
+                    raise BadRequest(f"{text}, not {base.name}", param="model")
             return await self._resolver.resolve(known, base, self._timeout_s, caller)
 
         def of(name: str) -> Coroutine[Any, Any, CallTarget]:

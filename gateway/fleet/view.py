@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 from protocol.metrics import series
 from protocol.metrics.fleet import WORKERS
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.runtime.model_files import base_settings
+from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Unavailable
 from protocol.wire.keys import CLASSES
@@ -20,76 +21,64 @@ REFRESH_S = 1.0  # seconds between refreshes
 class FleetView:
     """The bases, the number of live workers and the scheduler's status, read from the queue once a second."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        beat_timeout_s: float,
-        *,
-        waits: bool = False,
-        name: str = "",
-        further: Sequence[str] = (),
-        shows_reasons: bool = True,
-    ) -> None:
-        """beat_timeout_s: seconds after a worker's last heartbeat when it counts as dead.
-
-        waits: calls may wait for a worker. name: of the default base. further: names of the other bases in the
-        settings. shows_reasons: clients may see why a base does not start, which may reveal paths of its machine.
-        """
+    def __init__(self, bus: Bus, settings: Settings) -> None:
+        """Start with the bases of the settings only. Raises BadRequest if two have one name, or a name is reserved."""
         self._bus = bus
-        self._name = name
-        self._in_settings = tuple(further)
-        self.further = self._in_settings
-        """Names of the served bases besides the default one, including added ones."""
-        self._shows_reasons = shows_reasons
-        self._waits = waits
-        self._beat_timeout_ms = int(beat_timeout_s * 1000)
-        self.base: m.ServedModel | None = None
-        """The default base: the one with its name or, if this gateway serves only one, the one that workers serve."""
-        self._others: dict[str, m.ServedModel] = {}  # further bases that workers have reported
+        self.in_settings = {
+            name: m.AddedBase(model=one.model, added_ms=0) for name, one in base_settings(settings).items()
+        }
+        """The bases in the settings, which cannot be added or removed at run time."""
+        self.names: tuple[str, ...] = ()
+        """Names of the served bases, the default one first, whether reported or not."""
+        self.set_added(m.AddedBases())
+        self._name = next(iter(self.known))
+        self.shows_reasons = not settings.api_keys
+        """Whether clients may see why a base does not start, which may reveal paths of its machine."""
+        self._waits = settings.wait_for_worker_s > 0  # whether calls may wait for a worker
+        self._beat_timeout_ms = int(settings.beat_timeout_s * 1000)
+        self._reported: dict[str, m.ServedModel] = {}  # bases of `known` that workers have reported
         self._loads: dict[str, m.BaseLoad] = {}  # by the scheduler's latest status
         self._is_mixed = False  # whether workers of several bases have reported
         self.failures: dict[str, str] = {}
         """Base -> why none of its workers has started, unless one has started since."""
-        self.added = m.AddedBases()
-        """The bases that operators have added and removed."""
         self.status: m.SchedulerStatus | None = None
         self.num_workers = 0
         self.num_queued = self.num_running = 0  # requests, as of the latest `show_workers`
 
     def set_added(self, added: m.AddedBases) -> None:
-        """Store the bases that operators have added and removed, and update `further`."""
-        self.added = added
-        in_settings = (self._name, *self._in_settings)
-        further = (*self._in_settings, *(name for name in added.bases if name not in in_settings))
-        if self.further != further:
-            self.further = further
+        """Set the bases that operators have added and removed."""
+        self.removed = [name for name in added.removed if name not in self.in_settings]
+        """Names of the bases that operators have removed."""
+        self.known = self.in_settings | {n: base for n, base in added.bases.items() if n not in self.in_settings}
+        """The served bases by name: those of the settings, beginning with the default one, then added ones."""
+        self.further = tuple(self.known)[1:]
+        """Names of the served bases besides the default one, including added ones."""
+        if self.names != tuple(self.known):
+            self.names = tuple(self.known)
             series.BASE_LOAD.clear()
 
     @property
     def is_ready(self) -> bool:
         """Whether calls of any base are accepted: it is known, and a worker is alive or calls may wait for one."""
-        base = self.base
-        return (base is not None and self._accepts(base)) or any(map(self._accepts, self._others.values()))
+        return any(map(self._accepts, self.bases))
 
     @property
     def bases(self) -> list[m.ServedModel]:
         """The served bases that workers have reported, the default one first."""
-        return [base for base in (self.base, *self._others.values()) if base is not None]
+        return list(self._reported.values())
+
+    @property
+    def base(self) -> m.ServedModel | None:
+        """The default base: the one with its name or, if this gateway serves only one, the one that workers serve."""
+        return self._reported.get(self._name)
 
     def named(self, name: str) -> m.ServedModel | None:
         """Return the further base of a name, or else the default one; None if no worker has reported it."""
-        return self._others.get(name) if name in self.further else self.base
+        return self._reported.get(name if name in self.further else self._name)
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a call's base is not served here. If there is only one base, it may have been renamed."""
-        if name in self.added.removed and name not in self.names:
-            return True
-        return name not in ("", self._name, *self.further) and (self._is_mixed or bool(self.further))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the served bases, the default one first, whether reported or not."""
-        return (self._name, *self.further)
+        return name in self.removed or (name not in ("", *self.names) and (self._is_mixed or len(self.names) > 1))
 
     def load(self, name: str) -> m.BaseLoad:
         """Return the numbers of workers and requests of a base."""
@@ -119,10 +108,10 @@ class FleetView:
         self._is_mixed = len(fleet.bases) > 1
         self.set_added(fleet.added)
         self.failures = {name: why for name, why in fleet.failures.items() if name in self.names}
-        known = {base.name: base for base in fleet.bases}
-        default = known.get(self._name)
-        self.base = default if default is not None or self.further or not known else fleet.bases[0]
-        self._others = {name: known[name] for name in self.further if name in known}
+        found = {base.name: base for base in fleet.bases}
+        if fleet.bases and not self.further:
+            found.setdefault(self._name, fleet.bases[0])
+        self._reported = {name: found[name] for name in self.names if name in found}
         if self.status is not None:
             self._loads = self.status.bases
         for name in self.names if self.further else ():
@@ -186,17 +175,15 @@ class FleetView:
             raise Unavailable("no worker is ready to serve the model; it may still be loading")
         text = f"no worker is ready to serve `{name or self._name}`"
         why = self.failures.get(name or self._name)
-        if why is None and self._loads.get(name or self._name, m.BaseLoad()).may_become:
+        if why is None and self.load(name or self._name).may_become:
             raise Unavailable(f"{text}; a worker is about to serve it for the first time", code="base_starting")
         if why is None:
             raise Unavailable(f"{text}; it may still be loading")
-        raise Unavailable(f"{text}: it did not start{f': {why}' if self._shows_reasons else ''}", code="base_failed")
+        raise Unavailable(f"{text}: it did not start{f': {why}' if self.shows_reasons else ''}", code="base_failed")
 
     async def require_any(self, *, worker: bool) -> None:
         """Raise Unavailable while no base is known or, with `worker`, while no base's calls are accepted."""
-        for is_fresh in (False, True):
-            if self.is_ready if worker else self.bases:
-                return
-            if not is_fresh:
-                await self.refresh()  # a worker may have just started
-        raise Unavailable("no worker is ready to serve the model; it may still be loading")
+        if not (self.is_ready if worker else self.bases):
+            await self.refresh()  # a worker may have just started
+        if not (self.is_ready if worker else self.bases):
+            raise Unavailable("no worker is ready to serve the model; it may still be loading")

@@ -9,13 +9,14 @@ from pydantic import Field
 
 from gateway.auth.authentication import is_loopback
 from gateway.bodies.parameter_check import JsonBody
+from gateway.fleet.bases import GatewayBases
 from gateway.fleet.view import FleetView
-from gateway.text.bases import GatewayBases
 from protocol.queue.bus import Bus
 from protocol.queue.members import MAX_BASES
 from protocol.runtime.adapter_refs import FOLDER, parse_source
-from protocol.runtime.model_files import RESERVED, base_settings, served_name
+from protocol.runtime.model_files import RESERVED, served_name
 from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, Conflict, PermissionDenied
 
@@ -36,33 +37,29 @@ class BaseAdministration:
         self._record = bus.added_bases
         self._fleet = fleet
         self._bases = bases
-        self._models = {one.served_name: one.model for one in base_settings(settings)}
         self._may_change = settings.api_keys or is_loopback(settings.host)
 
     async def list(self) -> dict[str, Any]:
         """Return all bases, the default one first, each with its state in this gateway."""
         await self._fleet.refresh()
-        found = [self._view(name, model, False) for name, model in self._models.items()]
-        added = self._fleet.added.bases.items()
-        found += [self._view(name, base.model, True) for name, base in added if name not in self._models]
+        found = [self._view(name, base) for name, base in self._fleet.known.items()]
         return {"object": "list", "data": found, "has_more": False}
 
-    def _view(self, name: str, model: str, is_added: bool) -> dict[str, Any]:
-        reason = self._fleet.failures.get(name) or self._bases.why_unreadable(name)
-        if self._bases.why_unreadable(name):
-            state = "unreadable"
-        elif self._bases.is_being_read(name):
+    def _view(self, name: str, base: m.AddedBase) -> dict[str, Any]:
+        found, reason = self._bases.found(name), self._fleet.failures.get(name)
+        if isinstance(found, str):
+            state, reason = "unreadable", reason or found
+        elif found is None:
             state = "loading"
-        elif name in self._fleet.failures:
+        elif reason is not None:
             state = "failed"
         else:
-            state = "ready" if self._has_worker(name) else "no_worker"
+            num = self._fleet.load(name).workers if self._fleet.further else self._fleet.num_workers
+            state = "ready" if num else "no_worker"
         return {
-            "id": name, "object": "base", "model": model, "added": is_added, "state": state, "reason": reason or None,
+            "id": name, "object": "base", "model": base.model, "added": base.added_ms > 0, "state": state,
+            "reason": reason or None,
         }  # fmt: skip
-
-    def _has_worker(self, name: str) -> bool:
-        return self._fleet.load(name).workers > 0 if self._fleet.further else self._fleet.num_workers > 0
 
     async def add(self, asked: BaseRequest) -> tuple[dict[str, Any], bool]:
         """Add a base; return it, and whether it is new. Raises BadRequest, Conflict, PermissionDenied."""
@@ -78,20 +75,21 @@ class BaseAdministration:
             raise BadRequest(f"the name of a base is {text}; {brief(name)} is not", param="name")
         if name in RESERVED:
             raise BadRequest(f"a base cannot be named {name}, which {RESERVED[name]}", param="name")
-        if name in self._models or asked.model in self._models.values():
+        in_settings = self._fleet.in_settings
+        if name in in_settings or asked.model in {base.model for base in in_settings.values()}:
             raise Conflict(f"the settings of this fleet name the base {name} or its model already", code="base_exists")
-        default = next(iter(self._models))
+        default = next(iter(in_settings))
         if self._fleet.base is not None and self._fleet.base.name != default:
             text = f"the workers serve {self._fleet.base.name}, and this gateway's settings name it {default}"
             raise Conflict(f"{text}: in a fleet of several bases both must be one name", code="base_named_otherwise")
-        is_new = await self._record.add(name, asked.model, MAX_BASES - len(self._models))
+        is_new = await self._record.add(name, asked.model, MAX_BASES - len(in_settings))
         await self._fleet.refresh()
-        return self._view(name, asked.model, True), is_new
+        return self._view(name, m.AddedBase(model=asked.model, added_ms=1)), is_new
 
     async def remove(self, name: str) -> dict[str, Any]:
         """Remove a base. Raises Conflict for a base of the settings, NotFound, PermissionDenied."""
         self._check_allowed()
-        if name in self._models:
+        if name in self._fleet.in_settings:
             text = f"the base {name} is in the settings of this fleet: take it out of --more-models and restart"
             raise Conflict(text, code="base_in_settings")
         await self._record.remove(name)

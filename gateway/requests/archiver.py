@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from gateway.text.bases import GatewayBases
+from gateway.fleet.bases import GatewayBases
 from protocol.metrics.series import HISTORY_BEHIND, HISTORY_LOST
 from protocol.queue.archive import LEASE_MS, NewPast, Past
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
@@ -177,7 +177,7 @@ class Archiver:
             try:
                 digest, texts_hash = one.text.digest, ""
                 if digest:
-                    texts_hash = (await self._bases.default.own.facts(digest)).texts
+                    texts_hash = (await self._bases.default.facts(digest)).texts
             except (NotFound, ProtocolError):  # its adapter's vocabulary is no longer known
                 num_lost += 1
             else:

@@ -63,12 +63,10 @@ class KeptTexts:
     async def _files(self, text: m.KeptText, tenant: str) -> ModelFiles:
         """Return the tokenizer of a text's ids. Raises as `OwnFiles.files`, and NotFound if no base here has it.
 
-        The tokenizer identifies the base, because the base may have been renamed. Texts of earlier versions have only
-        the base's name, which is the gateway's or its workers'.
+        The tokenizer identifies the base, because the base may have been renamed.
         """
-        own, reported = self._pipeline.resolver.bases.of(text.base).own, self._pipeline.fleet.named(text.base)
-        names = ("", own.base.name, "" if reported is None else reported.name)
-        if text.tokenizer != own.base.tokenizer if text.tokenizer else text.base not in names:
+        own = self._pipeline.resolver.bases.of(text.base)
+        if text.tokenizer != own.base.tokenizer:
             message = f"its tokens are those of the base `{text.base}`, whose tokenizer this gateway does not have"
             raise NotFound(message, code="base_not_served")
         return await own.files(text.digest, text.texts, tenant)

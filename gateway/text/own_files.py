@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 import httpx2
 
+from gateway.grammars.check import GrammarCheck
 from gateway.http.http_client import HttpClient
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.tokenizer import Encoder, ModelFiles
@@ -51,7 +52,7 @@ class OwnFacts(NamedTuple):
 
 
 class OwnFiles:
-    """The text files of adapters, cached by their hash."""
+    """The text files, sandbox and grammar check of a base, and the text files of its adapters, cached by their hash."""
 
     def __init__(
         self,
@@ -59,13 +60,14 @@ class OwnFiles:
         base: ModelFiles,
         sandbox: SandboxPool,
         stores: HttpClient,
+        grammars: GrammarCheck,
         max_kept_bytes: int = MAX_KEPT_BYTES,
     ) -> None:
         self._max_kept_bytes = max_kept_bytes
         self._reading = FairSlots(NUM_READ, 1, NUM_WAITING)
         self._bus = bus
         self.base = base
-        self._sandbox = sandbox
+        self.sandbox, self.grammars = sandbox, grammars
         self._kept: OrderedDict[str, ModelFiles] = OrderedDict()
         self._facts: OrderedDict[str, OwnFacts] = OrderedDict()  # by digest
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -127,7 +129,7 @@ class OwnFiles:
             eos = encoder.id_of(own.special_tokens.get("eos_token", ""))
             eos_ids = eos_ids if eos is None else eos_ids | {eos}
         if own.template is not None:
-            template = SandboxedTemplate(own.template, special_tokens(base.texts) | own.special_tokens, self._sandbox)
+            template = SandboxedTemplate(own.template, special_tokens(base.texts) | own.special_tokens, self.sandbox)
         return replace(
             base,
             encoder=encoder,

@@ -21,11 +21,10 @@ class WorkerBases:
 
         own: the base of this process. added: models of the added bases that the previous process knew, by name.
         """
-        self._settings = settings
+        self._settings, self._own = settings, own
         self._in_settings = worker_bases(settings)
-        self._own = own
-        self._given = dict(added or {})
-        self._added = self._given  # as of the last `look`
+        self.added = dict(added or {})
+        """Models of the added bases by name, as of the last `look`; the worker's own base is kept if it was removed."""
 
     @property
     def fleet(self) -> list[str]:
@@ -35,20 +34,15 @@ class WorkerBases:
     @property
     def others(self) -> list[str]:
         """The names of the bases that the worker can swap to, those in the settings first."""
-        several = self._settings.more_models or self._own in self._given
-        names = dict.fromkeys([*(self._in_settings if several else ()), *self._added])
+        several = self._settings.more_models or self._own in self.added
+        names = dict.fromkeys([*(self._in_settings if several else ()), *self.added])
         return [name for name in names if name != self._own] if self._settings.swaps else []
 
     def settings(self, name: str) -> Settings:
         """Return the settings for serving a base."""
         if name in self._in_settings:
             return self._in_settings[name]
-        return settings_of_further(self._settings, self.models(name)[name], name)
-
-    def models(self, *names: str) -> dict[str, str]:
-        """Return the models of those of `names` that were added, by name."""
-        known = {**self._given, **self._added}
-        return {name: known[name] for name in names if name in known}
+        return settings_of_further(self._settings, self.added[name], name)
 
     async def look(self, bus: Bus) -> None:
         """Update the set of added bases from the queue; does nothing for a worker that never swaps.
@@ -60,4 +54,4 @@ class WorkerBases:
         models = {name: base.model for name, base in (await bus.added_bases.get()).bases.items()}
         if models:
             models = await asyncio.to_thread(lambda: {name: model for name, model in models.items() if is_here(model)})
-        self._added = models
+        self.added = {name: self.added[name] for name in self.added if name == self._own} | models

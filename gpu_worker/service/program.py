@@ -62,10 +62,7 @@ class BaseStart(msgspec.Struct, frozen=True):
         The variable is read and removed. bases: those in the settings. Raises BadRequest for a base that is unknown.
         """
         if left := os.environ.pop(SWAP_VARIABLE, ""):
-            try:
-                start = msgspec.json.decode(left, type=cls)
-            except msgspec.DecodeError as error:
-                raise BadRequest(f"{SWAP_VARIABLE} is set by workers alone: {error}") from error
+            start = msgspec.json.decode(left, type=cls)
         else:
             own = settings.base or next(iter(bases))
             others = tuple(name for name in bases if name != own) if settings.swaps else ()
@@ -123,14 +120,12 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
                 return code, None
             if service.becomes not in bases.others:  # removed while the worker left
                 return 0, msgspec.structs.replace(start, began_ms=now_ms())
-            added = bases.models(service.becomes, start.base)
-            return 0, BaseStart(service.becomes, (start.base,), now_ms(), added)
+            return 0, BaseStart(service.becomes, (start.base,), now_ms(), bases.added)
         except Exception as error:
             if is_loaded and not isinstance(error, Conflict):
                 raise
             name, why = settings.served_name, failure_reason(error)
-            is_one_of_several = settings.more_models or start.added
-            if not is_one_of_several and name not in (await bus.added_bases.get()).bases:
+            if not (settings.more_models or start.added or name in (await bus.added_bases.get()).bases):
                 raise
             try:
                 await bus.members.note_failure(name, why)  # calls to other bases continue

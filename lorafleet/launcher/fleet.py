@@ -6,8 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def service_specs(
     Workers are assigned to bases round robin. logs: folder of their logs. queue: the fleet's own queue, to which each
     service connects as its own user. cores: number of cores to share; None: those of this machine.
     """
-    bases = base_settings(settings)
+    bases = list(base_settings(settings))
     num_workers = num_workers_of(settings)
     threads = settings.threads or max(1, (cores or num_cores()) // num_workers)
     gpus = [] if settings.device == "cpu" else visible_gpus(os.environ)
@@ -56,7 +55,7 @@ def service_specs(
         if settings.metrics_port:  # each has its own port, since they share this machine
             own["LORAFLEET_METRICS_PORT"] = str(settings.metrics_port + len(specs))
         if service == "worker":
-            begun = bases[int(number) % len(bases)].served_name if len(bases) > 1 else ""
+            begun = bases[int(number) % len(bases)] if len(bases) > 1 else ""
             own |= {"LORAFLEET_WORKER_NAME": name, "LORAFLEET_THREADS": str(threads), "LORAFLEET_BASE": begun}
             own["LORAFLEET_WORKERS"] = str(num_workers)
             own["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
@@ -90,7 +89,7 @@ class FleetLauncher:
     _failure: LorafleetError | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _hurry: bool = False
-    _given_up: set[str] = field(default_factory=set[str])  # workers that did not start, while other bases may
+    _given_up: set[str] = field(default_factory=set[str])  # services that did not start
 
     async def run(self) -> int:
         """Run until a signal, drain all services, and return the exit code. Raises LorafleetError if one fails.
@@ -132,8 +131,9 @@ class FleetLauncher:
             await child.supervise()
         except ServiceFailed as error:
             workers = {one.spec.name for one in self.children if one.spec.service == "worker"}
-            self._given_up |= workers & {child.spec.name}
-            if self.settings.more_models and child.spec.name in workers and self._given_up != workers:
+            self._given_up.add(child.spec.name)
+            if self.settings.more_models and child.spec.name in workers and not workers <= self._given_up:
+                child.ready.set()  # so that nothing waits for it
                 text = "is given up; the others continue"
                 self.screen.say(f"[red]{child.spec.name}[/] {text}: {escape(error.message)}")
                 await self._note_failure(child, error)
@@ -142,30 +142,25 @@ class FleetLauncher:
 
     async def _forget_failures(self) -> None:
         """Delete the reasons why bases did not start in an earlier run, which would hold until a worker is up."""
-        if not self.settings.more_models:
-            return
         try:
-            async with self._worker_bus() as bus:
-                await bus.members.forget_failures(one.served_name for one in base_settings(self.settings))
+            await self._write(lambda bus: bus.members.forget_failures(base_settings(self.settings)))
         except QueueError as error:
             raise Unavailable(f"cannot update the state of bases in the queue: {error}") from error
 
     async def _note_failure(self, child: Child, error: ServiceFailed) -> None:
         """Record why a base does not start, unless its worker has: a worker that the system has killed could not."""
-        name = child.spec.environment["LORAFLEET_BASE"]
+        name, why = child.spec.environment["LORAFLEET_BASE"], error.message.partition("; end of its log")[0]
         try:
-            async with self._worker_bus() as bus:
-                await bus.members.note_failure(name, error.message.partition("; end of its log")[0], keep=True)
+            await self._write(lambda bus: bus.members.note_failure(name, why, keep=True))
         except QueueError as away:
             self.screen.say(f"[yellow]queue[/]: cannot record why {child.spec.name} did not start: {away!r}")
 
-    @asynccontextmanager
-    async def _worker_bus(self) -> AsyncGenerator[Bus]:
-        """Connect to the queue with the rights of a worker, which may write the records of bases."""
+    async def _write(self, write: Callable[[Bus], Awaitable[None]]) -> None:
+        """Write to the queue with the rights of a worker, which may write the records of bases."""
         door = self.queue.door("worker") if self.queue is not None else {}
         bus = Bus(self.settings.model_copy(update=door).queue_url())
         try:
-            yield bus
+            await write(bus)
         finally:
             await bus.close()
 
@@ -189,9 +184,7 @@ class FleetLauncher:
                 if announcement is None and await self._bases_are_settled(bus) and await _health(gateway) == 200:
                     self.screen.close()
                     announcement = group.create_task(self._announce())
-                settled = announcement is not None and all(
-                    child.ready.is_set() or child.spec.name in self._given_up for child in self.children
-                )
+                settled = announcement is not None and all(child.ready.is_set() for child in self.children)
                 await asyncio.sleep(POLL_S if settled else START_POLL_S)
         except LorafleetError as error:
             self._fail(error)
@@ -209,16 +202,16 @@ class FleetLauncher:
         if not self.settings.more_models:
             return True
         workers = [child for child in self.children if child.spec.service == "worker"]
-        if not all(child.ready.is_set() or child.spec.name in self._given_up for child in workers):
+        if not all(child.ready.is_set() for child in workers):
             return False
         try:
-            served, failed = await bus.members.base_names()
+            served, failed = await bus.members.bases()
         except CONNECTION_ERRORS:
             return False  # the queue is restarting
-        names = {one.served_name for one in base_settings(self.settings)}
+        names = set(base_settings(self.settings))
         if not self.settings.swaps:
             names &= {child.spec.environment["LORAFLEET_BASE"] for child in workers}
-        missing = names.difference(served, failed)
+        missing = names.difference((base.name for base in served), failed)
         if missing:
             self.screen.starting("bases", f"{', '.join(sorted(missing))} not yet served")
         return not missing
@@ -239,7 +232,7 @@ class FleetLauncher:
         self._stop.set()
 
     async def _note(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> None:
-        if child.ready.is_set() or self._stop.is_set() or child.spec.name in self._given_up:
+        if child.ready.is_set() or self._stop.is_set():
             return
         self.screen.starting(child.spec.name, child.activity)
         try:

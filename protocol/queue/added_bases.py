@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
-from redis.exceptions import WatchError
-
 from protocol.queue.connection.redis_client import Client
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
@@ -25,33 +22,6 @@ def decoded(raw: bytes | None) -> m.AddedBases:
     return decode_record(raw, m.AddedBases) if raw else m.AddedBases()
 
 
-def added(known: m.AddedBases, name: str, model: str, now: int, most: int) -> m.AddedBases:
-    """Return the record with one more base, unchanged if it has this base already. now: unix ms. Pure.
-
-    Raises Conflict if another base has the name or the model, or if there are `most` bases already.
-    """
-    there = known.bases.get(name)
-    if there is not None and there.model == model:
-        return known
-    if there is not None:
-        raise Conflict(f"the base {name} was added with the model {there.model}: remove it first", code="base_exists")
-    if twin := next((other for other, base in known.bases.items() if base.model == model), ""):
-        raise Conflict(f"the model {model} is the base {twin}: name each base model once", code="base_exists")
-    if len(known.bases) >= most:
-        raise Conflict(f"no more than {most} bases can be added to those of the settings", code="too_many_bases")
-    bases = known.bases | {name: m.AddedBase(model=model, added_ms=now)}
-    return msgspec.structs.replace(known, bases=bases, removed=[one for one in known.removed if one != name])
-
-
-def removed(known: m.AddedBases, name: str) -> m.AddedBases:
-    """Return the record without a base. Raises NotFound. Pure."""
-    if name not in known.bases:
-        raise NotFound(f"no base {name:.200} was added to this fleet", code="base_not_found")
-    bases = {other: base for other, base in known.bases.items() if other != name}
-    gone = [*(one for one in known.removed if one != name), name][-MAX_REMOVED:]
-    return msgspec.structs.replace(known, bases=bases, removed=gone)
-
-
 class AddedBaseRecord:
     """The record in the queue. Concurrent changes are applied one after another."""
 
@@ -64,24 +34,43 @@ class AddedBaseRecord:
         return decoded(await self._redis.get(self._key))
 
     async def add(self, name: str, model: str, most: int) -> bool:
-        """Add a base; return whether it is new. Raises as `added`."""
-        return await self._change(lambda known: added(known, name, model, now_ms(), most))
+        """Add a base; return whether it is new.
+
+        Raises Conflict if another base has the name or the model, or if there are `most` bases already.
+        """
+
+        def change(known: m.AddedBases) -> m.AddedBases:
+            for other, base in known.bases.items():
+                if (other, base.model) == (name, model):
+                    return known
+                if other == name or base.model == model:
+                    text = f"the base {other} was added with the model {base.model}"
+                    raise Conflict(f"{text}: remove it first, or name each base model once", code="base_exists")
+            if len(known.bases) >= most:
+                text = f"no more than {most} bases can be added to those of the settings"
+                raise Conflict(text, code="too_many_bases")
+            bases = known.bases | {name: m.AddedBase(model=model, added_ms=now_ms())}
+            return m.AddedBases(bases=bases, removed=[one for one in known.removed if one != name])
+
+        return await self._change(change)
 
     async def remove(self, name: str) -> None:
-        """Remove a base. Raises as `removed`."""
-        await self._change(lambda known: removed(known, name))
+        """Remove a base. Raises NotFound."""
+
+        def change(known: m.AddedBases) -> m.AddedBases:
+            if name not in known.bases:
+                raise NotFound(f"no base {name:.200} was added to this fleet", code="base_not_found")
+            bases = {other: base for other, base in known.bases.items() if other != name}
+            return m.AddedBases(bases=bases, removed=[*known.removed, name][-MAX_REMOVED:])
+
+        await self._change(change)
 
     async def _change(self, change: Callable[[m.AddedBases], m.AddedBases]) -> bool:
-        while True:
-            async with self._redis.pipeline(transaction=True) as pipe:
-                await pipe.watch(self._key)
-                before = decoded(await pipe.get(self._key))
-                if (after := change(before)) == before:
-                    return False
-                pipe.multi()
-                pipe.set(self._key, m.encode(after))
-                try:
-                    await pipe.execute()
-                    return True
-                except WatchError:  # another gateway wrote in between
-                    continue
+        async def write(pipe: Client) -> bool:
+            before = decoded(await pipe.get(self._key))
+            after = change(before)
+            pipe.multi()
+            pipe.set(self._key, m.encode(after))
+            return after != before
+
+        return await self._redis.transaction(write, self._key, value_from_callable=True)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import msgspec
-from redis.exceptions import WatchError
 
 from protocol.queue import signatures as lua
 from protocol.queue.added_bases import decoded
@@ -113,58 +110,40 @@ class Members:
 
         Raises Conflict if:
         - live workers serve another base under its name, or the fleet serves only another base;
-        - `fleet` is given, and live workers serve its weights under another name or are of an earlier version;
+        - `fleet` is given, and live workers serve its weights under another name;
         - an operator has removed the base, or there are too many bases.
         """
         keys = self._keys
-        beats: dict[str, bytes] = {}  # beginnings of heartbeats by wid, each read once even if the loop repeats
         while True:
-            first, further, wids = await self._raw_bases()
-            others = [wid for wid in wids if wid != beat.wid]
-            unread = [wid for wid in others if wid not in beats]
-            known = {base.name: base for base in _decoded(first, further)}
-            beats |= await self._beginnings(unread, max(len(m.encode(name)) for name in (*known, served.name)))
-            by_operators = decoded(await self._redis.get(keys.added_bases))
+            pipe = self._redis.pipeline(transaction=True)  # one moment: workers that left affect no later records
+            pipe.hgetall(keys.bases)
+            pipe.zrange(keys.workers, 0, -1)
+            pipe.get(keys.added_bases)
+            records, wids, added = await pipe.execute()
+            others = [wid.decode() for wid in wids if wid.decode() != beat.wid]
+            known = {base.name: base for base in _decoded(records)[0]}
+            longest = max(len(m.encode(name)) for name in (*known, served.name))
+            pipe = self._redis.pipeline(transaction=False)
+            for wid in others:  # only the part that names its base: whole heartbeats would be megabytes
+                pipe.getrange(keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
+            beats = [raw for raw in await pipe.execute() if raw]
+            by_operators, names = decoded(added), list(fleet)
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was removed from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
-            names = _fleet_of(served.name, fleet, by_operators.bases, known)
-            joining = joining_of(served, known, names, [beats[wid] for wid in others if wid in beats])
-            name = joining.base.name
+            if by_operators.bases:  # which a worker's settings do not list; without settings, all known ones are kept
+                more = fleet or (known if served.name in by_operators.bases else ())
+                names = [served.name, *more, *by_operators.bases]
+            base, dropped = joining_of(served, known, names, beats)
+            name = base.name
             call = lua.Join(
-                base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
-                wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
-                name=name, first_base=first, further=further.get(name.encode(), b""), served=m.encode(joining.base),
-                is_first=int(joining.is_first), num_others=len(others), more=[*others, *joining.dropped],
+                bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid), wid=beat.wid,
+                beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(), name=name,
+                known=records.get(name.encode(), b""), served=m.encode(base), num_others=len(others),
+                more=[*others, *dropped],
             )  # fmt: skip
             if await self._scripts.run(call) == b"joined":
                 return name
-
-    async def _beginnings(self, wids: Sequence[str], longest: int) -> dict[str, bytes]:
-        """Return the part of workers' heartbeats that names their base: whole heartbeats would be megabytes.
-
-        longest: bytes of the longest name of a base. Heartbeats of earlier versions, which have the name elsewhere or
-        not at all, are returned whole.
-        """
-        pipe = self._redis.pipeline(transaction=False)
-        for wid in wids:
-            pipe.getrange(self._keys.worker_beat(wid), 0, _BEFORE_BASE + longest)
-        found = {wid: raw for wid, raw in zip(wids, await pipe.execute(), strict=True) if raw}
-        old = [wid for wid, raw in found.items() if not _begins_with_base(raw)]
-        raws = await read_many(self._redis, [self._keys.worker_beat(wid) for wid in old])
-        return found | {wid: raw or b"" for wid, raw in zip(old, raws, strict=True)}
-
-    async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes], list[str]]:
-        """Return the first base's record, b"" if none, the further records by name, and the ids of registered workers.
-
-        All are read at one moment, so that a worker that left earlier does not influence later records.
-        """
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.get(self._keys.base)
-        pipe.hgetall(self._keys.bases)
-        pipe.zrange(self._keys.workers, 0, -1)
-        first, further, wids = await pipe.execute()
-        return first or b"", further, [wid.decode() for wid in wids]
 
     async def note_failure(self, name: str, reason: str, *, keep: bool = False) -> None:
         """Record why no worker of a base has started, until one joins. There may be as many reasons as bases.
@@ -186,41 +165,22 @@ class Members:
 
         Raises ProtocolError.
         """
-        first, further, _ = await self._raw_bases()
-        return _decoded(first, further), _failures(further)
-
-    async def base_names(self) -> tuple[list[str], list[str]]:
-        """Return the names of the reported bases, and of those that have failed to start."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.get(self._keys.base)
-        pipe.hkeys(self._keys.bases)
-        first, fields = await pipe.execute()
-        names = [field.decode() for field in fields]
-        served = [_base(first).name] if first else []
-        served += [name for name in names if not name.startswith(_FAILED)]
-        return served, [name.removeprefix(_FAILED) for name in names if name.startswith(_FAILED)]
+        return _decoded(await self._redis.hgetall(self._keys.bases))
 
     async def drop_base(self, name: str) -> None:
         """Delete what workers of a base have reported, unless one of them is registered.
 
-        A worker that joins in between writes its base again (`join.lua`), and then nothing is deleted.
+        A worker that joins in between writes its base again (`join.lua`), and then the registered workers are checked
+        again.
         """
-        keys = self._keys
-        async with self._redis.pipeline(transaction=True) as pipe:
-            await pipe.watch(keys.base, keys.bases)
-            if any(beat is None or beat.base == name for beat in (await self.worker_beats()).values()):
-                return
-            first, further, _ = await self._raw_bases()
-            others = sorted(_decoded(None, further), key=lambda base: base.created_ms)
+
+        async def drop(pipe: Client) -> None:
+            beats = await self.worker_beats()
             pipe.multi()
-            pipe.hdel(keys.bases, name, f"{_FAILED}{name}")
-            if first and _base(first).name == name:
-                pipe.delete(keys.base)
-                if others:
-                    pipe.set(keys.base, m.encode(others[0]))
-                    pipe.hdel(keys.bases, others[0].name)
-            with suppress(WatchError):
-                await pipe.execute()
+            if all(beat is not None and beat.base != name for beat in beats.values()):
+                pipe.hdel(self._keys.bases, name, f"{_FAILED}{name}")
+
+        await self._redis.transaction(drop, self._keys.bases)
 
     # ------------------------------------------------------------ reading
 
@@ -276,24 +236,24 @@ class Members:
         """Return the facts that admission needs, in one round trip. Raises ProtocolError."""
         pipe = self._redis.pipeline(transaction=False)
         pipe.zcount(self._keys.workers, now_ms() - max_silence_ms, "+inf")
-        pipe.get(self._keys.base)
         pipe.hgetall(self._keys.bases)
         pipe.get(self._keys.status)
         pipe.get(self._keys.added_bases)
-        num_workers, base, further, status, by_operators = await pipe.execute()
+        num_workers, records, status, by_operators = await pipe.execute()
         return FleetSummary(
             num_workers,
-            _decoded(base, further),
-            _failures(further),
+            *_decoded(records),
             decode(status, m.SchedulerStatus) if status else None,
             decoded(by_operators),
         )
 
 
-def _decoded(first: bytes | None, further: Mapping[bytes, bytes]) -> list[m.ServedModel]:
-    """Return the bases of these records, without the reasons of `note_failure`. Raises ProtocolError."""
-    raws = [raw for name, raw in further.items() if not name.startswith(_FAILED.encode())]
-    return [_base(raw) for raw in (first, *raws) if raw]
+def _decoded(records: Mapping[bytes, bytes]) -> tuple[list[m.ServedModel], dict[str, str]]:
+    """Return the bases in `Keys.bases`, the oldest first, and the reasons of `note_failure`. Raises ProtocolError."""
+    names = {name.decode(): raw for name, raw in records.items()}
+    bases = [_base(raw) for name, raw in names.items() if not name.startswith(_FAILED)]
+    failures = {name[1:]: why.decode() for name, why in names.items() if name.startswith(_FAILED)}
+    return sorted(bases, key=lambda base: (base.created_ms, base.name)), failures
 
 
 @lru_cache(maxsize=2 * MAX_BASES)
@@ -302,86 +262,41 @@ def _base(raw: bytes) -> m.ServedModel:
     return decode(raw, m.ServedModel)
 
 
-def _fleet_of(name: str, fleet: Sequence[str], added: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return the names of a fleet's bases as the worker of `name` should know them, [] for a fleet of one base.
-
-    fleet: from the worker's settings. added: by operators, which a worker's settings do not list. A worker of an added
-    base without such settings does not know the other bases, so all `known` ones are kept.
-    """
-    added = list(added)
-    if not added:
-        return list(fleet)
-    return list(dict.fromkeys([name, *(fleet or (known if name in added else ())), *added]))
-
-
-def _failures(further: Mapping[bytes, bytes]) -> dict[str, str]:
-    return {name.decode()[1:]: why.decode() for name, why in further.items() if name.startswith(_FAILED.encode())}
-
-
-class Joining(NamedTuple):
-    """The result of `joining_of`: how a worker joins."""
-
-    base: m.ServedModel  # the record to write, with the name under which it joins
-    is_first: bool
-    dropped: Sequence[str]  # names of further bases whose records are deleted
-
-
 def joining_of(
     served: m.ServedModel,
     known: Mapping[str, m.ServedModel],
     fleet: Sequence[str],
     beats: Sequence[bytes],
-) -> Joining:
-    """Return how a worker joins, given the known records and the heartbeats of live workers. Pure.
+) -> tuple[m.ServedModel, list[str]]:
+    """Return a joining worker's base record, and the names of bases to delete. Pure.
 
-    fleet: names of the bases, if there are several. If a worker of an unrecorded base joins a fleet without live
-    workers, the records of bases not in `fleet` are deleted. Raises as `Members.join`.
+    known: the recorded bases by name. fleet: names of the bases, if there are several. beats: beginnings of the
+    heartbeats of live workers. If a worker of an unrecorded base joins a fleet without live workers, the records of
+    bases not in `fleet` are deleted. Raises as `Members.join`.
     """
-    first_name = next(iter(known), served.name)
-    live, has_old = _live([*known, served.name], first_name, beats)
-    twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
-    if fleet and live.intersection(twins):
-        taken = min(live.intersection(twins))
-        text = f"this fleet serves the weights of {served.name} as {taken}; name each base model once"
+    begun = [raw.partition(_BASE)[2] for raw in beats]
+    live = {name for name in (*known, served.name) if any(raw.startswith(m.encode(name)) for raw in begun)}
+    hashed = [one for one in known.values() if one.weights and served.weights and one.is_same(served)]
+    twins = [one.name for one in hashed if one.name in live - {served.name}]
+    if fleet and twins:
+        text = f"this fleet serves the weights of {served.name} as {min(twins)}; name each base model once"
         raise Conflict(text, code="base_named_twice")
-    if not fleet and served.name not in known:  # earlier versions reported no weights and gave one base several names
-        twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
-    name = next((name for name in twins if name in live), served.name)
+    name = next(iter(twins), served.name)
     base = msgspec.structs.replace(served, name=name)
     other = known.get(name, base)
-    serves = f"this fleet serves {', '.join(known)}; {name} cannot join it"
     if name in live:
         if not other.is_same(base):
             raise Conflict(_taken(base, other), code="base_name_taken")
         base = msgspec.structs.replace(base, max_model_len=min(base.max_model_len, other.max_model_len))
-    elif has_old:
-        text = f"{serves} beside workers of an earlier version, which know of one base only: update those first"
-        raise Conflict(text, code="old_workers")
     elif beats and not fleet:
-        text = f"{serves}: a fleet of several bases has --more-models on all services"
-        raise Conflict(text, code="other_base")
-    if name in known or name == first_name:
-        return Joining(base, name == first_name, ())
+        text = f"this fleet serves {', '.join(known)}; {name} cannot join it"
+        raise Conflict(f"{text}: a fleet of several bases has --more-models on all services", code="other_base")
+    if name in known:
+        return msgspec.structs.replace(base, created_ms=other.created_ms), []  # to keep the order of bases
     dropped = [] if beats else [one for one in known if one not in fleet]
     if len(known) - len(dropped) >= MAX_BASES:
         raise Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {name} cannot join it")
-    return Joining(base, first_name in dropped, dropped)
-
-
-def _begins_with_base(raw: bytes) -> bool:
-    """Return whether a heartbeat's first field is its base; elsewhere, a worker's name may contain the same bytes."""
-    return 0 < raw.find(_BASE) < len(_BASE)  # only the number of fields precedes it
-
-
-def _live(names: Iterable[str], first: str, beats: Sequence[bytes]) -> tuple[set[str], bool]:
-    """Return the bases that live workers serve, and whether some workers are of an earlier version, without a name.
-
-    Those serve the first base. Only heartbeats of earlier versions are decoded.
-    """
-    new = [raw for raw in beats if _begins_with_base(raw)]
-    old = [beat.base for raw in beats if not _begins_with_base(raw) and (beat := _beat(raw)) is not None]
-    live = {name for name in names if any(_BASE + m.encode(name) in raw for raw in new)}
-    return live.union(name or first for name in old), "" in old
+    return base, dropped
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:

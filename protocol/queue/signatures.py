@@ -244,7 +244,6 @@ class Lead(Call, kw_only=True):
 class Join(Call, kw_only=True):
     """Register a worker under its base's name with its first heartbeat, unless something has changed."""
 
-    base: Key
     bases: Key
     workers: Key
     worker_beat: Key
@@ -253,10 +252,8 @@ class Join(Call, kw_only=True):
     ttl_ms: int
     at_ms: int
     name: str
-    first_base: bytes
-    further: bytes
+    known: bytes
     served: bytes
-    is_first: int
     num_others: int
     more: Sequence[str]
 

@@ -74,7 +74,7 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
             ),
             reads=(
                 *(() if console_keys else administered), k.ended, k.adapters, k.adapters_stamp, k.adapter("*"),
-                k.adapter_use("*"), k.workers, k.worker_beat("*"), k.stores, k.store_beat("*"), k.base, k.bases,
+                k.adapter_use("*"), k.workers, k.worker_beat("*"), k.stores, k.store_beat("*"), k.bases,
                 k.status, k.work("*"), k.own("*"), k.residency("*"),
             ),
             adds=(k.ctl("*"), k.own("*"), k.work("*"), k.ended),
@@ -83,7 +83,7 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
             writes=(
                 k.req("*"), k.tag, k.call("*"), k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader,
                 k.leader_epoch, k.status, use, usage, k.histories, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
-                k.base, k.bases,
+                k.bases,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*"), k.added_bases),
             # The scheduler sets the expiry of what it ends.
@@ -93,7 +93,7 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
         "worker": Rights(
             writes=(
                 *request, k.tag, k.call("*"), k.own("*"), k.work("*"), k.ended, use, usage, k.histories, k.ctl("*"),
-                k.worker_beat("*"), k.workers, k.base, k.bases, k.adapter_use("*"), k.residency("*"),
+                k.worker_beat("*"), k.workers, k.bases, k.adapter_use("*"), k.residency("*"),
             ),
             reads=(k.body("*"), k.stores, k.store_beat("*"), k.added_bases),
             adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events, *ends, history),
@@ -103,7 +103,7 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
                 k.tag, k.adapters, k.adapters_stamp, k.adapter("*"), k.registrations, k.fetching("*"), k.pins,
                 k.adapter_events, k.store_beat("*"), k.stores,
             ),
-            reads=(k.base, k.bases, k.added_bases, k.workers, k.worker_beat("*")),
+            reads=(k.bases, k.added_bases, k.workers, k.worker_beat("*")),
             adds=(k.ctl("*"),),
             scans=True,
         ),
@@ -111,7 +111,7 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
             writes=(k.tag, k.api_keys, k.tenants),
             reads=(
                 k.status, k.workers, k.worker_beat("*"), k.gateways, k.gateway_beat("*"), k.stores, k.store_beat("*"),
-                k.base, k.bases, k.added_bases,
+                k.bases, k.added_bases,
             ),
             adds=(k.audit,),
         ),

@@ -186,32 +186,28 @@ def settings_of_further(settings: Settings, model: str, name: str) -> Settings:
     return settings.model_copy(update={"model": model, "served_name": name, "draft_model": ""})
 
 
-def worker_bases(settings: Settings) -> dict[str, Settings]:
-    """Return name -> settings for each base that a worker may serve, beginning with that of `model`.
+def base_settings(settings: Settings) -> dict[str, Settings]:
+    """Return name -> settings for each of a fleet's bases, beginning with the default base.
 
-    Unlike a gateway's, a worker's `more_models` may repeat its own `model`.
+    Raises BadRequest if two bases have one name, or a name is reserved.
     """
     own = served_name(settings.model, settings.served_name)
     found = {own: settings.model_copy(update={"served_name": own})}
     for model in names_of(settings.more_models):
         name = served_name(model, "")
-        found.setdefault(name, settings_of_further(settings, model, name))
-    return found
-
-
-def base_settings(settings: Settings) -> list[Settings]:
-    """Return the settings of each of a fleet's bases, with its name, beginning with the default base.
-
-    Raises BadRequest if two bases have one name, or a name is reserved.
-    """
-    names = [served_name(settings.model, settings.served_name)]
-    found = [settings.model_copy(update={"served_name": names[0]})]
-    for model in names_of(settings.more_models):
-        name = served_name(model, "")
         if name in RESERVED:
             raise BadRequest(f"a further base model cannot be named {name}, which {RESERVED[name]}: rename its folder")
-        if name in names:
+        if name in found:
             raise BadRequest(f"two base models of this fleet have the name {name}: rename the folder of one of them")
-        names.append(name)
-        found.append(settings_of_further(settings, model, name))
+        found[name] = settings_of_further(settings, model, name)
     return found
+
+
+def worker_bases(settings: Settings) -> dict[str, Settings]:
+    """Return name -> settings for each base that a worker may serve, beginning with that of `model`.
+
+    Unlike a gateway's, a worker's `more_models` may repeat its own `model`. Raises as `base_settings`.
+    """
+    own = served_name(settings.model, settings.served_name)
+    others = [model for model in names_of(settings.more_models) if served_name(model, "") != own]
+    return base_settings(settings.model_copy(update={"more_models": ",".join(others)}))

@@ -358,13 +358,8 @@ class Keys:
 
     # Model and adapters. Permanent.
     @property
-    def base(self) -> str:
-        """String: `messages.ServedModel` of the first base, published by workers."""
-        return f"{self.namespace}:base"
-
-    @property
     def bases(self) -> str:
-        """Hash: name -> `messages.ServedModel` of a further base; NUL name -> why no worker of it has started."""
+        """Hash: name -> `messages.ServedModel`, published by workers; NUL name -> why no worker of it has started."""
         return f"{self.namespace}:bases"
 
     @property
@@ -417,7 +412,7 @@ class Keys:
         """Return whether `key` may live without a TTL."""
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
-            self.base, self.bases, self.added_bases, self.adapters, self.adapters_stamp, self.registrations, self.pins,
+            self.bases, self.added_bases, self.adapters, self.adapters_stamp, self.registrations, self.pins,
             self.adapter_events, self.api_keys, self.tenants,
             self.file_expiry, self.open_batches, self.ends, self.outboxes, self.old_hooks, self.old_ends,
             self.old_cursor, self.old_deliveries, self.old_delivery_times, self.turns, self.audit, self.tenants_audit,

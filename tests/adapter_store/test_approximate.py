@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.adapter_files import safetensors
+from helpers.reported import report
 from helpers.store_run import RunStore, ask, in_state
 from msgspec import structs
 from oracle.adapters.peft_kinds import LLAMA, Kind, make_adapter, make_base
@@ -60,7 +61,7 @@ def c3a(folder: Path, seed: int = 5, **fields: Any) -> Path:
 async def test_it_is_converted_where_the_store_is_told_to(
     bus: Bus, root: Path, model: Path, base: m.ServedModel, run_store: RunStore
 ) -> None:
-    await bus.set(bus.keys.base, base)
+    await report(bus, base)
     c3a(root / "one")
     before = {path.name: path.read_bytes() for path in (root / "one").iterdir()}
     store = run_store(convert_adapters=True, model=str(model))
@@ -81,7 +82,7 @@ async def test_it_is_converted_where_the_store_is_told_to(
 async def test_it_is_refused_where_the_store_is_not_told_to(
     bus: Bus, root: Path, model: Path, base: m.ServedModel, run_store: RunStore
 ) -> None:
-    await bus.set(bus.keys.base, base)
+    await report(bus, base)
     c3a(root / "one")
     run_store(model=str(model))
     reason = (await in_state(bus, "one", "failed")).reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -32,8 +33,9 @@ class FakeMirror:
     async def take(self, *_: object) -> Mirrored:
         return Mirrored("d", cast("SourceVersion", _Version))
 
-    async def named_base(self, *_: object) -> str:
-        return self.named
+    @property
+    def blobs(self) -> Any:
+        return SimpleNamespace(named_base=lambda _: self.named)
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         self.checked.append(base.name)
@@ -43,7 +45,7 @@ class FakeMirror:
 
 
 class _Version:
-    source = "local:x"
+    source, key = "local:x", "x"
 
 
 async def chosen(bases: Bases, mirror: FakeMirror, asked: str = "") -> str:
@@ -157,16 +159,13 @@ def test_a_change_of_any_base_is_one() -> None:
 
 def test_what_a_version_names_is_kept_beside_its_readers(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
-    blobs.note_base("v", "one")
-    assert blobs.named_base("v") is None  # the version is not known yet
+    assert blobs.named_base("v") == ""
     blobs.note_version("v", "d")
     blobs.note_reader("v", "anyone")
     for name in ("one", "", "base two"):
-        blobs.note_base("v", name)
+        blobs.note_version("v", "d", name)
         assert (blobs.named_base("v"), blobs.readers_of("v")) == (name, {"anyone"})
     blobs.note_reader("v", "fleet")
     assert (blobs.named_base("v"), blobs.readers_of("v")) == ("base two", {"anyone", "fleet"})
-    blobs.note_version("v", "d")
-    assert blobs.named_base("v") == "base two"
     blobs.note_version("v", "other")  # the content of a folder, unlike that of a commit, can change
-    assert (blobs.named_base("v"), blobs.readers_of("v")) == (None, set())
+    assert (blobs.named_base("v"), blobs.readers_of("v")) == ("", set())

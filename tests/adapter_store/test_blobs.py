@@ -151,7 +151,7 @@ def test_refuses_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
 
 
 def test_notes_of_a_version_that_threads_write_at_once_all_stay(tmp_path: Path) -> None:
-    """Takes by many tenants record their access, and the first take also the base, each in its own thread."""
+    """Takes by many tenants record their access, and others the version, each in its own thread."""
     blobs = Blobs(tmp_path)
     readers = {f"reader-{number}" for number in range(8)}
     with ThreadPoolExecutor(len(readers) + 1) as threads:
@@ -159,7 +159,7 @@ def test_notes_of_a_version_that_threads_write_at_once_all_stay(tmp_path: Path) 
             version = f"version-{number}"
             blobs.note_version(version, "d")
             noted = [threads.submit(blobs.note_reader, version, reader) for reader in readers]
-            noted.append(threads.submit(blobs.note_base, version, "two"))
+            noted.append(threads.submit(blobs.note_version, version, "d", "two"))
             for one in noted:
                 one.result()
             assert (blobs.readers_of(version), blobs.named_base(version)) == (readers, "two")

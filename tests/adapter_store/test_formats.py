@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
+from helpers.reported import report
 from helpers.store_run import RunStore, ask, in_state
 from helpers.waiting import wait_until
 from safetensors.numpy import load
@@ -42,7 +43,7 @@ async def record_of(bus: Bus, alias: m.Alias) -> m.AdapterRecord:
 
 
 async def test_a_folder_of_mlx_is_served(bus: Bus, root: Path, tmp_path: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, LLAMA)
+    await report(bus, LLAMA)
     write_mlx(write_adapter(tmp_path / "peft"), root / "mlx", scale=20.0)
     before = {path.name: path.read_bytes() for path in (root / "mlx").iterdir()}
     store = run_store()
@@ -59,17 +60,17 @@ async def test_a_folder_of_gguf_is_served(bus: Bus, root: Path, tmp_path: Path, 
     write_gguf(pairs, root / "cpp" / "lora-f32.gguf", "llama", 8.0, heads=(2, 2))
     store = run_store()
     await in_state(bus, "cpp", "failed")  # reading it takes the number of heads of a base, still unknown
-    await bus.set(bus.keys.base, LLAMA)
+    await report(bus, LLAMA)
     alias = await in_state(bus, "cpp", "on_disk")
     _, weights = await ask(await store.url(), alias.digest)
     assert same(weights, tmp_path / "peft")
-    await bus.set(bus.keys.base, msgspec.structs.replace(LLAMA, head_dim=16, fingerprint="f2"))
+    await report(bus, msgspec.structs.replace(LLAMA, head_dim=16, fingerprint="f2"))
     other = await in_state(bus, "cpp", "on_disk", not_digest=alias.digest)
     assert not same((await ask(await store.url(), other.digest))[1], tmp_path / "peft")
 
 
 async def test_the_same_adapter_has_one_digest(bus: Bus, root: Path, tmp_path: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, LLAMA)
+    await report(bus, LLAMA)
     peft = write_adapter(tmp_path / "peft", rank=4)
     write_mlx(peft, root / "one", scale=2.0)
     write_mlx(peft, root / "two", scale=2.0)
@@ -96,7 +97,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 async def test_what_cannot_be_converted_is_refused(name: str, bus: Bus, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, LLAMA)
+    await report(bus, LLAMA)
     (root / "bad").mkdir()
     REFUSED[name][0](root / "bad")
     run_store()
@@ -105,7 +106,7 @@ async def test_what_cannot_be_converted_is_refused(name: str, bus: Bus, root: Pa
 
 
 async def test_too_large_a_file_is_not_read(bus: Bus, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, LLAMA)
+    await report(bus, LLAMA)
     (root / "big").mkdir()
     with (root / "big" / "a.gguf").open("wb") as file:
         file.truncate(5_000)
@@ -128,7 +129,7 @@ def write_zeros(folder: Path) -> Path:
 async def test_an_adapter_of_zeros_has_no_effect(
     setting: str, expected: bool, bus: Bus, root: Path, run_store: RunStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_zeros(root / "zeros")
     write_adapter(root / "usual")
     run_store(effect_test=setting)
@@ -143,7 +144,7 @@ async def test_lora_that_peft_computes_nothing_with_must_be_zero(
     value: float, state: str, bus: Bus, root: Path, run_store: RunStore
 ) -> None:
     idle = m.SiteShape("model.layers.0.mamba.dt_proj", 4, 16)
-    await bus.set(bus.keys.base, msgspec.structs.replace(BASE, idle=[idle]))
+    await report(bus, msgspec.structs.replace(BASE, idle=[idle]))
     tensors = lora_tensors(sites=[*BASE.sites, idle])
     tensors[f"base_model.model.{idle.name}.lora_B.weight"] = np.full((16, 4), value)
     (root / "one").mkdir()
@@ -156,7 +157,7 @@ async def test_lora_that_peft_computes_nothing_with_must_be_zero(
 
 async def test_what_a_conversion_cost_is_what_this_file_says(bus: Bus, root: Path, run_store: RunStore) -> None:
     """Each file's claim is recorded for it alone, although others register the same weights before or after it."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     layer = BASE.sites[0].name
     claims: dict[str, dict[str, Any] | None] = {
         "first": {"peft_type": "VERA", "keep": 0.5, "errors": {layer: 0.75}},
@@ -177,7 +178,7 @@ async def test_what_a_conversion_cost_is_what_this_file_says(bus: Bus, root: Pat
 
 
 async def test_what_was_mapped_is_recorded(bus: Bus, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "wrapped")
     raw = {name.replace("model.layers", "language_model.layers"): value for name, value in lora_tensors().items()}
     raw = {name.replace("base_model.model.", "base_model.model.model."): value for name, value in raw.items()}
@@ -189,7 +190,7 @@ async def test_what_was_mapped_is_recorded(bus: Bus, root: Path, run_store: RunS
 
 async def test_what_is_recorded_follows_the_base(bus: Bus, root: Path, run_store: RunStore) -> None:
     """Name and content stay the same, but the record now says what the adapter changes in the new base."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "text")
     run_store()
     alias = await in_state(bus, "text", "on_disk")
@@ -197,7 +198,7 @@ async def test_what_is_recorded_follows_the_base(bus: Bus, root: Path, run_store
     sites = [
         msgspec.structs.replace(site, name=site.name.replace("model.", "model.language_model.")) for site in BASE.sites
     ]
-    await bus.set(bus.keys.base, msgspec.structs.replace(BASE, sites=sites, fingerprint="f2"))
+    await report(bus, msgspec.structs.replace(BASE, sites=sites, fingerprint="f2"))
 
     async def is_mapped() -> bool:
         return (await record_of(bus, alias)).mapped == {"model.*": "model.language_model.*"}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.adapter_files import BASE, adapter_bytes, write_adapter
 from helpers.hub_stub import LFS_BYTES, HubStub, Repo
+from helpers.reported import report
 from helpers.store_run import ask, get, in_state
 from helpers.waiting import wait_until
 
@@ -51,7 +52,7 @@ async def test_killed_in_mid_download(
     bus: Bus, settings: Settings, hub: HubStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next process resumes the download as soon as the dead process's lease has expired."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     hub.repos["org/a"] = Repo()
     hub.repos["org/a"].commit(adapter_bytes())
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
@@ -86,7 +87,7 @@ async def test_killed_in_mid_download(
 @pytest.mark.parametrize("num_blobs", [0, 1, 5, 12])
 async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int) -> None:
     """Killed after some of twenty adapters: every announced adapter can be fetched, and all are served in the end."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     assert settings.adapters is not None
     for seed in range(20):
         write_adapter(settings.adapters / f"a{seed}", seed=seed)
@@ -113,7 +114,7 @@ async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int)
 async def test_full_disk(bus: Bus, settings: Settings) -> None:
     """The reason is clear, other adapters are still served, and the adapter is fetched once there is space."""
     settings = settings.model_copy(update={"keep_free": 0})
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     assert settings.adapters is not None
     write_adapter(settings.adapters / "old")
     settings.data.mkdir()

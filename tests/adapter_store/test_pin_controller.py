@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.adapter_files import BASE, write_adapter
+from helpers.reported import report
 from helpers.store_run import RunStore, in_state
 from helpers.waiting import wait_until
 
@@ -63,7 +64,7 @@ async def test_settings_pin_and_preload_beside_what_comes_later(
     bus: Bus, settings: Settings, run_store: RunStore, tmp_path: Path
 ) -> None:
     """A store with `pin` and `preload` sends both to each worker; it ends only pins of earlier settings."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     await bus.adapters.pin("gone", "settings")
     await bus.adapters.pin("c", "api")
     assert settings.adapters is not None

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE, adapter_bytes, write_adapter
 from helpers.hub_stub import HubStub, Repo
+from helpers.reported import report
 from helpers.store_run import RunStore, ask, get, in_state
 from helpers.waiting import wait_until
 
@@ -35,7 +36,7 @@ async def hub(hub: HubStub, bus: Bus, timings: StoreTimings) -> HubStub:
     """A Hub that stores use, with short pauses, while the fleet has a base model."""
     timings.trouble = timings.refusal = Backoff(0.05, 0.1)
     timings.retries = Retries(max_tries=1)
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     hub.repos["org/a"] = Repo()
     hub.repos["org/a"].commit(adapter_bytes())
     return hub

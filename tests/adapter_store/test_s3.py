@@ -14,6 +14,7 @@ import pytest
 from botocore.exceptions import ClientError
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
+from helpers.reported import report
 from helpers.s3_server import BUCKET, S3Server, run_cutter, run_s3
 from helpers.store_run import QUICK, RunStore, ask, in_state
 from safetensors.numpy import load_file
@@ -246,7 +247,7 @@ def bucket(s3: S3Server, tmp_path: Path) -> SharedBucket:
 async def test_what_one_store_has_another_need_not_fetch(
     s3: S3Server, source: S3Source, bucket: SharedBucket, tmp_path: Path
 ) -> None:
-    upload(s3, "shared", weights())
+    upload(s3, "shared", weights(), base_model_name_or_path="two")
     first = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, shared_bucket=bucket)
     taken = await first.take(source, f"//{BUCKET}/shared", BASE)
     second = Mirror(Blobs(tmp_path / "2"), max_bytes=1 << 20, shared_bucket=bucket)
@@ -258,7 +259,8 @@ async def test_what_one_store_has_another_need_not_fetch(
         async def fetch(self, *args: Any, **kwargs: Any) -> None:
             raise AssertionError("fetched from the source")
 
-    assert (await second.take(Unreadable(), f"//{BUCKET}/shared", BASE)).digest == taken.digest
+    again = await second.take(Unreadable(), f"//{BUCKET}/shared", BASE)
+    assert (again.digest, second.blobs.named_base(again.version.key)) == (taken.digest, "two")
     folder = second.blobs.verified(taken.digest)
     assert folder is not None
     assert (folder / WEIGHTS_FILE).read_bytes() == weights()
@@ -315,7 +317,7 @@ def settings(settings: Settings, s3: S3Server, monkeypatch: pytest.MonkeyPatch, 
 
 
 async def test_a_registered_bucket_is_followed(bus: Bus, s3: S3Server, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     upload(s3, "followed", weights())
     store = run_store(refresh_s=0.1)
     await bus.adapters.register(m.Registration(name="f", source=f"s3://{BUCKET}/followed", asked_ms=now_ms()))
@@ -332,7 +334,7 @@ async def test_a_store_gives_out_what_only_another_has(
     bus: Bus, settings: Settings, tmp_path: Path, run_store: RunStore
 ) -> None:
     """Only the first store can read the adapter folder; the second has only the bucket."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     assert settings.adapters is not None
     write_adapter(settings.adapters / "a")
     first = run_store()

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.reported import report
 from helpers.store_run import RunStore, ask, get, in_state
 from helpers.waiting import wait_until
 
@@ -29,7 +30,7 @@ from protocol.wire.errors import BadRequest
 
 
 async def test_serves_a_folder_as_an_adapter(bus: Bus, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "one", seed=1)
     store = run_store()
     alias = await in_state(bus, "one", "on_disk")
@@ -45,7 +46,7 @@ async def test_serves_a_folder_as_an_adapter(bus: Bus, root: Path, run_store: Ru
 
 async def test_follows_the_folder(bus: Bus, root: Path, run_store: RunStore) -> None:
     """Without a restart: an adapter that is added, a nested one, a changed one and a removed one."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     store = run_store()
     url = await store.url()
     write_adapter(root / "org" / "late", seed=1)
@@ -86,14 +87,14 @@ async def test_nothing_is_on_disk_before_the_base_is_known(bus: Bus, root: Path,
 
     await wait_until(both_are_staged, "both were found well formed")
     assert {alias.state for alias in await bus.adapters.aliases()} == {"downloading"}
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     good = await in_state(bus, "good", "on_disk")
     wide = await in_state(bus, "wide", "failed")
     assert "[4, 16]" in wide.reason
     other = msgspec.structs.replace(BASE, fingerprint="f2", sites=[m.SiteShape("lm_head", 16, 64)])
-    await bus.set(bus.keys.base, other)
+    await report(bus, other)
     assert "does not have" in (await in_state(bus, "good", "failed")).reason
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     assert (await in_state(bus, "good", "on_disk")).digest == good.digest
 
 
@@ -137,7 +138,7 @@ def write_bad(folder: Path, config: dict[str, Any] | bytes | None, weights: byte
 
 async def test_bad_adapters_say_why_and_disturb_nobody(bus: Bus, root: Path, run_store: RunStore) -> None:
     """All bad folders lie beside a good one; each is served once its files are corrected."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     for name, (config, weights, _) in BAD.items():
         write_bad(root / name, config, weights)
     write_adapter(root / "good", seed=100)
@@ -157,7 +158,7 @@ async def test_bad_adapters_say_why_and_disturb_nobody(bus: Bus, root: Path, run
 
 
 async def test_a_good_one_gone_bad_is_not_served_on(bus: Bus, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "a")
     run_store()
     await in_state(bus, "a", "on_disk")
@@ -182,7 +183,7 @@ async def test_files_that_are_too_large_are_refused_unread(
     bus: Bus, root: Path, settings: Settings, run_store: RunStore
 ) -> None:
     """Sparse files of zeros: the store would otherwise read or copy gigabytes."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     for file, num_bytes in ((CONFIG_FILE, 1536 << 20), ("tokenizer.json", 4 << 30), (WEIGHTS_FILE, 9 << 30)):
         with (write_adapter(root / file.partition(".")[0]) / file).open("ab") as sparse:
             sparse.truncate(num_bytes)
@@ -196,7 +197,7 @@ async def test_files_that_are_too_large_are_refused_unread(
 
 async def test_nothing_leaves_the_root(bus: Bus, root: Path, tmp_path: Path, run_store: RunStore) -> None:
     """Links within the root are followed; links out of it are refused, for a folder, a file or a parent."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     outside = write_adapter(tmp_path / "outside" / "secret")
     inside = write_adapter(root / "real")
     (root / "alias").symlink_to(inside)
@@ -228,7 +229,7 @@ async def test_names_that_are_none_are_not_looked_up(root: Path, name: str) -> N
 async def test_badly_named_folders_are_told_once(
     bus: Bus, root: Path, run_store: RunStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "not a name")
     write_adapter(root / "good")
     run_store()
@@ -241,7 +242,7 @@ async def test_badly_named_folders_are_told_once(
 
 async def test_a_folder_being_written_is_not_served(bus: Bus, root: Path, run_store: RunStore) -> None:
     """Written in twenty pieces, each seen by a scan: the only states are "downloading" and, at the end, complete."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "other")
     run_store(scan_interval_s=0.02)
     (root / "slow").mkdir()
@@ -264,7 +265,7 @@ async def test_a_folder_being_written_is_not_served(bus: Bus, root: Path, run_st
 async def test_a_restart_keeps_all_and_notices_what_happened_meanwhile(
     bus: Bus, root: Path, settings: Settings, run_store: RunStore
 ) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     for seed, name in enumerate(("same", "changed", "removed")):
         write_adapter(root / name, seed=seed)
     store = run_store()
@@ -288,7 +289,7 @@ async def test_a_restart_keeps_all_and_notices_what_happened_meanwhile(
 
 
 async def test_a_lost_catalogue_is_published_again(bus: Bus, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "a")
     run_store()
     alias = await in_state(bus, "a", "on_disk")
@@ -298,7 +299,7 @@ async def test_a_lost_catalogue_is_published_again(bus: Bus, root: Path, run_sto
 
 
 async def test_a_lost_mount_takes_nothing_away(bus: Bus, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "a")
     store = run_store()
     alias = await in_state(bus, "a", "on_disk")
@@ -315,7 +316,7 @@ async def test_a_lost_mount_takes_nothing_away(bus: Bus, root: Path, run_store: 
 async def test_damaged_blobs_are_fetched_again(
     bus: Bus, root: Path, settings: Settings, run_store: RunStore, damage: str
 ) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "a")
     alias_before = run_store()
     alias = await in_state(bus, "a", "on_disk")
@@ -332,7 +333,7 @@ async def test_damaged_blobs_are_fetched_again(
 
 async def test_more_adapters_than_disk(bus: Bus, root: Path, run_store: RunStore) -> None:
     """Ten adapters, space for three: each can be requested at any time, repeatedly."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     size = (write_adapter(root / "a0") / WEIGHTS_FILE).stat().st_size + 300
     for seed in range(10):
         write_adapter(root / f"a{seed}", seed=seed)
@@ -348,7 +349,7 @@ async def test_records_go_with_their_last_name(
 ) -> None:
     """Also records of an earlier process; a record that still has a name stays."""
     timings.record_kept_s = 0.0
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     stale = m.AdapterRecord(digest="0" * 64, rank=1, num_bytes=1, config={}, modules=[], source="local:x", created_ms=1)
     await bus.set(bus.keys.adapter(stale.digest), stale)
     for name, seed in (("a", 1), ("twin", 1), ("b", 2)):

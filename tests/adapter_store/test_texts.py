@@ -11,6 +11,7 @@ import pytest
 from helpers.adapter_files import BASE as PLAIN_BASE
 from helpers.adapter_files import adapter_bytes, write_adapter
 from helpers.hub_stub import Repo, run_hub
+from helpers.reported import report
 from helpers.s3_server import BUCKET, run_s3
 from helpers.store_run import QUICK, RunStore, ask, get, in_state
 from helpers.waiting import wait_until
@@ -70,7 +71,7 @@ def write_texts(folder: Path, **texts: str) -> None:
 
 
 async def test_texts_are_served_and_part_of_the_digest(bus: Bus, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_adapter(root / "plain", seed=1)
     # The config's own field for texts is ignored.
     own = write_adapter(root / "own", seed=1, lorafleet_texts="ab")
@@ -92,7 +93,7 @@ async def test_texts_are_served_and_part_of_the_digest(bus: Bus, root: Path, run
 
 
 async def test_damaged_texts_are_fetched_again(bus: Bus, settings: Settings, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_texts(write_adapter(root / "own"), chat_template__jinja="{{ 1 }}")
     store = run_store()
     digest = (await in_state(bus, "own", "on_disk")).digest
@@ -105,7 +106,7 @@ async def test_damaged_texts_are_fetched_again(bus: Bus, settings: Settings, roo
 
 
 async def test_a_text_that_is_none_refuses_the_adapter(bus: Bus, root: Path, run_store: RunStore) -> None:
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_texts(write_adapter(root / "bad"), tokenizer__json="{")
     run_store()
     assert "tokenizer.json cannot be read" in (await in_state(bus, "bad", "failed")).reason
@@ -119,7 +120,7 @@ async def test_another_tokenizer_than_the_base_s_is_refused(
     bus: Bus, root: Path, run_store: RunStore
 ) -> None:  # fmt: skip
     """A copy of the base's tokenizer is served, in any serialization, and so is one with added tokens."""
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     older = {**FILE, "model": {"vocab": FILE["model"]["vocab"], "merges": ["ä b"], "ignore_merges": False}}
     texts = {"copy": json.dumps({**older, "added_tokens": []}), "more": json.dumps(older), "other": OTHER}
     for name, text in texts.items():
@@ -129,7 +130,7 @@ async def test_another_tokenizer_than_the_base_s_is_refused(
     assert (other.status, DIFFERS in other.reason) == (422, True), other.reason
     digests = {(await in_state(bus, name, "on_disk")).digest for name in ("copy", "more")}
     assert len(digests) == 2
-    await bus.set(bus.keys.base, structs.replace(BASE, tokenizer=parts_of(OTHER)))  # same weights
+    await report(bus, structs.replace(BASE, tokenizer=parts_of(OTHER)))  # same weights
     assert DIFFERS in (await in_state(bus, "copy", "failed")).reason
     assert (await in_state(bus, "other", "on_disk")).digest
 
@@ -138,7 +139,7 @@ async def test_a_name_is_not_registered_for_another_tokenizer(bus: Bus, run_stor
     async with run_hub() as hub:
         hub.repos["org/own"] = Repo()
         hub.repos["org/own"].commit({**ADAPTER, "tokenizer.json": OTHER.encode()})
-        await bus.set(bus.keys.base, BASE)
+        await report(bus, BASE)
         run_store(hub_endpoint=hub.url)
         await bus.adapters.register(Registration(name="own", tenant="", source="hub:org/own", asked_ms=now_ms()))
         alias = await in_state(bus, "own", "failed")
@@ -148,7 +149,7 @@ async def test_a_name_is_not_registered_for_another_tokenizer(bus: Bus, run_stor
 async def test_texts_that_an_older_store_kept_are_fetched_again(
     bus: Bus, settings: Settings, root: Path, run_store: RunStore
 ) -> None:  # fmt: skip
-    await bus.set(bus.keys.base, BASE)
+    await report(bus, BASE)
     write_texts(write_adapter(root / "own"), chat_template__jinja="{{ 1 }}")
     store = run_store()
     digest = (await in_state(bus, "own", "on_disk")).digest

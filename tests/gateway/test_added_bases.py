@@ -99,7 +99,7 @@ async def test_a_base_that_is_being_read_is_known_already(
         is_reading.set()
         assert go_on.wait(60)
 
-    monkeypatch.setattr("gateway.text.bases.check_text_files", hang)
+    monkeypatch.setattr("gateway.fleet.bases.check_text_files", hang)
     folders["c"] = make_model_folder(folders["b"].parent / "c")
     try:
         await set_bases(bus, base("a"), base("b"), base("c"), a=1, b=1, c=1)

@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 import pytest_asyncio
+from helpers.reported import report
 from helpers.scripted_fleet import ScriptedFleet, gateway_client, make_model_folder
 from helpers.waiting import wait_until
 
@@ -23,9 +24,9 @@ CHAT = [{"role": "user", "content": "the quick fox"}]
 
 async def set_bases(bus: Bus, *bases: m.ServedModel, **workers: int) -> None:
     """Publish bases as their workers do, and the number of workers of each as the scheduler does."""
-    await bus.set(bus.keys.base, bases[0])
-    for base in bases[1:]:
-        await bus._redis.hset(bus.keys.bases, base.name, m.encode(base))
+    known, _ = await bus.members.bases()
+    await bus._redis.hdel(bus.keys.bases, "", *(base.name for base in known))
+    await report(bus, *bases)
     loads = {name: m.BaseLoad(num, 2, 1) for name, num in workers.items()}
     status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, sent_ms=now_ms(), bases=loads)
     await bus.set(bus.keys.status, status, 60_000)
@@ -262,6 +263,6 @@ def test_further_bases_need_names_of_their_own(tmp_path: Path, name: str, why: s
     with pytest.raises(BadRequest, match=why):
         base_settings(Settings(model=str(one), more_models=str(other)))
     found = base_settings(Settings(model=str(one), served_name="mine", more_models=f"{one}, org/model"))
-    assert [(each.served_name, each.model) for each in found] == [
-        ("mine", str(one)), ("a", str(one)), ("org/model", "org/model"),
+    assert [(name, each.served_name, each.model) for name, each in found.items()] == [
+        ("mine", "mine", str(one)), ("a", "a", str(one)), ("org/model", "org/model", "org/model"),
     ]  # fmt: skip

@@ -11,8 +11,9 @@ import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 from helpers.waiting import wait_until
 
+from gateway.fleet.bases import open_bases
+from gateway.fleet.view import FleetView
 from gateway.http.http_client import HttpClient
-from gateway.text.bases import open_bases
 from gateway.text.tokenizer import load_model_files
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -127,9 +128,9 @@ async def test_a_broken_further_base_tells_no_tenant_where_it_lies(bus: Bus, tmp
     one, other = make_model_folder(tmp_path / "a"), make_model_folder(tmp_path / "secret place" / "b")
     (other / "config.json").write_text("{")
     settings = Settings(redis_url=bus.url, model=str(one), more_models=str(other), data=tmp_path, api_keys=keys)
-    bases = await open_bases(settings, bus, HttpClient(), lambda: None, m.AddedBases)
+    bases = await open_bases(settings, FleetView(bus, settings), bus, HttpClient(), lambda: None)
     try:
-        assert bases.of("a").files.name == "a"
+        assert bases.of("a").base.name == "a"
         with pytest.raises(Unavailable) as refused:
             bases.of("b")
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx2
 import pytest_asyncio
+from helpers.reported import report
 from helpers.scripted_fleet import ScriptedFleet, gateway_client
 
 from protocol.queue.bus import Bus, now_ms
@@ -18,7 +19,7 @@ NAMES = ("a", "b", "c")
 
 async def tell(bus: Bus, loads: dict[str, m.BaseLoad], **more: dict[str, str]) -> None:
     """Publish the bases `a` and `b`, and the scheduler's view. The base `c` has never been published."""
-    await bus.set(bus.keys.base, base("a"))
+    await report(bus, base("a"))
     await bus._redis.hset(bus.keys.bases, "b", m.encode(base("b")))
     status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, sent_ms=now_ms(), bases=loads, **more)  # type: ignore[arg-type]
     await bus.set(bus.keys.status, status, 60_000)

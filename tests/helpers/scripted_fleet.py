@@ -19,6 +19,7 @@ import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gateway.service import GatewayTimings, serve
+from helpers.reported import report
 from helpers.waiting import wait_until
 from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, StepResult, StepRow, decode, now_ms
@@ -114,7 +115,7 @@ class ScriptedFleet:
             model=BASE_NAME, name=BASE_NAME, fingerprint="f00d", model_type="tiny",
             vocab_size=self.tokenizer.get_vocab_size(), max_model_len=self.max_model_len, sites=[], created_ms=now_ms(),
         )  # fmt: skip
-        await self.bus.set(self.bus.keys.base, msgspec.structs.replace(base, **self.facts))
+        await report(self.bus, msgspec.structs.replace(base, **self.facts))
         await self.bus.streams.create(self.bus.keys.work(self.wid), 300)
         await self.bus.streams.create(self.bus.keys.ctl(self.wid), 300)
         if worker:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from helpers.reported import report
 from helpers.scripted_fleet import RunningGateway, make_model_folder, running_gateway
 from helpers.waiting import wait_until
 from protocol.queue.bus import Bus
@@ -33,9 +34,8 @@ async def _keep_alive(bus: Bus, workers: dict[str, str]) -> None:
 async def gateway_of_bases(bus: Bus, root: Path, *, several: bool) -> AsyncIterator[RunningGateway]:
     """Run a gateway of the base `chat`; beside it of `embed` and `bad`, if there are to be several."""
     folders = {name: make_model_folder(root / name) for name in ("chat", "embed", "bad")}
-    await bus.set(bus.keys.base, base("chat"))
+    await report(bus, *map(base, ("chat", "embed") if several else ("chat",)))
     if several:
-        await bus._redis.hset(bus.keys.bases, "embed", m.encode(base("embed")))
         await bus.members.note_failure("bad", "no memory")
         loads = {"chat": m.BaseLoad(1, 3, 2), "embed": m.BaseLoad(0, 7, 0)}
         status = m.SchedulerStatus(queued=10, running=2, workers=1, drain_rate=0.0, bases=loads)

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE as ONE
 from helpers.adapter_files import write_adapter
+from helpers.reported import report
 from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
 from helpers.waiting import wait_until
 from httpx2 import AsyncClient
@@ -58,7 +59,6 @@ async def test_what_an_adapter_calls_its_base_is_a_name_and_nothing_else(tmp_pat
         assert name == ONE.name  # found by its shapes
     readers = blobs.readers_of(mirrored.version.key)
     named = blobs.named_base(mirrored.version.key)
-    assert named is not None
     assert named.isprintable()
     assert len(named) <= MAX_BASE_NAME
     again, same, _ = await bases.take(mirror, source, "x", "", FLEET)
@@ -88,7 +88,7 @@ async def test_one_content_under_two_lies_has_a_base_for_each_name(tmp_path: Pat
 async def fleet(bus: Bus, tmp_path: Path) -> AsyncIterator[ScriptedFleet]:
     folders = [make_model_folder(tmp_path / name) for name in ("a", "b")]
     bases = [msgspec.structs.replace(ONE, name=name, max_model_len=256, vocab_size=300) for name in ("a", "b")]
-    await bus.set(bus.keys.base, bases[0])
+    await report(bus, bases[0])
     await bus._redis.hset(bus.keys.bases, "b", m.encode(bases[1]))
     loads = {"a": m.BaseLoad(1), "b": m.BaseLoad(1)}
     status = m.SchedulerStatus(queued=0, running=0, workers=2, drain_rate=0.0, sent_ms=now_ms(), bases=loads)

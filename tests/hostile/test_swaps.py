@@ -81,8 +81,8 @@ class Fleet:
         if self.now_ms % TICK_MS == 0:
             self.scheduler.swaps.settle(self.now_ms)
             for order in order_swaps(self.scheduler, self.now_ms):
-                self._leave(order.name, order.base)
-            for rid in self.scheduler.failed():
+                self._leave(order.seat.name, order.base)
+            for rid, _ in self.scheduler.hopeless():
                 self.scheduler.forget(rid)
                 self.ended_ms[rid] = -1
         for wid, batch in self.scheduler.plan(self.now_ms).batches.items():

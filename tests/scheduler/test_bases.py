@@ -138,19 +138,6 @@ def test_the_last_worker_of_a_base_is_not_the_next_to_go() -> None:
     assert scheduler_of(beat("wa", "a"), beat("wb", "b")).drain_next(0.0) in ("wa", "wb")
 
 
-def test_services_of_an_earlier_version_know_of_one_base() -> None:
-    """Its workers have the first base, and its gateways' requests are for that base, even if there are others."""
-    scheduler = scheduler_of(beat("old", "", capacity=8), beat("wb", "b", capacity=1))
-    for i in range(8):
-        scheduler.submit(make_submit(f"b{i}", base="b"), 0)
-        scheduler.submit(make_submit(f"old{i}"), 0)
-    plan = planned(scheduler)
-    assert {rid[0] for rid in plan["wb"]} == {"b"}
-    assert {rid[:3] for rid in plan["old"]} == {"old"}
-    loads = scheduler.bases()
-    assert (loads["a"].workers, loads["b"].workers) == (1, 1)
-
-
 @pytest.mark.parametrize("bases", ["", "a"])
 def test_a_fleet_of_one_base_asks_for_no_name(bases: str) -> None:
     """Requests queued before its worker returned under another name also run."""
@@ -159,7 +146,7 @@ def test_a_fleet_of_one_base_asks_for_no_name(bases: str) -> None:
         scheduler.submit(make_submit(f"r{base}", base=base), 0)
     assert scheduler.unserved(1e12) == []
     assert planned(scheduler) == {"w": ["ra", "r", "ras it was called before"]}
-    assert scheduler.bases() == ({"a": m.BaseLoad(1, 0, 3)} if bases else {})
+    assert scheduler.bases() == {"a": m.BaseLoad(1, 0, 3)}
 
 
 @pytest.mark.parametrize("digest", ["", "x"])

@@ -41,9 +41,9 @@ async def test_a_new_leader_knows_the_bases_before_it_reads_what_is_queued(bus: 
     first = await (await join(bus, "w1", "a")).join()
     second = await join(bus, "w2", "b")
     await bus.members.leave("w2")
-    await submit(bus, *(make_submit(f"b{i}", base="b") for i in range(4)), make_submit("old"))
+    await submit(bus, *(make_submit(f"b{i}", base="b") for i in range(4)), make_submit("a", base="a"))
     async with running_scheduler(bus):
-        await holds(first, "old")  # from an earlier version's gateway, for the first base
+        await holds(first, "a")
         await second.join()
         await holds(second, "b0", "b1", "b2", "b3")
-        assert set(first.held) == {"old"}
+        assert set(first.held) == {"a"}

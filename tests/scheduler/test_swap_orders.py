@@ -39,7 +39,7 @@ def scheduler_of(*beats: m.WorkerBeat, known: list[str] = FLEET, **config: Any) 
 
 
 def ordered(scheduler: Scheduler, at_ms: float) -> dict[str, str]:
-    return {order.name: order.base for order in order_swaps(scheduler, at_ms)}
+    return {order.seat.name: order.base for order in order_swaps(scheduler, at_ms)}
 
 
 def settled(scheduler: Scheduler, at_ms: float) -> list[tuple[str, str]]:
@@ -67,7 +67,7 @@ def test_a_worker_that_obeys_another_leader_speaks_against_no_base() -> None:
     scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
     for at_ms in range(0, 100_000 * MAX_LOST, 100_000):
         assert ordered(scheduler, at_ms + 1000.0) == {"w": "b"}
-        see(scheduler, beat("a", wid=scheduler.swaps.by_worker["w"].wid, becoming="c", draining=True, sent_ms=2))
+        see(scheduler, beat("a", wid=scheduler.swaps.by_worker["w"].seat.wid, becoming="c", draining=True, sent_ms=2))
         assert settled(scheduler, at_ms + 2000.0) == []
         see(scheduler, beat("c", wid=f"c{at_ms}"))
         assert settled(scheduler, at_ms + 9000.0) == [("c", DONE)]
@@ -166,11 +166,11 @@ def test_a_base_that_fails_is_tried_again_ever_later_and_its_calls_end() -> None
     at_ms, pause_ms = 0.0, FIRST_PAUSE_MS
     for number in range(3):
         assert ordered(scheduler, at_ms) == {"w": "b"}
-        assert scheduler.failed() == []
+        assert scheduler.hopeless() == []
         see(scheduler, beat("a", f"w{number}"))
         scheduler.set_bases(FLEET, ["b"])
         assert settled(scheduler, at_ms) == [("b", FAILED)]
-        assert scheduler.failed() == (["call"] if number == 0 else [])
+        assert scheduler.hopeless() == ([("call", "b")] if number == 0 else [])
         scheduler.forget("call")
         assert ordered(scheduler, at_ms + pause_ms - 1) == {}
         at_ms += pause_ms
@@ -188,7 +188,7 @@ def test_calls_of_the_only_base_that_starts_do_not_fail_with_the_other() -> None
     assert settled(scheduler, 0.0) == []
     assert scheduler.swaps.failed() == {"b"}
     scheduler.submit(make_submit("waits", base="a", submitted_ms=0), 0)
-    assert scheduler.failed() == []
+    assert scheduler.hopeless() == []
 
 
 def test_a_base_whose_starts_end_without_a_word_has_failed() -> None:
@@ -334,6 +334,6 @@ async def test_a_worker_of_a_removed_base_becomes_another_one(bus: Bus) -> None:
 def test_no_worker_becomes_a_base_that_was_taken_away() -> None:
     """Not even to serve it once, and no gateway accepts calls for it."""
     scheduler = scheduler_of(beat("a"), known=["a", "c"])
-    scheduler.swaps.removed = frozenset({"b"})
+    scheduler.workers.removed = frozenset({"b"})
     assert ordered(scheduler, 1000.0) == ordered(scheduler, 1000.0 + 2 * TOGETHER_MS) == {}
     assert set(scheduler.bases()) == {"a", "c"}

@@ -17,8 +17,14 @@ MAX_WAIT_S, RESIDENCY_S = 30.0, 5.0
 NOW_MS = 1_000_000.0
 
 
-def make(max_wait_s: float = MAX_WAIT_S) -> SwapPolicy:
-    return SwapPolicy(max_wait_s, RESIDENCY_S)
+class Policy(SwapPolicy):
+    def told(self, *facts: Any) -> list[tuple[str, str, str]]:
+        """Return the worker, the base and the reason of each order."""
+        return [(one.seat.wid, one.base, one.why) for one in self.decide(*facts)]
+
+
+def make(max_wait_s: float = MAX_WAIT_S) -> Policy:
+    return Policy(max_wait_s, RESIDENCY_S)
 
 
 def base(name: str, waiting_s: float = 0.0, waits_s: float | None = None, now_ms: float = NOW_MS, **more: Any) -> Any:
@@ -41,14 +47,14 @@ def seat(wid: str, of: str, running: int = 0, stayed_s: float = 100.0, now_ms: f
 
 def test_an_idle_worker_goes_to_the_base_that_waits_longest() -> None:
     demands = [base("a"), base("b", 9.0, waits_s=1.0), base("c", 1.0, waits_s=2.0)]
-    assert make().decide(NOW_MS, demands, [seat("w", "a")]) == [Swap("w", "c", "idle")]
+    assert make().told(NOW_MS, demands, [seat("w", "a")]) == [("w", "c", "idle")]
 
 
 def test_an_idle_worker_goes_at_once_and_a_busy_one_stays() -> None:
     demands = [base("a"), base("b", 1.0)]
-    assert make().decide(NOW_MS, demands, [seat("w", "a", stayed_s=0.0)]) == [Swap("w", "b", "idle")]
-    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1)]) == []
-    assert make().decide(NOW_MS, [base("a", 1.0), base("b", 1.0)], [seat("w", "a")]) == [], "something waits for it"
+    assert make().told(NOW_MS, demands, [seat("w", "a", stayed_s=0.0)]) == [("w", "b", "idle")]
+    assert make().told(NOW_MS, demands, [seat("w", "a", running=1)]) == []
+    assert make().told(NOW_MS, [base("a", 1.0), base("b", 1.0)], [seat("w", "a")]) == [], "something waits for it"
 
 
 @pytest.mark.parametrize(("used", "leaves"), [({"a": 0.6, "b": 0.2}, "b1"), ({"a": 0.2, "b": 0.6}, "a1")])
@@ -56,69 +62,59 @@ def test_of_idle_workers_that_of_the_least_used_base_goes(used: dict[str, float]
     policy = make()
     policy.used, policy._last_ms = used, NOW_MS
     demands = [base("a"), base("b"), base("c", 1.0)]
-    assert policy.decide(NOW_MS, demands, [seat("a1", "a"), seat("b1", "b")]) == [Swap(leaves, "c", "idle")]
+    assert policy.told(NOW_MS, demands, [seat("a1", "a"), seat("b1", "b")]) == [(leaves, "c", "idle")]
 
 
 def test_no_worker_goes_where_nothing_waits() -> None:
-    assert make().decide(NOW_MS, [base("a"), base("b")], [seat("w", "a"), seat("v", "a")]) == []
+    assert make().told(NOW_MS, [base("a"), base("b")], [seat("w", "a"), seat("v", "a")]) == []
 
 
 def test_a_worker_becomes_only_what_it_may() -> None:
     demands = [base("a"), base("b", 1.0)]
     seats = [seat("w", "a", may_become=frozenset({"a", "c"})), seat("v", "a", may_become=frozenset({"a", "b"}))]
-    assert make().decide(NOW_MS, demands, seats) == [Swap("v", "b", "idle")]
-    assert make().decide(NOW_MS, demands, seats[:1]) == []
-    assert make().decide(NOW_MS, demands, [seat("w", "a", may_become=frozenset())]) == []
+    assert make().told(NOW_MS, demands, seats) == [("v", "b", "idle")]
+    assert make().told(NOW_MS, demands, seats[:1]) == []
+    assert make().told(NOW_MS, demands, [seat("w", "a", may_become=frozenset())]) == []
 
 
-@pytest.mark.parametrize(("waits_s", "wanted"), [(28.0, []), (29.5, [Swap("w", "b", "bound")])])
-def test_a_busy_worker_leaves_just_before_another_base_is_due(waits_s: float, wanted: list[Swap]) -> None:
+@pytest.mark.parametrize(("waits_s", "wanted"), [(28.0, []), (29.5, [("w", "b", "bound")])])
+def test_a_busy_worker_leaves_just_before_another_base_is_due(
+    waits_s: float, wanted: list[tuple[str, str, str]]
+) -> None:
     demands = [base("a", 5.0), base("b", 1.0, waits_s=waits_s)]
-    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1)]) == wanted
+    assert make().told(NOW_MS, demands, [seat("w", "a", running=1)]) == wanted
 
 
-@pytest.mark.parametrize(("waits_s", "wanted"), [(20.5, []), (21.5, [Swap("w", "b", "bound")])])
-def test_it_leaves_earlier_where_two_bases_wait(waits_s: float, wanted: list[Swap]) -> None:
+@pytest.mark.parametrize(("waits_s", "wanted"), [(20.5, []), (21.5, [("w", "b", "bound")])])
+def test_it_leaves_earlier_where_two_bases_wait(waits_s: float, wanted: list[Any]) -> None:
     """Each takes a start and a residency, so the first leaves 8 s before the second is due."""
     demands = [base("a", 5.0), base("b", 1.0, waits_s=waits_s), base("c", 1.0, waits_s=waits_s)]
-    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1)]) == wanted
+    assert make().told(NOW_MS, demands, [seat("w", "a", running=1)]) == wanted
 
 
 def test_no_worker_leaves_work_before_its_residency_is_over() -> None:
     demands = [base("a", 5.0), base("b", 1.0, waits_s=99.0)]
-    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1, stayed_s=4.9)]) == []
-    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1, stayed_s=5.0)]) == [Swap("w", "b", "bound")]
+    assert make().told(NOW_MS, demands, [seat("w", "a", running=1, stayed_s=4.9)]) == []
+    assert make().told(NOW_MS, demands, [seat("w", "a", running=1, stayed_s=5.0)]) == [("w", "b", "bound")]
 
 
 def test_that_worker_goes_whose_base_is_most_beyond_its_share() -> None:
     demands = [base("a", 5.0, shares=3.0), base("b", 5.0, shares=1.0), base("c", 1.0, waits_s=30.0)]
     seats = [seat("a1", "a", 1), seat("a2", "a", 1), seat("b1", "b", 1), seat("b2", "b", 1)]
-    (swap,) = make().decide(NOW_MS, demands, seats)
-    assert (swap.wid, swap.base) in (("b1", "c"), ("b2", "c"))
+    ((wid, base_name, _),) = make().told(NOW_MS, demands, seats)
+    assert (wid, base_name) in (("b1", "c"), ("b2", "c"))
 
 
 def test_a_flood_beyond_its_share_leaves_at_its_turns_end() -> None:
     policy, seats = make(), [seat("w", "a", running=1, stayed_s=13.0)]
     flood = [base("a", 100.0), base("b", 1.0, waits_s=0.0)]
-    assert policy.decide(NOW_MS, flood, seats) == [Swap("w", "b", "turn")], "it has had all"
+    assert policy.told(NOW_MS, flood, seats) == [("w", "b", "turn")], "it has had all"
     fresh = make()
     fresh.used, fresh._last_ms = {"a": 0.2, "b": 0.8}, NOW_MS
-    assert fresh.decide(NOW_MS, flood, seats) == [], "it has had less"
+    assert fresh.told(NOW_MS, flood, seats) == [], "it has had less"
     early = [seat("w", "a", running=1, stayed_s=11.0)]
-    assert make().decide(NOW_MS, flood, early) == [], "a turn of four starts is not over"
-    assert make().decide(NOW_MS, [base("a", 20.0), flood[1]], seats) == [], "it is soon through"
-
-
-def test_a_base_that_failed_is_tried_when_its_time_has_come() -> None:
-    seats = [seat("w", "a")]
-    for ahead_ms, wanted in ((1.0, []), (0.0, [Swap("w", "b", "idle")])):
-        demands = [base("a"), base("b", 1.0, waits_s=60.0, blocked_until_ms=NOW_MS + ahead_ms)]
-        assert make().decide(NOW_MS, demands, seats) == wanted
-
-
-def test_a_failed_base_does_not_keep_the_others_from_a_worker() -> None:
-    demands = [base("a"), base("b", 1.0, waits_s=60.0, blocked_until_ms=NOW_MS + 1), base("c", 1.0)]
-    assert make().decide(NOW_MS, demands, [seat("w", "a")]) == [Swap("w", "c", "idle")]
+    assert make().told(NOW_MS, flood, early) == [], "a turn of four starts is not over"
+    assert make().told(NOW_MS, [base("a", 20.0), flood[1]], seats) == [], "it is soon through"
 
 
 # ------------------------------------------------------------ pending orders
@@ -128,16 +124,16 @@ def test_an_order_on_its_way_is_not_given_again() -> None:
     policy, demands = make(), [base("a"), base("b", 1.0)]
     seats = [seat("w1", "a", name="one"), seat("w2", "a", name="two")]
     (swap,) = policy.decide(NOW_MS, demands, seats)
-    assert (swap.at_ms, swap.left, swap.name) == (NOW_MS, "a", {"w1": "one", "w2": "two"}[swap.wid])
-    left = [one for one in seats if one.wid != swap.wid]
-    assert policy.decide(NOW_MS + 2000, demands, left, [swap]) == []
-    there = [*left, seat("w3", "b", running=1, stayed_s=0.0, now_ms=NOW_MS + 4000, name=swap.name)]
-    assert policy.decide(NOW_MS + 4000, demands, there) == []
+    assert (swap.at_ms, swap.seat.base) == (NOW_MS, "a")
+    left = [one for one in seats if one != swap.seat]
+    assert policy.told(NOW_MS + 2000, demands, left, [swap]) == []
+    there = [*left, seat("w3", "b", running=1, stayed_s=0.0, now_ms=NOW_MS + 4000, name=swap.seat.name)]
+    assert policy.told(NOW_MS + 4000, demands, there) == []
 
 
 def test_an_order_that_came_to_nothing_is_decided_again() -> None:
     """The worker still announces base `b`, or has died during the swap, and another worker is there."""
-    policy, order = make(), Swap("w1", "b", "idle", NOW_MS)
+    policy, order = make(), Swap(seat("w1", "a"), "b", "idle", NOW_MS)
     late_ms = NOW_MS + 1000 * LOST_STARTS * START_S + LOST_MS
     demands = [base("a"), base("b", 1.0, waits_s=20.0, now_ms=late_ms)]
     left = [seat("w3", "a", name="three", now_ms=late_ms)]
@@ -146,10 +142,9 @@ def test_an_order_that_came_to_nothing_is_decided_again() -> None:
 
 
 def test_a_base_whose_start_failed_has_no_worker_on_its_way() -> None:
-    policy, order = make(), Swap("w1", "b", "idle", NOW_MS)
-    blocked = base("b", 1.0, blocked_until_ms=NOW_MS + 1000)
-    assert policy.decide(NOW_MS, [base("a"), blocked], [seat("v", "a")], [order]) == []
-    assert policy.decide(NOW_MS + 1000, [base("a"), blocked], [seat("v", "a")]) == [Swap("v", "b", "idle")]
+    policy, order = make(), Swap(seat("w1", "a"), "b", "idle", NOW_MS)
+    assert policy.told(NOW_MS, [base("a")], [seat("v", "a")], [order]) == []
+    assert policy.told(NOW_MS + 1000, [base("a"), base("b", 1.0)], [seat("v", "a")]) == [("v", "b", "idle")]
 
 
 # ------------------------------------------------------------ more workers than bases
@@ -157,9 +152,9 @@ def test_a_base_whose_start_failed_has_no_worker_on_its_way() -> None:
 
 def test_one_more_worker_helps_where_work_piles_up() -> None:
     seats = [seat("a1", "a", 1), seat("b1", "b"), seat("b2", "b")]
-    assert make().decide(NOW_MS, [base("a", 6.0), base("b")], seats) == [], "two starts of work are soon done"
-    (swap,) = make().decide(NOW_MS, [base("a", 7.0), base("b")], seats)
-    assert (swap.base, swap.why) == ("a", "load")
+    assert make().told(NOW_MS, [base("a", 6.0), base("b")], seats) == [], "two starts of work are soon done"
+    ((_, helped, why),) = make().told(NOW_MS, [base("a", 7.0), base("b")], seats)
+    assert (helped, why) == ("a", "load")
 
 
 @pytest.mark.parametrize(("shares", "after_ms"), [(3.0, 3000), (1.0, 6000)])
@@ -167,9 +162,9 @@ def test_the_last_worker_of_a_base_helps_sooner_below_a_share(shares: float, aft
     """After one start time without work it helps a base below its share, after two a base that has its share."""
     policy, demands = make(), [base("a", 60.0, shares=shares), base("b"), base("c", shares=4.0 - shares)]
     seats = [seat("a1", "a", 1), seat("b1", "b"), seat("c1", "c", 1)]
-    assert policy.decide(NOW_MS, demands, seats) == []
-    assert policy.decide(NOW_MS + after_ms - 100, demands, seats) == []
-    assert policy.decide(NOW_MS + after_ms, demands, seats) == [Swap("b1", "a", "load")]
+    assert policy.told(NOW_MS, demands, seats) == []
+    assert policy.told(NOW_MS + after_ms - 100, demands, seats) == []
+    assert policy.told(NOW_MS + after_ms, demands, seats) == [("b1", "a", "load")]
 
 
 def test_workers_follow_shares_where_all_are_overloaded() -> None:
@@ -178,7 +173,7 @@ def test_workers_follow_shares_where_all_are_overloaded() -> None:
         seats = [seat(f"w{i}", "a" if i < num_a else "b", 1) for i in range(4)]
         policy, num = make(), Counter(one.base for one in seats)
         for swap in policy.decide(NOW_MS, demands, seats):
-            num[next(one.base for one in seats if one.wid == swap.wid)] -= 1
+            num[swap.seat.base] -= 1
             num[swap.base] += 1
         assert num["a"] == wanted_a
 
@@ -186,8 +181,7 @@ def test_workers_follow_shares_where_all_are_overloaded() -> None:
 def test_where_nobody_is_a_whole_worker_beyond_its_share_nobody_moves() -> None:
     demands = [base(name, 900.0) for name in "abc"]
     assert (
-        make().decide(NOW_MS, demands, [seat("1", "a", 1), seat("2", "a", 1), seat("3", "b", 1), seat("4", "c", 1)])
-        == []
+        make().told(NOW_MS, demands, [seat("1", "a", 1), seat("2", "a", 1), seat("3", "b", 1), seat("4", "c", 1)]) == []
     )
 
 
@@ -270,9 +264,9 @@ class Fleet:
             for wid, one in here.items()
         ]
         swaps = self.policy.decide(self.now_ms, demands, seats, self.on_way.values())
-        assert len({swap.wid for swap in swaps}) == len(swaps)
+        assert len({swap.seat.wid for swap in swaps}) == len(swaps)
         for swap in swaps:
-            one = here[swap.wid]
+            one = here[swap.seat.wid]
             assert swap.base != one.base
             is_idle = one.left_ms <= 0 and not self.waiting[one.base]
             assert is_idle or self.now_ms - one.since_ms >= 1000 * RESIDENCY_S, "no swap before the residency is over"

@@ -53,4 +53,4 @@ class KeptText(Packed, frozen=True):
     texts: str  # hash of the tokens and template that the adapter brings; "": none
     has_output: bool = True  # whether the request generates text
     base: str = ""  # name of the base whose tokens these are
-    tokenizer: str = ""  # hash of the base's tokenizer; "": written by an earlier version
+    tokenizer: str = ""  # hash of the base's tokenizer

@@ -76,12 +76,8 @@ class ServedModel(Wire, frozen=True):
 
     def is_same(self, other: ServedModel) -> bool:
         """Return whether both are the same base: the same config and layout, and the same weights as far as known."""
-        unknown = not self.weights or not other.weights  # reported by a worker of an earlier version
+        unknown = not self.weights or not other.weights
         return self.fingerprint == other.fingerprint and (unknown or self.weights == other.weights)
-
-    def has_weights_of(self, other: ServedModel) -> bool:
-        """Return whether both are the same base and both weights are known."""
-        return bool(self.weights) and bool(other.weights) and self.is_same(other)
 
     def does(self, task: Task) -> bool:
         """Return whether requests may ask the model for this task."""

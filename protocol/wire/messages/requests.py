@@ -126,7 +126,7 @@ class RequestHead(Wire, frozen=True):
     needs: list[str] = []  # names that its worker must know, see `fields_in_use`
     trace: str = ""  # W3C traceparent of the span that submitted it; "" without one
     num_virtual: int = 0  # virtual tokens that its adapter puts before its prompt
-    base: str = ""  # name of its base; "": from an earlier version, the fleet's only one
+    base: str = ""  # name of its base
 
     @property
     def num_prefill_tokens(self) -> int:

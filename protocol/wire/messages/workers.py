@@ -68,7 +68,7 @@ class WorkerCounters(msgspec.Struct, omit_defaults=True):
 class WorkerBeat(Wire, frozen=True, kw_only=True):
     """A worker's state, sent every second and on change. Readers of its base alone decode only its beginning."""
 
-    base: str = ""  # name of the base that it serves; "": from an earlier version, the fleet's only one
+    base: str = ""  # name of the base that it serves
     wid: str  # worker id, unique per process start
     name: str  # stable across restarts: a new wid with the same name means the old one is gone
     capacity: int  # number of requests that it can run at once
@@ -106,8 +106,8 @@ class WorkerBeat(Wire, frozen=True, kw_only=True):
     started_with: int = 0  # number of workers that were started together, including this one; 0: unknown
 
     def is_of(self, base: str) -> bool:
-        """Return whether the worker serves a base. "" on either side: an earlier version, which had only one base."""
-        return base in ("", self.base) or not self.base
+        """Return whether the worker serves a base; "" means the only base of its fleet."""
+        return base in ("", self.base)
 
 
 class BaseLoad(Packed, frozen=True):

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE, adapter_bytes
 from helpers.hub_stub import HubStub, Repo, run_hub
+from helpers.reported import report
 from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 
@@ -38,9 +39,8 @@ SECRET = "a secret of the tests"
 async def hub(bus: Bus, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
     """A Hub with a valid adapter, and a fleet whose base model fits it."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    base = await bus.get(bus.keys.base, m.ServedModel)
-    assert base is not None
-    await bus.set(bus.keys.base, msgspec.structs.replace(base, sites=BASE.sites))
+    (base,), _ = await bus.members.bases()
+    await report(bus, msgspec.structs.replace(base, sites=BASE.sites))
     async with run_hub() as stub:
         stub.repos["org/a"] = Repo()
         stub.repos["org/a"].commit(adapter_bytes())

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE, adapter_bytes, zipped
+from helpers.reported import report
 from helpers.scripted_fleet import gateway_client
 from helpers.waiting import wait_until
 
@@ -41,7 +42,7 @@ async def http(bus: Bus, model_folder: Path, root: Path, tmp_path: Path) -> Asyn
     own: dict[str, Any] = {"secret": SECRET, "adapters": str(root), "max_file_bytes": 1 << 20, "api_keys": True}
     settings = Settings(redis_url=bus.url, data=tmp_path / "data", scan_interval_s=0.05, upload_bytes=4 << 20, **own)
     served = msgspec.structs.replace(fake_served(vocab_size=300), sites=BASE.sites)
-    await bus.set(bus.keys.base, served)
+    await report(bus, served)
     secret, _ = await bus.api_keys.create("ops", ["admin"])
     async with asyncio.TaskGroup() as group:
         group.create_task(serve_store(settings, stop))

@@ -60,5 +60,5 @@ async def test_the_fleet_tells_how_much_it_has_to_do(bus: Bus, fleet: ScriptedFl
     # Without requests, and before any worker has published its model, the demand still is one worker.
     await leave(bus, fleet)
     assert (await http.get("/v1/fleet")).json()["demand"] == 0
-    await bus._redis.delete(bus.keys.base)
+    await bus._redis.delete(bus.keys.bases)
     assert (await http.get("/v1/fleet")).json()["demand"] == 1

@@ -403,7 +403,7 @@ async def test_without_a_worker_calls_get_503(bus: Bus, model_folder: Path) -> N
 
 async def test_health_follows_the_workers(bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient) -> None:
     assert (await http.get("/health")).json() == {"status": "ready", "workers": 1}
-    await bus._redis.delete(bus.keys.base)
+    await bus._redis.delete(bus.keys.bases)
 
     async def is_down() -> bool:
         return (await http.get("/health")).status_code == 503

@@ -14,6 +14,7 @@ import httpx2
 import orjson
 import pytest
 from helpers.asgi import AsgiClient
+from helpers.reported import report
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 
@@ -293,12 +294,12 @@ async def test_a_queue_that_lost_its_last_second_is_told_what_clients_have_seen(
 async def test_unreadable_messages_break_neither_the_gateway_nor_a_call(
     bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, gateway: RunningGateway
 ) -> None:
-    base = await bus._redis.get(bus.keys.base)
-    await bus._redis.set(bus.keys.base, b"\xc1")
+    bases, _ = await bus.members.bases()
+    await bus._redis.hset(bus.keys.bases, bases[0].name, b"\xc1")
     assert (await http.get("/health")).status_code == 500
     await bus._redis.xadd(bus.keys.out(gateway.gid), {"b": b"\xc1"})
     await bus._redis.xadd(bus.keys.out(gateway.gid), {"other": b"field"})
-    await bus._redis.set(bus.keys.base, base)
+    await report(bus, *bases)
     answer = await http.post("/v1/completions", json=COMPLETION)
     assert answer.json()["choices"][0]["text"] == Script().text
     assert not gateway.task.done()

@@ -54,7 +54,9 @@ class Files(OwnFiles):
 @pytest.fixture
 def files(bus: Bus, model_folder: Path) -> Files:
     base = load_model_files(Settings(redis_url=bus.url, model=str(model_folder)))
-    return Files(bus, base, cast("SandboxPool", cast("Any", None)), HttpClient(), max_kept_bytes=MOST)
+    return Files(
+        bus, base, cast("SandboxPool", cast("Any", None)), HttpClient(), cast("Any", None), max_kept_bytes=MOST
+    )
 
 
 async def test_kept_tokens_never_pass_their_limit(files: Files) -> None:

@@ -6,42 +6,46 @@ import asyncio
 
 import pytest
 
-from protocol.queue.added_bases import MAX_REMOVED, added, removed
+from protocol.queue.added_bases import MAX_REMOVED
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict, NotFound
 from tests.protocol.queue.test_bases import base, join, names
 
-NONE = m.AddedBases()
 
-
-def test_adding_is_repeated_without_effect_and_removing_is_remembered() -> None:
-    one = added(NONE, "b", "/models/b", 7, 31)
-    assert one.bases == {"b": m.AddedBase(model="/models/b", added_ms=7)}
-    assert added(one, "b", "/models/b", 9, 31) is one
-    gone = removed(one, "b")
-    assert (gone.bases, gone.removed) == ({}, ["b"])
-    back = added(gone, "b", "/models/other", 9, 31)
-    assert (back.bases["b"].model, back.removed) == ("/models/other", [])
+async def test_adding_is_repeated_without_effect_and_removing_is_remembered(bus: Bus) -> None:
+    record = bus.added_bases
+    assert await record.add("b", "/models/b", 31)
+    one = await record.get()
+    assert {name: found.model for name, found in one.bases.items()} == {"b": "/models/b"}
+    assert one.bases["b"].added_ms > 0
+    assert not await record.add("b", "/models/b", 31)
+    assert await record.get() == one
+    await record.remove("b")
+    assert await record.get() == m.AddedBases(removed=["b"])
     with pytest.raises(NotFound):
-        removed(gone, "b")
+        await record.remove("b")
+    assert await record.add("b", "/models/other", 31)
+    back = await record.get()
+    assert (back.bases["b"].model, back.removed) == ("/models/other", [])
 
 
-def test_a_name_a_model_and_a_place_are_taken_once() -> None:
-    one = added(NONE, "b", "/models/b", 7, 1)
+async def test_a_name_a_model_and_a_place_are_taken_once(bus: Bus) -> None:
+    await bus.added_bases.add("b", "/models/b", 1)
     for name, model, words in (
         ("b", "/models/c", "remove it first"),
         ("c", "/models/b", "name each base model once"),
         ("c", "/models/c", "no more than 1"),
     ):
         with pytest.raises(Conflict, match=words):
-            added(one, name, model, 9, 1)
+            await bus.added_bases.add(name, model, 1)
 
 
-def test_the_names_of_removed_bases_are_bounded() -> None:
-    known = NONE
+async def test_the_names_of_removed_bases_are_bounded(bus: Bus) -> None:
     for number in range(3 * MAX_REMOVED):
-        known = removed(added(known, f"n{number}", f"/m/{number}", number, 31), f"n{number}")
+        await bus.added_bases.add(f"n{number}", f"/m/{number}", 31)
+        await bus.added_bases.remove(f"n{number}")
+    known = await bus.added_bases.get()
     assert known.removed == [f"n{number}" for number in range(2 * MAX_REMOVED, 3 * MAX_REMOVED)]
     assert len(m.encode(known)) < 2_000
 
@@ -91,7 +95,7 @@ async def test_a_worker_that_swaps_keeps_the_records_of_added_bases(bus: Bus) ->
         await bus.members.leave(wid)
     beat = m.WorkerBeat(wid="w3", name="w1", capacity=1)
     await bus.members.join(beat, base("b"), 60_000, fleet=["a", "b"])
-    assert await names(bus) == ["a", "x", "b"]
+    assert await names(bus) == ["a", "b", "x"]
 
 
 @pytest.mark.parametrize("first", ["a", "b"])

@@ -38,7 +38,7 @@ from protocol.wire.records import AdapterUse
 KEYS = Keys()
 SERVICES = ("gateway", "scheduler", "worker", "store")
 
-_PYTHON = {"scan_iter": "scan", "register_script": "evalsha", "delete": "del"}
+_PYTHON = {"scan_iter": "scan", "register_script": "evalsha", "delete": "del", "transaction": "watch"}
 _NO_COMMAND = {"aclose", "close", "execute", "from_pool", "from_url", "pipeline"}
 _CLIENTS = re.compile(r"(self\._redis|self\._blocking|pipe|client)$")
 
@@ -268,7 +268,7 @@ FORBIDDEN: list[tuple[str, Sequence[str | int]]] = [
     ("gateway", ["HSET", KEYS.tenants, "acme", "x"]),
     ("gateway", ["SET", KEYS.leader, "me"]),
     ("gateway", ["HSET", KEYS.adapters, "name", "x"]),
-    ("gateway", ["SET", KEYS.base, "x"]),
+    ("gateway", ["HSET", KEYS.bases, "x", "x"]),
     ("gateway", ["SCAN", 0]),
     # The operator's commands read no prompts, and retry nothing.
     ("operator", ["XRANGE", KEYS.dlq, "-", "+"]),
@@ -281,7 +281,7 @@ FORBIDDEN: list[tuple[str, Sequence[str | int]]] = [
         ["SCRIPT", "FLUSH"], ["REPLICAOF", "h", 1], ["SUBSCRIBE", "c"], ["CLIENT", "KILL", "ID", 1], ["SAVE"],
         ["EVAL", "return redis.call('HGETALL', 'somebody:else')", 0], ["GET", "somebody:else"],
     )),
-    (PROBE, ["GET", KEYS.base]),
+    (PROBE, ["HGETALL", KEYS.bases]),
     (PROBE, ["INFO"]),
 ]  # fmt: skip
 
@@ -320,14 +320,14 @@ async def test_nobody_enters_without_the_password(guarded: EmbeddedServer) -> No
     for address in (f"unix://{guarded.socket}", f"unix://gateway:wrong@{guarded.socket}"):
         client = connect(address, timeout_s=60)
         with pytest.raises(CONNECTION_ERRORS, match=r"authenticated|invalid username-password"):
-            await client.get(KEYS.base)
+            await client.hgetall(KEYS.bases)
         await client.aclose()
 
 
 async def test_a_service_with_a_wrong_password_ends_instead_of_waiting(guarded: EmbeddedServer) -> None:
     bus = Bus(f"unix://gateway:wrong@{guarded.socket}")
     try:
-        with pytest.raises(Internal, match="the queue does not let this service in"):
+        with pytest.raises(Internal, match="the queue refused this service"):
             await bus.server.reach(asyncio.Event())
     finally:
         await bus.close()
