@@ -113,6 +113,7 @@ async def open_bases(
         return OwnFiles(bus, files, sandbox, stores, GrammarCheck(sandbox, settings.grammar_timeout_s))
 
     default = await read(*next(iter(fleet.known.items())))
+    default.sandbox.warm_up()
     bases = GatewayBases(fleet, default, read)
     await bases.read()
     return bases

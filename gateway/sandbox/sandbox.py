@@ -30,6 +30,10 @@ MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 GROW_S = 0.1
 """How long jobs wait for running processes before another is started: most jobs take a few ms, a start 0.3 s of CPU."""
 
+WARM_AFTER_S = 10.0
+"""Seconds after which a gateway starts a process, 90 MB, that no job has needed yet: the first grammar, or the first
+call with tools, would wait 0.5 s for it, and decode steps on the same cores would take longer meanwhile."""
+
 COMMAND = (sys.executable, "-s", "-P", "-m", "gateway.sandbox.child")
 
 
@@ -61,6 +65,7 @@ class SandboxPool:
         self._idle: list[SandboxProcess] = []  # used as a stack: the latest has the warmest caches
         self._starts: set[asyncio.Task[None]] = set()
         self._growth: asyncio.TimerHandle | None = None  # set while jobs wait for running processes
+        self._warm: asyncio.TimerHandle | None = None
         self._num_failed = 0  # failed starts since the last success
         self._retry_s = 0.0  # monotonic time before which none is started
         self._warned = False
@@ -102,11 +107,16 @@ class SandboxPool:
             raise BadRequest(answer.refusal, param="messages")
         return answer.text
 
+    def warm_up(self, after_s: float = WARM_AFTER_S) -> None:
+        """Start a process after some seconds, so that the first job finds one."""
+        self._warm = asyncio.get_running_loop().call_later(after_s, self._start_first)
+
     async def close(self) -> None:
         """End the processes. Waiting and running jobs fail with Unavailable."""
         self._closed = True
-        if self._growth is not None:
-            self._growth.cancel()
+        for timer in (self._growth, self._warm):
+            if timer is not None:
+                timer.cancel()
         self._dispatch()
         await asyncio.gather(*self._starts)
         for process in list(self._processes):
@@ -143,11 +153,20 @@ class SandboxPool:
         if self._processes and not is_overdue:
             self._growth = asyncio.get_running_loop().call_later(GROW_S, self._grow)
             return
+        self._start_one()
+
+    def _start_one(self) -> None:
         process = SandboxProcess(self._ready, self._done, self._gone, self._start_s)
         self._processes.add(process)
         start = asyncio.get_running_loop().create_task(self._start(process))
         self._starts.add(start)
         start.add_done_callback(self._starts.discard)
+
+    def _start_first(self) -> None:
+        """Start a process with the base's vocabulary, unless some job was earlier."""
+        if not self._processes and self._retry_s <= time.monotonic():
+            self._had_grammars = True
+            self._start_one()
 
     def _grow(self) -> None:
         self._growth = None

@@ -221,6 +221,15 @@ async def test_callers_are_told_when_no_process_starts(first: str) -> None:
             await pool.render(job("say no"), tenant="a")
 
 
+async def test_a_process_is_ready_before_the_first_job() -> None:
+    async with running(stand_in()) as pool:
+        pool.warm_up(0.0)
+        await wait_until(lambda: pool.pids, "a process has started")
+        pids = pool.pids
+        assert await pool.render(job("say hi"), tenant="a") == "hi"
+        assert pool.pids == pids
+
+
 async def test_processes_start_one_at_a_time() -> None:
     """Several jobs at once usually cost one start: the first process does them all in a few milliseconds."""
     async with running(stand_in("mute")) as pool:
