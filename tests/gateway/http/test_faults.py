@@ -44,7 +44,7 @@ async def test_what_ends_the_process_is_no_failure() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise KeyboardInterrupt
 
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
     with pytest.raises(KeyboardInterrupt):
         await Envelope(app, Settings(), RouteTable([]))(scope, None, None)  # type: ignore[arg-type]
 

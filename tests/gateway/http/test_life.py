@@ -370,7 +370,7 @@ async def test_a_call_that_the_closing_server_drops_is_told_so_in_json() -> None
         await asyncio.Event().wait()
 
     client = AsgiClient()
-    scope = {"type": "http", "method": "GET", "path": "/v1/jobs/job_1", "headers": []}
+    scope = {"type": "http", "method": "GET", "path": "/v1/jobs/job_1", "query_string": b"", "headers": []}
     call = asyncio.create_task(Envelope(never, Settings(), RouteTable([]))(scope, client.receive, client.send))
     await asyncio.sleep(0)
     call.cancel()
