@@ -28,7 +28,6 @@ class LargeBody:
         self._tenant = tenant
         self._bodies = bodies
         self._work = work
-        self._values: list[Any] = []
 
     async def take_turn(self) -> None:
         """Wait for a turn to process the body."""
@@ -37,16 +36,6 @@ class LargeBody:
     def give_turn(self) -> None:
         """End a turn."""
         self._work.give(self._tenant)
-
-    def keep(self, value: object) -> None:
-        """Keep an object parsed from the body until `free`, so that it is not freed all at once elsewhere."""
-        self._values.append(value)
-
-    def free(self) -> None:
-        """Free the kept objects in a thread. There must be no other references to them."""
-        if self._values:
-            values, self._values = self._values, []
-            asyncio.get_running_loop().run_in_executor(None, free_slowly, values)
 
     def release(self) -> None:
         """Release the slot, because the body is no longer held. Idempotent."""
@@ -58,7 +47,7 @@ class LargeBody:
 class RequestCost:
     """What a request holds and is counted as."""
 
-    __slots__ = ("body", "charge", "cls", "is_inbound", "is_open")
+    __slots__ = ("body", "charge", "cls", "is_inbound", "is_open", "values")
 
     def __init__(self, charge: Charge | None = None) -> None:
         self.charge = charge  # its charge of memory
@@ -66,12 +55,19 @@ class RequestCost:
         self.is_open = False  # counted among the calls in flight
         self.is_inbound = False  # counted as inbound
         self.cls = ""  # class of its requests, once it is known
+        self.values: list[Any] = []  # large objects, kept so that they are not freed all at once elsewhere
+
+    def free(self) -> None:
+        """Free the kept objects in a thread. There must be no other references to them."""
+        if self.values:
+            values, self.values = self.values, []
+            asyncio.get_running_loop().run_in_executor(None, free_slowly, values)
 
     def close(self) -> None:
         """Release everything held."""
         if self.body is not None:
             self.body.release()
-            self.body.free()
+        self.free()
         if self.charge is not None:
             self.charge.close()
 

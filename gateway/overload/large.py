@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from gateway.overload.cost import body_of_task
+from gateway.overload.cost import COST, body_of_task
 from protocol.runtime.fair_slots import FairSlots
 
 T = TypeVar("T")
@@ -102,18 +102,18 @@ class Checks:
         )
 
 
-def keep(value: object) -> None:
-    """Keep an object parsed from the current task's body until `free`."""
-    body = body_of_task()
-    if body is not None:
-        body.keep(value)
+def keep(value: object, num_bytes: int = 0) -> None:
+    """Keep an object until `free`: one made from the current task's large body, or from `num_bytes` of stored JSON."""
+    cost = COST.get()
+    if cost is not None and (cost.body is not None or num_bytes > PLAIN_BYTES):
+        cost.values.append(value)
 
 
 def free() -> None:
-    """Free the kept objects of the current task's body in a thread. There must be no other references to them."""
-    body = body_of_task()
-    if body is not None:
-        body.free()
+    """Free the kept objects of the current task's request in a thread. There must be no other references to them."""
+    cost = COST.get()
+    if cost is not None:
+        cost.free()
 
 
 def release() -> None:

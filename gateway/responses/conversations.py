@@ -23,6 +23,7 @@ from gateway.bodies.json_slices import RowSlices
 from gateway.bodies.json_values import loads_kept
 from gateway.http.list_page import list_page
 from gateway.jobs.jobs import KEPT_AFTER_EXPIRY_S, Jobs
+from gateway.overload import large
 from gateway.overload.cost import held, hold
 from gateway.overload.large import Checks
 from gateway.overload.memory import values_bytes
@@ -257,10 +258,13 @@ class Conversations:
 
         Raises UnreadableRecord, and as `cost.hold`.
         """
-        apart = partial(self._checks.do, fields=(), num_bytes=sum(map(len, raws)), tenant=tenant)
+        num_bytes = sum(map(len, raws))
+        apart = partial(self._checks.do, fields=(), num_bytes=num_bytes, tenant=tenant)
         hold(held() + await apart(lambda: sum(len(raw) + values_bytes(raw) for raw in raws)))
         with as_kept("an item of the conversation"):
-            return await apart(lambda: [{"id": item["id"], **item} for item in map(loads_kept, raws)])
+            items = await apart(lambda: [{"id": item["id"], **item} for item in map(loads_kept, raws)])
+        large.keep(items, num_bytes)
+        return items
 
     async def _known(self, conversation_id: str, caller: Caller, param: str = "conversation_id") -> m.Conversation:
         found = None

@@ -12,7 +12,7 @@ from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
 from gateway.bodies.parameter_check import ignore
 from gateway.calls.earlier import check_same_body
-from gateway.calls.parsed_call import Models, ParsedCall, Sent
+from gateway.calls.parsed_call import ChatPrompt, Models, ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.tokenize import tokenize
 from gateway.http.list_page import list_page
@@ -71,7 +71,8 @@ class Responses:
 
         num_bytes = len(sent.raw) + context.num_bytes
         own, items, call = await pipeline.parsed(body, caller, num_bytes, make)
-        large.keep(items)
+        assert isinstance(call.inputs, ChatPrompt), "a response's input becomes messages"
+        large.keep([items, call.inputs.messages], num_bytes)
         if not call.shown["store"]:
             return FollowedAnswer(await pipeline.run(call))
         store = partial(to_be_stored, call, body, items, len(own), self._settings.max_body_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -366,3 +367,20 @@ def test_values_within_each_other_are_freed_a_few_at_a_time() -> None:
     assert Noted.num == 0
     assert sum(left) == 300
     assert max(left) <= 10
+
+
+@pytest.mark.parametrize("num_bytes", [large.PLAIN_BYTES, large.PLAIN_BYTES + 1])
+async def test_what_a_small_body_refers_to_is_freed_in_a_thread_if_it_is_large(num_bytes: int) -> None:
+    freed_in: list[int] = []
+
+    class Stored(dict[str, Any]):
+        def __del__(self) -> None:
+            freed_in.append(threading.get_ident())
+
+    cost = RequestCost()
+    token = COST.set(cost)
+    large.keep([Stored()], num_bytes)
+    COST.reset(token)
+    cost.close()
+    await wait_until(lambda: freed_in, "it is freed")
+    assert (freed_in == [threading.get_ident()]) == (num_bytes <= large.PLAIN_BYTES)
