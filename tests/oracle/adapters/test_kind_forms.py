@@ -120,7 +120,7 @@ def test_the_command_says_the_largest_error(tmp_path: Path, capfd: pytest.Captur
     make_adapter(FULL_RANK["c3a"], tmp_path / "adapter")
     words = ["adapters", "convert", adapter, target, "--base", base, "--rank", "auto"]
     assert main([*words, "--keep", "2"]) == 2
-    assert "--keep 2 is not a share" in capfd.readouterr().err
+    assert "--keep 2 is not a fraction" in capfd.readouterr().err
     assert main(words) == 0
     assert "largest error of 4 layers: 0.0" in capfd.readouterr().out
     assert main(words) == 2
