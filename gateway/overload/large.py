@@ -105,7 +105,9 @@ class Checks:
 def keep(value: object, num_bytes: int = 0) -> None:
     """Keep an object until `free`: one made from the current task's large body, or from `num_bytes` of stored JSON."""
     cost = COST.get()
-    if cost is not None and (cost.body is not None or num_bytes > PLAIN_BYTES):
+    if cost is None or (cost.body is None and num_bytes <= PLAIN_BYTES):
+        return
+    if not any(kept is value for kept in cost.values):
         cost.values.append(value)
 
 

@@ -72,7 +72,8 @@ class Responses:
         num_bytes = len(sent.raw) + context.num_bytes
         own, items, call = await pipeline.parsed(body, caller, num_bytes, make)
         assert isinstance(call.inputs, ChatPrompt), "a response's input becomes messages"
-        large.keep([items, call.inputs.messages], num_bytes)
+        large.keep(items, num_bytes)
+        large.keep(call.inputs.messages, num_bytes)
         if not call.shown["store"]:
             return FollowedAnswer(await pipeline.run(call))
         store = partial(to_be_stored, call, body, items, len(own), self._settings.max_body_bytes)

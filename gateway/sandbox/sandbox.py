@@ -31,8 +31,8 @@ GROW_S = 0.1
 """How long jobs wait for running processes before another is started: most jobs take a few ms, a start 0.3 s of CPU."""
 
 WARM_AFTER_S = 10.0
-"""Seconds after which a gateway starts a process, 90 MB, that no job has needed yet: the first grammar, or the first
-call with tools, would wait 0.5 s for it, and decode steps on the same cores would take longer meanwhile."""
+"""Seconds after a gateway's start at which it starts a first process, of 90 MB. Otherwise the first grammar, or the
+first call with tools, would wait 0.5 s for one, and decode steps on the same cores would take longer meanwhile."""
 
 COMMAND = (sys.executable, "-s", "-P", "-m", "gateway.sandbox.child")
 

@@ -39,7 +39,8 @@ AT_ONE_RECEIVER = 8
 AT_ONE_RECEIVER_OF_TENANT = 2
 
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES"
-"""Of TLS 1.2. Not DHE: a receiver chooses the numbers there, and 10,000 bits held the event loop for 0.7 s of CPU."""
+"""Cipher suites offered for TLS 1.2, in OpenSSL's notation. DHE is not among them: the receiver would choose its
+parameters, and 10,000 bits held the event loop for 0.7 s of CPU."""
 
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})(?:[ \r]|$)")
 

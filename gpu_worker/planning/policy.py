@@ -1,4 +1,6 @@
-"""Who is first in a step, who yields, and how long a step may be. Pure: the batcher holds sequences and blocks.
+"""Decides which sequences come first in a step, which yield, and how long a step may be.
+
+Pure: the batcher holds the sequences and their blocks.
 
 Every sequence has a priority class (`Sequence.priority`): 0 yields to none, 1 to class 0; 2, batch work, yields to
 both. The lowest class present is *first*. The next one *yields*: it gets what the first leaves of a step's tokens and,

@@ -217,7 +217,7 @@ def test_homes_grow_at_once_and_shrink_one_by_one_after_a_while() -> None:
 
 
 def test_ranks_in_a_batch_count() -> None:
-    """Of two equally loaded workers, the one whose step grows less is chosen."""
+    """If two workers are equally loaded, the one whose step grows less is chosen."""
     step = m.StepModel(a=0.01, b=1e-5, c=0.0, d=1e-4)
     site = Site(*(beat(f"w{i}", step_model=step, resident=["a", "b"], capacity=64) for i in range(2)))
     first = site.wid("a")

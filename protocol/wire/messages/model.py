@@ -66,7 +66,7 @@ class ServedModel(Wire, frozen=True):
 
     @property
     def identity(self) -> tuple[str, dict[str, str]]:
-        """What adapters are checked for: when it changes, they must be checked again."""
+        """The part of a base that checks of adapters depend on: when it changes, adapters must be checked again."""
         return self.fingerprint, self.tokenizer
 
     def less(self, num_virtual: int) -> ServedModel:
