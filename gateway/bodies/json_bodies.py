@@ -182,7 +182,7 @@ class JsonRoute(APIRoute):
         async with Working():
             body = await self._body_of(raw[0], request)
             response = await self.endpoint(body=body, request=request)
-        del request  # frees the body before the answer is sent
+        del request, body  # so that the body can be freed before the answer is sent
         if len(raw[0]) > SLOWLY_FREED_BYTES:
             await asyncio.to_thread(raw.clear)
         else:

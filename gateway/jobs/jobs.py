@@ -28,7 +28,7 @@ from gateway.http.list_page import list_page
 from gateway.jobs.job_events import JobEvents
 from gateway.jobs.job_readers import JobReaders
 from gateway.jobs.job_stream import JobStream, numbers_of
-from gateway.overload import reads
+from gateway.overload import large, reads
 from gateway.overload.cost import held, hold
 from gateway.overload.loop_slice import LoopSlice
 from gateway.overload.memory import values_bytes
@@ -291,7 +291,9 @@ class Jobs:
         apart = partial(self._pipeline.checks.do, fields=(), num_bytes=len(request), tenant=job.tenant)
         hold(held() + len(request) + await apart(partial(values_bytes, request)))
         with as_kept(f"what {job.jid} asked for"):
-            return await apart(partial(loads_kept, request))
+            value = await apart(partial(loads_kept, request))
+        large.keep(value, len(request))
+        return value
 
     async def call(self, job: m.Job, facts: Facts, request: Any) -> tuple[JobApi, SubmittedCall]:
         """Rebuild a job's call as submitted, and charge for its memory and for reading its answer.

@@ -42,7 +42,7 @@ class ConversationEndpoints:
     async def add(self, conversation_id: str, body: NewItems, request: Request, include: Included = None) -> Response:
         """Answer `POST /v1/conversations/{id}/items`."""
         check_included(include)
-        return json_response(await self._conversations.add(conversation_id, body.items, caller_of(request)))
+        return json_answer(await self._conversations.add(conversation_id, body.items, caller_of(request)))
 
     async def items(
         self,
@@ -62,7 +62,7 @@ class ConversationEndpoints:
     async def item(self, conversation_id: str, item_id: str, request: Request, include: Included = None) -> Response:
         """Answer `GET /v1/conversations/{id}/items/{item}`."""
         check_included(include)
-        return json_response(await self._conversations.item(conversation_id, item_id, caller_of(request)))
+        return json_answer(await self._conversations.item(conversation_id, item_id, caller_of(request)))
 
     async def delete_item(self, conversation_id: str, item_id: str, request: Request) -> Response:
         """Answer `DELETE /v1/conversations/{id}/items/{item}`."""

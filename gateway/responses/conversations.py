@@ -19,16 +19,15 @@ from typing import Any
 import orjson
 
 from gateway.auth.callers import Caller
-from gateway.bodies.json_slices import RowSlices
+from gateway.bodies.json_slices import JsonText
 from gateway.bodies.json_values import loads_kept
-from gateway.http.list_page import list_page
 from gateway.jobs.jobs import KEPT_AFTER_EXPIRY_S, Jobs
 from gateway.overload import large
 from gateway.overload.cost import held, hold
 from gateway.overload.large import Checks
 from gateway.overload.memory import values_bytes
 from gateway.overload.shares import shares
-from gateway.responses.items import Item, items_of
+from gateway.responses.items import Item, item_page, items_of
 from gateway.responses.response_bodies import ConversationRequest, Metadata
 from gateway.responses.stored import GOES_ON, StoredResponses, end_of
 from protocol.metrics.series import UNREADABLE
@@ -58,6 +57,10 @@ RETRY = Backoff(1.0, 600.0)
 _ID = re.compile(r"conv_[0-9a-f]{32}")
 _AT_ONCE, _OF_TENANT = 1000, 16  # turns read together, and added per tenant
 _RETRY_S = 60.0  # Retry-After, in seconds, at a limit of stored data
+
+
+WrittenItem = tuple[str, bytes]
+"""The id and the JSON text of an item."""
 
 
 class TurnFailed(Exception):
@@ -106,7 +109,7 @@ class Conversations:
 
     async def create(self, request: ConversationRequest, caller: Caller) -> dict[str, Any]:
         """Create a conversation. Raises BadRequest, Overloaded."""
-        items = _given(request.items or [])
+        items = await self._given(request.items or [], caller.owner)
         made = m.Conversation(ID_PREFIX + secrets.token_hex(16), caller.owner, now_ms(), dict(request.metadata or {}))
         await self._change(made.id, caller, record=made, is_new=True, items=items)
         return view(made)
@@ -130,13 +133,13 @@ class Conversations:
 
     async def add(self, conversation_id: str, given: Sequence[Item], caller: Caller) -> dict[str, Any]:
         """Append items to a conversation; return them. Raises BadRequest, NotFound, Overloaded."""
-        items = _given(given)
+        items = await self._given(given, caller.owner)
         if not items:
             raise BadRequest("items is an empty list", param="items")
         await self._known(conversation_id, caller)
         await self._add_turns(conversation_id, caller.owner)
         await self._change(conversation_id, caller, items=items)
-        return list_page(items, has_more=False)
+        return item_page(*zip(*items, strict=True), has_more=False)
 
     async def page(
         self, conversation_id: str, caller: Caller, limit: int, after: str | None, *, newest_first: bool
@@ -151,17 +154,19 @@ class Conversations:
                 raise NotFound(f"there is no item {brief(after)}", param="after")
             start = rank + 1
         raws = await self._queue.items(conversation_id, start, limit + 1, newest_first=newest_first)
-        items = await self._values(raws[:limit], caller.owner)
-        return list_page(items, has_more=len(raws) > limit) | {"data": RowSlices(lambda: items, at_once=1)}
+        has_more = len(raws) > limit
+        del raws[limit:]
+        return item_page(await self._ids(raws, caller.owner), raws, has_more=has_more)
 
-    async def item(self, conversation_id: str, item_id: str, caller: Caller) -> Item:
+    async def item(self, conversation_id: str, item_id: str, caller: Caller) -> JsonText:
         """Return an item. Raises NotFound."""
         await self._known(conversation_id, caller)
         await self._add_turns(conversation_id, caller.owner)
         raw = await self._queue.item(conversation_id, item_id)
         if raw is None:
             raise _no_item(item_id)
-        return (await self._values([raw], caller.owner))[0]
+        await self._ids([raw], caller.owner)
+        return JsonText(raw)
 
     async def delete_item(self, conversation_id: str, item_id: str, caller: Caller) -> dict[str, Any]:
         """Delete an item; return the conversation. Raises NotFound."""
@@ -210,7 +215,8 @@ class Conversations:
                     except NotFound as error:  # for example the adapter's texts, which may return
                         FAILED.note("conversations", error, id_)
                         continue
-            await self._queue.change(conversation_id, tenant, self._limits, items=_written(items), response=id_)
+            written = await self._checks.in_thread(partial(_written, items), tenant) if items else []
+            await self._queue.change(conversation_id, tenant, self._limits, items=written, response=id_)
 
     async def _turn(self, job: m.Job, fact: RequestFacts) -> list[Item]:
         """Return the items that a response adds; none if its stored record is unreadable.
@@ -253,6 +259,10 @@ class Conversations:
 
     # ------------------------------------------------------------ storage
 
+    async def _given(self, items: Sequence[Item], tenant: str) -> list[WrittenItem]:
+        """Return a body's items with new ids, written. Raises BadRequest."""
+        return await self._checks.in_thread(partial(_given, items), tenant) if items else []
+
     async def _values(self, raws: Sequence[bytes], tenant: str) -> list[Item]:
         """Return items stored as JSON, and charge for them: a conversation may have some of each of many bodies.
 
@@ -265,6 +275,17 @@ class Conversations:
             items = await apart(lambda: [{"id": item["id"], **item} for item in map(loads_kept, raws)])
         large.keep(items, num_bytes)
         return items
+
+    async def _ids(self, raws: Sequence[bytes], tenant: str) -> list[str]:
+        """Return the ids of items stored as JSON, and charge for their texts. Raises as `_values`."""
+        num_bytes = sum(map(len, raws))
+        hold(held() + num_bytes)
+
+        def found() -> list[str]:
+            return [loads_kept(raw)["id"] for raw in raws]
+
+        with as_kept("an item of the conversation"):
+            return await self._checks.do(found, fields=(), num_bytes=num_bytes, tenant=tenant)
 
     async def _known(self, conversation_id: str, caller: Caller, param: str = "conversation_id") -> m.Conversation:
         found = None
@@ -281,13 +302,13 @@ class Conversations:
         *,
         record: m.Conversation | None = None,
         is_new: bool = False,
-        items: Sequence[Item] = (),
+        items: Sequence[WrittenItem] = (),
     ) -> None:
         limits = self._limits
         if caller.tenant is not None and caller.tenant.kept_bytes:
             limits = replace(limits, max_kept=caller.tenant.kept_bytes)
         made = await self._queue.change(
-            conversation_id, caller.owner, limits, record=record, is_new=is_new, items=_written(items)
+            conversation_id, caller.owner, limits, record=record, is_new=is_new, items=items
         )
         if made.code == "gone":
             raise _not_found(conversation_id, "conversation_id")
@@ -305,8 +326,8 @@ def view(conversation: m.Conversation) -> dict[str, Any]:
     }
 
 
-def _given(items: Sequence[Item]) -> list[Item]:
-    """Return a body's items with new ids. Raises BadRequest."""
+def _given(items: Sequence[Item]) -> list[WrittenItem]:
+    """Return a body's items with new ids, written. Raises BadRequest."""
     if len(items) > MAX_ADDED:
         raise BadRequest(
             f"items has {len(items)} entries; the limit is {MAX_ADDED} at a time", param="items", code="limit_exceeded"
@@ -315,10 +336,10 @@ def _given(items: Sequence[Item]) -> list[Item]:
         if item.get("type") == "item_reference":
             text = f"items[{i}]: an item_reference is not supported here: send the item itself"
             raise BadRequest(text, param=f"items[{i}].type")
-    return items_of(items, uuid.uuid4().hex, {}, 0, renamed=True, param="items")
+    return _written(items_of(items, uuid.uuid4().hex, {}, 0, renamed=True, param="items"))
 
 
-def _written(items: Sequence[Item]) -> list[tuple[str, bytes]]:
+def _written(items: Sequence[Item]) -> list[WrittenItem]:
     return [(item["id"], orjson.dumps(item)) for item in items]
 
 

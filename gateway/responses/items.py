@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gateway.bodies import json_values
+from gateway.bodies.json_slices import JsonText, RowSlices
 from gateway.chat.message_text import Message
 from gateway.chat.messages import stand_in, unread_parts
+from gateway.http.list_page import list_page
 from gateway.responses.tools import flat_name
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
@@ -59,6 +61,12 @@ class ItemReference(NamedTuple):
 def item_id(kind: str, call: str, number: int) -> str:
     """Return the id of an item. call: id of its response, without prefix."""
     return f"{PREFIXES[kind]}_{call}{number:04x}"
+
+
+def item_page(ids: Sequence[str], texts: Sequence[bytes], *, has_more: bool) -> dict[str, Any]:
+    """Return a page of items, given as their ids and their JSON texts."""
+    page = list_page([{"id": one} for one in ids], has_more=has_more)
+    return page | {"data": RowSlices(lambda: map(JsonText, texts), at_once=1)}
 
 
 def references(given: str | Sequence[Item] | None) -> Iterator[ItemReference]:

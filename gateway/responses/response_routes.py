@@ -82,7 +82,7 @@ class ResponseEndpoints:
         check_included(include)
         caller = caller_of(request)
         page = await self._responses.input_items(response_id, caller, limit, after, newest_first=order == "desc")
-        return json_response(page)
+        return json_answer(page)
 
 
 def check_included(include: list[str] | None) -> None:

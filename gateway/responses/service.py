@@ -7,6 +7,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import orjson
+
 from gateway.answers.call_response import CallResult, SentAnswer
 from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
@@ -15,11 +17,10 @@ from gateway.calls.earlier import check_same_body
 from gateway.calls.parsed_call import ChatPrompt, Models, ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.tokenize import tokenize
-from gateway.http.list_page import list_page
 from gateway.jobs.jobs import Jobs
 from gateway.overload import large
 from gateway.responses.conversations import Conversations
-from gateway.responses.items import Item, items_of, references
+from gateway.responses.items import Item, item_page, items_of, references
 from gateway.responses.response_bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
 from gateway.responses.response_parse import Context, check_input, check_prompt, parse, parse_count, to_be_stored
 from gateway.responses.response_write import ID_PREFIX, FollowedAnswer
@@ -188,4 +189,5 @@ class Responses:
             if start > len(items):
                 raise NotFound(f"there is no item {brief(after)}", param="after")
         page = items[start : start + limit]
-        return list_page(page, has_more=len(items) > start + limit)
+        texts = await self._pipeline.checks.in_thread(lambda: [orjson.dumps(item) for item in page], caller.owner)
+        return item_page([item["id"] for item in page], texts, has_more=len(items) > start + limit)

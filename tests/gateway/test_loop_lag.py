@@ -246,6 +246,45 @@ async def test_no_conversation_holds_the_event_loop(
     assert lag.longest_s < MOST_S
 
 
+async def test_no_stored_response_holds_the_event_loop(
+    http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its input becomes one item of a conversation."""
+    await fleet.set_context(http.base_url, 1 << 18)
+    part = {"type": "input_text", "text": "a"}
+    made = (await asyncio.to_thread(lambda: http.post("/v1/conversations", json={}))).json()
+    asked = {"model": "base", "conversation": made["id"], "max_output_tokens": 16}
+    body = json.dumps({**asked, "input": [{"role": "user", "content": [part] * 16_000}]}).encode()
+    headers = {"content-type": "application/json"}
+    items = f"/v1/conversations/{made['id']}/items"
+    written = noting(monkeypatch, orjson, "dumps", lambda value, *_, **__: len(repr(value)))
+    read = noting(monkeypatch, orjson, "loads", len)
+
+    def ask() -> list[httpx2.Response]:
+        answer = http.post("/v1/responses", content=body, headers=headers)
+        own = http.get(f"/v1/responses/{answer.json()['id']}/input_items")
+        page = http.get(items)  # adds the turn
+        one = http.get(f"{items}/{page.json()['last_id']}")
+        many = {"items": [{"role": "user", "content": [part] * 80}] * 20}
+        return [
+            answer,
+            own,
+            page,
+            one,
+            http.post(items, json=many),
+            http.post("/v1/responses", json={**asked, "input": "a"}),
+        ]
+
+    async with measured_lag("a stored response") as lag:
+        answers = await asyncio.to_thread(ask)
+    assert [answer.status_code for answer in answers] == [200] * 6, answers[-1].text
+    _, own, page, one, *_ = (answer.json() for answer in answers)
+    assert own["data"][0]["content"] == page["data"][-1]["content"] == one["content"] == [part] * 16_000
+    assert max(written) <= PLAIN_BYTES
+    assert max([0, *read]) <= PLAIN_BYTES
+    assert lag.longest_s < MOST_S
+
+
 @pytest.mark.thorough
 async def test_a_background_job_of_long_prompts_is_streamed_beside_others(
     http: httpx2.Client, fleet: ScriptedFleet

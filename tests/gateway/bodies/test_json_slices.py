@@ -26,7 +26,17 @@ from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.answers.sse import GenerationAnswer
 from gateway.auth.callers import CALLER, Caller
 from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse, in_thread
-from gateway.bodies.json_slices import ROWS, FieldSlices, RowSlices, dumps, joined, rows_of, slices
+from gateway.bodies.json_slices import (
+    PART_BYTES,
+    ROWS,
+    FieldSlices,
+    JsonText,
+    RowSlices,
+    dumps,
+    joined,
+    rows_of,
+    slices,
+)
 from gateway.calls.choices import Logprobs, Piece
 from gateway.calls.follow import ClientGoneError
 from gateway.calls.parsed_call import CallOptions
@@ -272,6 +282,14 @@ def test_rows_may_have_slices_and_be_fields() -> None:
     expected = {"a": [{f"k{i}": number for i in range(5)} for number in range(3)], "empty": {}}
     assert json.loads(joined(value)) == json.loads(dumps(value)) == expected
     assert max(map(len, slices(value))) <= len(b'{"k0":0,"k1":0')
+
+
+def test_an_existing_json_text_is_written_in_parts() -> None:
+    text = dumps(["a" * 1000] * 200)
+    value = {"data": RowSlices(lambda: map(JsonText, [text, b"{}"]), 1), "one": JsonText(text)}
+    expected = {"data": [["a" * 1000] * 200, {}], "one": ["a" * 1000] * 200}
+    assert json.loads(joined(value)) == json.loads(dumps(value)) == expected
+    assert max(map(len, slices(value))) == PART_BYTES < len(text)
 
 
 def test_rows_of_many_entries_are_few() -> None:

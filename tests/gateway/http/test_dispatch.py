@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from typing import Any
 
 import httpx2
@@ -97,6 +98,28 @@ BODIES: list[tuple[int, bytes, str | None]] = [
     *((status, b'{"model":"%b","prompt":"hi"}' % fault.encode(), JSON)
       for fault, status in (("own", 404), ("queue", 503), ("memory", 503), ("fault", 500))),
 ]  # fmt: skip
+
+
+async def test_a_calls_body_is_not_held_while_its_answer_is_sent() -> None:
+    """It would be freed when the answer has been sent, on the event loop, which takes milliseconds for megabytes."""
+    app, held = FastAPI(openapi_url=None), list[bool]()
+
+    async def answer(body: CompletionRequest, request: Request) -> Response:
+        bodies = [weakref.ref(body)]
+
+        class Answer(Response):
+            async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+                held.append(bodies[0]() is not None)
+                await super().__call__(scope, receive, send)
+
+        return Answer()
+
+    app.state.settings, app.state.checks = Settings(), Checks()
+    Routes(app, JsonRoute).post(COMPLETIONS, CALL)(answer)
+    status, *_ = await asked(
+        known(app, Dispatch(app, lambda _: OPENAI_ERRORS)), "POST", COMPLETIONS, b'{"model":"base","prompt":"hi"}', JSON
+    )
+    assert (status, held) == (200, [False])
 
 
 async def test_calls_and_other_routes_read_bodies_alike(subtests: pytest.Subtests) -> None:
