@@ -71,7 +71,7 @@ async def test_settings_pin_and_preload_beside_what_comes_later(
     for seed, name in enumerate("abc"):
         write_adapter(settings.adapters / name, seed=seed)
     await bus.streams.create(bus.keys.ctl("w1"), 60)
-    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat("w1")), 60_000)
+    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat("w1")), 3_600_000)
     run_store(pin="a", preload="b, a", refresh_s=3600)
     digests = {name: (await in_state(bus, name, "on_disk")).digest for name in "abc"}
 

@@ -29,7 +29,7 @@ async def set_bases(bus: Bus, *bases: m.ServedModel, **workers: int) -> None:
     await report(bus, *bases)
     loads = {name: m.BaseLoad(num, 2, 1) for name, num in workers.items()}
     status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, sent_ms=now_ms(), bases=loads)
-    await bus.set(bus.keys.status, status, 60_000)
+    await bus.set(bus.keys.status, status, 3_600_000)
 
 
 def base(name: str, **more: Any) -> m.ServedModel:
@@ -222,7 +222,7 @@ async def test_a_worker_that_the_scheduler_has_not_met_yet_is_counted(
 
     await wait_until(lambda: answers(503), "the gateway has seen that the base has no worker")
     beat = m.WorkerBeat(wid="w2", name="w2", base="b", capacity=4)
-    await bus.members.beat(bus.keys.worker_beat("w2"), bus.keys.workers, "w2", m.encode(beat), 60_000)
+    await bus.members.beat(bus.keys.worker_beat("w2"), bus.keys.workers, "w2", m.encode(beat), 3_600_000)
     await wait_until(lambda: answers(200), "its calls are accepted")
 
 

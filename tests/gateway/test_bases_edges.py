@@ -27,7 +27,7 @@ async def knows_scores(bus: Bus) -> None:
     """Publish the optional fields that workers of this version support."""
     status = await bus.get(bus.keys.status, m.SchedulerStatus)
     assert status is not None
-    await bus.set(bus.keys.status, msgspec.structs.replace(status, knows=sorted(KNOWN_FIELDS)), 60_000)
+    await bus.set(bus.keys.status, msgspec.structs.replace(status, knows=sorted(KNOWN_FIELDS)), 3_600_000)
 
 
 @pytest.mark.parametrize(("default", "further"), [("llama:8b", "llama"), ("llama", "llama:8b")])

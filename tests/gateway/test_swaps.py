@@ -22,7 +22,7 @@ async def tell(bus: Bus, loads: dict[str, m.BaseLoad], **more: dict[str, str]) -
     await report(bus, base("a"))
     await bus._redis.hset(bus.keys.bases, "b", m.encode(base("b")))
     status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, sent_ms=now_ms(), bases=loads, **more)  # type: ignore[arg-type]
-    await bus.set(bus.keys.status, status, 60_000)
+    await bus.set(bus.keys.status, status, 3_600_000)
 
 
 REACHED = {"a": m.BaseLoad(1), "b": m.BaseLoad(may_become=1), "c": m.BaseLoad(may_become=1)}
@@ -77,7 +77,7 @@ async def test_who_becomes_what_is_shown(bus: Bus, http: httpx2.AsyncClient, fle
     await fleet.stop_beating()
     await tell(bus, REACHED, becoming={"worker-0": "b"})
     beat = m.WorkerBeat(wid="w1", name="worker-0", capacity=0, base="a", becoming="b", draining=True, sent_ms=now_ms())
-    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)
+    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 3_600_000)
     found = (await http.get("/v1/fleet")).json()
     assert found["becoming"] == {"worker-0": "b"}
     assert {one["name"]: one["may_become"] for one in found["bases"]} == {"a": 0, "b": 1, "c": 1}

@@ -26,7 +26,7 @@ async def _keep_alive(bus: Bus, workers: dict[str, str]) -> None:
     while True:
         for wid, name in workers.items():
             beat = m.WorkerBeat(wid=wid, name=f"worker-{wid}", base=name, capacity=4)
-            await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), 60_000)
+            await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), 3_600_000)
         await asyncio.sleep(0.2)
 
 

@@ -92,7 +92,7 @@ async def fleet(bus: Bus, tmp_path: Path) -> AsyncIterator[ScriptedFleet]:
     await bus._redis.hset(bus.keys.bases, "b", m.encode(bases[1]))
     loads = {"a": m.BaseLoad(1), "b": m.BaseLoad(1)}
     status = m.SchedulerStatus(queued=0, running=0, workers=2, drain_rate=0.0, sent_ms=now_ms(), bases=loads)
-    await bus.set(bus.keys.status, status, 60_000)
+    await bus.set(bus.keys.status, status, 3_600_000)
     yield ScriptedFleet(bus, Tokenizer.from_file(str(folders[0] / "tokenizer.json")))
 
 
@@ -127,7 +127,7 @@ async def test_why_a_base_has_not_started_is_told_to_operators_alone(
     await bus.members.note_failure("b", "/srv/private/b has no config.json")
     loads = {"a": m.BaseLoad(1), "b": m.BaseLoad()}
     status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, sent_ms=now_ms(), bases=loads)
-    await bus.set(bus.keys.status, status, 60_000)
+    await bus.set(bus.keys.status, status, 3_600_000)
     secrets = {scope: (await bus.api_keys.create("acme", [scope]))[0] for scope in ("infer", "adapters", "admin")}
     heads = [{"authorization": f"Bearer {secret}"} for secret in secrets.values()]
     for is_open in (False, True):

@@ -30,8 +30,8 @@ async def test_who_dies_takes_none_of_its_tenants_limits_along(bus: Bus) -> None
     """Concurrency and reserved tokens are held while a request moves, and released once it will not continue."""
     quota = Quota("acme", tokens_per_minute=40, concurrency=2)  # a request reserves 4 + 4 tokens
     running, used = bus.keys.running("acme"), bus.keys.quota("acme")
-    await bus.members.beat(bus.keys.gateway_beat("alive"), bus.keys.gateways, "alive", b"url", 60_000)
-    await bus.members.beat(bus.keys.gateway_beat(GATEWAY), bus.keys.gateways, GATEWAY, b"url", 60_000)
+    await bus.members.beat(bus.keys.gateway_beat("alive"), bus.keys.gateways, "alive", b"url", 3_600_000)
+    await bus.members.beat(bus.keys.gateway_beat(GATEWAY), bus.keys.gateways, GATEWAY, b"url", 3_600_000)
     first = await FakeWorker(bus, "w1").join()
     async with running_scheduler(bus, beat_timeout_s=0.6, max_attempts=2):
         assert await submit(bus, make_submit("moves"), make_submit("poison"), quota=quota) == "ok"

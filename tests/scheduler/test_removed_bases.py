@@ -97,7 +97,7 @@ async def test_a_base_that_comes_back_at_once_is_served_again(bus: Bus) -> None:
         for _ in range(5):
             await bus.added_bases.remove("b")
             await bus.added_bases.add("b", "/models/b", 31)
-        await bus.members.join(m.WorkerBeat(wid="w2", name="w2", capacity=8), served("b"), 60_000)
+        await bus.members.join(m.WorkerBeat(wid="w2", name="w2", capacity=8), served("b"), 3_600_000)
         second = await FakeWorker(bus, "w2", base="b").join()
         await submit(bus, make_submit("b1", base="b"))
         await holds(second, "b1")

@@ -166,8 +166,8 @@ async def test_a_running_request_is_fenced_at_its_deadline(bus: Bus) -> None:
 
 async def test_a_dead_gateways_requests_are_cancelled_unless_stored(bus: Bus) -> None:
     worker = await FakeWorker(bus, "w1", capacity=1).join()
-    await bus.members.beat(bus.keys.gateway_beat("alive"), bus.keys.gateways, "alive", b"url", 60_000)
-    await bus.members.beat(bus.keys.gateway_beat(GATEWAY), bus.keys.gateways, GATEWAY, b"url", 60_000)
+    await bus.members.beat(bus.keys.gateway_beat("alive"), bus.keys.gateways, "alive", b"url", 3_600_000)
+    await bus.members.beat(bus.keys.gateway_beat(GATEWAY), bus.keys.gateways, GATEWAY, b"url", 3_600_000)
     async with running_scheduler(bus):
         await submit(bus, make_submit("running"), make_submit("stored", stored=True))
         await submit(bus, make_submit("alive", gateway="alive"), make_submit("queued"))
@@ -235,7 +235,7 @@ async def test_a_deposed_leader_assigns_nothing(bus: Bus) -> None:
     worker = await FakeWorker(bus, "w1").join()
     async with running_scheduler(bus):
         await wait_until(lambda: status_is(bus, workers=1), "it leads")
-        await bus._redis.set(bus.keys.leader, "another:99", px=60_000)
+        await bus._redis.set(bus.keys.leader, "another:99", px=3_600_000)
         await submit(bus, make_submit("r"))
         await wait_until(lambda: _stands_by(bus), "it has noticed")
         await worker.read()

@@ -20,7 +20,7 @@ async def leave(bus: Bus, fleet: ScriptedFleet) -> None:
     await fleet.stop_beating()
     fleet.assigning.clear()
     await bus._redis.zrem(bus.keys.workers, fleet.wid)
-    await bus.set(bus.keys.status, m.SchedulerStatus(queued=0, running=0, workers=0, drain_rate=0.0), 60_000)
+    await bus.set(bus.keys.status, m.SchedulerStatus(queued=0, running=0, workers=0, drain_rate=0.0), 3_600_000)
 
 
 async def test_a_call_waits_in_the_queue_and_says_for_what(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
@@ -52,7 +52,7 @@ async def test_without_the_setting_a_call_is_refused_at_once(
 
 async def test_the_fleet_tells_how_much_it_has_to_do(bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient) -> None:
     status = m.SchedulerStatus(queued=5, running=3, workers=1, drain_rate=0.0, drain_next="w")
-    await bus.set(bus.keys.status, status, 60_000)
+    await bus.set(bus.keys.status, status, 3_600_000)
     told = (await http.get("/v1/fleet")).json()
     wanted = {"object": "fleet", "workers": 1, "queued": 5, "running": 3, "demand": 8, "drain_next": "w"}
     assert wanted.items() <= told.items()

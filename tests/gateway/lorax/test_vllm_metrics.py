@@ -29,7 +29,7 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
         pool_bytes_free=30, waiting=2, waiting_adapter=1,
         sent_ms=now_ms(), counters=m.WorkerCounters(num_steps=7, num_computed_tokens=21),
     )  # fmt: skip
-    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)
+    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 3_600_000)
     await told(bus, running=1, running_adapters=["vllm-d1"], waiting_adapters=["h1"])
     fleet.script = lambda submit, body: Script(hold_after=1)
     try:
@@ -88,7 +88,7 @@ async def test_nothing_runs_or_waits_after_the_last_answer(bus: Bus, fleet: Scri
 async def told(bus: Bus, *, queued: int = 0, running: int = 0, **adapters: Any) -> None:
     """Publish a status as a scheduler does, and let no later one replace it."""
     status = m.SchedulerStatus(queued=queued, running=running, workers=1, drain_rate=1.0, **adapters)
-    await bus.set(bus.keys.status, status, 60_000)
+    await bus.set(bus.keys.status, status, 3_600_000)
 
 
 async def shows(http: httpx2.AsyncClient, nums: dict[str, int]) -> bool:

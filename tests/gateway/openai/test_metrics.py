@@ -64,7 +64,7 @@ async def test_metrics_tell_of_every_live_worker(
     ]
     await fleet.stop_beating()
     for beat in beats:
-        await bus.members.beat(bus.keys.worker_beat(beat.wid), bus.keys.workers, beat.wid, m.encode(beat), 60_000)
+        await bus.members.beat(bus.keys.worker_beat(beat.wid), bus.keys.workers, beat.wid, m.encode(beat), 3_600_000)
 
     rows = (await http.get("/metrics")).text.splitlines()
     lines = {

@@ -138,7 +138,7 @@ async def test_a_page_does_not_tell_where_it_ended_among_others(bus: Bus) -> Non
     """A page that reaches its work limit ends among other tenants' requests; its cursor reveals none of their ids."""
     rids = [f"{number:032x}-0" for number in range(2 * MAX_LOOKED_AT + 10)]
     beat = m.WorkerBeat(wid="w1", name="w1", capacity=64, progress=[(rid, 1) for rid in rids])
-    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)
+    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 3_600_000)
     own = rids[77]
     record = {"state": "running", "tenant": "acme", "cls": "interactive", "epoch": 1, "n_prompt": 1}
     await bus._redis.hset(bus.keys.req(own), mapping=record)

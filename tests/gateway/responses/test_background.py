@@ -248,7 +248,7 @@ async def test_a_stream_that_was_kept_alive_goes_on_as_a_job(
 ) -> None:
     """The adapter took longer than the ping interval, so the stream started before the background response existed."""
     await fleet.add_adapter("late", state="downloading")
-    await bus.members.beat(bus.keys.store_beat("s1"), bus.keys.stores, "s1", b"http://nowhere", 60_000)
+    await bus.members.beat(bus.keys.store_beat("s1"), bus.keys.stores, "s1", b"http://nowhere", 3_600_000)
     body = {"model": "late", "input": "hi", "stream": True, "background": True}
     async with gateway_client(bus, model_folder, keepalive_s=0.05) as http:
         text = ""

@@ -68,7 +68,9 @@ async def store(fleet: ScriptedFleet, bus: Bus, tmp_path: Path, own_tokenizer: T
     store = Store(tmp_path, fleet)
     server = BlobServer(store.locate, drop, dict)
     port = await server.start("127.0.0.1", 0)
-    await bus.members.beat(bus.keys.store_beat("s"), bus.keys.stores, "s", f"http://127.0.0.1:{port}".encode(), 60_000)
+    await bus.members.beat(
+        bus.keys.store_beat("s"), bus.keys.stores, "s", f"http://127.0.0.1:{port}".encode(), 3_600_000
+    )
     texts = OwnTexts(
         template="{{ messages[0].content }}<|end|>zebra{{ eos_token }}{{ add_generation_prompt }}",
         special_tokens={"eos_token": "<|end|>"},
