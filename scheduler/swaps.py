@@ -19,7 +19,7 @@ TURN_STARTS = 4.0
 LONG_QUEUE = 0.8
 """A base is flooded if its queue takes more than this fraction of the bound; its worker then leaves after its turn."""
 
-USED_MS = 120_000.0
+USED_MS = 300_000.0
 """Time constant in ms of the mean use of machine time, which is compared with shares."""
 
 HELP_STARTS = 2.0
@@ -170,7 +170,7 @@ class _Fleet:
     def decide(self) -> list[Swap]:
         """Assign workers to bases that wait for one, the most urgent first; then move some to busy bases."""
         due_ms = {
-            name: max(since_ms, self._policy.served_ms.get(name, since_ms)) + self._limit_ms(self.demands[name])
+            name: max(since_ms, self._policy.served_ms.get(name, since_ms)) + self._own_limit_ms(self.demands[name])
             for name, since_ms in self._since_ms.items()
             if not self.num[name]
         }
@@ -179,8 +179,8 @@ class _Fleet:
         while unserved and leaving:
             name = unserved[0]
             may = [one for one in leaving if name in one[0].may_become]
-            if may and all(why == "bound" for _, why in may) and not self._is_late(unserved, due_ms):
-                may = []
+            if all(why == "bound" for _, why in may):
+                may = self._must_leave(may, unserved, due_ms)
             unserved.popleft()
             if may:
                 leaver = max(may, key=lambda one: (one[1] != "bound", self._excess(one[0])))
@@ -190,18 +190,48 @@ class _Fleet:
             self._help()
         return self._swaps
 
-    def _limit_ms(self, demand: BaseDemand) -> float:
-        """Return the maximum ms for which a base waits for a worker.
+    def _own_limit_ms(self, demand: BaseDemand) -> float:
+        """Return the maximum ms for which a base waits for a worker of a base that is beyond its share."""
+        return self._limit_ms(demand.typical_s if self._is_beyond_share(demand) else 0.0)
 
-        This is the bound, or longer in two cases: if so many bases cannot take turns within it, or if most tenants of
-        the base have more work than a turn within the bound takes, which longer turns finish sooner.
+    def _limit_ms(self, typical_s: float) -> float:
+        """Return the maximum ms of waiting where the work of a typical tenant takes `typical_s`.
+
+        This is the bound, or longer in two cases: if so many bases cannot take turns within it, or if a typical tenant
+        has more work than its part of a turn within the bound, because longer turns finish that sooner.
         """
         num, starts_ms, least_ms = self._num_workers, self._starts_ms, self._policy.max_wait_ms
         if num * least_ms < starts_ms + len(self._active) * self._policy.residency_ms:
             least_ms = max(least_ms, starts_ms / num / LOSS)
         part_ms = (num * least_ms - starts_ms) / self._shares
         most_ms = starts_ms / num / MAX_LOSS
-        return max(least_ms, min(most_ms, least_ms * 1000 * demand.typical_s / max(part_ms, 1.0)))
+        return max(least_ms, min(most_ms, least_ms * 1000 * typical_s / max(part_ms, 1.0)))
+
+    def _typical_s(self) -> float:
+        """Return the lower median of `BaseDemand.typical_s`, weighted by shares: half of all tenants have more work."""
+        shares = 0.0
+        for demand in sorted(self._active, key=lambda one: one.typical_s):
+            shares += demand.shares
+            if 2 * shares >= self._shares:
+                return demand.typical_s
+        return 0.0
+
+    def _must_leave(
+        self, leaving: list[tuple[Seat, str]], unserved: Iterable[str], due_ms: Mapping[str, float]
+    ) -> list[tuple[Seat, str]]:
+        """Return those of the workers, one of which must leave now so that no base waits too long.
+
+        Others wait longer for a worker of a base that is within its share, if most tenants of the fleet have much work.
+        """
+        if not self._is_late(unserved, due_ms):
+            return []
+        if beyond := [one for one in leaving if self._is_beyond_share(self.demands[one[0].base])]:
+            return beyond
+        least_ms = self._limit_ms(self._typical_s())
+        later_ms = {
+            name: ms + max(0.0, least_ms - self._own_limit_ms(self.demands[name])) for name, ms in due_ms.items()
+        }
+        return leaving if self._is_late(unserved, later_ms) else []
 
     def _is_late(self, unserved: Iterable[str], due_ms: Mapping[str, float]) -> bool:
         """Return whether some base would wait too long if no worker left its base before the next decision.
@@ -231,10 +261,14 @@ class _Fleet:
         """Return whether a worker's base is beyond its share and the worker has served it for a turn."""
         demand = self.demands[seat.base]
         turn_ms = max(self._policy.residency_ms, TURN_STARTS * 1000 * demand.start_s)
-        return self._now_ms - seat.since_ms >= turn_ms and self._policy.used[seat.base] > self._share(demand)
+        return self._now_ms - seat.since_ms >= turn_ms and self._is_beyond_share(demand)
 
     def _share(self, demand: BaseDemand) -> float:
         return demand.shares / self._shares
+
+    def _is_beyond_share(self, demand: BaseDemand) -> bool:
+        """Return whether a base has recently used more machine time than its tenants' shares."""
+        return self._policy.used.get(demand.name, 0.0) > self._share(demand)
 
     def _ideal(self, name: str) -> float:
         return self._num_workers * self._share(self.demands[name])
