@@ -141,7 +141,7 @@ def test_a_base_within_its_share_works_off_what_most_tenants_wait_for(
 
 
 @pytest.mark.parametrize(("used", "first"), [(0.2, "b"), (0.6, "c")])
-def test_much_work_makes_a_base_wait_longer_only_if_it_had_more_than_its_share(used: float, first: str) -> None:
+def test_much_work_makes_only_a_base_beyond_its_share_wait(used: float, first: str) -> None:
     policy = make()
     policy.used, policy._last_ms = {"a": 0.8 - used, "b": used, "c": 0.2}, NOW_MS
     demands = [base("a"), base("b", 500.0, waits_s=9.0, typical_s=500.0), base("c", 1.0, waits_s=8.0, typical_s=1.0)]
