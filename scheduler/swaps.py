@@ -22,6 +22,9 @@ LONG_QUEUE = 0.8
 USED_MS = 300_000.0
 """Time constant in ms of the mean use of machine time, which is compared with shares."""
 
+MARGIN = 1.1
+"""A base is beyond its share from this multiple of it: the mean of equal bases varies by their turns."""
+
 HELP_STARTS = 2.0
 """Waiting work of a base, in starts for each of its workers, from which one more worker helps."""
 
@@ -208,7 +211,7 @@ class _Fleet:
         return max(least_ms, min(most_ms, least_ms * 1000 * typical_s / max(part_ms, 1.0)))
 
     def _typical_s(self) -> float:
-        """Return the lower median of `BaseDemand.typical_s`, weighted by shares: half of all tenants have more work."""
+        """Return the lower median of `BaseDemand.typical_s`, weighted by the shares of the bases."""
         shares = 0.0
         for demand in sorted(self._active, key=lambda one: one.typical_s):
             shares += demand.shares
@@ -221,12 +224,13 @@ class _Fleet:
     ) -> list[tuple[Seat, str]]:
         """Return those of the workers, one of which must leave now so that no base waits too long.
 
-        Others wait longer for a worker of a base that is within its share, if most tenants of the fleet have much work.
+        Others wait longer for a worker of a base that is within its share, if bases with half of all shares have much
+        work of most of their tenants.
         """
         if not self._is_late(unserved, due_ms):
             return []
-        if beyond := [one for one in leaving if self._is_beyond_share(self.demands[one[0].base])]:
-            return beyond
+        if any(self._is_beyond_share(self.demands[seat.base]) for seat, _ in leaving):
+            return leaving
         least_ms = self._limit_ms(self._typical_s())
         later_ms = {
             name: ms + max(0.0, least_ms - self._own_limit_ms(self.demands[name])) for name, ms in due_ms.items()
@@ -268,7 +272,7 @@ class _Fleet:
 
     def _is_beyond_share(self, demand: BaseDemand) -> bool:
         """Return whether a base has recently used more machine time than its tenants' shares."""
-        return self._policy.used.get(demand.name, 0.0) > self._share(demand)
+        return self._policy.used.get(demand.name, 0.0) > MARGIN * self._share(demand)
 
     def _ideal(self, name: str) -> float:
         return self._num_workers * self._share(self.demands[name])

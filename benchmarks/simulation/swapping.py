@@ -146,6 +146,7 @@ class Worker:
     batch: list[Request] = field(default_factory=list[Request])
     at_s: float = 0.0  # when `left_s` of its batch was last reduced
     serial: int = 0  # of its last event; earlier events are void
+    is_draining: bool = False  # ends its batch and then swaps
     order: Swap | None = None  # the last swap order
 
     def advance(self, now_s: float) -> None:
@@ -259,6 +260,19 @@ class Day:
                 return
             else:
                 stuck.add(base)
+        if self._policy == "collate":
+            self._drain(len(stuck))
+
+    def _drain(self, num: int) -> None:
+        """Let as many workers as bases that wait for one end their batches: those for whose bases nothing waits."""
+        num -= sum(worker.is_draining for worker in self._workers)
+        may = [
+            worker
+            for worker in self._workers
+            if 0 < len(worker.batch) < self._cell.slots and not self._queues[worker.base] and not worker.is_draining
+        ]
+        for worker in sorted(may, key=lambda one: max(request.left_s for request in one.batch))[: max(0, num)]:
+            worker.is_draining = True
 
     def _worker_for(self, base: str, now_s: float) -> Worker | None:
         """Return the worker that takes the next request for a base; it must swap only if the policy allows it."""
@@ -266,13 +280,16 @@ class Day:
         own = [
             worker
             for worker in self._workers
-            if worker.base == base and len(worker.batch) < self._cell.slots and (can_swap or worker.ready_s <= now_s)
+            if worker.base == base
+            and len(worker.batch) < self._cell.slots
+            and not worker.is_draining
+            and (can_swap or worker.ready_s <= now_s)
         ]
         if own:
             return min(own, key=lambda one: (one.ready_s > now_s, len(one.batch)))
         idle = [worker for worker in self._workers if not worker.batch and worker.ready_s <= now_s]
         if self._policy == "collate":
-            idle = [worker for worker in idle if not self._queues[worker.base]]
+            idle = [worker for worker in idle if worker.is_draining or not self._queues[worker.base]]
         return min(idle, key=lambda one: one.since_s) if idle and can_swap else None
 
     def _begin(self, worker: Worker, base: str, now_s: float) -> None:
@@ -290,6 +307,7 @@ class Day:
         start_s = self._cell.start_s(base)
         self.outcome.swaps[why] += 1
         self.outcome.starting_s += start_s
+        worker.is_draining = False
         worker.base, worker.ready_s, worker.since_s = base, now_s + start_s, now_s + start_s
 
     def _end(self, worker: Worker, now_s: float, end_s: float) -> None:
@@ -364,7 +382,7 @@ def row(cell: Cell, policy: str) -> dict[str, Any]:
     outcome = Day(cell, policy).run(arrivals(cell))
     seconds = 3600 * cell.hours * cell.workers
     served_s = sum(outcome.served_s.values()) / cell.speed
-    idle = 1 - (served_s + outcome.starting_s) / seconds
+    unused = 1 - (served_s + outcome.starting_s) / seconds
     return {
         **asdict(cell),
         "policy": policy,
@@ -372,15 +390,15 @@ def row(cell: Cell, policy: str) -> dict[str, Any]:
         "p99_s": round(outcome.wait_s(0.99), 1),
         "requests_per_h": round(outcome.num_ended / cell.hours),
         "swaps_per_h": round(outcome.swaps.total() / cell.hours, 1),
-        "idle": round(max(0.0, idle), 3),
+        "unused": round(max(0.0, unused), 3),
         "flood": round(outcome.served_s[FLOOD] / cell.speed / seconds, 3),
         "longest_s": round(outcome.longest_s, 1),
         "why": dict(sorted(outcome.swaps.items())),
     }
 
 
-SHOWN = ("p50_s", "p99_s", "requests_per_h", "swaps_per_h", "idle", "longest_s")
-HEADINGS = ("bases", "workers", "load", "p50, s", "p99, s", "requests/h", "swaps/h", "idle", "longest, s", "wanted")
+SHOWN = ("p50_s", "p99_s", "requests_per_h", "swaps_per_h", "unused", "longest_s")
+HEADINGS = ("bases", "workers", "load", "p50, s", "p99, s", "requests/h", "swaps/h", "unused", "longest, s", "wanted")
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:

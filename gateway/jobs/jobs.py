@@ -279,10 +279,11 @@ class Jobs:
             "waiting_for": await waiting_state(self._bus, rid),
         }
 
-    async def request(self, job: m.Job) -> Any:
+    async def request(self, job: m.Job, *, keep: bool = False) -> Any:
         """Return the stored part of a job's body, and charge for it.
 
-        Raises NotFound, UnreadableRecord, and as `cost.hold` and `reads.spend`.
+        keep: it is needed until the current call's end, and then freed in a thread. Raises NotFound, UnreadableRecord,
+        and as `cost.hold` and `reads.spend`.
         """
         request = await self._bus.jobs.request(job.jid)
         if request is None:
@@ -292,7 +293,8 @@ class Jobs:
         hold(held() + len(request) + await apart(partial(values_bytes, request)))
         with as_kept(f"what {job.jid} asked for"):
             value = await apart(partial(loads_kept, request))
-        large.keep(value, len(request))
+        if keep:
+            large.keep(value, len(request))
         return value
 
     async def call(self, job: m.Job, facts: Facts, request: Any) -> tuple[JobApi, SubmittedCall]:

@@ -118,11 +118,13 @@ def shared() -> Charge | None:
 @contextmanager
 def own_cost(charge: Charge | None) -> Iterator[None]:
     """Run the block with a cost of its own: with the given charge, and without the current call's body."""
-    token = COST.set(RequestCost(charge))
+    cost = RequestCost(charge)
+    token = COST.set(cost)
     try:
         yield
     finally:
         COST.reset(token)
+        cost.free()
 
 
 def hold_values(num_bytes: int, values_bytes: int) -> None:

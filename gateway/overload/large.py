@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from gateway.overload.cost import COST, body_of_task
+from gateway.overload.cost import COST, body_of_task, free_slowly
 from protocol.runtime.fair_slots import FairSlots
 
 T = TypeVar("T")
@@ -116,6 +116,11 @@ def free() -> None:
     cost = COST.get()
     if cost is not None:
         cost.free()
+
+
+async def freed(values: list[Any]) -> None:
+    """Free nested values in a thread, and empty the list, which must hold the only references to them."""
+    await asyncio.to_thread(free_slowly, values)
 
 
 def release() -> None:

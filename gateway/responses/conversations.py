@@ -23,7 +23,7 @@ from gateway.bodies.json_slices import JsonText
 from gateway.bodies.json_values import loads_kept
 from gateway.jobs.jobs import KEPT_AFTER_EXPIRY_S, Jobs
 from gateway.overload import large
-from gateway.overload.cost import held, hold
+from gateway.overload.cost import free_slowly, held, hold
 from gateway.overload.large import Checks
 from gateway.overload.memory import values_bytes
 from gateway.overload.shares import shares
@@ -215,17 +215,19 @@ class Conversations:
                     except NotFound as error:  # for example the adapter's texts, which may return
                         FAILED.note("conversations", error, id_)
                         continue
-            written = await self._checks.in_thread(partial(_written, items), tenant) if items else []
-            await self._queue.change(conversation_id, tenant, self._limits, items=written, response=id_)
+            await self._queue.change(conversation_id, tenant, self._limits, items=items, response=id_)
 
-    async def _turn(self, job: m.Job, fact: RequestFacts) -> list[Item]:
-        """Return the items that a response adds; none if its stored record is unreadable.
+    async def _turn(self, job: m.Job, fact: RequestFacts) -> list[WrittenItem]:
+        """Return the items that a response adds, written; none if its stored record is unreadable.
 
         Raises temporary errors, and TurnFailed.
         """
         before = held()
         try:
-            return await self._stored.turn(job, [fact])
+            items = await self._stored.turn(job, [fact])
+            written = await self._checks.in_thread(partial(_written, items), job.tenant)
+            await large.freed(items)
+            return written
         except NewerRecord:
             raise
         except UnreadableRecord as error:  # permanent; a client that reads the response gets this error
@@ -279,13 +281,10 @@ class Conversations:
     async def _ids(self, raws: Sequence[bytes], tenant: str) -> list[str]:
         """Return the ids of items stored as JSON, and charge for their texts. Raises as `_values`."""
         num_bytes = sum(map(len, raws))
-        hold(held() + num_bytes)
-
-        def found() -> list[str]:
-            return [loads_kept(raw)["id"] for raw in raws]
-
+        apart = partial(self._checks.do, fields=(), num_bytes=num_bytes, tenant=tenant)
+        hold(held() + num_bytes + await apart(lambda: max(map(values_bytes, raws), default=0)))
         with as_kept("an item of the conversation"):
-            return await self._checks.do(found, fields=(), num_bytes=num_bytes, tenant=tenant)
+            return await apart(lambda: list(map(_id_of, raws)))
 
     async def _known(self, conversation_id: str, caller: Caller, param: str = "conversation_id") -> m.Conversation:
         found = None
@@ -337,6 +336,14 @@ def _given(items: Sequence[Item]) -> list[WrittenItem]:
             text = f"items[{i}]: an item_reference is not supported here: send the item itself"
             raise BadRequest(text, param=f"items[{i}].type")
     return _written(items_of(items, uuid.uuid4().hex, {}, 0, renamed=True, param="items"))
+
+
+def _id_of(raw: bytes) -> str:
+    """Return the id of an item stored as JSON. Raises JSONDecodeError, KeyError, TypeError."""
+    items = [loads_kept(raw)]
+    found = items[0]["id"]
+    free_slowly(items)
+    return found
 
 
 def _written(items: Sequence[Item]) -> list[WrittenItem]:

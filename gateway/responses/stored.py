@@ -21,6 +21,7 @@ from gateway.http.paths import RESPONSES
 from gateway.jobs.job_events import JobEvents
 from gateway.jobs.job_stream import JobStream
 from gateway.jobs.jobs import Facts, Jobs, state_of
+from gateway.overload import large
 from gateway.responses.items import Item
 from gateway.responses.response_write import ID_PREFIX, End, ResponseWriter, error_event, failure_of, writer_of
 from gateway.responses.stream import ResponseEvents
@@ -59,7 +60,7 @@ class StoredResponses:
 
         is_new: it answers the call that created it, so its state is `queued` whatever has happened since.
         """
-        end, kept = End("queued") if is_new else end_of(job, facts), await self._jobs.request(job)
+        end, kept = End("queued") if is_new else end_of(job, facts), await self._jobs.request(job, keep=True)
         if end.status in ("queued", "in_progress"):
             _, writer = await self._open(job, facts, kept)
             return writer.object(end)
@@ -80,13 +81,13 @@ class StoredResponses:
 
     async def input_items(self, job: m.Job) -> list[Item]:
         """Return a response's input items. Raises NotFound."""
-        kept = await self._jobs.request(job)
+        kept = await self._jobs.request(job, keep=True)
         with as_kept(f"what {job.jid} asked for"):
             return kept["items"]
 
     async def all_items(self, job: m.Job, facts: Facts) -> list[Item]:
         """Return the items of a response that has an answer, its output last. Raises NotFound."""
-        kept = await self._jobs.request(job)
+        kept = await self._jobs.request(job, keep=True)
         with as_kept(f"what {job.jid} asked for"):
             items = kept["items"]
         return [*items, *await self._output(job, facts, kept)]
@@ -99,11 +100,17 @@ class StoredResponses:
         kept = await self._jobs.request(job)
         with as_kept(f"what {job.jid} asked for"):
             own = kept["items"][len(kept["items"]) - kept["num_own"] :]
-        return [*own, *await self._output(job, facts, kept)]
+        items = [*own, *await self._output(job, facts, kept)]
+        done = [kept]
+        del kept
+        await large.freed(done)
+        return items
 
     async def _output(self, job: m.Job, facts: Facts, kept: Any) -> list[Item]:
         writer, _ = await self._read(job, facts, kept)
-        return orjson.loads(orjson.dumps(writer.output.items))
+        return await self._pipeline.checks.in_thread(
+            lambda: orjson.loads(orjson.dumps(writer.output.items)), job.tenant
+        )
 
     async def _read(self, job: m.Job, facts: Facts, kept: Any) -> tuple[ResponseWriter, CallUsage]:
         """Return the writer of an ended response with its whole output, and the usage. Raises NotFound."""

@@ -40,11 +40,18 @@ def test_a_batch_takes_longer_than_one_and_less_than_one_after_the_other(policy:
     assert sorted(cell.speed for cell in (ONE, cell)) == pytest.approx([1.0, 2 / (1.0 + swapping.STEP_GROWTH)])
 
 
-@pytest.mark.parametrize(("policy", "waits_s"), [("fifo", 2.0), ("collate", 0.0), ("swaps", 0.0)])
-def test_by_fifo_a_request_behind_one_for_another_base_waits_for_it(policy: str, waits_s: float) -> None:
-    trace = asked((0.1, "b0"), (0.2, "b1"), (0.3, "b0"))
+@pytest.mark.parametrize(("policy", "num"), [("fifo", 2), ("collate", 2), ("swaps", 3)])
+def test_which_requests_do_not_wait_behind_one_for_another_base(policy: str, num: int) -> None:
+    trace = asked((0.1, "b0"), (0.2, "b0"), (0.3, "b1"), (0.4, "b0"))
     outcome = Day(replace(ONE, slots=8), policy).run(iter(trace))
-    assert sum(waited_s < 1.0 for waited_s in outcome.waits_s) == (1 if waits_s else 2)
+    assert sum(waited_s < 1.0 for waited_s in outcome.waits_s) == num
+
+
+def test_collate_ends_a_batch_to_which_requests_could_be_added_forever() -> None:
+    trace = sorted([*((0.5 * i, "b0") for i in range(60)), (10.1, "b1")])
+    outcome = Day(replace(ONE, slots=8), "collate").run(iter(asked(*trace)))
+    assert outcome.swaps.total() == 2
+    assert max(outcome.waits_s) < 10.0
 
 
 def test_an_interrupted_request_goes_on_from_where_it_was() -> None:
@@ -78,7 +85,7 @@ def test_with_batches_waits_are_half_of_fifos_each_time() -> None:
 def test_the_table_says_which_goals_are_reached() -> None:
     def cell(p99_s: float, requests_per_h: int = 100) -> list[dict[str, object]]:
         same = {"bases": 3, "workers": 1, "kind": "day", "load": 0.3}
-        shown = {"p50_s": 0, "swaps_per_h": 0, "idle": 0, "longest_s": 0}
+        shown = {"p50_s": 0, "swaps_per_h": 0, "unused": 0, "longest_s": 0}
         figures = ((10.0, 100), (4.0, 100), (p99_s, requests_per_h))
         return [{**same, **shown, "p99_s": one, "requests_per_h": num} for one, num in figures]
 

@@ -148,6 +148,25 @@ def test_much_work_makes_only_a_base_beyond_its_share_wait(used: float, first: s
     assert policy.told(NOW_MS, demands, [seat("w", "a")]) == [("w", first, "idle")]
 
 
+@pytest.mark.parametrize(("waiting_s", "most"), [(20.0, 0.1), (2000.0, 0.1), (1.0, 0.2)])
+def test_starts_take_a_tenth_of_the_time_where_all_have_much_work(waiting_s: float, most: float) -> None:
+    """Three bases with the same shares and one worker; with little work the bound is kept, and starts take a fifth."""
+    policy, of, since_s, starts_s, waits_since_s = make(), "a", 0.0, 0.0, dict.fromkeys("abc", 0.0)
+    for second in range(1, 3000):
+        if second < since_s:  # it is starting
+            continue
+        waits_since_s[of] = second - 1.0
+        demands = [
+            base(name, waiting_s, waits_s=second - waits_since_s[name], now_ms=1000.0 * second, typical_s=waiting_s)
+            for name in "abc"
+        ]
+        worker = seat("w", of, running=8, stayed_s=second - since_s, now_ms=1000.0 * second)
+        for _, name, _ in policy.told(1000.0 * second, demands, [worker]):
+            waits_since_s[of], of, since_s = float(second), name, second + START_S
+            starts_s += START_S
+    assert 0.04 < starts_s / 3000 <= most
+
+
 # ------------------------------------------------------------ pending orders
 
 
