@@ -162,6 +162,7 @@ class Line:
         self._talk: _Talk | None = None
         self._opening = asyncio.Lock()
         self._rests_until_s = 0.0
+        self._is_closed = False
 
     async def ask(self, command: tuple[str | bytes | int | float, ...], within_s: float | None = None) -> Any:
         """Send a command and return the reply.
@@ -184,7 +185,8 @@ class Line:
             late.cancel()
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, also one that is being opened. Later commands raise a connection error."""
+        self._is_closed = True
         if self._talk is not None:
             self._talk.end(RedisConnectionError(_LOST))
 
@@ -192,6 +194,8 @@ class Line:
         async with self._opening:
             if self._talk is not None and not self._talk.is_over:
                 return self._talk
+            if self._is_closed:
+                raise RedisConnectionError(_LOST)
             if asyncio.get_running_loop().time() < self._rests_until_s:
                 raise RedisConnectionError("the connection to the queue is broken")
             connection = self._client.connection_pool.make_connection()
@@ -203,6 +207,9 @@ class Line:
                 if isinstance(error, TimeoutError):
                     raise RedisTimeoutError("timeout connecting to the queue") from None
                 raise
+            if self._is_closed:  # meanwhile
+                await connection.disconnect(nowait=True)
+                raise RedisConnectionError(_LOST)
             self._talk = _Talk(self._timeout_s)
             self._talk.begin(connection)
             return self._talk

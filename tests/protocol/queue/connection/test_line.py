@@ -199,3 +199,43 @@ async def test_a_server_that_cannot_serve_loses_the_line(bus: Bus, tmp_path: Pat
         assert await line.ask(("PING",)) == b"PONG"  # on another connection
         await line.close()
         await client.aclose()
+
+
+async def test_a_connection_whose_opening_is_cancelled_is_closed(tmp_path: Path) -> None:
+    """It is in no pool: nobody else would close it."""
+    opened, lost = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.set()
+        await reader.read(-1)  # and answers nothing
+        lost.set()
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, tmp_path / "sock")
+    client = connect(f"unix://{tmp_path / 'sock'}", timeout_s=None)
+    made, make = list[Any](), client.connection_pool.make_connection
+    client.connection_pool.make_connection = lambda: made.append(make()) or made[-1]  # keeps it from being collected
+    asked = asyncio.create_task(Line(client, 60.0).ask(("PING",)))
+    await opened.wait()
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    try:
+        async with asyncio.timeout(20):
+            await lost.wait()
+    finally:
+        await made[0].disconnect()
+        server.close()
+        await client.aclose()
+
+
+async def test_a_line_that_is_closed_while_it_opens_stays_closed(bus: Bus) -> None:
+    line = Line(bus._redis, 60.0)
+    asked = asyncio.create_task(line.ask(("PING",)))
+    await asyncio.sleep(0)
+    await line.close()
+    with pytest.raises(LOST):
+        await asked
+    assert line._talk is None
+    with pytest.raises(LOST):
+        await line.ask(("PING",))
