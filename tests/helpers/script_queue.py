@@ -9,7 +9,7 @@ from protocol.queue.bus import Bus, Refused, StepResult, StepRow, decode, now_ms
 from protocol.wire import messages as m
 
 GATEWAY = "g"
-DEADLINE_MS = 60_000
+DEADLINE_MS = 3_600_000
 
 
 def make_submit(rid: str, **more: object) -> m.RequestHead:

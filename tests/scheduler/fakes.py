@@ -24,7 +24,7 @@ GATEWAY = "g-test"
 def make_submit(
     rid: str, *, digest: str = "", tenant: str = "t", cls: str = "interactive", **more: object
 ) -> m.RequestHead:
-    facts: dict[str, object] = {"num_prompt_tokens": 4, "max_new_tokens": 4, "deadline_ms": now_ms() + 60_000}
+    facts: dict[str, object] = {"num_prompt_tokens": 4, "max_new_tokens": 4, "deadline_ms": now_ms() + 3_600_000}
     facts |= {"gateway": GATEWAY, "submitted_ms": now_ms()} | more
     return m.RequestHead(rid=rid, tenant=tenant, cls=cls, digest=digest, **facts)  # type: ignore[arg-type]
 

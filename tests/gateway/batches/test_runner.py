@@ -68,7 +68,7 @@ class World:
     def files(self) -> FileService:
         return FileService(self.bus, self.storage, self.settings)
 
-    async def batch(self, num: int = NUM_LINES, life_ms: int = 60_000) -> m.Batch:
+    async def batch(self, num: int = NUM_LINES, life_ms: int = 3_600_000) -> m.Batch:
         """Create a batch of `num` lines, numbered from 1."""
 
         async def chunks() -> AsyncIterator[bytes]:

@@ -98,7 +98,7 @@ async def batch_of_lines(world: World, lines: list[bytes], id_: str = "1", tenan
     assert source is not None
     batch = m.Batch(
         id=f"batch_{id_}", tenant=tenant, endpoint="/v1/x", input_file=source.id, created_ms=now_ms(),
-        expires_ms=now_ms() + 60_000,
+        expires_ms=now_ms() + 3_600_000,
     )  # fmt: skip
     assert await world.bus.batches.open(batch, ttl_ms=600_000, max_open=100) == -1
     return batch

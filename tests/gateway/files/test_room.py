@@ -224,7 +224,7 @@ async def test_what_a_dead_gateway_left_is_swept_by_its_id(bus: Bus, tmp_path: P
     files = service(bus, FolderStorage(tmp_path))
     left = m.File(
         id="file-left", tenant=OWNER, filename="", purpose="", num_bytes=5, created_ms=now_ms(),
-        expires_ms=now_ms() + 60_000,
+        expires_ms=now_ms() + 3_600_000,
     )  # fmt: skip
 
     async def chunks() -> AsyncIterator[bytes]:

@@ -50,7 +50,7 @@ async def running_worker(
 async def submit(bus: Bus, rid: str, *, max_new: int = 8, cls: str = "interactive") -> None:
     sub = m.RequestHead(
         rid=rid, tenant="t", cls=cls, digest="", num_prompt_tokens=len(PROMPT), max_new_tokens=max_new,
-        deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
+        deadline_ms=now_ms() + 3_600_000, gateway=GATEWAY,
     )  # fmt: skip
     body = m.Body(prompt=PROMPT.tobytes(), sampling=m.Sampling(), max_new_tokens=max_new)
     status, _ = await bus.submit(cls, [(sub, body)], max_queued=100)

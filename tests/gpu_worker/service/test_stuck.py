@@ -71,7 +71,7 @@ async def test_a_worker_in_a_step_that_never_ends_is_ended(bus: Bus) -> None:
         await wait_until(has_joined, "the worker joins")
         sub = m.RequestHead(
             rid="r", tenant="t", cls="interactive", digest="", num_prompt_tokens=5, max_new_tokens=8,
-            deadline_ms=now_ms() + 60_000, gateway="",
+            deadline_ms=now_ms() + 3_600_000, gateway="",
         )  # fmt: skip
         body = m.Body(prompt=PROMPT, sampling=m.Sampling(), max_new_tokens=8)
         assert (await bus.submit(sub.cls, [(sub, body)], max_queued=100))[0] == "ok"

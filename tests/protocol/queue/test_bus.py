@@ -172,7 +172,7 @@ async def test_values_and_names_are_read_back(bus: Bus) -> None:
 async def test_a_log_is_read_from_any_place_with_its_end(bus: Bus) -> None:
     sub = m.RequestHead(
         rid="r", tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=4,
-        deadline_ms=now_ms() + 60_000, gateway="",
+        deadline_ms=now_ms() + 3_600_000, gateway="",
     )  # fmt: skip
     await bus.submit("interactive", [(sub, m.Body(prompt=b"", sampling=m.Sampling(), max_new_tokens=4))], max_queued=9)
     await bus._redis.set(bus.keys.tok("r"), b"aaaabbbbcccc", ex=60)
