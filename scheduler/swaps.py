@@ -12,6 +12,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 TURN_STARTS = 4.0
 """Minimum turn of a base that is beyond its share, in starts, so that starts cost the other bases little."""
@@ -182,8 +183,8 @@ class _Fleet:
         while unserved and leaving:
             name = unserved[0]
             may = [one for one in leaving if name in one[0].may_become]
-            if all(why == "bound" for _, why in may):
-                may = self._must_leave(may, unserved, due_ms)
+            if all(why == "bound" for _, why in may) and not self._must_leave(may, unserved, due_ms):
+                may = []
             unserved.popleft()
             if may:
                 leaver = max(may, key=lambda one: (one[1] != "bound", self._excess(one[0])))
@@ -212,30 +213,27 @@ class _Fleet:
 
     def _typical_s(self) -> float:
         """Return the lower median of `BaseDemand.typical_s`, weighted by the shares of the bases."""
-        shares = 0.0
-        for demand in sorted(self._active, key=lambda one: one.typical_s):
-            shares += demand.shares
-            if 2 * shares >= self._shares:
-                return demand.typical_s
-        return 0.0
+        found = sorted((one.typical_s, one.shares) for one in self._active)
+        below = accumulate(shares for _, shares in found)
+        return next(
+            (typical_s for (typical_s, _), sum_ in zip(found, below, strict=True) if 2 * sum_ >= self._shares), 0.0
+        )
 
     def _must_leave(
-        self, leaving: list[tuple[Seat, str]], unserved: Iterable[str], due_ms: Mapping[str, float]
-    ) -> list[tuple[Seat, str]]:
-        """Return those of the workers, one of which must leave now so that no base waits too long.
+        self, leaving: Iterable[tuple[Seat, str]], unserved: Iterable[str], due_ms: Mapping[str, float]
+    ) -> bool:
+        """Return whether one of the workers must leave now so that no base waits too long.
 
         Others wait longer for a worker of a base that is within its share, if bases with half of all shares have much
         work of most of their tenants.
         """
         if not self._is_late(unserved, due_ms):
-            return []
+            return False
         if any(self._is_beyond_share(self.demands[seat.base]) for seat, _ in leaving):
-            return leaving
+            return True
         least_ms = self._limit_ms(self._typical_s())
-        later_ms = {
-            name: ms + max(0.0, least_ms - self._own_limit_ms(self.demands[name])) for name, ms in due_ms.items()
-        }
-        return leaving if self._is_late(unserved, later_ms) else []
+        more_ms = {name: max(0.0, least_ms - self._own_limit_ms(self.demands[name])) for name in due_ms}
+        return self._is_late(unserved, {name: ms + more_ms[name] for name, ms in due_ms.items()})
 
     def _is_late(self, unserved: Iterable[str], due_ms: Mapping[str, float]) -> bool:
         """Return whether some base would wait too long if no worker left its base before the next decision.

@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.common import report
 from benchmarks.common.fleet import quickstart_model, scratch_folder
 from benchmarks.peers.servers import Server, first_model, running, up
+from protocol.wire.lines import lines_of
 
 PYTHON = Path("build/lm-eval/bin/python")
 CONTEXT, ENDING, CHOICES = 64, 12, 4  # words, words, endings
@@ -91,7 +92,7 @@ def accuracies(url: str, tokenizer: Path, tasks: Path, out: Path) -> dict[str, l
     found: dict[str, list[float]] = {}
     for name in TASKS:
         [samples] = out.glob(f"**/samples_local_{name}_*.jsonl")
-        rows = [json.loads(line) for line in samples.read_text().splitlines()]
+        rows = [json.loads(line) for line in lines_of(samples.read_text())]
         found[name] = [float(row["acc"]) for row in sorted(rows, key=lambda row: row["doc_id"])]
     return found
 
