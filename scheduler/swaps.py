@@ -17,9 +17,6 @@ from itertools import accumulate
 TURN_STARTS = 4.0
 """Minimum turn of a base that is beyond its share, in starts, so that starts cost the other bases little."""
 
-LONG_QUEUE = 0.8
-"""A base is flooded if its queue takes more than this fraction of the bound; its worker then leaves after its turn."""
-
 USED_MS = 300_000.0
 """Time constant in ms of the mean use of machine time, which is compared with shares."""
 
@@ -29,10 +26,8 @@ MARGIN = 1.1
 HELP_STARTS = 2.0
 """Waiting work of a base, in starts for each of its workers, from which one more worker helps."""
 
-IDLE_STARTS, IDLE_STARTS_BELOW = 2.0, 1.0
-"""Idle time, in starts, after which the last worker of a base helps another base; the second applies if that base is
-below its share and so has a claim to one more worker.
-"""
+IDLE_STARTS = 1.0
+"""Idle time, in starts, after which the last worker of a base helps another base."""
 
 LOSS, MAX_LOSS = 0.2, 0.1
 """Fraction of machine time that starts take where the bound is longer than configured: the first if the bound cannot be
@@ -173,11 +168,7 @@ class _Fleet:
 
     def decide(self) -> list[Swap]:
         """Assign workers to bases that wait for one, the most urgent first; then move some to busy bases."""
-        due_ms = {
-            name: max(since_ms, self._policy.served_ms.get(name, since_ms)) + self._own_limit_ms(self.demands[name])
-            for name, since_ms in self._since_ms.items()
-            if not self.num[name]
-        }
+        due_ms = self._due_ms()
         unserved = deque(sorted(due_ms, key=due_ms.__getitem__))
         leaving = [(seat, why) for seat in self.free if (why := self._why(seat))]
         while unserved and leaving:
@@ -194,9 +185,15 @@ class _Fleet:
             self._help()
         return self._swaps
 
-    def _own_limit_ms(self, demand: BaseDemand) -> float:
-        """Return the maximum ms for which a base waits for a worker of a base that is beyond its share."""
-        return self._limit_ms(demand.typical_s if self._is_beyond_share(demand) else 0.0)
+    def _due_ms(self, all_s: float = 0.0) -> dict[str, float]:
+        """Return until when, unix ms, each base without a worker may wait. all_s: at least the work of its tenants."""
+        found: dict[str, float] = {}
+        for name, since_ms in self._since_ms.items():
+            if not self.num[name]:
+                own_s = self.demands[name].typical_s if self._is_beyond_share(self.demands[name]) else 0.0
+                since_ms = max(since_ms, self._policy.served_ms.get(name, since_ms))
+                found[name] = since_ms + self._limit_ms(max(own_s, all_s))
+        return found
 
     def _limit_ms(self, typical_s: float) -> float:
         """Return the maximum ms of waiting where the work of a typical tenant takes `typical_s`.
@@ -229,11 +226,8 @@ class _Fleet:
         """
         if not self._is_late(unserved, due_ms):
             return False
-        if any(self._is_beyond_share(self.demands[seat.base]) for seat, _ in leaving):
-            return True
-        least_ms = self._limit_ms(self._typical_s())
-        more_ms = {name: max(0.0, least_ms - self._own_limit_ms(self.demands[name])) for name in due_ms}
-        return self._is_late(unserved, {name: ms + more_ms[name] for name, ms in due_ms.items()})
+        is_beyond = any(self._is_beyond_share(self.demands[seat.base]) for seat, _ in leaving)
+        return is_beyond or self._is_late(unserved, self._due_ms(self._typical_s()))
 
     def _is_late(self, unserved: Iterable[str], due_ms: Mapping[str, float]) -> bool:
         """Return whether some base would wait too long if no worker left its base before the next decision.
@@ -254,7 +248,7 @@ class _Fleet:
         """Return why a worker may leave for a base without a worker, "" if it stays."""
         if self.is_idle(seat):
             return "idle"
-        long_ms = self.num[seat.base] * LONG_QUEUE * self._policy.max_wait_ms
+        long_ms = self.num[seat.base] * self._policy.max_wait_ms
         if self._has_had_turn(seat) and 1000 * self.demands[seat.base].waiting_s > long_ms:
             return "turn"
         return "bound" if self._now_ms - seat.since_ms >= self._policy.residency_ms else ""
@@ -285,25 +279,19 @@ class _Fleet:
         for demand in sorted(self._active, key=lambda one: -one.waiting_s):
             enough_s = HELP_STARTS * demand.start_s
             while demand.waiting_s > self.num[demand.name] * enough_s > 0:
-                may = [seat for seat in self.free if self._may_help(seat) and self._is_better_at(demand, seat)]
-                if not may:
+                if not (may := [seat for seat in self.free if self._may_help(seat, demand)]):
                     break
                 self._order(max(may, key=self._excess), "load", demand.name)
 
-    def _may_help(self, seat: Seat) -> bool:
-        """Return whether a worker is idle, or its base has one more than its share."""
+    def _may_help(self, seat: Seat, demand: BaseDemand) -> bool:
+        """Return whether a worker may help a base: an idle one, or one that its base has beyond both bases' shares."""
         num = self.num[seat.base]
-        return self.is_idle(seat) or (num > 1 and num - 1 >= self._ideal(seat.base) and self._has_had_turn(seat))
-
-    def _is_better_at(self, demand: BaseDemand, seat: Seat) -> bool:
         if demand.name == seat.base or demand.name not in seat.may_become:
             return False
-        is_below_share = self.num[demand.name] < self._ideal(demand.name)
-        if not self.is_idle(seat):
-            return is_below_share
-        starts = IDLE_STARTS_BELOW if is_below_share else IDLE_STARTS
-        idle_ms = self._now_ms - self._policy.busy_ms[seat.wid]
-        return self.num[seat.base] > 1 or idle_ms >= starts * 1000 * demand.start_s
+        if self.is_idle(seat):
+            return num > 1 or self._now_ms - self._policy.busy_ms[seat.wid] >= IDLE_STARTS * 1000 * demand.start_s
+        is_spare = num > 1 and num - 1 >= self._ideal(seat.base) and self._has_had_turn(seat)
+        return is_spare and self.num[demand.name] < self._ideal(demand.name)
 
     def _order(self, seat: Seat, why: str, name: str) -> None:
         self._swaps.append(Swap(seat, name, why, self._now_ms))

@@ -207,14 +207,12 @@ def test_one_more_worker_helps_where_work_piles_up() -> None:
     assert (helped, why) == ("a", "load")
 
 
-@pytest.mark.parametrize(("shares", "after_ms"), [(3.0, 3000), (1.0, 6000)])
-def test_the_last_worker_of_a_base_helps_sooner_below_a_share(shares: float, after_ms: int) -> None:
-    """After one start time without work it helps a base below its share, after two a base that has its share."""
-    policy, demands = make(), [base("a", 60.0, shares=shares), base("b"), base("c", shares=4.0 - shares)]
+def test_the_last_worker_of_a_base_helps_after_one_start_without_work() -> None:
+    policy, demands = make(), [base("a", 60.0), base("b"), base("c")]
     seats = [seat("a1", "a", 1), seat("b1", "b"), seat("c1", "c", 1)]
     assert policy.told(NOW_MS, demands, seats) == []
-    assert policy.told(NOW_MS + after_ms - 100, demands, seats) == []
-    assert policy.told(NOW_MS + after_ms, demands, seats) == [("b1", "a", "load")]
+    assert policy.told(NOW_MS + 2900, demands, seats) == []
+    assert policy.told(NOW_MS + 3000, demands, seats) == [("b1", "a", "load")]
 
 
 def test_workers_follow_shares_where_all_are_overloaded() -> None:
