@@ -12,7 +12,6 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 TURN_STARTS = 4.0
 """Minimum turn of a base that is beyond its share, in starts, so that starts cost the other bases little."""
@@ -21,7 +20,7 @@ USED_MS = 300_000.0
 """Time constant in ms of the mean use of machine time, which is compared with shares."""
 
 MARGIN = 1.1
-"""A base is beyond its share from this multiple of it: the mean of equal bases varies by their turns."""
+"""Multiple of its share from which a base is beyond it: in turn, equal bases are a little above and below theirs."""
 
 HELP_STARTS = 2.0
 """Waiting work of a base, in starts for each of its workers, from which one more worker helps."""
@@ -186,7 +185,10 @@ class _Fleet:
         return self._swaps
 
     def _due_ms(self, all_s: float = 0.0) -> dict[str, float]:
-        """Return until when, unix ms, each base without a worker may wait. all_s: at least the work of its tenants."""
+        """Return the unix ms until which each base without a worker may wait.
+
+        all_s: typical work of the fleet's tenants in s, used for bases with less of their own.
+        """
         found: dict[str, float] = {}
         for name, since_ms in self._since_ms.items():
             if not self.num[name]:
@@ -210,11 +212,12 @@ class _Fleet:
 
     def _typical_s(self) -> float:
         """Return the lower median of `BaseDemand.typical_s`, weighted by the shares of the bases."""
-        found = sorted((one.typical_s, one.shares) for one in self._active)
-        below = accumulate(shares for _, shares in found)
-        return next(
-            (typical_s for (typical_s, _), sum_ in zip(found, below, strict=True) if 2 * sum_ >= self._shares), 0.0
-        )
+        shares = 0.0
+        for demand in sorted(self._active, key=lambda one: one.typical_s):
+            shares += demand.shares
+            if 2 * shares >= self._shares:
+                return demand.typical_s
+        return 0.0
 
     def _must_leave(
         self, leaving: Iterable[tuple[Seat, str]], unserved: Iterable[str], due_ms: Mapping[str, float]
@@ -263,7 +266,7 @@ class _Fleet:
         return demand.shares / self._shares
 
     def _is_beyond_share(self, demand: BaseDemand) -> bool:
-        """Return whether a base has recently used more machine time than its tenants' shares."""
+        """Return whether a base has recently used more machine time than its tenants' shares, by `MARGIN`."""
         return self._policy.used.get(demand.name, 0.0) > MARGIN * self._share(demand)
 
     def _ideal(self, name: str) -> float:
@@ -284,7 +287,10 @@ class _Fleet:
                 self._order(max(may, key=self._excess), "load", demand.name)
 
     def _may_help(self, seat: Seat, demand: BaseDemand) -> bool:
-        """Return whether a worker may help a base: an idle one, or one that its base has beyond both bases' shares."""
+        """Return whether a worker may help a base.
+
+        An idle one may, and one of a base with at least one worker more than its share, if the other has less than its.
+        """
         num = self.num[seat.base]
         if demand.name == seat.base or demand.name not in seat.may_become:
             return False
