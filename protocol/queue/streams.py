@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, cast
 
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol.queue.connection.line import Line
@@ -43,9 +44,11 @@ class Streams:
         self._scripts = scripts
         self._lines: set[Line] = set()  # connections for reads; a blocking read delays all commands behind it
         self._free: list[Line] = []  # connections without a pending read
+        self._is_closed = False
 
     async def close(self) -> None:
-        """Close the connections used for reads."""
+        """Close the connections used for reads. Later reads raise a connection error."""
+        self._is_closed = True
         for line in list(self._lines):
             await line.close()
 
@@ -57,6 +60,8 @@ class Streams:
         Raises a connection error if the server does not answer within LATE_S after the timeout: it may be partitioned,
         and a failover may have made another server the primary.
         """
+        if self._is_closed:  # a new connection would have no owner left to close it
+            raise RedisConnectionError("the connection to the queue was closed")
         line = self._free.pop() if self._free else Line(self._blocking, None)
         self._lines.add(line)
         try:

@@ -98,11 +98,13 @@ async def run_cutter(target: str) -> AsyncIterator[Cutter]:
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", port)
-        with contextlib.suppress(ConnectionError):
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_copy(reader, upstream_writer))
-                await _bring_back(cutter, upstream_reader, writer)
-        upstream_writer.close()
+        try:
+            with contextlib.suppress(ConnectionError):
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(_copy(reader, upstream_writer))
+                    await _bring_back(cutter, upstream_reader, writer)
+        finally:  # also if the test ends first
+            upstream_writer.close()
 
     server = await asyncio.start_server(connection, "127.0.0.1", 0)
     cutter.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

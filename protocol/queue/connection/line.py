@@ -203,6 +203,7 @@ class Line:
                 async with asyncio.timeout(self._timeout_s):
                     await connection.connect()
             except BaseException as error:
+                await connection.disconnect(nowait=True)
                 self._rests_until_s = asyncio.get_running_loop().time() + REST_S
                 if isinstance(error, TimeoutError):
                     raise RedisTimeoutError("timeout connecting to the queue") from None

@@ -36,7 +36,11 @@ class Cable:
             return
         there, to_there = await asyncio.open_unix_connection(self._path)
         self._writers |= {writer, to_there}
-        await asyncio.gather(self._carry(reader, to_there), self._carry(there, writer))
+        try:
+            await asyncio.gather(self._carry(reader, to_there), self._carry(there, writer))
+        finally:  # also if the test ends first
+            to_there.close()
+            writer.close()
 
     async def _carry(self, source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
         while data := await source.read(1 << 16):

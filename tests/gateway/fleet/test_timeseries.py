@@ -340,7 +340,7 @@ async def test_the_route_shows_calls_errors_and_refusals_to_whom_they_belong(
         async def is_counted() -> bool:  # which happens after the last bytes of an answer
             return total(await read("charts-mine"), "server_errors") == 1
 
-        await wait_until(is_counted, "the failed call is counted")
+        await wait_until(is_counted, "the failed call is counted", every_s=0.1)  # reads per second are limited
         mine = await read("charts-mine", group_by="model")
         assert (total(mine), total(mine, "client_errors"), total(mine, "output_tokens")) == (3, 1, 18)
         assert total(mine, name="sql") == 2
@@ -354,7 +354,7 @@ async def test_the_route_shows_calls_errors_and_refusals_to_whom_they_belong(
         async def is_sampled() -> bool:
             return (await read("charts-ops"))["fleet"]["workers"][-1] == 1
 
-        await wait_until(is_sampled, "the fleet is sampled")
+        await wait_until(is_sampled, "the fleet is sampled", every_s=0.1)
         assert everything["gateways"] >= 1
         for query in ({"range": "2h"}, {"group_by": "secret"}):
             assert (await http.get("/v1/timeseries", params=query, headers=heads["charts-ops"])).status_code == 400

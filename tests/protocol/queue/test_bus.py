@@ -47,6 +47,14 @@ async def test_a_read_keeps_no_other_waiting_nor_one_given_up(bus: Bus) -> None:
     await bus._redis.delete("x", "y")
 
 
+async def test_a_read_after_the_end_opens_no_connection(queue_server: EmbeddedServer) -> None:
+    bus = Bus(queue_server.url)
+    await bus.close()
+    with pytest.raises(CONNECTION_ERRORS):
+        await bus.streams.read({"x": b"0"}, block_ms=1)
+    assert not bus.streams._lines
+
+
 async def test_read_returns_several_streams_and_at_most_count_of_each(bus: Bus) -> None:
     for i in range(5):
         await bus._redis.xadd("x", {"b": i})

@@ -181,14 +181,16 @@ async def test_a_server_that_cannot_serve_loses_the_line(bus: Bus, tmp_path: Pat
         """Forward the real server's replies until an ECHO command arrives."""
         source, target = await asyncio.open_unix_connection(bus.url.removeprefix("unix://").partition("?")[0])
         carrying = asyncio.create_task(carry(source, writer))
-        while b"ECHO" not in (data := await reader.read(4096)) and data:
-            target.write(data)
-        if data:
-            writer.write(answer)
-            await (reader.read() if answer else asyncio.sleep(0))
-        carrying.cancel()
-        target.close()
-        writer.close()
+        try:
+            while b"ECHO" not in (data := await reader.read(4096)) and data:
+                target.write(data)
+            if data:
+                writer.write(answer)
+                await (reader.read() if answer else asyncio.sleep(0))
+        finally:  # also if the test ends first
+            carrying.cancel()
+            target.close()
+            writer.close()
 
     async with await asyncio.start_unix_server(serve, tmp_path / "s"):
         client = connect(f"unix://{tmp_path / 's'}", timeout_s=None)
