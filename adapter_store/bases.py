@@ -36,12 +36,9 @@ class Bases:
         names = (*self._in_settings, *sorted({*by_operators.bases, *self._removed} - set(self._in_settings)))
         self._names = names if len(names) > 1 else ()
         found = {base.name: base for base in reported}
-        if not self._names:
-            name = self._only if self._only in found else next(iter(found), "")
-            found = {name: found[name]} if name else {}
-        else:
-            found = {name: found[name] for name in self._names if name in found and name not in self._removed}
-        self._known = found or self._known
+        only = self._only if self._only in found else next(iter(found), "")
+        served = [name for name in self._names or [only] if name in found and name not in self._removed]
+        self._known = {name: found[name] for name in served} or self._known
         self._failed = frozenset(failed).intersection(self._names) - self._known.keys()
         identities = [(name, base.identity) for name, base in self._known.items()]
         before, self._state = self._state, (identities, self._failed, self._names)

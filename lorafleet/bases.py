@@ -10,7 +10,6 @@ from lorafleet.shared.parser import ALIASES, Parser
 from lorafleet.shared.tables import print_list
 
 PATH = "/v1/bases"
-COLUMNS = ("name", "state", "model", "added", "")
 
 run = run_action
 
@@ -38,7 +37,7 @@ def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
             [one["id"], one["state"], one["model"], "yes" if one["added"] else "no", one["reason"] or ""]
             for one in found
         ]
-        print_list(COLUMNS, rows, "no bases")
+        print_list(("name", "state", "model", "added", ""), rows, "no bases")
     return found
 
 

@@ -221,7 +221,7 @@ class Scheduler:
         request's submission, whichever is later.
         """
         base_of, bases = self.workers.base_of, [worker.beat.base for worker in self.workers.by_id.values()]
-        served = set(map(base_of, [*bases, *self.swaps.hopeful()]))
+        served = set(map(base_of, [*bases, *self.swaps.reachable().keys() - self.swaps.failed()]))
         alone = [base for base, queues in self.backlog.by_base.items() if queues.num and base_of(base) not in served]
         if not alone or not self.config.wait_for_worker_s:
             self._alone_since_ms = {}

@@ -101,11 +101,9 @@ class _Failure:
 
     num: int = 0
     until_ms: float = 0.0  # the base is not tried again before this time
-    due_ms: float = 0.0  # before this time, only an otherwise idle worker tries it
 
     def again(self, now_ms: float) -> _Failure:
-        pause_ms = min(FIRST_PAUSE_MS * 2**self.num, MAX_PAUSE_MS)
-        return _Failure(self.num + 1, now_ms + pause_ms, now_ms + 2 * pause_ms)
+        return _Failure(self.num + 1, now_ms + min(FIRST_PAUSE_MS * 2**self.num, MAX_PAUSE_MS))
 
 
 @dataclass(slots=True)
@@ -197,7 +195,7 @@ class SwapOrders:
                 if now_ms < failure.until_ms:
                     del demands[name]
                     continue
-                since_ms = min(now_ms, failure.due_ms)
+                since_ms = failure.until_ms
             elif name not in self.workers.bases:
                 since_ms = self._known_ms.setdefault(name, now_ms)
                 if are_coming and now_ms - since_ms < TOGETHER_MS:
@@ -222,7 +220,3 @@ class SwapOrders:
     def failed(self) -> set[str]:
         """Return the bases that failed to start and that no worker is becoming now."""
         return self._failures.keys() - {order.base for order in self.by_worker.values()}
-
-    def hopeful(self) -> set[str]:
-        """Return the bases that a worker may become and that have not failed to start."""
-        return self.reachable().keys() - self._failures.keys()

@@ -9,7 +9,7 @@ Surveys 20, 1988); the bound is kept by earliest deadline first (Liu and Layland
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +24,6 @@ MARGIN = 1.1
 
 HELP_STARTS = 2.0
 """Waiting work of a base, in starts for each of its workers, from which one more worker helps."""
-
-IDLE_STARTS = 1.0
-"""Idle time, in starts, after which the last worker of a base helps another base."""
 
 LOSS, MAX_LOSS = 0.2, 0.1
 """Fraction of machine time that starts take where the bound is longer than configured: the first if the bound cannot be
@@ -168,15 +165,11 @@ class _Fleet:
     def decide(self) -> list[Swap]:
         """Assign workers to bases that wait for one, the most urgent first; then move some to busy bases."""
         due_ms = self._due_ms()
-        unserved = deque(sorted(due_ms, key=due_ms.__getitem__))
+        unserved = sorted(due_ms, key=due_ms.__getitem__)
         leaving = [(seat, why) for seat in self.free if (why := self._why(seat))]
-        while unserved and leaving:
-            name = unserved[0]
+        for i, name in enumerate(unserved):
             may = [one for one in leaving if name in one[0].may_become]
-            if all(why == "bound" for _, why in may) and not self._must_leave(may, unserved, due_ms):
-                may = []
-            unserved.popleft()
-            if may:
+            if may and (any(why != "bound" for _, why in may) or self._must_leave(may, unserved[i:], due_ms)):
                 leaver = max(may, key=lambda one: (one[1] != "bound", self._excess(one[0])))
                 leaving.remove(leaver)
                 self._order(*leaver, name)
@@ -262,20 +255,17 @@ class _Fleet:
         turn_ms = max(self._policy.residency_ms, TURN_STARTS * 1000 * demand.start_s)
         return self._now_ms - seat.since_ms >= turn_ms and self._is_beyond_share(demand)
 
-    def _share(self, demand: BaseDemand) -> float:
-        return demand.shares / self._shares
-
     def _is_beyond_share(self, demand: BaseDemand) -> bool:
         """Return whether a base has recently used more machine time than its tenants' shares, by `MARGIN`."""
-        return self._policy.used.get(demand.name, 0.0) > MARGIN * self._share(demand)
+        return self._policy.used.get(demand.name, 0.0) > MARGIN * demand.shares / self._shares
 
     def _ideal(self, name: str) -> float:
-        return self._num_workers * self._share(self.demands[name])
+        """Return the number of workers that is a base's share."""
+        return self._num_workers * self.demands[name].shares / self._shares
 
     def _excess(self, seat: Seat) -> tuple[bool, float, float]:
         """Return a sort key of workers: idle ones, then the excess of the base over its share, then its lack of use."""
-        used = self._policy.used.get(seat.base, 0.0)
-        return self.is_idle(seat), self.num[seat.base] - self._ideal(seat.base), -used
+        return self.is_idle(seat), self.num[seat.base] - self._ideal(seat.base), -self._policy.used.get(seat.base, 0.0)
 
     def _help(self) -> None:
         """Move workers to bases whose own workers need more than a few starts for the waiting work."""
@@ -289,13 +279,14 @@ class _Fleet:
     def _may_help(self, seat: Seat, demand: BaseDemand) -> bool:
         """Return whether a worker may help a base.
 
-        An idle one may, and one of a base with at least one worker more than its share, if the other has less than its.
+        An idle one may, the last of its base only once it has been idle for the time of a start. So may one of a base
+        with at least one worker more than its share, if the other has less than its.
         """
         num = self.num[seat.base]
         if demand.name == seat.base or demand.name not in seat.may_become:
             return False
         if self.is_idle(seat):
-            return num > 1 or self._now_ms - self._policy.busy_ms[seat.wid] >= IDLE_STARTS * 1000 * demand.start_s
+            return num > 1 or self._now_ms - self._policy.busy_ms[seat.wid] >= 1000 * demand.start_s
         is_spare = num > 1 and num - 1 >= self._ideal(seat.base) and self._has_had_turn(seat)
         return is_spare and self.num[demand.name] < self._ideal(demand.name)
 

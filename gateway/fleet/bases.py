@@ -47,23 +47,20 @@ class GatewayBases:
         """
         if name in ("", self.fleet.names[0]):
             return self.default
-        if name in self.fleet.removed:
-            raise NotFound(f"the base `{name}` was removed", param="model", code="base_not_served")
-        if not self.fleet.further:
+        if name not in self.fleet.removed and not self.fleet.further:
             return self.default
         if name not in self.fleet.further:
-            raise NotFound(f"the base `{name}` is not served here", param="model", code="base_not_served")
+            what = "was removed" if name in self.fleet.removed else "is not served here"
+            raise NotFound(f"the base `{name}` {what}", param="model", code="base_not_served")
         found = self.found(name)
+        if isinstance(found, OwnFiles):
+            return found
         if found is None:
-            raise Unavailable(
-                f"the base `{name}` is still loading in this gateway", param="model", code="base_starting"
-            )
-        if isinstance(found, str):
-            why = f": {found}" if self.fleet.shows_reasons else ""
-            raise Unavailable(
-                f"the base `{name}` cannot be served by this gateway{why}", param="model", code="base_unreadable"
-            )
-        return found
+            what, code = "is still loading in this gateway", "base_starting"
+        else:
+            what, code = "cannot be served by this gateway", "base_unreadable"
+            what += f": {found}" if self.fleet.shows_reasons else ""
+        raise Unavailable(f"the base `{name}` {what}", param="model", code=code)
 
     async def read(self) -> None:
         """Read the files of unread bases one after the other, and close removed ones."""
@@ -77,7 +74,9 @@ class GatewayBases:
             try:
                 found = await self._read(name, base)
             except Exception as error:  # noqa: BLE001  broken files of one base must not affect others
-                found = _why(name, error)
+                why = f"{error!s:.300}".split("\n", 1)[0] or repr(error)
+                found = error.message if isinstance(error, LorafleetError) else why
+                logger.warning("the base %s cannot be served by this gateway: %s", name, found)
             self._found[name] = base, found
 
     async def close(self) -> None:
@@ -85,13 +84,6 @@ class GatewayBases:
         for _, found in self._found.values():
             if isinstance(found, OwnFiles):
                 await found.sandbox.close()
-
-
-def _why(name: str, error: Exception) -> str:
-    """Log and return why a base cannot be read."""
-    why = error.message if isinstance(error, LorafleetError) else f"{error!s:.300}".split("\n", 1)[0] or repr(error)
-    logger.warning("the base %s cannot be served by this gateway: %s", name, why)
-    return why
 
 
 async def open_bases(

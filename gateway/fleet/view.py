@@ -31,7 +31,6 @@ class FleetView:
         self.names: tuple[str, ...] = ()
         """Names of the served bases, the default one first, whether reported or not."""
         self.set_added(m.AddedBases())
-        self._name = next(iter(self.known))
         self.shows_reasons = not settings.api_keys
         """Whether clients may see why a base does not start, which may reveal paths of its machine."""
         self._waits = settings.wait_for_worker_s > 0  # whether calls may wait for a worker
@@ -70,11 +69,11 @@ class FleetView:
     @property
     def base(self) -> m.ServedModel | None:
         """The default base: the one with its name or, if this gateway serves only one, the one that workers serve."""
-        return self._reported.get(self._name)
+        return self._reported.get(self.names[0])
 
     def named(self, name: str) -> m.ServedModel | None:
         """Return the further base of a name, or else the default one; None if no worker has reported it."""
-        return self._reported.get(name if name in self.further else self._name)
+        return self._reported.get(name if name in self.further else self.names[0])
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a call's base is not served here. If there is only one base, it may have been renamed."""
@@ -110,7 +109,7 @@ class FleetView:
         self.failures = {name: why for name, why in fleet.failures.items() if name in self.names}
         found = {base.name: base for base in fleet.bases}
         if fleet.bases and not self.further:
-            found.setdefault(self._name, fleet.bases[0])
+            found.setdefault(self.names[0], fleet.bases[0])
         self._reported = {name: found[name] for name in self.names if name in found}
         if self.status is not None:
             self._loads = self.status.bases
@@ -173,9 +172,9 @@ class FleetView:
                 await self.refresh()  # a worker may have just started
         if not self.further:
             raise Unavailable("no worker is ready to serve the model; it may still be loading")
-        text = f"no worker is ready to serve `{name or self._name}`"
-        why = self.failures.get(name or self._name)
-        if why is None and self.load(name or self._name).may_become:
+        text = f"no worker is ready to serve `{name or self.names[0]}`"
+        why = self.failures.get(name or self.names[0])
+        if why is None and self.load(name or self.names[0]).may_become:
             raise Unavailable(f"{text}; a worker is about to serve it for the first time", code="base_starting")
         if why is None:
             raise Unavailable(f"{text}; it may still be loading")

@@ -263,10 +263,7 @@ def _base(raw: bytes) -> m.ServedModel:
 
 
 def joining_of(
-    served: m.ServedModel,
-    known: Mapping[str, m.ServedModel],
-    fleet: Sequence[str],
-    beats: Sequence[bytes],
+    served: m.ServedModel, known: Mapping[str, m.ServedModel], fleet: Sequence[str], beats: Sequence[bytes]
 ) -> tuple[m.ServedModel, list[str]]:
     """Return a joining worker's base record, and the names of bases to delete. Pure.
 
