@@ -182,6 +182,16 @@ def test_a_base_that_fails_is_tried_again_ever_later_and_its_calls_end() -> None
     assert scheduler.swaps.failed() == set()
 
 
+def test_a_worker_with_other_work_tries_a_failed_base_within_the_wait_bound() -> None:
+    scheduler = scheduler_of(beat("a"))
+    scheduler.submit(make_submit("r", base="a", submitted_ms=0), 0)
+    scheduler.set_bases(FLEET, ["b"])
+    assert settled(scheduler, 0.0) == []
+    until_ms, bound_ms = FIRST_PAUSE_MS, 1000 * scheduler.config.max_swap_wait_s
+    assert ordered(scheduler, until_ms + bound_ms / 2) == {}
+    assert ordered(scheduler, until_ms + bound_ms) == {"w": "b"}
+
+
 def test_calls_of_the_only_base_that_starts_do_not_fail_with_the_other() -> None:
     scheduler = scheduler_of(beat("a", fleet=["a", "b"]), known=["a"])
     scheduler.set_bases(["a"], ["b"])
