@@ -142,6 +142,9 @@ class BatchRun:
         status: m.BatchStatus = "cancelled" if self.batch.cancelling_ms else "failed"
         logger.error("batch %s is %s, %s", self.batch.id, status, problem.message)
         try:
+            if self._has_files:
+                await self._finish()
+                return
             if self._found is not None:
                 await self._end_requests(self._found.lines, await self._caller())
             await self._results.load()
@@ -186,6 +189,9 @@ class BatchRun:
 
     async def _work(self) -> None:
         """Continue the batch from its current state to its end."""
+        if self._has_files:
+            await self._finish()
+            return
         source = await self._bus.files.get(self.batch.input_file, self.batch.tenant)
         if source is None:
             await self._fail("file_not_found", "the input file was deleted, or has expired")
@@ -252,7 +258,7 @@ class BatchRun:
         return end
 
     async def _end(self, status: m.BatchStatus, problems: Sequence[m.BatchProblem] = ()) -> None:
-        """Write the output files and the end of the batch. Raises Unavailable if stored answers have disappeared."""
+        """Write the output files, then end the batch. Raises Unavailable if stored answers have disappeared."""
         if self._no_room is not None:
             problems = [*problems, self._no_room]
             await self._count_anew()  # discard unwritten answers
@@ -261,13 +267,23 @@ class BatchRun:
         if self._results.num_read != self._results.num_written:
             text = f"the storage has {self._results.num_read} of {self._results.num_written} answers"
             raise Unavailable(text)
-        await self._save(
-            status=status, ended_ms=now_ms(), output_file=output, error_file=errors, problems=list(problems)
-        )
+        end = status if status in ("expired", "cancelled") else ""
+        await self._save(status="finalizing", end=end, output_file=output, error_file=errors, problems=list(problems))
+        await self._finish()
+
+    @property
+    def _has_files(self) -> bool:
+        """Whether the output files are complete. Parts of them may be gone already, so none is written again."""
+        return bool(self.batch.output_file or self.batch.error_file)
+
+    async def _finish(self) -> None:
+        """Delete the parts of the output files, then record the end. If this is interrupted, it is repeated."""
         try:
             await self._results.forget()
-        except Exception as error:  # noqa: BLE001  the batch has ended; leftovers only take space
+        except Exception as error:  # noqa: BLE001  leftovers only take space
             FAILED.note("batches", error, f"the parts of {self.batch.id}")
+        status = self.batch.end or ("failed" if self.batch.problems else "completed")
+        await self._save(status=status, ended_ms=now_ms())
 
     async def _write(self, kind: Kind) -> str:
         """Write an output file. Return its id, "" if it would be empty."""
@@ -430,6 +446,8 @@ class BatchRun:
             await asyncio.gather(*(self._bus.forget_call(key, record.rids) for key, record in found))
 
     def _counted(self) -> m.Batch:
+        if self._has_files:
+            return self.batch
         tally = self._results.tally
         return msgspec.structs.replace(self.batch, completed=tally.completed, failed=tally.failed, usage=tally.usage)
 

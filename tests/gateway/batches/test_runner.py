@@ -203,6 +203,38 @@ async def test_usage_is_the_sum_of_all_answers(bus: Bus, tmp_path: Path) -> None
     assert batch.usage == m.BatchUsage(input_tokens=15, cached_tokens=5, output_tokens=10)
 
 
+class StuckStorage(FolderStorage):
+    """Never deletes the answers of a batch."""
+
+    deleting = asyncio.Event()
+
+    async def delete(self, name: str) -> None:
+        if name.startswith("batches/"):
+            self.deleting.set()
+            await asyncio.Event().wait()
+        await super().delete(name)
+
+
+class StuckWorld(World):
+    @property
+    def storage(self) -> FolderStorage:
+        return StuckStorage(self.root)
+
+
+async def test_the_parts_are_deleted_though_the_gateway_ends_meanwhile(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    await world.batch(5)
+    StuckStorage.deleting.clear()
+    async with StuckWorld(bus, tmp_path).gateway("g1", Endpoint()):
+        await StuckStorage.deleting.wait()
+    later = Endpoint()
+    async with world.gateway("g2", later):
+        batch = await world.ended()
+        assert size_of(tmp_path) == (await sizes(world))["sum"]
+    assert (batch.status, batch.completed, later.asked) == ("completed", 5, [])
+    assert len(await world.rows(batch.output_file)) == 5
+
+
 async def sizes(world: World) -> dict[str, int]:
     """Return the counted and reserved sizes of the tenant's files."""
     found = await world.bus._redis.hgetall(world.bus.keys.file_sizes("t"))  # type: ignore[misc]
