@@ -446,7 +446,7 @@ class BatchRun:
             await asyncio.gather(*(self._bus.forget_call(key, record.rids) for key, record in found))
 
     def _counted(self) -> m.Batch:
-        if self._has_files:
+        if self._has_files or not self._results.is_loaded:
             return self.batch
         tally = self._results.tally
         return msgspec.structs.replace(self.batch, completed=tally.completed, failed=tally.failed, usage=tally.usage)
