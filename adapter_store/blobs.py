@@ -228,7 +228,9 @@ class Blobs:
     def staging(self, version: str) -> Path:
         """Return the folder for fetching a version; a fetch resumes from files that an earlier one has left there."""
         folder = self._staging / hashlib.sha256(version.encode()).hexdigest()
-        folder.mkdir(exist_ok=True)
+        with self._lock:  # not while `sweep` deletes it
+            folder.mkdir(exist_ok=True)
+            os.utime(folder)
         return folder
 
     def discard(self, version: str) -> None:
@@ -364,12 +366,17 @@ class Blobs:
                 self._sizes[entry.name] = sum(file.stat().st_size for file in os.scandir(entry.path))
             else:
                 shutil.rmtree(entry.path)
-        for entry in os.scandir(self._staging):
-            if entry.stat().st_mtime < time.time() - STALE_STAGING_S:
-                shutil.rmtree(entry.path)
+        self.sweep()
         for entry in os.scandir(self._versions):
             if Path(entry.path).read_text(errors="replace").partition("\n")[0] not in self._sizes:
                 os.unlink(entry.path)
+
+    def sweep(self) -> None:
+        """Delete downloads that nobody has begun or resumed for STALE_STAGING_S."""
+        for folder in list(self._staging.iterdir()):
+            with self._lock, contextlib.suppress(FileNotFoundError):  # a fetch has discarded it
+                if folder.stat().st_mtime < time.time() - STALE_STAGING_S:
+                    self._remove(folder)
 
     def _remove(self, folder: Path) -> None:
         """Delete a folder, atomically for readers; those that have a file open can finish reading it."""

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 AWAY = Backoff(0.5, 5.0)  # before a failed step is repeated
-SWEEP_S = 60.0  # pause between sweeps for uploads without a name
+SWEEP_S = 60.0  # pause between sweeps for abandoned downloads, and uploads without a name
 BEAT_TTL_MS = 5000
 FORGET_MS = 60_000
 """Milliseconds without a heartbeat after which a store is unregistered."""
@@ -206,17 +206,18 @@ class Store:
         await done("registrations", partial(self._tick_registrar, tasks))
         await done("pins", self.pin_controller.tick)
         await done("records", self.catalogue.sweep)
-        await done("uploads", self._sweep_uploads)
+        await done("sweep", self._sweep)
         self._measure()
 
     async def _tick_registrar(self, tasks: asyncio.TaskGroup) -> None:
         await self.registrar.tick(tasks, self.settings.refresh_s, reload=self._changed)
         self._changed = False
 
-    async def _sweep_uploads(self) -> None:
-        """Delete uploads that no registration has named for `uploads.KEPT_S`."""
+    async def _sweep(self) -> None:
+        """Delete abandoned downloads, and uploads that no registration has named for `uploads.KEPT_S`."""
         if time.monotonic() >= self._sweep_at_s:
             self._sweep_at_s = time.monotonic() + SWEEP_S
+            await asyncio.to_thread(self.blobs.sweep)
             sources = {one.source for one in (await self.bus.adapters.registrations()).values()}
             # Includes names whose registrations only newer releases can read.
             sources |= {alias.registered for alias in self.catalogue.aliases.values()}

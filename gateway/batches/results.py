@@ -91,6 +91,7 @@ class Results:
         self.num_written = 0  # number of durably stored answers
         self.num_read = 0  # rows written to the final files
         self.tally = Tally()
+        self.is_loaded = False  # whether the tally includes all earlier answers
         self.file_bytes: Counter[Kind] = Counter()  # total bytes of the two files
 
     async def load(self) -> None:
@@ -101,6 +102,7 @@ class Results:
         async for kind, line in self._lines(self.tally):
             self.file_bytes[kind] += len(line) + 1
         self.num_written = len(self.tally.done) - len(self._waiting)
+        self.is_loaded = True
 
     @property
     def is_full(self) -> bool:

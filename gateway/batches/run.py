@@ -134,17 +134,19 @@ class BatchRun:
     async def give_up(self, error: BaseException, tries: int) -> None:
         """End the batch because of a persistent error, with the answers so far. Raises Lost, connection errors.
 
-        If the answers cannot be written to the final files, they remain in the storage, and the log names the folder.
+        If the answers cannot be written to the final files, or their parts not be deleted, these remain in the storage,
+        and the log names the folder.
         """
+        if self._has_files:
+            logger.error("the parts of batch %s remain in the storage, in %s", self.batch.id, self._results.folder)
+            await self._end_with_files()
+            return
         code = "storage_unavailable" if isinstance(error, Unavailable) else "internal_error"
         why = error.message if isinstance(error, LorafleetError) else "the gateway failed while running the batch"
         problem = m.BatchProblem(code=code, message=f"given up after {tries} tries: {why}")
         status: m.BatchStatus = "cancelled" if self.batch.cancelling_ms else "failed"
         logger.error("batch %s is %s, %s", self.batch.id, status, problem.message)
         try:
-            if self._has_files:
-                await self._finish()
-                return
             if self._found is not None:
                 await self._end_requests(self._found.lines, await self._caller())
             await self._results.load()
@@ -277,11 +279,11 @@ class BatchRun:
         return bool(self.batch.output_file or self.batch.error_file)
 
     async def _finish(self) -> None:
-        """Delete the parts of the output files, then record the end. If this is interrupted, it is repeated."""
-        try:
-            await self._results.forget()
-        except Exception as error:  # noqa: BLE001  leftovers only take space
-            FAILED.note("batches", error, f"the parts of {self.batch.id}")
+        """Delete the parts of the output files, then record the end. If this fails, it is repeated."""
+        await self._results.forget()
+        await self._end_with_files()
+
+    async def _end_with_files(self) -> None:
         status = self.batch.end or ("failed" if self.batch.problems else "completed")
         await self._save(status=status, ended_ms=now_ms())
 
@@ -446,7 +448,7 @@ class BatchRun:
             await asyncio.gather(*(self._bus.forget_call(key, record.rids) for key, record in found))
 
     def _counted(self) -> m.Batch:
-        if self._has_files:
+        if self._has_files or not self._results.is_loaded:
             return self.batch
         tally = self._results.tally
         return msgspec.structs.replace(self.batch, completed=tally.completed, failed=tally.failed, usage=tally.usage)

@@ -33,7 +33,7 @@ class BatchRunner:
         self._bus = means.bus
         self._pace = means.pace
         self._running: dict[str, asyncio.Task[None]] = {}  # by batch id
-        self._tenants: dict[str, str] = {}  # tenant by batch id
+        self._tenants: dict[str, str] = {}  # tenant by batch id, of those that hold a place
         self._wake = wake
         self._num_places = 0  # slots of all workers
         self._newer: dict[str, None] = {}  # batches that only newer gateways can read
@@ -52,30 +52,45 @@ class BatchRunner:
     async def _look(self) -> None:
         """Start batches while there is room, first for tenants with the fewest running here, up to each tenant's limit.
 
-        A tenant's batches that have begun come first.
+        A tenant's batches that have begun come first. If there is no room, a tenant without a running batch gets the
+        place of the newest batch of a tenant with several, so that two tenants cannot hold all places for a day.
         """
         pace = self._pace
         if self._running:
             self._num_places = await self._places()
-        if len(self._running) >= pace.max_batches:
+        if len(self._tenants) >= pace.max_batches and self._newest_of_several() is None:
             return
         waiting = [
             (tenant, batch_id)
             for tenant, batch_id in await self._bus.batches.waiting(_LOOKED_AT)
             if batch_id not in self._running and batch_id not in self._newer
         ]
-        while waiting and len(self._running) < pace.max_batches:
+        while waiting:
             held = Counter(self._tenants.values())
             tenant, batch_id = min(waiting, key=lambda found: held[found[0]])
             if held[tenant] >= pace.max_batches_of_tenant:
+                return
+            if len(self._tenants) >= pace.max_batches and (held[tenant] or self._newest_of_several() is None):
                 return
             waiting.remove((tenant, batch_id))
             claimed = await self._claim(batch_id, tenant)
             if claimed is None:
                 continue
+            newest = self._newest_of_several() if len(self._tenants) >= pace.max_batches else None
+            if newest is not None:
+                del self._tenants[newest]
+                self._running[newest].cancel()
             self._tenants[batch_id] = tenant
             self._running[batch_id] = asyncio.create_task(self._run(claimed))
             self._num_places = self._num_places or await self._places()
+
+    def _newest_of_several(self) -> str | None:
+        """Return the batch started last here of those of tenants with several; None without any.
+
+        The older batch keeps its place, so that many short batches of others cannot interrupt a tenant's every batch.
+        """
+        held = Counter(self._tenants.values())
+        return next((batch_id for batch_id, tenant in reversed(self._tenants.items()) if held[tenant] > 1), None)
 
     async def _claim(self, batch_id: str, tenant: str) -> ClaimedBatch | None:
         try:
@@ -104,7 +119,8 @@ class BatchRunner:
         except Exception as error:  # noqa: BLE001  its lease expires, and it is retried
             FAILED.note("batches", error, batch_id)
         finally:
-            del self._running[batch_id], self._tenants[batch_id]
+            del self._running[batch_id]
+            self._tenants.pop(batch_id, None)
             self._wake.set()
 
     async def _try(self, claimed: ClaimedBatch) -> None:

@@ -141,10 +141,10 @@ class FolderStorage:
 
     def _delete(self, name: str) -> None:
         path = self._root / name
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        while path.is_dir():
+            with suppress(FileNotFoundError):  # another gateway deletes it too
+                shutil.rmtree(path)
+        path.unlink(missing_ok=True)
 
     async def tidy(self) -> None:
         """Delete old unfinished files."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from helpers.adapter_files import write_adapter
 
-from adapter_store.blobs import AdapterFolder, Blobs
+from adapter_store.blobs import STALE_STAGING_S, AdapterFolder, Blobs
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.runtime.free_space import Reserve
 from protocol.wire.errors import AdapterRefused, NoRoom, Unavailable
@@ -77,6 +79,19 @@ def test_leftovers_of_a_crash_go_but_downloads_stay(tmp_path: Path) -> None:
     assert (again.staging("v") / WEIGHTS_FILE).read_bytes() == b"half"
     assert not list((tmp_path / "trash").iterdir())
     assert not list((tmp_path / "versions").iterdir())
+
+
+def test_downloads_that_nobody_resumes_go_while_the_store_runs(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+    old = time.time() - STALE_STAGING_S - 1
+    for version in ("abandoned", "resumed", "new"):
+        (blobs.staging(version) / WEIGHTS_FILE).write_bytes(b"half")
+        if version != "new":
+            os.utime(blobs.staging(version), (old, old))
+    resumed = blobs.staging("resumed")
+    blobs.sweep()
+    assert set((tmp_path / "staging").iterdir()) == {resumed, blobs.staging("new")}
+    assert (resumed / WEIGHTS_FILE).read_bytes() == b"half"
 
 
 def test_the_least_recently_used_leave_first(tmp_path: Path) -> None:

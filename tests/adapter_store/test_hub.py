@@ -358,6 +358,25 @@ class _Failing(HubSource):
             raise
 
 
+async def test_a_repository_that_closes_meanwhile_leaves_nothing(
+    source: HubSource, mirror: Mirror, tmp_path: Path
+) -> None:  # fmt: skip
+    class Closing(HubSource):
+        def __init__(self) -> None:
+            self.__dict__.update(source.__dict__)
+
+        async def fetch(
+            self, version: Any, name: str, path: Path, end: int, access: SourceAccess = FLEET
+        ) -> None:  # fmt: skip
+            if name == WEIGHTS_FILE:
+                raise NotFound("it does not exist, or is private")
+            await super().fetch(version, name, path, end, access)
+
+    with pytest.raises(NotFound):
+        await mirror.take(Closing(), "org/public", BASE)
+    assert not list((tmp_path / "blobs" / "staging").iterdir())
+
+
 async def test_changed_content_is_not_taken(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
     """Bytes whose checksum is not the Hub's are refused, and fetched again the next time."""
     repo = hub.repos["org/public"]

@@ -23,6 +23,9 @@ from protocol.wire.codec import decode_record
 from protocol.wire.errors import NewerRecord, UnreadableRecord
 from protocol.wire.keys import Keys
 
+MAX_KEPT = 1000
+"""Batches of a tenant whose records are kept; more only if more are open."""
+
 FORGOTTEN_MS = 60_000
 """TTL in ms of what is written for a batch that has expired."""
 
@@ -47,13 +50,16 @@ class Batches:
 
     # ------------------------------------------------------------ running
 
-    async def open(self, batch: m.Batch, *, ttl_ms: int, max_open: int) -> int:
-        """Accept a batch and return -1; if the tenant has `max_open` open, return that number instead."""
+    async def open(self, batch: m.Batch, *, ttl_ms: int, max_open: int, max_kept: int = MAX_KEPT) -> int:
+        """Accept a batch and return -1; if the tenant has `max_open` open, return that number instead.
+
+        If the tenant then has more than `max_kept`, its oldest ended ones are dropped.
+        """
         keys = self._keys
         call = lua.OpenBatch(
             batch=keys.batch(batch.id), batches=keys.batches(batch.tenant), open_batches=keys.open_batches,
             tenant_open=keys.open_batches_of(batch.tenant), id=batch.id, tenant=batch.tenant, record=m.encode(batch),
-            created_ms=batch.created_ms, ttl_ms=ttl_ms, max_open=max_open,
+            created_ms=batch.created_ms, ttl_ms=ttl_ms, max_open=max_open, max_kept=max_kept,
         )  # fmt: skip
         return int(await self._scripts.run(call))
 

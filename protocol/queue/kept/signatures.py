@@ -48,6 +48,7 @@ class OpenBatch(Call, kw_only=True):
     created_ms: int
     ttl_ms: int
     max_open: int
+    max_kept: int
 
 
 class ClaimBatch(Call, kw_only=True):

@@ -11,9 +11,10 @@
 --       created_ms    int    unix ms of creation
 --       ttl_ms        int    TTL of its record, ms
 --       max_open      int    maximum number of its tenant's open batches
+--       max_kept      int    maximum number of its tenant's batches, beyond which the oldest ended ones are dropped
 -- Reply: int, -1 if it is accepted, also by an earlier call whose reply was lost; else the tenant's open batches.
 local batch, batches, open_batches, tenant_open = unpack(KEYS, 2)
-local id, tenant, record, created_ms, ttl_ms, max_open = unpack(ARGV)
+local id, tenant, record, created_ms, ttl_ms, max_open, max_kept = unpack(ARGV)
 if redis.call('EXISTS', batch) == 1 then return -1 end
 local num = redis.call('SCARD', tenant_open)
 if num >= tonumber(max_open) then return num end
@@ -24,4 +25,15 @@ redis.call('ZADD', batches, created_ms, id)
 redis.call('ZADD', open_batches, -2^52 + math.min(num, 255) * 2^42 + tonumber(created_ms), tenant .. ':' .. id)
 redis.call('SADD', tenant_open, id)
 for _, key in ipairs({batch, batches, tenant_open}) do redis.call('PEXPIRE', key, ttl_ms) end
+-- Open batches may be among the oldest: `num` more are looked at. The rest of a large excess is for later calls.
+local excess, is_open = redis.call('ZCARD', batches) - max_kept, {}
+for _, open in ipairs(redis.call('SMEMBERS', tenant_open)) do is_open[open] = true end
+for _, old in ipairs(redis.call('ZRANGE', batches, 0, num + 63)) do
+  local key = P .. ':batch:' .. old
+  if not is_open[old] and (excess > 0 or redis.call('EXISTS', key) == 0) then
+    redis.call('DEL', key)
+    redis.call('ZREM', batches, old)
+    excess = excess - 1
+  end
+end
 return -1

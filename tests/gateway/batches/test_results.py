@@ -6,8 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
+
 from gateway.batches.results import Results, answer_of
 from gateway.files.storage import FolderStorage
+from protocol.queue.bus import Bus
+from protocol.wire.errors import Unavailable
+from tests.gateway.batches.test_runner import Endpoint
+from tests.gateway.batches.test_trouble import SOON, shaky_world
 
 
 async def written(results: Results) -> list[bytes]:
@@ -56,3 +62,24 @@ async def test_who_flushes_beside_another_waits_for_what_that_one_writes(tmp_pat
     storage.may_write.set()
     assert (await first, await second) == ([0], [])
     assert [b'"custom_id":"c0"' in line for line in await written(results)] == [True]
+
+
+@pytest.mark.parametrize("num_refused", [2, 1000])
+async def test_a_deletion_of_parts_that_fails_is_tried_again(
+    bus: Bus, tmp_path: Path, num_refused: int, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    """After the last try the batch ends with its answers, and the log names the folder that is left."""
+
+    def fails(method: str, name: str) -> BaseException | None:
+        is_refused = method == "delete" and world.shaky.asked["delete"] <= num_refused
+        return Unavailable("503 SlowDown") if is_refused and name == "batches/batch_1" else None
+
+    world = shaky_world(bus, tmp_path, fails)
+    await world.batch(5)
+    async with world.gateway("g1", Endpoint(), SOON):
+        batch = await world.ended()
+    assert (batch.status, batch.completed, batch.problems) == ("completed", 5, [])
+    assert len(await world.rows(batch.output_file)) == 5
+    is_left = num_refused > SOON.max_tries
+    assert (tmp_path / "batches" / "batch_1").exists() == is_left
+    assert ("of batch batch_1 remain in the storage, in batches/batch_1" in caplog.text) == is_left

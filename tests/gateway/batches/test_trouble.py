@@ -314,6 +314,16 @@ async def test_what_was_answered_is_kept_when_a_batch_is_given_up(bus: Bus, tmp_
     assert max(reads.values()) <= SOON.max_tries
 
 
+async def test_a_batch_whose_answers_cannot_be_listed_keeps_its_counts(bus: Bus, tmp_path: Path) -> None:
+    world = shaky_world(bus, tmp_path, lambda method, name: Unavailable("away") if method == "names" else None)
+    await world.batch(10)
+    async with World(bus, tmp_path).gateway("g1", Endpoint(holds=lambda number: number > 5)):
+        await world.answered(5)
+    async with world.gateway("g2", Endpoint(), SOON):
+        batch = await world.ended()
+    assert (batch.status, batch.completed) == ("failed", 5)
+
+
 async def test_a_batch_that_fails_again_and_again_delays_no_other(bus: Bus, tmp_path: Path) -> None:
     world = shaky_world(
         bus, tmp_path, lambda method, name: Unavailable("down") if name == "files/file-inbad" else None

@@ -98,6 +98,14 @@ async def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         await FolderStorage(tmp_path / "files").write("a", chunks(b"1"))
 
 
+async def test_a_folder_that_cannot_be_deleted_is_told(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other")  # which is not followed
+    with pytest.raises(Unavailable, match="cannot be changed"):
+        await FolderStorage(tmp_path).delete("link")
+    await FolderStorage(tmp_path).delete("never/there")
+
+
 async def test_a_bucket_that_is_not_there_is_told(s3: S3Server) -> None:
     storage = S3Storage(s3.client(), "nobodys", "")
     with pytest.raises(Unavailable, match="failed"):

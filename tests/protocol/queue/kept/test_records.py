@@ -10,6 +10,7 @@ from helpers.waiting import wait_until
 from prometheus_client import REGISTRY
 
 from protocol.queue.bus import Bus, now_ms
+from protocol.queue.kept.batches import MAX_KEPT
 from protocol.queue.kept.conversations import Turn
 from protocol.queue.kept.webhooks import UNREADABLE
 from protocol.wire import messages as m
@@ -86,12 +87,35 @@ async def letters(bus: Bus) -> list[tuple[str, bytes]]:
     return [(letter.stream, letter.raw) for _, letter in await bus.dead_letters.newest(100)]
 
 
-async def open_batch(bus: Bus, id_: str, tenant: str = "t") -> m.Batch:
+async def open_batch(bus: Bus, id_: str, tenant: str = "t", max_kept: int = MAX_KEPT) -> m.Batch:
     batch = m.Batch(
         id=id_, tenant=tenant, endpoint="/v1/x", input_file="f", created_ms=now_ms(), expires_ms=now_ms() + 60_000
     )
-    assert await bus.batches.open(batch, ttl_ms=60_000, max_open=10) == -1
+    assert await bus.batches.open(batch, ttl_ms=60_000, max_open=10, max_kept=max_kept) == -1
     return batch
+
+
+async def test_only_so_many_batches_of_a_tenant_are_kept(bus: Bus) -> None:
+    """The oldest ended ones are dropped, and names of expired ones; open ones and other tenants' stay."""
+
+    async def kept(tenant: str = "t") -> list[str]:
+        return sorted(await bus.batches.newest(tenant, 0, 100))
+
+    for number, tenant in enumerate(("t", "t", "t", "t", "other"), 1):
+        batch = await open_batch(bus, f"batch_{number}", tenant, max_kept=4)
+        if number != 1:
+            claimed = await bus.batches.claim(batch.id, tenant, "g", 1000)
+            assert claimed is not None
+            assert await bus.batches.save(msgspec.structs.replace(batch, status="completed"), claimed.epoch)
+    await open_batch(bus, "batch_6", max_kept=4)
+    assert await kept() == ["batch_1", "batch_3", "batch_4", "batch_6"]
+    assert await bus.batches.get("batch_2", "t") is None
+    assert await kept("other") == ["batch_5"]
+    await bus._redis.delete(bus.keys.batch("batch_3"))  # as its TTL does
+    await open_batch(bus, "batch_7")
+    assert await kept() == ["batch_1", "batch_4", "batch_6", "batch_7"]
+    await open_batch(bus, "batch_8", max_kept=1)
+    assert await kept() == ["batch_1", "batch_6", "batch_7", "batch_8"]
 
 
 @pytest.mark.parametrize("what", damaged(RECORDS["batch"]))
