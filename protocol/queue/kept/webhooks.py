@@ -74,8 +74,15 @@ class Webhooks:
         return bool(await self._scripts.run(call))
 
     async def delete_endpoint(self, tenant: str, endpoint_id: str) -> bool:
-        """Delete an endpoint. Returns whether it existed."""
-        return bool(await self._redis.hdel(self._keys.hooks(tenant), endpoint_id))
+        """Delete an endpoint and its waiting deliveries. Returns whether it existed."""
+        existed = bool(await self._redis.hdel(self._keys.hooks(tenant), endpoint_id))
+        outbox, ending = self._keys.outbox(tenant), f":{endpoint_id}".encode()
+        if ids := [id_ for id_ in await self._redis.hkeys(outbox) if id_.endswith(ending)]:
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.hdel(outbox, *ids)
+            pipe.zrem(self._keys.outbox_times(tenant), *ids)
+            await pipe.execute()
+        return existed
 
     # ------------------------------------------------------------ leading
 
