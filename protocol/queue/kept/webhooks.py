@@ -131,11 +131,12 @@ class Webhooks:
     async def add(self, tenant: str, deliveries: Sequence[m.Delivery], max_waiting: int) -> list[int]:
         """Record deliveries of a tenant, new ones or ones given up, as due now. Returns -1 for each.
 
-        A delivery that finds `max_waiting` others of the tenant waiting is not recorded; their number is returned for
-        it.
+        A delivery that finds `max_waiting` others of the tenant waiting, or half as many and its endpoint's share of
+        `max_waiting`, is not recorded; the number of those waiting is returned for it.
         """
         keys = self._keys
         call = lua.AddDeliveries(
+            hooks=keys.hooks(tenant),
             outbox=keys.outbox(tenant),
             times=keys.outbox_times(tenant),
             undelivered=keys.undelivered(tenant),

@@ -105,6 +105,16 @@ async def test_deliveries_that_wait_are_bounded(bus: Bus) -> None:
     assert len(await bus.webhooks.waiting("a")) == 3
 
 
+async def test_an_endpoint_that_takes_nothing_leaves_places_to_others(bus: Bus) -> None:
+    for number in (1, 2, 3):
+        await bus.webhooks.keep_endpoint(endpoint(number), 20)
+    ours = [delivery(number) for number in range(12)]
+    assert await bus.webhooks.add("a", ours, 12) == [-1] * 6 + [6] * 6, "alone, it gets half of the places"
+    others = [msgspec.structs.replace(one, id=f"{one.event}:we_2", endpoint="we_2") for one in ours]
+    assert await bus.webhooks.add("a", others, 12) == [-1] * 4 + [10] * 8, "then each gets its third"
+    assert await bus.webhooks.add("a", [ours[0], others[0]], 12) == [-1, -1], "earlier replies were lost"
+
+
 async def test_an_endpoint_leaves_with_its_deliveries(bus: Bus) -> None:
     """They would keep those to the tenant's other endpoints from being recorded, until their next attempts."""
     await bus.webhooks.keep_endpoint(endpoint(1), 20)
