@@ -136,7 +136,7 @@ class Registrar:
         if registration.asked_ms > outcome.registration.asked_ms:
             # A repeated registration is processed immediately; repeated requests for a failing name wait for the pause.
             return rested or not (registration.on_request and outcome.num_failures)
-        return rested and not registration.on_request and not outcome.refused
+        return rested and not registration.on_request
 
     async def _renew_leases(self) -> None:
         await self._bus.adapters.renew_leases(self._busy, LEASE_MS)

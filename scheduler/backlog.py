@@ -344,14 +344,15 @@ class BaseQueues:
     """The queued requests of one base."""
 
     fair: dict[tuple[str, bool], FairQueue]  # (class, whether warm) -> queue
-    resumed: dict[str, QueuedRequest] = field(default_factory=dict[str, QueuedRequest])
-    """Requests that a worker has had before, by id, the longest queued first."""
+    resumed: dict[str, dict[str, QueuedRequest]]
+    """Class -> requests that a worker has had before, by id, the longest queued first."""
     num: int = 0
 
     @classmethod
     def new(cls, counters: VirtualTokenCounters) -> BaseQueues:
         """Return empty queues."""
-        return cls({(name, warm): FairQueue(counters) for name in CLASSES for warm in (True, False)})
+        fair = {(name, warm): FairQueue(counters) for name in CLASSES for warm in (True, False)}
+        return cls(fair, {name: {} for name in CLASSES})
 
 
 class Backlog:
@@ -393,7 +394,7 @@ class Backlog:
         queues = self.of(request.submit.base)
         queues.num += 1
         if request.resumed:
-            queues.resumed[request.rid] = request
+            queues.resumed[request.submit.cls][request.rid] = request
         else:
             queues.fair[request.submit.cls, request.submit.digest in self._warm].push(request)
 
@@ -407,7 +408,7 @@ class Backlog:
         self.num_tokens -= _max_tokens(request)
         queues = self.by_base[request.submit.base]
         queues.num -= 1
-        if queues.resumed.pop(request.rid, None) is None:
+        if queues.resumed[request.submit.cls].pop(request.rid, None) is None:
             queues.fair[request.submit.cls, request.submit.digest in self._warm].forget(request)
 
     def drop_empty(self) -> None:

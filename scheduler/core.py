@@ -383,15 +383,23 @@ class Scheduler:
         def offer(request: QueuedRequest, final: bool) -> OfferResult:
             return self._offer(request, final, shares, plan, now_ms)
 
-        is_full = {True: False, False: False}  # by warm or cold, for requests that a worker has had before
-        for request in list(queues.resumed.values())[:MAX_PLACED]:
-            warm = self.backlog.is_warm(request.submit.digest)
-            if not is_full[warm]:
-                is_full[warm] = offer(request, True) is OfferResult.FULL
-        for cls in CLASSES if self.takes_batch else (INTERACTIVE,):
+        classes = CLASSES if self.takes_batch else (INTERACTIVE,)
+        for cls in classes:
+            self._offer_resumed(queues.resumed[cls], offer)
+        for cls in classes:
             for warm in (True, False):
                 if queue := queues.fair[cls, warm]:
                     self._scan(queue, base, cls, offer, shares.tenant_yields, warm=warm)
+
+    def _offer_resumed(self, requests: Mapping[str, QueuedRequest], offer: Offer) -> None:
+        """Offer requests of one class that a worker has had before."""
+        offers_left = {True: MAX_PLACED, False: MAX_PLACED}  # by warm or cold; 0 once no worker takes more
+        for request in list(requests.values()):
+            warm = self.backlog.is_warm(request.submit.digest)
+            if offers_left[warm]:
+                offers_left[warm] -= 1
+                if offer(request, True) in (OfferResult.FULL, OfferResult.FULL_FOR_YIELDING):
+                    offers_left[warm] = 0
 
     def _scan(self, queue: FairQueue, base: str, cls: str, offer: Offer, yields: Yields, *, warm: bool) -> None:
         """Offer the requests of one fair queue."""

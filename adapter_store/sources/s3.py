@@ -199,7 +199,9 @@ def _refusal(error: ClientError, what: str) -> LorafleetError | Changed:
     status = _status(error)
     if status == 404:
         return NotFound(f"{what} does not exist")
-    if status in (400, 401, 403):  # the answers to a HEAD with a wrong key have no body
+    if status == 400:  # so a HEAD is answered without a body if a token has expired
+        return Unavailable(f"S3 answered 400 for {what}: the store's credentials may have expired")
+    if status in (401, 403):
         return PermissionDenied(f"the store has no access to {what}")
     if status in (412, 416):
         return Changed(f"{what} was replaced")
@@ -208,5 +210,5 @@ def _refusal(error: ClientError, what: str) -> LorafleetError | Changed:
 
 def _unreachable(error: BotoCoreError) -> LorafleetError:
     if isinstance(error, NoCredentialsError):
-        return PermissionDenied("the store has no S3 credentials")
+        return Unavailable("the store has no S3 credentials")
     return Unavailable(f"S3 cannot be reached: {type(error).__name__}")

@@ -77,7 +77,7 @@ class EarlierCalls:
         known = await self.known(call, record, earlier.facts or await self._bus.requests(record.rids))
         hold(held() + self.num_bytes(known))
         mail = self._replies.subscribe(record.rids, eager=call.options.stream)
-        deadline_ms = record.created_ms + self._timeout_ms
+        deadline_ms = call.caller.until_ms or record.created_ms + self._timeout_ms
         return structs.replace(
             known, parsed=known.parsed.without_prompts(), mail=mail, deadline_ms=deadline_ms, poll_s=ATTACHED_POLL_S
         )

@@ -186,8 +186,12 @@ class Generation:
         return pieces
 
     async def _mend(self) -> None:
-        """Write open requests and their delivered tokens back into a queue that has lost its last second."""
-        if self.call.resubmit is not None:
+        """Write open requests and their delivered tokens back into a queue that has lost its last second.
+
+        Only lost requests are submitted again: a queue whose memory is full would not even find that it has them.
+        """
+        facts = await self._insist(partial(self._replies.bus.requests, list(self._open)))
+        if None in facts and self.call.resubmit is not None:
             await self._insist(self.call.resubmit)
         for rid in self._open:
             choice = self._by_rid[rid]

@@ -141,7 +141,7 @@ class WebhookService:
         again = msgspec.structs.replace(found[0], attempts=0, error="", created_ms=now_ms())
         [num_waiting] = await self._webhooks.add(caller.owner, [again], MAX_WAITING)
         if num_waiting >= 0:
-            text = f"{num_waiting} of your deliveries are waiting; the limit is {MAX_WAITING}"
+            text = f"{num_waiting} of your deliveries are waiting; the limit is {MAX_WAITING} to all endpoints"
             raise Overloaded(text, _RETRY_S)
         return delivery_view(again)
 

@@ -113,7 +113,10 @@ async def test_stale_is_said_and_fresh_again_too(bus: Bus, hub: HubStub, run_sto
     await wait_until(lambda: says(""), "it is fresh again")
 
 
-async def test_refusals_say_why_and_are_looked_at_again_when_asked(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+async def test_refusals_say_why_and_are_looked_at_again_when_asked(
+    bus: Bus, hub: HubStub, run_store: RunStore, timings: StoreTimings
+) -> None:
+    timings.refusal = Backoff(3600.0, 3600.0)
     hub.repos["org/bad"] = Repo()
     hub.repos["org/bad"].commit(adapter_bytes(use_qalora=True))
     run_store()
@@ -141,8 +144,19 @@ async def test_a_repository_that_goes_away_is_not_served_on(
     run_store(refresh_s=0.1)
     await register(bus, source=source)
     await in_state(bus, "a", "on_disk")
-    del hub.repos["org/a"]
+    gone = hub.repos.pop("org/a")
     assert (await in_state(bus, "a", "failed")).digest == ""
+    hub.repos["org/a"] = gone
+    await in_state(bus, "a", "on_disk")
+
+
+async def test_refused_content_that_is_mended_is_served_by_itself(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    hub.repos["org/a"].commit(adapter_bytes(use_qalora=True))
+    run_store()
+    await register(bus)
+    await in_state(bus, "a", "failed")
+    hub.repos["org/a"].commit(adapter_bytes(3))
+    await in_state(bus, "a", "on_disk")
 
 
 async def test_trouble_passes_by_itself(bus: Bus, hub: HubStub, run_store: RunStore) -> None:

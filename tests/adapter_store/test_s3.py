@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, NoCredentialsError
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
 from helpers.reported import report
@@ -229,6 +229,23 @@ async def test_wrong_credentials(s3: S3Server) -> None:
     upload(s3, "team/a", weights())
     with pytest.raises(PermissionDenied, match="no access"):
         await S3Source(s3.client(secret="wrong" * 8)).resolve(f"//{BUCKET}/team/a")
+
+
+@pytest.mark.parametrize("error", [
+    NoCredentialsError(),
+    ClientError({"ResponseMetadata": {"HTTPStatusCode": 400}}, "HeadObject"),  # an expired token
+], ids=["none", "expired"])  # fmt: skip
+async def test_credentials_that_the_store_lacks_are_temporary(s3: S3Server, error: Exception) -> None:
+    """What is mirrored stays served until the operator has renewed them."""
+    upload(s3, "team/a", weights())
+    client = s3.client()
+
+    def fail(**_: object) -> None:
+        raise error
+
+    client.meta.events.register("before-call.s3.HeadObject", fail)
+    with pytest.raises(Unavailable, match="credentials"):
+        await S3Source(client).resolve(f"//{BUCKET}/team/a")
 
 
 async def test_nobody_there(s3: S3Server) -> None:

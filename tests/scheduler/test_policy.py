@@ -206,10 +206,11 @@ def test_one_batch_holds_requests_of_different_adapters_up_to_the_credit() -> No
     assert planned(scheduler) == {"w0": ["r6"]}
 
 
-def test_jobs_wait_while_the_queue_has_no_room_for_their_answers() -> None:
+@pytest.mark.parametrize("epoch", [0, 2], ids=["new", "handed back"])
+def test_jobs_wait_while_the_queue_has_no_room_for_their_answers(epoch: int) -> None:
     scheduler = make_scheduler()
     for rid, cls in (("job", "batch"), ("call", "interactive")):
-        scheduler.submit(make_submit(rid, cls=cls), 0)
+        scheduler.submit(make_submit(rid, cls=cls), epoch)
     scheduler.takes_batch = False
     assert planned(scheduler) == {"w0": ["call"]}
     assert planned(scheduler) == {}
@@ -262,6 +263,25 @@ def test_resumed_requests_come_first() -> None:
         scheduler.submit(make_submit(f"r{i}"), 0)
     scheduler.submit(make_submit("resumed", tenant="greedy"), 2, 1)
     assert planned(scheduler)["w0"][0] == "resumed"
+
+
+def test_resumed_batch_work_without_room_hides_no_call_behind_it() -> None:
+    scheduler = make_scheduler(capacity=16)
+    for i in range(12):
+        scheduler.submit(make_submit(f"r{i}", tenant=f"t{i % 2}"), 0)
+    planned(scheduler)
+    for i in range(600):
+        scheduler.submit(make_submit(f"job{i}", cls="batch"), 2)
+    scheduler.submit(make_submit("call", tenant="other"), 2)
+    assert planned(scheduler, 1000.0) == {"w0": ["call"]}, "batch work leaves the four free places to others"
+
+
+def test_many_resumed_requests_for_absent_adapters_hide_no_other() -> None:
+    scheduler = make_scheduler()
+    for i in range(600):
+        scheduler.submit(make_submit(f"cold{i}", digest=f"d{i}"), 2)
+    scheduler.submit(make_submit("warm"), 2)
+    assert "warm" in planned(scheduler)["w0"]
 
 
 def test_repeated_and_outdated_messages_change_nothing() -> None:

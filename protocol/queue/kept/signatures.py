@@ -148,6 +148,7 @@ class DeliveryRow(Group, kw_only=True):
 class AddDeliveries(Call, kw_only=True):
     """Record deliveries of one tenant, due now, while few of its deliveries wait; they no longer count as given up."""
 
+    hooks: Key
     outbox: Key
     times: Key
     undelivered: Key

@@ -74,8 +74,15 @@ class Webhooks:
         return bool(await self._scripts.run(call))
 
     async def delete_endpoint(self, tenant: str, endpoint_id: str) -> bool:
-        """Delete an endpoint. Returns whether it existed."""
-        return bool(await self._redis.hdel(self._keys.hooks(tenant), endpoint_id))
+        """Delete an endpoint and its waiting deliveries. Returns whether it existed."""
+        existed = bool(await self._redis.hdel(self._keys.hooks(tenant), endpoint_id))
+        outbox, ending = self._keys.outbox(tenant), f":{endpoint_id}".encode()
+        if ids := [id_ for id_ in await self._redis.hkeys(outbox) if id_.endswith(ending)]:
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.hdel(outbox, *ids)
+            pipe.zrem(self._keys.outbox_times(tenant), *ids)
+            await pipe.execute()
+        return existed
 
     # ------------------------------------------------------------ leading
 
@@ -124,11 +131,12 @@ class Webhooks:
     async def add(self, tenant: str, deliveries: Sequence[m.Delivery], max_waiting: int) -> list[int]:
         """Record deliveries of a tenant, new ones or ones given up, as due now. Returns -1 for each.
 
-        A delivery that finds `max_waiting` others of the tenant waiting is not recorded; their number is returned for
-        it.
+        A delivery that finds `max_waiting` others of the tenant waiting, or half as many and its endpoint's share of
+        `max_waiting`, is not recorded; the number of those waiting is returned for it.
         """
         keys = self._keys
         call = lua.AddDeliveries(
+            hooks=keys.hooks(tenant),
             outbox=keys.outbox(tenant),
             times=keys.outbox_times(tenant),
             undelivered=keys.undelivered(tenant),

@@ -6,13 +6,15 @@ import io
 import json
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet
+from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 from openai import APIStatusError, AsyncOpenAI
 from openai.types import Batch
+from prometheus_client import REGISTRY
 
 from protocol.queue.bus import Bus
 from protocol.wire.errors import Internal
@@ -186,3 +188,28 @@ async def test_lines_run_by_model_and_beginning(client: AsyncOpenAI, fleet: Scri
     changes = sum(before != after for before, after in pairwise(digests))
     assert changes < 20  # would be 26 in the order of the file; some lines run concurrently, so the order is not strict
     assert batch.model is None
+
+
+async def test_a_running_line_has_the_batch_s_time_at_the_next_gateway(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
+) -> None:
+    """The time of other requests ends before the first token, and the next gateway looks for it twice."""
+    fleet.script = lambda submit, body: Script(hold_after=0)
+    gateway = {"files": str(tmp_path / "files"), "request_timeout_s": 0.001, "grace_s": 0.1}
+
+    def client_of(one: RunningGateway) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{one.url}/v1", api_key="any", max_retries=0)
+
+    def log_reads() -> float:
+        return REGISTRY.get_sample_value("lorafleet_gateway_log_reads_total") or 0.0
+
+    async with running_gateway(bus, model_folder, **gateway) as one, client_of(one) as client:
+        batch = await started(client, [line(1)])
+        await wait_until(lambda: fleet.seen, "the line is submitted")
+    before = log_reads()
+    async with running_gateway(bus, model_folder, **gateway) as two, client_of(two) as client:
+        await wait_until(lambda: log_reads() >= before + 2, "the next gateway waits for the line", timeout_s=20.0)
+        fleet.go.set()
+        counts = (await ended(client, batch)).request_counts
+    assert counts is not None
+    assert (counts.completed, counts.failed) == (1, 0)

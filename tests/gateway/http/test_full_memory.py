@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import httpx2
 from helpers.full_memory import full_memory
-from helpers.scripted_fleet import Script, ScriptedFleet
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, playing
 from helpers.waiting import wait_until
 
-from protocol.queue.bus import Bus
+from lorafleet.launcher.embedded import start_embedded
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.wire import messages as m
 
 COMPLETION = {"model": "base", "prompt": "hi", "max_tokens": 60}
@@ -47,6 +49,43 @@ async def test_a_full_queue_is_503_and_running_streams_end_whole(
     fleet.script = lambda submit, body: Script()
     again = await http.post("/v1/completions", json={**COMPLETION, "max_tokens": 3})
     assert again.json()["choices"] == whole["choices"]
+
+
+async def test_a_queue_that_restarts_with_full_memory_delays_no_answer(tmp_path: Path, model_folder: Path) -> None:
+    server = start_embedded(tmp_path / "queue")
+    bus = Bus(server.url)
+    num_asked = 0
+
+    async def gateway_knows() -> bool:
+        """Only `Bus.restarted` asks the server for information, besides this test."""
+        nonlocal num_asked
+        try:
+            stats = await bus._redis.info("commandstats")
+        except CONNECTION_ERRORS:
+            return False
+        num_asked += 1
+        return stats.get("cmdstat_info", {"calls": 0})["calls"] >= num_asked
+
+    async def has_three_tokens() -> bool:
+        return bool(fleet.seen) and await bus._redis.strlen(bus.keys.tok(fleet.seen[0][0].rid)) == 12
+
+    try:
+        async with playing(server.url, model_folder) as fleet, gateway_client(bus, model_folder) as http:
+            fleet.script = lambda submit, body: Script(hold_after=3)
+            held = asyncio.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": True}))
+            await wait_until(has_three_tokens, "the worker waits")
+            await fleet.stop_beating()
+            server.process.kill()
+            server.process.wait()
+            server._max_bytes = 1
+            server.start()
+            await wait_until(gateway_knows, "the gateway knows of the restart")
+            fleet.go.set()
+            answer = await asyncio.wait_for(held, 20.0)
+            assert answer.text.endswith("data: [DONE]\n\n")
+    finally:
+        await bus.close()
+        server.stop()
 
 
 async def test_adapters_cannot_be_registered_while_memory_is_full(http: httpx2.AsyncClient, bus: Bus) -> None:

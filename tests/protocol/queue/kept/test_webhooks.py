@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
+
 from protocol.queue.bus import Bus, now_ms
 from protocol.queue.kept.webhooks import MAX_GIVEN_UP
 from protocol.wire import messages as m
@@ -101,6 +103,30 @@ async def test_deliveries_that_wait_are_bounded(bus: Bus) -> None:
     assert await bus.webhooks.add("a", [delivery(0)], 3) == [-1], "an earlier reply was lost"
     assert await bus.webhooks.add("b", [delivery(0, "b")], 3) == [-1]
     assert len(await bus.webhooks.waiting("a")) == 3
+
+
+async def test_an_endpoint_that_takes_nothing_leaves_places_to_others(bus: Bus) -> None:
+    for number in (1, 2, 3):
+        await bus.webhooks.keep_endpoint(endpoint(number), 20)
+    ours = [delivery(number) for number in range(12)]
+    assert await bus.webhooks.add("a", ours, 12) == [-1] * 6 + [6] * 6, "alone, it gets half of the places"
+    others = [msgspec.structs.replace(one, id=f"{one.event}:we_2", endpoint="we_2") for one in ours]
+    assert await bus.webhooks.add("a", others, 12) == [-1] * 4 + [10] * 8, "then each gets its third"
+    assert await bus.webhooks.add("a", [ours[0], others[0]], 12) == [-1, -1], "earlier replies were lost"
+
+
+async def test_an_endpoint_leaves_with_its_deliveries(bus: Bus) -> None:
+    """They would keep those to the tenant's other endpoints from being recorded, until their next attempts."""
+    await bus.webhooks.keep_endpoint(endpoint(1), 20)
+    ours = [delivery(number) for number in range(3)]
+    other = msgspec.structs.replace(delivery(3), id="evt_3:we_11", endpoint="we_11")
+    await bus.webhooks.add("a", [*ours, other], 4)
+    for one in ours:
+        await bus.webhooks.later(one, now_ms() + 60_000)
+    assert await bus.webhooks.delete_endpoint("a", "we_1")
+    assert await bus.webhooks.waiting("a") == [other]
+    assert await bus._redis.zrange(bus.keys.outbox_times("a"), 0, -1) == [b"evt_3:we_11"]
+    assert not await bus.webhooks.delete_endpoint("a", "we_1")
 
 
 async def test_ends_are_told_by_tenant_and_forgotten_once(bus: Bus) -> None:
