@@ -192,8 +192,6 @@ class Batcher:
         drafts is left to it too: states after wrong drafts are useless.
         """
         states = self.states
-        if states is not None:
-            states.end_step()
         for seq, num_new in plan.num_new.items():
             if states is None:
                 self.advance(seq, num_new - len(plan.drafts.get(seq, ())))
@@ -205,8 +203,6 @@ class Batcher:
         """Undo a plan that could not be computed: its sequences wait again, in the same order."""
         for seq in reversed(list(plan.num_new)):
             self._preempt(seq, plan)
-        if self.states is not None:
-            self.states.end_step()
 
     def leave(self, seq: Sequence, plan: StepPlan) -> None:
         """Remove an ended sequence from a plan that is being computed: its results will not be used."""
@@ -350,8 +346,7 @@ class Batcher:
         seq.blocks, seq.kept = [], None
         seq.num_computed = 0
         if self.states is not None:
-            self.states.release(seq.state_slots)
-            seq.state_slots = []
+            self.states.free(seq)
         if seq.request.digest:
             self._slots.release(seq.request.digest)
             seq.slot = -1
