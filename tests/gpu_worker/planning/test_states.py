@@ -76,6 +76,19 @@ def test_a_state_outlasts_others_steps_until_its_reader_has_run() -> None:
     assert states.longest(second.hashes) == (3, second.state_read)
 
 
+def test_outputs_and_prompts_that_differ_share_no_block() -> None:
+    batcher = Batcher(BatchLimits(2, 600), BlockPool(400), FakeSlots(), "base", StatePool(8, saves_outputs=False))
+    text = np.arange(6 * BLOCK_TOKENS + 1)
+    begun = make_seq("begun", text[: 2 * BLOCK_TOKENS + 1], 99, output=text[2 * BLOCK_TOKENS + 1 :].tolist())
+    again = make_seq("again", begun.request.prompt, 99, output=begun.request.output)
+    for seq, num_found in ((begun, 0), (make_seq("prompt", text, 1), 2), (make_seq("same", text, 1), 6), (again, 2)):
+        batcher.add(seq)
+        plan = batcher.plan()
+        assert plan.num_cached == num_found * BLOCK_TOKENS, seq.rid
+        finish_step(batcher, plan)
+        batcher.remove(seq)
+
+
 def test_a_state_saved_twice_takes_one_slot() -> None:
     pool = StatePool(3)
     for _ in range(2):
