@@ -49,8 +49,7 @@ def read_spec(
     replaced = read_replaced(matcher, targeted, tokens)
     sites: list[LoraWeights] = []
     embeddings: list[LoraWeights] = []
-    whole = {part.site for part in replaced if part.parameter == "weight"}
-    parts = read_kind(matcher, own, targeted, whole) if own is not None else KindParts()
+    parts = read_kind(matcher, own, targeted) if own is not None else KindParts()
     for site in targeted.values() if own is None else ():
         (embeddings if site.kind == "embedding" else sites).extend(read_lora(matcher, site))
     wrapped = [lora for module, names in parameters.items() for lora in read_parameters(matcher, module, names)]

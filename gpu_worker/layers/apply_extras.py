@@ -106,7 +106,7 @@ def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bia
     _scale_dora(found, out, bias)
     for group, part in found:
         if part.tokens is not None:
-            out = _apply_tokens(part.tokens, group, out, x)
+            out = _apply_tokens(part, part.tokens, group, out, x)
     return out
 
 
@@ -160,12 +160,14 @@ def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, 
     return out
 
 
-def _apply_tokens(tokens: Tokens, group: ExtraRows, out: Tensor, x: Tensor) -> Tensor:
+def _apply_tokens(part: LinearExtras, tokens: Tokens, group: ExtraRows, out: Tensor, x: Tensor) -> Tensor:
     """Write the logits of trained tokens. Returns `out`, or a wider one."""
     out = _widen(out, int(tokens.indices[-1]) + 1)
     out[group.rows[:, None], tokens.indices] = F.linear(x[group.rows], tokens.rows)
     if tokens.lora is not None:
         delta = _low_rank(tokens.lora, x[group.active], group.scale)
+        if part.lora_bias is not None:
+            delta += part.lora_bias[tokens.indices] * group.scale
         out[group.active[:, None], tokens.indices] += delta.to(out.dtype)
     return out
 

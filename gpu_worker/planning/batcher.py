@@ -192,8 +192,6 @@ class Batcher:
         drafts is left to it too: states after wrong drafts are useless.
         """
         states = self.states
-        if states is not None:
-            states.end_step()
         for seq, num_new in plan.num_new.items():
             if states is None:
                 self.advance(seq, num_new - len(plan.drafts.get(seq, ())))
@@ -205,8 +203,6 @@ class Batcher:
         """Undo a plan that could not be computed: its sequences wait again, in the same order."""
         for seq in reversed(list(plan.num_new)):
             self._preempt(seq, plan)
-        if self.states is not None:
-            self.states.end_step()
 
     def leave(self, seq: Sequence, plan: StepPlan) -> None:
         """Remove an ended sequence from a plan that is being computed: its results will not be used."""
@@ -218,7 +214,7 @@ class Batcher:
         """Mark the next tokens of a running sequence as computed."""
         first = seq.num_computed // BLOCK_TOKENS
         seq.num_computed += num_new
-        last = seq.num_computed // BLOCK_TOKENS
+        last = self._num_shared(seq, seq.num_computed)
         if last > first and self.limits.prefix_cache:
             seq.extend_hashes(last, self._fingerprint)
             for i in range(first, last):
@@ -350,8 +346,7 @@ class Batcher:
         seq.blocks, seq.kept = [], None
         seq.num_computed = 0
         if self.states is not None:
-            self.states.release(seq.state_slots)
-            seq.state_slots = []
+            self.states.free(seq)
         if seq.request.digest:
             self._slots.release(seq.request.digest)
             seq.slot = -1
@@ -431,10 +426,16 @@ class Batcher:
         """Return the cached blocks of a sequence's beginning, excluding its last token, whose logits are needed."""
         if not self.limits.prefix_cache or seq.needs_all_rows:
             return []
-        num_full = (seq.num_tokens - 1) // BLOCK_TOKENS
+        num_full = self._num_shared(seq, seq.num_tokens - 1)
         seq.extend_hashes(num_full, self._fingerprint)
         found = self.blocks.lookup(seq.hashes[:num_full])
         return found if self.states is None else found[: self.states.longest(seq.hashes[: len(found)])[0]]
+
+    def _num_shared(self, seq: Sequence, num_tokens: int) -> int:
+        """Return how many full blocks of a sequence's first `num_tokens` tokens equal those of a prompt with them."""
+        if self.states is not None and not self.states.saves_outputs:
+            num_tokens = min(num_tokens, seq.num_prompt)
+        return num_tokens // BLOCK_TOKENS
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless block tables, reference counts and the state of sequences agree."""

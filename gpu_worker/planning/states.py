@@ -43,14 +43,14 @@ class StatePool:
         self.zero = num_slots  # one more slot, with the state in which every text begins
         self._free = list(range(num_slots))
         self._saved: OrderedDict[bytes, int] = OrderedDict()  # hash -> slot, least recently used first
-        self._read: set[int] = set()  # slots that the next step reads, protected until then
+        self._reading: dict[Sequence, int] = {}  # sequence -> saved state that its next step reads: not evicted before
 
     def allocate(self) -> int | None:
         """Return a slot, evicting the least recently used saved state if necessary; None if none can be evicted."""
         if self._free:
             return self._free.pop()
         for hash_, slot in self._saved.items():
-            if slot not in self._read:
+            if slot not in self._reading.values():
                 del self._saved[hash_]
                 return slot
         return None
@@ -67,11 +67,6 @@ class StatePool:
                 return num, slot
         return 0, self.zero
 
-    def read(self, hash_: bytes) -> None:
-        """Protect a saved state until the next step has read it."""
-        self._saved.move_to_end(hash_)
-        self._read.add(self._saved[hash_])
-
     def save(self, hash_: bytes, slot: int) -> None:
         """Make a state findable by the hash of the block it follows; free its slot if that hash is saved already."""
         if hash_ in self._saved:
@@ -83,7 +78,7 @@ class StatePool:
     def forget(self, hash_: bytes) -> None:
         """Free the slot of a saved state, if it exists and no step is about to read it."""
         slot = self._saved.get(hash_)
-        if slot is not None and slot not in self._read:
+        if slot is not None and slot not in self._reading.values():
             del self._saved[hash_]
             self._free.append(slot)
 
@@ -94,18 +89,23 @@ class StatePool:
         draft tokens has two slots, one read and one written by each step, because a step is repeated if its mask is
         late or its draft tokens were wrong.
         """
-        saved = self.longest(seq.hashes[:num_cached])[1]
+        seq.state_read = self.longest(seq.hashes[:num_cached])[1]
         if num_cached:
-            self.read(seq.hashes[num_cached - 1])
+            self._saved.move_to_end(seq.hashes[num_cached - 1])
+            self._reading[seq] = seq.state_read
         for _ in range(1 if seq.matcher is None and seq.drafter is None else 2):
             slot = self.allocate()
             if slot is None:
-                self.release(seq.state_slots)
-                seq.state_slots = []
+                self.free(seq)
                 return False
             seq.state_slots.append(slot)
-        seq.state_read = saved
         return True
+
+    def free(self, seq: Sequence) -> None:
+        """Free a sequence's slots."""
+        self._reading.pop(seq, None)
+        self.release(seq.state_slots)
+        seq.state_slots = []
 
     def plan_saves(self, seq: Sequence, num_new: int) -> dict[int, int]:
         """Return the positions in a sequence's next tokens after which its states are saved, with a slot for each."""
@@ -123,6 +123,7 @@ class StatePool:
         num_new: 0 if the tokens were undone, because the next mask is late or drafts were wrong.
         """
         if num_new > 0:
+            self._reading.pop(seq, None)
             seq.state_slots.reverse()
             seq.state_read = seq.state_slots[-1]
         for position, slot in saves.items():
@@ -134,10 +135,6 @@ class StatePool:
             if position > seq.num_prompt:
                 self.forget(seq.state_saved)
                 seq.state_saved = hash_
-
-    def end_step(self) -> None:
-        """Release the protection of the states that the step has read."""
-        self._read.clear()
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Raise AssertionError unless every slot is held by one sequence, saved or free."""

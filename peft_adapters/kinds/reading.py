@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from peft_adapters.config_fields import read_ids
@@ -27,13 +27,10 @@ class KindParts:
     num_products: int = 0  # multiplications for that
 
 
-def read_kind(
-    matcher: TensorMatcher, kind: Kind, targeted: Mapping[str, SiteShape], replaced: Collection[str] = ()
-) -> KindParts:
+def read_kind(matcher: TensorMatcher, kind: Kind, targeted: Mapping[str, SiteShape]) -> KindParts:
     """Return a kind's changes of the targeted layers; incomplete, with reasons, if anything is wrong.
 
-    replaced: modules whose weight the file replaces, such as a head for another vocabulary. Tensors are not processed
-    here: the cost of that is known from config and shapes, and refused if excessive.
+    Tensors are not processed here: the cost of that is known from config and shapes, and refused if excessive.
     """
     sizes = [matcher.size(site) for site in targeted.values()]
     widest = (max((rows for rows, _ in sizes), default=0), max((width for _, width in sizes), default=0))
@@ -47,7 +44,7 @@ def read_kind(
             found.replaced += _read_norm(matcher, site)
         else:
             layer = Layer(site.name, {}, *matcher.size(site), widest, site.has_bias, (number, len(targeted)))
-            _read_layer(matcher, kind, site, layer, found, is_replaced=site.name in replaced)
+            _read_layer(matcher, kind, site, layer, found)
     if found.num_numbers > MAX_KIND_NUMBERS:
         limit = f"where {MAX_KIND_NUMBERS} are served{what_to_do(kind.name)}"
         matcher.reasons.add(f"{kind.name} makes {found.num_numbers} numbers of this file, {limit}")
@@ -74,9 +71,7 @@ def _read_norm(matcher: TensorMatcher, site: SiteShape) -> Iterator[ReplacedWeig
             yield ReplacedWeights(site.name, parameter, taken)
 
 
-def _read_layer(
-    matcher: TensorMatcher, kind: Kind, site: SiteShape, layer: Layer, found: KindParts, *, is_replaced: bool
-) -> None:
+def _read_layer(matcher: TensorMatcher, kind: Kind, site: SiteShape, layer: Layer, found: KindParts) -> None:
     """Add a kind's change of one layer to `found`, with its costs; adds reasons if anything is wrong."""
     config, reasons, before = matcher.config, matcher.reasons, len(matcher.reasons)
     inputs, outputs = layer.in_features, layer.out_features
@@ -95,8 +90,6 @@ def _read_layer(
         name: matcher.take(mine.get(name) or shared.get(name), site.name, name, shape, integers=name in form.integers)
         for name, shape in form.shapes.items()
     }
-    if is_replaced and (isinstance(form, Operation) or form.needs_weight):
-        reasons.add(f"{kind.name} is not served on a layer whose weight the adapter replaces", site.name)
     if isinstance(form, Operation):
         found.num_numbers += form.num_numbers
         if len(reasons) == before:

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.factories import make_tokenizer
-from oracle.adapters.peft_kinds import INVOCATION, Kind, check_exact, make_adapter
+from oracle.adapters.peft_kinds import (
+    INVOCATION,
+    MAX_DIFFERENCE,
+    Kind,
+    check_exact,
+    difference,
+    engine_logits,
+    make_adapter,
+    model_logits,
+)
 from oracle.cases import NUM_TOKENS, Case
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.test_grammars import assert_late_masks_change_no_token
@@ -153,6 +162,20 @@ def test_the_next_turn_of_a_conversation_finds_the_answer_before(case: Case) -> 
     assert second.ids["second"] == case.oracle.greedy("few", turn, NUM_TOKENS)
     saved = 0 if engine.model.mixers.tells_prompts_apart else OUTPUT_TOKENS
     assert second.finish["second"].num_cached_tokens == saved
+
+
+def test_a_prompt_shares_nothing_with_an_output_of_limited_steps() -> None:
+    """The first of two equal prompts computes what was an output before; the second finds that in the prefix cache."""
+    model = tiny_model("nemotron_h", time_step_min=0.3, time_step_max=0.6)
+    engine = Oracle(model, {}, scale=0.4).engine(max_num_seqs=2)
+    [prompt] = prompts(1, 190, (20,))
+    begun = ask(engine, [greedy_request("begun", "", prompt, 60)]).ids["begun"]
+    turn = np.concatenate((prompt, np.array(begun, np.int32), prompt))
+    for rid in ("first", "second"):
+        ids, logits = engine_logits(engine, [greedy_request(rid, "", turn, 1)])[rid]
+        assert difference(logits, model_logits(model, turn, ids)) <= MAX_DIFFERENCE
+    full = [(len(text) - 1) // BLOCK_TOKENS * BLOCK_TOKENS for text in (prompt, turn)]
+    assert engine.counters.num_cached_tokens == sum(full)
 
 
 def test_masks_that_are_late_change_no_token() -> None:

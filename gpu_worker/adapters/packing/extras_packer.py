@@ -27,6 +27,7 @@ from gpu_worker.layers.extras import (
 from gpu_worker.layers.lora import SiteInfo
 from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
 from peft_adapters.spec import LayerOperation, VirtualTokens
+from protocol.wire.errors import AdapterRefused
 
 GetTensor = Callable[[str], Tensor]
 """Return a tensor of the adapter by name, in the file's dtype."""
@@ -38,7 +39,7 @@ def pack_extras(
     """Return an adapter's extras in the model's dtypes. sites: linear layers by name.
 
     int8: whether the pool holds int8 rows; results computed from rows here then use the rounded values. Raises
-    AdapterRefused for changes that need the weights of quantized layers.
+    AdapterRefused for changes that need the weights of quantized layers, or of layers whose weights it replaces.
     """
     return _ExtrasPacker(sites, adaptable, get, int8=int8).pack(spec)
 
@@ -110,6 +111,7 @@ class _ExtrasPacker:
     def pack(self, spec: AdapterSpec) -> Extras:
         for part in spec.replaced:
             self._replace(part)
+        self._check_kinds(spec)
         for part in spec.sites:
             self._pack_linear(part)
         for part in spec.operations:
@@ -155,6 +157,18 @@ class _ExtrasPacker:
             self._embeddings[part.site][part.parameter] = tensor
         else:
             self._norms[part.site][part.parameter] = tensor
+
+    def _check_kinds(self, spec: AdapterSpec) -> None:
+        """Raise AdapterRefused where a kind that is served on the base's weights only would change a replaced one."""
+        kinds = {part.site: part.kind for part in spec.operations}
+        kinds |= {part.site: part.of_kind.kind for part in spec.sites if part.of_kind and part.needs_weight}
+        reasons = [
+            f"{kind} is not served on a layer whose weight the adapter replaces: {site}"
+            for site, kind in kinds.items()
+            if "weight" in self._linear.get(site, {})
+        ]
+        if reasons:
+            raise AdapterRefused(reasons)
 
     def _pack_linear(self, part: LoraWeights) -> None:
         """Store the parts of a linear layer's LoRA that are not rows for the pool."""

@@ -23,6 +23,7 @@ from peft_adapters.config import AdapterConfig, read_config
 from peft_adapters.format import AdapterSpec, LoraWeights
 from peft_adapters.reasons import Reasons
 from peft_adapters.recipe import Merge
+from peft_adapters.targets import NameTargets
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
 
@@ -147,6 +148,9 @@ def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
     ]
     if reasons:
         raise AdapterRefused(reasons)
+    if config.all_linear:  # PEFT too takes the names that this stands for
+        names = NameTargets(frozenset(lora.site for lora in spec.sites))
+        config = replace(config, targets=replace(config.targets, targets=names))
     return MergeInput(config, spec, get, weight)
 
 

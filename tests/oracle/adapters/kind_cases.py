@@ -32,6 +32,7 @@ ALL: dict[str, Any] = {"target_modules": "all-linear"}
 BASES: dict[str, Base] = {
     "qwen3": ("qwen3", {"head_dim": 16}), "mixtral": MIXTRAL, "falcon_h1": ("falcon_h1", {"tiny": True})
 }  # fmt: skip
+HEAD: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"]}
 LISTED: dict[str, Any] = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 }  # fmt: skip
@@ -103,7 +104,10 @@ FORMS: dict[str, Kind] = {
     "operations and a head": Kind(
         LLAMA, {"feedforward_modules": ["down_proj"], "modules_to_save": ["lm_head"]}, config=IA3Config
     ),
-    "a head": Kind(LLAMA, {"r": 2, "target_modules": ["q_proj", "lm_head"]}, config=LoHaConfig),
+    "a head": Kind(LLAMA, {"r": 2, **HEAD}, config=LoHaConfig),
+    "oft of a head": Kind(LLAMA, {"oft_block_size": 16, **HEAD}, config=OFTConfig),
+    "hra of a tied head": Kind(TIED, {"r": 4, **HEAD}, config=HRAConfig),
+    "deft of a head": Kind(LLAMA, {"r": 4, **HEAD}, config=DeftConfig),
     "some layers": Kind(LLAMA, {"layers_to_transform": [1]}, config=LoHaConfig),
     "bias all": Kind(BIASED, {"r": 4, "bias": "all"}, config=MissConfig),
     "bias of its own": Kind(BIASED, {"r": 4, "bias": "vera_only"}, config=VeraConfig),

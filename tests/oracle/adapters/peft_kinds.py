@@ -311,6 +311,9 @@ KINDS: dict[str, Kind] = {
     "trained tokens, tied to an adapted head": Kind(
         TIED, {"trainable_token_indices": [3, 150, 17], "target_modules": ["q_proj", "lm_head"]}
     ),
+    "trained tokens, tied to a head with lora_bias": Kind(
+        TIED, {"trainable_token_indices": [3, 150, 17], "target_modules": ["lm_head"], "lora_bias": True}
+    ),
     "trained tokens of both": Kind(LLAMA, {"trainable_token_indices": {"embed_tokens": [9], "lm_head": [12, 4]}}),
     "trained tokens, scaled": Kind(GEMMA, {"trainable_token_indices": [3, 150, 17]}),
     "added tokens": Kind(LLAMA, {"modules_to_save": ["lm_head", "embed_tokens"]}, TINY_VOCAB + 9),

@@ -27,7 +27,7 @@ from oracle.adapters.peft_kinds import (
     peft_logits,
     train_adapter,
 )
-from oracle.peft_oracle import greedy_request
+from oracle.peft_oracle import greedy_request, refusal
 from peft import (
     C3AConfig,
     FourierFTConfig,
@@ -59,6 +59,17 @@ ELSEWHERE = [
 def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
     make_adapter(FORMS[name], tmp_path)
     check_exact(FORMS[name], tmp_path, max_step_tokens=16, max_num_seqs=8)
+
+
+@pytest.mark.parametrize("name", ["oft of a head", "deft of a head"])
+def test_kinds_that_read_a_weight_do_not_read_a_replaced_one(name: str, tmp_path: Path) -> None:
+    make_adapter(FORMS[name], tmp_path)
+    file, weight = tmp_path / WEIGHTS_FILE, "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(file)
+    save_file(tensors | {weight: tensors[weight] + 1}, file)
+    request = greedy_request("asked", "tuned", asked_prompts(FORMS[name])[0], 3)
+    error = refusal(make_engine(LLAMA, {"tuned": tmp_path}), request)
+    assert "is not served on a layer whose weight the adapter replaces: lm_head" in error.message
 
 
 @pytest.mark.parametrize(("name", "base"), ELSEWHERE)

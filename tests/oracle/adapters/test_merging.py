@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from peft_adapters.config import read_config
-from peft_adapters.format import WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.reasons import Reasons
 from peft_adapters.recipe import Merge, Strategy, check_merge, digest_of_merge, merge_of
 from peft_adapters.spec import AdapterSpec, LoraWeights
@@ -162,6 +163,18 @@ def test_merges_of_other_adapters_too(base: Base, fields: dict[str, Any], strate
     expected = merging.expected(
         "merged", prompt, ids, adapters=NAMES, weights=WEIGHTS, combination_type=strategy, **options
     )
+    assert difference(logits, expected) <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "ba"])
+def test_merges_of_all_linear_adapters(names: str, tmp_path: Path) -> None:
+    merging = Merging(LLAMA, {"a": {"target_modules": "all-linear"}, "b": {"target_modules": ["q_proj"]}}, tmp_path)
+    config = tmp_path / "a" / CONFIG_FILE  # in which PEFT's save has replaced the word by names
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": "all-linear"}))
+    prompt, weights = prompts(1, TINY_VOCAB, (20,))[0], WEIGHTS[: len(names)]
+    request = greedy_request("merged", merge_digest([*names], weights), prompt, 3)
+    ids, logits = engine_logits(merging.engine, [request])["merged"]
+    expected = merging.expected("merged", prompt, ids, adapters=[*names], weights=weights, combination_type="linear")
     assert difference(logits, expected) <= MAX_DIFFERENCE
 
 

@@ -46,7 +46,8 @@ TABLE = Path(__file__).parents[3] / "docs" / "peft.md"
 
 ESSENTIAL = (
     "lora", "patterns", "conv1d", "dora and biases", "dora embedding", "embedding and head, tied", "scaled embedding",
-    "added tokens", "experts", "experts, transposed", "router", "weights as parameters",
+    "trained tokens, tied to a head with lora_bias", "added tokens", "experts", "experts, transposed", "router",
+    "weights as parameters",
 )  # fmt: skip
 """Kinds with code that no other kind and no adapter of `DENSE` runs; `make test-all` runs all kinds."""
 
