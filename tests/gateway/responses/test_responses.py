@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2
 import msgspec
+import pytest
 from helpers.response_events import Event, built, events_of, held_to
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
@@ -242,6 +243,32 @@ async def test_results_of_calls_and_references_are_read(qwen: httpx2.AsyncClient
     [prompt] = prompts
     assert "<tool_response>\n7\n</tool_response>" in prompt
     assert '{"name": "add", "arguments": {"p": "ö"}}' in prompt
+
+
+@pytest.mark.parametrize("cut", [{"max_output_tokens": 66}, {"stop": "ö"}])
+async def test_a_call_that_was_cut_off_is_left_out_of_the_next_prompt(
+    qwen: httpx2.AsyncClient, fleet: ScriptedFleet, cut: dict[str, Any]
+) -> None:
+    conversation = (await qwen.post("/v1/conversations", json={})).json()["id"]
+    fleet.script = lambda submit, body: Script(f"<think>\nHm.\n</think>\n\n{CALL}")
+    body = {**BODY, "tools": [TOOL], "max_output_tokens": 300}
+    first = await whole(qwen, {**body, **cut, "conversation": conversation})
+    call = first["output"][-1]
+    assert (call["type"], call["status"]) == ("function_call", "incomplete")
+    assert call["arguments"] in '{"p": "ö'
+    fleet.script = lambda submit, body: Script()
+    said = {"role": "user", "content": "go on"}
+    prompts = set[str]()
+    for way in (
+        {"input": [said], "previous_response_id": first["id"]},
+        {"input": [said], "conversation": conversation},
+        {"input": [{"role": "user", "content": "hi"}, *first["output"], said]},
+    ):
+        await whole(qwen, {**body, **way})
+        prompts.add(fleet.prompt())
+    [prompt] = prompts
+    assert prompt.count('"add"') == 1  # its definition
+    assert "<|im_start|>assistant\n" in prompt[: prompt.index("go on")]
 
 
 async def test_truncation_drops_the_earliest_messages(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
