@@ -87,33 +87,29 @@ def items_of(
     given: str | Sequence[Item] | None,
     call: str,
     known: Mapping[str, Item],
-    first: int,
+    earlier: Sequence[Item] = (),
     *,
     renamed: bool = False,
     param: str = "input",
 ) -> list[Item]:
     """Return a body's items with ids. Raises BadRequest naming the place.
 
-    call: id of the response, without prefix. known: referenced items by id. first: number of the first item. renamed:
-    give all items new ids, because a conversation's ids are unique. param: name of the body's field.
+    call: id of the response, without prefix. known: referenced items by id. earlier: items before these; an id that
+    occurs again is replaced by a new one. renamed: give all items new ids, because a conversation's ids are unique.
+    param: name of the body's field.
     """
     if given is None:
         return []
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     made: list[Item] = []
-    ids: set[str] = set()
+    ids = {item["id"] for item in earlier}
     for i, one in enumerate(given):
         place, kind = f"{param}[{i}]", one.get("type", "message")
-        if kind == "item_reference":
-            item = known[one["id"]]
-            if renamed:
-                item = {**item, "id": item_id(item["type"], call, first + i)}
-        else:
-            item = _item(one, kind, place)
-            own = one.get("id")
-            is_own = isinstance(own, str) and 0 < len(own) <= MAX_ID_CHARACTERS and own not in ids and not renamed
-            item = {"id": own if is_own else item_id(item["type"], call, first + i), **item}
+        item = known[one["id"]] if kind == "item_reference" else _item(one, kind, place)
+        own = one.get("id")
+        is_own = isinstance(own, str) and 0 < len(own) <= MAX_ID_CHARACTERS and own not in ids and not renamed
+        item = {"id": "", **item} | {"id": own if is_own else item_id(item["type"], call, len(earlier) + i)}
         ids.add(item["id"])
         made.append(item)
     return made

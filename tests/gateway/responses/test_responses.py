@@ -223,6 +223,22 @@ async def test_a_conversation_goes_on_with_a_response(http: httpx2.AsyncClient, 
     assert gone.status_code == 404
 
 
+async def test_an_item_that_is_given_twice_gets_two_ids(http: httpx2.AsyncClient) -> None:
+    first = await whole(http, BODY)
+    [said] = first["output"]
+    again = [{"type": "item_reference", "id": said["id"]}, said, said]
+    second = await whole(http, {**BODY, "input": again, "previous_response_id": first["id"]})
+    ids: list[str] = []
+    page: dict[str, Any] = {"has_more": True}
+    while page["has_more"] and len(ids) < 10:
+        after = {"after": ids[-1]} if ids else {}
+        asked = {"limit": 1, "order": "asc", **after}
+        page = (await http.get(f"{PATH}/{second['id']}/input_items", params=asked)).json()
+        ids += [item["id"] for item in page["data"]]
+    assert len(set(ids)) == len(ids) == 5
+    assert ids[1] == said["id"]
+
+
 async def test_results_of_calls_and_references_are_read(qwen: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script(f"<think>\nHm.\n</think>\n\n{CALL}")
     body = {**BODY, "tools": [TOOL], "max_output_tokens": 300}
@@ -342,7 +358,7 @@ class CountedFiles:
 
 async def test_truncation_renders_a_few_times() -> None:
     request = ResponseRequest.model_validate({"model": "base", "truncation": "auto", "instructions": "Be brief."})
-    items = items_of([{"role": "user", "content": "x"}] * 1000, "0" * 32, {}, 0)
+    items = items_of([{"role": "user", "content": "x"}] * 1000, "0" * 32, {})
     call = parse(request, EVERYBODY, Settings(), None, items)
     base = m.ServedModel("b", "b", "f", "tiny", 300, max_model_len=100, sites=[], created_ms=0)
     for max_len, num in ((100, 99), (2000, 1001)):
