@@ -105,6 +105,7 @@ def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | 
         names_each=isinstance(request.model, list),
         form_param=form_param,
         metadata=request.metadata or {},
+        left_out=("metadata",) if request.metadata and not request.background else (),
         answer_id=(sent.request_id if sent is not None else "") or request.request_id or "",
         cache_salt=request.cache_salt or "",
         sent=sent,
