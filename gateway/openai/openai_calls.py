@@ -39,6 +39,6 @@ class OpenAICalls:
         if earlier is not None:
             return write(await self._pipeline.attach(call, earlier))
         if call.options.background:
-            job = await self.jobs.create(await self._pipeline.prepare(call), sent, to_be_stored(body))
+            job = await self.jobs.create(await self._pipeline.prepare(call), sent, to_be_stored(body, call.answer_id))
             return json_answer(job, 202)
         return write(await self._pipeline.run(call))

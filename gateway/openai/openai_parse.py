@@ -112,9 +112,14 @@ def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | 
     )
 
 
-def to_be_stored(request: AnyRequest) -> dict[str, Any]:
-    """Return the fields of a body that `parse_stored` needs to write its answer; prompts only if they are echoed."""
+def to_be_stored(request: AnyRequest, answer_id: str) -> dict[str, Any]:
+    """Return the fields of a body that `parse_stored` needs to write its answer; prompts only if they are echoed.
+
+    answer_id: the call's; a header may have given it.
+    """
     body = request.model_dump(exclude_none=True, exclude=_NOT_STORED)
+    if answer_id:
+        body["request_id"] = answer_id
     if isinstance(request, ChatRequest):
         return {**body, "messages": request.messages[-1:] if request.echo else [{}]}
     return body if request.echo else {**body, "prompt": [""] * len(sources_of(request.prompt))}

@@ -105,7 +105,7 @@ def items_of(
     made: list[Item] = []
     ids = {item["id"] for item in earlier}
     for i, one in enumerate(given):
-        place, kind = f"{param}[{i}]", one.get("type", "message")
+        place, kind = f"{param}[{i}]", "message" if one.get("type") is None else one["type"]
         item = known[one["id"]] if kind == "item_reference" else _item(one, kind, place)
         own = one.get("id")
         is_own = isinstance(own, str) and 0 < len(own) <= MAX_ID_CHARACTERS and own not in ids and not renamed
