@@ -110,10 +110,10 @@ class EarlierCalls:
         for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):
             files = await own.files(digest, texts, call.caller.name or digest)
             target = CallTarget("", digest, files, texts)
-            opened = i < len(record.opened) and record.opened[i]
+            opened, continued = (i < len(told) and told[i] for told in (record.opened, record.without_thought))
             form = None
             if isinstance(call.inputs, ChatPrompt):
-                form = await found_form(files, call.options.tools, opened=opened)
+                form = await found_form(files, call.options.tools, opened=opened, continued=continued)
             offsets = await self._offsets(call, target, max_model_len)
             for source, of_tokens in zip(call.sources, offsets, strict=True):
                 fact = next(of_prompts, None)
