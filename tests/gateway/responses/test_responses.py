@@ -303,6 +303,19 @@ async def test_truncation_drops_the_earliest_messages(http: httpx2.AsyncClient, 
     assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
+async def test_truncation_leaves_room_for_the_answer(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    """A prompt of any length leaves the least room at least; of messages that fit alone none is dropped."""
+    last = {"role": "user", "content": "go on"}
+    for num in range(MAX_MODEL_LEN - 80, MAX_MODEL_LEN - 20, 5):
+        turns = [{"role": "user", "content": "q" * num}, {"role": "assistant", "content": "a"}, last]
+        for most, room in ((None, MAX_MODEL_LEN // 8), (60, 60), (10_000, MAX_MODEL_LEN // 2)):
+            asked = {"model": "base", "input": turns, "truncation": "auto", "max_output_tokens": most}
+            used = (await whole(http, asked))["usage"]["input_tokens"]
+            assert MAX_MODEL_LEN - used >= room, (num, most)
+    alone = {"model": "base", "input": "q" * (MAX_MODEL_LEN - 40), "truncation": "auto", "max_output_tokens": 200}
+    assert (await whole(http, alone))["usage"]["input_tokens"] > MAX_MODEL_LEN - 40
+
+
 async def test_tokens_that_come_with_a_failure_are_shown(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script(error=WorkerLost("three workers died"), chunk=1000)
     raw = (await http.post(PATH, json={**BODY, "stream": True})).content
@@ -361,7 +374,7 @@ async def test_truncation_renders_a_few_times() -> None:
     items = items_of([{"role": "user", "content": "x"}] * 1000, "0" * 32, {})
     call = parse(request, EVERYBODY, Settings(), None, items)
     base = m.ServedModel("b", "b", "f", "tiny", 300, max_model_len=100, sites=[], created_ms=0)
-    for max_len, num in ((100, 99), (2000, 1001)):
+    for max_len, num in ((100, 88), (2000, 1001)):  # an eighth is left for the answer
         files: Any = CountedFiles()
         target = CallTarget("b", "", files, vocab_size=300)
         resolved = ResolvedCall(call, msgspec.structs.replace(base, max_model_len=max_len), [target])
