@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from gateway.calls.follow import Generation
 from gateway.calls.writers import SSE, CallUsage, Framing, Writer
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import Part
-from protocol.wire.errors import Internal
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
@@ -121,7 +121,7 @@ class Blocks:
 
 
 def content_of(steps: Iterator[BlockStep]) -> list[Any]:
-    """Return the blocks built by all steps of an answer. Raises Internal for arguments that are not a JSON object."""
+    """Return the blocks built by all steps of an answer."""
     content: list[Any] = []
     gained: defaultdict[str, list[str]] = defaultdict(list)  # kind of step -> deltas of the last block
     for step in steps:
@@ -143,20 +143,18 @@ def content_of(steps: Iterator[BlockStep]) -> list[Any]:
 def _input(arguments: str) -> bytes:
     """Return a call's arguments as written or, if they are incomplete, the complete part of the object.
 
-    Anthropic's client reads a stream in the same way.
+    Anthropic's client reads a stream in the same way. Arguments that no parser takes, such as numbers of thousands of
+    digits, become an empty object, so that the rest of the answer is not lost.
     """
     raw = arguments.encode()
-    try:
-        value = from_json(raw or b"{}", allow_partial=True)
-    except ValueError as error:
-        raise Internal(f"the arguments of a call cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise Internal("the arguments of a call are not an object")
-    try:
-        from_json(raw)
-    except ValueError:
-        return json.dumps(value).encode()
-    return raw
+    with suppress(ValueError):
+        if isinstance(orjson.loads(raw), dict):
+            return raw
+    with suppress(ValueError):
+        value = from_json(raw, allow_partial=True)
+        if isinstance(value, dict):
+            return json.dumps(value).encode()
+    return b"{}"
 
 
 @dataclass(frozen=True, slots=True)

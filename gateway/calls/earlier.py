@@ -51,13 +51,13 @@ class EarlierCalls:
         """Return the call that a caller first sent with this Idempotency-Key, None if the key is unused.
 
         A key whose call ended with a retryable error (503) counts as unused: otherwise every retry would get that error
-        for a day.
+        for a day. The failed job or response stays until it expires.
         """
         if not sent.key:
             return None
         key = self._bus.keys.idem(caller.owner, sent.key)
         record = await self._bus.get(key, m.Idempotent)
-        if record is None or record.jid or record.body_hash != sent.hash:
+        if record is None or record.body_hash != sent.hash:
             return EarlierCall(record) if record is not None else None
         facts = await self._bus.requests(record.rids)
         if not _is_void(facts):
@@ -110,10 +110,10 @@ class EarlierCalls:
         for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):
             files = await own.files(digest, texts, call.caller.name or digest)
             target = CallTarget("", digest, files, texts)
-            opened = i < len(record.opened) and record.opened[i]
+            opened, continued = (i < len(told) and told[i] for told in (record.opened, record.without_thought))
             form = None
             if isinstance(call.inputs, ChatPrompt):
-                form = await found_form(files, call.options.tools, opened=opened)
+                form = await found_form(files, call.options.tools, opened=opened, continued=continued)
             offsets = await self._offsets(call, target, max_model_len)
             for source, of_tokens in zip(call.sources, offsets, strict=True):
                 fact = next(of_prompts, None)

@@ -258,8 +258,8 @@ def record_of(call: SubmittedCall, jid: str = "") -> m.Idempotent:
 def facts_of(call: SubmittedCall) -> dict[str, Any]:
     """Return the facts that are needed, besides a call's body, to write its answer later.
 
-    They are the base, the targets' digests and hashes of their own texts, and whether each prompt ends within the
-    model's reasoning.
+    They are the base, the targets' digests and hashes of their own texts, whether each prompt ends within the model's
+    reasoning, and whether its answer can have any.
     """
     first = call.prompts[:: len(call.parsed.sources)]
     return {
@@ -267,6 +267,7 @@ def facts_of(call: SubmittedCall) -> dict[str, Any]:
         "digests": [prompt.target.digest for prompt in first],
         "texts": [prompt.target.texts for prompt in first],
         "opened": [prompt.form is not None and prompt.form.opened for prompt in first],
+        "without_thought": [prompt.form is None or prompt.form.thought is None for prompt in first],
     }
 
 

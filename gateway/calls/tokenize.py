@@ -38,6 +38,9 @@ ENCODED_BYTES = 150
 FEW_TOKENS = 1 << 14
 """Maximum ids, or characters of texts, of prompts that are built on the event loop: it takes a millisecond."""
 
+LEAST_ROOM, MOST_ROOM = 8, 2
+"""Messages are dropped until an eighth of the context is left for the answer, and up to half of it for `max_tokens`."""
+
 
 class Prompt(msgspec.Struct, frozen=True):
     """One prompt of a call, for one target."""
@@ -139,14 +142,15 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
 async def _of_conversation(call: ParsedCall, inputs: ChatPrompt, target: CallTarget, base: m.ServedModel) -> Prompt:
     """Return the prompt that the template renders from messages; if messages may be dropped, from as many as fit.
 
-    System messages at the beginning are kept, and the rest begins with a user message. A binary search over the
-    starting points renders the template a logarithmic number of times.
+    System messages at the beginning are kept, and the rest begins with a user message. While messages can be dropped,
+    the answer has room. A binary search over the starting points renders the template a logarithmic number of times.
     """
     if inputs.truncation is None or not inputs.truncation.drops_messages:
         return await _rendered(call, inputs, target, base)
     whole, messages = replace(inputs, truncation=None), inputs.messages
     first = next((i for i, one in enumerate(messages) if one["role"] not in ("system", "developer")), len(messages))
     starts = [first, *(i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user")]
+    room = max(base.max_model_len // LEAST_ROOM, min(call.options.max_tokens or 0, base.max_model_len // MOST_ROOM))
     fitting: Prompt | None = None
     low, high = 0, len(starts)  # the first start that fits is in [low, high]
     while low < high or fitting is None:
@@ -160,7 +164,10 @@ async def _of_conversation(call: ParsedCall, inputs: ChatPrompt, target: CallTar
                 raise
             low = middle + 1
         else:
-            high, fitting = middle, prompt
+            if base.max_model_len - prompt.num_tokens < room and middle < len(starts) - 1:
+                low = middle + 1
+            else:
+                high, fitting = middle, prompt
     return fitting
 
 

@@ -115,6 +115,8 @@ def _normalize(message: Message, place: str, new_id: str) -> Message:
         normal["content"] = _content(normal["content"], f"{place}.content", is_result=role in _RESULT_ROLES)
     if role == "assistant":
         _normalize_assistant(normal, place, new_id)
+    elif normal.pop("tool_calls", []) != []:
+        raise BadRequest(f"{place}.tool_calls: only the assistant calls tools", param=f"{place}.tool_calls")
     reasoning = next((normal[field] for field in _REASONING_FIELDS if field in normal), None)
     if reasoning is not None:
         normal = {"thinking": reasoning, **normal, "reasoning_content": reasoning}

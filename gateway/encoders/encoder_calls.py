@@ -72,7 +72,8 @@ class EncoderCalls:
         call = await self._parsed(request, sent, caller, partial(parse_embeddings, request, caller, self._settings))
         if call.options.background:
             prepared = await self._pipeline.prepare(msgspec.structs.replace(call, sent=sent))
-            return json_answer(await self._jobs.create(prepared, sent, to_be_stored(request)), 202)
+            kept = await self._pipeline.parsed(request, caller, len(sent.raw), partial(to_be_stored, request))
+            return json_answer(await self._jobs.create(prepared, sent, kept), 202)
         return self._answer(await self._run(call, sent), write_embeddings(request))
 
     async def embed(self, request: EncoderRequest, sent: Sent | None, caller: Caller) -> EncoderAnswer:

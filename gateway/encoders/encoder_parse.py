@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import orjson
 
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import sources_of
@@ -101,10 +102,10 @@ def parse_embeddings(request: EmbeddingsRequest, caller: Caller, settings: Setti
     return msgspec.structs.replace(call, options=IN_BACKGROUND, model_name=request.model)
 
 
-def to_be_stored(request: EmbeddingsRequest) -> dict[str, Any]:
-    """Return the fields that `parse_stored` needs to write an answer: known fields, and the number of texts."""
-    body = request.model_dump(exclude_none=True)
-    return {**body, "input": ["-"] * len(sources_of(request.input))}
+def to_be_stored(request: EmbeddingsRequest) -> bytes:
+    """Return as JSON what `parse_stored` needs to write an answer: known fields, and the number of texts."""
+    body = request.model_dump(exclude_none=True, exclude={"input"})
+    return orjson.dumps({**body, "input": ["-"] * len(sources_of(request.input))})
 
 
 def parse_stored(body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:

@@ -87,7 +87,7 @@ def native_constraint(response_format: Mapping[str, Any] | None, settings: Setti
     if kind == "text":
         return None
     if kind not in ("json_object", "json_schema"):
-        raise BadRequest(f"`{param}` of type {kind!r} is not supported", param=param)
+        raise BadRequest(f"`{param}` of type {brief(kind)} is not supported", param=param)
     return _json(response_format.get("schema", ANY_OBJECT), param, settings)
 
 
@@ -129,7 +129,7 @@ def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint 
     if kind == "json_object":
         return _json(form.get("schema", ANY_OBJECT), "response_format.schema", settings)
     if kind != "json_schema":
-        raise BadRequest(f"response_format of type {kind!r} is not supported", param="response_format")
+        raise BadRequest(f"response_format of type {brief(kind)} is not supported", param="response_format")
     if "json_schema" not in form and "schema" in form:  # LoRAX's form
         return _json(form["schema"], "response_format.schema", settings)
     inner = form.get("json_schema")

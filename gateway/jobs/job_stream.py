@@ -78,7 +78,10 @@ class JobStream(SentAnswer):
         while not left.done():
             events = reader.since(number)
             if events is None:  # this reader has fallen behind the cache
-                own = own or await self._opening()
+                if own is None:
+                    own = await self._opening()
+                    for frames in self._told(own.first()):
+                        yield frames
                 goal, number = reader.places, reader.num_told
                 while not own.has_reached(goal) and not left.done():
                     async with self._readers.turn(self._tenant):

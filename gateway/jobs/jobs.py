@@ -79,13 +79,13 @@ class Jobs:
         """Register an endpoint whose calls may be jobs."""
         self._apis[endpoint] = api
 
-    async def create(self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any]) -> dict[str, Any]:
+    async def create(self, call: AdmittedCall, sent: Sent, request: bytes) -> dict[str, Any]:
         """Submit a call as a job and return it. Raises Overloaded.
 
-        request: the part of the body needed to write the answer, in the form that `JobApi.parse` accepts.
+        request: as JSON, the part of the body needed to write the answer, in the form that `JobApi.parse` accepts.
         """
         caller = call.parsed.caller
-        made = await self.submit(call, sent, orjson.dumps(request))
+        made = await self.submit(call, sent, request)
         if isinstance(made, m.Idempotent):
             return await self.get(made.jid, caller)
         return await self._view(made, await self.facts(made), whole=True)
@@ -95,7 +95,7 @@ class Jobs:
     ) -> m.Job | m.Idempotent:
         """Submit a call as a job that no client follows; or return the record of its Idempotency-Key's first use.
 
-        request: the argument of `create`, as JSON. conversation: id of the conversation that gets its turn, "" for
+        request: as for `create`. conversation: id of the conversation that gets its turn, "" for
         none. Raises Overloaded, and IdempotencyKeyReused for a key that was used with another body.
         """
         submitter = self._pipeline.submitter

@@ -75,7 +75,7 @@ class GenerationRequest(JsonBody):
     logit_bias: Annotated[dict[str, Bias], entries_within(MAX_ENTRIES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    service_tier: str | None = None
+    service_tier: Literal["auto", "default", "flex"] | None = None
     background: bool | None = None
     metadata: Annotated[dict[str, str], entries_within(MAX_ENTRIES)] | None = None
     response_format: dict[str, Any] | None = None

@@ -39,6 +39,7 @@ class OpenAICalls:
         if earlier is not None:
             return write(await self._pipeline.attach(call, earlier))
         if call.options.background:
-            job = await self.jobs.create(await self._pipeline.prepare(call), sent, to_be_stored(body))
-            return json_answer(job, 202)
+            prepared, store = await self._pipeline.prepare(call), partial(to_be_stored, body, call.answer_id)
+            kept = await self._pipeline.parsed(body, caller, len(sent.raw), store)
+            return json_answer(await self.jobs.create(prepared, sent, kept), 202)
         return write(await self._pipeline.run(call))

@@ -9,6 +9,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import Any
 
+import orjson
 from msgspec import structs
 
 from gateway.auth.callers import Caller
@@ -105,18 +106,26 @@ def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | 
         names_each=isinstance(request.model, list),
         form_param=form_param,
         metadata=request.metadata or {},
+        left_out=("metadata",) if request.metadata and not request.background else (),
         answer_id=(sent.request_id if sent is not None else "") or request.request_id or "",
         cache_salt=request.cache_salt or "",
         sent=sent,
     )
 
 
-def to_be_stored(request: AnyRequest) -> dict[str, Any]:
-    """Return the fields of a body that `parse_stored` needs to write its answer; prompts only if they are echoed."""
-    body = request.model_dump(exclude_none=True, exclude=_NOT_STORED)
+def to_be_stored(request: AnyRequest, answer_id: str) -> bytes:
+    """Return as JSON what `parse_stored` needs of a body to write its answer; prompts only if they are echoed.
+
+    answer_id: the call's; a header may have given it.
+    """
+    body = request.model_dump(exclude_none=True, exclude=_NOT_STORED if request.echo else {*_NOT_STORED, "prompt"})
+    if answer_id:
+        body["request_id"] = answer_id
     if isinstance(request, ChatRequest):
-        return {**body, "messages": request.messages[-1:] if request.echo else [{}]}
-    return body if request.echo else {**body, "prompt": [""] * len(sources_of(request.prompt))}
+        body["messages"] = request.messages[-1:] if request.echo else [{}]
+    elif not request.echo:
+        body["prompt"] = [""] * len(sources_of(request.prompt))
+    return orjson.dumps(body)
 
 
 def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:

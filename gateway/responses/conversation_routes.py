@@ -14,7 +14,8 @@ from gateway.http.access import INFER, Routes
 from gateway.http.paths import CONVERSATIONS
 from gateway.responses.conversations import Conversations
 from gateway.responses.response_bodies import ConversationChange, ConversationRequest, NewItems
-from gateway.responses.response_routes import Included, check_included
+from gateway.responses.response_parse import check_included
+from gateway.responses.response_routes import Included
 
 
 class ConversationEndpoints:

@@ -335,7 +335,7 @@ def _given(items: Sequence[Item]) -> list[WrittenItem]:
         if item.get("type") == "item_reference":
             text = f"items[{i}]: an item_reference is not supported here: send the item itself"
             raise BadRequest(text, param=f"items[{i}].type")
-    return _written(items_of(items, uuid.uuid4().hex, {}, 0, renamed=True, param="items"))
+    return _written(items_of(items, uuid.uuid4().hex, {}, renamed=True, param="items"))
 
 
 def _id_of(raw: bytes) -> str:

@@ -7,7 +7,7 @@ In this API a conversation is a list of items: messages, reasoning, function cal
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gateway.bodies import json_values
@@ -87,33 +87,29 @@ def items_of(
     given: str | Sequence[Item] | None,
     call: str,
     known: Mapping[str, Item],
-    first: int,
+    earlier: Sequence[Item] = (),
     *,
     renamed: bool = False,
     param: str = "input",
 ) -> list[Item]:
     """Return a body's items with ids. Raises BadRequest naming the place.
 
-    call: id of the response, without prefix. known: referenced items by id. first: number of the first item. renamed:
-    give all items new ids, because a conversation's ids are unique. param: name of the body's field.
+    call: id of the response, without prefix. known: referenced items by id. earlier: items before these; an id that
+    occurs again is replaced by a new one. renamed: give all items new ids, because a conversation's ids are unique.
+    param: name of the body's field.
     """
     if given is None:
         return []
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     made: list[Item] = []
-    ids: set[str] = set()
+    ids = {item["id"] for item in earlier}
     for i, one in enumerate(given):
-        place, kind = f"{param}[{i}]", one.get("type", "message")
-        if kind == "item_reference":
-            item = known[one["id"]]
-            if renamed:
-                item = {**item, "id": item_id(item["type"], call, first + i)}
-        else:
-            item = _item(one, kind, place)
-            own = one.get("id")
-            is_own = isinstance(own, str) and 0 < len(own) <= MAX_ID_CHARACTERS and own not in ids and not renamed
-            item = {"id": own if is_own else item_id(item["type"], call, first + i), **item}
+        place, kind = f"{param}[{i}]", "message" if one.get("type") is None else one["type"]
+        item = known[one["id"]] if kind == "item_reference" else _item(one, kind, place)
+        own = one.get("id")
+        is_own = isinstance(own, str) and 0 < len(own) <= MAX_ID_CHARACTERS and own not in ids and not renamed
+        item = {"id": "", **item} | {"id": own if is_own else item_id(item["type"], call, len(earlier) + i)}
         ids.add(item["id"])
         made.append(item)
     return made
@@ -124,12 +120,13 @@ def _item(given: Item, kind: Any, place: str) -> Item:
     if kind == "message":
         return _message(given, place)
     if kind == "function_call":
-        arguments = _string(given, "arguments", place)
-        _check_object(arguments, f"{place}.arguments")
+        arguments, is_cut = _string(given, "arguments", place), given.get("status") == "incomplete"
+        if not is_cut:
+            check_object(arguments, f"{place}.arguments")
         texts = {name: _string(given, name, place) for name in ("call_id", "name")}
         if given.get("namespace") not in (None, ""):
             texts["namespace"] = _string(given, "namespace", place)
-        return {"type": kind, **texts, "arguments": arguments, "status": "completed"}
+        return {"type": kind, **texts, "arguments": arguments, "status": "incomplete" if is_cut else "completed"}
     if kind == "function_call_output":
         output = given.get("output")
         if isinstance(output, list):
@@ -198,7 +195,7 @@ def _string(given: Mapping[str, Any], name: str, place: str) -> str:
     return value
 
 
-def _check_object(arguments: str, place: str) -> None:
+def check_object(arguments: str, place: str) -> None:
     """Refuse arguments of a call that are not a JSON object. Raises BadRequest."""
     try:
         value = json_values.loads(arguments.encode() or b"{}", place)
@@ -213,8 +210,8 @@ def _check_object(arguments: str, place: str) -> None:
 # ---------------------------------------------------------------- messages
 
 
-def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message]:
-    """Return items as messages in OpenAI's form.
+def messages_of(instructions: str | None, items: Sequence[Item]) -> list[Message]:
+    """Return items as messages in OpenAI's form, without calls that were cut off and have no result.
 
     Raises BadRequest for calls without results, and results without calls.
     """
@@ -223,6 +220,7 @@ def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message
         made.append({"role": "system", "content": instructions})
     open_calls: dict[str, str] = {}  # id of a call without a result -> its function
     calls: set[str] = set()
+    answered = {item["call_id"] for item in items if item["type"] == "function_call_output"}
     for item in items:
         if item["type"] == "function_call_output":
             if item["call_id"] not in calls:
@@ -237,8 +235,11 @@ def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message
         else:
             if not made or made[-1]["role"] != "assistant":
                 made.append({"role": "assistant"})
+            is_call = item["type"] == "function_call"
+            if is_call and item.get("status") == "incomplete" and item["call_id"] not in answered:
+                continue
             _add(made[-1], item)
-            if item["type"] == "function_call":
+            if is_call:
                 open_calls[item["call_id"]] = item["name"]
                 calls.add(item["call_id"])
     if open_calls:

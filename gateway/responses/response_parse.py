@@ -120,10 +120,7 @@ def check_input(request: ResponseRequest, settings: Settings, caller: Caller) ->
         raise BadRequest(text, param="conversation")
     if request.conversation is not None and request.store is False:
         raise BadRequest("conversation needs store to be true: its items are stored", param="store")
-    for name in request.include or ():
-        if name not in (LOGPROBS, ENCRYPTED):
-            text = f"include: {brief(name)} is not supported; there is {LOGPROBS}, and {ENCRYPTED} without effect"
-            raise BadRequest(text, param="include")
+    check_included(request.include)
     if request.top_logprobs and LOGPROBS not in (request.include or ()):
         raise BadRequest(f"top_logprobs needs {LOGPROBS} in include", param="top_logprobs")
 
@@ -182,6 +179,14 @@ def _inputs(request: PromptRequest, settings: Settings, items: Sequence[Item]) -
     left_out = list(islice(unread_results(request.input), MAX_NAMED))
     messages = messages_of(request.instructions, items)
     return ChatPrompt(messages, _variables(request), truncation=truncation, left_out=left_out)
+
+
+def check_included(include: Sequence[str] | None) -> None:
+    """Refuse an unsupported value of `include`. Raises BadRequest."""
+    for name in include or ():
+        if name not in (LOGPROBS, ENCRYPTED):
+            text = f"include: {brief(name)} is not supported; there is {LOGPROBS}, and {ENCRYPTED} without effect"
+            raise BadRequest(text, param="include")
 
 
 def shown(request: ResponseRequest, *, is_stored: bool) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from gateway.http import openapi
 from gateway.http.access import CALL, INFER, TEXT, Routes
 from gateway.http.paths import INPUT_TOKENS, RESPONSES
 from gateway.responses.response_bodies import InputTokensRequest, ResponseRequest
-from gateway.responses.response_parse import LOGPROBS
+from gateway.responses.response_parse import check_included
 from gateway.responses.response_write import FRAMING, STREAM_ERRORS
 from gateway.responses.service import Responses
-from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 Included = Annotated[list[str] | None, Query(alias="include[]")]
@@ -83,13 +82,6 @@ class ResponseEndpoints:
         caller = caller_of(request)
         page = await self._responses.input_items(response_id, caller, limit, after, newest_first=order == "desc")
         return json_answer(page)
-
-
-def check_included(include: list[str] | None) -> None:
-    """Refuse an unsupported value of `include`. Raises BadRequest."""
-    for name in include or ():
-        if name != LOGPROBS:
-            raise BadRequest(f"include: {brief(name)} is not supported; there is {LOGPROBS}", param="include")
 
 
 def add_response_routes(app: FastAPI, responses: ResponseEndpoints) -> None:

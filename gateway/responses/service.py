@@ -62,9 +62,8 @@ class Responses:
         context = await self._context(body, caller)
 
         def make() -> tuple[list[Item], list[Item], ParsedCall]:
-            own = items_of(
-                body.input, call_id, context.known, len(context.items), renamed=body.conversation is not None
-            )
+            renamed = body.conversation is not None
+            own = items_of(body.input, call_id, context.known, context.items, renamed=renamed)
             if not (own or context.items):
                 raise BadRequest("input: it is missing, and the conversation is empty", param="input")
             items = [*context.items, *own]
@@ -104,7 +103,7 @@ class Responses:
         base = await resolver.base_of(Models([body.model]), caller, worker=False)
 
         def make() -> ParsedCall:
-            items = [*context.items, *items_of(body.input, uuid.uuid4().hex, context.known, len(context.items))]
+            items = [*context.items, *items_of(body.input, uuid.uuid4().hex, context.known, context.items)]
             return parse_count(body, caller, self._settings, items, most_tokenized(base))
 
         call = await self._pipeline.parsed(body, caller, num_bytes + context.num_bytes, make)

@@ -129,7 +129,7 @@ def check_name(name: Any, place: str, most: int) -> str:
 def _definition(tool: dict[str, Any], place: str, words: ToolWords) -> _Definition:
     """Return a tool as a request defines it. Raises BadRequest."""
     if tool.get("type") != "function":
-        raise BadRequest(f"{place}.type must be function, not {tool.get('type')!r}", param=f"{place}.type")
+        raise BadRequest(f"{place}.type must be function, not {brief(tool.get('type'))}", param=f"{place}.type")
     function = tool.get("function")
     if not isinstance(function, dict):
         raise BadRequest(f"{place}.function must be an object", param=f"{place}.function")
@@ -195,7 +195,7 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
         check_num(len(tools), len(names), "tools, but fewer are given", "tool_choice.allowed_tools")
         return [_known(tool, names) for tool in tools], mode == "required"
     raise BadRequest(
-        f"tool_choice must be auto, none, required or a function's name in an object, not {choice!r}",
+        f"tool_choice must be auto, none, required or a function's name in an object, not {brief(choice)}",
         param="tool_choice",
     )
 
@@ -205,5 +205,5 @@ def _known(tool: Any, names: list[str]) -> str:
     function = tool.get("function") if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if name not in names:
-        raise BadRequest(f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
+        raise BadRequest(f"tool_choice names {brief(name)}, which is not among the tools", param="tool_choice")
     return name

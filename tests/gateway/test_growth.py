@@ -232,7 +232,7 @@ def many_turns(size: int) -> Callable[[], object]:
 def many_items(size: int) -> Callable[[], object]:
     first = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "t" * (size // 2)}]}
     one = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "t"}]}
-    given = items.items_of([first, *[dict(one) for _ in range(size // 60)]], "0" * 32, {}, 0)
+    given = items.items_of([first, *[dict(one) for _ in range(size // 60)]], "0" * 32, {})
     return lambda: items.messages_of(None, given)
 
 
@@ -248,7 +248,7 @@ def many_images(size: int) -> Callable[[], object]:
     def read() -> None:
         anthropic.messages_of(None, given)
         assert len(list(anthropic.unread_results(given))) >= num
-        items.items_of([output], "0" * 32, {}, 0)
+        items.items_of([output], "0" * 32, {})
         normalize_messages(chat)
 
     return read

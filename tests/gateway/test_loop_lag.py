@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 from gateway.batches import results
 from gateway.batches.lines import InputLines
 from gateway.bodies import json_bodies
+from gateway.openai import openai_calls
 from gateway.overload import cost
 from gateway.overload.large import PLAIN_BYTES
 from gateway.responses import response_parse
@@ -244,6 +246,18 @@ async def test_no_conversation_holds_the_event_loop(
     assert max([0, *read]) <= PLAIN_BYTES
     assert parsed == []
     assert lag.longest_s < MOST_S
+
+
+async def test_no_job_is_stored_on_the_event_loop(
+    http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fleet.set_context(http.base_url, 1 << 18)
+    stored = noting(monkeypatch, openai_calls, "to_be_stored", lambda *_: 1)
+    for path, body in ((CHAT, chat("a" * 200_000, echo=True)), (COMPLETIONS, completion(prompt=[[5] * 100_000] * 2))):
+        job = {**body, "background": True}
+        answer = await asyncio.to_thread(partial(http.post, path, json=job))
+        assert answer.status_code == 202, answer.text
+    assert stored == []
 
 
 async def test_no_stored_response_holds_the_event_loop(

@@ -43,7 +43,8 @@ for a = first, #ARGV do
   for _, kind in ipairs(request_kinds) do redis.call('UNLINK', P .. kind .. rid) end
 end
 redis.call('UNLINK', call_key(call), body_key(call))
-if idem ~= '' then redis.call('DEL', idem) end
+-- The key may have been freed since, and belong to another job.
+if idem ~= '' and string.find(redis.call('GET', idem) or '', jid, 1, true) then redis.call('DEL', idem) end
 if job == '' then return 0 end
 redis.call('ZREM', jobs, jid)
 return redis.call('UNLINK', job)

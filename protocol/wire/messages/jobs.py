@@ -23,6 +23,7 @@ class Job(Record, frozen=True):
     key: str = ""  # the Idempotency-Key with which it was created; "": none
     conversation: str = ""  # conversation to which its turn is added at the end; "": none
     base: str = ""  # name of the base that answers, also beneath adapters; "": the fleet's default
+    without_thought: list[bool] = []  # per adapter, whether its answer has no reasoning, as when it continues a text
 
 
 class Conversation(Record, frozen=True):
@@ -45,3 +46,4 @@ class Idempotent(Record, frozen=True):
     jid: str = ""  # id of a background job
     opened: list[bool] = []  # see `Job.opened`
     base: str = ""  # see `Job.base`
+    without_thought: list[bool] = []  # see `Job.without_thought`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from gateway.grammars import limits as g
 from gateway.grammars.schemas import JSON_STYLE, MAX_VALUES, check_schema
-from gateway.grammars.structured import check_lark, constraint_of
+from gateway.grammars.structured import check_lark, constraint_of, native_constraint
 from gateway.tools.definitions import tools_of
 from gateway.tools.xml_calls import arguments_rules
 from protocol.runtime.settings import Settings
@@ -145,3 +146,23 @@ def test_tags_do_not_copy_shared_schemas_without_bound() -> None:
     schema = {"type": "object", "properties": names, "$defs": {"a": {"description": "d" * 2000}}}
     with pytest.raises(BadRequest, match="and their copies; the limit is"):
         arguments_rules("f", schema, "args")
+
+
+BIG: Any = [0] * 100_000
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda: constraint_of({"type": BIG}, None, SETTINGS),
+        lambda: native_constraint({"type": BIG}, SETTINGS),
+        lambda: tools_of([{"type": BIG}], None, None, SETTINGS),
+        lambda: tools_of([TOOL], {"type": "function", "function": {"name": BIG}}, None, SETTINGS),
+        lambda: tools_of([TOOL], {"type": BIG}, None, SETTINGS),
+    ],
+)
+def test_a_refusal_quotes_little_of_a_large_value(refused: Callable[[], object]) -> None:
+    with pytest.raises(BadRequest) as caught:
+        refused()
+    assert len(caught.value.message) < 250

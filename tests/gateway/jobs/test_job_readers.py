@@ -48,7 +48,7 @@ class Told:
         return [self.next]
 
     def first(self) -> list[JobEvent]:
-        return []
+        return [JobEvent(0, place, [f"data: {place}\n\n".encode()]) for place in (-1, 0)]
 
     def has_reached(self, goal: Sequence[int]) -> bool:
         return self.next >= goal[0]
@@ -128,6 +128,14 @@ async def test_all_who_stream_a_job_share_its_reader() -> None:
     assert len(job.opened) == 1
     assert readers._streams == {}
     assert not readers._num_of
+
+
+async def test_first_events_larger_than_the_cache_are_sent() -> None:
+    readers, job = JobReaders(10.0, kept_bytes=5, per_s=10_000), Job(4, 0)
+    client = asyncio.create_task(streamed(readers, job, after=-2))
+    await wait_until(lambda: len(job.opened) == 2, "the client's own reader has opened the job")
+    job.known = 4
+    assert places(await client) == [-1, 0, 1, 2, 3, 4]
 
 
 async def test_a_client_that_falls_behind_misses_nothing_and_holds_up_nobody() -> None:

@@ -56,6 +56,16 @@ async def test_a_job_s_result_is_what_the_call_would_answer(
     assert {(submit.gateway, submit.cls) for submit in stored} == {("", "batch")}
 
 
+async def test_a_job_s_result_ends_with_the_request_s_id(http: httpx2.AsyncClient) -> None:
+    body = {"model": "base", "prompt": "hi", "max_tokens": 3}
+    for sent in (body, {**body, "background": True}):
+        answer = await http.post("/v1/completions", json=sent, headers={"X-Request-Id": "mine"})
+        made = answer.json()
+        if answer.status_code == 202:
+            made = (await http.get(f"/v1/jobs/{made['id']}", headers={"Prefer": "wait=20"})).json()["result"]
+        assert made["id"] == "cmpl-mine"
+
+
 async def test_a_job_outlives_its_gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=3)
     async with gateway_client(bus, model_folder) as http:

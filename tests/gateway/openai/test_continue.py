@@ -119,3 +119,17 @@ async def test_tools_and_reasoning_beside_a_text_that_goes_on(
             messages = [MESSAGES[0], {"role": "assistant", "content": final}]
             message = (await http.post(CHAT, json={**BODY, "messages": messages})).json()["choices"][0]["message"]
             assert (message["content"], message.get("reasoning")) == wanted
+
+
+@pytest.mark.parametrize("tools", [{}, {"tools": [TOOL]}])
+async def test_a_continued_answer_is_the_same_when_it_is_read_again(
+    qwen: httpx2.AsyncClient, fleet: ScriptedFleet, tools: dict[str, Any]
+) -> None:
+    fleet.script = lambda submit, body: Script("<think>no reasoning</think> 42.")
+    body, key = {**BODY, **tools, "max_tokens": 100}, {"Idempotency-Key": "again"}
+    first, again = [(await qwen.post(CHAT, json=body, headers=key)).json() for _ in range(2)]
+    assert first["choices"][0]["message"]["content"] == "<think>no reasoning</think> 42."
+    assert again == first
+    job = (await qwen.post(CHAT, json={**body, "background": True})).json()
+    ended = (await qwen.get(f"/v1/jobs/{job['id']}", headers={"Prefer": "wait=20"})).json()
+    assert ended["result"]["choices"] == first["choices"]

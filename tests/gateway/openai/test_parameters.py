@@ -65,6 +65,18 @@ async def test_defaults(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     assert not chat.stored
 
 
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)])
+async def test_what_has_no_effect_is_named_or_refused(
+    http: httpx2.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    given = {**body, "metadata": {"a": "b"}}
+    assert (await http.post(path, json=given)).headers["x-ignored-parameters"] == "metadata"
+    job = await http.post(path, json={**given, "background": True})
+    assert (job.json()["metadata"], job.headers.get("x-ignored-parameters")) == ({"a": "b"}, None)
+    refused = await http.post(path, json={**body, "service_tier": "bogus"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "service_tier")
+
+
 async def test_max_completion_tokens_wins(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     answer = await http.post("/v1/chat/completions", json={**CHAT, "max_completion_tokens": 2, "max_tokens": 9})
     assert fleet.seen[0][1].max_new_tokens == 2

@@ -86,6 +86,17 @@ async def test_neutral_values_of_what_is_refused_are_taken(http: httpx2.AsyncCli
     assert answer.status_code == 200, answer.text
 
 
+async def test_what_a_call_may_contain_is_taken_on_every_route(http: httpx2.AsyncClient) -> None:
+    body = {**BODY, "max_output_tokens": 3, "include": ["reasoning.encrypted_content"]}
+    given = [{"type": None, "role": "user", "content": "hi"}]
+    made = await http.post(PATH, json={**body, "input": given})
+    assert made.status_code == 200, made.text
+    for path in ("", "/input_items"):
+        asked = {"include[]": body["include"]}
+        answer = await http.get(f"{PATH}/{made.json()['id']}{path}", params=asked)
+        assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize(
     ("path", "param"),
     [("?starting_after=3", "starting_after"), ("?include[]=file_search_call.results", "include"),

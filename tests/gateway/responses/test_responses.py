@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2
 import msgspec
+import pytest
 from helpers.response_events import Event, built, events_of, held_to
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
@@ -222,6 +223,22 @@ async def test_a_conversation_goes_on_with_a_response(http: httpx2.AsyncClient, 
     assert gone.status_code == 404
 
 
+async def test_an_item_that_is_given_twice_gets_two_ids(http: httpx2.AsyncClient) -> None:
+    first = await whole(http, BODY)
+    [said] = first["output"]
+    again = [{"type": "item_reference", "id": said["id"]}, said, said]
+    second = await whole(http, {**BODY, "input": again, "previous_response_id": first["id"]})
+    ids: list[str] = []
+    page: dict[str, Any] = {"has_more": True}
+    while page["has_more"] and len(ids) < 10:
+        after = {"after": ids[-1]} if ids else {}
+        asked = {"limit": 1, "order": "asc", **after}
+        page = (await http.get(f"{PATH}/{second['id']}/input_items", params=asked)).json()
+        ids += [item["id"] for item in page["data"]]
+    assert len(set(ids)) == len(ids) == 5
+    assert ids[1] == said["id"]
+
+
 async def test_results_of_calls_and_references_are_read(qwen: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script(f"<think>\nHm.\n</think>\n\n{CALL}")
     body = {**BODY, "tools": [TOOL], "max_output_tokens": 300}
@@ -244,6 +261,32 @@ async def test_results_of_calls_and_references_are_read(qwen: httpx2.AsyncClient
     assert '{"name": "add", "arguments": {"p": "ö"}}' in prompt
 
 
+@pytest.mark.parametrize("cut", [{"max_output_tokens": 66}, {"stop": "ö"}])
+async def test_a_call_that_was_cut_off_is_left_out_of_the_next_prompt(
+    qwen: httpx2.AsyncClient, fleet: ScriptedFleet, cut: dict[str, Any]
+) -> None:
+    conversation = (await qwen.post("/v1/conversations", json={})).json()["id"]
+    fleet.script = lambda submit, body: Script(f"<think>\nHm.\n</think>\n\n{CALL}")
+    body = {**BODY, "tools": [TOOL], "max_output_tokens": 300}
+    first = await whole(qwen, {**body, **cut, "conversation": conversation})
+    call = first["output"][-1]
+    assert (call["type"], call["status"]) == ("function_call", "incomplete")
+    assert call["arguments"] in '{"p": "ö'
+    fleet.script = lambda submit, body: Script()
+    said = {"role": "user", "content": "go on"}
+    prompts = set[str]()
+    for way in (
+        {"input": [said], "previous_response_id": first["id"]},
+        {"input": [said], "conversation": conversation},
+        {"input": [{"role": "user", "content": "hi"}, *first["output"], said]},
+    ):
+        await whole(qwen, {**body, **way})
+        prompts.add(fleet.prompt())
+    [prompt] = prompts
+    assert prompt.count('"add"') == 1  # its definition
+    assert "<|im_start|>assistant\n" in prompt[: prompt.index("go on")]
+
+
 async def test_truncation_drops_the_earliest_messages(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{i} {'dog ' * 8}"} for i in range(15)]
     body = {**BODY, "input": turns, "instructions": "Be brief.", "max_output_tokens": 20}
@@ -258,6 +301,19 @@ async def test_truncation_drops_the_earliest_messages(http: httpx2.AsyncClient, 
     await fleet.register()
     too_long = await http.post(PATH, json={**body, "input": "dog " * 300, "truncation": "auto"})
     assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+async def test_truncation_leaves_room_for_the_answer(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    """A prompt of any length leaves the least room at least; of messages that fit alone none is dropped."""
+    last = {"role": "user", "content": "go on"}
+    for num in range(MAX_MODEL_LEN - 80, MAX_MODEL_LEN - 20, 5):
+        turns = [{"role": "user", "content": "q" * num}, {"role": "assistant", "content": "a"}, last]
+        for most, room in ((None, MAX_MODEL_LEN // 8), (60, 60), (10_000, MAX_MODEL_LEN // 2)):
+            asked = {"model": "base", "input": turns, "truncation": "auto", "max_output_tokens": most}
+            used = (await whole(http, asked))["usage"]["input_tokens"]
+            assert MAX_MODEL_LEN - used >= room, (num, most)
+    alone = {"model": "base", "input": "q" * (MAX_MODEL_LEN - 40), "truncation": "auto", "max_output_tokens": 200}
+    assert (await whole(http, alone))["usage"]["input_tokens"] > MAX_MODEL_LEN - 40
 
 
 async def test_tokens_that_come_with_a_failure_are_shown(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -315,10 +371,10 @@ class CountedFiles:
 
 async def test_truncation_renders_a_few_times() -> None:
     request = ResponseRequest.model_validate({"model": "base", "truncation": "auto", "instructions": "Be brief."})
-    items = items_of([{"role": "user", "content": "x"}] * 1000, "0" * 32, {}, 0)
+    items = items_of([{"role": "user", "content": "x"}] * 1000, "0" * 32, {})
     call = parse(request, EVERYBODY, Settings(), None, items)
     base = m.ServedModel("b", "b", "f", "tiny", 300, max_model_len=100, sites=[], created_ms=0)
-    for max_len, num in ((100, 99), (2000, 1001)):
+    for max_len, num in ((100, 88), (2000, 1001)):  # an eighth is left for the answer
         files: Any = CountedFiles()
         target = CallTarget("b", "", files, vocab_size=300)
         resolved = ResolvedCall(call, msgspec.structs.replace(base, max_model_len=max_len), [target])

@@ -147,6 +147,8 @@ def test_a_template_gets_the_form_that_it_expects(source: str, wanted: str) -> N
     ("message", "param"),
     [
         ({"role": "assistant", "tool_calls": 3}, "messages[0].tool_calls"),
+        ({"role": "user", "content": "a", "tool_calls": "x"}, "messages[0].tool_calls"),
+        ({"role": "system", "content": "a", "tool_calls": [3]}, "messages[0].tool_calls"),
         ({"role": "assistant", "tool_calls": [3]}, "messages[0].tool_calls[0].function"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
@@ -179,6 +181,11 @@ def test_wrong_messages_are_named(message: dict[str, Any], param: str) -> None:
     with pytest.raises(BadRequest) as caught:
         normalize_messages([message])
     assert caught.value.param == param
+
+
+def test_an_empty_list_of_calls_is_dropped_from_any_message() -> None:
+    messages = [{"role": role, "content": "a", "tool_calls": []} for role in ("system", "user", "assistant", "tool")]
+    assert normalize_messages(messages) == [{"role": one["role"], "content": "a"} for one in messages]
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ async def test_forgetting_a_job_leaves_nothing(queue: Queue, ended: bool) -> Non
     pairs = [(make_submit(f"a{i}", stored=True, gateway=""), make_body()) for i in range(2)]
     await queue.bus.submit(
         "interactive", pairs, max_queued=9, job=new, quota=ACME, idem_key=queue.keys.idem("acme", "mine"),
-        idem_value=b"v",
+        idem_value=new.job.jid.encode(),
     )  # fmt: skip
     await queue.assign("a0", "a1")
     await queue.write(row("a0", 0, 1, finish="stop"), row("a1", 0, 1, finish="stop" if ended else ""))
