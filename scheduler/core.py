@@ -395,6 +395,8 @@ class Scheduler:
         """Offer requests of one class that a worker has had before."""
         offers_left = {True: MAX_PLACED, False: MAX_PLACED}  # by warm or cold; 0 once no worker takes more
         for request in list(requests.values()):
+            if not any(offers_left.values()):
+                break
             warm = self.backlog.is_warm(request.submit.digest)
             if offers_left[warm]:
                 offers_left[warm] -= 1

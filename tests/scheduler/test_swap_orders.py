@@ -182,7 +182,7 @@ def test_a_base_that_fails_is_tried_again_ever_later_and_its_calls_end() -> None
     assert scheduler.swaps.failed() == set()
 
 
-def test_a_worker_with_other_work_tries_a_failed_base_within_the_wait_bound() -> None:
+def test_a_busy_worker_tries_a_failed_base_within_the_wait_bound() -> None:
     scheduler = scheduler_of(beat("a"))
     scheduler.submit(make_submit("r", base="a", submitted_ms=0), 0)
     scheduler.set_bases(FLEET, ["b"])
