@@ -44,7 +44,7 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 
 logger = logging.getLogger(__name__)
 
-STALE_STAGING_S = 7 * 86_400.0
+STALE_STAGING_S = 86_400.0
 """Seconds after which an abandoned download is deleted."""
 
 MAX_BASE_NAME = 300

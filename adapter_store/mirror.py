@@ -33,7 +33,7 @@ from peft_adapters.texts.files import max_bytes
 from protocol.metrics.series import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.queue.bus import now_ms
 from protocol.runtime.free_space import size_of
-from protocol.wire.errors import AdapterRefused, ClientError, NoRoom, Unavailable
+from protocol.wire.errors import AdapterRefused, NoRoom, Unavailable
 from protocol.wire.messages import AdapterRecord, ServedModel
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class Mirror:
                         await asyncio.to_thread(self.blobs.note_version, form.key, digest, named)
                         return Mirrored(digest, form)
             digest = await self._fetch(source, version, bases, access, tenant)
-        except (ClientError, Changed, NoRoom):  # after others, a later try resumes the download
+        except (AdapterRefused, Changed, NoRoom):  # not for lack of rights: others may be fetching the same files
             await asyncio.to_thread(self.blobs.discard, version.key)
             raise
         except OSError as error:

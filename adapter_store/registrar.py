@@ -23,6 +23,7 @@ from adapter_store.sources import Changed, Source, SourceAccess
 from adapter_store.timings import StoreTimings
 from protocol.queue.bus import Bus, QueueError, now_ms
 from protocol.runtime.adapter_refs import Reference, SourcePolicy, parse_source
+from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire.errors import AdapterRefused, BadRequest, ClientError, LorafleetError, PermissionDenied
 from protocol.wire.messages import Alias, Registration
@@ -180,7 +181,7 @@ class Registrar:
             raise
         except BaseException:  # including panics of Rust libraries
             logger.exception("adapter %s cannot be fetched", registration.name)
-            self._note_failure(field, registration, refused=False)
+            self._note_failure(field, registration, self._timings.trouble, refused=False)
         finally:
             self._busy.discard(field)
 
@@ -239,7 +240,11 @@ class Registrar:
             reason, status = str(error.strerror if isinstance(error, OSError) else error), 503
         logger.warning("adapter %s: %s", registration.name, reason)
         refused = isinstance(error, ClientError)
-        pause_s = self._note_failure(field, registration, refused=refused)
+        timings = self._timings
+        backoff = timings.refusal if refused else timings.trouble
+        if isinstance(error, AdapterRefused) and not registration.on_request:  # each try may cost a conversion
+            backoff = timings.content
+        pause_s = self._note_failure(field, registration, backoff, refused=refused)
         if field not in self._registrations or await self._keep_serving(
             field, registration, reason, status, refused=refused
         ):
@@ -275,11 +280,10 @@ class Registrar:
         await self._catalogue.publish(served, record)
         return True
 
-    def _note_failure(self, field: str, registration: Registration, *, refused: bool) -> float:
+    def _note_failure(self, field: str, registration: Registration, backoff: Backoff, *, refused: bool) -> float:
         """Count a failure; return the seconds until the next fetch."""
         last = self._outcomes.get(field)
         failures = 1 + (last.num_failures if last is not None and last.refused == refused else 0)
-        backoff = self._timings.refusal if refused else self._timings.trouble
         pause_s = backoff.pause_s(failures)
         self._outcomes[field] = FetchOutcome(registration, time.monotonic(), pause_s, failures, refused)
         return pause_s

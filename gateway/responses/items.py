@@ -122,7 +122,7 @@ def _item(given: Item, kind: Any, place: str) -> Item:
     if kind == "function_call":
         arguments, is_cut = _string(given, "arguments", place), given.get("status") == "incomplete"
         if not is_cut:
-            check_object(arguments, f"{place}.arguments")
+            _check_object(arguments, f"{place}.arguments")
         texts = {name: _string(given, name, place) for name in ("call_id", "name")}
         if given.get("namespace") not in (None, ""):
             texts["namespace"] = _string(given, "namespace", place)
@@ -195,7 +195,7 @@ def _string(given: Mapping[str, Any], name: str, place: str) -> str:
     return value
 
 
-def check_object(arguments: str, place: str) -> None:
+def _check_object(arguments: str, place: str) -> None:
     """Refuse arguments of a call that are not a JSON object. Raises BadRequest."""
     try:
         value = json_values.loads(arguments.encode() or b"{}", place)
@@ -205,6 +205,15 @@ def check_object(arguments: str, place: str) -> None:
         raise BadRequest(f"{place} is not JSON: {error}", param=place) from error
     if not isinstance(value, dict):
         raise BadRequest(f"{place} must be an object, as JSON", param=place)
+
+
+def is_object(arguments: str) -> bool:
+    """Return whether a call's arguments are a JSON object. A limit of tokens or a stop string may cut them off."""
+    try:
+        _check_object(arguments, "arguments")
+    except BadRequest:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- messages
@@ -236,8 +245,11 @@ def messages_of(instructions: str | None, items: Sequence[Item]) -> list[Message
             if not made or made[-1]["role"] != "assistant":
                 made.append({"role": "assistant"})
             is_call = item["type"] == "function_call"
-            if is_call and item.get("status") == "incomplete" and item["call_id"] not in answered:
-                continue
+            if is_call and item.get("status") == "incomplete":
+                if item["call_id"] not in answered:
+                    continue
+                if not is_object(item["arguments"]):
+                    item = {**item, "arguments": "{}"}
             _add(made[-1], item)
             if is_call:
                 open_calls[item["call_id"]] = item["name"]

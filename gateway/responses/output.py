@@ -13,10 +13,9 @@ import orjson
 from gateway.calls.choices import Piece
 from gateway.calls.parsed_call import CallOptions
 from gateway.calls.writers import MIN_LOGPROB
-from gateway.responses.items import FIRST_OUTPUT, Item, check_object, item_id
+from gateway.responses.items import FIRST_OUTPUT, Item, is_object, item_id
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import Part
-from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
 
 _ITEM_OF = {"text": "message", "reasoning": "reasoning", "call": "function_call", "arguments": "function_call"}
@@ -126,7 +125,7 @@ class Output:
             return
         item, text, place = self.items[-1], "".join(self._texts), self._place()
         if self._open == "function_call":
-            item |= {"status": status if _is_whole(text) else "incomplete", "arguments": text}
+            item |= {"status": status if is_object(text) else "incomplete", "arguments": text}
             yield Event("response.function_call_arguments.done", {**place, "name": item["name"], "arguments": text})
         else:
             part = self._part(text)
@@ -157,15 +156,6 @@ class Output:
     def _entry(self, id_: int, logprob: float) -> dict[str, Any]:
         raw = list(self._tokens.bytes_of(id_))
         return {"token": self._tokens.text_of(id_), "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
-
-
-def _is_whole(arguments: str) -> bool:
-    """Return whether a call's arguments can be given back: a stop string may cut them off, too."""
-    try:
-        check_object(arguments, "arguments")
-    except BadRequest:
-        return False
-    return True
 
 
 def _list(entries: list[bytes]) -> Any:

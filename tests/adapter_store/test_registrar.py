@@ -34,7 +34,7 @@ SECRET = "a secret of the tests"
 @pytest_asyncio.fixture
 async def hub(hub: HubStub, bus: Bus, timings: StoreTimings) -> HubStub:
     """A Hub that stores use, with short pauses, while the fleet has a base model."""
-    timings.trouble = timings.refusal = Backoff(0.05, 0.1)
+    timings.trouble = timings.refusal = timings.content = Backoff(0.05, 0.1)
     timings.retries = Retries(max_tries=1)
     await report(bus, BASE)
     hub.repos["org/a"] = Repo()
@@ -156,6 +156,19 @@ async def test_refused_content_that_is_mended_is_served_by_itself(bus: Bus, hub:
     await register(bus)
     await in_state(bus, "a", "failed")
     hub.repos["org/a"].commit(adapter_bytes(3))
+    await in_state(bus, "a", "on_disk")
+
+
+async def test_refused_content_is_fetched_again_seldom(
+    bus: Bus, hub: HubStub, run_store: RunStore, timings: StoreTimings
+) -> None:
+    timings.content = Backoff(3600.0, 3600.0)
+    hub.repos["org/a"].commit(adapter_bytes(use_qalora=True))
+    run_store()
+    await register(bus)
+    assert (await in_state(bus, "a", "failed")).retry_ms > now_ms() + 3_000_000
+    hub.repos["org/a"].commit(adapter_bytes(3))
+    await register(bus)  # once more: at once
     await in_state(bus, "a", "on_disk")
 
 

@@ -285,6 +285,9 @@ async def test_a_call_that_was_cut_off_is_left_out_of_the_next_prompt(
     [prompt] = prompts
     assert prompt.count('"add"') == 1  # its definition
     assert "<|im_start|>assistant\n" in prompt[: prompt.index("go on")]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "invalid JSON"}
+    await whole(qwen, {**body, "input": [result], "previous_response_id": first["id"]})
+    assert fleet.prompt().count('"add"') == 2
 
 
 async def test_truncation_drops_the_earliest_messages(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
