@@ -206,22 +206,22 @@ class Store:
         await done("registrations", partial(self._tick_registrar, tasks))
         await done("pins", self.pin_controller.tick)
         await done("records", self.catalogue.sweep)
-        await done("sweep", self._sweep)
+        if time.monotonic() >= self._sweep_at_s:
+            self._sweep_at_s = time.monotonic() + SWEEP_S
+            await done("downloads", partial(asyncio.to_thread, self.blobs.sweep))
+            await done("uploads", self._sweep_uploads)
         self._measure()
 
     async def _tick_registrar(self, tasks: asyncio.TaskGroup) -> None:
         await self.registrar.tick(tasks, self.settings.refresh_s, reload=self._changed)
         self._changed = False
 
-    async def _sweep(self) -> None:
-        """Delete abandoned downloads, and uploads that no registration has named for `uploads.KEPT_S`."""
-        if time.monotonic() >= self._sweep_at_s:
-            self._sweep_at_s = time.monotonic() + SWEEP_S
-            await asyncio.to_thread(self.blobs.sweep)
-            sources = {one.source for one in (await self.bus.adapters.registrations()).values()}
-            # Includes names whose registrations only newer releases can read.
-            sources |= {alias.registered for alias in self.catalogue.aliases.values()}
-            await asyncio.to_thread(self.uploads.sweep, sources)
+    async def _sweep_uploads(self) -> None:
+        """Delete uploads that no registration has named for `uploads.KEPT_S`."""
+        sources = {one.source for one in (await self.bus.adapters.registrations()).values()}
+        # Includes names whose registrations only newer releases can read.
+        sources |= {alias.registered for alias in self.catalogue.aliases.values()}
+        await asyncio.to_thread(self.uploads.sweep, sources)
 
     def _measure(self) -> None:
         metrics.STORE_BLOBS.set(len(self.blobs))

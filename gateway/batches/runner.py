@@ -68,16 +68,15 @@ class BatchRunner:
         while waiting:
             held = Counter(self._tenants.values())
             tenant, batch_id = min(waiting, key=lambda found: held[found[0]])
-            if held[tenant] >= pace.max_batches_of_tenant:
-                return
-            if len(self._tenants) >= pace.max_batches and (held[tenant] or self._newest_of_several() is None):
+            is_full = len(self._tenants) >= pace.max_batches
+            newest = self._newest_of_several() if is_full else None
+            if held[tenant] >= pace.max_batches_of_tenant or (is_full and (held[tenant] or newest is None)):
                 return
             waiting.remove((tenant, batch_id))
             claimed = await self._claim(batch_id, tenant)
             if claimed is None:
                 continue
-            newest = self._newest_of_several() if len(self._tenants) >= pace.max_batches else None
-            if newest is not None:
+            if newest is not None and len(self._tenants) >= pace.max_batches:  # none has ended meanwhile
                 del self._tenants[newest]
                 self._running[newest].cancel()
             self._tenants[batch_id] = tenant
