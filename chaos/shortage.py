@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import subprocess
@@ -16,6 +17,8 @@ HOOK = Path(__file__).parent / "wall_clock"
 """Folder with the `sitecustomize.py` that gives a Python process another wall clock."""
 
 JUMP_S = 3600
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
 async def ask(url: str, *words: str | int) -> Any:
@@ -59,20 +62,26 @@ def disk_again(process: subprocess.Popen[bytes]) -> None:
 def no_files(folder: Path) -> Generator[None]:
     """Make reading from and writing to a folder fail during the block, also for files that are already open.
 
-    A file takes the folder's place, which stops the superuser too.
+    A file takes the folder's place, which stops the superuser too. The two are exchanged in one step: for a moment
+    without either, a stored file would correctly be reported as absent.
     """
     away = folder.with_name(f"{folder.name}.away")
-    was_there = folder.exists()
-    if was_there:
-        folder.rename(away)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    away.touch()
+    _exchange(folder, away)
     try:
         yield
     finally:
-        folder.unlink()
-        if was_there:
-            away.rename(folder)
+        _exchange(folder, away)
+        away.unlink()
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange two paths atomically: renameat2(2) with RENAME_EXCHANGE. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), str(one), None, str(other))
 
 
 class Clocks:

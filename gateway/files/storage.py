@@ -18,7 +18,7 @@ from typing import BinaryIO, Protocol
 
 from protocol.runtime.free_space import Reserve
 from protocol.runtime.private_files import private_folder
-from protocol.wire.errors import NoRoom, NotFound, Unavailable
+from protocol.wire.errors import LorafleetError, NoRoom, NotFound, Unavailable
 
 CHUNK_BYTES = 256 << 10
 """Bytes read or written at a time."""
@@ -108,7 +108,7 @@ class FolderStorage:
                 return
             file = await _opened(lambda: path.open("rb"))
         except FileNotFoundError as error:
-            raise NotFound("the content of this file no longer exists") from error
+            raise await asyncio.to_thread(self._absence) from error
         except OSError as error:
             raise Unavailable(f"the file storage cannot be read: {error.strerror}") from error
         with file:
@@ -120,6 +120,12 @@ class FolderStorage:
                     return
                 start += len(chunk)
                 yield chunk
+
+    def _absence(self) -> LorafleetError:
+        """Return the error for a missing content. Without the folder itself, which may return, nothing is known."""
+        if not self._root.is_dir():
+            return Unavailable("the file storage cannot be read: its folder is missing")
+        return NotFound("the content of this file no longer exists")
 
     async def names(self, prefix: str) -> list[str]:
         """See `Storage.names`."""

@@ -67,6 +67,20 @@ async def test_names_and_deletion(storage: Storage) -> None:
         await content(storage, "xy")
 
 
+async def test_a_missing_folder_is_no_missing_file(tmp_path: Path) -> None:
+    """A batch whose input does not exist has failed; one whose storage is away for a moment waits."""
+    storage = FolderStorage(tmp_path / "files")
+    await storage.write("a", chunks(b"1"))
+    (tmp_path / "files").rename(tmp_path / "away")
+    for end in (None, 1):
+        with pytest.raises(Unavailable, match="its folder is missing"):
+            await content(storage, "a", 0, end)
+    (tmp_path / "away").rename(tmp_path / "files")
+    assert await content(storage, "a") == b"1"
+    with pytest.raises(NotFound):
+        await content(storage, "b")
+
+
 async def test_what_breaks_off_leaves_nothing(storage: Storage) -> None:
     async def broken() -> AsyncIterator[bytes]:
         yield b"1"
