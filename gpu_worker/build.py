@@ -41,7 +41,7 @@ from gpu_worker.loading.checkpoint import (
 )
 from gpu_worker.loading.weights import weights_hash
 from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out
-from gpu_worker.model.compiled import compile_errors, warm
+from gpu_worker.model.compiled import compiling, warm
 from gpu_worker.model.kv_dtype import choose_kv_dtype
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype, choose_isa, multiplies_bfloat16
 from gpu_worker.model.prepare import load_model
@@ -189,7 +189,7 @@ def build_engine(
     served = served_model(model, config.max_model_len, settings)
     tokens = BaseTokens(tokenizer) if tokenizer is not None else None
     cache = adapter_cache(model, served, settings, memory, fetch, fetch_files, tokens)
-    with compile_errors() if settings.compile else nullcontext():
+    with compiling() if settings.compile else nullcontext():
         draft_model = draft.allocate(draft_bytes, config, model.vocab_size) if draft is not None else None
         engine = Engine(model, config, cache, tokens.table if tokens is not None else None, tokenizer, draft_model)
         if settings.deterministic:

@@ -8,10 +8,15 @@ All layers of a kind share one graph, and another mix of adapters causes no reco
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import itertools
+import logging
 import os
+import shutil
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +28,12 @@ from gpu_worker.layers.lora import SharedInput
 from gpu_worker.model.model import BaseModel
 from lora_kernels import ops
 from lora_kernels.cpu.build import cache_dir
+from protocol.runtime.private_files import private_folder
 from protocol.wire.errors import BadRequest
+
+logger = logging.getLogger(__name__)
+
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 _owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """The sibling layers and attention layers that the operators run, by the number in their handle."""
@@ -90,11 +100,7 @@ class CompiledLayer:
 def install_compiled(
     model: nn.Module, layers: list[PagedLayer], shared: list[SharedInput], context: StepContext
 ) -> int:
-    """Compile the decoder layers of a model without shortcuts. Return their number.
-
-    Compiled code is cached on disk, beside the native kernels, for the next start.
-    """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    """Compile the decoder layers of a model without shortcuts, in the block of `compiling`. Return their number."""
     for owner in (*shared, *layers):
         owner.handle = _handle(owner)
     found = decoder_layers(model)
@@ -120,15 +126,68 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def compile_errors() -> Iterator[None]:
-    """Raise BadRequest if compilation fails inside the block: the next start would fail in the same way."""
-    from torch._dynamo.exc import TorchDynamoException  # workers that compile nothing start without the compiler
+def compiling() -> Iterator[None]:
+    """Let layers compile inside the block, into a cache for the next start.
 
+    Raises BadRequest if compilation fails: the next start would fail in the same way.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # workers that compile nothing start without the compiler
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Transformers' import sets the variable to the compiler's default, a folder below /tmp. Another user could create
+    # it first, and its files are executed. A folder of the operator's choice remains.
+    default = os.path.abspath(default_cache_dir())
+    is_chosen = os.environ.get(_CACHE, default) != default
     try:
-        yield
+        with contextlib.nullcontext() if is_chosen else _own_cache(cache_dir() / "inductor"):
+            yield
     except TorchDynamoException as error:
         first = str(error).strip().splitlines()[0]
         raise BadRequest(f"compile is on, but this model's layers cannot be compiled: {first}") from error
+
+
+@contextlib.contextmanager
+def _own_cache(root: Path) -> Iterator[None]:
+    """Let the compiler use a folder in which no compilation was interrupted, and which no other process uses.
+
+    It writes its files in place: killed meanwhile, it leaves the beginning of a file, which every later start would
+    load. So an unfinished folder is emptied. root: holds a folder for each process on this machine that compiles.
+    """
+    folder = _locked(root)
+    unfinished = folder.with_suffix(".unfinished")
+    if unfinished.exists():
+        logger.warning("compiling again: %s is from a process that ended meanwhile", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    unfinished.touch()
+    private_folder(folder)
+    os.environ[_CACHE] = str(folder)
+    yield
+    for path in (*folder.rglob("*"), folder):  # what the disk has not got when power fails would be lost
+        _flush(path)
+    unfinished.unlink()
+
+
+@functools.cache
+def _locked(root: Path) -> Path:
+    """Return the first folder that no other process has locked. The lock ends with this process."""
+    private_folder(root)
+    for number in itertools.count():
+        lock = os.open(root / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        return root / str(number)
+    raise AssertionError
+
+
+def _flush(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def warm(model: BaseModel) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -50,3 +54,55 @@ def test_what_cannot_be_compiled_is_refused_at_start(tiny: Oracle) -> None:
     decoder_layers(model.module)[0].forward = fails
     with pytest.raises(BadRequest, match="a thing it does not know"):
         build_engine(model, SETTINGS, tiny.fetch, None)
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from types import SimpleNamespace
+from gpu_worker.model.compiled import CompiledLayer, compiling
+
+layer = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.SiLU())
+for number, parameter in enumerate(layer.parameters()):
+    torch.nn.init.constant_(parameter, 0.5 + number)
+compiled = CompiledLayer(layer, SimpleNamespace(extras=(), has_expert_rows=False))
+x = torch.ones(3, 4)
+with torch.inference_mode(), compiling():
+    print(compiled.forward(x).tolist() == layer.forward(x).tolist(), os.environ["TORCHINDUCTOR_CACHE_DIR"], flush=True)
+    if sys.argv[1:] == ["killed"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[1:] == ["waits"]:
+        input()
+"""
+
+
+def test_code_that_a_killed_worker_left_half_compiled_is_compiled_again(tmp_path: Path) -> None:
+    """The cache is in a folder of this user: one below /tmp may be another user's."""
+    ours = {"LORAFLEET_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    given = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+
+    def start(*args: str) -> subprocess.Popen[str]:
+        command, pipe = [sys.executable, "-W", "ignore", "-c", SCRIPT, *args], subprocess.PIPE
+        return subprocess.Popen(command, env=given | ours, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+
+    def run(*args: str) -> tuple[str, str]:
+        with start(*args) as process:
+            return process.communicate()
+
+    right = f"True {tmp_path / 'inductor' / '0'}\n"
+    assert run("killed")[0] == right
+    built = [path for path in tmp_path.rglob("*.so") if path.stat().st_size > 0]
+    assert built
+    for path in built:
+        os.truncate(path, 0)
+    told, warned = run()
+    assert told == right
+    assert "is from a process that ended meanwhile" in warned
+    assert all(path.stat().st_size > 0 for path in built)
+    before = {path: path.stat().st_mtime_ns for path in built}
+    with start("waits") as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == right
+        assert run()[0] == f"True {tmp_path / 'inductor' / '1'}\n"  # another process never uses the same folder
+        assert first.communicate("\n")[0] == ""
+    assert {path: path.stat().st_mtime_ns for path in built} == before, "the cache was not used"
+    assert sorted(path.name for path in (tmp_path / "inductor").iterdir()) == ["0", "0.lock", "1", "1.lock"]
