@@ -17,7 +17,7 @@ from enum import Enum
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import NamedTuple
 
-from protocol.wire.keys import CLASSES
+from protocol.wire.keys import BATCH, CLASSES
 from scheduler.fairness import VirtualTokenCounters
 from scheduler.request import BASE, QueuedRequest, decrement
 
@@ -355,6 +355,15 @@ class BaseQueues:
         return cls(fair, {name: {} for name in CLASSES})
 
 
+@dataclass(slots=True)
+class TenantQueued:
+    """The queued requests of one tenant."""
+
+    num: int = 0
+    num_batch: int = 0  # those of class batch
+    num_tokens: int = 0
+
+
 class Backlog:
     """All queued requests."""
 
@@ -369,6 +378,7 @@ class Backlog:
         """Prompt tokens plus maximum output tokens of all queued requests."""
         self.by_class: Counter[str] = Counter()
         self.by_digest: Counter[str] = Counter()
+        self.by_tenant: dict[str, TenantQueued] = {}
 
     def of(self, base: str) -> BaseQueues:
         """Return the queues of a base."""
@@ -391,6 +401,7 @@ class Backlog:
         self.by_class[request.submit.cls] += 1
         self.by_digest[request.submit.digest] += 1
         self.num_tokens += _max_tokens(request)
+        self._count_for_tenant(request, 1)
         queues = self.of(request.submit.base)
         queues.num += 1
         if request.resumed:
@@ -406,10 +417,20 @@ class Backlog:
         self.by_class[request.submit.cls] -= 1
         decrement(self.by_digest, request.submit.digest)
         self.num_tokens -= _max_tokens(request)
+        self._count_for_tenant(request, -1)
         queues = self.by_base[request.submit.base]
         queues.num -= 1
         if queues.resumed[request.submit.cls].pop(request.rid, None) is None:
             queues.fair[request.submit.cls, request.submit.digest in self._warm].forget(request)
+
+    def _count_for_tenant(self, request: QueuedRequest, change: int) -> None:
+        tenant = request.submit.tenant
+        queued = self.by_tenant.get(tenant) or self.by_tenant.setdefault(tenant, TenantQueued())
+        queued.num += change
+        queued.num_batch += change * (request.submit.cls == BATCH)
+        queued.num_tokens += change * _max_tokens(request)
+        if not queued.num:
+            del self.by_tenant[tenant]
 
     def drop_empty(self) -> None:
         """Drop the queues of bases without requests. Must not be called during a scan."""

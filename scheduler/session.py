@@ -27,6 +27,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import DeadlineExceeded, NotFound, ProtocolError, Unavailable
 from protocol.wire.keys import BATCH, CLASSES
+from scheduler.backlog import TenantQueued
 from scheduler.config import SchedulerConfig
 from scheduler.core import Scheduler
 from scheduler.drain import DrainRate
@@ -67,7 +68,7 @@ MEMORY_ALARM = 0.8
 
 
 MAX_TOLD = 64
-"""Maximum number of adapters, of running and of waiting requests each, that the status lists."""
+"""Maximum length of each list of adapters and tenants in the status."""
 
 DRAIN_ROUNDS = 10
 """Rounds of `_watch` between two selections of the worker to drain next, which compare thousands of adapters."""
@@ -394,6 +395,7 @@ class Session:
             becoming={name: order.base for name, order in scheduler.swaps.by_worker.items()},
             knows=sorted({name for worker in workers for name in worker.knows}),
             version=RELEASE,
+            tenants=_tenants(scheduler.backlog.by_tenant),
         )
         await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)
 
@@ -427,6 +429,16 @@ def _audited(order: Swap, outcome: str) -> AuditEntry:
 def _most(digests: Mapping[str, int]) -> list[str]:
     """Return the adapters with the most requests, at most MAX_TOLD."""
     return nlargest(MAX_TOLD, (digest for digest in digests if digest), key=digests.__getitem__)
+
+
+def _tenants(queued: Mapping[str, TenantQueued]) -> dict[str, m.TenantLoad]:
+    """Return the load of the tenants with the most waiting requests or tokens, at most MAX_TOLD of each."""
+    by_num = nlargest(MAX_TOLD, queued, key=lambda tenant: queued[tenant].num)
+    by_tokens = nlargest(MAX_TOLD, queued, key=lambda tenant: queued[tenant].num_tokens)
+    return {
+        tenant: m.TenantLoad(queued[tenant].num, queued[tenant].num_batch, queued[tenant].num_tokens)
+        for tenant in dict.fromkeys(by_num + by_tokens)
+    }
 
 
 def _assigned(request: QueuedRequest, now: int) -> m.Assigned:

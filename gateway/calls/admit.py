@@ -54,7 +54,7 @@ class CallAdmission:
     async def check_room(self, call: ParsedCall) -> None:
         """Refuse a call early if the queue has no room for it. Raises Overloaded, Unavailable."""
         await self._fleet.require_any(worker=not call.options.background)
-        self._admission.check(CallLoad(call.cls))
+        self._admission.check(CallLoad(call.cls, tenant=call.caller.name))
 
     def admit(self, call: TokenizedCall) -> AdmittedCall:
         """Accept a call, and charge for the memory it may hold.
@@ -83,7 +83,8 @@ class CallAdmission:
         num_tokens = options.n * sum(
             prompt.target.num_virtual + prompt.num_tokens + prompt.max_new_tokens for prompt in prompts
         )
-        load = CallLoad(parsed.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
+        num, payer = len(prompts) * options.n, prompts[0].target.payer(parsed.caller)
+        load = CallLoad(parsed.cls, num, num_tokens, self.lifetime_s(parsed), payer)
         try:
             if quota is not None:
                 check_quota(quota, load.num, load.num_tokens)
@@ -109,7 +110,7 @@ class CallAdmission:
         """Refuse to rerun a request if its caller's limits or the queue have no room for it. Raises as `admit`."""
         if quota is not None:
             check_quota(quota, load.num, load.num_tokens)
-        self._admission.check(CallLoad(load.cls))
+        self._admission.check(CallLoad(load.cls, tenant=load.tenant))
         self._admission.check(load)
 
     def settle_again(self, load: CallLoad, quota: Quota | None, outcome: str, result: Any) -> None:

@@ -5,6 +5,10 @@ calls in flight, and the lag of its event loop. Three are the queue's: waiting r
 server's memory. The last limit is the predicted time to the first token: the time as an inbound call, and the wait for
 the requests ahead.
 
+No tenant (without keys: no model) fills the queue: its waiting requests and tokens may be at most eight times what is
+free for all, so that others always find room. As the scheduler takes turns between tenants, only a tenant's own
+requests, and as many of each other tenant, count as ahead of its next one.
+
 The queue's script counts requests exactly. The gateway knows the scheduler's status, sent once a second, and its own
 submissions since. A refusal by the script costs as much as an accepted call. So the length of a nearly full queue is
 forecast from its last count, the drain rate, and this gateway's calls since.
@@ -13,9 +17,9 @@ forecast from its last count, the drain rate, and this gateway's calls since.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.overload.cost import COST
 from gateway.overload.inbound import Inbound
@@ -31,12 +35,19 @@ ROOM = 0.1
 NEARLY_FULL = 1 - ROOM
 """Share of `max_queued` above which the queue's length is forecast; below it, no call is refused by an estimate."""
 
+SHARE = 8
+"""Maximum ratio of what waits of one tenant to what is free of a limit: `n` tenants that send all they can get
+`8 / (8 * n + 1)` of it each. Choudhury and Hahne, Dynamic Queue Length Thresholds, 1998."""
+
 MIN_RETRY_S = 1.0
 UNKNOWN_RETRY_S = 5.0
 """Retry-After, in seconds, while the fleet's drain rate is unknown."""
 
 MAX_MEMORY_SHARE = 0.9
 """Share of the queue's memory above which calls are refused: running requests need the rest for their output."""
+
+_NOTHING = m.TenantLoad()
+_OWN = "of the same tenant (without keys: of the same model); its limit is now"
 
 STATUS_LIFE_MS = 5000
 """Milliseconds for which submitted requests are counted here if no status arrives that includes them."""
@@ -60,6 +71,7 @@ class CallLoad:
     num: int = 1  # requests
     num_tokens: int = 0  # prompts, virtual tokens and maximum outputs; 0: not tokenized yet
     timeout_s: float = math.inf  # a request that has not begun by then fails; inf: not known yet
+    tenant: str = ""  # that of its requests, without keys the model; "": not known yet
 
 
 @dataclass(slots=True)
@@ -69,6 +81,7 @@ class _Queue:
     counted_ms: int = 0
     num_counted: int = 0  # requests queued at that time, without `num_new`
     num_new: int = 0  # submitted by this gateway since the scheduler's status
+    new_of: Counter[str] = field(default_factory=Counter[str])  # tenant -> its part of `num_new`
     num_inbound: int = 0  # this gateway's inbound calls whose class is known
 
 
@@ -91,7 +104,7 @@ class Admission:
         self._now_s = now_s
         self._queues = {cls: _Queue() for cls in CLASSES}
         self._new: deque[tuple[int, CallLoad]] = deque()  # (unix ms, load) submitted since the status, oldest first
-        self._num_new_tokens = 0
+        self._new_tokens: Counter[str] = Counter()  # tenant -> tokens submitted since the status
         self._inbound = Inbound(self._limits.min_inbound, self._limits.inbound_span_s)
         self._num_in_flight = 0
 
@@ -135,7 +148,8 @@ class Admission:
         self._forget(now_ms - STATUS_LIFE_MS)
         self._new.append((now_ms, load))
         self._queues[load.cls].num_new += load.num
-        self._num_new_tokens += load.num_tokens
+        self._queues[load.cls].new_of[load.tenant] += load.num
+        self._new_tokens[load.tenant] += load.num_tokens
 
     def full(self, load: CallLoad, num_queued: int) -> Overloaded:
         """Record that the queue refused a load because `num_queued` requests of its class wait; return the error."""
@@ -165,9 +179,10 @@ class Admission:
         self._take(status)
         _check_memory(status)
         if load.num_tokens:
-            self._check_tokens(load.num_tokens, status)
+            self._check_tokens(load, status)
         else:
             self._check_place(load, status)
+        self._check_share(load, status)
         self._check_wait(load, status)
         cost = COST.get()
         if cost is not None and cost.is_inbound and not cost.cls:
@@ -199,27 +214,66 @@ class Admission:
             if expected > max_queued - 1:
                 raise self._full(load, math.ceil(expected))
 
-    def _check_tokens(self, num_tokens: int, status: m.SchedulerStatus) -> None:
+    def _check_tokens(self, load: CallLoad, status: m.SchedulerStatus) -> None:
         """Refuse a call if too many tokens would wait. A call is accepted whatever its size if none wait."""
-        queued_tokens, max_tokens = status.queued_tokens + self._num_new_tokens, self._settings.max_queued_tokens
-        if queued_tokens and queued_tokens + num_tokens > max_tokens:
-            num_queued = status.queued + sum(queue.num_new for queue in self._queues.values())
-            excess = (queued_tokens + num_tokens - (1 - ROOM) * max_tokens) / queued_tokens
+        queued_tokens, max_tokens = status.queued_tokens + self._new_tokens.total(), self._settings.max_queued_tokens
+        if not queued_tokens:
+            return
+        if queued_tokens + load.num_tokens > max_tokens:
+            excess = queued_tokens + load.num_tokens - (1 - ROOM) * max_tokens
             text = f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}"
-            raise Overloaded(text, self._drain_s(excess * num_queued), "queued_tokens")
+            raise Overloaded(text, self._drain_tokens_s(excess, queued_tokens, status), "queued_tokens")
+        own = min(queued_tokens, _told(load, status).tokens + self._new_tokens[load.tenant])
+        most = SHARE * (max_tokens - queued_tokens)
+        if load.tenant and own and own + load.num_tokens > most:
+            text = f"{own} of {queued_tokens} waiting tokens are {_OWN} {most}"
+            retry_s = self._drain_tokens_s(own + load.num_tokens - most, queued_tokens, status)
+            raise Overloaded(text, retry_s, "queued_tokens")
+
+    def _check_share(self, load: CallLoad, status: m.SchedulerStatus) -> None:
+        """Refuse a call if its tenant has more requests waiting than its share of the queue."""
+        if not load.tenant:
+            return
+        expected = self._expected(self._queues[load.cls], status)
+        own = self._own(load, status, expected)
+        most = SHARE * max(0, self._settings.max_queued - math.ceil(expected))
+        if own and own + load.num > most:
+            text = f"{own} of {math.ceil(expected)} waiting requests are {_OWN} {most}"
+            raise Overloaded(text, self._drain_s(own + load.num - most), "queue")
+
+    def _own(self, load: CallLoad, status: m.SchedulerStatus, expected: float) -> int:
+        """Return how many requests of a load's tenant and class wait. expected: of all tenants."""
+        told = _told(load, status)
+        num = told.queued_batch if load.cls == BATCH else told.queued - told.queued_batch
+        return math.floor(min(expected, num + self._queues[load.cls].new_of[load.tenant]))
 
     def _check_wait(self, load: CallLoad, status: m.SchedulerStatus) -> None:
         """Refuse a call if its first token is predicted to come too late."""
-        wait_s = self._wait_s(load, status)
         max_wait_s = min(self._settings.max_wait_s or load.timeout_s, load.timeout_s)
+        if self._wait_s(load, status) <= max_wait_s:
+            return
+        wait_s = self._wait_s(load, status, self._num_behind(load, status))
         if wait_s > max_wait_s:
             text = f"the first token would come in about {wait_s:.0f} s; the limit is {max_wait_s:g} s"
             raise Overloaded(text, max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s), "wait")
 
-    def _wait_s(self, load: CallLoad, status: m.SchedulerStatus) -> float:
+    def _num_behind(self, load: CallLoad, status: m.SchedulerStatus) -> int:
+        """Return how many waiting requests of other tenants a call overtakes, since tenants take turns."""
+        if not load.tenant:
+            return 0
+        own = self._own(load, status, self._expected(self._queues[load.cls], status))
+        num = 0
+        for tenant, told in status.tenants.items():
+            if tenant != load.tenant:
+                waiting = told.queued_batch if load.cls == BATCH else told.queued - told.queued_batch
+                num += max(0, waiting - own - 1)
+        return num
+
+    def _wait_s(self, load: CallLoad, status: m.SchedulerStatus, num_behind: int = 0) -> float:
         """Return the predicted seconds to a call's first token: until it is queued, and until those ahead have left.
 
-        The queue drains while calls are inbound, so it is the longer of the two. Unknown parts count as 0.
+        num_behind: waiting requests that it overtakes. The queue drains while calls are inbound, so it is the longer of
+        the two. Unknown parts count as 0.
         """
         inbound_s = 0.0 if load.num_tokens else self._inbound.wait_s(self._now_s())
         if not status.drain_rate:
@@ -228,7 +282,7 @@ class Admission:
         num_ahead = sum(self._expected(queue, status) for queue in ahead)
         if not load.num_tokens:
             num_ahead += sum(queue.num_inbound for queue in ahead)
-        return max(inbound_s, num_ahead / status.drain_rate)
+        return max(inbound_s, max(0.0, num_ahead - num_behind) / status.drain_rate)
 
     # ------------------------------------------------------------ parts
 
@@ -247,9 +301,11 @@ class Admission:
         """Move submissions before `before_ms` from `num_new` to the counts, which include them."""
         while self._new and self._new[0][0] < before_ms:
             _, load = self._new.popleft()
-            self._queues[load.cls].num_new -= load.num
-            self._queues[load.cls].num_counted += load.num
-            self._num_new_tokens -= load.num_tokens
+            queue = self._queues[load.cls]
+            queue.num_new -= load.num
+            queue.num_counted += load.num
+            _decrease(queue.new_of, load.tenant, load.num)
+            _decrease(self._new_tokens, load.tenant, load.num_tokens)
 
     def _expected(self, queue: _Queue, status: m.SchedulerStatus) -> float:
         """Return how many requests of a class wait now, if the queue has drained at its rate since the last count."""
@@ -261,10 +317,26 @@ class Admission:
         status = self._status()
         return max(MIN_RETRY_S, num / status.drain_rate) if status and status.drain_rate else UNKNOWN_RETRY_S
 
+    def _drain_tokens_s(self, excess: float, queued_tokens: int, status: m.SchedulerStatus) -> float:
+        """Return the seconds until `excess` of the waiting tokens have left the queue, as Retry-After."""
+        num_queued = status.queued + sum(queue.num_new for queue in self._queues.values())
+        return self._drain_s(excess / queued_tokens * num_queued)
+
     def _full(self, load: CallLoad, num_queued: int) -> Overloaded:
         max_queued = self._settings.max_queued
         text = f"{num_queued} requests are waiting; the limit is {max_queued}"
         return Overloaded(text, self._drain_s(num_queued + load.num - (1 - ROOM) * max_queued), "queue")
+
+
+def _told(load: CallLoad, status: m.SchedulerStatus) -> m.TenantLoad:
+    """Return what the status says of a load's tenant: nothing if many others have more."""
+    return status.tenants.get(load.tenant, _NOTHING)
+
+
+def _decrease(counter: Counter[str], key: str, num: int) -> None:
+    counter[key] -= num
+    if not counter[key]:
+        del counter[key]
 
 
 def _check_memory(status: m.SchedulerStatus) -> None:

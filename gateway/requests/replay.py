@@ -57,9 +57,8 @@ async def _run(pipeline: Pipeline, submit: m.RequestHead, body: m.Body, model: s
     It counts against the caller's limits and usage of `model`.
     """
     bus, replies = pipeline.bus, pipeline.replies
-    load = CallLoad(
-        submit.cls, 1, submit.num_prefill_tokens + submit.max_new_tokens, pipeline.settings.request_timeout_s
-    )
+    num_tokens = submit.num_prefill_tokens + submit.max_new_tokens
+    load = CallLoad(submit.cls, 1, num_tokens, pipeline.settings.request_timeout_s, submit.tenant)
     quota = pipeline.admission.quota_of(caller)
     pipeline.admission.check_again(load, quota)
     base, days = pipeline.fleet.named(submit.base), pipeline.settings.usage_days

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from protocol.wire.keys import CLASSES
+from protocol.wire.keys import BATCH, CLASSES
 from scheduler.backlog import Backlog, FairQueue, OfferResult
 from scheduler.fairness import VirtualTokenCounters
 from scheduler.request import QueuedRequest
@@ -141,6 +141,11 @@ class BacklogMachine(RuleBasedStateMachine):
         backlog = self.server.backlog
         assert backlog.num_queued == len(self.queued)
         assert backlog.by_digest == Counter(r.submit.digest for r in self.queued.values())
+        assert {tenant: of.num for tenant, of in backlog.by_tenant.items()} == Counter(
+            r.submit.tenant for r in self.queued.values()
+        )
+        assert sum(of.num_tokens for of in backlog.by_tenant.values()) == backlog.num_tokens
+        assert sum(of.num_batch for of in backlog.by_tenant.values()) == backlog.by_class[BATCH]
         for cls in CLASSES:
             for warm in (True, False):
                 assert bool(backlog.of("").fair[cls, warm]) == bool(self._in_lane(cls, warm))

@@ -25,6 +25,7 @@ from protocol.wire.messages.workers import (
     Ended,
     SchedulerStatus,
     StepModel,
+    TenantLoad,
     WorkerBeat,
     WorkerCounters,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "SiteShape",
     "StepModel",
     "Task",
+    "TenantLoad",
     "Timing",
     "WebhookEndpoint",
     "Wire",

@@ -119,6 +119,14 @@ class BaseLoad(Packed, frozen=True):
     may_become: int = 0  # workers of other bases that may switch to it, and those that are switching to any base
 
 
+class TenantLoad(Packed, frozen=True):
+    """What waits of one tenant, for `SchedulerStatus`."""
+
+    queued: int = 0
+    queued_batch: int = 0  # those of `queued` in class batch
+    tokens: int = 0  # of `queued`: prompts and maximum outputs
+
+
 class SchedulerStatus(Wire, frozen=True):
     """The leader's view of the queue, for admission, job positions and metrics."""
 
@@ -141,3 +149,4 @@ class SchedulerStatus(Wire, frozen=True):
     drain_next: str = ""  # name of the worker to remove first when scaling in; "": there is none
     bases: dict[str, BaseLoad] = {}  # by name: bases that have workers or requests, or to which a worker may switch
     becoming: dict[str, str] = {}  # name of a worker that was ordered to switch -> name of its new base
+    tenants: dict[str, TenantLoad] = {}  # by name: the 64 with the most waiting requests, and the 64 with most tokens

@@ -339,3 +339,92 @@ def test_an_unknown_rate_or_scheduler_refuses_nobody() -> None:
     assert site.refusal(load()) is None
     site.told = None
     assert site.refusal(load()) is None
+
+
+# ---------------------------------------------------------------- shares of tenants
+
+
+def shared(num: dict[str, int], *, cls: str = INTERACTIVE, tokens: int = 0) -> m.SchedulerStatus:
+    """Return a status with so many waiting requests per tenant, all of one class. tokens: of each request."""
+    total = sum(num.values())
+    loads = {name: m.TenantLoad(n, n if cls == BATCH else 0, n * tokens) for name, n in num.items()}
+    told = status(total, tokens=total * tokens, batch=total if cls == BATCH else 0)
+    return msgspec.structs.replace(told, tenants=loads)
+
+
+def of(tenant: str, cls: str = INTERACTIVE, num: int = 1, num_tokens: int = 0) -> CallLoad:
+    return CallLoad(cls, num, num_tokens, 600.0, tenant)
+
+
+@pytest.mark.parametrize("cls", [INTERACTIVE, BATCH])
+def test_no_tenant_fills_a_queue(cls: str) -> None:
+    """A tenant may have eight times as much waiting as is free; alone, 800 of 900 places."""
+    site = gateway(shared({"flood": 799}, cls=cls), max_queued=900)
+    assert site.refusal(of("flood", cls)) is None
+    site.told = shared({"flood": 801}, cls=cls)
+    refused = site.refusal(of("flood", cls))
+    assert refused is not None
+    assert (refused.reason, refused.retry_after_s) == ("queue", pytest.approx(1.0))
+    assert refused.message == (
+        "801 of 801 waiting requests are of the same tenant (without keys: of the same model); its limit is now 792"
+    )
+    assert site.refusal(of("other", cls)) is None
+    assert site.refusal(of("other", cls, num=99, num_tokens=1)) is None  # all that is free
+    other_class = INTERACTIVE if cls == BATCH else BATCH
+    assert site.refusal(of("flood", other_class)) is None  # each class has a queue of its own
+
+
+def test_many_choices_count_as_many_requests() -> None:
+    site = gateway(shared({"flood": 700}), max_queued=900)
+    assert site.refusal(of("flood", num=100, num_tokens=1)) is None
+    site.told = shared({"flood": 780})
+    assert site.refusal(of("flood", num=181, num_tokens=1)) is not None
+
+
+def test_what_a_tenant_has_submitted_since_the_status_counts() -> None:
+    """Only as far as it still waits: a fast fleet may have answered it since."""
+    site = gateway(msgspec.structs.replace(shared({"other": 10}), drain_rate=0.0), max_queued=90)
+    site.now_ms += 1
+    for _ in range(72):
+        site.admission.submitted(of("flood", num_tokens=1))
+    assert site.refusal(of("flood")) is not None
+    assert site.refusal(of("other")) is None
+    site.told = msgspec.structs.replace(shared({"other": 10}), drain_rate=1000.0)
+    site.now_ms += 80
+    assert site.refusal(of("flood")) is None
+
+
+def test_a_tenant_s_submissions_are_forgotten_with_the_next_status() -> None:
+    site = gateway(shared({}), max_queued=90, max_queued_tokens=900)
+    for _ in range(1000):
+        site.admission.submitted(of("flood", num_tokens=1))
+    site.now_ms += 1000
+    site.told = msgspec.structs.replace(shared({"flood": 5}, tokens=1), sent_ms=site.now_ms)
+    assert site.refusal(of("flood")) is None
+    assert site.refusal(of("flood", num_tokens=1)) is None
+
+
+def test_no_tenant_s_tokens_fill_a_queue() -> None:
+    site = gateway(shared({"flood": 8}, tokens=100), max_queued_tokens=1000)
+    assert site.refusal(of("flood", num_tokens=100)) is None
+    site.told = shared({"flood": 9}, tokens=100)
+    refused = site.refusal(of("flood", num_tokens=10))
+    assert refused is not None
+    assert refused.reason == "queued_tokens"
+    assert refused.message == (
+        "900 of 900 waiting tokens are of the same tenant (without keys: of the same model); its limit is now 800"
+    )
+    assert site.refusal(of("other", num_tokens=100)) is None
+
+
+def test_a_tenant_waits_only_for_its_turns() -> None:
+    """A thousand requests of another tenant are ahead of one's first only as one; without its name, all are."""
+    site = gateway(shared({"flood": 1000, "small": 3}), max_wait_s=20.0)
+    assert site.refusal(of("")) is not None
+    assert site.refusal(of("flood")) is not None
+    assert site.refusal(of("other")) is None
+    assert site.refusal(of("small")) is None
+    site.told = shared({"flood": 1000, "other": 300})
+    refused = site.refusal(of("other"))  # its own 300, and 301 of the other's
+    assert refused is not None
+    assert refused.message == "the first token would come in about 60 s; the limit is 20 s"
