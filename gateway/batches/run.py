@@ -57,9 +57,11 @@ class BatchPace:
     min_calls: int = 8  # calls run at once, however small the fleet is
     max_batches: int = 4  # batches run by one gateway at once; others wait
     max_batches_of_tenant: int = 2  # batches of one tenant among them
+    second_s: float = 60.0  # seconds after which a tenant's newer batch gives its place to a tenant without any
+    turn_s: float = 600.0  # seconds after which any batch does
     retry: Backoff = RETRY  # before a retry of a batch that failed with an error
     max_tries: int = 20  # consecutive tries without progress, about two hours, before the batch fails
-    places: float = 1.25  # calls run at once, per slot of the workers
+    calls_per_slot: float = 1.25  # calls run at once, per slot of the workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,11 @@ class BatchRun:
                     beating.cancel()
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from failed
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its lines are done, so that its place is free soon."""
+        return self.batch.status == "finalizing"
 
     @property
     def tries(self) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 
 from gateway.batches.run import BatchMeans, BatchRun, Lost
 from protocol.metrics.series import GIVEN_UP
@@ -22,6 +24,20 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 64  # open batches considered for running, of new ones and of begun ones each
 _MAX_NEWER = 1000  # maximum remembered batches that only newer gateways can read
+_MAX_STARTED = 10_000  # maximum remembered tenants whose batches were started
+
+
+@dataclass(slots=True)
+class _Place:
+    """A place that a batch holds."""
+
+    tenant: str
+    since_s: float  # time.monotonic()
+    run: BatchRun | None = None  # None until it begins
+
+    def may_yield(self, since_s: float) -> bool:
+        """Return whether it may be given up, if held since `since_s` or longer."""
+        return self.since_s <= since_s and not (self.run is not None and self.run.is_ending)
 
 
 class BatchRunner:
@@ -33,9 +49,10 @@ class BatchRunner:
         self._bus = means.bus
         self._pace = means.pace
         self._running: dict[str, asyncio.Task[None]] = {}  # by batch id
-        self._tenants: dict[str, str] = {}  # tenant by batch id, of those that hold a place
+        self._places: dict[str, _Place] = {}  # by batch id: of those that do not leave, the first started first
+        self._started: dict[str, float] = {}  # tenant -> time.monotonic() when its last batch was started here
         self._wake = wake
-        self._num_places = 0  # slots of all workers
+        self._num_slots = 0  # of all workers
         self._newer: dict[str, None] = {}  # batches that only newer gateways can read
 
     def loop(self) -> Loop:
@@ -52,13 +69,13 @@ class BatchRunner:
     async def _look(self) -> None:
         """Start batches while there is room, first for tenants with the fewest running here, up to each tenant's limit.
 
-        A tenant's batches that have begun come first. If there is no room, a tenant without a running batch gets the
-        place of the newest batch of a tenant with several, so that two tenants cannot hold all places for a day.
+        Of tenants with as many, those whose batches started here least recently come first, then batches that have
+        begun. If there is no room, a tenant without a running batch gets the place that `_given_up` names.
         """
         pace = self._pace
         if self._running:
-            self._num_places = await self._places()
-        if len(self._tenants) >= pace.max_batches and self._newest_of_several() is None:
+            self._num_slots = await self._slots()
+        if len(self._places) >= pace.max_batches and self._given_up() is None:
             return
         waiting = [
             (tenant, batch_id)
@@ -66,30 +83,44 @@ class BatchRunner:
             if batch_id not in self._running and batch_id not in self._newer
         ]
         while waiting:
-            held = Counter(self._tenants.values())
-            tenant, batch_id = min(waiting, key=lambda found: held[found[0]])
-            is_full = len(self._tenants) >= pace.max_batches
-            newest = self._newest_of_several() if is_full else None
-            if held[tenant] >= pace.max_batches_of_tenant or (is_full and (held[tenant] or newest is None)):
+            held = Counter(place.tenant for place in self._places.values())
+            tenant, batch_id = min(waiting, key=lambda found: (held[found[0]], self._started.get(found[0], 0.0)))
+            is_full = len(self._places) >= pace.max_batches
+            given_up = self._given_up() if is_full else None
+            if held[tenant] >= pace.max_batches_of_tenant or (is_full and (held[tenant] or given_up is None)):
                 return
             waiting.remove((tenant, batch_id))
             claimed = await self._claim(batch_id, tenant)
             if claimed is None:
                 continue
-            if newest is not None and len(self._tenants) >= pace.max_batches:  # none has ended meanwhile
-                del self._tenants[newest]
-                self._running[newest].cancel()
-            self._tenants[batch_id] = tenant
-            self._running[batch_id] = asyncio.create_task(self._run(claimed))
-            self._num_places = self._num_places or await self._places()
+            if given_up is not None and len(self._places) >= pace.max_batches:  # none has ended meanwhile
+                del self._places[given_up]
+                self._running[given_up].cancel()
+            self._start(claimed)
+            self._num_slots = self._num_slots or await self._slots()
 
-    def _newest_of_several(self) -> str | None:
-        """Return the batch started last here of those of tenants with several; None without any.
+    def _start(self, claimed: ClaimedBatch) -> None:
+        batch, now_s = claimed.batch, time.monotonic()
+        self._places[batch.id] = _Place(batch.tenant, now_s)
+        self._started.pop(batch.tenant, None)
+        self._started[batch.tenant] = now_s
+        if len(self._started) > _MAX_STARTED:
+            del self._started[next(iter(self._started))]
+        self._running[batch.id] = asyncio.create_task(self._run(claimed))
 
-        The older batch keeps its place, so that many short batches of others cannot interrupt a tenant's every batch.
+    def _given_up(self) -> str | None:
+        """Return the batch whose place a tenant without any gets, None without such: no tenants keep all for a day.
+
+        First, of tenants with several, the batch started last: the older one keeps its place, so that many short
+        batches of others cannot interrupt a tenant's every batch. Then the batch started first. Each has a minimum of
+        time, since its input is read again when it continues, and none is interrupted while it ends.
         """
-        held = Counter(self._tenants.values())
-        return next((batch_id for batch_id, tenant in reversed(self._tenants.items()) if held[tenant] > 1), None)
+        now_s, pace = time.monotonic(), self._pace
+        held = Counter(place.tenant for place in self._places.values())
+        for batch_id, place in reversed(self._places.items()):
+            if held[place.tenant] > 1 and place.may_yield(now_s - pace.second_s):
+                return batch_id
+        return next((name for name, place in self._places.items() if place.may_yield(now_s - pace.turn_s)), None)
 
     async def _claim(self, batch_id: str, tenant: str) -> ClaimedBatch | None:
         try:
@@ -119,7 +150,7 @@ class BatchRunner:
             FAILED.note("batches", error, batch_id)
         finally:
             del self._running[batch_id]
-            self._tenants.pop(batch_id, None)
+            self._places.pop(batch_id, None)
             self._wake.set()
 
     async def _try(self, claimed: ClaimedBatch) -> None:
@@ -129,6 +160,8 @@ class BatchRunner:
         """
         batch, pace = claimed.batch, self._pace
         run = BatchRun(self._means, claimed, self._num_calls)
+        if place := self._places.get(batch.id):
+            place.run = run
         try:
             try:
                 await run.run()
@@ -149,12 +182,12 @@ class BatchRunner:
         except Lost:
             logger.warning("batch %s now runs on another gateway, or has ended", batch.id)
 
-    async def _places(self) -> int:
+    async def _slots(self) -> int:
         """Return the total number of slots of all workers."""
         beats = await self._bus.members.worker_beats()
         return sum(beat.capacity for beat in beats.values() if beat is not None)
 
     def _num_calls(self) -> int:
         """Return how many lines of each batch this gateway may run at once."""
-        most = max(self._pace.min_calls, math.ceil(self._pace.places * self._num_places))
+        most = max(self._pace.min_calls, math.ceil(self._pace.calls_per_slot * self._num_slots))
         return max(1, min(most, self._means.settings.max_batch_calls) // max(1, len(self._running)))

@@ -204,7 +204,9 @@ async def test_answers_that_were_not_written_yet_are_asked_again(bus: Bus, tmp_p
     world = shaky_world(bus, tmp_path, fails)
     await world.batch(10)
     endpoint = Endpoint(answer)
-    async with world.gateway("g1", endpoint, replace(SOON, lease_s=1000, min_calls=1, places=0, max_tries=1000)):
+    async with world.gateway(
+        "g1", endpoint, replace(SOON, lease_s=1000, min_calls=1, calls_per_slot=0, max_tries=1000)
+    ):
         await wait_until(lambda: 10 in endpoint.asked, "the last line is asked")
         await wait_until(lambda: world.shaky.asked["write"] > 3, "it is tried to write the answers")
         is_away = False
@@ -305,7 +307,7 @@ async def test_what_was_answered_is_kept_when_a_batch_is_given_up(bus: Bus, tmp_
 
     torn = ShakyWorld(bus, tmp_path)
     torn.shaky = Torn(tmp_path)  # type: ignore[assignment]
-    async with torn.gateway("g1", Endpoint(), replace(SOON, min_calls=1, places=0)):
+    async with torn.gateway("g1", Endpoint(), replace(SOON, min_calls=1, calls_per_slot=0)):
         batch = await torn.ended()
     assert batch.status == "failed"
     assert [problem.code for problem in batch.problems] == ["storage_unavailable"]
