@@ -191,6 +191,7 @@ class GenerationAnswer(SentAnswer):
                 whole[piece.index].add(piece)
             if self.generation.is_done:
                 break
+        await asyncio.sleep(0)  # other tasks run between the last tokens and the answer, each of half a millisecond
         answer, headers = await self.whole(whole)
         if not self.is_large:
             return json_response(answer, headers=headers)
