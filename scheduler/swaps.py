@@ -22,8 +22,10 @@ USED_MS = 300_000.0
 MARGIN = 1.1
 """Multiple of its share from which a base is beyond it: in turn, equal bases are a little above and below theirs."""
 
-HELP_STARTS = 2.0
-"""Waiting work of a base, in starts for each of its workers, from which one more worker helps."""
+SPARE_STARTS, HELP_STARTS = 0.1, 2.0
+"""Waiting work of a base, in starts for each of its workers, from which one of several idle workers of another base
+helps, and from which others do.
+"""
 
 LOSS, MAX_LOSS = 0.2, 0.1
 """Fraction of machine time that starts take where the bound is longer than configured: the first if the bound cannot be
@@ -34,8 +36,7 @@ TICK_MS = 1000.0
 """Maximum ms between two decisions, which the bound takes into account."""
 
 LOST_STARTS, LOST_MS = 3.0, 10_000.0
-"""An order without result counts as lost after this many starts plus this many ms; the base then gets another worker.
-"""
+"""Starts plus ms after which an order without result counts as lost, and the base gets another worker."""
 
 
 @dataclass(slots=True)
@@ -268,27 +269,27 @@ class _Fleet:
         return self.is_idle(seat), self.num[seat.base] - self._ideal(seat.base), -self._policy.used.get(seat.base, 0.0)
 
     def _help(self) -> None:
-        """Move workers to bases whose own workers need more than a few starts for the waiting work."""
+        """Move workers to bases whose own workers need long for the waiting work."""
+        idle = Counter(seat.base for seat in self.free if self.is_idle(seat))
         for demand in sorted(self._active, key=lambda one: -one.waiting_s):
-            enough_s = HELP_STARTS * demand.start_s
-            while demand.waiting_s > self.num[demand.name] * enough_s > 0:
-                if not (may := [seat for seat in self.free if self._may_help(seat, demand)]):
-                    break
-                self._order(max(may, key=self._excess), "load", demand.name)
+            while may := [seat for seat in self.free if self._may_help(seat, demand, idle[seat.base])]:
+                self._order(helper := max(may, key=self._excess), "load", demand.name)
+                idle[helper.base] -= self.is_idle(helper)
 
-    def _may_help(self, seat: Seat, demand: BaseDemand) -> bool:
-        """Return whether a worker may help a base.
+    def _may_help(self, seat: Seat, demand: BaseDemand, num_idle: int) -> bool:
+        """Return whether a worker may help a base. num_idle: idle workers of its own.
 
         An idle one may, the last of its base only once it has been idle for the time of a start. So may one of a base
         with at least one worker more than its share, if the other has less than its.
         """
-        num = self.num[seat.base]
-        if demand.name == seat.base or demand.name not in seat.may_become:
+        num, is_idle = self.num[seat.base], self.is_idle(seat)
+        enough_s = self.num[demand.name] * demand.start_s * (SPARE_STARTS if is_idle and num_idle > 1 else HELP_STARTS)
+        if not demand.waiting_s > enough_s > 0 or demand.name == seat.base or demand.name not in seat.may_become:
             return False
-        if self.is_idle(seat):
+        if is_idle:
             return num > 1 or self._now_ms - self._policy.busy_ms[seat.wid] >= 1000 * demand.start_s
-        is_spare = num > 1 and num - 1 >= self._ideal(seat.base) and self._has_had_turn(seat)
-        return is_spare and self.num[demand.name] < self._ideal(demand.name)
+        is_extra = num > 1 and num - 1 >= self._ideal(seat.base) and self._has_had_turn(seat)
+        return is_extra and self.num[demand.name] < self._ideal(demand.name)
 
     def _order(self, seat: Seat, why: str, name: str) -> None:
         self._swaps.append(Swap(seat, name, why, self._now_ms))

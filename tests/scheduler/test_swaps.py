@@ -201,10 +201,19 @@ def test_a_base_whose_start_failed_has_no_worker_on_its_way() -> None:
 
 
 def test_one_more_worker_helps_where_work_piles_up() -> None:
-    seats = [seat("a1", "a", 1), seat("b1", "b"), seat("b2", "b")]
+    seats = [seat("a1", "a", 1), seat("b1", "b", 1), seat("b2", "b")]
     assert make().told(NOW_MS, [base("a", 6.0), base("b")], seats) == [], "two starts of work are soon done"
-    ((_, helped, why),) = make().told(NOW_MS, [base("a", 7.0), base("b")], seats)
+    assert make().told(NOW_MS, [base("a", 7.0), base("b")], seats) == [("b2", "a", "load")]
+
+
+def test_one_of_several_idle_workers_helps_at_once() -> None:
+    """Its base has another one for its next request, unlike a base with one idle worker."""
+    seats = [seat("a1", "a", 1), seat("b1", "b"), seat("b2", "b")]
+    assert make().told(NOW_MS, [base("a", 0.2), base("b")], seats) == []
+    ((_, helped, why),) = make().told(NOW_MS, [base("a", 1.0), base("b")], seats)
     assert (helped, why) == ("a", "load")
+    more = [*seats, seat("b3", "b"), seat("b4", "b")]
+    assert len(make().told(NOW_MS, [base("a", 9.0), base("b")], more)) == 3, "all but one"
 
 
 def test_the_last_worker_of_a_base_helps_after_one_start_without_work() -> None:
