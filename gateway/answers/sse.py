@@ -191,7 +191,7 @@ class GenerationAnswer(SentAnswer):
                 whole[piece.index].add(piece)
             if self.generation.is_done:
                 break
-        await asyncio.sleep(0)  # other tasks run between the last tokens and the answer, each of half a millisecond
+        await asyncio.sleep(0)  # other tasks run: taking the last tokens and making the answer are half a ms each
         answer, headers = await self.whole(whole)
         if not self.is_large:
             return json_response(answer, headers=headers)

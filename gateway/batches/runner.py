@@ -52,6 +52,7 @@ class BatchRunner:
         self._places: dict[str, _Place] = {}  # by batch id: of those that do not leave, the first started first
         self._started: dict[str, float] = {}  # tenant -> time.monotonic() when its last batch was started here
         self._wake = wake
+        self._turn_s = -math.inf  # time.monotonic() when a tenant's only batch was interrupted last
         self._num_slots = 0  # of all workers
         self._newer: dict[str, None] = {}  # batches that only newer gateways can read
 
@@ -94,8 +95,7 @@ class BatchRunner:
             if claimed is None:
                 continue
             if given_up is not None and len(self._places) >= pace.max_batches:  # none has ended meanwhile
-                del self._places[given_up]
-                self._running[given_up].cancel()
+                self._interrupt(given_up)
             self._start(claimed)
             self._num_slots = self._num_slots or await self._slots()
 
@@ -108,19 +108,38 @@ class BatchRunner:
             del self._started[next(iter(self._started))]
         self._running[batch.id] = asyncio.create_task(self._run(claimed))
 
+    def _interrupt(self, batch_id: str) -> None:
+        """Release a batch to be continued later, unless it ends now: its place is free soon."""
+        place = self._places[batch_id]
+        if place.run is not None and place.run.is_ending:
+            return
+        if self._num_of(place.tenant) == 1:
+            self._turn_s = time.monotonic()
+        del self._places[batch_id]
+        self._running[batch_id].cancel()
+
+    def _num_of(self, tenant: str) -> int:
+        return sum(place.tenant == tenant for place in self._places.values())
+
     def _given_up(self) -> str | None:
         """Return the batch whose place a tenant without any gets, None without such: no tenants keep all for a day.
 
-        First, of tenants with several, the batch started last: the older one keeps its place, so that many short
-        batches of others cannot interrupt a tenant's every batch. Then the batch started first. Each has a minimum of
-        time, since its input is read again when it continues, and none is interrupted while it ends.
+        First the newest batch of a tenant with several: the older one keeps its place, so that many short batches of
+        others cannot interrupt a tenant's every batch. Then the batch that was started first. Each has a minimum of
+        time, since its input is read again when it continues, and none is interrupted while it ends. Turns end one
+        after the other: otherwise the tenant whose turn has ended would at once end that of the next.
         """
         now_s, pace = time.monotonic(), self._pace
-        held = Counter(place.tenant for place in self._places.values())
+        newest = {place.tenant: batch_id for batch_id, place in self._places.items()}
+        alone = {tenant for tenant in newest if self._num_of(tenant) == 1}
         for batch_id, place in reversed(self._places.items()):
-            if held[place.tenant] > 1 and place.may_yield(now_s - pace.second_s):
+            is_second = batch_id == newest[place.tenant] and place.tenant not in alone
+            if is_second and place.may_yield(now_s - pace.second_s):
                 return batch_id
-        return next((name for name, place in self._places.items() if place.may_yield(now_s - pace.turn_s)), None)
+        if now_s < self._turn_s + pace.turn_s / pace.max_batches:
+            return None
+        oldest = (name for name, place in self._places.items() if place.tenant in alone)
+        return next((name for name in oldest if self._places[name].may_yield(now_s - pace.turn_s)), None)
 
     async def _claim(self, batch_id: str, tenant: str) -> ClaimedBatch | None:
         try:

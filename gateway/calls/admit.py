@@ -18,7 +18,8 @@ from gateway.calls.parsed_call import ParsedCall
 from gateway.calls.size import call_bytes, check_logprobs, numbers_of
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.fleet.view import FleetView
-from gateway.overload.admission import Admission, CallLoad
+from gateway.overload.admission import Admission
+from gateway.overload.call_load import CallLoad
 from gateway.overload.cost import held, hold
 from gateway.overload.memory import CHARACTER_BYTES
 from protocol.queue.books.quota import Quota, Standing

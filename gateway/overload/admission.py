@@ -5,9 +5,10 @@ calls in flight, and the lag of its event loop. Three are the queue's: waiting r
 server's memory. The last limit is the predicted time to the first token: the time as an inbound call, and the wait for
 the requests ahead.
 
-No tenant (without keys: no model) fills the queue: its waiting requests and tokens may be at most eight times what is
-free for all, so that others always find room. As the scheduler takes turns between tenants, only a tenant's own
-requests, and as many of each other tenant, count as ahead of its next one.
+No tenant (without keys: no model) fills the queue: its waiting requests and tokens, with those of its inbound calls,
+may be at most eight times what a call leaves free for all, so that others find room. As the scheduler takes turns
+between tenants, only a tenant's own requests, and as many of each other tenant, count as ahead of its next one.
+Tenants' weights are not known here.
 
 The queue's script counts requests exactly. The gateway knows the scheduler's status, sent once a second, and its own
 submissions since. A refusal by the script costs as much as an accepted call. So the length of a nearly full queue is
@@ -21,7 +22,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gateway.overload.cost import COST
+from gateway.overload.call_load import CallLoad
+from gateway.overload.cost import COST, RequestCost
 from gateway.overload.inbound import Inbound
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -33,7 +35,7 @@ ROOM = 0.1
 """Share of a limit that should be free before a refused client retries; it determines Retry-After."""
 
 NEARLY_FULL = 1 - ROOM
-"""Share of `max_queued` above which the queue's length is forecast; below it, no call is refused by an estimate."""
+"""Share of `max_queued` above which the queue's length is forecast. Below it, no call is refused because it is full."""
 
 SHARE = 8
 """Maximum ratio of what waits of one tenant to what is free of a limit: `n` tenants that send all they can get
@@ -63,17 +65,6 @@ class OverloadLimits:
     inbound_span_s: float = 1.5  # minimum period over which the rate of inbound calls is measured
 
 
-@dataclass(frozen=True, slots=True)
-class CallLoad:
-    """The load that a call adds to the queue, as far as it is known."""
-
-    cls: str
-    num: int = 1  # requests
-    num_tokens: int = 0  # prompts, virtual tokens and maximum outputs; 0: not tokenized yet
-    timeout_s: float = math.inf  # a request that has not begun by then fails; inf: not known yet
-    tenant: str = ""  # that of its requests, without keys the model; "": not known yet
-
-
 @dataclass(slots=True)
 class _Queue:
     """This gateway's knowledge of one class's queue."""
@@ -83,6 +74,7 @@ class _Queue:
     num_new: int = 0  # submitted by this gateway since the scheduler's status
     new_of: Counter[str] = field(default_factory=Counter[str])  # tenant -> its part of `num_new`
     num_inbound: int = 0  # this gateway's inbound calls whose class is known
+    inbound_of: Counter[str] = field(default_factory=Counter[str])  # tenant -> requests of its calls among them
 
 
 class Admission:
@@ -105,6 +97,7 @@ class Admission:
         self._queues = {cls: _Queue() for cls in CLASSES}
         self._new: deque[tuple[int, CallLoad]] = deque()  # (unix ms, load) submitted since the status, oldest first
         self._new_tokens: Counter[str] = Counter()  # tenant -> tokens submitted since the status
+        self._inbound_tokens: Counter[str] = Counter()  # tenant -> tokens of its inbound calls
         self._inbound = Inbound(self._limits.min_inbound, self._limits.inbound_span_s)
         self._num_in_flight = 0
 
@@ -139,8 +132,7 @@ class Admission:
             return
         cost.is_inbound = False
         self._inbound.end(self._now_s(), reached_queue=reached_queue)
-        if cost.cls:
-            self._queues[cost.cls].num_inbound -= 1
+        self._count_inbound(cost, None)
 
     def submitted(self, load: CallLoad) -> None:
         """Count a load that the queue has accepted."""
@@ -176,6 +168,9 @@ class Admission:
         status = self._status()
         if status is None:
             return
+        cost = COST.get()
+        if cost is not None and cost.is_inbound:
+            self._count_inbound(cost, None)  # it does not wait for itself
         self._take(status)
         _check_memory(status)
         if load.num_tokens:
@@ -184,10 +179,8 @@ class Admission:
             self._check_place(load, status)
         self._check_share(load, status)
         self._check_wait(load, status)
-        cost = COST.get()
-        if cost is not None and cost.is_inbound and not cost.cls:
-            cost.cls = load.cls
-            self._queues[load.cls].num_inbound += 1
+        if cost is not None and cost.is_inbound:
+            self._count_inbound(cost, load)
 
     def _check_gateway(self) -> None:
         """Refuse a call on arrival if the gateway itself is overloaded."""
@@ -223,8 +216,10 @@ class Admission:
             excess = queued_tokens + load.num_tokens - (1 - ROOM) * max_tokens
             text = f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}"
             raise Overloaded(text, self._drain_tokens_s(excess, queued_tokens, status), "queued_tokens")
-        own = min(queued_tokens, _told(load, status).tokens + self._new_tokens[load.tenant])
-        most = SHARE * (max_tokens - queued_tokens)
+        inbound = self._inbound_tokens[load.tenant]
+        told = status.tenants.get(load.tenant, _NOTHING)
+        own = min(queued_tokens, told.tokens + self._new_tokens[load.tenant]) + inbound
+        most = SHARE * max(0, max_tokens - queued_tokens - self._inbound_tokens.total() - load.num_tokens)
         if load.tenant and own and own + load.num_tokens > most:
             text = f"{own} of {queued_tokens} waiting tokens are {_OWN} {most}"
             retry_s = self._drain_tokens_s(own + load.num_tokens - most, queued_tokens, status)
@@ -234,18 +229,24 @@ class Admission:
         """Refuse a call if its tenant has more requests waiting than its share of the queue."""
         if not load.tenant:
             return
-        expected = self._expected(self._queues[load.cls], status)
-        own = self._own(load, status, expected)
-        most = SHARE * max(0, self._settings.max_queued - math.ceil(expected))
+        queue = self._queues[load.cls]
+        expected = self._expected(queue, status)
+        own = self._own(load, status, expected) + queue.inbound_of[load.tenant]
+        num = math.ceil(expected) + queue.inbound_of.total()
+        most = SHARE * max(0, self._settings.max_queued - num - load.num + 1)
         if own and own + load.num > most:
-            text = f"{own} of {math.ceil(expected)} waiting requests are {_OWN} {most}"
+            text = f"{own} of {num} waiting requests are {_OWN} {most}"
             raise Overloaded(text, self._drain_s(own + load.num - most), "queue")
 
     def _own(self, load: CallLoad, status: m.SchedulerStatus, expected: float) -> int:
         """Return how many requests of a load's tenant and class wait. expected: of all tenants."""
-        told = _told(load, status)
-        num = told.queued_batch if load.cls == BATCH else told.queued - told.queued_batch
-        return math.floor(min(expected, num + self._queues[load.cls].new_of[load.tenant]))
+        return math.floor(min(expected, self._num_waiting(load.cls, load.tenant, status)))
+
+    def _num_waiting(self, cls: str, tenant: str, status: m.SchedulerStatus) -> int:
+        """Return the requests of a tenant and class that wait by the status, and those submitted here since."""
+        told = status.tenants.get(tenant, _NOTHING)
+        num = told.queued_batch if cls == BATCH else told.queued - told.queued_batch
+        return num + self._queues[cls].new_of[tenant]
 
     def _check_wait(self, load: CallLoad, status: m.SchedulerStatus) -> None:
         """Refuse a call if its first token is predicted to come too late."""
@@ -258,16 +259,17 @@ class Admission:
             raise Overloaded(text, max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s), "wait")
 
     def _num_behind(self, load: CallLoad, status: m.SchedulerStatus) -> int:
-        """Return how many waiting requests of other tenants a call overtakes, since tenants take turns."""
-        if not load.tenant:
-            return 0
-        own = self._own(load, status, self._expected(self._queues[load.cls], status))
-        num = 0
-        for tenant, told in status.tenants.items():
-            if tenant != load.tenant:
-                waiting = told.queued_batch if load.cls == BATCH else told.queued - told.queued_batch
-                num += max(0, waiting - own - 1)
-        return num
+        """Return about how many waiting requests of other tenants a call overtakes, since tenants take turns.
+
+        An unknown tenant is assumed to have none waiting: the check before submission knows it.
+        """
+        queue = self._queues[load.cls]
+        tenants = status.tenants.keys() | queue.new_of.keys()
+        if not load.tenant and len(tenants) < 2:
+            return 0  # it may be the one
+        own = self._own(load, status, self._expected(queue, status)) if load.tenant else 0
+        others = (self._num_waiting(load.cls, tenant, status) for tenant in tenants if tenant != load.tenant)
+        return sum(max(0, num - own - 1) for num in others)
 
     def _wait_s(self, load: CallLoad, status: m.SchedulerStatus, num_behind: int = 0) -> float:
         """Return the predicted seconds to a call's first token: until it is queued, and until those ahead have left.
@@ -285,6 +287,16 @@ class Admission:
         return max(inbound_s, max(0.0, num_ahead - num_behind) / status.drain_rate)
 
     # ------------------------------------------------------------ parts
+
+    def _count_inbound(self, cost: RequestCost, load: CallLoad | None) -> None:
+        """Count an inbound call with a load, in place of the one that it was counted with; None: not at all."""
+        for change, counted in ((-1, cost.load), (1, load)):
+            if counted is not None:
+                queue = self._queues[counted.cls]
+                queue.num_inbound += change
+                _add(queue.inbound_of, counted.tenant, change * counted.num)
+                _add(self._inbound_tokens, counted.tenant, change * counted.num_tokens)
+        cost.load = load
 
     def _now_ms(self) -> int:
         return int(self._now_s() * 1000)
@@ -304,8 +316,8 @@ class Admission:
             queue = self._queues[load.cls]
             queue.num_new -= load.num
             queue.num_counted += load.num
-            _decrease(queue.new_of, load.tenant, load.num)
-            _decrease(self._new_tokens, load.tenant, load.num_tokens)
+            _add(queue.new_of, load.tenant, -load.num)
+            _add(self._new_tokens, load.tenant, -load.num_tokens)
 
     def _expected(self, queue: _Queue, status: m.SchedulerStatus) -> float:
         """Return how many requests of a class wait now, if the queue has drained at its rate since the last count."""
@@ -328,13 +340,8 @@ class Admission:
         return Overloaded(text, self._drain_s(num_queued + load.num - (1 - ROOM) * max_queued), "queue")
 
 
-def _told(load: CallLoad, status: m.SchedulerStatus) -> m.TenantLoad:
-    """Return what the status says of a load's tenant: nothing if many others have more."""
-    return status.tenants.get(load.tenant, _NOTHING)
-
-
-def _decrease(counter: Counter[str], key: str, num: int) -> None:
-    counter[key] -= num
+def _add(counter: Counter[str], key: str, num: int) -> None:
+    counter[key] += num
     if not counter[key]:
         del counter[key]
 

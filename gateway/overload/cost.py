@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from gateway.overload.call_load import CallLoad
 from gateway.overload.memory import CALL_BYTES, Charge
 from protocol.runtime.fair_slots import FairSlots
 
@@ -47,14 +48,14 @@ class LargeBody:
 class RequestCost:
     """What a request holds and is counted as."""
 
-    __slots__ = ("body", "charge", "cls", "is_inbound", "is_open", "values")
+    __slots__ = ("body", "charge", "is_inbound", "is_open", "load", "values")
 
     def __init__(self, charge: Charge | None = None) -> None:
         self.charge = charge  # its charge of memory
         self.body: LargeBody | None = None  # None for a small body
         self.is_open = False  # counted among the calls in flight
         self.is_inbound = False  # counted as inbound
-        self.cls = ""  # class of its requests, once it is known
+        self.load: CallLoad | None = None  # its load as far as it is known, while it is inbound and counted
         self.values: list[Any] = []  # large objects, kept so that they are not freed all at once elsewhere
 
     def free(self) -> None:

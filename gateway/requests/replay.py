@@ -10,7 +10,7 @@ from msgspec import structs
 from gateway.auth.callers import Caller
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.submit import rid_of
-from gateway.overload.admission import CallLoad
+from gateway.overload.call_load import CallLoad
 from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.bus import now_ms
 from protocol.queue.history import kept_for

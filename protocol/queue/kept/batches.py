@@ -116,7 +116,8 @@ class Batches:
     ) -> bool:
         """Write the progress of a batch. Returns False if another gateway runs it by now, or it has ended.
 
-        leaves: this gateway stops running it, and another may claim it after `wait_ms`; 0: before all others that wait.
+        leaves: this gateway stops running it, and another may claim it after `wait_ms`; 0: at once, after those first
+        batches of tenants that wait already.
         tries: consecutive tries without a new answer; None: unchanged.
         """
         keys = self._keys

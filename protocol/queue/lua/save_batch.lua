@@ -10,7 +10,8 @@
 --       record        bytes  `messages.Batch`, msgpack
 --       outcome       str    '1': it has ended; '0': this gateway stops running it, and another may; '': it continues
 --       status        str    its status
---       wait_ms       int    with outcome '0', ms until another gateway may run it; 0: before all others that wait
+--       wait_ms       int    with outcome '0', ms until another gateway may run it; 0: now, after the first batches of tenants
+--                            that wait already
 --       tries         int | str  consecutive tries without a new answer; '': unchanged
 -- Reply: int, 1 if it is written, 0 if another gateway runs it by now, or it has ended.
 local batch, open_batches, tenant_open = unpack(KEYS, 2)
@@ -26,7 +27,7 @@ if outcome == '1' then
   tell_end(tenant, id, 'batch.' .. status)
 elseif outcome == '0' then
   wait_ms = tonumber(wait_ms)
-  redis.call('ZADD', open_batches, wait_ms > 0 and now_ms() + wait_ms or -2^52, member)
+  redis.call('ZADD', open_batches, wait_ms > 0 and now_ms() + wait_ms or -2^52 + now_ms(), member)
   redis.call('HSET', batch, 'owner', '')
 end
 return 1

@@ -89,3 +89,29 @@ async def test_a_batch_that_writes_its_files_keeps_its_place(bus: Bus, tmp_path:
         go.set()
         assert (await world.ended()).status == "completed"
     assert int(await bus._redis.hget(bus.keys.batch(writing.id), "epoch")) == 1, "it was interrupted"
+
+
+async def test_a_tenant_s_older_batch_is_not_interrupted(bus: Bus, tmp_path: Path) -> None:
+    """Not even while its newer one is too young: many short batches of others would end its turn again and again."""
+    world = World(bus, tmp_path)
+    for number, tenant in enumerate("aabc"):
+        await batch_of(world, [{"n": number}], f"{number}-{tenant}", tenant)
+    endpoint = Endpoint(holds=lambda number: number < 4)
+    async with world.gateway("g1", endpoint, replace(PACE, second_s=1000.0, turn_s=0.0)):
+        await wait_until(lambda: len(endpoint.asked) == BatchPace().max_batches, "all places are held")
+        await batch_of(world, [{"n": 4}], "1", "t")
+        assert (await world.ended()).status == "completed"
+        assert (endpoint.asked.count(0), endpoint.asked.count(1)) == (1, 1)
+        endpoint.go.set()
+
+
+async def test_many_interrupted_batches_hide_no_other(bus: Bus, tmp_path: Path) -> None:
+    """They wait behind what has waited before, also if more wait than are looked at."""
+    world = World(bus, tmp_path)
+    waiting = await batch_of(world, [{"n": 1}], "z", "z")
+    for tenant in "abcde":
+        batch = await batch_of(world, [{"n": 1}], tenant, tenant)
+        claimed = await bus.batches.claim(batch.id, tenant, "g1", 60_000)
+        assert claimed is not None
+        assert await bus.batches.save(batch, claimed.epoch, leaves=True)
+    assert (await bus.batches.waiting(3))[0] == ("z", waiting.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.overload.admission import Admission, CallLoad
+from gateway.overload.admission import Admission
+from gateway.overload.call_load import CallLoad
 from gateway.overload.cost import COST, RequestCost
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -405,22 +407,24 @@ def test_a_tenant_s_submissions_are_forgotten_with_the_next_status() -> None:
 
 
 def test_no_tenant_s_tokens_fill_a_queue() -> None:
-    site = gateway(shared({"flood": 8}, tokens=100), max_queued_tokens=1000)
+    site = gateway(shared({"flood": 7}, tokens=100), max_queued_tokens=1000)
     assert site.refusal(of("flood", num_tokens=100)) is None
     site.told = shared({"flood": 9}, tokens=100)
     refused = site.refusal(of("flood", num_tokens=10))
     assert refused is not None
     assert refused.reason == "queued_tokens"
     assert refused.message == (
-        "900 of 900 waiting tokens are of the same tenant (without keys: of the same model); its limit is now 800"
+        "900 of 900 waiting tokens are of the same tenant (without keys: of the same model); its limit is now 720"
     )
     assert site.refusal(of("other", num_tokens=100)) is None
 
 
 def test_a_tenant_waits_only_for_its_turns() -> None:
-    """A thousand requests of another tenant are ahead of one's first only as one; without its name, all are."""
-    site = gateway(shared({"flood": 1000, "small": 3}), max_wait_s=20.0)
-    assert site.refusal(of("")) is not None
+    """A thousand requests of another tenant are ahead of one's first only as one."""
+    site = gateway(shared({"flood": 1000}), max_wait_s=20.0)
+    assert site.refusal(of("")) is not None, "it may be the tenant that waits"
+    site.told = shared({"flood": 1000, "small": 3})
+    assert site.refusal(of("")) is None, "the check before its submission knows whose it is"
     assert site.refusal(of("flood")) is not None
     assert site.refusal(of("other")) is None
     assert site.refusal(of("small")) is None
@@ -428,3 +432,49 @@ def test_a_tenant_waits_only_for_its_turns() -> None:
     refused = site.refusal(of("other"))  # its own 300, and 301 of the other's
     assert refused is not None
     assert refused.message == "the first token would come in about 60 s; the limit is 20 s"
+
+
+def test_a_tenant_does_not_wait_for_what_others_have_just_submitted() -> None:
+    site = gateway(msgspec.structs.replace(shared({"small": 1}), drain_rate=1.0), max_wait_s=20.0)
+    site.now_ms += 1
+    for _ in range(700):
+        site.admission.submitted(of("flood", num_tokens=1))
+    assert site.refusal(of("flood")) is not None
+    assert site.refusal(of("other")) is None
+
+
+@pytest.mark.parametrize("num_tokens", [0, 10])
+def test_calls_that_are_not_queued_yet_count_in_their_tenant_s_share(num_tokens: int) -> None:
+    """A thousand calls at once pass the check before any is submitted."""
+    site = gateway(shared({}), max_queued=900, max_queued_tokens=9000)
+    with suppress(Overloaded):
+        while True:
+            site.begin(of("flood", num_tokens=num_tokens))
+    assert len(site.calls) == 800
+    for _ in range(80):
+        site.begin(of("other", num_tokens=num_tokens))
+    for call in site.calls:
+        call.close()
+    assert site.refusal(of("flood", num_tokens=num_tokens)) is None
+
+
+def test_a_call_counts_once_however_often_it_is_checked() -> None:
+    site = gateway(shared({}), max_queued=9)
+    for _ in range(4):
+        site.begin(of("flood"))
+    last = site.calls[-1]
+    for _ in range(3):
+        last.run(site.admission.check, of("flood", num=4, num_tokens=1))
+    with pytest.raises(Overloaded, match=r"7 of 7 waiting requests .*; its limit is now 0"):
+        site.begin(of("flood", num=3))
+    last.reach_queue()
+    assert site.refusal(of("flood", num=3)) is None
+
+
+def test_one_large_call_leaves_room_too() -> None:
+    site = gateway(shared({"flood": 700}), max_queued=900, max_queued_tokens=1000)
+    assert site.refusal(of("flood", num=200, num_tokens=1)) is not None
+    assert site.refusal(of("flood", num=99, num_tokens=1)) is None
+    site.told = shared({"flood": 5}, tokens=100)
+    assert site.refusal(of("flood", num_tokens=500)) is not None
+    assert site.refusal(of("flood", num_tokens=380)) is None
