@@ -57,7 +57,11 @@ class Settings(CommonSettings):
     keep_prompts: bool = Field(
         default=False, description="store prompts as long as the records of requests, so that requests can be replayed"
     )
-    max_queued: int = Field(default=10_000, ge=1, description="maximum queued requests; beyond it, new ones get 429")
+    max_queued: int = Field(
+        default=10_000,
+        ge=1,
+        description="maximum queued requests; beyond it, new ones get 429; of one tenant, eight times what is free",
+    )
     max_queued_tokens: int = Field(
         default=100_000_000,
         ge=1,
