@@ -182,6 +182,18 @@ def build_engine(
     rows, which cannot be merged. draft: the draft model or head, if any. Raises BadRequest for contradictory settings,
     or a model that the engine computes wrongly.
     """
+    with compiling() if settings.compile else nullcontext():  # room is measured with steps, which compile
+        return _built(model, settings, fetch, tokenizer, fetch_files, draft)
+
+
+def _built(
+    model: BaseModel,
+    settings: Settings,
+    fetch: Fetch,
+    tokenizer: str | None,
+    fetch_files: FetchFiles | None,
+    draft: LoadedDraft | LoadedHead | None,
+) -> tuple[Engine, m.ServedModel]:
     model.kv_dtype = choose_kv_dtype(model, settings.kv_cache_dtype)
     memory = share_out(room_for_caches(model, settings), settings, on_cpu=model.device.type == "cpu")
     draft_bytes = memory.kv // KV_PARTS if draft is not None else 0
@@ -189,13 +201,12 @@ def build_engine(
     served = served_model(model, config.max_model_len, settings)
     tokens = BaseTokens(tokenizer) if tokenizer is not None else None
     cache = adapter_cache(model, served, settings, memory, fetch, fetch_files, tokens)
-    with compiling() if settings.compile else nullcontext():
-        draft_model = draft.allocate(draft_bytes, config, model.vocab_size) if draft is not None else None
-        engine = Engine(model, config, cache, tokens.table if tokens is not None else None, tokenizer, draft_model)
-        if settings.deterministic:
-            refuse_unless_fixed(engine)
-        if settings.compile:
-            warm(model)
+    draft_model = draft.allocate(draft_bytes, config, model.vocab_size) if draft is not None else None
+    engine = Engine(model, config, cache, tokens.table if tokens is not None else None, tokenizer, draft_model)
+    if settings.deterministic:
+        refuse_unless_fixed(engine)
+    if settings.compile:
+        warm(model)
     record_steps(engine, settings)
     return engine, served
 

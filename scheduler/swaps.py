@@ -23,14 +23,12 @@ MARGIN = 1.1
 """Multiple of its share from which a base is beyond it: in turn, equal bases are a little above and below theirs."""
 
 SPARE_STARTS, HELP_STARTS = 0.1, 2.0
-"""Waiting work of a base, in starts for each of its workers, from which one of several idle workers of another base
-helps, and from which others do.
-"""
+"""Waiting work of a base, in starts for each of its workers: above the first, one of several idle workers of another
+base helps; above the second, others do."""
 
 LOSS, MAX_LOSS = 0.2, 0.1
 """Fraction of machine time that starts take where the bound is longer than configured: the first if the bound cannot be
-kept, the second, at least, if most tenants have much work.
-"""
+kept, the second, at least, if most tenants have much work."""
 
 TICK_MS = 1000.0
 """Maximum ms between two decisions, which the bound takes into account."""
@@ -44,18 +42,11 @@ class BaseDemand:
     """The demand for one base. Times in ms are unix time."""
 
     name: str
-    start_s: float
-    """Seconds that a swap to it takes."""
-    shares: float = 0.0
-    """Sum of the shares of its tenants; a tenant's share is divided among the bases that it uses now."""
-    waiting_s: float = 0.0
-    """Waiting work, in seconds of one worker."""
-    oldest_ms: float | None = None
-    """Unix ms since which the longest waiting request has waited, counted again when it is handed back; None: none
-    waits.
-    """
-    typical_s: float = 0.0
-    """Lower median over its tenants of the seconds of waiting work divided by the tenant's weight."""
+    start_s: float  # seconds that a swap to it takes
+    shares: float = 0.0  # sum of its tenants' shares; a tenant's share is divided among the bases that it uses now
+    waiting_s: float = 0.0  # waiting work, in seconds of one worker
+    oldest_ms: float | None = None  # unix ms since which a request has waited, or was handed back; None: none waits
+    typical_s: float = 0.0  # lower median over its tenants of the seconds of waiting work divided by the weight
 
     def add(self, seconds: float, since_ms: float) -> None:
         """Add work that has waited since a unix time in ms."""
@@ -69,24 +60,19 @@ class Seat:
 
     wid: str
     base: str
-    since_ms: float
-    """Unix ms when it joined."""
-    running: int
-    """Number of its requests."""
+    since_ms: float  # unix ms when it joined
+    running: int  # number of its requests
     may_become: frozenset[str]
-    name: str = ""
-    """Its name, which a swap does not change, unlike its `wid`."""
+    name: str = ""  # a swap does not change it, unlike the `wid`
 
 
 @dataclass(frozen=True, slots=True)
 class Swap:
     """An order that a worker switch to another base."""
 
-    seat: Seat
-    """The worker before the swap."""
+    seat: Seat  # the worker before the swap
     base: str
-    why: str
-    """idle: its base has no work; turn: its turn is over; bound: another base would wait too long; load: it helps."""
+    why: str  # idle: its base has no work; turn: its turn is over; bound: another would wait too long; load: it helps
     at_ms: float
 
 
@@ -272,21 +258,35 @@ class _Fleet:
         """Move workers to bases whose own workers need long for the waiting work."""
         idle = Counter(seat.base for seat in self.free if self.is_idle(seat))
         for demand in sorted(self._active, key=lambda one: -one.waiting_s):
-            while may := [seat for seat in self.free if self._may_help(seat, demand, idle[seat.base])]:
+            while may := self._helpers(demand, idle):
                 self._order(helper := max(may, key=self._excess), "load", demand.name)
                 idle[helper.base] -= self.is_idle(helper)
 
-    def _may_help(self, seat: Seat, demand: BaseDemand, num_idle: int) -> bool:
-        """Return whether a worker may help a base. num_idle: idle workers of its own.
+    def _helpers(self, demand: BaseDemand, idle: Mapping[str, int]) -> list[Seat]:
+        """Return the workers that may help a base now. idle: number of idle workers of each base.
+
+        If less waits than `HELP_STARTS`, spare ones come one at a time; starts take at most `MAX_LOSS` of their time.
+        """
+        num, seats = self.num[demand.name], self.free
+        if not demand.waiting_s > SPARE_STARTS * num * demand.start_s > 0:
+            return []
+        if demand.waiting_s <= HELP_STARTS * num * demand.start_s:
+            if num > sum(seat.base == demand.name for seat in seats):
+                return []
+            since_ms = self._now_ms - 1000 * demand.start_s / MAX_LOSS
+            seats = [s for s in seats if idle[s.base] > 1 and not s.running and s.since_ms <= since_ms]
+        return [seat for seat in seats if self._may_help(seat, demand)]
+
+    def _may_help(self, seat: Seat, demand: BaseDemand) -> bool:
+        """Return whether a worker may help a base with much waiting work.
 
         An idle one may, the last of its base only once it has been idle for the time of a start. So may one of a base
         with at least one worker more than its share, if the other has less than its.
         """
-        num, is_idle = self.num[seat.base], self.is_idle(seat)
-        enough_s = self.num[demand.name] * demand.start_s * (SPARE_STARTS if is_idle and num_idle > 1 else HELP_STARTS)
-        if not demand.waiting_s > enough_s > 0 or demand.name == seat.base or demand.name not in seat.may_become:
+        num = self.num[seat.base]
+        if demand.name == seat.base or demand.name not in seat.may_become:
             return False
-        if is_idle:
+        if self.is_idle(seat):
             return num > 1 or self._now_ms - self._policy.busy_ms[seat.wid] >= 1000 * demand.start_s
         is_extra = num > 1 and num - 1 >= self._ideal(seat.base) and self._has_had_turn(seat)
         return is_extra and self.num[demand.name] < self._ideal(demand.name)

@@ -110,8 +110,8 @@ class BatchRunner:
 
     def _interrupt(self, batch_id: str) -> None:
         """Release a batch to be continued later, unless it ends now: its place is free soon."""
-        place = self._places[batch_id]
-        if place.run is not None and place.run.is_ending:
+        place = self._places.get(batch_id)
+        if place is None or (place.run is not None and place.run.is_ending):
             return
         if self._num_of(place.tenant) == 1:
             self._turn_s = time.monotonic()

@@ -5,10 +5,10 @@ calls in flight, and the lag of its event loop. Three are the queue's: waiting r
 server's memory. The last limit is the predicted time to the first token: the time as an inbound call, and the wait for
 the requests ahead.
 
-No tenant (without keys: no model) fills the queue: its waiting requests and tokens, with those of its inbound calls,
-may be at most eight times what a call leaves free for all, so that others find room. As the scheduler takes turns
-between tenants, only a tenant's own requests, and as many of each other tenant, count as ahead of its next one.
-Tenants' weights are not known here.
+No tenant (without keys: no model) fills the queue: its waiting requests and tokens may be at most eight times what a
+call leaves free for all, so that others find room. From half of a limit on, those of inbound calls count too. As the
+scheduler takes turns between tenants, only a tenant's own requests, and as many of each other tenant, count as ahead of
+its next one. Tenants' weights are not known here.
 
 The queue's script counts requests exactly. The gateway knows the scheduler's status, sent once a second, and its own
 submissions since. A refusal by the script costs as much as an accepted call. So the length of a nearly full queue is
@@ -40,6 +40,12 @@ NEARLY_FULL = 1 - ROOM
 SHARE = 8
 """Maximum ratio of what waits of one tenant to what is free of a limit: `n` tenants that send all they can get
 `8 / (8 * n + 1)` of it each. Choudhury and Hahne, Dynamic Queue Length Thresholds, 1998."""
+
+INBOUND_FROM = 0.5
+"""Share of a limit from which inbound calls count as waiting: an idle fleet takes them as fast as they come."""
+
+MAX_NEW_TENANTS = 256
+"""Maximum tenants that are looked through for a prediction besides those of the status. Of more, each has few."""
 
 MIN_RETRY_S = 1.0
 UNKNOWN_RETRY_S = 5.0
@@ -74,7 +80,8 @@ class _Queue:
     num_new: int = 0  # submitted by this gateway since the scheduler's status
     new_of: Counter[str] = field(default_factory=Counter[str])  # tenant -> its part of `num_new`
     num_inbound: int = 0  # this gateway's inbound calls whose class is known
-    inbound_of: Counter[str] = field(default_factory=Counter[str])  # tenant -> requests of its calls among them
+    num_inbound_requests: int = 0  # requests of these calls
+    inbound_of: Counter[str] = field(default_factory=Counter[str])  # tenant -> its part of them
 
 
 class Admission:
@@ -96,8 +103,10 @@ class Admission:
         self._now_s = now_s
         self._queues = {cls: _Queue() for cls in CLASSES}
         self._new: deque[tuple[int, CallLoad]] = deque()  # (unix ms, load) submitted since the status, oldest first
-        self._new_tokens: Counter[str] = Counter()  # tenant -> tokens submitted since the status
-        self._inbound_tokens: Counter[str] = Counter()  # tenant -> tokens of its inbound calls
+        self._num_new_tokens = 0
+        self._new_tokens: Counter[str] = Counter()  # tenant -> its part of them
+        self._num_inbound_tokens = 0
+        self._inbound_tokens: Counter[str] = Counter()  # tenant -> its part of them
         self._inbound = Inbound(self._limits.min_inbound, self._limits.inbound_span_s)
         self._num_in_flight = 0
 
@@ -141,6 +150,7 @@ class Admission:
         self._new.append((now_ms, load))
         self._queues[load.cls].num_new += load.num
         self._queues[load.cls].new_of[load.tenant] += load.num
+        self._num_new_tokens += load.num_tokens
         self._new_tokens[load.tenant] += load.num_tokens
 
     def full(self, load: CallLoad, num_queued: int) -> Overloaded:
@@ -209,17 +219,20 @@ class Admission:
 
     def _check_tokens(self, load: CallLoad, status: m.SchedulerStatus) -> None:
         """Refuse a call if too many tokens would wait. A call is accepted whatever its size if none wait."""
-        queued_tokens, max_tokens = status.queued_tokens + self._new_tokens.total(), self._settings.max_queued_tokens
+        queued_tokens, max_tokens = status.queued_tokens + self._num_new_tokens, self._settings.max_queued_tokens
         if not queued_tokens:
             return
         if queued_tokens + load.num_tokens > max_tokens:
             excess = queued_tokens + load.num_tokens - (1 - ROOM) * max_tokens
             text = f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}"
             raise Overloaded(text, self._drain_tokens_s(excess, queued_tokens, status), "queued_tokens")
-        inbound = self._inbound_tokens[load.tenant]
         told = status.tenants.get(load.tenant, _NOTHING)
-        own = min(queued_tokens, told.tokens + self._new_tokens[load.tenant]) + inbound
-        most = SHARE * max(0, max_tokens - queued_tokens - self._inbound_tokens.total() - load.num_tokens)
+        own = min(queued_tokens, told.tokens + self._new_tokens[load.tenant])
+        free = max_tokens - queued_tokens - load.num_tokens
+        if queued_tokens >= INBOUND_FROM * max_tokens:
+            own += self._inbound_tokens[load.tenant]
+            free -= self._num_inbound_tokens
+        most = SHARE * max(0, free)
         if load.tenant and own and own + load.num_tokens > most:
             text = f"{own} of {queued_tokens} waiting tokens are {_OWN} {most}"
             retry_s = self._drain_tokens_s(own + load.num_tokens - most, queued_tokens, status)
@@ -231,8 +244,10 @@ class Admission:
             return
         queue = self._queues[load.cls]
         expected = self._expected(queue, status)
-        own = self._own(load, status, expected) + queue.inbound_of[load.tenant]
-        num = math.ceil(expected) + queue.inbound_of.total()
+        own, num = self._own(load, status, expected), math.ceil(expected)
+        if num >= INBOUND_FROM * self._settings.max_queued:
+            own += queue.inbound_of[load.tenant]
+            num += queue.num_inbound_requests
         most = SHARE * max(0, self._settings.max_queued - num - load.num + 1)
         if own and own + load.num > most:
             text = f"{own} of {num} waiting requests are {_OWN} {most}"
@@ -264,7 +279,9 @@ class Admission:
         An unknown tenant is assumed to have none waiting: the check before submission knows it.
         """
         queue = self._queues[load.cls]
-        tenants = status.tenants.keys() | queue.new_of.keys()
+        tenants = set(status.tenants)
+        if len(queue.new_of) <= MAX_NEW_TENANTS:
+            tenants |= queue.new_of.keys()
         if not load.tenant and len(tenants) < 2:
             return 0  # it may be the one
         own = self._own(load, status, self._expected(queue, status)) if load.tenant else 0
@@ -294,7 +311,9 @@ class Admission:
             if counted is not None:
                 queue = self._queues[counted.cls]
                 queue.num_inbound += change
+                queue.num_inbound_requests += change * counted.num
                 _add(queue.inbound_of, counted.tenant, change * counted.num)
+                self._num_inbound_tokens += change * counted.num_tokens
                 _add(self._inbound_tokens, counted.tenant, change * counted.num_tokens)
         cost.load = load
 
@@ -317,6 +336,7 @@ class Admission:
             queue.num_new -= load.num
             queue.num_counted += load.num
             _add(queue.new_of, load.tenant, -load.num)
+            self._num_new_tokens -= load.num_tokens
             _add(self._new_tokens, load.tenant, -load.num_tokens)
 
     def _expected(self, queue: _Queue, status: m.SchedulerStatus) -> float:

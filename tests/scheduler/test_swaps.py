@@ -213,7 +213,10 @@ def test_one_of_several_idle_workers_helps_at_once() -> None:
     ((_, helped, why),) = make().told(NOW_MS, [base("a", 1.0), base("b")], seats)
     assert (helped, why) == ("a", "load")
     more = [*seats, seat("b3", "b"), seat("b4", "b")]
-    assert len(make().told(NOW_MS, [base("a", 9.0), base("b")], more)) == 3, "all but one"
+    (order,) = make().decide(NOW_MS, [base("a", 6.0), base("b")], more)  # one at a time
+    assert make().told(NOW_MS, [base("a", 11.0), base("b")], [one for one in more if one != order.seat], [order]) == []
+    young = [seats[0], *(seat(one.wid, "b", stayed_s=29.0) for one in seats[1:])]
+    assert make().told(NOW_MS, [base("a", 1.0), base("b")], young) == [], "starts take at most a tenth of their time"
 
 
 def test_the_last_worker_of_a_base_helps_after_one_start_without_work() -> None:

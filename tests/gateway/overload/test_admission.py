@@ -446,11 +446,11 @@ def test_a_tenant_does_not_wait_for_what_others_have_just_submitted() -> None:
 @pytest.mark.parametrize("num_tokens", [0, 10])
 def test_calls_that_are_not_queued_yet_count_in_their_tenant_s_share(num_tokens: int) -> None:
     """A thousand calls at once pass the check before any is submitted."""
-    site = gateway(shared({}), max_queued=900, max_queued_tokens=9000)
+    site = gateway(shared({"flood": 450}, tokens=10), max_queued=900, max_queued_tokens=9000)
     with suppress(Overloaded):
-        while True:
+        for _ in range(1000):
             site.begin(of("flood", num_tokens=num_tokens))
-    assert len(site.calls) == 800
+    assert len(site.calls) == 350
     for _ in range(80):
         site.begin(of("other", num_tokens=num_tokens))
     for call in site.calls:
@@ -459,16 +459,20 @@ def test_calls_that_are_not_queued_yet_count_in_their_tenant_s_share(num_tokens:
 
 
 def test_a_call_counts_once_however_often_it_is_checked() -> None:
-    site = gateway(shared({}), max_queued=9)
-    for _ in range(4):
-        site.begin(of("flood"))
-    last = site.calls[-1]
+    site = gateway(shared({"flood": 6}), max_queued=12)
+    site.begin(of("flood"))
     for _ in range(3):
-        last.run(site.admission.check, of("flood", num=4, num_tokens=1))
-    with pytest.raises(Overloaded, match=r"7 of 7 waiting requests .*; its limit is now 0"):
+        site.calls[0].run(site.admission.check, of("flood", num=4, num_tokens=1))
+    with pytest.raises(Overloaded, match=r"10 of 10 waiting requests .*; its limit is now 0"):
         site.begin(of("flood", num=3))
-    last.reach_queue()
+    site.calls[0].reach_queue()
     assert site.refusal(of("flood", num=3)) is None
+
+
+def test_an_idle_fleet_takes_as_many_calls_at_once_as_come() -> None:
+    site = gateway(shared({}), max_queued=64)
+    for _ in range(128):
+        site.begin(of("only"))
 
 
 def test_one_large_call_leaves_room_too() -> None:
