@@ -14,8 +14,8 @@ import asyncio
 import hashlib
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Container, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Container, Iterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import merge
@@ -26,6 +26,7 @@ from msgspec import Raw
 
 from gateway.bodies import json_values
 from gateway.bodies.json_outline import Outline, TooManyFields
+from gateway.files.storage import close
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import PLAIN_BYTES, Checks
 from gateway.overload.loop_slice import LoopSlice
@@ -314,20 +315,23 @@ class Splitter:
                 return
         self._add(rest)
 
-    async def of(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, int, bytearray | None]]:
+    async def of(self, chunks: AsyncIterator[bytes]) -> AsyncGenerator[tuple[int, int, bytearray | None]]:
         """Yield the completed lines of a file as `feed` does, but joined, in slices of the event loop.
 
         Raises as `chunks`.
         """
         turn = LoopSlice()
-        async for chunk in chunks:
-            for at in range(0, len(chunk), PIECE_BYTES):
-                for number, start, parts in self.feed(chunk[at : at + PIECE_BYTES]):
-                    yield number, start, await _whole(parts)
+        try:
+            async for chunk in chunks:
+                for at in range(0, len(chunk), PIECE_BYTES):
+                    for number, start, parts in self.feed(chunk[at : at + PIECE_BYTES]):
+                        yield number, start, await _whole(parts)
+                        await turn.pause()
+                    if self.number > MAX_NUMBER:
+                        return
                     await turn.pause()
-                if self.number > MAX_NUMBER:
-                    return
-                await turn.pause()
+        finally:
+            await close(chunks)
 
     def end(self) -> Iterator[tuple[int, int, list[bytes] | None]]:
         """Yield the unfinished line unless it is blank."""
@@ -382,12 +386,13 @@ async def read_lines(
         else:
             await checks.in_thread(partial(found.add, number, start, raw), tenant)
 
-    async for number, start, raw in splitter.of(chunks):
-        await add(number, start, raw)
-        if len(found.problems) >= MAX_PROBLEMS:
-            break  # no more are reported
-    else:
-        for number, start, parts in splitter.end() if splitter.number <= MAX_NUMBER else ():
-            await add(number, start, await _whole(parts))
+    async with aclosing(splitter.of(chunks)) as lines:
+        async for number, start, raw in lines:
+            await add(number, start, raw)
+            if len(found.problems) >= MAX_PROBLEMS:
+                break  # no more are reported
+        else:
+            for number, start, parts in splitter.end() if splitter.number <= MAX_NUMBER else ():
+                await add(number, start, await _whole(parts))
     found.finish(splitter.number)
     return found

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import orjson
 
 from gateway.batches.lines import Splitter
 from gateway.bodies.json_outline import Outline, TooManyFields
-from gateway.files.storage import Storage
+from gateway.files.storage import Storage, close
 from protocol.wire import messages as m
 
 Kind = Literal["output", "error"]
@@ -147,27 +148,29 @@ class Results:
         return _gathered(self._file(kind))
 
     async def _file(self, kind: Kind) -> AsyncIterator[bytes | bytearray]:
-        async for found, line in self._lines(Tally()):
-            if found == kind:
-                self.num_read += 1
-                yield line
-                yield b"\n"
+        async with aclosing(self._lines(Tally())) as lines:
+            async for found, line in lines:
+                if found == kind:
+                    self.num_read += 1
+                    yield line
+                    yield b"\n"
 
     async def forget(self) -> None:
         """Delete the parts."""
         await self._storage.delete(self.folder)
 
-    async def _lines(self, tally: Tally) -> AsyncIterator[tuple[Kind, bytearray]]:
+    async def _lines(self, tally: Tally) -> AsyncGenerator[tuple[Kind, bytearray]]:
         """Yield kind and line of every stored answer, one per line of the batch."""
         for name in await self._storage.names(self.folder):
-            async for _, _, row in Splitter(_LONGEST).of(self._storage.read(name)):
-                assert row is not None
-                head = bytes(row[:_HEAD_BYTES]).split(b" ", 6)[:6]
-                number, written, *usage = head
-                kind: Kind = "output" if written == b"output" else "error"
-                if tally.add(int(number), kind, _usage(map(int, usage))):
-                    del row[: len(b" ".join(head)) + 1]
-                    yield kind, row
+            async with aclosing(Splitter(_LONGEST).of(self._storage.read(name))) as rows:
+                async for _, _, row in rows:
+                    assert row is not None
+                    head = bytes(row[:_HEAD_BYTES]).split(b" ", 6)[:6]
+                    number, written, *usage = head
+                    kind: Kind = "output" if written == b"output" else "error"
+                    if tally.add(int(number), kind, _usage(map(int, usage))):
+                        del row[: len(b" ".join(head)) + 1]
+                        yield kind, row
 
 
 def answer_of(number: int, custom_id: str, status: int, request_id: str, body: bytes) -> LineAnswer:
@@ -234,15 +237,18 @@ def _usage(numbers: Iterable[int]) -> m.BatchUsage:
 async def _gathered(parts: AsyncIterator[bytes | bytearray]) -> AsyncIterator[bytes | bytearray]:
     """Yield a file's parts, joining short ones."""
     short, num_bytes = list[bytes | bytearray](), 0
-    async for part in parts:
-        is_long = len(part) >= LONG_BYTES
-        if not is_long:
-            short.append(part)
-            num_bytes += len(part)
-        if short and (is_long or num_bytes >= WRITTEN_BYTES):
+    try:
+        async for part in parts:
+            is_long = len(part) >= LONG_BYTES
+            if not is_long:
+                short.append(part)
+                num_bytes += len(part)
+            if short and (is_long or num_bytes >= WRITTEN_BYTES):
+                yield b"".join(short)
+                short, num_bytes = [], 0
+            if is_long:
+                yield part
+        if short:
             yield b"".join(short)
-            short, num_bytes = [], 0
-        if is_long:
-            yield part
-    if short:
-        yield b"".join(short)
+    finally:
+        await close(parts)

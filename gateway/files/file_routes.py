@@ -14,6 +14,7 @@ from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, disconnected, json_answer, json_response
 from gateway.bodies.json_slices import ROWS, RowSlices
 from gateway.files.files import FileService, view
+from gateway.files.storage import close
 from gateway.files.upload import UploadedForm
 from gateway.http import openapi
 from gateway.http.access import FILE, INFER, Routes
@@ -86,6 +87,7 @@ class FileContent(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             left.cancel()
+            await close(self._chunks)
 
 
 def add_file_routes(app: FastAPI, files: FileEndpoints) -> None:

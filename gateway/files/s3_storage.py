@@ -16,7 +16,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gateway.files.storage import CHUNK_BYTES, as_unavailable
+from gateway.files.storage import CHUNK_BYTES, as_unavailable, close
 from protocol.runtime.free_space import Reserve
 from protocol.wire.errors import LorafleetError, NotFound, Unavailable
 
@@ -60,6 +60,8 @@ class S3Storage:
             raise _failed(error) from error
         except OSError as error:
             raise as_unavailable(error) from error
+        finally:
+            await close(chunks)
         return num_bytes
 
     def _append(self, file: BinaryIO, chunk: bytes | bytearray) -> None:

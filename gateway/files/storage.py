@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -93,6 +93,7 @@ class FolderStorage:
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+            await close(chunks)
         return num_bytes
 
     def _append(self, file: BinaryIO, part: Path, chunk: bytes | bytearray) -> None:
@@ -161,6 +162,12 @@ class FolderStorage:
             with suppress(OSError):
                 if path.stat().st_mtime < time.time() - ABANDONED_S:
                     path.unlink()
+
+
+async def close(chunks: AsyncIterator[object]) -> None:
+    """Close a generator that may not have been read to its end: its file would stay open until it is collected."""
+    if isinstance(chunks, AsyncGenerator):
+        await chunks.aclose()
 
 
 def as_unavailable(error: OSError) -> Unavailable:

@@ -8,6 +8,7 @@ import select
 import stat
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import AsyncGeneratorType
 
 import pytest
 from helpers.s3_server import BUCKET, S3Server, run_s3
@@ -16,7 +17,8 @@ from helpers.waiting import wait_until
 from gateway.files.place import open_storage
 from gateway.files.s3_storage import S3Storage
 from gateway.files.storage import ABANDONED_S, PARTIAL, FolderStorage, Storage
-from protocol.wire.errors import BadRequest, NotFound, Unavailable
+from protocol.runtime.free_space import Reserve
+from protocol.wire.errors import BadRequest, NoRoom, NotFound, Unavailable
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,17 @@ async def test_names_and_deletion(storage: Storage) -> None:
     await storage.delete("xy")
     with pytest.raises(NotFound):
         await content(storage, "xy")
+
+
+async def test_what_is_written_is_closed_if_writing_fails(tmp_path: Path) -> None:
+    """What is not read to its end would keep its file open until it is collected."""
+    source = FolderStorage(tmp_path / "source")
+    await source.write("a", chunks(os.urandom(1_000_000)))
+    opened = source.read("a")
+    with pytest.raises(NoRoom):
+        await FolderStorage(tmp_path / "files", Reserve(1 << 60)).write("a", opened)
+    assert isinstance(opened, AsyncGeneratorType)
+    assert opened.ag_frame is None, "it is still suspended"
 
 
 async def test_a_missing_folder_is_no_missing_file(tmp_path: Path) -> None:
