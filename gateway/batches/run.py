@@ -299,6 +299,7 @@ class BatchRun:
         batch = self.batch
         file_id = self._file_id(kind)
         if await self._bus.files.get(file_id, batch.tenant) is not None:  # from an interrupted try
+            await self._save()  # raises Lost: it may also be from the gateway that took over while this one was paused
             await self._bus.files.forget(file_id, batch.tenant)
         life_s = float(batch.output_life_s or self._settings.file_ttl_s)
         made = await self._means.files.make(

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from gateway.batches.results import Results, answer_of
+from gateway.batches.run import BatchMeans, BatchRun, Lost
 from gateway.files.storage import FolderStorage
+from gateway.overload.large import Checks
 from protocol.queue.bus import Bus
 from protocol.wire.errors import Unavailable
-from tests.gateway.batches.test_runner import Endpoint
+from tests.gateway.batches.test_runner import Endpoint, World
 from tests.gateway.batches.test_trouble import SOON, shaky_world
 
 
@@ -83,3 +85,17 @@ async def test_a_deletion_of_parts_that_fails_is_tried_again(
     is_left = num_refused > SOON.max_tries
     assert (tmp_path / "batches" / "batch_1").exists() == is_left
     assert ("of batch batch_1 remain in the storage, in batches/batch_1" in caplog.text) == is_left
+
+
+async def test_a_gateway_that_was_paused_leaves_its_successor_s_file(bus: Bus, tmp_path: Path) -> None:
+    """It deleted the file's record and was then told that it has lost the batch: a completed batch without a file."""
+    world = World(bus, tmp_path)
+    batch = await world.batch(3)
+    claimed = await bus.batches.claim(batch.id, "t", "g1", 1)
+    assert claimed is not None
+    async with world.gateway("g2", Endpoint()):
+        ended = await world.ended()
+    means = BatchMeans(bus, "g1", world.files, world.storage, world.settings, Endpoint(), Checks())
+    with pytest.raises(Lost):
+        await BatchRun(means, claimed, lambda: 1)._write("output")
+    assert len(await world.rows(ended.output_file)) == 3
