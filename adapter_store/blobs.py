@@ -39,6 +39,7 @@ from peft_adapters.format import (
 )
 from peft_adapters.kinds.converted import written_converted
 from peft_adapters.texts.files import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, OwnTexts, parse_texts, read_texts
+from protocol.runtime.file_locks import flush
 from protocol.runtime.free_space import Reserve, size_of
 from protocol.wire.errors import AdapterRefused, Unavailable
 
@@ -251,7 +252,7 @@ class Blobs:
             (files.folder / name).unlink()
         if sync:
             for path in (*(files.folder / name for name in files.names()), files.folder):
-                _fsync(path)
+                flush(path)
         with self._lock:
             if digest in self._sizes:
                 self._remove(files.folder)
@@ -260,7 +261,7 @@ class Blobs:
                 self._sizes[digest] = num_bytes
                 self._verified.add(digest)
         if sync:
-            _fsync(self._blobs)
+            flush(self._blobs)
         self.note_version(version, digest, named)
         return digest
 
@@ -392,11 +393,3 @@ def _used_ns(folder: Path) -> int:
         return folder.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -5,13 +5,13 @@ number. With $BASE_LOCKS, a folder shared by all containers of a machine, each r
 taken by the fewest replicas, as $LORAFLEET_BASE.
 """
 
-import fcntl
 import os
 import sys
 from collections.abc import MutableMapping, Sequence
 from itertools import count
 from pathlib import Path
 
+from protocol.runtime.file_locks import lock_first
 from protocol.runtime.model_files import served_name
 
 
@@ -20,17 +20,10 @@ def claim(models: Sequence[str], folder: Path) -> str:
 
     folder: holds the locks; each base has one lock for its first worker, one for its second, and so on.
     """
-    for number in count():
-        turn, i = divmod(number, len(models))
-        lock = os.open(folder / f"base-{i}-{turn}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            continue
-        os.set_inheritable(lock, True)
-        return models[i]
-    raise AssertionError  # unreachable: there is always a next number
+    turns = (divmod(number, len(models)) for number in count())
+    lock = lock_first((folder / f"base-{i}-{turn}.lock" for turn, i in turns), inherited=True)
+    assert lock is not None  # there is always a next number
+    return models[int(lock.name.split("-")[1])]
 
 
 def set_models(variables: MutableMapping[str, str]) -> None:

@@ -68,6 +68,9 @@ logger = logging.getLogger(__name__)
 STATES_PER_SEQ = 4
 """State slots for each sequence that may run, memory permitting: two for a grammar, two for the prefix cache."""
 
+ROUNDING_SETS = frozenset({"avx2", "avx2_vnni", "avx512_vnni"})
+"""Instruction sets whose products of int8 inputs are faster than those of exact ones (docs/measured/kernels.md)."""
+
 LONGEST_WITHOUT_LIMIT = 1 << 17
 """Maximum tokens of a request if the model names no limit and stores nothing per token."""
 
@@ -113,8 +116,10 @@ def load_engine(
     if task == "generate":
         model = load_model(
             folder, device, dtype, impl, score_tokens=settings.score_tokens, compiled=settings.compile,
-            keeps_answers=True, rounds_inputs=settings.quantize_activations,
+            keeps_answers=True, rounds_inputs=rounds_inputs(settings, isa),
         )  # fmt: skip
+        if model.rounds_inputs:
+            reason += "; quantised layers multiply inputs in int8"
         draft = load_draft_model(settings.draft_model, tokenizer, model, impl, given) if settings.draft_model else None
         engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files, draft)
         model.keep_answers()
@@ -325,6 +330,17 @@ def _files_only(fetch: Fetch) -> FetchFiles:
         return files
 
     return read_files
+
+
+def rounds_inputs(settings: Settings, isa: str) -> bool | None:
+    """Return whether inputs of quantized layers are rounded to int8; None: if the model has any.
+
+    isa: the native CPU kernels' instruction set, "" if torch computes. Unless a setting says so, inputs are rounded
+    with the sets whose products of such inputs are faster than exact ones, and only if sums need not be fixed.
+    """
+    if settings.quantize_activations is None and isa in ROUNDING_SETS and not settings.deterministic:
+        return None
+    return bool(settings.quantize_activations)
 
 
 def refuse_unless_on_cpu(settings: Settings, device: torch.device) -> None:

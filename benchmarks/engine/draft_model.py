@@ -7,8 +7,9 @@ The base gives SmolLM2-135M's answers in the time of a larger model: after its 3
 output projections are zero, so they change no value, but their weights are read and multiplied all the same. The draft
 model is SmolLM2-135M, unquantized, or quantized, which makes it faster and more often wrong. With `--head` the base is
 the unchanged model, and a head of it drafts. The prompts are the questions of `examples/styles.json`, answered greedily
-by the base and its three trained adapters, 1, 4 and 8 at once. Only `Engine.step` runs, in this process; all ways use
-the same engine and alternate batch by batch. With one thread (`--threads 1`) its CPU time is measured, which other
+by the base and its three trained adapters, 1, 4 and 8 at once. Whenever one ends the next one begins, and the clock
+stops when none is left to begin, so that all streams are busy while it runs. Only `Engine.step` runs, in this process;
+all ways use the same engine and alternate. With one thread (`--threads 1`) its CPU time is measured, which other
 processes affect less than the wall clock.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +48,10 @@ WAYS = ("without", "lookup", "draft model")
 STREAMS = (1, 4, 8)
 MAX_TOKENS = 64
 OWN_LAYERS = 30
-COUNTED: tuple[str, ...] = ("output", "steps", "drafted", "accepted", "model_drafted", "model_accepted")
+TURNS = 3
+"""Requests of each stream in a batch."""
+
+COUNTED: tuple[str, ...] = ("output", "drafted", "accepted", "model_drafted", "model_accepted")
 
 
 def add_layers(model: Path, num: int, folder: Path) -> None:
@@ -101,31 +106,37 @@ class Run:
         self.seconds = 0.0
         self._clock = clock
         self.tokens: list[list[int]] = []
-        self.figures = dict.fromkeys(COUNTED, 0)
-        self.draft_s = 0.0
+        self.figures = dict.fromkeys((*COUNTED, "steps", "draft_s"), 0.0)
 
-    def add(self, engine: Engine, requests: Sequence[EngineRequest]) -> None:
-        """Run a batch to its end and add its figures."""
-        before, draft_s = self._totals(engine), engine.counters.draft_s
+    def add(self, engine: Engine, requests: Sequence[EngineRequest], streams: int) -> None:
+        """Run requests, `streams` at a time, and add the figures of the time in which all streams are busy."""
+        before = self._totals(engine)
         ids: dict[str, list[int]] = {request.rid: [] for request in requests}
+        waiting = deque(requests)
         started_s = self._clock()
-        for request in requests:
-            engine.add(request)
+        for _ in range(streams):
+            engine.add(waiting.popleft())
+        is_counting = True
         while engine.has_work:
+            ended = 0
             for output in engine.step():
                 if output.error is not None:
                     raise output.error
                 ids[output.rid] += output.ids
-        self.seconds += self._clock() - started_s
+                ended += bool(output.finish)
+            if is_counting and ended > len(waiting):
+                is_counting = False
+                self.seconds += self._clock() - started_s
+                for name, total in self._totals(engine).items():
+                    self.figures[name] += total - before[name]
+            for _ in range(min(ended, len(waiting))):
+                engine.add(waiting.popleft())
         self.tokens += ids.values()
-        self.draft_s += engine.counters.draft_s - draft_s
-        for name, total in self._totals(engine).items():
-            self.figures[name] += total - before[name]
 
-    def _totals(self, engine: Engine) -> dict[str, int]:
+    def _totals(self, engine: Engine) -> dict[str, float]:
         counters = engine.counters
-        own = {name: getattr(counters, f"num_{name}_tokens") for name in self.figures if name != "steps"}
-        return {**own, "steps": counters.num_steps}
+        own = {name: getattr(counters, f"num_{name}_tokens") for name in COUNTED}
+        return {**own, "steps": counters.num_steps, "draft_s": counters.draft_s}
 
     def report(self, plain: Run) -> dict[str, Any]:
         """Return the figures, and their ratios to `plain`, the run without drafts."""
@@ -133,7 +144,6 @@ class Run:
         drafted, by_model = figures["drafted"], figures["model_drafted"]
         return {
             **figures,
-            "draft_s": self.draft_s,
             "tokens_per_s": figures["output"] / self.seconds,
             "ratio": plain.seconds / plain.figures["output"] * figures["output"] / self.seconds,
             "tokens_per_step": figures["output"] / figures["steps"],
@@ -167,13 +177,13 @@ def measure(base: Path, draft: Path, rounds: int, threads: int) -> dict[str, Any
                     engine.batcher.limits = replace(limits, max_draft_tokens=0) if way == WAYS[0] else limits
                     engine.batcher.draft_model = source if way == WAYS[-1] else None
                     requests: list[EngineRequest] = []
-                    for k in range(streams):
+                    for k in range(TURNS * streams):
                         number += 1
-                        prompt = prompts[(streams * i + k) % len(prompts)]
+                        prompt = prompts[(TURNS * streams * i + k) % len(prompts)]
                         sampling = Sampling(temperature=0, ignore_eos=True)
                         name = names[(i + k) % len(names)]
                         requests.append(EngineRequest(str(number), 1, name, prompt, sampling, MAX_TOKENS))
-                    (runs[way] if i >= 0 else Run(clock)).add(engine, requests)
+                    (runs[way] if i >= 0 else Run(clock)).add(engine, requests, streams)
             one = found[f"{load} {streams}"] = {way: run.report(runs[WAYS[0]]) for way, run in runs.items()}
             show(load, streams, one)
     return found

@@ -1,6 +1,7 @@
 """Products with quantized weights on a CPU, compared with a read of the same bytes and with bf16, in one run.
 
-    python -m benchmarks.engine.quantised [--sets avx2,avx512] [--rows 1,2,4] [--layers N] [--cached]
+    python -m benchmarks.engine.quantised [--sets avx2,avx512] [--rows 1,2,4] [--layers N]
+    python -m benchmarks.engine.quantised --cached [--sets avx512_vnni]
 
 Eight layers of 8,192 x 2,048 of each kind, for 1 to 512 rows, in bf16, or in fp32 for an instruction set without bf16
 products. Figures are minimums of calls that alternate with a read of the same number of bytes (their sum, on all
@@ -112,8 +113,9 @@ def main() -> None:
     args = parser.parse_args()
     about = report.native_machine()
     if args.cached:
-        if (args.sets, args.rows, args.layers, args.out) != (None, ROWS, NUM_LAYERS, report.RESULTS):
-            parser.error("--cached takes no other argument")
+        if (args.rows, args.layers, args.out) != (ROWS, NUM_LAYERS, report.RESULTS):
+            parser.error("--cached takes no other argument than --sets, with one set")
+        cpu.set_isa(args.sets or cpu.isa())
         with torch.inference_mode():
             cached()
         return

@@ -1,6 +1,6 @@
 """Far more adapters than fit into the pool, on a machine whose cores are all busy.
 
-    python -m benchmarks.fleet.churn [--model FOLDER] [--short] [--rounds N]
+    python -m benchmarks.fleet.churn [--model FOLDER] [--short] [--rounds N] [--kernels avx512_vnni]
 
 There are 160 adapters of rank 8 on all linear layers with Zipf popularity 1.0, a pool for 32 of them, 32 requests in
 flight, 64 words in and 64 tokens out. On one fleet this load alternates with one adapter under the same load, and with
@@ -97,6 +97,7 @@ def main() -> None:
     """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="turns of the three loads (%(default)s)")
+    parser.add_argument("--kernels", default="auto", help="instruction set of the workers (%(default)s)")
     args = parser.parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     num_requests = (2 if args.short else 4) * CONCURRENCY
@@ -106,7 +107,7 @@ def main() -> None:
     accounts: list[Account] = []
     with scratch_folder() as scratch:
         make_adapters(model, scratch / "adapters", [*names, *(name for turn in new for name in turn)], RANKS)
-        flags = [f"--adapter-pool-bytes={pool_bytes(model, NUM_IN_POOL, 2)}"]
+        flags = [f"--adapter-pool-bytes={pool_bytes(model, NUM_IN_POOL, 2)}", f"--kernels={args.kernels}"]
         with fleet(Setup(model, scratch / "adapters", scratch, flags)) as running:
             # The first requests to a fleet are slower than all later ones.
             measure(running, names[:1], ZIPF, num_requests, seed=len(LOADS) * args.rounds)
@@ -116,7 +117,7 @@ def main() -> None:
                     points.append(measure(running, own, ZIPF, num_requests, fill_pool=fills, seed=seed, beside=account))
                     print(points[-1], accounts[-1], sep="\n", flush=True)
     results = {
-        "machine": machine, "in_pool": NUM_IN_POOL, "ratios": ratios(points),
+        "machine": machine, "kernels": args.kernels, "in_pool": NUM_IN_POOL, "ratios": ratios(points),
         "points": [asdict(point) for point in points], "accounts": [asdict(account) for account in accounts],
     }  # fmt: skip
     report.save(args.out / "churn", results)

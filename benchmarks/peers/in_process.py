@@ -4,7 +4,8 @@
 
 All run alternately. Each engine computes the same prompts in its own process (`engine_program.py`), so it has no cost
 for HTTP, queue and streaming, all of which Lorafleet's figures include. With 16 bits: the base, one adapter and many
-adapters; with 8 and 4 bits only the base. Lorafleet serves Q8_0 and Q4_0, without and with `--quantize-activations`.
+adapters; with 8 and 4 bits only the base. Lorafleet serves Q8_0 and Q4_0, with inputs of quantized layers as by
+default, and in the other way: in int8, or exact.
 
 - OpenVINO's weights are those of `optimum-cli export openvino`: fp16, int8 (a scale per row) and int4 (a scale per 64
   weights). Its keys and values are int8, and it rounds the inputs of quantized layers to int8.
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from benchmarks.peers.run import in_turns, lab_of, parse_arguments, save
 from benchmarks.peers.servers import MODEL_NAME, Lab, Server, lorafleet, scenarios_by_name
+from gpu_worker.build import ROUNDING_SETS
 from lorafleet.bench import BenchTarget
 
 PROGRAM = Path(__file__).with_name("engine_program.py")
@@ -35,7 +37,7 @@ ONEDNN_SETS = {"avx2": "AVX2", "avx2_vnni": "AVX2_VNNI", "avx512": "AVX512_CORE"
 
 
 def lorafleets(lab: Lab, bits: int, isa: str, scratch: Path) -> list[Server]:
-    """Return Lorafleet with weights of `bits` bits; for 8 and 4 bits also with int8 inputs."""
+    """Return Lorafleet with weights of `bits` bits; for 8 and 4 bits also with the inputs that are not the default."""
     flags = ["--threads", str(lab.num_threads)]
     flags += ["--kernels", isa] if isa else []
     if bits < 16:
@@ -44,9 +46,11 @@ def lorafleets(lab: Lab, bits: int, isa: str, scratch: Path) -> list[Server]:
     own = replace(server, command=[*server.command, *flags], scenarios=_loads(lab, bits))
     if bits == 16:
         return [own]
-    [server] = lorafleet(lab, scratch / f"{bits}-int8")
-    rounded = [*server.command, *flags, "--quantize-activations"]
-    return [own, replace(own, name="Lorafleet, int8 inputs", command=rounded)]
+    [server] = lorafleet(lab, scratch / f"{bits}-other")
+    name, flag = "int8", "--quantize-activations"
+    if isa in ROUNDING_SETS:
+        name, flag = "exact", "--no-quantize-activations"
+    return [own, replace(own, name=f"Lorafleet, {name} inputs", command=[*server.command, *flags, flag])]
 
 
 def openvino(lab: Lab, bits: int, isa: str, _: Path) -> list[Server]:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from protocol.runtime.file_locks import flush
 from protocol.runtime.free_space import Reserve
 from protocol.runtime.private_files import private_folder
 from protocol.wire.errors import LorafleetError, NoRoom, NotFound, Unavailable
@@ -213,8 +214,4 @@ def _finish(file: BinaryIO, part: Path, path: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)  # otherwise a power failure might lose the name after its record was written
-    finally:
-        os.close(folder)
+    flush(path.parent)  # otherwise a power failure might lose the name after its record was written

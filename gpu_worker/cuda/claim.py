@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
+from protocol.runtime.file_locks import lock_first
 from protocol.wire.errors import Conflict
 
 
@@ -17,13 +17,9 @@ def claim_gpu(gpus: Sequence[str], folder: Path, environment: MutableMapping[str
     files, shared by all workers of the machine; created if missing. Raises Conflict if all are held.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for gpu in gpus:
-        lock = os.open(folder / f"{gpu.replace('/', '-')}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            continue
-        environment["CUDA_VISIBLE_DEVICES"] = gpu  # the lock stays open until the process ends
-        return gpu
-    raise Conflict(f"all GPUs of this machine's workers ({', '.join(gpus)}) are in use by other workers")
+    locks = {folder / f"{gpu.replace('/', '-')}.lock": gpu for gpu in gpus}
+    lock = lock_first(locks)
+    if lock is None:
+        raise Conflict(f"all GPUs of this machine's workers ({', '.join(gpus)}) are in use by other workers")
+    environment["CUDA_VISIBLE_DEVICES"] = locks[lock]
+    return locks[lock]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class DraftHead(DraftModel):
     @contextmanager
     def watching(self, plan: StepPlan) -> Iterator[None]:
         """Store the hidden states of the step that is computed inside the block."""
-        if self._num_idle or not self._may_pay(len(plan.num_new)):
+        if self._num_idle or not self._may_pay(plan.num_new):
             yield
             return
         with self.head.taking() as states:
@@ -66,14 +66,18 @@ class DraftHead(DraftModel):
             self._keep(plan, states)
         states.clear()
 
-    def _may_pay(self, num_seqs: int) -> bool:
-        """Return whether drafts would pay off in steps with `num_seqs` typical sequences.
+    def _may_pay(self, seqs: Collection[Sequence]) -> bool:
+        """Return whether drafts would pay off in steps with these sequences, if new ones are typical.
 
         If not, nothing is stored, since collecting hidden states takes time.
         """
-        most = self._most_tokens // num_seqs - 1
-        typical = Draftable(self._typical.rate, most, num_unread=2, num_steps=ALWAYS)
-        return most > 0 and self._payoff.choose([typical] * num_seqs, most, num_seqs).num_drafts > 0
+        most = self._most_tokens // len(seqs) - 1
+        if most < 1:
+            return False
+        known = (self._readings.get(seq) for seq in seqs)
+        rates = [self._typical.rate if own is None else own.acceptance.rate for own in known]
+        drafts = [Draftable(rate, most, num_unread=2, num_steps=ALWAYS) for rate in rates]
+        return self._payoff.choose(drafts, most, len(seqs)).num_drafts > 0
 
     def _keep(self, plan: StepPlan, states: list[Tensor]) -> None:
         """Store the hidden states of each sequence that generates text."""

@@ -8,7 +8,6 @@ All layers of a kind share one graph, and another mix of adapters causes no reco
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import logging
@@ -28,6 +27,7 @@ from gpu_worker.layers.lora import SharedInput
 from gpu_worker.model.model import BaseModel
 from lora_kernels import ops
 from lora_kernels.cpu.build import cache_dir
+from protocol.runtime.file_locks import flush, lock_first
 from protocol.runtime.private_files import private_folder
 from protocol.wire.errors import BadRequest
 
@@ -163,7 +163,7 @@ def _own_cache(root: Path) -> Iterator[None]:
     os.environ[_CACHE] = str(folder)
     yield
     for path in (*folder.rglob("*"), folder):  # what the disk has not got when power fails would be lost
-        _flush(path)
+        flush(path)
     unfinished.unlink()
 
 
@@ -171,23 +171,9 @@ def _own_cache(root: Path) -> Iterator[None]:
 def _locked(root: Path) -> Path:
     """Return the first folder that no other process has locked. The lock ends with this process."""
     private_folder(root)
-    for number in itertools.count():
-        lock = os.open(root / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            continue
-        return root / str(number)
-    raise AssertionError
-
-
-def _flush(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    lock = lock_first(root / f"{number}.lock" for number in itertools.count())
+    assert lock is not None  # there is always a next number
+    return lock.with_suffix("")
 
 
 def warm(model: BaseModel) -> None:

@@ -55,6 +55,7 @@ class BaseModel:
     kv_dtype: torch.dtype | None = None  # dtype of keys and values in the caches, int8 for codes; None: `dtype`
     plain: PlainModel | None = None  # replaces the module in steps
     idle: list[SiteShape] = field(default_factory=list[SiteShape])  # see `ServedModel.idle`
+    rounds_inputs: bool = False  # whether quantized layers round their inputs to int8
     passes: Passes | None = None  # set for models whose sequences run unbatched; these have no `layers` and no `mixers`
 
     def keep_answers(self) -> None:

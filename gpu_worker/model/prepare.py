@@ -32,7 +32,7 @@ from gpu_worker.model.model import BaseModel, fingerprint_of
 from gpu_worker.model.one_by_one_trial import find_passes, watch
 from gpu_worker.model.shortcuts import install_shortcuts
 from gpu_worker.model.trial import Trial, run_trial
-from gpu_worker.quantised.modules import round_inputs_of
+from gpu_worker.quantised.modules import has_rounded_inputs, round_inputs_of
 from gpu_worker.tasks.headless import read_decoder
 from gpu_worker.tasks.model_tasks import ModelTasks, decoder_of, head_name_of, hidden_states
 from lora_kernels import ops
@@ -59,19 +59,22 @@ def load_model(
     score_tokens: str = "",
     compiled: bool = False,
     keeps_answers: bool = False,
-    rounds_inputs: bool = False,
+    rounds_inputs: bool | None = False,
 ) -> BaseModel:
     """Load a model folder and prepare it, see `prepare_model`. Raises BadRequest naming what is not supported.
 
     score_tokens: see `read_score_tokens`. keeps_answers: use cached answers of an earlier start on a CPU, see
-    `kept_answers`. rounds_inputs: see `round_inputs_of`.
+    `kept_answers`. rounds_inputs: see `round_inputs_of`; None: of the quantized layers, if there are any.
     """
     module, tasks = read_decoder(folder, device, dtype, score_tokens)
-    if rounds_inputs:
-        round_inputs_of(module)
+    if rounds_inputs is not False:
+        round_inputs_of(module, is_required=rounds_inputs is True)
+    is_rounding = has_rounded_inputs(module)
     answers = answers_of(module, folder, impl) if keeps_answers and device.type == "cpu" else None
     eos_ids = read_eos_ids(folder, module.config)
-    return prepare_model(module, eos_ids, impl, tasks, compiled=compiled, answers=answers)
+    model = prepare_model(module, eos_ids, impl, tasks, compiled=compiled, answers=answers)
+    model.rounds_inputs = is_rounding
+    return model
 
 
 def prepare_model(

@@ -53,13 +53,13 @@ def beside_each_other(linears: list[BlockLinear]) -> ops.QuantisedLinear:
     )
 
 
-def round_inputs_of(model: nn.Module) -> None:
+def round_inputs_of(model: nn.Module, *, is_required: bool = False) -> None:
     """Make a model's quantized linear layers round their inputs to int8, in groups of 32.
 
-    Raises BadRequest if no layer is quantized.
+    is_required: raise BadRequest if no layer is quantized.
     """
     linears = [module for module in model.modules() if isinstance(module, BlockLinear)]
-    if not linears:
+    if is_required and not linears:
         raise BadRequest(
             "quantize_activations is on, but no linear layer of this model is in GGUF's blocks:"
             " name a GGUF file, or set quantization"
@@ -69,7 +69,7 @@ def round_inputs_of(model: nn.Module) -> None:
 
 
 def has_rounded_inputs(model: nn.Module) -> bool:
-    """Return whether `round_inputs_of` was called for a model."""
+    """Return whether `round_inputs_of` has changed a model."""
     return any(isinstance(module, BlockLinear) and module.packed.int8_inputs for module in model.modules())
 
 

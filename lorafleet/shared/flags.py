@@ -161,7 +161,7 @@ def _add_flag(group: argparse._ActionsContainer, name: str) -> None:
     if "default" in text or (field.default == 0 and text.find("0:") >= 0):
         default = ""
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + default}
-    if field.annotation is bool:
+    if field.annotation in (bool, bool | None):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
     else:
         group.add_argument(flag, metavar=_metavar(name, field.annotation), **common)

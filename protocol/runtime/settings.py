@@ -254,8 +254,10 @@ class Settings(CommonSettings):
         default="none",
         description="CPU only: serve the base's linear layers in 8 or 4 bits, quantised once and cached",
     )
-    quantize_activations: bool = Field(
-        default=False, description="CPU only: also round the inputs of quantised layers to int8; faster, less exact"
+    quantize_activations: bool | None = Field(
+        default=None,
+        description="CPU only: also round the inputs of quantised layers to int8; default: where that is faster, on"
+        " processors without bfloat16 products",
     )
     kept_models: int = Field(
         default=4,

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from gpu_worker.build import load_engine
 from gpu_worker.drafting.draft_head import DraftHead
 from gpu_worker.drafting.load import LoadedHead, load_draft_model
-from gpu_worker.drafting.payoff import Payoff
+from gpu_worker.drafting.payoff import Acceptance, Payoff
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
@@ -298,8 +298,19 @@ def test_beside_many_others_nothing_is_kept(deep: Oracle, tmp_path: Path) -> Non
     assert {end.error for end in asked.finish.values()} == {None}
 
 
-def test_where_drafts_would_not_pay_no_hidden_states_are_gathered(deep: Oracle, tmp_path: Path) -> None:
+class AlwaysRight(Acceptance):
+    """The share of right draft tokens of texts that this test does not run."""
+
+    def learn(self, num_drafted: int, num_right: int) -> None:
+        """Keep the share."""
+
+
+@pytest.mark.parametrize("others", [Acceptance(), AlwaysRight(1.0)], ids=["alone", "others are right"])
+def test_where_drafts_would_not_pay_no_hidden_states_are_gathered(
+    others: Acceptance, deep: Oracle, tmp_path: Path
+) -> None:
     engine = engine_of(deep, saved(tmp_path, random_tensors()), payoff=ByShares())
+    head_of(engine)._typical = others
     head, [text], num = head_of(engine).head, prompts(1, TINY_VOCAB, (24,)), 0
     project = head.project
 

@@ -12,7 +12,7 @@ from oracle.peft_oracle import Oracle, ask, greedy_request, oracle_settings, pro
 from oracle.test_quantization import KEPT, LORAS, NUM_TOKENS, base, dequantised
 from transformers import LlamaForCausalLM
 
-from gpu_worker.build import build_engine, load_engine, refuse_unless_on_cpu
+from gpu_worker.build import ROUNDING_SETS, build_engine, load_engine, refuse_unless_on_cpu
 from gpu_worker.engine.engine import Engine
 from gpu_worker.loading.checkpoint import read_config, read_model
 from gpu_worker.model.kept_answers import answers_of
@@ -125,3 +125,35 @@ def test_what_it_is_not_served_for_is_refused_by_name(tmp_path: Path) -> None:
     refuse_unless_on_cpu(settings, CPU)
     with pytest.raises(BadRequest, match=r"quantize_activations is on.* a CPU only; the device is cuda"):
         refuse_unless_on_cpu(settings, torch.device("cuda"))
+
+
+def test_unless_set_inputs_are_rounded_where_that_is_faster(tmp_path: Path) -> None:
+    """The default follows the instruction set; a setting, and `deterministic`, go before it."""
+    exact, rounded = tmp_path / "exact", tmp_path / "quantised"
+    base(exact)
+    base(rounded)
+    lowest = cpu.isas()[-1]
+
+    def is_rounded(folder: Path, **given: Any) -> tuple[bool, str]:
+        quantization = "int4" if folder == rounded else "none"
+        settings = Settings(model=str(folder), device="cpu", quantization=quantization, **given)
+        before = cpu.isa()
+        try:
+            thread, served = load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
+        finally:
+            cpu.set_isa(before)
+        assert isinstance(thread.engine, Engine)
+        return thread.engine.model.rounds_inputs, served.dtype_reason
+
+    assert lowest in ROUNDING_SETS, "another processor's lowest set needs a measurement"
+    found, reason = is_rounded(rounded, kernels=lowest)
+    assert found
+    assert reason.endswith("; quantised layers multiply inputs in int8")
+    assert not is_rounded(exact, kernels=lowest)[0], "no layer is quantised"
+    assert not is_rounded(rounded, kernels=lowest, quantize_activations=False)[0]
+    assert not is_rounded(rounded, kernels=lowest, deterministic=True)[0]
+    assert is_rounded(rounded, kernels=lowest, deterministic=True, quantize_activations=True)[0]
+    if "bf16" in cpu.isa():
+        found, reason = is_rounded(rounded)
+        assert not found
+        assert "int8" not in reason

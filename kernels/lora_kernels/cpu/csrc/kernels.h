@@ -62,7 +62,8 @@ struct QuantArgs {
   const uint16_t* x_chunks;  // x as in LinearArgs, for bf16 products
   const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is set
   // x as int8 codes, laid out as x_chunks, every eight in the order 0, 4, 1, 5, 2, 6, 3, 7; or null. A row of x is the
-  // sum of `digits` rows of codes, each times its scales: one rounded row, or several exact ones.
+  // sum of `digits` rows of codes, each times its scales: one rounded row, or three exact ones. If `digits` is 2, the
+  // space of two rows has one of 16-bit integers, in order, and the scales and sums of the second are unused.
   const int8_t* x_codes;
   const float* x_scales;    // of x_codes' groups: [rows * digits, in_features / 32]
   // Sums of x_codes' halves of groups, of digits with those before: [rows * digits, in_features / 16].
@@ -324,7 +325,7 @@ struct Kernels {
   void (*linear_lora)(const LinearArgs&, const LinearLora&);
   bool (*quant_uses_integers)(Dtype);
   void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
-  int64_t (*quant_digits)(const QuantArgs&);  // rows of codes to write x as; 0: use x's numbers
+  int64_t (*quant_digits)(const QuantArgs&);  // see QuantArgs; 0: use x's numbers
   void (*quant_encode)(const QuantArgs&, int8_t* x_codes, float* x_scales, int32_t* x_halves);
   void (*quant_linear)(const QuantArgs&);
   void (*lora_add)(const LoraArgs&);

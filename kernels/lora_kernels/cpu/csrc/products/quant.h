@@ -2,13 +2,18 @@
 //
 // With bf16 products, codes become integers in registers, and each group's sum is scaled in fp32: a table look-up
 // between packed codes and products takes less time than storing and loading widened codes. Otherwise codes become fp32
-// weights, a chunk of inputs at a time in the thread's scratch memory, and all rows use them. Either way no weight is
-// rounded to bf16.
+// weights, a chunk of inputs at a time in the thread's scratch memory, and all rows use them. Weights are rounded to
+// bf16 only for many rows in tile registers (quant_rounded.h).
 //
 // If inputs are int8 codes, or few rows are written as sums of int8 codes, the products are in quant_int8.h.
 #pragma once
 
-constexpr int64_t kQuantRows = 128;  // that share a chunk of codes
+// Maximum rows that share a chunk of codes.
+#ifdef __AMX_BF16__
+constexpr int64_t kQuantRows = 256;
+#else
+constexpr int64_t kQuantRows = 128;
+#endif
 constexpr int kIntegerRows = 7;      // per tile: 14 sums and 14 totals, codes, their table, inputs
 
 // sums[i] += x[i] . weights in fp32.
@@ -121,6 +126,8 @@ inline void integer_tile(const PackedChunk<F>& chunk, const IntegerTile& t, int6
 
 #ifdef __AMX_BF16__
 #include "quant_tiles.h"
+
+#include "quant_rounded.h"
 #endif
 
 // sums [rows, kPanel] += rows [row, row + rows) times one panel, by integer products. memory: kChunk * kPanel floats.
@@ -129,6 +136,7 @@ void integer_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int
                    [[maybe_unused]] float* memory) {
   constexpr QuantForm form = kQuantForms[F];
 #ifdef __AMX_BF16__
+  if (rounds_weights(args)) return rounded_panel<F>(args, panel, row, rows, sums, memory);
   if (quant_in_tiles(args, form)) return integer_panel_in_tiles<F>(args, panel, row, rows, sums, memory);
 #endif
 #ifdef __AMX_BF16__
@@ -215,8 +223,9 @@ void quant_linear(const QuantArgs& args) {
   if (args.rows == 0) return;
   int64_t panels = 0;
   for (int64_t p = 0; p < args.num_parts; ++p) panels += ceil_div(args.parts[p].out_features, kPanel);
-  run(ceil_div(args.rows, kQuantRows) * panels, [&](int64_t task) {
-    const int64_t row = task / panels * kQuantRows;
+  const int64_t blocks = ceil_div(args.rows, kQuantRows);
+  run(blocks * panels, [&](int64_t task) {
+    const int64_t block = task / panels, row = args.rows * block / blocks;
     int64_t panel = task % panels, first_col = 0;
     const QuantPart* part = args.parts;
     for (; panel >= ceil_div(part->out_features, kPanel); ++part) {
@@ -224,7 +233,7 @@ void quant_linear(const QuantArgs& args) {
       first_col += part->out_features;
     }
     const uint8_t* from = part->panels + panel * panel_bytes(kQuantForms[part->form], args.in_features);
-    quant_panel(args, *part, from, row, min(kQuantRows, args.rows - row), first_col + panel * kPanel,
+    quant_panel(args, *part, from, row, args.rows * (block + 1) / blocks - row, first_col + panel * kPanel,
                 min(kPanel, part->out_features - panel * kPanel));
   });
 }

@@ -140,6 +140,18 @@ struct PackedQuad {
       return _mm512_permutex2var_epi16(table, index, _mm512_load_si512(kTable.bits + 32));
     }
   }
+
+  // The same in fp32, inputs 2 I apart from inputs 2 I + 1.
+  template <int I, bool Odd>
+  void codes(Vec& even, Vec& odd) const {
+    if constexpr (form.bits == 8) {
+      const uint8_t* from = bytes + I * 2 * kPanel;
+      even = widen_i8(from), odd = widen_i8(from + kPanel);
+    } else {
+      const Pairs both = pair<I, Odd>();
+      even = even_half(both), odd = odd_half(both);
+    }
+  }
 };
 
 // A chunk of a panel whose codes are read in place. Its parts are the groups of inputs that share a scale.

@@ -1,5 +1,5 @@
-// Products of quantized weights with int8 codes: for inputs that are rounded to codes, or for few rows whose inputs are
-// exact sums of three codes. Included inside the instruction set's namespace.
+// Products of quantized weights with integer codes: for inputs that are rounded to int8, for few rows whose inputs are
+// exact sums of three int8 codes, or for more rows with inputs of 16 bits. Included inside the instruction set's namespace.
 //
 // Codes are read in place and become bytes in registers, with four inputs of a column adjacent, as integer products
 // need them: nothing is stored in between, even for few rows. A group's integer sum is exact, and groups are added in
@@ -60,6 +60,15 @@ struct Int8Rows {
   float* sums;  // [rows, kPanel]
 };
 
+// Adds the pairs of small sums, if sums of such codes are small at first.
+template <int Bits, int Rows>
+__attribute__((always_inline)) inline void add_small(Ints (&acc)[Rows][kInt8Vecs],
+                                                     const Ints (&small)[Rows][kInt8Vecs]) {
+  if constexpr (kSumsAreSmall<Bits>)
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < kInt8Vecs; ++v) acc[i][v] = add_ints(acc[i][v], sum_pairs(small[i][v]));
+}
+
 // sums[i] += the products of a chunk's groups, for kInt8Vecs vectors of columns starting at `col`. Group: number of
 // inputs that share a scale.
 template <int Bits, int Group, int Rows>
@@ -73,13 +82,14 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
     const uint8_t* codes = chunk.codes + g * chunk.group_bytes;
     prefetch_once<128>(codes + chunk.head_ahead);
     repeat<kParts>([&]<int P>() __attribute__((always_inline)) {
-      Ints acc[kChains][Rows][kInt8Vecs];
+      Ints acc[kChains][Rows][kInt8Vecs], small[Rows][kInt8Vecs];
       for (int i = 0; i < Rows; ++i) {
         const int32_t* halves = t.halves + (i * t.groups + g) * 2;
         const int sum = kParts == 2 ? halves[P] : halves[0] + halves[1];
         for (int v = 0; v < kInt8Vecs; ++v) {
           acc[0][i][v] = set1_int(-t.offset * sum);
           if constexpr (kChains == 2) acc[1][i][v] = set1_int(0);
+          small[i][v] = set1_int(0);
         }
       }
       repeat<Group / 8>([&]<int Q>() __attribute__((always_inline)) {
@@ -92,11 +102,12 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
           for (int r = 0; r < Rows; ++r) {
             int x;
             __builtin_memcpy(&x, t.x + r * kXChunk + g * 32 + kQuad * 8 + Half * 4, 4);
-            Ints* to = acc[Half % kChains][r];
+            Ints* to = kSumsAreSmall<Bits> ? small[r] : acc[Half % kChains][r];
             for (int v = 0; v < kInt8Vecs; ++v) to[v] = dot_codes<Bits>(to[v], quad[Half][v], x);
           }
         });
       });
+      add_small<Bits>(acc[0], small);
       for (int v = 0; v < kInt8Vecs; ++v) {
         const Vec scale = load(chunk.scales + (g * kParts + P) * kPanel + col + v * kLanes);
         for (int i = 0; i < Rows; ++i) {
@@ -165,11 +176,15 @@ void digit_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t 
       Ints acc[kIsApart ? kDigits : 1][Rows][kInt8Vecs];
       repeat<kDigits>([&]<int D>() __attribute__((always_inline)) {
         auto& to = acc[kIsApart ? D : 0];
+        Ints small[Rows][kInt8Vecs];
+        auto& sums = kSumsAreSmall<Bits> ? small : to;
 #pragma GCC unroll 8
         for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
-          for (int v = 0; v < kInt8Vecs; ++v)
+          for (int v = 0; v < kInt8Vecs; ++v) {
             to[i][v] = kIsApart || D <= kFirst ? set1_int(0) : times(to[i][v], kDigitBase);
+            small[i][v] = set1_int(0);
+          }
         const int8_t* x = t.x + D * kXChunk + g * 32 + P * Group;
         for (int four = 0; four < Group / 4; ++four, x += 4) {
 #pragma GCC unroll 8
@@ -178,9 +193,10 @@ void digit_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t 
             __builtin_memcpy(&all, x + i * kDigits * kXChunk, 4);
 #pragma GCC unroll 2
             for (int v = 0; v < kInt8Vecs; ++v)
-              to[i][v] = dot_codes<Bits>(to[i][v], own[four / 2][four % 2][v], all);
+              sums[i][v] = dot_codes<Bits>(sums[i][v], own[four / 2][four % 2][v], all);
           }
         }
+        add_small<Bits>(to, small);
         if constexpr (D < kFirst) add_scaled(to, D, D);
       });
       if constexpr (kIsApart)
@@ -260,8 +276,13 @@ void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64
   }
 }
 
+#include "quant_many.h"
+
 inline void int8_panel(const QuantArgs& args, int64_t form, const uint8_t* panel, int64_t row, int64_t rows,
                        float* sums, float* memory) {
+  if (args.digits == kWords) return kManyPanel<int16_t>[form](args, panel, row, rows, sums, memory);
+  if (args.digits == 1 && args.rows >= fewest_many_bytes(kQuantForms[form]))
+    return kManyPanel<int8_t>[form](args, panel, row, rows, sums, memory);
   switch (kQuantForms[form].bits) {
     case 4:
       return int8_tiles<4, 32>(args, form, panel, row, rows, sums, memory);
@@ -317,18 +338,19 @@ inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
 }
 
 // Maximum rows for writing inputs as digits. Up to here, integer products of three digits take less time than the
-// alternative: products in fp32, slow products of bf16 pairs, or codes widened for tile registers.
+// alternative, or are the more exact one: integers of 16 bits, products in fp32, slow products of bf16 pairs, or codes
+// widened for tile registers.
 inline int64_t most_digit_rows([[maybe_unused]] const QuantForm& form) {
 #if defined(__AMX_BF16__)
   return 2;
 #elif defined(__AVX512BF16__)
   return is_amd ? 0 : 4;
 #elif defined(__AVX512VNNI__)
-  return form.bits == 4 ? 16 : 8;
+  return 6;
 #elif defined(__AVX512F__)
   return form.bits == 8 ? 2 : 3;
 #elif defined(__AVXVNNI__)
-  return form.bits == 8 ? 2 : form.bits == 6 ? 6 : 8;
+  return form.bits == 8 ? 2 : 6;
 #elif defined(__AVX2__)
   return form.bits == 8 ? 1 : 4;
 #else
@@ -338,9 +360,21 @@ inline int64_t most_digit_rows([[maybe_unused]] const QuantForm& form) {
 
 int64_t quant_digits(const QuantArgs& args) {
   if (args.fixed_sums) return 0;
+  bool are_few = true;
   for (int64_t i = 0; i < args.num_parts; ++i)
-    if (args.rows > most_digit_rows(kQuantForms[args.parts[i].form])) return 0;
-  return kDigits;
+    are_few = are_few && args.rows <= most_digit_rows(kQuantForms[args.parts[i].form]);
+  if (are_few) return kDigits;
+  return kUsesWords && args.dtype != Dtype::kF32 && args.rows >= kFewestManyRows ? kWords : 0;
+}
+
+// The largest power of two up to a magnitude, but at least 2^-100, so that its inverse is finite.
+inline float power_of_two(float size) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &size, 4);
+  bits &= 0x7f800000;
+  float top;
+  __builtin_memcpy(&top, &bits, 4);
+  return top > 0x1p-100f ? top : 0x1p-100f;
 }
 
 // Writes each of 32 inputs as the sum of kDigits codes, the most significant first: x is the sum of scales[d] *
@@ -353,14 +387,7 @@ template <typename T>
 inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* halves, float* scales) {
   constexpr float kTie = kDigitBase % 2 ? 0.0f : 0x1p-10f;  // 128 is -128 and one of the next digit
   InputGroup rest, digit;
-  // The largest power of two up to the largest magnitude, but at least 2^-100, so that its inverse is finite.
-  const float size = rest.load_from(from);
-  uint32_t bits;
-  __builtin_memcpy(&bits, &size, 4);
-  bits &= 0x7f800000;
-  float top;
-  __builtin_memcpy(&top, &bits, 4);
-  if (!(top > 0x1p-100f)) top = 0x1p-100f;
+  const float top = power_of_two(rest.load_from(from));
   const Vec inverse = set1(0x1p21f / top), base = set1(kDigitBase), part = set1(1.0f / kDigitBase), tie = set1(kTie);
   float scale = top * 0x1p-21f;
   for (Vec& x : rest.x) x = round(mul(x, inverse));
@@ -377,6 +404,28 @@ inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* h
       halves[d * 2 * groups + half] += halves[(d - 1) * 2 * groups + half] * kDigitBase;
 }
 
+// Writes 32 inputs as integers of 16 bits and the sums of their halves; returns the scale, which is NaN if an input is NaN
+// or infinite. Numbers of eight bits down to 2^-7 of the largest, or of 2^-100, are exact; the error of others is at most
+// 2^-15 of it.
+template <typename T>
+inline float encode_words(const T* from, int16_t* words, int32_t* halves) {
+  InputGroup group;
+  const float top = power_of_two(group.load_from(from));
+  const Vec inverse = set1(0x1p14f / top);
+  for (Vec& x : group.x) x = round(mul(x, inverse));
+  Vec sums[2] = {zero(), zero()};
+  for (int v = 0; v < InputGroup::kVecs; ++v) {
+    Vec& half = sums[v * 2 / InputGroup::kVecs];
+    half = add(half, group.x[v]);
+    store_words(words + v * kLanes, group.x[v]);
+  }
+  float found[4];
+  store_sums(found, sums[0], sums[1], zero(), zero());
+  for (int half = 0; half < 2; ++half)
+    halves[half] = -0x1p20f < found[half] && found[half] < 0x1p20f ? static_cast<int32_t>(found[half]) : 0;
+  return top * 0x1p-14f + 0.0f * (found[0] + found[1]);
+}
+
 // Writes x as codes, in the layout of QuantArgs.
 void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32_t* x_halves) {
   const int64_t groups = args.in_features / 32;
@@ -387,6 +436,8 @@ void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32
       int8_t* const codes = x_codes + (k / kXChunk * args.rows + i) * args.digits * kXChunk + k % kXChunk;
       if (args.digits == kDigits)
         split_group(x + k, groups, codes, x_halves + at * 2, x_scales + at);
+      else if (args.digits == kWords)
+        x_scales[at] = encode_words(x + k, reinterpret_cast<int16_t*>(codes + k % kXChunk), x_halves + at * 2);
       else
         x_scales[at] = encode_group(x + k, codes, x_halves + at * 2);
     }

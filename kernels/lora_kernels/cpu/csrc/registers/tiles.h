@@ -12,11 +12,11 @@ void run(int64_t num_tasks, const F& task) {
   run_tasks(num_tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &task);
 }
 
-// Calls f.template operator()<N>() for the run-time n in [1, Max].
-template <int Max, typename F>
+// Calls f.template operator()<N>() for the run-time n in [Min, Max].
+template <int Max, int Min = 1, typename F>
 inline void with_size(int64_t n, const F& f) {
-  if constexpr (Max > 1) {
-    if (n < Max) return with_size<Max - 1>(n, f);
+  if constexpr (Max > Min) {
+    if (n < Max) return with_size<Max - 1, Min>(n, f);
   }
   f.template operator()<Max>();
 }

@@ -133,7 +133,35 @@ inline Ints set1_int(int x) { return _mm256_set1_epi32(x); }
 inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints times(Ints a, int b) { return reinterpret_cast<Ints>(reinterpret_cast<__v8si>(a) * b); }
 inline Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
-// acc[i] += the sum of codes[4 i + j] * (byte j of x). Codes of fewer than eight bits are not negative.
+// acc[i] += the sum of words[2 i + j] * (word j of x)
+inline Ints dot_words(Ints acc, Words words, int x) {
+  const __m256i own = reinterpret_cast<__m256i>(words), all = _mm256_set1_epi32(x);
+#ifdef __AVXVNNI__
+  return _mm256_dpwssd_avx_epi32(acc, own, all);
+#else
+  return add_ints(acc, _mm256_madd_epi16(own, all));
+#endif
+}
+// Signed bytes of two rows of kPanel columns, side by side.
+inline Words pair_bytes(const uint8_t* rows) {
+  const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows));
+  const __m128i second = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows + kPanel));
+  return reinterpret_cast<Words>(_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, second)));
+}
+// Writes integers of at most 16 bits.
+inline void store_words(int16_t* p, Vec integers) {
+  const __m256i words = _mm256_cvtps_epi32(integers);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+// Whether sums of products of such codes have 16 bits at first, which saves one of three instructions: 32 products of at
+// most 15 times 128, half of them in each sum, do not overflow.
+template <int Bits>
+constexpr bool kSumsAreSmall = Bits == 4 && !kUnsignedBytes;
+// Adds the pairs of small sums.
+inline Ints sum_pairs(Ints sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+// acc[i] += the sum of codes[4 i + j] * (byte j of x); of small sums, one pair to each. Codes of fewer than eight bits
+// are not negative.
 template <int Bits>
 inline Ints dot_codes(Ints acc, Words codes, int x) {
   const __m256i own = reinterpret_cast<__m256i>(codes), all = _mm256_set1_epi32(x);
@@ -143,6 +171,6 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
   // The sum of two products of 128 and 127 fits into 16 bits.
   const __m256i products = Bits < 8 ? _mm256_maddubs_epi16(own, all)
                                     : _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(all, own));
-  return add_ints(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+  return kSumsAreSmall<Bits> ? _mm256_add_epi16(acc, products) : add_ints(acc, sum_pairs(products));
 #endif
 }

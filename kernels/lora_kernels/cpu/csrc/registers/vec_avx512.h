@@ -183,7 +183,34 @@ inline void load_fours(const uint8_t* rows, Words (&out)[2]) {
   out[1] = reinterpret_cast<Words>(
       _mm512_permutex2var_epi16(low, _mm512_add_epi16(places, _mm512_set1_epi16(8)), high));
 }
-// acc[i] += the sum of codes[4 i + j] * (byte j of x). Codes of fewer than eight bits are not negative.
+// acc[i] += the sum of words[2 i + j] * (word j of x)
+inline Ints dot_words(Ints acc, Words words, int x) {
+  const __m512i own = reinterpret_cast<__m512i>(words), all = _mm512_set1_epi32(x);
+#ifdef __AVX512VNNI__
+  return _mm512_dpwssd_epi32(acc, own, all);
+#else
+  return add_ints(acc, _mm512_madd_epi16(own, all));
+#endif
+}
+// Signed bytes of two rows of kPanel columns, side by side.
+inline Words pair_bytes(const uint8_t* rows) {
+  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows));
+  const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + kPanel));
+  const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+  return reinterpret_cast<Words>(_mm512_cvtepi8_epi16(both));
+}
+// Writes integers of at most 16 bits.
+inline void store_words(int16_t* p, Vec integers) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(integers)));
+}
+// Whether sums of products of such codes have 16 bits at first, which saves one of three instructions: 32 products of at
+// most 15 times 128, half of them in each sum, do not overflow.
+template <int Bits>
+constexpr bool kSumsAreSmall = Bits == 4 && !kUnsignedBytes;
+// Adds the pairs of small sums.
+inline Ints sum_pairs(Ints sums) { return _mm512_madd_epi16(sums, _mm512_set1_epi16(1)); }
+// acc[i] += the sum of codes[4 i + j] * (byte j of x); of small sums, one pair to each. Codes of fewer than eight bits
+// are not negative.
 template <int Bits>
 inline Ints dot_codes(Ints acc, Words codes, int x) {
   const __m512i own = reinterpret_cast<__m512i>(codes), all = _mm512_set1_epi32(x);
@@ -195,7 +222,7 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
       Bits < 8 ? _mm512_maddubs_epi16(own, all)
                : _mm512_maddubs_epi16(_mm512_abs_epi8(own), _mm512_mask_sub_epi8(all, _mm512_movepi8_mask(own),
                                                                                  _mm512_setzero_si512(), all));
-  return add_ints(acc, _mm512_madd_epi16(products, _mm512_set1_epi16(1)));
+  return kSumsAreSmall<Bits> ? _mm512_add_epi16(acc, products) : add_ints(acc, sum_pairs(products));
 #endif
 }
 // Writes 32 integers as int8 codes, every eight in the order 0, 4, 1, 5, 2, 6, 3, 7.

@@ -169,6 +169,31 @@ inline int32x4_t dot_signed(int32x4_t acc, int8x16_t codes, int8x16_t x) {
   const int16x8_t first = vmull_s8(vget_low_s8(codes), vget_low_s8(x)), second = vmull_high_s8(codes, x);
   return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second)));
 }
+// acc[i] += the sum of words[2 i + j] * (word j of x)
+inline Ints dot_words(Ints acc, Words words, int x) {
+  const int16x8_t all = vreinterpretq_s16_s32(vdupq_n_s32(x));
+  const auto lo = reinterpret_cast<int16x8_t>(__builtin_shufflevector(words, words, 0, 1, 2, 3, 4, 5, 6, 7));
+  const auto hi = reinterpret_cast<int16x8_t>(__builtin_shufflevector(words, words, 8, 9, 10, 11, 12, 13, 14, 15));
+  const auto add = [&](int32x4_t to, int16x8_t own) {
+    return vaddq_s32(to, vpaddq_s32(vmull_s16(vget_low_s16(own), vget_low_s16(all)), vmull_high_s16(own, all)));
+  };
+  return {add(acc.lo, lo), add(acc.hi, hi)};
+}
+// Signed bytes of two rows of kPanel columns, side by side.
+inline Words pair_bytes(const uint8_t* rows) {
+  const int8x8_t first = vreinterpret_s8_u8(vld1_u8(rows)), second = vreinterpret_s8_u8(vld1_u8(rows + kPanel));
+  const int16x8_t low = vmovl_s8(vzip1_s8(first, second)), high = vmovl_s8(vzip2_s8(first, second));
+  Words words;
+  __builtin_memcpy(&words, &low, 16);
+  __builtin_memcpy(reinterpret_cast<char*>(&words) + 16, &high, 16);
+  return words;
+}
+// Writes integers of at most 16 bits.
+inline void store_words(int16_t* p, Vec integers) {
+  vst1q_s16(p, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(integers.lo)), vqmovn_s32(vcvtnq_s32_f32(integers.hi))));
+}
+template <int>
+constexpr bool kSumsAreSmall = false;  // see vec_avx2.h
 // acc[i] += the sum of codes[4 i + j] * (byte j of x)
 template <int Bits>
 inline Ints dot_codes(Ints acc, Words codes, int x) {
