@@ -115,6 +115,8 @@ def main() -> None:
     if args.cached:
         if (args.rows, args.layers, args.out) != (ROWS, NUM_LAYERS, report.RESULTS):
             parser.error("--cached takes no other argument than --sets, with one set")
+        if args.sets and args.sets not in cpu.isas():
+            parser.error(f"--cached takes one set of {', '.join(cpu.isas())}; not {args.sets!r}")
         cpu.set_isa(args.sets or cpu.isa())
         with torch.inference_mode():
             cached()

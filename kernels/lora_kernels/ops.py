@@ -144,8 +144,8 @@ def linear(
     """x @ weight.T + bias: [T, N].
 
     x: [T, K]. packed: the weight [N, K], from `pack_linear` or `pack_quantised` of the same implementation. bias: [N].
-    Quantized weights are multiplied with their exact dequantized values; if they have `int8_inputs`, x is first rounded
-    like `quantised.round_inputs`.
+    Quantized weights are multiplied with their exact dequantized values, or for many rows with these in bf16; if they
+    have `int8_inputs`, x is first rounded like `quantised.round_inputs`.
     """
     return _choose(x, impl).linear(x, packed, bias)
 

@@ -257,7 +257,7 @@ class Settings(CommonSettings):
     quantize_activations: bool | None = Field(
         default=None,
         description="CPU only: also round the inputs of quantised layers to int8; default: where that is faster, on"
-        " processors without bfloat16 products",
+        " most processors without bfloat16 products",
     )
     kept_models: int = Field(
         default=4,

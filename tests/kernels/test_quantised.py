@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product as product_of
 from typing import Literal
 
 import gguf
@@ -227,8 +228,8 @@ def assert_exact(
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_so(bad: float, int8_inputs: bool, impl: Impl) -> None:
     weight = random_weight("q4_k", 40, 256)
-    for rows in (2, 9):
-        x = randn(rows, 256)
+    for rows, dtype in product_of((2, 9, 70), (torch.float32, BF16)):
+        x = randn(rows, 256, dtype=dtype)
         x[1, 77] = bad
         found = product(x, [weight], impl, int8_inputs=int8_inputs)
         assert found.isfinite().all(dim=1).tolist() == [row != 1 for row in range(rows)]

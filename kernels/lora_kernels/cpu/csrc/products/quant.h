@@ -5,7 +5,7 @@
 // weights, a chunk of inputs at a time in the thread's scratch memory, and all rows use them. Weights are rounded to
 // bf16 only for many rows in tile registers (quant_rounded.h).
 //
-// If inputs are int8 codes, or few rows are written as sums of int8 codes, the products are in quant_int8.h.
+// If inputs are written as integers of 8 or 16 bits, or few rows as sums of int8 codes, products are in quant_int8.h.
 #pragma once
 
 // Maximum rows that share a chunk of codes.
