@@ -1,7 +1,7 @@
 """The delay that loading cold adapters causes in the streams of warm ones.
 
     python -m benchmarks.fleet.cold_loads [--model FOLDER] [--short] [--sources near,slow] [--rounds N]
-        [--pool-adapters N]
+        [--pool-adapters N] [--kernels avx512_vnni]
 
 Eight streams of eight resident adapters are measured alternately: alone; during short requests for resident adapters;
 and during the same number of requests for adapters that must be loaded first, each requested once. The difference of
@@ -119,7 +119,7 @@ def run_source(slow: bool, args: Any, model: Path, adapters: Path, cold: Iterato
     rounds, output_tokens = (3 if args.short else args.rounds), 300
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
-        flags, environment = [], {}
+        flags, environment = [f"--kernels={args.kernels}"], {}
         if args.pool_adapters:
             flags.append(f"--adapter-pool-bytes={pool_bytes(model, args.pool_adapters, 2)}")
         if slow:
@@ -155,6 +155,7 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--sources", default="near,slow", help="near, slow, or both (%(default)s)")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each case (%(default)s)")
+    parser.add_argument("--kernels", default="auto", help="instruction set of the workers (%(default)s)")
     parser.add_argument(
         "--pool-adapters", type=int, default=0,
         help="adapters that fit the pool, which is then full; 0: the default pool, whose memory is untouched at first",
