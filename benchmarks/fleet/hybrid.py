@@ -72,8 +72,7 @@ def make_lab(shape: str, root: Path, num_adapters: int, peers: Path | None, syst
     adapters = [root / "adapters/peft" / f"adapter-{index}" for index in range(num_adapters)]
     for index, adapter in enumerate(adapters):
         if not adapter.exists():
-            targets = ("_proj",) if shape == "mixture" else ("",)  # not the router
-            make_adapter(model, adapter, RANK, seed=index, targets=targets)
+            make_adapter(model, adapter, RANK, seed=index)
     if peers is not None:
         for name in ("vllm", "llama", "llama.cpp"):
             if not (root / name).exists():

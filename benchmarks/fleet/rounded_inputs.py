@@ -118,9 +118,9 @@ def main() -> None:
         write_tasks(scratch / "tasks", documents(args.items))
         for kind in args.kinds.split(","):
             found: list[dict[str, list[float]]] = []
-            for more in ([], ["--quantize-activations"]):
-                command = [*up(model, scratch), "--quantization", kind, *more]
-                log, out = scratch / f"{kind}{len(more)}.log", scratch / f"{kind}{len(more)}"
+            for inputs, flag in (("exact", "--no-quantize-activations"), ("int8", "--quantize-activations")):
+                command = [*up(model, scratch), "--quantization", kind, flag]
+                log, out = scratch / f"{kind}-{inputs}.log", scratch / f"{kind}-{inputs}"
                 with running(Server("Lorafleet", command, {}), log) as url:
                     found.append(accuracies(url, model, scratch / "tasks", out))
             rows += [compared(kind, name, found[0][name], found[1][name]) for name in TASKS]
