@@ -48,7 +48,7 @@ class AdaptableModules:
         if name in self.embeddings:
             return self.embeddings[name].numbers()
         found = self.norms.get(name) or self.modules[name]
-        return found.module.get_parameter(parameter).detach()
+        return found.parameter(parameter)
 
     def shapes(self, sites: list[SiteInfo]) -> list[SiteShape]:
         """Return what the fleet needs to know about each adaptable module to read adapters. sites: linear layers."""
@@ -82,11 +82,13 @@ def find_adaptable_modules(
     shared: list[SharedInput],
     context: StepContext,
     impl: ops.Impl | None = None,
+    *,
+    packs_experts: bool = True,
 ) -> AdaptableModules:
     """Find the adaptable modules of a model whose linear layers are `sites`.
 
     per_token: modules that the trial saw called once, token by token. shared: in the order of their sites. impl: for
-    the operation that adds LoRA on experts.
+    the operations on experts. packs_experts: see `find_grouped_experts`.
     """
     found = AdaptableModules(context)
     owners = [(inputs, i) for inputs in shared for i in range(inputs.num_siblings)]
@@ -101,7 +103,7 @@ def find_adaptable_modules(
             found.norms[name] = AdaptableModule(name, module, per_token[name])
         elif _adaptable_parameters(module):
             found.modules[name] = AdaptableModule(name, module, per_token[name])
-    found.experts = find_grouped_experts(found.modules, impl)
+    found.experts = find_grouped_experts(found.modules, impl, packs=packs_experts)
     return found
 
 
@@ -177,8 +179,9 @@ def _watch_parameters(
     base = original_forward(adaptable.module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if experts is not None and context.has_expert_rows:
-            out = experts.forward(*experts.arguments(args, kwargs), batch=context.lora)
+        if experts is not None and (experts.is_packed or context.has_expert_rows):
+            batch = context.lora if context.has_expert_rows else None
+            out = experts.forward(*experts.arguments(args, kwargs), batch=batch)
         else:
             out = base(*args, **kwargs)
         return adaptable.apply_parameters(context.extras, out, args, kwargs) if context.extras else out

@@ -284,8 +284,17 @@ class AdaptableModule:
         self.name = name
         self.module = module
         self.layout = layout
+        self.packed: dict[str, Callable[[Tensor | None], Tensor]] = {}
+        """Reads packed parameters, see `parameter`: the module itself has only their shapes."""
         self.few_experts: bool | None = None
         """Whether it can run with a subset of its experts; None until its first adapter tries."""
+
+    def parameter(self, name: str, at: Tensor | None = None) -> Tensor:
+        """Return a parameter, or its entries `at` of the first dimension, int64; a copy if the parameter is packed."""
+        if name in self.packed:
+            return self.packed[name](at)
+        parameter = self.module.get_parameter(name).detach()
+        return parameter if at is None else parameter[at]
 
     def apply_norms(self, groups: list[ExtraRows], out: Tensor, x: Tensor, *gates: Tensor) -> Tensor:
         """Overwrite the rows of `out` whose adapters replace the norm's parameters.
@@ -326,14 +335,17 @@ class AdaptableModule:
         out: its result for all rows, without LoRA. args, kwargs: its arguments, limited to the group's rows.
         """
         if self.few_experts is not False and all(lora.lhs.ndim == 3 for lora in loras):
-            call = ExpertsCall.of(self.module, args, kwargs)
+            call = ExpertsCall.of(self, args, kwargs)
             if call is not None and self.few_experts is None:
                 self.few_experts = self._agrees(call, group, out)
                 which = "with the experts that its rows go to" if self.few_experts else "whole"
                 logger.warning("LoRA on %s cannot use the pool: it runs once per adapter, %s", self.name, which)
             if call is not None and self.few_experts:
                 return call.run(loras, group.scale)
-        own = {lora.parameter: adapted(self.module.get_parameter(lora.parameter), lora, group.scale) for lora in loras}
+        own = {name: self.parameter(name) for name in self.packed}
+        for lora in loras:
+            weight = own[lora.parameter] if lora.parameter in own else self.parameter(lora.parameter)
+            own[lora.parameter] = adapted(weight, lora, group.scale)
         return run_with(self.module, own, *args, **kwargs)
 
     def _agrees(self, call: ExpertsCall, group: ExtraRows, out: Any) -> bool:
@@ -353,18 +365,17 @@ class ExpertsCall:
     """
 
     def __init__(
-        self, module: nn.Module, hit: Tensor, num_experts: int, args: list[Any], kwargs: dict[str, Any]
+        self, owner: AdaptableModule, hit: Tensor, num_experts: int, args: list[Any], kwargs: dict[str, Any]
     ) -> None:
         """hit: int64, ascending, the experts that rows use. args, kwargs: with these renumbered from 0."""
-        self._module, self._hit, self._num_experts = module, hit, num_experts
+        self._owner, self._hit, self._num_experts = owner, hit, num_experts
         self._args, self._kwargs = args, kwargs
 
     @classmethod
-    def of(cls, module: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> ExpertsCall | None:
+    def of(cls, owner: AdaptableModule, args: list[Any], kwargs: dict[str, Any]) -> ExpertsCall | None:
         """Return a call with only the experts it needs; None if these are unknown, or more than half."""
-        sizes = {
-            len(parameter) for parameter in module._parameters.values() if parameter is not None and parameter.ndim == 3
-        }
+        parameters = owner.module._parameters.values()
+        sizes = {len(parameter) for parameter in parameters if parameter is not None and parameter.ndim == 3}
         chosen = [
             value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_floating_point()
         ]
@@ -379,23 +390,24 @@ class ExpertsCall:
         def own(value: Any) -> Any:
             return renumbered if value is index else value
 
-        return cls(module, hit, num_experts, [own(value) for value in args], {k: own(v) for k, v in kwargs.items()})
+        return cls(owner, hit, num_experts, [own(value) for value in args], {k: own(v) for k, v in kwargs.items()})
 
     def run(self, loras: list[ParameterLora], scale: float) -> Any:
         """Return the module's result for the call with LoRA on parameters. scale: the request's."""
         parameters: dict[str, Tensor] = {}
-        for name, parameter in self._module._parameters.items():
+        module = self._owner.module
+        for name, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim >= 2 and len(parameter) == self._num_experts:
-                parameters[name] = parameter[self._hit]
+                parameters[name] = self._owner.parameter(name, self._hit)
         for lora in loras:
             own = ParameterLora(lora.parameter, lora.lhs[self._hit], lora.rhs[self._hit], lora.scale)
             parameters[lora.parameter] = adapted(parameters[lora.parameter], own, scale)
         numbers = {
             key: len(self._hit)
-            for key, value in vars(self._module).items()
+            for key, value in vars(module).items()
             if type(value) is int and value == self._num_experts and "expert" in key
         }
-        return run_with(self._module, parameters, *self._args, numbers=numbers, **self._kwargs)
+        return run_with(module, parameters, *self._args, numbers=numbers, **self._kwargs)
 
 
 def adapted(weight: Tensor, lora: ParameterLora, scale: float) -> Tensor:

@@ -85,6 +85,17 @@ class GatedMlp:
         return self.run(x.view(-1, x.shape[-1])).view(x.shape)
 
 
+class CalledMlp:
+    """A feed-forward part in Hugging Face's version, such as a mixture of experts with its router."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def run(self, rows: Tensor) -> Tensor:
+        """Return the output [T, width] for rows [T, width]."""
+        return self.module(rows[None])[0]
+
+
 class RotaryAttention:
     """out(attention(rotary(qkv(x)))), in some models with RMSNorm of each head's queries and keys before `rotary`."""
 
@@ -198,7 +209,9 @@ class DeltaMixer:
 class PreNormLayer:
     """x += attention(norm(x)); x += mlp(norm(x)). Changes its input in place."""
 
-    def __init__(self, attention: RotaryAttention | DeltaMixer, mlp: GatedMlp, first: Norm, second: Norm) -> None:
+    def __init__(
+        self, attention: RotaryAttention | DeltaMixer, mlp: GatedMlp | CalledMlp, first: Norm, second: Norm
+    ) -> None:
         self.attention = attention
         self.mlp = mlp
         self.first = first
@@ -217,18 +230,20 @@ class PreNormLayer:
 
     @property
     def linears(self) -> list[SharedInput]:
-        """The layer's linear layers, in execution order."""
-        return [self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down]
+        """The layer's linear layers, in execution order; of a called feed-forward part, none."""
+        attention, mlp = self.attention, self.mlp
+        return [attention.qkv, attention.out, *([mlp.gate_up, mlp.down] if isinstance(mlp, GatedMlp) else [])]
 
     @property
     def is_opaque(self) -> bool:
-        """Whether some linear layer can only be called, which rules out a single operation for the whole layer."""
-        return any(inputs.is_opaque for inputs in self.linears)
+        """Whether some part can only be called, which rules out a single operation for the whole layer."""
+        return isinstance(self.mlp, CalledMlp) or any(inputs.is_opaque for inputs in self.linears)
 
     @property
     def constants(self) -> ops.DecoderLayer:
         """The layer as input of `ops.decoder_stack`. The KV cache must be allocated, and no part opaque."""
         attention, mlp = self.attention, self.mlp
+        assert isinstance(mlp, GatedMlp)
         return ops.DecoderLayer(
             attention_norm=self.first.constants,
             mlp_norm=self.second.constants,
@@ -248,6 +263,7 @@ class LayerStack:
     def __init__(self, layers: list[PreNormLayer], impl: ops.Impl | None) -> None:
         self.layers = layers
         self.impl: ops.Impl | None = impl
+        self._is_opaque = any(layer.is_opaque for layer in layers)
         self.one_call = True  # False: one call per layer, so that a profile shows each
         self.ends: Callable[[], ops.ModelEnds] | None = None  # builds a whole-model call from the layers, if possible
         self.head: SharedInput | None = None  # the head of the whole-model call
@@ -275,6 +291,8 @@ class LayerStack:
 
     def native(self) -> ops.DecoderStack | None:
         """Return the native call for all layers, built if necessary; None if each layer has its own call."""
+        if self._is_opaque:
+            return None
         holds = (*(layer.attention.memory for layer in self.layers), self.table, self.ends)
         if len(self._built_for) != len(holds) or any(map(operator.is_not, holds, self._built_for)):
             ends = None if self.ends is None else self.ends()

@@ -3,20 +3,21 @@
 transformers computes such modules with shared code (`integrations/moe.py`): token-expert pairs sorted by expert, one
 product, the module's gate, a second product, the routing weights. `GroupedExperts` computes the same and adds LoRA to
 the result of each product. A module that differs, or fails a trial, is run again with changed weights instead
-(`gpu_worker.layers.apply_extras`).
+(`gpu_worker.layers.apply_extras`). On a CPU, weights are packed for native products where these exist.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpu_worker.layers.activations import find_activation
 from gpu_worker.layers.apply_extras import AdaptableModule, alike, original_forward
 from lora_kernels import ops
 from lora_kernels.experts import ExpertOrder, ExpertPages, expert_batch, order_by_expert
@@ -43,11 +44,34 @@ class ExpertSite:
     """One of the two products of a module of experts, as a site for LoRA."""
 
     name: str  # parameter name, "model.layers.0.mlp.experts.gate_up_proj"
-    weight: Tensor  # [E, N, K], or [E, K, N] if the module stores it transposed
+    weight: Tensor  # [E, N, K], or [E, K, N] if the module stores it transposed; once released, only their shape
     bias: Tensor | None  # [E, N]
     shape: ExpertShape
+    is_transposed: bool = False
+    packed: ops.PackedLinear | None = None  # of the weights [E * N, K]
     pages: ExpertPages | None = None  # set once the pool is allocated, like `first_pages`
     first_pages: Tensor | None = None  # int32 [num_slots]: first page of each adapter's rows for this layer; -1: none
+
+    def pack(self, impl: ops.Impl | None) -> None:
+        """Pack the weights, if there are native products for them."""
+        shape = self.shape
+        if not ops.is_native(self.weight):
+            return
+        weights = self.weight.transpose(-2, -1) if self.is_transposed else self.weight
+        packed = ops.pack_linear(weights.reshape(-1, shape.in_features), impl=impl)
+        if packed.layout == "vnni" and shape.out_features % packed.weight.shape[2] == 0:
+            self.packed = packed
+
+    def unpacked(self, at: Tensor | None = None) -> Tensor:
+        """Return a copy of the packed weights, as the module stores them: all, or of the experts `at`, int64."""
+        assert self.packed is not None
+        shape = self.shape
+        panels = self.packed.weight.unflatten(0, (shape.num_experts, -1))
+        panels = panels if at is None else panels[at]
+        num = len(panels) * shape.out_features
+        weights = ops.unpack_linear(replace(self.packed, weight=panels.flatten(0, 1), out_features=num))
+        weights = weights.view(len(panels), shape.out_features, shape.in_features)
+        return weights.transpose(-2, -1) if self.is_transposed else weights
 
 
 @dataclass(slots=True)
@@ -59,6 +83,7 @@ class GroupedExperts:
     num_experts: int
     impl: ops.Impl | None = None
     names: list[str] = field(default_factory=list[str])  # argument names: hidden states, expert ids, routing weights
+    gated: ops.GatedExperts | None = None  # the whole module as one operation
 
     @classmethod
     def of(cls, name: str, module: nn.Module, impl: ops.Impl | None) -> GroupedExperts | None:
@@ -78,10 +103,46 @@ class GroupedExperts:
             wide, narrow = (second, first) if owner.is_transposed else (first, second)
             shape = ExpertShape(num, narrow, wide, weight.dtype)
             bias = module._parameters.get(f"{parameter}_bias") if owner.has_bias else None
-            sites.append(ExpertSite(f"{name}.{parameter}", weight.detach(), bias, shape))
+            sites.append(ExpertSite(f"{name}.{parameter}", weight.detach(), bias, shape, owner.is_transposed))
         if len({site.shape.num_experts for site in sites}) > 1 or len(names) != 3:
             return None
         return cls(module, sites, sites[0].shape.num_experts, impl, names)
+
+    def pack(self) -> None:
+        """Pack the weights where that helps. The module still has its own."""
+        for site in self.sites:
+            site.pack(self.impl)
+        module, [up, down] = self.module, [site.packed for site in self.sites]
+        act = find_activation(module) if module.has_gate else None
+        if up is None or down is None or act is None or module.has_bias or module.has_post_expert_norm:
+            return
+        self.gated = ops.GatedExperts(self.num_experts, up, down, act)
+
+    def release(self, owner: AdaptableModule) -> None:
+        """Free the module's own weights that are packed, and replace its forward. owner: of the module."""
+        for site in self.sites:
+            if site.packed is not None:
+                parameter = site.name.rpartition(".")[2]
+                site.weight = site.weight.to("meta")
+                self.module._parameters[parameter] = nn.Parameter(site.weight, requires_grad=False)
+                owner.packed[parameter] = site.unpacked
+        if owner.packed:
+            self.module.forward = self._run
+
+    def _run(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden, expert_ids, weights = self.arguments(args, kwargs)
+        return self.forward(hidden, expert_ids, weights)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the module's own forward lacks its weights."""
+        return any(site.packed is not None for site in self.sites)
+
+    def ways(self) -> tuple[bool, bool]:
+        """Return whether the two products give the module's result, and whether the single operation does."""
+        gated, self.gated = self.gated, None
+        grouped, self.gated = self.agrees(), gated
+        return grouped, gated is not None and self.agrees()
 
     def agrees(self) -> bool:
         """Return whether a random call without LoRA gives the same result as the module's own forward."""
@@ -111,6 +172,8 @@ class GroupedExperts:
         slots, num_slots = None if batch is None else batch.token_slots, 0
         first_pages = self.sites[0].first_pages
         if slots is None or first_pages is None:
+            if self.gated is not None:
+                return ops.experts(hidden, expert_ids, weights, self.gated, impl=self.impl)
             batch, slots = None, torch.full((num_tokens,), -1, dtype=torch.int32, device=hidden.device)
         else:
             num_slots = len(first_pages)
@@ -126,8 +189,12 @@ class GroupedExperts:
 
     def _product(self, site: ExpertSite, x: Tensor, order: ExpertOrder, batch: LoraBatch | None) -> Tensor:
         """Return a product [S, N] for x [S, K], in the order of `order`."""
-        weight, x = site.weight, x.to(site.weight.dtype)
-        y = F.grouped_mm(x, weight if self.module.is_transposed else weight.transpose(-2, -1), offs=order.ends)
+        x = x.to(site.weight.dtype)
+        if site.packed is not None:
+            y = ops.grouped_linear(x, site.packed, order.ends, impl=self.impl)
+        else:
+            weight = site.weight if site.is_transposed else site.weight.transpose(-2, -1)
+            y = F.grouped_mm(x, weight, offs=order.ends)
         if site.bias is not None:
             y += site.bias.index_select(0, order.experts)
         if batch is not None and site.pages is not None and site.first_pages is not None:
@@ -137,18 +204,28 @@ class GroupedExperts:
         return y
 
 
-def find_grouped_experts(modules: Mapping[str, AdaptableModule], impl: ops.Impl | None) -> dict[str, GroupedExperts]:
-    """Return the modules of experts whose products support LoRA, by name. One of each class and shape is tried."""
+def find_grouped_experts(
+    modules: Mapping[str, AdaptableModule], impl: ops.Impl | None, *, packs: bool = True
+) -> dict[str, GroupedExperts]:
+    """Return the modules of experts whose products support LoRA, by name. One of each class and shape is tried.
+
+    packs: whether to pack their weights, which replaces the modules' forward.
+    """
     found: dict[str, GroupedExperts] = {}
-    tried: dict[tuple[Any, ...], bool] = {}
+    tried: dict[tuple[Any, ...], tuple[bool, bool]] = {}
     for name, adaptable in modules.items():
         layout = adaptable.layout
         experts = GroupedExperts.of(name, adaptable.module, impl)
         if experts is None or layout.args != (0, 0, 0) or layout.outs != (0,) or layout.num_dims != 2:
             continue
         kind = (type(adaptable.module), *(site.shape for site in experts.sites))
+        if packs and tried.get(kind, (True, True))[0]:
+            experts.pack()
         if kind not in tried:
-            tried[kind] = experts.agrees()
-        if tried[kind]:
+            tried[kind] = experts.ways()
+        grouped, gated = tried[kind]
+        if grouped:
+            experts.gated = experts.gated if gated else None
+            experts.release(adaptable)
             found[name] = experts
     return found

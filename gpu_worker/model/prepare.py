@@ -222,7 +222,9 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
     attention_names = {names[layer.call.module] for layer in layers} | trial.mixer_modules.keys()
     model.idle = _idle_linears(module, trial)
     model.sites, model.shared = install_sites(module, trial.linears, attention_names, context, impl)
-    model.adaptable = find_adaptable_modules(module, trial.per_token, model.sites, model.shared, context, impl)
+    model.adaptable = find_adaptable_modules(
+        module, trial.per_token, model.sites, model.shared, context, impl, packs_experts=not compiled
+    )
     install_tied(module, trial.linears, model.adaptable)
     if not compiled and model.passes is None:
         check = model.check

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpu_worker.layers.activations import find_activation
 from gpu_worker.layers.adaptable_modules import AdaptableModules, is_norm
 from gpu_worker.layers.attention import PagedLayer, StepContext
 from gpu_worker.layers.blocks import (
     Angles,
+    CalledMlp,
     DeltaMixer,
     GatedMlp,
     LayerStack,
@@ -35,12 +36,6 @@ from gpu_worker.layers.scan_mixer import ScanMixer
 from gpu_worker.model.agreement import agrees, close
 from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, ModuleCall, Trial
 from lora_kernels import ops
-
-_ACTIVATIONS: dict[ops.Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 Block = RotaryAttention | DeltaMixer | ScanMixer | GatedMlp | PreNormLayer
 
@@ -134,13 +129,16 @@ def _candidates(
         scan = _scan_mixer(module, called, shared, found.mixers)
         yield from (mixer for mixer in (delta, scan) if mixer is not None)
     elif layer is None and len(shared) == 2 and shared[0].num_siblings <= 2 and shared[1].num_siblings == 1:
-        act = _find_activation(module)
+        act = find_activation(module)
         if act is not None and sum(shared[0].sizes) == 2 * shared[1].in_features:
             yield GatedMlp(shared[0], shared[1], act, impl)
     elif len(own_norms) == 2:
         blocks = [found.blocks[child] for child in children if child in found.blocks]
         attentions = [block for block in blocks if isinstance(block, (RotaryAttention, DeltaMixer))]
         mlps = [block for block in blocks if isinstance(block, GatedMlp)]
+        others = [child for child in children if child not in found.norms and child not in found.blocks]
+        if not mlps and len(blocks) == len(others) == 1:
+            mlps = [CalledMlp(others[0])]
         if len(attentions) == 1 and len(mlps) == 1:
             yield PreNormLayer(attentions[0], mlps[0], *own_norms)
             yield PreNormLayer(attentions[0], mlps[0], *reversed(own_norms))
@@ -208,22 +206,6 @@ def find_norm(module: nn.Module, impl: ops.Impl | None) -> Norm | None:
     return None
 
 
-def _find_activation(module: nn.Module) -> ops.Activation | None:
-    """Return the activation function that a module has as a child or attribute, None if there is none."""
-    x = torch.linspace(-6, 6, 101)
-    held = [child for child in module.children() if next(child.parameters(), None) is None]
-    held += [value for value in vars(module).values() if callable(value)]
-    for value in held:
-        try:
-            y = value(x)
-        except Exception:  # noqa: BLE001  any callable attribute is tried, and may raise anything
-            continue
-        for name, function in _ACTIVATIONS.items():
-            if isinstance(y, Tensor) and torch.allclose(y, function(x), rtol=1e-5, atol=1e-6):
-                return name
-    return None
-
-
 # ---------------------------------------------------------------- stacks of layers
 
 
@@ -241,8 +223,6 @@ def _install_stacks(
         layers = [block for child in children if isinstance(block := found.blocks.get(child), PreNormLayer)]
         holder = name.rpartition(".")[0]
         if len(children) < 2 or len(layers) < len(children) or holder not in trial.modules:
-            continue
-        if any(layer.is_opaque for layer in layers):
             continue
         stack = LayerStack(layers, impl)
         stacked = _StackedHolder(model.get_submodule(holder), children, stack)

@@ -34,6 +34,7 @@ from lora_kernels.tables import (
     ChangedRows,
     DecoderLayer,
     GatedDelta,
+    GatedExperts,
     GatedScan,
     LayerChange,
     LoraSite,
@@ -148,6 +149,24 @@ def linear(
     have `int8_inputs`, x is first rounded like `quantised.round_inputs`.
     """
     return _choose(x, impl).linear(x, packed, bias)
+
+
+def grouped_linear(x: Tensor, packed: PackedLinear, ends: Tensor, impl: Impl | None = None) -> Tensor:
+    """out[i] = x[i] @ weights[e].T for ends[e - 1] <= i < ends[e]: [S, N].
+
+    x: [S, K]. packed: E weights [N, K], packed as one [E * N, K]; unless its layout is plain, N is a multiple of its
+    panel's columns. ends: int32 [E], ascending to S.
+    """
+    return _choose(x, impl).grouped_linear(x, packed, ends)
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, layer: GatedExperts, impl: Impl | None = None) -> Tensor:
+    """sum over j of weights[t, j] * down(act(gate(x[t])) * up(x[t])) of expert ids[t, j]: [T, D].
+
+    x: [T, D]. ids: int64 [T, k], each below the number of experts. weights: [T, k]. Results of each product are rounded
+    to x's dtype; the sum is in fp32 and rounded once.
+    """
+    return _choose(x, impl).experts(x, ids, weights, layer)
 
 
 def unpack_linear(packed: PackedLinear) -> Tensor:

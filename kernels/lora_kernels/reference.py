@@ -7,6 +7,7 @@ the device: there it is for checking, not for serving.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from lora_kernels.tables import (
     AdapterTable,
     DecoderLayer,
     GatedDelta,
+    GatedExperts,
     GatedScan,
     LoraSite,
     ModelEnds,
@@ -149,6 +151,26 @@ def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | Non
     if sums.are_fixed():
         return sums.linear_in_blocks(x, packed.weight, bias)
     return F.linear(x, packed.weight, bias)
+
+
+def grouped_linear(x: Tensor, packed: PackedLinear, ends: Tensor) -> Tensor:
+    """See `ops.grouped_linear`."""
+    num = packed.out_features // len(ends)
+    parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    products = [
+        linear(part, replace(packed, weight=own)) for part, own in zip(parts, packed.weight.split(num), strict=True)
+    ]
+    return torch.cat(products)
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, layer: GatedExperts) -> Tensor:
+    """See `ops.experts`."""
+    chosen, pairs = torch.sort(ids.view(-1), stable=True)
+    ends = torch.searchsorted(chosen, torch.arange(layer.num_experts, device=x.device), right=True, out_int32=True)
+    gate, up = grouped_linear(x[pairs // ids.shape[1]], layer.gate_up, ends).chunk(2, -1)
+    sorted_rows = grouped_linear(gated_act(gate, up, layer.act), layer.down, ends)
+    rows = torch.empty_like(sorted_rows).index_copy_(0, pairs, sorted_rows).view(*ids.shape, sorted_rows.shape[1])
+    return (weights.float()[..., None] * rows.float()).sum(1).to(x.dtype)
 
 
 def rms_norm(

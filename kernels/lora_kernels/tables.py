@@ -63,6 +63,16 @@ class QuantisedLinear:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedExperts:
+    """The weights of a mixture's experts, see `ops.experts`: D inputs and outputs, I columns between the products."""
+
+    num_experts: int
+    gate_up: PackedLinear  # [num_experts * 2 * I, D], each expert's gate, then its up
+    down: PackedLinear  # [num_experts * D, I]
+    act: Activation
+
+
+@dataclass(frozen=True, slots=True)
 class LayerChange:
     """One change, other than rank rows, that an adapter makes to a linear layer's inputs or outputs x [n, D].
 

@@ -1,4 +1,4 @@
-"""LoRA on experts as rows of `lora_add_`: pair by pair, on every available implementation."""
+"""Experts' products, and LoRA on them as rows of `lora_add_`: pair by pair, on every available implementation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.expert_cases import ExpertCase, expert_case
-from helpers.kernel_cases import assert_close
+from helpers.fixed_sums import fixed_sums
+from helpers.kernel_cases import assert_close, poisoned_memory, randn
+from torch import Tensor
 
+from lora_kernels import ops
 from lora_kernels.experts import order_by_expert
 from lora_kernels.ops import Impl
 from lora_kernels.segments import TILE_LARGE, TILE_SMALL
@@ -71,3 +74,78 @@ def test_an_order_names_every_pair_and_row_once(seed: int) -> None:
         assert (experts[places] == order.tile_experts[tile]).all()
         seen += places.tolist()
     assert seen == active
+
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 0, 2, 15), (33, 17, 0, 70), (0, 0, 0, 4), (300, 1, 520, 0), (0, 0, 0, 0)], ids=str
+)
+@pytest.mark.parametrize(("n", "k"), [(64, 96), (32, 1056), (96, 70)])
+def test_each_group_of_rows_has_its_own_weight(sizes: tuple[int, ...], n: int, k: int, impl: Impl) -> None:
+    """Groups without rows, groups that fill no tile, and groups that are split; widths with and without whole tiles."""
+    weights, x = randn(len(sizes), n, k, dtype=BF16) / k**0.5, randn(sum(sizes), k, dtype=BF16, seed=1)
+    ends = torch.tensor(sizes).cumsum(0).int()
+    with poisoned_memory():
+        got = ops.grouped_linear(x, ops.pack_linear(weights.view(-1, k), impl=impl), ends, impl=impl)
+    rows = zip(x.split(sizes), weights, strict=True)
+    assert_close(got, torch.cat([part.float() @ own.float().T for part, own in rows]), BF16)
+
+
+def gated(num_tokens: int, num: int, top_k: int, d: int, i: int) -> tuple[Tensor, ...]:
+    """Return a step's x, ids and weights, and the experts' weights: gate and up, and down."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    ids = torch.stack([torch.randperm(num, generator=generator)[:top_k] for _ in range(num_tokens)])
+    weights = torch.rand(num_tokens, top_k, generator=generator).to(BF16)
+    x = randn(num_tokens, d, dtype=BF16)
+    return x, ids, weights, randn(num, 2 * i, d, dtype=BF16) / d**0.5, randn(num, d, i, dtype=BF16) / i**0.5
+
+
+def run_gated(case: tuple[Tensor, ...], impl: Impl, act: ops.Activation = "silu") -> Tensor:
+    x, ids, weights, up, down = case
+    packed = [ops.pack_linear(part.reshape(-1, part.shape[2]), impl=impl) for part in (up, down)]
+    with poisoned_memory():
+        return ops.experts(x, ids, weights, ops.GatedExperts(len(up), packed[0], packed[1], act), impl=impl)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("num", "top_k", "d", "i"), [(6, 2, 64, 32), (4, 4, 96, 80), (1, 1, 32, 16), (40, 8, 352, 64)])
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 150, 700])
+def test_gated_experts(num_tokens: int, num: int, top_k: int, d: int, i: int, act: ops.Activation, impl: Impl) -> None:
+    x, ids, weights, up, down = case = gated(num_tokens, num, top_k, d, i)
+    function = torch.nn.functional.silu if act == "silu" else lambda g: torch.nn.functional.gelu(g, approximate="tanh")
+    expected = torch.zeros(num_tokens, d)
+    for expert in range(num):
+        tokens, places = (ids == expert).nonzero(as_tuple=True)
+        gates, ups = (x[tokens].float() @ up[expert].float().T).chunk(2, -1)
+        expected[tokens] += weights[tokens, places, None] * ((function(gates) * ups) @ down[expert].float().T)
+    assert_close(run_gated(case, impl, act), expected, BF16)
+
+
+def test_a_row_has_the_same_bits_beside_any_others(native: Impl) -> None:
+    with fixed_sums():
+        x, ids, weights, *parts = gated(150, 6, 2, 96, 64)
+        whole = run_gated((x, ids, weights, *parts), native)
+        for rows in (slice(0, 1), slice(7, 20), slice(60, 150)):
+            assert torch.equal(run_gated((x[rows], ids[rows], weights[rows], *parts), native), whole[rows])
+
+
+def test_a_step_without_tokens(impl: Impl) -> None:
+    x, ids, weights, *parts = gated(1, 6, 2, 96, 64)
+    assert run_gated((x[:0], ids[:0], weights[:0], *parts), impl).shape == (0, 96)
+
+
+@pytest.mark.parametrize("expert", [-1, 6])
+def test_an_expert_that_is_not_there_is_refused(expert: int, native: Impl) -> None:
+    x, ids, *others = gated(3, 6, 2, 96, 64)
+    ids[1, 1] = expert
+    with pytest.raises(RuntimeError, match=f"expert {expert} of 6 is not there"):
+        run_gated((x, ids, *others), native)
+
+
+@pytest.mark.parametrize("ends", [[3, 2, 5], [1, 2, 4], [1, 2, 6], [-1, 2, 5]], ids=str)
+def test_ends_that_do_not_cover_the_rows_are_refused(ends: list[int], native: Impl) -> None:
+    packed = ops.pack_linear(randn(96, 64, dtype=BF16), impl=native)
+    with pytest.raises(RuntimeError, match="ends must ascend to"):
+        ops.grouped_linear(randn(5, 64, dtype=BF16), packed, torch.tensor(ends).int(), impl=native)

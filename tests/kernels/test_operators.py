@@ -28,6 +28,11 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     torch.library.opcheck(lorafleet.pack_linear_.default, (packed, [weight]), test_utils=checks)
     lorafleet.pack_linear_(packed, [weight])
     torch.library.opcheck(lorafleet.linear.default, (x, packed, None, 48), test_utils=checks)
+    ends, ids = torch.tensor([2, 5], dtype=torch.int32), torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1]])
+    torch.library.opcheck(lorafleet.grouped_linear.default, (x, packed, ends), test_utils=checks)
+    up, down = torch.zeros(4, 32, 32, 2, dtype=BF16), torch.zeros(4, 16, 32, 2, dtype=BF16)
+    routed = (x, ids, torch.rand(5, 2), up, down, "silu", 2)
+    torch.library.opcheck(lorafleet.experts.default, routed, test_utils=checks)
     blocks = random_weight("q4_k", 48, 256).rows
     torch.library.opcheck(lorafleet.pack_quantised.default, (blocks, "q4_k", 256), test_utils=checks)
     panels, form = lorafleet.pack_quantised(blocks, "q4_k", 256)

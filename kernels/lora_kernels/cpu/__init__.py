@@ -26,6 +26,7 @@ from lora_kernels.tables import (
     ChangedRows,
     DecoderLayer,
     GatedDelta,
+    GatedExperts,
     GatedScan,
     LayerChange,
     LoraSite,
@@ -193,6 +194,23 @@ def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | Non
     if packed.layout == "plain":
         return sums.linear_in_blocks(x, packed.weight, bias) if sums.are_fixed() else F.linear(x, packed.weight, bias)
     return _ops.linear.default(x, packed.weight, bias, packed.out_features)
+
+
+def grouped_linear(x: Tensor, packed: PackedLinear, ends: Tensor) -> Tensor:
+    """See `ops.grouped_linear`."""
+    if packed.layout == "plain":
+        return reference.grouped_linear(x, packed, ends)
+    return _ops.grouped_linear.default(_rows(x), packed.weight, ends)
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, layer: GatedExperts) -> Tensor:
+    """See `ops.experts`."""
+    if layer.gate_up.layout == "plain" or layer.down.layout == "plain":
+        return reference.experts(x, ids, weights, layer)
+    packed = layer.gate_up.weight, layer.down.weight
+    return _ops.experts.default(
+        _rows(x), ids.long().contiguous(), _floats(weights), *packed, layer.act, layer.num_experts
+    )
 
 
 def rms_norm(
@@ -471,7 +489,11 @@ def _register_fakes() -> None:
     def _(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.bool)
 
-    for name in ("rms_norm", "gated_act", "selective_scan", "causal_conv", "gated_scan"):
+    @fake("lorafleet::grouped_linear")
+    def _(x: Tensor, packed: Tensor, ends: Tensor) -> Tensor:
+        return x.new_empty(len(x), packed.shape[0] // len(ends) * _PANEL)
+
+    for name in ("rms_norm", "gated_act", "experts", "selective_scan", "causal_conv", "gated_scan"):
         fake(f"lorafleet::{name}", lambda x, *_: x.new_empty(x.shape))
     for name in ("pack_linear_", "lora_add_", "kv_write_", "rotary_", "gate_heads_", "mask_logits_"):
         fake(f"lorafleet::{name}", lambda *_: None)

@@ -10,9 +10,11 @@ from lora_kernels.reference import (
     causal_conv,
     decoder_stack,
     delta_rule,
+    experts,
     gate_heads_,
     gated_delta,
     gated_scan,
+    grouped_linear,
     mask_logits_,
     pack_linear,
 )

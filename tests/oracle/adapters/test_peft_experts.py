@@ -177,7 +177,7 @@ def test_rows_read_the_experts_that_they_go_to_alone(
     }
     kind = Kind((model_type, fields), EXPERT_PARAMETERS)
     make_adapter(kind, tmp_path)
-    monkeypatch.setattr(adaptable_modules, "find_grouped_experts", lambda *_: {})
+    monkeypatch.setattr(adaptable_modules, "find_grouped_experts", lambda *_, **__: {})
     engine = make_engine(kind.base, {"tuned": tmp_path}, prefix_cache=False)
     prompt = asked_prompts(kind)[0]
     ids, logits = engine_logits(engine, [greedy_request("x", "tuned", prompt, 8)])["x"]

@@ -168,6 +168,9 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def("fix_sums(bool is_fixed) -> ()");
   m.def("pack_linear_(Tensor(a!) packed, Tensor[] weights) -> ()");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
+  m.def("grouped_linear(Tensor x, Tensor packed, Tensor ends) -> Tensor");
+  m.def(
+      "experts(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down, str act, int num_experts) -> Tensor");
   m.def("quantised_form(str kind, int in_features) -> (int, int)");
   m.def("pack_quantised(Tensor rows, str kind, int in_features) -> (Tensor, int)");
   m.def("quant_linear(Tensor x, Tensor[] panels, int[] forms, int[] sizes, Tensor? bias, "
@@ -243,6 +246,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("pack_linear_", &boxed<pack_linear_>);
   m.impl("linear", &boxed<linear>);
+  m.impl("grouped_linear", &boxed<grouped_linear>);
+  m.impl("experts", &boxed<experts>);
   m.impl("pack_quantised", &boxed<pack_quantised>);
   m.impl("quant_linear", &boxed<quant_linear>);
   m.impl("lora_add_", &boxed<lora_add_>);

@@ -1,5 +1,6 @@
 // These files as one translation unit: separately, each spends about half of its compile time on the common headers.
 #include "changes.cpp"
+#include "experts.cpp"
 #include "lora.cpp"
 #include "operations.cpp"
 #include "pack.cpp"

@@ -48,6 +48,22 @@ struct LinearArgs {
   int64_t rows, in_features, out_features;
 };
 
+// Rows of a product that have a weight of their own, such as an expert's.
+struct RowGroup {
+  int64_t first, rows;  // at most kGroupRows rows
+  int64_t panel;        // the weight's first panel among all groups'
+};
+constexpr int64_t kGroupRows = 256;
+
+// out[t] = sum of factors[t, j] * rows[places[t, j]], for k rows per token.
+struct WeightedRowsArgs {
+  Dtype dtype;
+  Matrix rows, out;      // [tokens * k, width], [tokens, width]
+  const int64_t* places;  // [tokens, k]
+  const float* factors;   // [tokens, k]
+  int64_t tokens, k, width;
+};
+
 struct QuantPart {
   const uint8_t* panels;  // [panels, panel_bytes], see quant_forms.h
   int64_t form;           // index into kQuantForms
@@ -323,6 +339,9 @@ struct ChangeArgs {
 struct Kernels {
   void (*linear)(const LinearArgs&);
   void (*linear_lora)(const LinearArgs&, const LinearLora&);
+  // The arguments' panels are those of all weights, each with out_features columns, a multiple of kPanel; no bias.
+  void (*linear_groups)(const LinearArgs&, const RowGroup*, int64_t num_groups);
+  void (*weighted_rows)(const WeightedRowsArgs&);
   bool (*quant_uses_integers)(Dtype);
   void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
   int64_t (*quant_digits)(const QuantArgs&);  // see QuantArgs; 0: use x's numbers

@@ -37,6 +37,15 @@ void gate_heads_(const Tensor& x, const Tensor& gate);
 void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words);
 std::tuple<Tensor, Tensor> argmax(const Tensor& x);
 
+// experts.cpp
+// x [S, K] times the weight of its group: rows up to ends[0], int32 [E], have the first, and so on. packed: weights
+// [N, K] one after the other, N a multiple of kPanel. Returns [S, N].
+Tensor grouped_linear(const Tensor& x, const Tensor& packed, const Tensor& ends);
+// The weighted sum of gated experts [T, D], for x [T, D] and the ids (int64) and weights (fp32) of its experts [T, k].
+// up: packed weights [2 * I, D] of `num` experts, gates first. down: [D, I].
+Tensor experts(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& up, const Tensor& down,
+               std::string_view act, int64_t num);
+
 // lora.cpp
 struct LoraSites {  // where the pool holds adapters' rows for sibling linear layers
   Tensors a_rows, b_rows, factors;
@@ -167,6 +176,11 @@ void check_same_dtype(const Tensor& t, const Tensor& like, const char* name);
 
 // Rows of a bf16 tensor in the layout of LinearArgs::x; a single row needs no copy.
 Tensor chunk_rows(const Tensor& x);
+
+// Allocates rows in that layout.
+Tensor empty_chunks(int64_t rows, int64_t width);
+
+void check_packed(const Tensor& weight);
 
 // A product's checked arguments, and the memory that only they refer to.
 struct LinearCall {

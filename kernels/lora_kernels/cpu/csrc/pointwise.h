@@ -186,6 +186,23 @@ void gated_act(const GatedActArgs& args) {
   });
 }
 
+void weighted_rows(const WeightedRowsArgs& args) {
+  run_rows(args.tokens, args.k * args.width, [&](int64_t token) {
+    const int64_t* places = args.places + token * args.k;
+    const float* factors = args.factors + token * args.k;
+    with_dtype(args.dtype, [&]<typename T>() {
+      const auto* rows = static_cast<const T*>(args.rows.data);
+      T* out = static_cast<T*>(args.out.data) + token * args.out.stride;
+      each_vector(args.width, [&](int64_t j, auto n) {
+        Vec sum = zero();
+        for (int64_t i = 0; i < args.k; ++i)
+          sum = fma(set1(factors[i]), load_n(rows + places[i] * args.rows.stride + j, n), sum);
+        store_n(out + j, sum, n);
+      });
+    });
+  });
+}
+
 template <typename Bits>
 inline void mask_row(Bits* logits, const uint32_t* words, int64_t width, Bits minus_infinity) {
   const auto mask = [&](int64_t first, int64_t n) {

@@ -8,6 +8,7 @@ namespace {
 
 void put_products(Kernels& kernels) {
   kernels.linear = linear;
+  kernels.linear_groups = linear_groups;
   kernels.lora_add = lora_add;
 #ifdef __AMX_BF16__
   kernels.block_rows = 0;

@@ -14,6 +14,7 @@ void put_rows(Kernels& kernels) {
   kernels.rms_norm = rms_norm;
   kernels.rotary = rotary;
   kernels.gated_act = gated_act;
+  kernels.weighted_rows = weighted_rows;
   kernels.change = change;
   kernels.mask_logits = mask_logits;
   kernels.argmax = argmax;

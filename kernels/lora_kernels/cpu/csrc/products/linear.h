@@ -218,6 +218,21 @@ void linear(const LinearArgs& args) {
   });
 }
 
+// Tasks are panels of groups in memory order, so that a thread reads long stretches of weights.
+void linear_groups(const LinearArgs& args, const RowGroup* groups, int64_t num_groups) {
+  const int64_t panels = args.out_features / kPanel;
+  run(num_groups * panels, [&](int64_t task) {
+    const RowGroup& group = groups[task / panels];
+    LinearArgs own = args;
+    own.panels += group.panel * kPanel * args.in_features;
+#ifdef __AMX_BF16__
+    if (fits_tiles(args)) return panel_in_tiles(own, group.first, group.rows, task % panels);
+#endif
+    Nothing nothing;
+    panel_rows(own, group.first, group.rows, task % panels, nothing);
+  });
+}
+
 // Multiplies panels [first, last) and prefetches pieces of memory meanwhile, evenly.
 inline void multiply_and_ask(const LinearArgs& args, int64_t first, int64_t last, Pieces& pieces) {
   pieces.add(args.x, 0);  // so that the list is not empty

@@ -112,6 +112,14 @@ inline void multiply_in_tiles(const LinearArgs& args, int64_t first, int64_t row
   }
 }
 
+// Rows [first, first + rows) times one panel.
+inline void panel_in_tiles(const LinearArgs& args, int64_t first, int64_t rows, int64_t panel) {
+  const Tiles registers(rows);
+  const int64_t tiles = ceil_div(rows, kTwoTiles);
+  auto* memory = tiles > 2 ? reinterpret_cast<TileSums*>(scratch(tiles * sizeof(TileSums) / sizeof(float))) : nullptr;
+  multiply_in_tiles(args, first, rows, panel, panel + 1, memory);
+}
+
 inline void linear_in_tiles(const LinearArgs& args) {
   const int64_t panels = ceil_div(args.out_features, kPanel);
   const int64_t row_blocks = ceil_div(args.rows, kRowsAtOnce), block_rows = ceil_div(args.rows, row_blocks);
