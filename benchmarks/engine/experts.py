@@ -79,8 +79,7 @@ def start_engine(model: Any, adapters: dict[str, FetchedAdapter], *, grouped: bo
     )  # fmt: skip
     prepared = prepare_model(model, frozenset(), None)
     if not grouped:
-        prepared.adaptable.experts = {}
-        prepared.adaptable.watch()
+        prepared.adaptable.experts = {}  # so that no rows are packed for them
     return build_engine(prepared, settings, adapters.__getitem__, None)[0]
 
 

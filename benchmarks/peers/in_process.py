@@ -71,19 +71,21 @@ def mistral_rs(lab: Lab, bits: int, _: str, scratch: Path) -> list[Server]:
     """Return mistral.rs without adapters and with all of them loaded; only for 16 bits."""
     if bits < 16:
         return []
-    model = _with_rope_theta(lab.model, scratch / "mistralrs")
+    model = _with_older_fields(lab.model, scratch / "mistralrs")
     options = {"model": str(model), "max_seqs": lab.max_concurrency, "dtype": "F32"}
     return _programs("mistral.rs", lab, bits, "mistralrs", options, {"RAYON_NUM_THREADS": str(lab.num_threads)})
 
 
-def _with_rope_theta(model: Path, folder: Path) -> Path:
-    """Return a copy of a model with `rope_theta` where mistral.rs expects it, and a chat template without markers."""
+def _with_older_fields(model: Path, folder: Path) -> Path:
+    """Return a copy of a model with the config's fields of transformers 4, and a chat template without markers."""
     folder.mkdir(exist_ok=True)
     for path in model.iterdir():
         if path.name != "config.json" and not (folder / path.name).exists():
             (folder / path.name).symlink_to(path.resolve())
     config = json.loads((model / "config.json").read_text())
     config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta"))
+    config.setdefault("max_window_layers", config["num_hidden_layers"])
+    config.setdefault("num_experts", config.get("num_local_experts"))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "plain.jinja").write_text("{{ messages[0].content }}")
     return folder

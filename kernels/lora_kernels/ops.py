@@ -173,7 +173,8 @@ def unpack_linear(packed: PackedLinear) -> Tensor:
     """Return the original weight [N, K], bit for bit; a copy unless the layout is plain."""
     if packed.layout == "plain":
         return packed.weight
-    return packed.weight.permute(0, 2, 1, 3).reshape(-1, packed.in_features)[: packed.out_features]
+    pairs = packed.weight.view(torch.int32).squeeze(-1).transpose(1, 2)  # [panels, lanes, K / 2]
+    return pairs.flatten(0, 1).view(packed.weight.dtype)[: packed.out_features]
 
 
 def unpack_rows(packed: PackedLinear, index: Tensor) -> Tensor:
