@@ -13,15 +13,16 @@ default, and in the other way: in int8, or exact.
   time are left out: version 0.9.5 panics with eight requests at a time.
 - ONNX Runtime computes the base in fp32 or int4 (its own builder's), ik_llama.cpp in bf16, Q8_0 or Q4_0.
 
---isa sets Lorafleet's instruction set (`--kernels`). For sets without bf16, OpenVINO computes in fp32 and is limited to
-the same set, as far as it allows that. The other engines choose by the processor. `setup_engines.sh` prepares
-everything.
+--isa sets Lorafleet's instruction set (`--kernels`). For sets without bf16, OpenVINO computes in fp32 and sees a
+processor that has no other set (`mask_cpuid.c`): the limit of its oneDNN, `ONEDNN_MAX_CPU_ISA`, does not hold for its
+products in fp32. The other engines choose by the processor. `setup_engines.sh` prepares everything.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,7 @@ from gpu_worker.build import ROUNDING_SETS
 from lorafleet.bench import BenchTarget
 
 PROGRAM = Path(__file__).with_name("engine_program.py")
-ONEDNN_SETS = {"avx2": "AVX2", "avx2_vnni": "AVX2_VNNI", "avx512": "AVX512_CORE", "avx512_vnni": "AVX512_CORE_VNNI"}
-"""Instruction sets without bf16 -> their names for `ONEDNN_MAX_CPU_ISA`."""
+WITHOUT_BF16 = ("avx2", "avx2_vnni", "avx512", "avx512_vnni")
 
 
 def lorafleets(lab: Lab, bits: int, isa: str, scratch: Path) -> list[Server]:
@@ -53,18 +53,27 @@ def lorafleets(lab: Lab, bits: int, isa: str, scratch: Path) -> list[Server]:
     return [own, replace(own, name=f"Lorafleet, {name} inputs", command=[*server.command, *flags, flag])]
 
 
-def openvino(lab: Lab, bits: int, isa: str, _: Path) -> list[Server]:
+def openvino(lab: Lab, bits: int, isa: str, scratch: Path) -> list[Server]:
     """Return OpenVINO GenAI without adapters, and with all of them registered."""
-    environment = {"ONEDNN_MAX_CPU_ISA": ONEDNN_SETS[isa]} if isa in ONEDNN_SETS else {}
+    environment = masked(isa, scratch) if isa in WITHOUT_BF16 else {}
     model = lab.root / f"openvino-{'fp' if bits == 16 else 'int'}{bits}"
     options = {
         "model": str(model),
         "threads": lab.num_threads,
         "max_seqs": lab.max_concurrency,
-        "precision": "f32" if isa in ONEDNN_SETS else "",
+        "precision": "f32" if isa in WITHOUT_BF16 else "",
         "cache_gib": 1,
     }
     return _programs("OpenVINO GenAI", lab, bits, "openvino", options, environment)
+
+
+def masked(isa: str, scratch: Path) -> dict[str, str]:
+    """Return the environment of a program that sees a processor without any better instruction set."""
+    library = scratch / "mask_cpuid.so"
+    if not library.exists():
+        source = str(PROGRAM.with_name("mask_cpuid.c"))
+        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", source, "-o", str(library), "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library), "CPUID_MASK": isa}
 
 
 def mistral_rs(lab: Lab, bits: int, _: str, scratch: Path) -> list[Server]:

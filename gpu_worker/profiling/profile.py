@@ -44,6 +44,8 @@ OPERATIONS = {
     "lorafleet::linear": "linear",
     "lorafleet::quant_linear": "linear",
     "aten::linear": "linear",
+    "lorafleet::grouped_linear": "experts",
+    "lorafleet::experts": "experts",
     "lorafleet::lora_add_": "lora",
     "lorafleet::paged_attention": "attention",
     "lorafleet::kv_write_": "kv write",

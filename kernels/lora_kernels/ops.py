@@ -174,7 +174,8 @@ def unpack_linear(packed: PackedLinear) -> Tensor:
     if packed.layout == "plain":
         return packed.weight
     pairs = packed.weight.view(torch.int32).squeeze(-1).transpose(1, 2)  # [panels, lanes, K / 2]
-    return pairs.flatten(0, 1).view(packed.weight.dtype)[: packed.out_features]
+    rows = pairs.clone(memory_format=torch.contiguous_format).view(packed.weight.dtype)
+    return rows.flatten(0, 1)[: packed.out_features]
 
 
 def unpack_rows(packed: PackedLinear, index: Tensor) -> Tensor:

@@ -198,8 +198,23 @@ inline void panel_rows(const LinearArgs& args, int64_t first, int64_t rows, int6
   }
 }
 
+// Writes sums [rows, kPanel] to rows of out, starting at column col.
+inline void write_sums(const LinearArgs& args, int64_t row, int64_t rows, int64_t col, const float* sums) {
+  auto* to = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
+  const auto* bias = reinterpret_cast<const bf16*>(args.bias);
+  const int64_t cols = min(kPanel, args.out_features - col);
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    const int64_t n = min(kLanes, cols - j);
+    const Vec b = bias ? load_n(bias + col + j, n) : zero();
+    for (int64_t i = 0; i < rows; ++i) store_n(to + i * args.out.stride + j, add(load(sums + i * kPanel + j), b), n);
+  }
+}
+
 #ifdef __AMX_BF16__
 #include "linear_tiles.h"
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "linear_widened.h"
 #endif
 
 void linear(const LinearArgs& args) {
@@ -208,6 +223,9 @@ void linear(const LinearArgs& args) {
   if (fits_tiles(args)) return linear_in_tiles(args);
 #endif
   const int64_t panels = ceil_div(args.out_features, kPanel);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (args.rows >= kFewestWidened) return linear_widened(args);
+#endif
   // Rows of x that stay in the second-level cache while all panels are read; more rows bring no gain.
   const int64_t most_rows = max(8 * kMaxRows, min(192, 320 * 1024 / args.in_features));
   const int64_t row_blocks = ceil_div(args.rows, most_rows);
@@ -227,6 +245,9 @@ void linear_groups(const LinearArgs& args, const RowGroup* groups, int64_t num_g
     own.panels += group.panel * kPanel * args.in_features;
 #ifdef __AMX_BF16__
     if (fits_tiles(args)) return panel_in_tiles(own, group.first, group.rows, task % panels);
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (group.rows >= kFewestWidened) return multiply_widened(own, group.first, group.rows, task % panels, task % panels + 1);
 #endif
     Nothing nothing;
     panel_rows(own, group.first, group.rows, task % panels, nothing);

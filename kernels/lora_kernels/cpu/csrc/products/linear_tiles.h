@@ -32,18 +32,6 @@ struct PanelPart {
   }
 };
 
-// Writes sums [rows, kTwoTiles] to rows of out, starting at column col.
-inline void write_sums(const LinearArgs& args, int64_t row, int64_t rows, int64_t col, const float* sums) {
-  auto* to = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
-  const auto* bias = reinterpret_cast<const bf16*>(args.bias);
-  const int64_t cols = min(kPanel, args.out_features - col);
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const int64_t n = min(kLanes, cols - j);
-    const Vec b = bias ? load_n(bias + col + j, n) : zero();
-    for (int64_t i = 0; i < rows; ++i) store_n(to + i * args.out.stride + j, add(load(sums + i * kTwoTiles + j), b), n);
-  }
-}
-
 // Prefetches a panel's lines and pages shortly before they are multiplied. Passes: lines go to the second-level cache.
 template <bool Passes>
 struct SamePanelAhead {
