@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 STATES_PER_SEQ = 4
 """State slots for each sequence that may run, memory permitting: two for a grammar, two for the prefix cache."""
 
-ROUNDING_SETS = frozenset({"avx2", "avx2_vnni", "avx512_vnni"})
+ROUNDING_SETS = frozenset({"avx2", "avx2_vnni", "avx512", "avx512_vnni"})
 """Instruction sets whose products of int8 inputs are faster than those of exact ones (docs/measured/kernels.md)."""
 
 LONGEST_WITHOUT_LIMIT = 1 << 17

@@ -343,8 +343,9 @@ struct Kernels {
   void (*linear_groups)(const LinearArgs&, const RowGroup*, int64_t num_groups);
   void (*weighted_rows)(const WeightedRowsArgs&);
   bool (*quant_uses_integers)(Dtype);
-  void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
-  int64_t (*quant_digits)(const QuantArgs&);  // see QuantArgs; 0: use x's numbers
+  // rounds_inputs, here and below: x's numbers are rounded to int8 codes.
+  void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums, bool rounds_inputs);
+  int64_t (*quant_digits)(const QuantArgs&, bool rounds_inputs);  // see QuantArgs; 0: use x's numbers
   void (*quant_encode)(const QuantArgs&, int8_t* x_codes, float* x_scales, int32_t* x_halves);
   void (*quant_linear)(const QuantArgs&);
   void (*lora_add)(const LoraArgs&);

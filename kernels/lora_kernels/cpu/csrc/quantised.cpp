@@ -210,7 +210,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       .fixed_sums = sums_are_fixed(),
   };
   Tensor chunks, prepared;  // own the memory of data computed from x
-  args.digits = int8_inputs ? 1 : active->quant_digits(args);
+  args.digits = active->quant_digits(args, int8_inputs);
   if (args.digits) {
     const int64_t code_rows = rows * args.digits, groups = code_rows * (in_features / 32);
     const int64_t codes = (in_features + kXChunk - 1) / kXChunk * code_rows * kXChunk;
@@ -221,19 +221,19 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
     auto* const x_halves = reinterpret_cast<int32_t*>(at + codes + groups * 4);
     active->quant_encode(args, x_codes, x_scales, x_halves);
     args.x_codes = x_codes, args.x_scales = x_scales, args.x_halves = x_halves;
-  } else if (active->quant_uses_integers(args.dtype)) {
+  } else if (!int8_inputs && active->quant_uses_integers(args.dtype)) {
     chunks = chunk_rows(x);
     args.x_chunks = reinterpret_cast<const uint16_t*>(chunks.data);
     if (has_min) {
       prepared = empty({rows, in_features / 32}, Scalar::kFloat);
-      active->quant_prepare(args, nullptr, entries_of<float>(prepared, "x"));
+      active->quant_prepare(args, nullptr, entries_of<float>(prepared, "x"), false);
       args.x_sums = entries_of<float>(prepared, "x");
     }
-  } else if (args.dtype == Dtype::kF32) {
+  } else if (!int8_inputs && args.dtype == Dtype::kF32) {
     args.x32 = static_cast<const float*>(args.x.data), args.x32_stride = args.x.stride;
   } else {
     prepared = empty({rows, in_features}, Scalar::kFloat);
-    active->quant_prepare(args, entries_of<float>(prepared, "x"), nullptr);
+    active->quant_prepare(args, entries_of<float>(prepared, "x"), nullptr, int8_inputs);
     args.x32 = entries_of<float>(prepared, "x");
   }
   active->quant_linear(args);

@@ -16,24 +16,27 @@ constexpr int64_t kQuantRows = 128;
 #endif
 constexpr int kIntegerRows = 7;      // per tile: 14 sums and 14 totals, codes, their table, inputs
 
-// sums[i] += x[i] . weights in fp32.
-template <int Rows>
+// sums[i] += x[i] . weights in fp32, for Vecs vectors of a panel's columns.
+template <int Rows, int Vecs>
 inline void float_tile(const float* x, int64_t x_stride, int64_t inputs, const float* weights, float* sums) {
-  Vec acc[Rows][kPanelVecs];
+  Vec acc[Rows][Vecs];
   for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = load(sums + i * kPanel + v * kLanes);
+    for (int v = 0; v < Vecs; ++v) acc[i][v] = load(sums + i * kPanel + v * kLanes);
   for (int64_t k = 0; k < inputs; ++k) {
-    Vec w[kPanelVecs];
-    for (int v = 0; v < kPanelVecs; ++v) w[v] = load(weights + k * kPanel + v * kLanes);
+    Vec w[Vecs];
+    for (int v = 0; v < Vecs; ++v) w[v] = load(weights + k * kPanel + v * kLanes);
     for (int i = 0; i < Rows; ++i) {
       const Vec xv = set1(x[i * x_stride + k]);
-      for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = fma(xv, w[v], acc[i][v]);
+      for (int v = 0; v < Vecs; ++v) acc[i][v] = fma(xv, w[v], acc[i][v]);
     }
   }
   for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < kPanelVecs; ++v) store(sums + i * kPanel + v * kLanes, acc[i][v]);
+    for (int v = 0; v < Vecs; ++v) store(sums + i * kPanel + v * kLanes, acc[i][v]);
 }
-constexpr int kFloatRows = kLanes == 16 ? 12 : 2;
+// Vectors of eight lanes leave registers for half of a panel's columns, of more than two rows.
+constexpr int kFloatRows = kLanes == 16 ? 12 : 6;
+template <int Rows>
+constexpr int kFloatVecs = kLanes == 16 || Rows <= 2 ? kPanelVecs : kPanelVecs / 2;
 
 using WidenChunk = const uint8_t* (*)(const uint8_t*, int64_t, int64_t, float*);
 constexpr WidenChunk kWidenChunk[] = {widen_chunk<0>, widen_chunk<1>, widen_chunk<2>, widen_chunk<3>,
@@ -50,7 +53,8 @@ inline void float_panel(const QuantArgs& args, const QuantPart& part, const uint
       const int64_t begin = rows * tile / tiles, num = rows * (tile + 1) / tiles - begin;
       const float* x = args.x32 + (row + begin) * args.x32_stride + first;
       with_size<kFloatRows>(num, [&]<int Rows>() {
-        float_tile<Rows>(x, args.x32_stride, inputs, weights, sums + begin * kPanel);
+        for (int64_t side = 0; side < kPanel; side += kFloatVecs<Rows> * kLanes)
+          float_tile<Rows, kFloatVecs<Rows>>(x, args.x32_stride, inputs, weights + side, sums + begin * kPanel + side);
       });
     }
   }
@@ -196,9 +200,16 @@ inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint
 }
 
 // Computes what tasks read besides x or in place of it: x in fp32, or the sums of its groups.
-void quant_prepare(const QuantArgs& args, float* x32, float* x_sums) {
+void quant_prepare(const QuantArgs& args, float* x32, float* x_sums, bool rounds_inputs) {
   const auto row = [&]<typename T>(int64_t i) {
     const T* x = static_cast<const T*>(args.x.data) + i * args.x.stride;
+    for (int64_t k = 0; rounds_inputs && k < args.in_features; k += 32) {
+      InputGroup group;
+      const Vec scale = set1(load_codes(x + k, group));
+      float* to = x32 + i * args.x32_stride + k;
+      for (int v = 0; v < InputGroup::kVecs; ++v) store(to + v * kLanes, mul(group.x[v], scale));
+    }
+    if (rounds_inputs) return;
     for (int64_t k = 0; k < args.in_features; k += 32) {
       Vec total = zero();
       for (int64_t j = k; j < k + 32; j += kLanes) {

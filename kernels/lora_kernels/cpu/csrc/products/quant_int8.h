@@ -325,15 +325,22 @@ struct InputGroup {
   }
 };
 
-// Like `code_row`, for a group of 32 inputs; also writes the sums of the codes of its halves. Returns the scale, which
-// is NaN if an input is NaN or infinite.
+// Reads a group of 32 inputs and rounds them to codes, as `code_row` does. Returns their scale.
 template <typename T>
-inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
-  InputGroup group;
+inline float load_codes(const T* from, InputGroup& group) {
   float scale = group.load_from(from) / 127.0f;
   if (scale < 1.1754944e-38f) scale = 0;
   const Vec divisor = set1(scale > 0 ? scale : 1.0f);
   for (Vec& x : group.x) x = round(div(x, divisor));
+  return scale;
+}
+
+// Writes the codes of a group, and the sums of those of its halves. Returns the scale, which is NaN if an input is NaN
+// or infinite.
+template <typename T>
+inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
+  InputGroup group;
+  const float scale = load_codes(from, group);
   return scale + group.store_to(codes, halves);
 }
 
@@ -358,7 +365,21 @@ inline int64_t most_digit_rows([[maybe_unused]] const QuantForm& form) {
 #endif
 }
 
-int64_t quant_digits(const QuantArgs& args) {
+// Whether products of inputs in int8 take longer than those of the rounded numbers in fp32: of many rows, without VNNI,
+// and with codes of 8 bits, whose products need more instructions than those of 4 bits.
+inline bool are_bytes_slow([[maybe_unused]] const QuantArgs& args) {
+#if defined(__x86_64__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+  constexpr int64_t kFewestFloatRows = 16;
+  bool are_bytes = true;
+  for (int64_t i = 0; i < args.num_parts; ++i) are_bytes = are_bytes && kQuantForms[args.parts[i].form].bits == 8;
+  return are_bytes && !args.fixed_sums && args.rows >= kFewestFloatRows;
+#else
+  return false;
+#endif
+}
+
+int64_t quant_digits(const QuantArgs& args, bool rounds_inputs) {
+  if (rounds_inputs) return are_bytes_slow(args) ? 0 : 1;
   if (args.fixed_sums) return 0;
   bool are_few = true;
   for (int64_t i = 0; i < args.num_parts; ++i)
