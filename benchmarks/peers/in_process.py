@@ -31,6 +31,7 @@ from benchmarks.peers.run import in_turns, lab_of, parse_arguments, save
 from benchmarks.peers.servers import MODEL_NAME, Lab, Server, lorafleet, scenarios_by_name
 from gpu_worker.build import ROUNDING_SETS
 from lorafleet.bench import BenchTarget
+from protocol.runtime.environment import child_environment
 
 PROGRAM = Path(__file__).with_name("engine_program.py")
 WITHOUT_BF16 = ("avx2", "avx2_vnni", "avx512", "avx512_vnni")
@@ -72,7 +73,8 @@ def masked(isa: str, scratch: Path) -> dict[str, str]:
     library = scratch / "mask_cpuid.so"
     if not library.exists():
         source = str(PROGRAM.with_name("mask_cpuid.c"))
-        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", source, "-o", str(library), "-ldl"], check=True)
+        command = ["gcc", "-O2", "-shared", "-fPIC", source, "-o", str(library), "-ldl"]
+        subprocess.run(command, check=True, env=child_environment())
     return {"LD_PRELOAD": str(library), "CPUID_MASK": isa}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product as product_of
 from typing import Literal
@@ -238,7 +239,8 @@ def test_what_is_not_finite_stays_so(bad: float, int8_inputs: bool, impl: Impl) 
 def test_a_row_is_the_same_beside_others(native: Impl) -> None:
     """A row's product has the same bits whatever rows are beside it: neither batch nor worker changes a token.
 
-    Without fixed sums, few rows are multiplied in other ways than many.
+    Without fixed sums, few rows of exact inputs are multiplied in other ways than many. So are rounded inputs by codes
+    of 8 bits without VNNI.
     """
     cases: list[tuple[Kind, int]] = [("q4_1", 640), ("q8_0", 32 * 7), ("q6_k", 512)]
     for kind, width in cases:
@@ -246,7 +248,8 @@ def test_a_row_is_the_same_beside_others(native: Impl) -> None:
         for dtype in (torch.float32, BF16):
             x = randn(150, width, dtype=dtype)
             for int8 in (False, True):
-                with fixed_sums():
+                is_fixed = not int8 or (kind == "q8_0" and cpu.isa() in ("avx2", "avx512"))
+                with fixed_sums() if is_fixed else nullcontext():
                     alone = torch.cat([product(row, [weight], native, int8_inputs=int8) for row in x.split(1)])
                     for num in (2, 3, 7, 13, 15, 150):
                         got = product(x[:num], [weight], native, int8_inputs=int8)
