@@ -224,9 +224,13 @@ async def test_a_forgotten_request_of_another_gateway_is_an_error_worth_a_retry(
     ):
         asked = group.create_task(http.post("/v1/completions", json=COMPLETION, headers=key))
         await wait_until(lambda: fleet.seen, "it is queued")
+        reads = await _log_reads(other)  # both gateways count in this process
         again = group.create_task(other.post("/v1/completions", json=COMPLETION, headers=key))
-        # Both gateways count in this process; the third request is for the metrics.
-        await wait_until(lambda: _metrics_say(other, "lorafleet_http_requests_open 3.0"), "both are being answered")
+
+        async def is_followed() -> bool:
+            return await _log_reads(other) > reads
+
+        await wait_until(is_followed, "the second gateway reads the request's log")
         asked.cancel()
         await bus._redis.delete(bus.keys.req(fleet.seen[0][0].rid))
         answer = await again
@@ -234,8 +238,9 @@ async def test_a_forgotten_request_of_another_gateway_is_an_error_worth_a_retry(
     assert answer.headers["x-should-retry"] == "true"
 
 
-async def _metrics_say(http: httpx2.AsyncClient, line: str) -> bool:
-    return line in (await http.get("/metrics")).text
+async def _log_reads(http: httpx2.AsyncClient) -> float:
+    lines = (await http.get("/metrics")).text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("lorafleet_gateway_log_reads_total "))
 
 
 async def test_a_queue_that_lost_its_last_second_is_told_what_clients_have_seen(
