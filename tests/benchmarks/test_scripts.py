@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
+import pytest
 from transformers import LlamaConfig
 
 from benchmarks.common import report
 from benchmarks.common.fleet import make_adapters
 from benchmarks.common.slow_link import Link, slow_link
+from benchmarks.peers.in_process import masked
 from gpu_worker.adapters.loader.fetch import FetchedAdapter, digest_of
 from peft_adapters.format import parse_config
+from protocol.runtime.environment import child_environment
+
+PROCESSOR = Path("/proc/cpuinfo")
+CAN_HIDE = PROCESSOR.exists() and {"cpuid_fault", "avx512f"} <= {*PROCESSOR.read_text().split()} and shutil.which("gcc")
 
 
 def test_adapters_that_share_a_file_are_different_adapters(tmp_path: Path) -> None:
@@ -46,6 +55,16 @@ def test_a_slow_link_changes_no_byte() -> None:
                 received += piece
         thread.join()
     assert received == sent
+
+
+@pytest.mark.skipif(not CAN_HIDE, reason="the processor has no AVX-512, or hides none, or there is no compiler")
+def test_a_masked_program_does_not_see_what_its_set_lacks(tmp_path: Path) -> None:
+    seen: dict[str, str] = {}
+    for isa in ("avx2", "avx512"):
+        command = [sys.executable, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability())"]
+        environment = child_environment() | masked(isa, tmp_path)
+        seen[isa] = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    assert seen == {"avx2": "AVX2", "avx512": "AVX512"}
 
 
 def test_scripts_use_the_arguments_that_they_take() -> None:
