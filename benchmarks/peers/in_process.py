@@ -96,7 +96,8 @@ def _with_older_fields(model: Path, folder: Path) -> Path:
     config = json.loads((model / "config.json").read_text())
     config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta"))
     config.setdefault("max_window_layers", config["num_hidden_layers"])
-    config.setdefault("num_experts", config.get("num_local_experts"))
+    if "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "plain.jinja").write_text("{{ messages[0].content }}")
     return folder

@@ -1,6 +1,4 @@
 // Products whose rows have different weights: the experts of a mixture.
-#include <cstring>
-
 #include "operations.h"
 
 namespace lorafleet {
@@ -46,23 +44,6 @@ void check_inputs(const Tensor& x, const Tensor& packed) {
   LORAFLEET_CHECK(x.dim() == 2 && x.size(1) == 2 * packed.size(1), "x must be [rows, ", 2 * packed.size(1), "]");
 }
 
-// Each token's row once for each of its experts, in the order of `tokens`, in the layout of LinearArgs::x.
-Tensor gather_chunks(const Tensor& x, const std::vector<int64_t>& tokens) {
-  const Matrix from = rows_of(x, "x");
-  const int64_t rows = tokens.size(), width = x.size(1);
-  const Tensor chunks = empty_chunks(rows, width);
-  constexpr int64_t kTaskRows = 16;
-  run_tasks((rows + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
-    for (int64_t row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) {
-      const auto* own = static_cast<const uint16_t*>(from.data) + tokens[row] * from.stride;
-      auto* to = reinterpret_cast<uint16_t*>(chunks.data) + row * kXChunk;
-      for (int64_t k = 0; k < width; k += kXChunk, to += rows * kXChunk)
-        std::memcpy(to, own + k, 2 * std::min<int64_t>(kXChunk, width - k));
-    }
-  });
-  return chunks;
-}
-
 }  // namespace
 
 Tensor grouped_linear(const Tensor& x, const Tensor& packed, const Tensor& ends) {
@@ -99,7 +80,7 @@ Tensor experts(const Tensor& x, const Tensor& ids, const Tensor& weights, const 
     add_groups(groups, starts[i], starts[i + 1], i * columns / kPanel);
   }
   for (int64_t i = 0; i < pairs; ++i) tokens[places[i] = starts[expert[i]]++] = i / k;
-  const Tensor first = products_of(gather_chunks(x, tokens), pairs, up, up_columns, up_groups);
+  const Tensor first = products_of(chunk_rows(x, tokens), pairs, up, up_columns, up_groups);
   const Tensor hidden = gated_act(first.columns(0, width), first.columns(width, width), act, true);
   const Tensor rows = products_of(hidden, pairs, down, columns, groups);
   const Tensor out = empty({x.size(0), columns}, x.type);

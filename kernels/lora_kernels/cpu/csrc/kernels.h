@@ -73,7 +73,7 @@ struct QuantPart {
 struct QuantArgs {
   Dtype dtype;  // of x, bias and out
   Matrix x;     // [rows, in_features]
-  const float* x32;     // x in fp32, for fp32 products; null: products are bf16
+  const float* x32;     // x in fp32, rounded or not, for fp32 products; null: products are of bf16 or of codes
   int64_t x32_stride;
   const uint16_t* x_chunks;  // x as in LinearArgs, for bf16 products
   const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is set

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 namespace lorafleet {
 
@@ -72,14 +73,13 @@ Tensor empty_chunks(int64_t rows, int64_t width) {
   return empty({(width + kXChunk - 1) / kXChunk, rows, kXChunk}, Scalar::kBFloat16);
 }
 
-Tensor chunk_rows(const Tensor& x) {
+Tensor chunk_rows(const Tensor& x, Ints order) {
   const Matrix from = rows_of(x, "x");
-  const int64_t rows = rows_in(x), width = x.size(-1), chunks = (width + kXChunk - 1) / kXChunk;
-  if (rows == 1) return x;
+  const int64_t rows = order.size(), width = x.size(-1), chunks = (width + kXChunk - 1) / kXChunk;
   const Tensor chunked = empty_chunks(rows, width);
   auto* to = reinterpret_cast<uint16_t*>(chunked.data);
   const auto copy = [&](int64_t row) {
-    const auto* own = static_cast<const uint16_t*>(from.data) + row * from.stride;
+    const auto* own = static_cast<const uint16_t*>(from.data) + order[row] * from.stride;
     for (int64_t c = 0; c < chunks; ++c)
       std::memcpy(to + (c * rows + row) * kXChunk, own + c * kXChunk, 2 * std::min<int64_t>(kXChunk, width - c * kXChunk));
   };
@@ -88,6 +88,13 @@ Tensor chunk_rows(const Tensor& x) {
     for (int64_t row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) copy(row);
   });
   return chunked;
+}
+
+Tensor chunk_rows(const Tensor& x) {
+  if (rows_in(x) == 1) return x;
+  std::vector<int64_t> order(rows_in(x));
+  std::iota(order.begin(), order.end(), 0);
+  return chunk_rows(x, order);
 }
 
 // Allocates rows of another width.

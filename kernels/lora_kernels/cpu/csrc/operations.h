@@ -176,6 +176,8 @@ void check_same_dtype(const Tensor& t, const Tensor& like, const char* name);
 
 // Rows of a bf16 tensor in the layout of LinearArgs::x; a single row needs no copy.
 Tensor chunk_rows(const Tensor& x);
+// The same for rows in another order, which may repeat some.
+Tensor chunk_rows(const Tensor& x, Ints order);
 
 // Allocates rows in that layout.
 Tensor empty_chunks(int64_t rows, int64_t width);

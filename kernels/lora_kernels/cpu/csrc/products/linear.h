@@ -246,10 +246,6 @@ void linear_groups(const LinearArgs& args, const RowGroup* groups, int64_t num_g
 #ifdef __AMX_BF16__
     if (fits_tiles(args)) return panel_in_tiles(own, group.first, group.rows, task % panels);
 #endif
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    const int64_t panel = task % panels;
-    if (group.rows >= kFewestWidened) return multiply_widened(own, group.first, group.rows, panel, panel + 1);
-#endif
     Nothing nothing;
     panel_rows(own, group.first, group.rows, task % panels, nothing);
   });
