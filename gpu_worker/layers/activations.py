@@ -1,4 +1,4 @@
-"""Finds the activation function of a module, by its values."""
+"""Finds the activation function of a module or a gate, by its values."""
 
 from __future__ import annotations
 
@@ -30,4 +30,24 @@ def find_activation(module: nn.Module) -> ops.Activation | None:
         for name, function in _ACTIVATIONS.items():
             if isinstance(y, Tensor) and torch.allclose(y, function(x), rtol=1e-5, atol=1e-6):
                 return name
+    return None
+
+
+def find_gate(gate: Callable[[Tensor], Tensor]) -> ops.Activation | None:
+    """Return the activation function with which `gate` of [gates, ups] is act(gates) * ups, None if there is none.
+
+    gate: takes fp32 [n, 2 * columns]. Tried with numbers of any size, because some gates clip large ones.
+    """
+    large = 2.0 ** torch.arange(2, 17)
+    values = torch.cat([torch.linspace(-6, 6, 101), large, -large])
+    gates, ups = torch.cartesian_prod(values, values).unbind(1)
+    try:
+        y = gate(torch.cat([gates, ups])[None])
+    except Exception:  # noqa: BLE001  any module's gate is tried, and may raise anything
+        return None
+    size = ups.abs().clamp(min=1)  # by which `ups` multiply the error of an activation
+    for name, function in _ACTIVATIONS.items():
+        expected = function(gates) * ups
+        if y.shape[1:] == expected.shape and torch.allclose(y[0] / size, expected / size, rtol=1e-5, atol=1e-6):
+            return name
     return None

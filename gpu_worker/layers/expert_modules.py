@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_worker.layers.activations import find_activation
+from gpu_worker.layers.activations import find_gate
 from gpu_worker.layers.apply_extras import AdaptableModule, alike, original_forward
 from lora_kernels import ops
 from lora_kernels.experts import ExpertOrder, ExpertPages, expert_batch, order_by_expert
@@ -113,7 +113,7 @@ class GroupedExperts:
         for site in self.sites:
             site.pack(self.impl)
         module, [up, down] = self.module, [site.packed for site in self.sites]
-        act = find_activation(module) if module.has_gate else None
+        act = find_gate(module._apply_gate) if module.has_gate else None
         if up is None or down is None or act is None or module.has_bias or module.has_post_expert_norm:
             return
         self.gated = ops.GatedExperts(self.num_experts, up, down, act)

@@ -23,7 +23,8 @@ from oracle.adapters.peft_kinds import (
 )
 from oracle.peft_oracle import greedy_request, oracle_settings, packed_engine
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DeepseekV4Config, PreTrainedModel
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
 from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK
 from gpu_worker.engine.engine import Engine
@@ -130,6 +131,23 @@ def test_a_packed_module_runs_with_the_experts_that_rows_need(model_type: str) -
         assert call is not None
         assert torch.equal(call.run([], 1.0), expected)
         assert alike(module(hidden, ids, weights), expected)
+
+
+@pytest.mark.parametrize("limit", [10.0, float("inf")])
+def test_a_gate_that_clips_is_the_modules_own(limit: float) -> None:
+    """The native gate clips nothing, which numbers of usual size do not show."""
+    config = DeepseekV4Config(hidden_size=64, moe_intermediate_size=32, n_routed_experts=4, swiglu_limit=limit)
+    config._experts_implementation = "grouped_mm"
+    module = DeepseekV4Experts(config)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    module = module.to(BF16).requires_grad_(False)
+    hidden, ids = torch.randn(6, 64).to(BF16) * 40, torch.tensor([[0, 1], [1, 2], [2, 3]] * 2)
+    weights = torch.rand(6, 2).to(BF16)
+    expected = module(hidden, ids, weights)
+    _, experts = packed(module)
+    assert (experts.gated is None) == (limit == 10.0)
+    assert alike(module(hidden, ids, weights), expected)
 
 
 def test_weights_stay_where_no_native_product_takes_them() -> None:
