@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpu_worker.layers.activations import find_gate
 from gpu_worker.layers.apply_extras import AdaptableModule, alike, original_forward
-from lora_kernels import ops
+from lora_kernels import ops, sums
 from lora_kernels.experts import ExpertOrder, ExpertPages, expert_batch, order_by_expert
 from lora_kernels.segments import LoraBatch
 
@@ -172,8 +172,10 @@ class GroupedExperts:
         slots, num_slots = None if batch is None else batch.token_slots, 0
         first_pages = self.sites[0].first_pages
         if slots is None or first_pages is None:
-            if self.gated is not None:
-                return ops.experts(hidden, expert_ids, weights, self.gated, impl=self.impl)
+            # With fixed sums, LoRA elsewhere in the step must not change a row's rounding.
+            if self.gated is not None and not sums.are_fixed():
+                found = ops.experts(hidden.to(self.sites[0].weight.dtype), expert_ids, weights, self.gated, self.impl)
+                return found.to(hidden.dtype)
             batch, slots = None, torch.full((num_tokens,), -1, dtype=torch.int32, device=hidden.device)
         else:
             num_slots = len(first_pages)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.fixed_sums import fixed_sums
 from oracle.adapters.peft_kinds import (
     EXPERT_PARAMETERS,
     EXPERTS,
@@ -23,7 +24,7 @@ from oracle.adapters.peft_kinds import (
 )
 from oracle.peft_oracle import greedy_request, oracle_settings, packed_engine
 from torch import Tensor, nn
-from transformers import DeepseekV4Config, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
 from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK
@@ -93,6 +94,20 @@ def test_logits_equal_pefts(name: str, rank: int, tmp_path: Path) -> None:
     assert effect >= 30 * errors[0, 0]
 
 
+def test_another_adapter_in_a_step_changes_no_bit_with_fixed_sums(tmp_path: Path) -> None:
+    kind = Kind(BASES["qwen3_moe"], EXPERT_PARAMETERS)
+    make_adapter(kind, tmp_path)
+    with fixed_sums():
+        engine = start_engine(kind.base, tmp_path)
+        assert any(one.gated for one in engine.model.adaptable.experts.values())
+        plain = [greedy_request(str(i), "", prompt, 5) for i, prompt in enumerate(asked_prompts(kind))]
+        tuned = greedy_request("tuned", "tuned", plain[0].prompt, 12)
+        alone, beside = engine_logits(engine, plain), engine_logits(engine, [tuned, *plain])
+    for request in plain:
+        assert beside[request.rid][0] == alone[request.rid][0]
+        assert torch.equal(beside[request.rid][1], alone[request.rid][1])
+
+
 def module_of(model_type: str) -> nn.Module:
     """Return a module of 16 experts in bf16."""
     module = half_base((model_type, {**BASES[model_type][1], "num_experts": 16, "num_local_experts": 16}))
@@ -133,10 +148,24 @@ def test_a_packed_module_runs_with_the_experts_that_rows_need(model_type: str) -
         assert alike(module(hidden, ids, weights), expected)
 
 
+@pytest.mark.parametrize("model_type", BASES)
+def test_inputs_of_another_dtype(model_type: str) -> None:
+    """Experts convert fp32 inputs to their weights' dtype, and their results back."""
+    module, ids = module_of(model_type), torch.tensor([[2, 9], [9, 4], [2, 15]])
+    hidden, weights = torch.randn(3, 64), torch.rand(3, 2)
+    with torch.inference_mode():
+        expected = module(hidden, ids, weights)
+        packed(module)
+        found = module(hidden, ids, weights)
+    assert found.dtype == expected.dtype == torch.float32
+    assert alike(found.to(BF16), expected.to(BF16))
+
+
 @pytest.mark.parametrize("limit", [10.0, float("inf")])
 def test_a_gate_that_clips_is_the_modules_own(limit: float) -> None:
     """The native gate clips nothing, which numbers of usual size do not show."""
-    config = DeepseekV4Config(hidden_size=64, moe_intermediate_size=32, n_routed_experts=4, swiglu_limit=limit)
+    fields = {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 4, "swiglu_limit": limit}
+    config = AutoConfig.for_model("deepseek_v4", **fields)
     config._experts_implementation = "grouped_mm"
     module = DeepseekV4Experts(config)
     for parameter in module.parameters():
