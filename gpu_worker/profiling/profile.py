@@ -132,7 +132,7 @@ def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) 
     queue = Queue(settings.queue_url())
     try:
         names = load_adapters(engine, list(folders)[: max(plan.num_sequences)], on_progress)
-        stacks = stacks_of(engine.model.module)
+        stacks = [stack for stack in stacks_of(engine.model.module) if stack.native() is not None]
         return StepProfile(
             model=served.name, dtype=served.dtype, device=str(engine.model.device), adapters=names,
             num_threads=torch.get_num_threads(), num_layers=engine.model.config.num_hidden_layers,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.factories import make_adapter, make_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_kernels import cpu
 from lorafleet.__main__ import main
@@ -70,6 +71,19 @@ def test_phases_and_operations_of_every_case_are_measured_and_written(
     shown = capsys.readouterr().out
     assert "decode, 3 sequences, 2 adapters" in shown
     assert "between them" in shown
+
+
+def test_layers_with_experts_are_calls_of_their_own(own_logging: None, tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model")
+    fields = AutoConfig.from_pretrained(tmp_path / "model").to_dict() | {"num_local_experts": 4, "head_dim": 16}
+    del fields["model_type"], fields["architectures"]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **fields)).save_pretrained(tmp_path / "model")
+    sizes = ["--device", "cpu", "--kv-cache-bytes", str(16 << 20), "--dtype", "bfloat16", "--sequences", "1"]
+    assert main(["profile", str(tmp_path / "model"), *sizes, "--steps", "2", "--out", str(tmp_path / "p.json")]) == 0
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert (found["num_layers"], found["num_stacked"]) == (2, 0)
+    if cpu.load():
+        assert all("experts" in [operation["name"] for operation in case["operations"]] for case in found["cases"])
 
 
 @pytest.mark.parametrize(
