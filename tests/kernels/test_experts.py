@@ -136,6 +136,24 @@ def test_a_step_without_tokens(impl: Impl) -> None:
     assert run_gated((x[:0], ids[:0], weights[:0], *parts), impl).shape == (0, 96)
 
 
+def test_tokens_without_experts(impl: Impl) -> None:
+    x, ids, weights, *parts = gated(3, 6, 2, 96, 64)
+    assert_close(run_gated((x, ids[:, :0], weights[:, :0], *parts), impl), torch.zeros(3, 96), BF16)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+def test_what_is_not_finite_stays_in_its_row(num_tokens: int, impl: Impl) -> None:
+    """Among other rows of the same experts, and in a product's tile; bits of the others are those without it."""
+    x, ids, weights, *parts = gated(num_tokens, 3, 3, 96, 64)
+    clean = run_gated((x, ids, weights, *parts), impl)
+    for bad in (torch.nan, torch.inf):
+        broken = x.clone()
+        broken[-1, 5] = bad
+        found = run_gated((broken, ids, weights, *parts), impl)
+        assert not found[-1].isfinite().any()
+        assert torch.equal(found[:-1], clean[:-1])
+
+
 @pytest.mark.parametrize("expert", [-1, 6])
 def test_an_expert_that_is_not_there_is_refused(expert: int, native: Impl) -> None:
     x, ids, *others = gated(3, 6, 2, 96, 64)

@@ -8,7 +8,7 @@ constexpr int64_t kRunElements = 16384;
 
 template <typename F>
 inline void run_runs(int64_t rows, int64_t width, const F& some) {
-  const int64_t runs = ceil_div(rows, max(1, kRunElements / width));
+  const int64_t runs = ceil_div(rows, max(1, kRunElements / max(1, width)));
   run(runs, [&](int64_t i) { some(rows * i / runs, rows * (i + 1) / runs); });
 }
 
