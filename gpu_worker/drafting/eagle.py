@@ -139,8 +139,8 @@ def _check_base(base: BaseModel) -> LayerStack:
     stacks, layers = stacks_of(base.module), base.config.num_hidden_layers
     if len(stacks) != 1 or len(stacks[0].layers) != layers:
         raise BadRequest(
-            f"it is an EAGLE-3 head, which is served for bases whose layers all are attention and a gated MLP, each "
-            f"behind its norm; those of {base.config.model_type} are not, or compile is on"
+            f"it is an EAGLE-3 head, which is served for bases whose layers all are attention and a feed-forward part, "
+            f"each behind its norm; those of {base.config.model_type} are not, or compile is on"
         )
     if layers < FEWEST_LAYERS:
         raise BadRequest(f"it is an EAGLE-3 head, which reads three layers of {FEWEST_LAYERS}; the base has {layers}")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import test_grammars
-from oracle.adapters.peft_kinds import read_files
+from oracle.adapters.peft_kinds import make_base, read_files
 from oracle.eagle_definition import EPS, HEADS, TAPS, WIDTH, Tensors, by_definition
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, packed_engine, prompts, random_llama, warm
 from oracle.test_draft_failures import ByShares
@@ -201,6 +201,18 @@ def test_logits_are_those_of_the_published_definition(deep: Oracle, tmp_path: Pa
     for text, draft in found:
         for wanted in by_definition(made, deep, "x1", text, len(draft))[1]:
             assert torch.allclose(next(logits)[0], wanted, atol=1e-4)
+
+
+def test_a_base_with_experts_has_drafts(tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": LAYERS, "num_local_experts": 4, "hidden_size": WIDTH, "num_attention_heads": HEADS}
+    oracle = Oracle(make_base(("mixtral", fields)), {}, scale=0.1)
+    made = random_tensors()
+    engine = engine_of(oracle, saved(tmp_path, made))
+    found, [text] = watch_drafts(engine), prompts(1, TINY_VOCAB, (24,))
+    assert ask(engine, [greedy_request("r", "", text, 30)]).ids["r"] == oracle.greedy("", text, 30)
+    assert len(found) > 2
+    for longer, draft in found:
+        assert draft == by_definition(made, oracle, "", longer, len(draft))[0]
 
 
 # ---------------------------------------------------------------- answers
