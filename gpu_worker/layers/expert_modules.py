@@ -58,9 +58,9 @@ class ExpertSite:
         if not ops.is_native(self.weight):
             return
         weights = self.weight.transpose(-2, -1) if self.is_transposed else self.weight
-        packed = ops.pack_linear(weights.reshape(-1, shape.in_features), impl=impl)
-        if packed.layout == "vnni" and shape.out_features % packed.weight.shape[2] == 0:
-            self.packed = packed
+        one = ops.pack_linear(weights[0], impl=impl)  # all take long
+        if one.layout == "vnni" and shape.out_features % one.weight.shape[2] == 0:
+            self.packed = ops.pack_linear(weights.reshape(-1, shape.in_features), impl=impl)
 
     def unpacked(self, at: Tensor | None = None) -> Tensor:
         """Return a copy of the packed weights, as the module stores them: all, or of the experts `at`, int64."""
