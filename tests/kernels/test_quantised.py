@@ -226,8 +226,9 @@ def assert_exact(
 
 @pytest.mark.parametrize("int8_inputs", [False, True])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_so(bad: float, int8_inputs: bool, impl: Impl) -> None:
-    weight = random_weight("q4_k", 40, 256)
+@pytest.mark.parametrize("kind", ["q4_k", "q8_0"])
+def test_what_is_not_finite_stays_so(kind: Kind, bad: float, int8_inputs: bool, impl: Impl) -> None:
+    weight = random_weight(kind, 40, 256)
     for rows, dtype in product_of((2, 9, 70), (torch.float32, BF16)):
         x = randn(rows, 256, dtype=dtype)
         x[1, 77] = bad
