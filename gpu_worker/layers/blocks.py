@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 
 from gpu_worker.layers.apply_extras import AdaptableModule, ExtraRows
 from gpu_worker.layers.attention import PagedLayer, StepContext
@@ -25,6 +30,12 @@ from lora_kernels import ops
 
 FEWEST_ANGLES = 4096
 """Positions in the first table of rotary embeddings on a CPU; a longer text at least doubles the table."""
+
+PLAIN_OUTPUTS: tuple[tuple[type[Any], type[Any]], ...] = (
+    (BaseModelOutputWithPast, CausalLMOutputWithPast),
+    (MoeModelOutputWithPast, MoeCausalLMOutputWithPast),
+)
+"""Classes of the results of a decoder, and of the model around it: without experts, and with them."""
 
 
 class Norm:
@@ -382,10 +393,20 @@ class PlainDecoder:
     """
 
     def __init__(
-        self, module: nn.Module, embedding: nn.Module, angles: Angles, stack: LayerStack, norm: nn.Module
+        self,
+        module: nn.Module,
+        embedding: nn.Module,
+        angles: Angles,
+        stack: LayerStack,
+        norm: nn.Module,
+        outputs: tuple[type[Any], type[Any]],
     ) -> None:
-        """embedding, norm: parts of `module`, the decoder, whose own forward handles other kinds of calls."""
+        """embedding, norm: parts of `module`, the decoder, whose own forward handles other kinds of calls.
+
+        outputs: see `PLAIN_OUTPUTS`.
+        """
         self.module = module
+        self.outputs = outputs
         self.embedding = embedding
         self.angles = angles
         self.stack = stack
@@ -406,7 +427,7 @@ class PlainDecoder:
         num_asked = sum(value is not None and value is not False for value in kwargs.values())
         if args or ids is None or positions is None or num_asked > 2:
             return self._forward(*args, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.run(ids[0], positions[0])[None])
+        return self.outputs[0](last_hidden_state=self.run(ids[0], positions[0])[None])
 
 
 class PlainModel:
@@ -445,7 +466,7 @@ class PlainModel:
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, **_: Any) -> Any:
         """Return the logits of a step through the model's own signature, for comparison with the original."""
-        return CausalLMOutputWithPast(logits=self.run(input_ids[0], position_ids[0], logits_to_keep)[None])
+        return self.decoder.outputs[1](logits=self.run(input_ids[0], position_ids[0], logits_to_keep)[None])
 
 
 def stacks_of(model: nn.Module) -> list[LayerStack]:

@@ -19,6 +19,7 @@ from gpu_worker.layers.activations import find_activation
 from gpu_worker.layers.adaptable_modules import AdaptableModules, is_norm
 from gpu_worker.layers.attention import PagedLayer, StepContext
 from gpu_worker.layers.blocks import (
+    PLAIN_OUTPUTS,
     Angles,
     CalledMlp,
     DeltaMixer,
@@ -229,10 +230,11 @@ def _install_stacks(
         call = trial.modules[holder]
         if found.agrees(f"{name} as a stack", stacked.holder, stacked, call, exact=True):
             stacked.install()
-            decoder = _plain_decoder(stacked.holder, stack, found, max_positions)
-            if decoder and found.agrees(f"{name} as a decoder", stacked.holder, decoder, call, exact=True):
-                stacked.holder.forward = decoder.forward
-                decoders.append(decoder)
+            for number, decoder in enumerate(_plain_decoders(stacked.holder, stack, found, max_positions)):
+                if found.agrees(f"{name} as a decoder {number}", stacked.holder, decoder, call, exact=True):
+                    stacked.holder.forward = decoder.forward
+                    decoders.append(decoder)
+                    break
     return decoders
 
 
@@ -254,15 +256,15 @@ def _plain_model(model: nn.Module, decoders: list[PlainDecoder], found: _Found) 
     return None
 
 
-def _plain_decoder(holder: nn.Module, stack: LayerStack, found: _Found, max_positions: int) -> PlainDecoder | None:
-    """Return the decoder that may replace a module around a stack, judging by its other children; else None."""
+def _plain_decoders(holder: nn.Module, stack: LayerStack, found: _Found, max_positions: int) -> Iterator[PlainDecoder]:
+    """Yield the decoders that may replace a module around a stack, judging by its other children."""
     children = [child for child in holder.children() if not isinstance(child, nn.ModuleList)]
     norms = [child for child in children if child in found.norms]
     rotaries = [child for child in children if "inv_freq" in dict(child.named_buffers(recurse=False))]
     embeddings = [child for child in children if child not in norms and child not in rotaries]
-    if not len(norms) == len(rotaries) == len(embeddings) == 1:
-        return None
-    return PlainDecoder(holder, embeddings[0], Angles(rotaries[0], max_positions), stack, norms[0])
+    if len(norms) == len(rotaries) == len(embeddings) == 1:
+        for outputs in PLAIN_OUTPUTS:
+            yield PlainDecoder(holder, embeddings[0], Angles(rotaries[0], max_positions), stack, norms[0], outputs)
 
 
 class _StackedHolder:

@@ -117,9 +117,12 @@ def test_products_that_add_many_adapters_do_so_bit_by_bit(case: tuple[tuple[int,
     assert all(torch.equal(one[same], other[same]) for one, other in decodes)
 
 
-@pytest.mark.parametrize("model_type", STACKED)
+WITH_EXPERTS = {"mixtral": ATTENTION, "qwen3_moe": ATTENTION}
+
+
+@pytest.mark.parametrize("model_type", [*STACKED, *WITH_EXPERTS])
 def test_a_plain_decoder_computes_what_the_model_does(model_type: str) -> None:
-    targets = STACKED[model_type]
+    targets = {**STACKED, **WITH_EXPERTS}[model_type]
     oracle = Oracle(tiny_model(model_type), {"one": Lora(5, (*targets, "embed_tokens"))}, scale=0.4)
     plain, whole = (oracle.engine(max_step_tokens=16, max_num_seqs=12) for _ in range(2))
     (decoder,), (other,) = plain_decoders(plain), plain_decoders(whole)
