@@ -205,14 +205,12 @@ def test_logits_are_those_of_the_published_definition(deep: Oracle, tmp_path: Pa
 
 def test_a_base_with_experts_has_drafts(tmp_path: Path) -> None:
     fields = {"num_hidden_layers": LAYERS, "num_local_experts": 4, "hidden_size": WIDTH, "num_attention_heads": HEADS}
-    oracle = Oracle(make_base(("mixtral", fields)), {}, scale=0.1)
-    made = random_tensors()
+    oracle, made = Oracle(make_base(("mixtral", fields)), {}, scale=0.1), random_tensors()
     engine = engine_of(oracle, saved(tmp_path, made))
     found, [text] = watch_drafts(engine), prompts(1, TINY_VOCAB, (24,))
     assert ask(engine, [greedy_request("r", "", text, 30)]).ids["r"] == oracle.greedy("", text, 30)
     assert len(found) > 2
-    for longer, draft in found:
-        assert draft == by_definition(made, oracle, "", longer, len(draft))[0]
+    assert all(draft == by_definition(made, oracle, "", longer, len(draft))[0] for longer, draft in found)
 
 
 # ---------------------------------------------------------------- answers
