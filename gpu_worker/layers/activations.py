@@ -45,9 +45,11 @@ def find_gate(gate: Callable[[Tensor], Tensor]) -> ops.Activation | None:
         y = gate(torch.cat([gates, ups])[None])
     except Exception:  # noqa: BLE001  any module's gate is tried, and may raise anything
         return None
+    if not isinstance(y, Tensor) or y.shape != (1, len(ups)):
+        return None
     size = ups.abs().clamp(min=1)  # by which `ups` multiply the error of an activation
     for name, function in _ACTIVATIONS.items():
         expected = function(gates) * ups
-        if y.shape[1:] == expected.shape and torch.allclose(y[0] / size, expected / size, rtol=1e-5, atol=1e-6):
+        if torch.allclose(y[0] / size, expected / size, rtol=1e-5, atol=1e-6):
             return name
     return None
