@@ -154,10 +154,6 @@ inline void store_words(int16_t* p, Vec integers) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
-// Whether sums of products of such codes have 16 bits at first, which saves one of three instructions: 32 products of at
-// most 15 times 128, half of them in each sum, do not overflow.
-template <int Bits>
-constexpr bool kSumsAreSmall = Bits == 4 && !kUnsignedBytes;
 // Adds the pairs of small sums.
 inline Ints sum_pairs(Ints sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 // acc[i] += the sum of codes[4 i + j] * (byte j of x); of small sums, one pair to each. Codes of fewer than eight bits

@@ -162,11 +162,6 @@ inline Words select(uint16_t mask, Words a, Words b) {
                                                            reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b),
                                                            0xca));
 }
-#ifdef __AVX512VNNI__
-constexpr bool kUnsignedBytes = true;  // signed bytes are multiplied as unsigned ones, 128 larger
-#else
-constexpr bool kUnsignedBytes = false;
-#endif
 // From rows of bytes [columns], reads the first, second, fifth and sixth: 0, 4, 1, 5 of each column.
 inline void load_fours(const uint8_t* rows, Words (&out)[2]) {
   __m512i first = _mm512_loadu_si512(rows), second = _mm512_loadu_si512(rows + 4 * kPanel);
@@ -203,10 +198,6 @@ inline Words pair_bytes(const uint8_t* rows) {
 inline void store_words(int16_t* p, Vec integers) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(integers)));
 }
-// Whether sums of products of such codes have 16 bits at first, which saves one of three instructions: 32 products of at
-// most 15 times 128, half of them in each sum, do not overflow.
-template <int Bits>
-constexpr bool kSumsAreSmall = Bits == 4 && !kUnsignedBytes;
 // Adds the pairs of small sums.
 inline Ints sum_pairs(Ints sums) { return _mm512_madd_epi16(sums, _mm512_set1_epi16(1)); }
 // acc[i] += the sum of codes[4 i + j] * (byte j of x); of small sums, one pair to each. Codes of fewer than eight bits

@@ -20,11 +20,6 @@ inline void store_n(T* p, Vec v, int64_t n) {
 
 // Codes of weights in the layout of integer products: bytes, four inputs for each of kLanes columns.
 typedef uint16_t Words __attribute__((vector_size(32)));
-#ifdef __AVXVNNI__
-constexpr bool kUnsignedBytes = true;  // signed bytes are multiplied as unsigned ones, 128 larger
-#else
-constexpr bool kUnsignedBytes = false;
-#endif
 // mask ? a : b, bit by bit.
 inline Words select(uint16_t mask, Words a, Words b) { return (a & mask) | (b & static_cast<uint16_t>(~mask)); }
 // From rows of bytes [columns], reads the first, second, fifth and sixth: 0, 4, 1, 5 of each column.

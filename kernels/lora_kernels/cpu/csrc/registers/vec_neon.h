@@ -192,8 +192,6 @@ inline Words pair_bytes(const uint8_t* rows) {
 inline void store_words(int16_t* p, Vec integers) {
   vst1q_s16(p, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(integers.lo)), vqmovn_s32(vcvtnq_s32_f32(integers.hi))));
 }
-template <int>
-constexpr bool kSumsAreSmall = false;  // see vec_avx2.h
 // acc[i] += the sum of codes[4 i + j] * (byte j of x)
 template <int Bits>
 inline Ints dot_codes(Ints acc, Words codes, int x) {
