@@ -6,8 +6,7 @@
 // order, so that a row's product does not depend on the other rows.
 #pragma once
 
-constexpr int kInt8Rows = kLanes == 16 ? 6 : 4;  // per tile
-constexpr int kDigitRows = 8;                    // per tile of rows written as digits
+constexpr int kInt8Rows = 8;                     // per tile, also of rows written as digits
 constexpr int kInt8Vecs = kLanes == 16 ? 2 : 1;  // of columns per tile
 
 // The number subtracted from codes during multiplication.
@@ -60,6 +59,22 @@ struct Int8Rows {
   float* sums;  // [rows, kPanel]
 };
 
+// What the offset of codes adds to a tile's sums, negative: the sums start from it. Computed once for all columns, which
+// then load it into all lanes at once. Group: number of inputs that share a scale.
+template <int Group, int Rows>
+struct Starts {
+  int32_t of[kChunk / Group][Rows];
+
+  Starts(const Int8Rows& rows, int64_t inputs) {
+    constexpr int kParts = 32 / Group;
+    for (int64_t part = 0; part < inputs / Group; ++part)
+      for (int i = 0; i < Rows; ++i) {
+        const int32_t* halves = rows.halves + (i * rows.groups + part / kParts) * 2;
+        of[part][i] = -rows.offset * (kParts == 2 ? halves[part % 2] : halves[0] + halves[1]);
+      }
+  }
+};
+
 // Adds the pairs of small sums, if sums of such codes are small at first.
 template <int Bits, int Rows>
 __attribute__((always_inline)) inline void add_small(Ints (&acc)[Rows][kInt8Vecs],
@@ -69,10 +84,10 @@ __attribute__((always_inline)) inline void add_small(Ints (&acc)[Rows][kInt8Vecs
       for (int v = 0; v < kInt8Vecs; ++v) acc[i][v] = add_ints(acc[i][v], sum_pairs(small[i][v]));
 }
 
-// sums[i] += the products of a chunk's groups, for kInt8Vecs vectors of columns starting at `col`. Group: number of
-// inputs that share a scale.
+// sums[i] += the products of a chunk's groups, for kInt8Vecs vectors of columns starting at `col`.
 template <int Bits, int Group, int Rows>
-void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t groups) {
+void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, const Starts<Group, Rows>& starts, int64_t col,
+               int64_t groups) {
   constexpr int kParts = 32 / Group;
   constexpr int kChains = Rows <= 2 ? 2 : 1;  // with few rows a sum would wait for its own previous addition
   Vec totals[Rows][kInt8Vecs];
@@ -84,10 +99,8 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
     repeat<kParts>([&]<int P>() __attribute__((always_inline)) {
       Ints acc[kChains][Rows][kInt8Vecs], small[Rows][kInt8Vecs];
       for (int i = 0; i < Rows; ++i) {
-        const int32_t* halves = t.halves + (i * t.groups + g) * 2;
-        const int sum = kParts == 2 ? halves[P] : halves[0] + halves[1];
         for (int v = 0; v < kInt8Vecs; ++v) {
-          acc[0][i][v] = set1_int(-t.offset * sum);
+          acc[0][i][v] = set1_int(starts.of[g * kParts + P][i]);
           if constexpr (kChains == 2) acc[1][i][v] = set1_int(0);
           small[i][v] = set1_int(0);
         }
@@ -256,7 +269,7 @@ template <int Bits, int Group>
 void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64_t row, int64_t rows, float* sums,
                 float* memory) {
   const bool are_digits = args.digits > 1;
-  const int64_t tiles = ceil_div(rows, are_digits ? kDigitRows : kInt8Rows), groups = args.in_features / 32;
+  const int64_t tiles = ceil_div(rows, kInt8Rows), groups = args.in_features / 32;
   for (int64_t first = 0; first < args.in_features; first += kChunk) {
     const int64_t inputs = min(kChunk, args.in_features - first);
     const Int8Chunk chunk = kScalesOf[form](panel, first, inputs, memory);
@@ -266,12 +279,16 @@ void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64
       const Int8Rows t = {args.x_codes + chunk_row * kXChunk + first % kXChunk,
                           args.x_scales + at * groups + first / 32, args.x_halves + (at * groups + first / 32) * 2,
                           groups, int8_offset(kQuantForms[form]), sums + begin * kPanel};
-      for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes) {
-        if (are_digits)
-          with_size<kDigitRows>(num, [&]<int Rows>() { digit_tile<Bits, Group, Rows>(chunk, t, col, inputs / 32); });
-        else
-          with_size<kInt8Rows>(num, [&]<int Rows>() { int8_tile<Bits, Group, Rows>(chunk, t, col, inputs / 32); });
-      }
+      with_size<kInt8Rows>(num, [&]<int Rows>() {
+        if (are_digits) {
+          for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
+            digit_tile<Bits, Group, Rows>(chunk, t, col, inputs / 32);
+          return;
+        }
+        const Starts<Group, Rows> starts(t, inputs);
+        for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
+          int8_tile<Bits, Group, Rows>(chunk, t, starts, col, inputs / 32);
+      });
     }
   }
 }

@@ -17,7 +17,7 @@ constexpr int64_t kFewestManyRows = 7;
 // Minimum rows of int8 inputs: with fewer, or with such codes at all, reading packed codes takes no longer.
 constexpr int64_t fewest_many_bytes(const QuantForm& form) {
   if (form.bits == 4 || (form.bits == 6 && kLanes == 16)) return INT64_MAX;
-  return kLanes == 16 ? 24 : kFewestManyRows;
+  return kLanes == 16 ? 9 : kFewestManyRows;
 }
 constexpr int64_t kSpreadAt = kChunk / 8 * kPanel;  // floats: after a chunk's scales and addends
 
@@ -74,7 +74,8 @@ void spread_codes(const Int8Chunk& chunk, int64_t groups, uint8_t* to) {
 
 // Like int8_tile, with codes that `spread_codes` has written.
 template <typename Code, int Bits, int Group, int Rows>
-void many_tile(const Int8Chunk& chunk, const uint8_t* spread, const Int8Rows& t, int64_t col, int64_t groups) {
+void many_tile(const Int8Chunk& chunk, const uint8_t* spread, const Int8Rows& t, const Starts<Group, Rows>& starts,
+               int64_t col, int64_t groups) {
   constexpr bool kAreBytes = sizeof(Code) == 1;
   constexpr int kParts = 32 / Group, kSteps = Group * sizeof(Code) / 4;
   constexpr int64_t kRowBytes = kXChunk * sizeof(Code);
@@ -85,13 +86,9 @@ void many_tile(const Int8Chunk& chunk, const uint8_t* spread, const Int8Rows& t,
     auto& sums = kAreBytes && kSumsAreSmall<Bits> ? small : acc;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      int less = 0;
-      if constexpr (kAreBytes) {
-        const int32_t* halves = t.halves + (i * row_groups + g) * 2;
-        less = -t.offset * (kParts == 2 ? halves[part % kParts] : halves[0] + halves[1]);
-      }
+      const Ints start = set1_int(kAreBytes ? starts.of[part][i] : 0);
 #pragma GCC unroll 2
-      for (int v = 0; v < kInt8Vecs; ++v) acc[i][v] = set1_int(less), small[i][v] = set1_int(0);
+      for (int v = 0; v < kInt8Vecs; ++v) acc[i][v] = start, small[i][v] = set1_int(0);
     }
     const uint8_t* weights = spread + (part * kSteps * kPanel + col) * 4;
     const int8_t* x = t.x + part * kSteps * 4;
@@ -151,9 +148,11 @@ void many_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_
       const int8_t* x = args.x_codes + ((first / kXChunk * args.rows + at) * kXChunk + first % kXChunk) * kBytes;
       const Int8Rows t = {x, args.x_scales + scales_at, args.x_halves + scales_at * 2, groups, int8_offset(form),
                           sums + begin * kPanel};
-      for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
-        with_size<kManyRows, kManyRows / 2>(
-            num, [&]<int Rows>() { many_tile<Code, form.bits, form.group, Rows>(chunk, spread, t, col, inputs / 32); });
+      with_size<kManyRows, kManyRows / 2>(num, [&]<int Rows>() {
+        const Starts<form.group, Rows> starts(t, kBytes == 1 ? inputs : 0);
+        for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
+          many_tile<Code, form.bits, form.group, Rows>(chunk, spread, t, starts, col, inputs / 32);
+      });
     }
   }
 }
