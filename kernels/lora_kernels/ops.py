@@ -28,6 +28,7 @@ from lora_kernels.segments import (
     recordable_lora_batch,
 )
 from lora_kernels.tables import (
+    PANEL_COLUMNS,
     Activation,
     AdapterChanges,
     AdapterTable,
@@ -151,11 +152,11 @@ def linear(
     return _choose(x, impl).linear(x, packed, bias)
 
 
-def grouped_linear(x: Tensor, packed: PackedLinear, ends: Tensor, impl: Impl | None = None) -> Tensor:
+def grouped_linear(x: Tensor, packed: PackedLinear | QuantisedLinear, ends: Tensor, impl: Impl | None = None) -> Tensor:
     """out[i] = x[i] @ weights[e].T for ends[e - 1] <= i < ends[e]: [S, N].
 
-    x: [S, K]. packed: E weights [N, K], packed as one [E * N, K]; unless its layout is plain, N is a multiple of its
-    panel's columns. ends: int32 [E], ascending to S.
+    x: [S, K]. packed: E weights [N, K], packed as one [E * N, K]; unless its layout is plain, N is a multiple of
+    PANEL_COLUMNS. Quantized weights are multiplied as by `linear`. ends: int32 [E], ascending to S.
     """
     return _choose(x, impl).grouped_linear(x, packed, ends)
 
@@ -164,7 +165,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, layer: GatedExperts, impl: 
     """sum over j of weights[t, j] * down(act(gate(x[t])) * up(x[t])) of expert ids[t, j]: [T, D].
 
     x: [T, D]. ids: int64 [T, k], each below the number of experts. weights: [T, k]. Results of each product are rounded
-    to x's dtype; the sum is in fp32 and rounded once.
+    to x's dtype; the sum is in fp32 and rounded once. Quantized weights are multiplied as by `linear`.
     """
     return _choose(x, impl).experts(x, ids, weights, layer)
 

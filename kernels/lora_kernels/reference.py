@@ -153,14 +153,16 @@ def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | Non
     return F.linear(x, packed.weight, bias)
 
 
-def grouped_linear(x: Tensor, packed: PackedLinear, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, packed: PackedLinear | QuantisedLinear, ends: Tensor) -> Tensor:
     """See `ops.grouped_linear`."""
     num = packed.out_features // len(ends)
     parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-    products = [
-        linear(part, replace(packed, weight=own)) for part, own in zip(parts, packed.weight.split(num), strict=True)
-    ]
-    return torch.cat(products)
+    if isinstance(packed, QuantisedLinear):
+        [weight] = packed.weights
+        weights = [replace(packed, weights=[replace(weight, rows=rows)]) for rows in weight.rows.split(num)]
+    else:
+        weights = [replace(packed, weight=own) for own in packed.weight.split(num)]
+    return torch.cat([linear(part, own) for part, own in zip(parts, weights, strict=True)])
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, layer: GatedExperts) -> Tensor:

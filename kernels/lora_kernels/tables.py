@@ -13,6 +13,9 @@ from lora_kernels.quantised import QuantisedWeight
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
+PANEL_COLUMNS = 32
+"""Output columns in a panel of a packed weight, see csrc/kernels.h."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraSite:
@@ -61,14 +64,19 @@ class QuantisedLinear:
     in_features: int
     int8_inputs: bool = False  # whether inputs are rounded to int8 codes, see `quantised.round_inputs`
 
+    @property
+    def out_features(self) -> int:
+        """The output width of all weights."""
+        return sum(self.sizes)
+
 
 @dataclass(frozen=True, slots=True)
 class GatedExperts:
     """The weights of a mixture's experts, see `ops.experts`: D inputs and outputs, I columns between the products."""
 
     num_experts: int
-    gate_up: PackedLinear  # [num_experts * 2 * I, D], each expert's gate, then its up
-    down: PackedLinear  # [num_experts * D, I]
+    gate_up: PackedLinear | QuantisedLinear  # [num_experts * 2 * I, D], each expert's gate, then its up
+    down: PackedLinear | QuantisedLinear  # [num_experts * D, I]
     act: Activation
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers.expert_cases import ExpertCase, expert_case
 from helpers.fixed_sums import fixed_sums
 from helpers.kernel_cases import assert_close, poisoned_memory, randn
+from helpers.quantised_weights import random_weight
 from torch import Tensor
 
 from lora_kernels import ops
 from lora_kernels.experts import order_by_expert
 from lora_kernels.ops import Impl
+from lora_kernels.quantised import KINDS, Kind, QuantisedWeight, round_inputs
 from lora_kernels.segments import TILE_LARGE, TILE_SMALL
 
 
@@ -167,3 +171,105 @@ def test_ends_that_do_not_cover_the_rows_are_refused(ends: list[int], native: Im
     packed = ops.pack_linear(randn(96, 64, dtype=BF16), impl=native)
     with pytest.raises(RuntimeError, match="ends must ascend to"):
         ops.grouped_linear(randn(5, 64, dtype=BF16), packed, torch.tensor(ends).int(), impl=native)
+
+
+def run_groups(
+    x: Tensor, weight: QuantisedWeight, sizes: tuple[int, ...], impl: Impl, *, int8_inputs: bool = False
+) -> Tensor:
+    packed = replace(ops.pack_quantised([weight], impl=impl), int8_inputs=int8_inputs)
+    with poisoned_memory():
+        return ops.grouped_linear(x, packed, torch.tensor(sizes).cumsum(0).int(), impl=impl)
+
+
+def products_of(x: Tensor, weight: QuantisedWeight, sizes: tuple[int, ...]) -> Tensor:
+    """Return the products of groups of rows with the dequantized weights, in fp32."""
+    weights = weight.dequantise().unflatten(0, (len(sizes), -1))
+    return torch.cat([part.float() @ own.T for part, own in zip(x.split(sizes), weights, strict=True)])
+
+
+@pytest.mark.parametrize("int8_inputs", [False, True], ids=["exact", "rounded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_groups(kind: Kind, dtype: torch.dtype, int8_inputs: bool, impl: Impl) -> None:
+    """Groups without rows, of one, and of enough rows for every way to multiply; in small steps and in large ones."""
+    sizes, n, k = ((1, 0, 2), (3, 1, 20), (0, 66, 7)), 64, 512
+    weight = random_weight(kind, 3 * n, k)
+    for own in sizes:
+        x = randn(sum(own), k, dtype=dtype, seed=1)
+        expected = products_of(round_inputs(x) if int8_inputs else x, weight, own)
+        assert_close(run_groups(x, weight, own, impl, int8_inputs=int8_inputs), expected)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (129, 0, 3, 12), (300, 5, 520, 13), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
+def test_quantised_groups_of_many_rows(kind: Kind, sizes: tuple[int, ...], impl: Impl) -> None:
+    """Groups that are split; a last chunk of inputs that is not full."""
+    weight = random_weight(kind, 4 * 32, 352)
+    for int8_inputs in (False, True):
+        x = randn(sum(sizes), 352, dtype=BF16)
+        expected = products_of(round_inputs(x) if int8_inputs else x, weight, sizes)
+        assert_close(run_groups(x, weight, sizes, impl, int8_inputs=int8_inputs), expected, BF16)
+
+
+def run_blocks(
+    case: tuple[Tensor, ...], impl: Impl, kinds: tuple[Kind | None, Kind | None], *, int8_inputs: bool = False
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the result of experts with weights of kinds, None for bf16; and the weights in fp32."""
+    x, ids, weights, *parts = case
+    packed: list[ops.PackedLinear | ops.QuantisedLinear] = []
+    numbers: list[Tensor] = []
+    for seed, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
+        if kind is None:
+            packed.append(ops.pack_linear(part.reshape(-1, part.shape[2]), impl=impl))
+            numbers.append(part.float())
+        else:
+            weight = random_weight(kind, part[..., 0].numel(), part.shape[2], seed=seed)
+            packed.append(replace(ops.pack_quantised([weight], impl=impl), int8_inputs=int8_inputs))
+            numbers.append(weight.dequantise().view(part.shape))
+    layer = ops.GatedExperts(len(parts[0]), packed[0], packed[1], "silu")
+    with poisoned_memory():
+        return ops.experts(x, ids, weights, layer, impl=impl), (numbers[0], numbers[1])
+
+
+@pytest.mark.parametrize("int8_inputs", [False, True], ids=["exact", "rounded"])
+@pytest.mark.parametrize(
+    "kinds", [("q4_0", "q4_0"), ("q8_0", "q8_0"), ("q4_k", "q6_k"), ("q8_0", None), (None, "q4_0")]
+)
+@pytest.mark.parametrize("num_tokens", [1, 9, 700])
+def test_quantised_experts(
+    num_tokens: int, kinds: tuple[Kind | None, Kind | None], int8_inputs: bool, impl: Impl
+) -> None:
+    x, ids, weights, *_ = case = gated(num_tokens, 6, 2, 256, 256)
+    got, (up, down) = run_blocks(case, impl, kinds, int8_inputs=int8_inputs)
+    expected = torch.zeros(num_tokens, 256)
+    rounds = [round_inputs if int8_inputs and kind else torch.Tensor.float for kind in kinds]
+    for expert in range(6):
+        tokens, places = (ids == expert).nonzero(as_tuple=True)
+        gates, ups = (rounds[0](x[tokens]) @ up[expert].T).to(BF16).float().chunk(2, -1)
+        hidden = (torch.nn.functional.silu(gates) * ups).to(BF16)
+        expected[tokens] += weights[tokens, places, None] * (rounds[1](hidden) @ down[expert].T)
+    error = got.float() - expected
+    assert error.norm() < 6e-3 * expected.norm()
+    assert (error.norm(dim=1) < 2e-2 * expected.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("int8_inputs", [False, True], ids=["exact", "rounded"])
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0", "q6_k"])
+def test_a_row_of_quantised_experts_has_the_same_bits_beside_any_others(
+    kind: Kind, int8_inputs: bool, native: Impl
+) -> None:
+    with fixed_sums():
+        x, ids, weights, *parts = gated(250, 3, 2, 256, 256)
+        whole, _ = run_blocks((x, ids, weights, *parts), native, (kind, kind), int8_inputs=int8_inputs)
+        for rows in (slice(0, 1), slice(7, 20), slice(60, 250)):
+            own = x[rows], ids[rows], weights[rows], *parts
+            got, _ = run_blocks(own, native, (kind, kind), int8_inputs=int8_inputs)
+            assert torch.equal(got, whole[rows])
+
+
+def test_quantised_groups_that_do_not_fill_panels_are_refused(native: Impl) -> None:
+    packed = ops.pack_quantised([random_weight("q8_0", 2 * 48, 64)], impl=native)
+    with pytest.raises(RuntimeError, match="3 panels are not of 2 weights"):
+        ops.grouped_linear(randn(5, 64), packed, torch.tensor([2, 5]).int(), impl=native)
+    with pytest.raises(RuntimeError, match="is not packed for 32 inputs"):
+        ops.grouped_linear(randn(5, 32), packed, torch.tensor([1, 2, 5]).int(), impl=native)

@@ -29,9 +29,9 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     lorafleet.pack_linear_(packed, [weight])
     torch.library.opcheck(lorafleet.linear.default, (x, packed, None, 48), test_utils=checks)
     ends, ids = torch.tensor([2, 5], dtype=torch.int32), torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1]])
-    torch.library.opcheck(lorafleet.grouped_linear.default, (x, packed, ends), test_utils=checks)
+    torch.library.opcheck(lorafleet.grouped_linear.default, (x, packed, ends, -1, False), test_utils=checks)
     up, down = torch.zeros(4, 32, 32, 2, dtype=BF16), torch.zeros(4, 16, 32, 2, dtype=BF16)
-    routed = (x, ids, torch.rand(5, 2), up, down, "silu", 2)
+    routed = (x, ids, torch.rand(5, 2), up, down, [-1, -1], False, "silu", 2)
     torch.library.opcheck(lorafleet.experts.default, routed, test_utils=checks)
     blocks = random_weight("q4_k", 48, 256).rows
     torch.library.opcheck(lorafleet.pack_quantised.default, (blocks, "q4_k", 256), test_utils=checks)
@@ -39,6 +39,8 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     for int8_inputs in (False, True):
         quantised = (torch.randn(5, 256).to(BF16), [panels, panels], [form, form], [48, 48], None, int8_inputs)
         torch.library.opcheck(lorafleet.quant_linear.default, quantised, test_utils=checks)
+        grouped = (torch.randn(5, 256).to(BF16), panels, ends, form, int8_inputs)
+        torch.library.opcheck(lorafleet.grouped_linear.default, grouped, test_utils=checks)
     torch.library.opcheck(lorafleet.rms_norm.default, (x, x[0].clone(), 1e-5, residual, False), test_utils=checks)
     torch.library.opcheck(lorafleet.gated_act.default, (x, x.clone(), "silu"), test_utils=checks)
     rows, words = torch.tensor([3, 1]), torch.tensor([[5, -1], [0, 7]], dtype=torch.int32)

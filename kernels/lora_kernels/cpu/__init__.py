@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import kv_codes, reference, sums
+from lora_kernels import reference, sums
 from lora_kernels.cpu import large_pages
 from lora_kernels.cpu.build import BuildError, build_library
+from lora_kernels.cpu.fakes import register_fakes
 from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import AttentionBatch, LoraBatch
 from lora_kernels.tables import (
+    PANEL_COLUMNS,
     Activation,
     AdapterTable,
     ChangedRows,
@@ -42,8 +44,6 @@ _ops = torch.ops.lorafleet
 _CHANGE_KINDS = ("add", "scale", "around", "blocks")
 """In the order in csrc/kernels.h."""
 
-_PANEL = 32  # columns, see csrc/products/linear.h
-
 
 @functools.cache
 def load() -> bool:
@@ -59,7 +59,7 @@ def load() -> bool:
     except (BuildError, OSError) as error:
         _log.warning("CPU operations run in plain torch, several times slower than the native kernels: %s", error)
         return False
-    _register_fakes()
+    register_fakes()
     _ops.fix_sums(sums.are_fixed())
     return True
 
@@ -173,7 +173,7 @@ def pack_linear(*weights: Tensor) -> PackedLinear:
     if dtype != torch.bfloat16 or in_features % 2:  # torch handles fp32, fp16 and odd widths
         return reference.pack_linear(*weights)
     out_features = sum(map(len, weights))
-    packed = large_pages.weights.empty((-(-out_features // _PANEL), in_features // 2, _PANEL, 2), dtype)
+    packed = large_pages.weights.empty((-(-out_features // PANEL_COLUMNS), in_features // 2, PANEL_COLUMNS, 2), dtype)
     _ops.pack_linear_.default(packed, [weight.contiguous() for weight in weights])
     return PackedLinear(packed, out_features, in_features, "vnni")
 
@@ -196,21 +196,44 @@ def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | Non
     return _ops.linear.default(x, packed.weight, bias, packed.out_features)
 
 
-def grouped_linear(x: Tensor, packed: PackedLinear, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, packed: PackedLinear | QuantisedLinear, ends: Tensor) -> Tensor:
     """See `ops.grouped_linear`."""
-    if packed.layout == "plain":
+    if isinstance(packed, PackedLinear) and packed.layout == "plain":
         return reference.grouped_linear(x, packed, ends)
-    return _ops.grouped_linear.default(_rows(x), packed.weight, ends)
+    return _ops.grouped_linear.default(_rows(x), _panels(packed), ends, _form(packed), _rounds(packed))
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, layer: GatedExperts) -> Tensor:
     """See `ops.experts`."""
-    if layer.gate_up.layout == "plain" or layer.down.layout == "plain":
+    both = layer.gate_up, layer.down
+    if any(isinstance(packed, PackedLinear) and packed.layout == "plain" for packed in both):
         return reference.experts(x, ids, weights, layer)
-    packed = layer.gate_up.weight, layer.down.weight
     return _ops.experts.default(
-        _rows(x), ids.long().contiguous(), _floats(weights), *packed, layer.act, layer.num_experts
+        _rows(x),
+        ids.long().contiguous(),
+        _floats(weights),
+        *map(_panels, both),
+        [*map(_form, both)],
+        any(map(_rounds, both)),
+        layer.act,
+        layer.num_experts,
     )
+
+
+def _panels(packed: PackedLinear | QuantisedLinear) -> Tensor:
+    """Return the panels of a single weight, or of several packed as one."""
+    if isinstance(packed, PackedLinear):
+        return packed.weight
+    [panels] = packed.panels
+    return panels
+
+
+def _form(packed: PackedLinear | QuantisedLinear) -> int:
+    return packed.forms[0] if isinstance(packed, QuantisedLinear) else -1
+
+
+def _rounds(packed: PackedLinear | QuantisedLinear) -> bool:
+    return isinstance(packed, QuantisedLinear) and packed.int8_inputs
 
 
 def rms_norm(
@@ -447,53 +470,3 @@ def _linears(linears: SiblingLinears) -> tuple[object, ...]:
 
 def _factors(sites: Sequence[LoraSite]) -> list[Tensor]:
     return [site.factors for site in sites if site.factors is not None]
-
-
-def _register_fakes() -> None:
-    """Register the result shapes of operators for torch.compile; operators that only mutate have none."""
-    fake = torch.library.register_fake
-
-    @fake("lorafleet::linear")
-    def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        return x.new_empty(*x.shape[:-1], out_features)
-
-    @fake("lorafleet::pack_quantised")
-    def _(rows: Tensor, kind: str, in_features: int) -> tuple[Tensor, int]:
-        form, panel_bytes = _ops.quantised_form(kind, in_features)
-        return rows.new_empty(-(-rows.shape[0] // 32), panel_bytes), form
-
-    @fake("lorafleet::quant_linear")
-    def _(
-        x: Tensor,
-        panels: Sequence[Tensor],
-        forms: Sequence[int],
-        sizes: Sequence[int],
-        bias: Tensor | None,
-        int8_inputs: bool,
-    ) -> Tensor:
-        return x.new_empty(*x.shape[:-1], sum(sizes))
-
-    @fake("lorafleet::paged_attention")
-    def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> Tensor:
-        return q.new_empty(q.shape[0], q.shape[1], kv_codes.row_dim(v_cache))
-
-    @fake("lorafleet::delta_rule")
-    def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-        return v.new_empty(v.shape)
-
-    @fake("lorafleet::gated_delta")
-    def _(qkv: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
-        return qkv.new_empty(*b.shape, rest[6].shape[3])
-
-    @fake("lorafleet::argmax")
-    def _(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.bool)
-
-    @fake("lorafleet::grouped_linear")
-    def _(x: Tensor, packed: Tensor, ends: Tensor) -> Tensor:
-        return x.new_empty(len(x), packed.shape[0] // len(ends) * _PANEL)
-
-    for name in ("rms_norm", "gated_act", "experts", "selective_scan", "causal_conv", "gated_scan"):
-        fake(f"lorafleet::{name}", lambda x, *_: x.new_empty(x.shape))
-    for name in ("pack_linear_", "lora_add_", "kv_write_", "rotary_", "gate_heads_", "mask_logits_"):
-        fake(f"lorafleet::{name}", lambda *_: None)

@@ -168,9 +168,10 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def("fix_sums(bool is_fixed) -> ()");
   m.def("pack_linear_(Tensor(a!) packed, Tensor[] weights) -> ()");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
-  m.def("grouped_linear(Tensor x, Tensor packed, Tensor ends) -> Tensor");
+  m.def("grouped_linear(Tensor x, Tensor packed, Tensor ends, int form, bool int8_inputs) -> Tensor");
   m.def(
-      "experts(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down, str act, int num_experts) -> Tensor");
+      "experts(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down, int[] forms, bool int8_inputs, str act, "
+      "int num_experts) -> Tensor");
   m.def("quantised_form(str kind, int in_features) -> (int, int)");
   m.def("pack_quantised(Tensor rows, str kind, int in_features) -> (Tensor, int)");
   m.def("quant_linear(Tensor x, Tensor[] panels, int[] forms, int[] sizes, Tensor? bias, "

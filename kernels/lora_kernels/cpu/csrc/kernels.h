@@ -90,7 +90,8 @@ struct QuantArgs {
   const void* bias;  // [out_features of all parts] or null
   Matrix out;
   int64_t rows, in_features;
-  bool fixed_sums;  // whether a row's sums must not depend on the number of rows
+  int64_t weight_rows;  // that share a weight: all rows, or in groups an average; what pays depends on it
+  bool fixed_sums;      // whether a row's sums must not depend on the number of rows
 };
 
 struct LoraSiteArgs {
@@ -348,6 +349,8 @@ struct Kernels {
   int64_t (*quant_digits)(const QuantArgs&, bool rounds_inputs);  // see QuantArgs; 0: use x's numbers
   void (*quant_encode)(const QuantArgs&, int8_t* x_codes, float* x_scales, int32_t* x_halves);
   void (*quant_linear)(const QuantArgs&);
+  // The arguments have one part: the panels of all weights, each with its out_features, a multiple of kPanel; no bias.
+  void (*quant_groups)(const QuantArgs&, const RowGroup*, int64_t num_groups);
   void (*lora_add)(const LoraArgs&);
   void (*kv_write)(const KvWriteArgs&);
   void (*attention)(const AttentionArgs&);

@@ -39,12 +39,13 @@ std::tuple<Tensor, Tensor> argmax(const Tensor& x);
 
 // experts.cpp
 // x [S, K] times the weight of its group: rows up to ends[0], int32 [E], have the first, and so on. packed: weights
-// [N, K] one after the other, N a multiple of kPanel. Returns [S, N].
-Tensor grouped_linear(const Tensor& x, const Tensor& packed, const Tensor& ends);
+// [N, K] one after the other, N a multiple of kPanel. form: of quantized weights, see quant_forms.h; -1 for bf16.
+// int8_inputs: as for quant_linear. Returns [S, N].
+Tensor grouped_linear(const Tensor& x, const Tensor& packed, const Tensor& ends, int64_t form, bool int8_inputs);
 // The weighted sum of gated experts [T, D], for x [T, D] and the ids (int64) and weights (fp32) of its experts [T, k].
-// up: packed weights [2 * I, D] of `num` experts, gates first. down: [D, I].
+// up: packed weights [2 * I, D] of `num` experts, gates first. down: [D, I]. forms: of both, as for grouped_linear.
 Tensor experts(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& up, const Tensor& down,
-               std::string_view act, int64_t num);
+               Ints forms, bool int8_inputs, std::string_view act, int64_t num);
 
 // lora.cpp
 struct LoraSites {  // where the pool holds adapters' rows for sibling linear layers
@@ -100,8 +101,13 @@ std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view 
 // int8_inputs: x is rounded to int8 codes, with a scale per group of 32 inputs.
 Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes, const OptionalTensor& bias,
                     bool int8_inputs);
+struct WeightGroups {  // groups of rows with a weight each, of `num` with the same number of columns
+  std::vector<RowGroup> list;
+  int64_t num;
+};
+// groups: of one part; null if all rows have the same weights.
 void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints forms, Ints sizes,
-                     const OptionalTensor& bias, bool int8_inputs);
+                     const OptionalTensor& bias, bool int8_inputs, const WeightGroups* groups = nullptr);
 
 // states.cpp
 Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c,

@@ -166,7 +166,7 @@ std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view 
 }
 
 void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints forms, Ints sizes,
-                     const OptionalTensor& bias, bool int8_inputs) {
+                     const OptionalTensor& bias, bool int8_inputs, const WeightGroups* groups) {
   const int64_t num_parts = panels.size(), in_features = x.size(-1), rows = x.numel() / std::max<int64_t>(1, in_features);
   LORAFLEET_CHECK(num_parts > 0 && forms.size() == panels.size() && sizes.size() == panels.size(),
               "every part needs panels, a form and a size");
@@ -189,6 +189,11 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
     check_same_dtype(*bias, x, "bias");
     LORAFLEET_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
   }
+  if (groups) {
+    LORAFLEET_CHECK(num_parts == 1 && !bias && out_features % (groups->num * kPanel) == 0, "one part without a bias is "
+                    "split among groups, at whole panels");
+    parts[0].out_features = out_features /= groups->num;
+  }
   LORAFLEET_CHECK(out.size(-1) == out_features, "out has ", out.size(-1), " columns; there are ", out_features);
   QuantArgs args = {
       .dtype = dtype_of(x),
@@ -207,6 +212,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       .out = rows_of(out, "out"),
       .rows = rows,
       .in_features = in_features,
+      .weight_rows = groups ? rows / std::max<int64_t>(1, groups->list.size()) : rows,
       .fixed_sums = sums_are_fixed(),
   };
   Tensor chunks, prepared;  // own the memory of data computed from x
@@ -236,7 +242,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
     active->quant_prepare(args, entries_of<float>(prepared, "x"), nullptr, int8_inputs);
     args.x32 = entries_of<float>(prepared, "x");
   }
-  active->quant_linear(args);
+  groups ? active->quant_groups(args, groups->list.data(), groups->list.size()) : active->quant_linear(args);
 }
 
 Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes, const OptionalTensor& bias,

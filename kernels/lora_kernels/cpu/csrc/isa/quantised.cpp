@@ -13,6 +13,7 @@ void put_quantised(Kernels& kernels) {
   kernels.quant_digits = quant_digits;
   kernels.quant_encode = quant_encode;
   kernels.quant_linear = quant_linear;
+  kernels.quant_groups = quant_groups;
 }
 
 }  // namespace lorafleet

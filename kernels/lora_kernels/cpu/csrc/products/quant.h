@@ -248,3 +248,20 @@ void quant_linear(const QuantArgs& args) {
                 min(kPanel, part->out_features - panel * kPanel));
   });
 }
+
+// Tasks are panels of groups in memory order, as in linear_groups.
+void quant_groups(const QuantArgs& args, const RowGroup* groups, int64_t num_groups) {
+  const QuantPart& part = *args.parts;
+  const int64_t panels = part.out_features / kPanel, bytes = panel_bytes(kQuantForms[part.form], args.in_features);
+  run(num_groups * panels, [&](int64_t task) {
+    const RowGroup& group = groups[task / panels];
+    const int64_t panel = task % panels, blocks = ceil_div(group.rows, kQuantRows);
+    QuantArgs own = args;
+    own.weight_rows = group.rows;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = group.rows * block / blocks, end = group.rows * (block + 1) / blocks;
+      quant_panel(own, part, part.panels + (group.panel + panel) * bytes, group.first + begin, end - begin,
+                  panel * kPanel, kPanel);
+    }
+  });
+}

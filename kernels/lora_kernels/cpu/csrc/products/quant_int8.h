@@ -298,7 +298,7 @@ void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64
 inline void int8_panel(const QuantArgs& args, int64_t form, const uint8_t* panel, int64_t row, int64_t rows,
                        float* sums, float* memory) {
   if (args.digits == kWords) return kManyPanel<int16_t>[form](args, panel, row, rows, sums, memory);
-  if (args.digits == 1 && args.rows >= fewest_many_bytes(kQuantForms[form]))
+  if (args.digits == 1 && args.weight_rows >= fewest_many_bytes(kQuantForms[form]))
     return kManyPanel<int8_t>[form](args, panel, row, rows, sums, memory);
   switch (kQuantForms[form].bits) {
     case 4:
@@ -389,7 +389,7 @@ inline bool are_bytes_slow([[maybe_unused]] const QuantArgs& args) {
   constexpr int64_t kFewestFloatRows = 16;
   bool are_bytes = true;
   for (int64_t i = 0; i < args.num_parts; ++i) are_bytes = are_bytes && kQuantForms[args.parts[i].form].bits == 8;
-  return are_bytes && !args.fixed_sums && args.rows >= kFewestFloatRows;
+  return are_bytes && !args.fixed_sums && args.weight_rows >= kFewestFloatRows;
 #else
   return false;
 #endif
@@ -400,9 +400,9 @@ int64_t quant_digits(const QuantArgs& args, bool rounds_inputs) {
   if (args.fixed_sums) return 0;
   bool are_few = true;
   for (int64_t i = 0; i < args.num_parts; ++i)
-    are_few = are_few && args.rows <= most_digit_rows(kQuantForms[args.parts[i].form]);
+    are_few = are_few && args.weight_rows <= most_digit_rows(kQuantForms[args.parts[i].form]);
   if (are_few) return kDigits;
-  return kUsesWords && args.dtype != Dtype::kF32 && args.rows >= kFewestManyRows ? kWords : 0;
+  return kUsesWords && args.dtype != Dtype::kF32 && args.weight_rows >= kFewestManyRows ? kWords : 0;
 }
 
 // The largest power of two up to a magnitude, but at least 2^-100, so that its inverse is finite.

@@ -12,7 +12,7 @@ constexpr bool kUsesWords = true;
 constexpr bool kUsesWords = false;
 #endif
 constexpr int64_t kWords = 2;          // args.digits of inputs of 16 bits
-constexpr int kManyRows = 12;  // per tile, at most; at least half of them
+constexpr int kManyRows = 12;  // per tile, at most
 constexpr int64_t kFewestManyRows = 7;
 // Minimum rows of int8 inputs: with fewer, or with such codes at all, reading packed codes takes no longer.
 constexpr int64_t fewest_many_bytes(const QuantForm& form) {
@@ -148,7 +148,7 @@ void many_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_
       const int8_t* x = args.x_codes + ((first / kXChunk * args.rows + at) * kXChunk + first % kXChunk) * kBytes;
       const Int8Rows t = {x, args.x_scales + scales_at, args.x_halves + scales_at * 2, groups, int8_offset(form),
                           sums + begin * kPanel};
-      with_size<kManyRows, kManyRows / 2>(num, [&]<int Rows>() {
+      with_size<kManyRows>(num, [&]<int Rows>() {
         const Starts<form.group, Rows> starts(t, kBytes == 1 ? inputs : 0);
         for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
           many_tile<Code, form.bits, form.group, Rows>(chunk, spread, t, starts, col, inputs / 32);

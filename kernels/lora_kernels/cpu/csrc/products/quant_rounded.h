@@ -8,7 +8,7 @@
 constexpr int64_t kFewestRoundedRows = 64;
 
 // Whether weights are rounded: never if sums are fixed, since those of few rows have other bits.
-inline bool rounds_weights(const QuantArgs& args) { return !args.fixed_sums && args.rows >= kFewestRoundedRows; }
+inline bool rounds_weights(const QuantArgs& args) { return !args.fixed_sums && args.weight_rows >= kFewestRoundedRows; }
 
 // The weights of a chunk in tile layout.
 struct RoundedChunk {

@@ -14,7 +14,7 @@ struct CodeTile {
 
 // Whether rows are multiplied here: always if sums are fixed, since sums in quant.h have other bits.
 inline bool quant_in_tiles(const QuantArgs& args, const QuantForm& form) {
-  return args.fixed_sums || args.rows >= fewest_tile_rows(form);
+  return args.fixed_sums || args.weight_rows >= fewest_tile_rows(form);
 }
 
 // The codes of part `part` of a chunk. Parts of 16 inputs fill half a tile; the other half is zero.
