@@ -3,7 +3,8 @@
 transformers computes such modules with shared code (`integrations/moe.py`): token-expert pairs sorted by expert, one
 product, the module's gate, a second product, the routing weights. `GroupedExperts` computes the same and adds LoRA to
 the result of each product. A module that differs, or fails a trial, is run again with changed weights instead
-(`gpu_worker.layers.apply_extras`). On a CPU, weights are packed for native products where these exist.
+(`gpu_worker.layers.apply_extras`). On a CPU, weights are packed for native products where these exist. Weights that
+stay quantized are packed when the model is read; `compute_with_blocks` makes modules compute with them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_worker.layers.activations import find_gate
-from gpu_worker.layers.apply_extras import AdaptableModule, alike, original_forward
+from gpu_worker.layers.apply_extras import AdaptableModule, ExpertsCall, TokenLayout, alike, original_forward
+from gpu_worker.quantised.expert_blocks import ExpertBlocks, blocks_of
 from lora_kernels import ops, sums
 from lora_kernels.experts import ExpertOrder, ExpertPages, expert_batch, order_by_expert
 from lora_kernels.segments import LoraBatch
@@ -48,14 +50,15 @@ class ExpertSite:
     bias: Tensor | None  # [E, N]
     shape: ExpertShape
     is_transposed: bool = False
-    packed: ops.PackedLinear | None = None  # of the weights [E * N, K]
+    packed: ops.PackedLinear | ops.QuantisedLinear | None = None  # of the weights [E * N, K]
+    blocks: ExpertBlocks | None = None  # if the weights stay quantized: what `packed` is made of
     pages: ExpertPages | None = None  # set once the pool is allocated, like `first_pages`
     first_pages: Tensor | None = None  # int32 [num_slots]: first page of each adapter's rows for this layer; -1: none
 
     def pack(self, impl: ops.Impl | None) -> None:
         """Pack the weights, if there are native products for them."""
         shape = self.shape
-        if not ops.is_native(self.weight):
+        if self.packed is not None or not ops.is_native(self.weight):
             return
         weights = self.weight.transpose(-2, -1) if self.is_transposed else self.weight
         one = ops.pack_linear(weights[0], impl=impl)  # all take long
@@ -64,8 +67,10 @@ class ExpertSite:
 
     def unpacked(self, at: Tensor | None = None) -> Tensor:
         """Return a copy of the packed weights, as the module stores them: all, or of the experts `at`, int64."""
-        assert self.packed is not None
         shape = self.shape
+        if self.blocks is not None:
+            return self.blocks.numbers(at)
+        assert isinstance(self.packed, ops.PackedLinear)
         panels = self.packed.weight.unflatten(0, (shape.num_experts, -1))
         panels = panels if at is None else panels[at]
         num = len(panels) * shape.out_features
@@ -103,7 +108,11 @@ class GroupedExperts:
             wide, narrow = (second, first) if owner.is_transposed else (first, second)
             shape = ExpertShape(num, narrow, wide, weight.dtype)
             bias = module._parameters.get(f"{parameter}_bias") if owner.has_bias else None
-            sites.append(ExpertSite(f"{name}.{parameter}", weight.detach(), bias, shape, owner.is_transposed))
+            site = ExpertSite(f"{name}.{parameter}", weight.detach(), bias, shape, owner.is_transposed)
+            site.blocks = blocks_of(module).get(parameter)
+            if site.blocks is not None:
+                site.packed, impl = site.blocks.packed, site.blocks.impl
+            sites.append(site)
         if len({site.shape.num_experts for site in sites}) > 1 or len(names) != 3:
             return None
         return cls(module, sites, sites[0].shape.num_experts, impl, names)
@@ -112,11 +121,37 @@ class GroupedExperts:
         """Pack the weights where that helps. The module still has its own."""
         for site in self.sites:
             site.pack(self.impl)
+        self._join()
+
+    def _join(self) -> None:
+        """Let the whole module be one operation, if there is one for it."""
         module, [up, down] = self.module, [site.packed for site in self.sites]
+        self.gated = None
         act = find_gate(module._apply_gate) if module.has_gate else None
         if up is None or down is None or act is None or module.has_bias or module.has_post_expert_norm:
             return
         self.gated = ops.GatedExperts(self.num_experts, up, down, act)
+
+    def use_blocks(self) -> bool:
+        """Compute the module with its sites' blocks from now on, if a trial agrees. Return whether it does.
+
+        Its other weights are its own. The trial does not round inputs. The module keeps this object as
+        `block_experts`.
+        """
+        packed = [site.packed for site in self.sites]
+        for site in self.sites:
+            if isinstance(site.packed, ops.QuantisedLinear):
+                site.packed = replace(site.packed, int8_inputs=False)
+        self._join()
+        grouped, gated = self.ways()
+        for site, own in zip(self.sites, packed, strict=True):
+            site.packed = own
+        self._join()
+        self.gated = self.gated if gated else None
+        if grouped:
+            self.module.block_experts = self
+            self.module.forward = self._run
+        return grouped
 
     def release(self, owner: AdaptableModule) -> None:
         """Free the module's own weights that are packed, and replace its forward. owner: of the module."""
@@ -146,18 +181,33 @@ class GroupedExperts:
 
     def agrees(self) -> bool:
         """Return whether a random call without LoRA gives the same result as the module's own forward."""
-        weight, num = self.sites[0].weight, min(2, self.num_experts)
+        shape, num = self.sites[0].shape, min(2, self.num_experts)
+        has_blocks = any(site.blocks is not None for site in self.sites)
+        device = "cpu" if has_blocks else self.sites[0].weight.device
+        num_chosen_from = num if has_blocks else self.num_experts
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(_NUM_TRIAL_TOKENS, self.sites[0].shape.in_features, generator=generator)
-        chosen = [torch.randperm(self.num_experts, generator=generator)[:num] for _ in range(_NUM_TRIAL_TOKENS)]
+        hidden = torch.randn(_NUM_TRIAL_TOKENS, shape.in_features, generator=generator)
+        chosen = [torch.randperm(num_chosen_from, generator=generator)[:num] for _ in range(_NUM_TRIAL_TOKENS)]
         weights = torch.rand(_NUM_TRIAL_TOKENS, num, generator=generator)
-        hidden, ids, weights = hidden.to(weight), torch.stack(chosen).to(weight.device), weights.to(weight)
+        hidden, weights = (numbers.to(device, shape.dtype) for numbers in (hidden, weights))
+        ids = torch.stack(chosen).to(device)
         try:
             with torch.inference_mode():
-                expected = original_forward(self.module)(hidden, ids, weights)
+                if has_blocks:
+                    expected = self._with_numbers(hidden, ids, weights, torch.arange(num))
+                else:
+                    expected = original_forward(self.module)(hidden, ids, weights)
                 return alike(self.forward(hidden, ids, weights), expected)
         except Exception:  # noqa: BLE001  a module that only looks like experts may raise anything
             return False
+
+    def _with_numbers(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, used: Tensor) -> Tensor:
+        """Return what the module's class computes with dequantized weights of the experts `used`, 0, 1 and so on."""
+        owner = AdaptableModule("experts", self.module, TokenLayout((0, 0, 0), (0,), 2))
+        for site in self.sites:
+            if site.blocks is not None:
+                owner.packed[site.name.rpartition(".")[2]] = site.unpacked
+        return ExpertsCall(owner, used, self.num_experts, [hidden, expert_ids, weights], {}).run([], 1.0)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the arguments of a call, in order."""
@@ -191,7 +241,7 @@ class GroupedExperts:
 
     def _product(self, site: ExpertSite, x: Tensor, order: ExpertOrder, batch: LoraBatch | None) -> Tensor:
         """Return a product [S, N] for x [S, K], in the order of `order`."""
-        x = x.to(site.weight.dtype)
+        x = x.to(site.shape.dtype)
         if site.packed is not None:
             y = ops.grouped_linear(x, site.packed, order.ends, impl=self.impl)
         else:
@@ -206,6 +256,21 @@ class GroupedExperts:
         return y
 
 
+def compute_with_blocks(model: nn.Module) -> None:
+    """Make the modules of experts whose weights stay quantized compute with them.
+
+    A module for which that gives another result gets the dequantized numbers.
+    """
+    for name, module in model.named_modules():
+        blocks = blocks_of(module)
+        experts = GroupedExperts.of(name, module, None) if blocks else None
+        if not blocks or "block_experts" in vars(module) or (experts is not None and experts.use_blocks()):
+            continue
+        for own, found in blocks.items():
+            module.register_parameter(own, nn.Parameter(found.numbers(), requires_grad=False))
+        del module.expert_blocks
+
+
 def find_grouped_experts(
     modules: Mapping[str, AdaptableModule], impl: ops.Impl | None, *, packs: bool = True
 ) -> dict[str, GroupedExperts]:
@@ -217,6 +282,11 @@ def find_grouped_experts(
     tried: dict[tuple[Any, ...], tuple[bool, bool]] = {}
     for name, adaptable in modules.items():
         layout = adaptable.layout
+        kept: GroupedExperts | None = getattr(adaptable.module, "block_experts", None)
+        if kept is not None:
+            kept.release(adaptable)
+            found[name] = kept
+            continue
         experts = GroupedExperts.of(name, adaptable.module, impl)
         if experts is None or layout.args != (0, 0, 0) or layout.outs != (0,) or layout.num_dims != 2:
             continue

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.layers.adaptable_modules import AdaptableModules, find_adaptable_modules
 from gpu_worker.layers.attention import ATTENTION, AttentionCall, StepContext, make_layers, unbind
+from gpu_worker.layers.expert_modules import compute_with_blocks
 from gpu_worker.layers.lightning import install_lightning
 from gpu_worker.layers.lora import install_sites, linear_shape
 from gpu_worker.layers.mixers import MixerStates
@@ -96,6 +97,7 @@ def prepare_model(
     config = module.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise refusal(module, ["an encoder"])
+    compute_with_blocks(module)
     tasks = ModelTasks(head_name=head_name_of(module.config)) if tasks is None else tasks
     fingerprint = fingerprint_of(module) + tasks.fingerprint
     check, width = (answers and answers.read()) or _ask(module)

@@ -17,7 +17,7 @@ from lora_kernels.quantised import KINDS, Kind, QuantisedWeight, row_bytes
 from protocol.runtime.model_files import QUANTISED_INDEX
 from protocol.wire.errors import BadRequest
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file format. Part of the names of cached folders, so that no version reads another's."""
 
 ALIGNMENT = 64

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings whose weights stay in quantized blocks, and their installation in a model."""
+"""Linear layers, embeddings and experts whose weights stay in quantized blocks, and their installation in a model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_worker.light_imports import drawing_nothing_on_meta
+from gpu_worker.quantised.expert_blocks import ExpertBlocks, blocks_of, fitting_parameters
 from gpu_worker.quantised.index import MappedWeights
 from gpu_worker.quantised.panels import KeptPanels
 from lora_kernels import ops
@@ -54,8 +55,9 @@ def beside_each_other(linears: list[BlockLinear]) -> ops.QuantisedLinear:
 
 
 def round_inputs_of(model: nn.Module, *, is_required: bool = False) -> None:
-    """Make a model's quantized linear layers round their inputs to int8, in groups of 32.
+    """Make a model's quantized linear layers and experts round their inputs to int8, in groups of 32.
 
+    Experts do so if `compute_with_blocks` is called afterwards.
     is_required: raise BadRequest if no layer is quantized.
     """
     linears = [module for module in model.modules() if isinstance(module, BlockLinear)]
@@ -66,6 +68,9 @@ def round_inputs_of(model: nn.Module, *, is_required: bool = False) -> None:
         )
     for linear in linears:
         linear.packed = replace(linear.packed, int8_inputs=True)
+    for module in model.modules():
+        for blocks in blocks_of(module).values():
+            blocks.packed = replace(blocks.packed, int8_inputs=True)
 
 
 def has_rounded_inputs(model: nn.Module) -> bool:
@@ -96,9 +101,11 @@ def fill_model(
 ) -> PreTrainedModel:
     """Fill a model whose parameters are on the meta device with a folder's weights. Return it in eval mode.
 
-    Quantized weights of linear layers and embeddings stay quantized; all others are converted to `dtype`. Raises
-    BadRequest for weights that do not fit the model.
+    Quantized weights of linear layers, embeddings and fused experts stay quantized; all others are converted to
+    `dtype`. Raises BadRequest for weights that do not fit the model. Experts in blocks are not computed before
+    `gpu_worker.layers.expert_modules.compute_with_blocks`.
     """
+    held = _fill_experts(model, weights, panels, dtype, impl)
     for name, module in [*model.named_modules()]:
         source = _source(model, name, weights)
         if source is None or not weights.is_quantised(source):
@@ -117,7 +124,7 @@ def fill_model(
         _check_shape(source, shape, wanted)
         setattr(model.get_submodule(parent), child, made)
     for name, parameter in [*model.named_parameters(remove_duplicate=False)]:
-        if parameter.is_meta:
+        if parameter.is_meta and name not in held:
             owner, _, own = name.rpartition(".")
             module = model.get_submodule(owner)
             source = _source(model, owner, weights) if own == "weight" else name
@@ -128,6 +135,28 @@ def fill_model(
             module.register_parameter(own, nn.Parameter(numbers, requires_grad=False))
     _divide_frequencies(model, weights)
     return model.eval().requires_grad_(False)
+
+
+def _fill_experts(
+    model: PreTrainedModel, weights: MappedWeights, panels: KeptPanels, dtype: torch.dtype, impl: ops.Impl | None
+) -> set[str]:
+    """Give modules of experts the parameters that stay in blocks. Return their names. Raises BadRequest for shapes."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        held: dict[str, ExpertBlocks] = {}
+        for own, parameter in fitting_parameters(module, "q8_0").items():
+            source = f"{name}.{own}"
+            if not weights.is_quantised(source):
+                continue
+            _check_shape(source, weights.index.tensors[source].shape, tuple(parameter.shape))
+            blocks = weights.blocks(source)
+            held[own] = ExpertBlocks(blocks, panels.pack(source, blocks, impl), len(parameter), dtype, impl)
+            # Puts the kind into the model's fingerprint.
+            module.register_buffer(f"{own}_{blocks.kind}", torch.empty(parameter.shape, device="meta"))
+            found.add(source)
+        if held:
+            vars(module)["expert_blocks"] = held
+    return found
 
 
 def _source(model: PreTrainedModel, name: str, weights: MappedWeights) -> str | None:

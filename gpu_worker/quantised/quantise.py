@@ -1,7 +1,7 @@
 """Quantizes a Hub folder once, and stores the result: a folder of blocks that later starts map.
 
-int8 is Q8_0; int4 is Q4_0 with the head in Q8_0; both round to nearest. Only linear layers whose input width is a
-multiple of the block size are quantized.
+int8 is Q8_0; int4 is Q4_0 with the head in Q8_0; both round to nearest. Quantized are linear layers whose input width
+is a multiple of the block size, and fused experts whose output width is one of a panel's columns, too.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from gpu_worker.quantised.expert_blocks import fitting_parameters
+from gpu_worker.quantised.hub_tensors import HubTensors
 from gpu_worker.quantised.index import ALIGNMENT, DTYPES, FORMAT, Entry, Index, write_index
 from gpu_worker.quantised.modules import parameters_on_meta
 from lora_kernels.quantised import block_inputs, quantise
@@ -84,34 +86,58 @@ def _key(folder: Path, files: list[Path], quantization: str) -> str:
 
 def _write_weights(out: BinaryIO, model: PreTrainedModel, files: list[Path], quantization: str) -> dict[str, Entry]:
     """Write all tensors of a model. Return their entries. Raises BadRequest if the files lack one."""
-    where: dict[str, Any] = {}
-    for path in files:
-        opened: Any = safe_open(path, framework="pt")
-        where |= dict.fromkeys(opened.keys(), opened)
+    tensors = HubTensors(model, files)
     head: Any = model.get_output_embeddings()
     linears = {f"{name}.weight": module for name, module in model.named_modules() if type(module) is nn.Linear}
     embedding = model.get_input_embeddings()
     embedded = next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
+    modules = model.named_modules()
+    experts = {f"{name}.{own}" for name, module in modules for own in fitting_parameters(module, "q8_0")}
     entries: dict[str, Entry] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         linear = linears.get(name)
-        source = embedded if linear is not None and linear is head and name not in where else name
-        if source not in where:
+        source = embedded if linear is not None and linear is head and name not in tensors else name
+        if source not in tensors:
             raise BadRequest(f"quantization is {quantization}, but the weights lack {source} under transformers' name")
-        weight: Tensor = where[source].get_tensor(source)
+        kind = "q8_0" if quantization == "int8" or (linear is not None and linear is head) else "q4_0"
+        if name in experts:
+            entries[name] = _append_experts(out, kind, tensors.experts(name), tuple(parameter.shape))
+            continue
+        weight = tensors.tensor(source)
         if linear is None or weight.shape[1] % block_inputs("q8_0"):
             if weight.dtype not in _NAMES:
                 raise BadRequest(f"quantization is {quantization}, but {source} is of {weight.dtype}")
             entries[name] = _append(out, _NAMES[weight.dtype], weight.contiguous(), tuple(weight.shape))
             continue
-        made = quantise(weight, "q8_0" if quantization == "int8" or linear is head else "q4_0")
+        made = quantise(weight, kind)
         entries[name] = _append(out, made.kind, made.rows, tuple(weight.shape))
     return entries
 
 
 def _append(out: BinaryIO, kind: Any, tensor: Tensor, shape: tuple[int, ...]) -> Entry:
-    offset = -(-out.tell() // ALIGNMENT) * ALIGNMENT
-    out.seek(offset)
-    flat = tensor.reshape(-1)
-    flat.view(torch.uint8).numpy().tofile(out)
+    offset = _align(out)
+    _write(out, tensor)
     return Entry(kind, shape, offset)
+
+
+def _append_experts(
+    out: BinaryIO, kind: Literal["q8_0", "q4_0"], experts: Iterator[Tensor], shape: tuple[int, ...]
+) -> Entry:
+    """Quantize experts [E, N, K] one after the other. Raises BadRequest if they are not of `shape`."""
+    offset, num = _align(out), 0
+    for num, expert in enumerate(experts, 1):
+        if num > shape[0] or tuple(expert.shape) != shape[1:]:
+            raise BadRequest(f"expert {num - 1} has the shape {[*expert.shape]}; the model has experts {[*shape]}")
+        _write(out, quantise(expert, kind).rows)
+    if num != shape[0]:
+        raise BadRequest(f"the weights have {num} experts; the model has experts {[*shape]}")
+    return Entry(kind, shape, offset)
+
+
+def _align(out: BinaryIO) -> int:
+    offset = -(-out.tell() // ALIGNMENT) * ALIGNMENT
+    return out.seek(offset)
+
+
+def _write(out: BinaryIO, tensor: Tensor) -> None:
+    tensor.reshape(-1).view(torch.uint8).numpy().tofile(out)
