@@ -55,6 +55,10 @@ void spread_codes(const Int8Chunk& chunk, int64_t groups, uint8_t* to) {
       const auto put = [&](int step, int64_t col, Words words) __attribute__((always_inline)) {
         __builtin_memcpy(at + (step * kPanel + col) * 4, &words, sizeof(words));
       };
+      if constexpr (sizeof(Code) == 1 && form.bits == 8) {
+        for (int half = 0; half < 2; ++half) spread_fours(codes + (Q * 8 + half * 2) * kPanel, at + half * kPanel * 4);
+        return;
+      }
       for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes) {
         if constexpr (sizeof(Code) == 1) {
           Words quad[2][kInt8Vecs];

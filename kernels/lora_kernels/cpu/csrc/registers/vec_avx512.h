@@ -178,6 +178,12 @@ inline void load_fours(const uint8_t* rows, Words (&out)[2]) {
   out[1] = reinterpret_cast<Words>(
       _mm512_permutex2var_epi16(low, _mm512_add_epi16(places, _mm512_set1_epi16(8)), high));
 }
+// Writes what load_fours reads, for all columns of a panel: [kPanel, 4].
+inline void spread_fours(const uint8_t* rows, uint8_t* to) {
+  Words fours[2];
+  load_fours(rows, fours);
+  for (int v = 0; v < 2; ++v) __builtin_memcpy(to + v * sizeof(Words), &fours[v], sizeof(Words));
+}
 // acc[i] += the sum of words[2 i + j] * (word j of x)
 inline Ints dot_words(Ints acc, Words words, int x) {
   const __m512i own = reinterpret_cast<__m512i>(words), all = _mm512_set1_epi32(x);

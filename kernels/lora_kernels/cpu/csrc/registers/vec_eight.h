@@ -40,6 +40,36 @@ inline void load_fours(const uint8_t* rows, Words (&out)[1]) {
   out[0] = __builtin_shufflevector(pairs, pairs, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
   if constexpr (kUnsignedBytes) out[0] ^= 0x8080;
 }
+// Writes what load_fours reads, for all columns of a panel at once: [kPanel, 4].
+inline void spread_fours(const uint8_t* rows, uint8_t* to) {
+  typedef uint8_t Bytes __attribute__((vector_size(32)));
+  Bytes of[4];  // rows 0, 4, 1, 5
+  for (int i = 0; i < 4; ++i) {
+    __builtin_memcpy(&of[i], rows + (i % 2 * 4 + i / 2) * kPanel, sizeof(Bytes));
+    if constexpr (kUnsignedBytes) of[i] ^= 0x80;
+  }
+  // Each half of a register is interleaved by itself: columns 0 to 7 and 16 to 23 become pairs, then the others do. Fours
+  // begin with columns 0 to 3 and 16 to 19.
+  const auto low = [](Bytes a, Bytes b) {
+    return reinterpret_cast<Words>(__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                                           16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55));
+  };
+  const auto high = [](Bytes a, Bytes b) {
+    return reinterpret_cast<Words>(__builtin_shufflevector(a, b, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15,
+                                                           47, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
+  };
+  const Words pairs[2][2] = {{low(of[0], of[1]), low(of[2], of[3])}, {high(of[0], of[1]), high(of[2], of[3])}};
+  for (int i = 0; i < 2; ++i) {
+    const Words a = pairs[i][0], b = pairs[i][1];
+    const Words fours[2] = {
+        __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27),
+        __builtin_shufflevector(a, b, 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31),
+    };
+    for (int j = 0; j < 2; ++j)
+      for (int half = 0; half < 2; ++half)
+        __builtin_memcpy(to + (half * 16 + i * 8 + j * 4) * 4, reinterpret_cast<const char*>(&fours[j]) + half * 16, 16);
+  }
+}
 // Writes 32 integers as int8 codes, every eight in the order 0, 4, 1, 5, 2, 6, 3, 7.
 inline void store_eights(int8_t* p, const Vec (&integers)[4]) {
   constexpr int kOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
