@@ -279,16 +279,17 @@ void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64
       const Int8Rows t = {args.x_codes + chunk_row * kXChunk + first % kXChunk,
                           args.x_scales + at * groups + first / 32, args.x_halves + (at * groups + first / 32) * 2,
                           groups, int8_offset(kQuantForms[form]), sums + begin * kPanel};
-      with_size<kInt8Rows>(num, [&]<int Rows>() {
-        if (are_digits) {
+      if (are_digits)
+        with_size<kInt8Rows>(num, [&]<int Rows>() {
           for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
             digit_tile<Bits, Group, Rows>(chunk, t, col, inputs / 32);
-          return;
-        }
-        const Starts<Group, Rows> starts(t, inputs);
-        for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
-          int8_tile<Bits, Group, Rows>(chunk, t, starts, col, inputs / 32);
-      });
+        });
+      else
+        with_size<kInt8Rows>(num, [&]<int Rows>() {
+          const Starts<Group, Rows> starts(t, inputs);
+          for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
+            int8_tile<Bits, Group, Rows>(chunk, t, starts, col, inputs / 32);
+        });
     }
   }
 }

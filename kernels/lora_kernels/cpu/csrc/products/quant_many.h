@@ -12,7 +12,7 @@ constexpr bool kUsesWords = true;
 constexpr bool kUsesWords = false;
 #endif
 constexpr int64_t kWords = 2;          // args.digits of inputs of 16 bits
-constexpr int kManyRows = 12;  // per tile, at most
+constexpr int kManyRows = 12;          // per tile, at most
 constexpr int64_t kFewestManyRows = 7;
 // Minimum rows of int8 inputs: with fewer, or with such codes at all, reading packed codes takes no longer.
 constexpr int64_t fewest_many_bytes(const QuantForm& form) {
