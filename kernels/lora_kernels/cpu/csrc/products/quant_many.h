@@ -152,7 +152,8 @@ void many_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_
       const int8_t* x = args.x_codes + ((first / kXChunk * args.rows + at) * kXChunk + first % kXChunk) * kBytes;
       const Int8Rows t = {x, args.x_scales + scales_at, args.x_halves + scales_at * 2, groups, int8_offset(form),
                           sums + begin * kPanel};
-      with_size<kManyRows>(num, [&]<int Rows>() {
+      // Rows of int8 inputs are many; those of 16 bits may be few, if they have a weight of their own.
+      with_size<kManyRows, kBytes == 1 ? kManyRows / 2 : 1>(num, [&]<int Rows>() {
         const Starts<form.group, Rows> starts(t, kBytes == 1 ? inputs : 0);
         for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
           many_tile<Code, form.bits, form.group, Rows>(chunk, spread, t, starts, col, inputs / 32);
