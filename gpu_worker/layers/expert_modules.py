@@ -126,7 +126,6 @@ class GroupedExperts:
     def _join(self) -> None:
         """Let the whole module be one operation, if there is one for it."""
         module, [up, down] = self.module, [site.packed for site in self.sites]
-        self.gated = None
         act = find_gate(module._apply_gate) if module.has_gate else None
         if up is None or down is None or act is None or module.has_bias or module.has_post_expert_norm:
             return
@@ -146,8 +145,8 @@ class GroupedExperts:
         grouped, gated = self.ways()
         for site, own in zip(self.sites, packed, strict=True):
             site.packed = own
-        self._join()
-        self.gated = self.gated if gated else None
+        up, down = packed
+        self.gated = replace(self.gated, gate_up=up, down=down) if gated and self.gated is not None else None
         if grouped:
             self.module.block_experts = self
             self.module.forward = self._run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import ops
-from lora_kernels.quantised import Kind, block_inputs
+from lora_kernels.quantised import block_inputs
 
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 """Names that transformers' shared code for experts (`integrations/moe.py`) reads."""
@@ -43,8 +43,8 @@ def blocks_of(module: nn.Module) -> dict[str, ExpertBlocks]:
     return getattr(module, "expert_blocks", {})
 
 
-def fitting_parameters(module: nn.Module, kind: Kind) -> dict[str, nn.Parameter]:
-    """Return the parameters of fused experts [E, N, K] that can be in blocks of a kind, by name.
+def fitting_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of fused experts [E, N, K] that can be in blocks of 32 inputs, by name.
 
     Each expert fills whole panels of a packed weight, and its rows whole blocks.
     """
@@ -57,5 +57,5 @@ def fitting_parameters(module: nn.Module, kind: Kind) -> dict[str, nn.Parameter]
         if parameter is not None
         and parameter.ndim == 3
         and parameter.shape[1] % ops.PANEL_COLUMNS == 0
-        and parameter.shape[2] % block_inputs(kind) == 0
+        and parameter.shape[2] % block_inputs("q8_0") == 0
     }

@@ -144,7 +144,7 @@ def _fill_experts(
     found: set[str] = set()
     for name, module in model.named_modules():
         held: dict[str, ExpertBlocks] = {}
-        for own, parameter in fitting_parameters(module, "q8_0").items():
+        for own, parameter in fitting_parameters(module).items():
             source = f"{name}.{own}"
             if not weights.is_quantised(source):
                 continue

@@ -92,7 +92,7 @@ def _write_weights(out: BinaryIO, model: PreTrainedModel, files: list[Path], qua
     embedding = model.get_input_embeddings()
     embedded = next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
     modules = model.named_modules()
-    experts = {f"{name}.{own}" for name, module in modules for own in fitting_parameters(module, "q8_0")}
+    experts = {f"{name}.{own}" for name, module in modules for own in fitting_parameters(module)}
     entries: dict[str, Entry] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         linear = linears.get(name)

@@ -69,10 +69,8 @@ Tensor gather_rows(const Tensor& x, Ints order) {
   const int64_t rows = order.size(), bytes = x.size(1) * x.element_size();
   const Tensor gathered = empty({rows, x.size(1)}, x.type);
   const Matrix from = rows_of(x, "x");
-  constexpr int64_t kTaskRows = 16;
-  run_tasks((rows + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
-    for (int64_t row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row)
-      std::memcpy(gathered.data + row * bytes, x.data + order[row] * from.stride * x.element_size(), bytes);
+  run_rows(rows, [&](int64_t row) {
+    std::memcpy(gathered.data + row * bytes, x.data + order[row] * from.stride * x.element_size(), bytes);
   });
   return gathered;
 }

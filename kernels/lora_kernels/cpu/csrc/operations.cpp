@@ -78,14 +78,10 @@ Tensor chunk_rows(const Tensor& x, Ints order) {
   const int64_t rows = order.size(), width = x.size(-1), chunks = (width + kXChunk - 1) / kXChunk;
   const Tensor chunked = empty_chunks(rows, width);
   auto* to = reinterpret_cast<uint16_t*>(chunked.data);
-  const auto copy = [&](int64_t row) {
+  run_rows(rows, [&](int64_t row) {
     const auto* own = static_cast<const uint16_t*>(from.data) + order[row] * from.stride;
     for (int64_t c = 0; c < chunks; ++c)
       std::memcpy(to + (c * rows + row) * kXChunk, own + c * kXChunk, 2 * std::min<int64_t>(kXChunk, width - c * kXChunk));
-  };
-  constexpr int64_t kTaskRows = 16;
-  run_tasks((rows + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
-    for (int64_t row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) copy(row);
   });
   return chunked;
 }

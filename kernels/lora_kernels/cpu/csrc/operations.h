@@ -208,4 +208,13 @@ void run_tasks(int64_t num_tasks, const F& task) {
   run_tasks(num_tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &task);
 }
 
+// Calls copy(row) for each row, 16 rows a task: fewer would not be worth handing out.
+template <typename F>
+void run_rows(int64_t rows, const F& copy) {
+  constexpr int64_t kTaskRows = 16;
+  run_tasks((rows + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
+    for (int64_t row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) copy(row);
+  });
+}
+
 }  // namespace lorafleet
