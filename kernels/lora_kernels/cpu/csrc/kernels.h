@@ -79,10 +79,11 @@ struct QuantArgs {
   const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is set
   // x as int8 codes, laid out as x_chunks, every eight in the order 0, 4, 1, 5, 2, 6, 3, 7; or null. A row of x is the
   // sum of `digits` rows of codes, each times its scales: one rounded row, or three exact ones. If `digits` is 2, the
-  // space of two rows has one of 16-bit integers, in order, and the scales and sums of the second are unused.
+  // space of two rows has one of 16-bit integers, in order, with one row of scales and sums.
   const int8_t* x_codes;
-  const float* x_scales;    // of x_codes' groups: [rows * digits, in_features / 32]
-  // Sums of x_codes' halves of groups, of digits with those before: [rows * digits, in_features / 16].
+  const float* x_scales;    // of x_codes' groups: [in_features / 32, rows * digits]
+  // Sums of x_codes' halves of groups, of digits with those before: [in_features / 16, rows * digits]. Three entries
+  // behind them can be read.
   const int32_t* x_halves;
   int64_t digits;
   const QuantPart* parts;  // side by side in out

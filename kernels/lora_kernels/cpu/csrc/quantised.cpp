@@ -220,7 +220,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
   if (args.digits) {
     const int64_t code_rows = rows * args.digits, groups = code_rows * (in_features / 32);
     const int64_t codes = (in_features + kXChunk - 1) / kXChunk * code_rows * kXChunk;
-    prepared = empty({codes + groups * 12}, Scalar::kByte);
+    prepared = empty({codes + groups * 12 + 3 * 4}, Scalar::kByte);
     uint8_t* const at = entries_of<uint8_t>(prepared, "x");
     auto* const x_codes = reinterpret_cast<int8_t*>(at);
     auto* const x_scales = reinterpret_cast<float*>(at + codes);

@@ -6,6 +6,7 @@
 // order, so that a row's product does not depend on the other rows.
 #pragma once
 
+constexpr int64_t kWords = 2;                    // args.digits of inputs of 16 bits
 constexpr int kInt8Rows = 8;                     // per tile, also of rows written as digits
 constexpr int kInt8Vecs = kLanes == 16 ? 2 : 1;  // of columns per tile
 
@@ -52,26 +53,43 @@ struct Int8Chunk {
 // scales and halves; the halves are then sums over the digits so far, in units of the last one.
 struct Int8Rows {
   const int8_t* x;        // [rows, kXChunk]
-  const float* scales;    // [rows, groups of all inputs]
-  const int32_t* halves;  // [rows, 2 * groups of all inputs]
-  int64_t groups;
+  const float* scales;    // [groups, rows], `stride` apart
+  const int32_t* halves;  // [2 * groups, rows], likewise
+  int64_t stride;
   int offset;   // see int8_offset
   float* sums;  // [rows, kPanel]
 };
 
-// What the offset of codes adds to a tile's sums, negative: the sums start from it. Computed once for all columns, which
-// then load it into all lanes at once. Group: number of inputs that share a scale.
+// Rows of scales for a row of x: inputs of 16 bits have one, though their codes take the space of two.
+inline int64_t scale_rows(const QuantArgs& args) { return args.digits == kWords ? 1 : args.digits; }
+
+// Rows of a tile that starts at a row and an input.
+inline Int8Rows tile_rows(const QuantArgs& args, int64_t row, int64_t input, int offset, float* sums) {
+  const int64_t own = scale_rows(args), stride = args.rows * own, code_bytes = args.digits / own;
+  const int64_t chunk_row = (input / kXChunk * args.rows + row) * args.digits;
+  return {args.x_codes + chunk_row * kXChunk + input % kXChunk * code_bytes,
+          args.x_scales + input / 32 * stride + row * own,
+          args.x_halves + input / 16 * stride + row * own,
+          stride,
+          offset,
+          sums};
+}
+
+// What the offset of codes adds to a tile's sums, negative: the sums start from it. Computed once for all columns, and
+// for all rows at once: more of them may be read than there are. Group: number of inputs that share a scale.
 template <int Group, int Rows>
 struct Starts {
-  int32_t of[kChunk / Group][Rows];
+  typedef int32_t Row __attribute__((vector_size(4 * (Rows > 4 ? 8 : Rows > 2 ? 4 : Rows))));
+  Row of[kChunk / Group];
 
   Starts(const Int8Rows& rows, int64_t inputs) {
-    constexpr int kParts = 32 / Group;
-    for (int64_t part = 0; part < inputs / Group; ++part)
-      for (int i = 0; i < Rows; ++i) {
-        const int32_t* halves = rows.halves + (i * rows.groups + part / kParts) * 2;
-        of[part][i] = -rows.offset * (kParts == 2 ? halves[part % 2] : halves[0] + halves[1]);
-      }
+    const int32_t* halves = rows.halves;
+    for (int64_t part = 0; part < inputs / Group; ++part, halves += Group / 16 * rows.stride) {
+      Row first, second = {};
+      __builtin_memcpy(&first, halves, sizeof(Row));
+      if constexpr (Group == 32) __builtin_memcpy(&second, halves + rows.stride, sizeof(Row));
+      of[part] = (first + second) * -rows.offset;
+    }
   }
 };
 
@@ -95,6 +113,7 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, const Starts<Group, Ro
     for (int v = 0; v < kInt8Vecs; ++v) totals[i][v] = load(t.sums + i * kPanel + col + v * kLanes);
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* codes = chunk.codes + g * chunk.group_bytes;
+    const float* x_scales = t.scales + g * t.stride;
     prefetch_once<128>(codes + chunk.head_ahead);
     repeat<kParts>([&]<int P>() __attribute__((always_inline)) {
       Ints acc[kChains][Rows][kInt8Vecs], small[Rows][kInt8Vecs];
@@ -126,14 +145,14 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, const Starts<Group, Ro
         for (int i = 0; i < Rows; ++i) {
           Ints sum = acc[0][i][v];
           if constexpr (kChains == 2) sum = add_ints(sum, acc[1][i][v]);
-          totals[i][v] = fma(to_floats(sum), mul(scale, set1(t.scales[i * t.groups + g])), totals[i][v]);
+          totals[i][v] = fma(to_floats(sum), mul(scale, set1(x_scales[i])), totals[i][v]);
         }
       }
     });
     if (chunk.addends) {
+      const int32_t* halves = t.halves + g * 2 * t.stride;
       for (int i = 0; i < Rows; ++i) {
-        const int32_t* halves = t.halves + (i * t.groups + g) * 2;
-        const Vec sum = set1(static_cast<float>(halves[0] + halves[1]) * t.scales[i * t.groups + g]);
+        const Vec sum = set1(static_cast<float>(halves[i] + halves[t.stride + i]) * x_scales[i]);
         for (int v = 0; v < kInt8Vecs; ++v)
           totals[i][v] = fma(load(chunk.addends + g * kPanel + col + v * kLanes), sum, totals[i][v]);
       }
@@ -157,10 +176,10 @@ void digit_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t 
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* codes = chunk.codes + g * chunk.group_bytes;
     const auto sum_of = [&](int i, int d, int part) {  // over the group, or over the inputs that share a scale
-      const int32_t* halves = t.halves + ((i * kDigits + d) * t.groups + g) * 2;
-      return kParts == 2 ? halves[part] : halves[0] + halves[1];
+      const int32_t* halves = t.halves + g * 2 * t.stride + i * kDigits + d;
+      return kParts == 2 ? halves[part * t.stride] : halves[0] + halves[t.stride];
     };
-    const auto x_scale = [&](int i, int d) { return t.scales[(i * kDigits + d) * t.groups + g]; };
+    const auto x_scale = [&](int i, int d) { return t.scales[g * t.stride + i * kDigits + d]; };
     prefetch_once<128>(codes + chunk.head_ahead);
     repeat<kParts>([&]<int P>() __attribute__((always_inline)) {
       Words own[Group / 8][2][kInt8Vecs];
@@ -269,16 +288,13 @@ template <int Bits, int Group>
 void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64_t row, int64_t rows, float* sums,
                 float* memory) {
   const bool are_digits = args.digits > 1;
-  const int64_t tiles = ceil_div(rows, kInt8Rows), groups = args.in_features / 32;
+  const int64_t tiles = ceil_div(rows, kInt8Rows);
   for (int64_t first = 0; first < args.in_features; first += kChunk) {
     const int64_t inputs = min(kChunk, args.in_features - first);
     const Int8Chunk chunk = kScalesOf[form](panel, first, inputs, memory);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = rows * tile / tiles, num = rows * (tile + 1) / tiles - begin;
-      const int64_t at = (row + begin) * args.digits, chunk_row = first / kXChunk * args.rows * args.digits + at;
-      const Int8Rows t = {args.x_codes + chunk_row * kXChunk + first % kXChunk,
-                          args.x_scales + at * groups + first / 32, args.x_halves + (at * groups + first / 32) * 2,
-                          groups, int8_offset(kQuantForms[form]), sums + begin * kPanel};
+      const Int8Rows t = tile_rows(args, row + begin, first, int8_offset(kQuantForms[form]), sums + begin * kPanel);
       if (are_digits)
         with_size<kInt8Rows>(num, [&]<int Rows>() {
           for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
@@ -299,7 +315,7 @@ void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64
 inline void int8_panel(const QuantArgs& args, int64_t form, const uint8_t* panel, int64_t row, int64_t rows,
                        float* sums, float* memory) {
   if (args.digits == kWords) return kManyPanel<int16_t>[form](args, panel, row, rows, sums, memory);
-  if (args.digits == 1 && args.weight_rows >= fewest_many_bytes(kQuantForms[form]))
+  if (args.digits == 1 && args.weight_rows >= kFewestManyBytes && spreads_codes(kQuantForms[form]))
     return kManyPanel<int8_t>[form](args, panel, row, rows, sums, memory);
   switch (kQuantForms[form].bits) {
     case 4:
@@ -327,8 +343,9 @@ struct InputGroup {
     return max_lane(largest);
   }
 
-  // Writes a group of integers from -128 to 127 as codes, and the sums of its halves. Returns 0, or NaN if one is NaN.
-  float store_to(int8_t* codes, int32_t* halves) const {
+  // Writes a group of integers from -128 to 127 as codes, and the sums of its halves, `stride` apart. Returns 0, or NaN
+  // if one is NaN.
+  float store_to(int8_t* codes, int32_t* halves, int64_t stride) const {
     Vec own[kVecs], sums[2] = {zero(), zero()};
     for (int v = 0; v < kVecs; ++v) {
       sums[v * 2 / kVecs] = add(sums[v * 2 / kVecs], x[v]);
@@ -338,7 +355,7 @@ struct InputGroup {
     float found[4];
     store_sums(found, sums[0], sums[1], zero(), zero());
     for (int half = 0; half < 2; ++half)
-      halves[half] = -4096 < found[half] && found[half] < 4096 ? static_cast<int32_t>(found[half]) : 0;
+      halves[half * stride] = -4096 < found[half] && found[half] < 4096 ? static_cast<int32_t>(found[half]) : 0;
     return 0.0f * (found[0] + found[1]);
   }
 };
@@ -353,13 +370,13 @@ inline float load_codes(const T* from, InputGroup& group) {
   return scale;
 }
 
-// Writes the codes of a group, and the sums of those of its halves. Returns the scale, which is NaN if an input is NaN
+// Writes the codes of a group, and the sums of those of its halves, `stride` apart. Returns the scale, which is NaN if an input is NaN
 // or infinite.
 template <typename T>
-inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
+inline float encode_group(const T* from, int8_t* codes, int32_t* halves, int64_t stride) {
   InputGroup group;
   const float scale = load_codes(from, group);
-  return scale + group.store_to(codes, halves);
+  return scale + group.store_to(codes, halves, stride);
 }
 
 // Maximum rows for writing inputs as digits. Up to here, integer products of three digits take less time than the
@@ -420,10 +437,10 @@ inline float power_of_two(float size) {
 // codes[d]. Relative to the group's largest magnitude, or to 2^-100 if that is larger, numbers of eight bits down to
 // 2^-14 are exact, and the error of others is at most 2^-22.
 //
-// Digit d is at codes + d * kXChunk; the sums of the halves at halves + d * 2 * groups (see Int8Rows); its scale at
-// scales + d * groups, NaN if an input is NaN or infinite.
+// Digit d is at codes + d * kXChunk; the sums of the halves at halves + d and halves + stride + d (see Int8Rows); its
+// scale at scales + d, NaN if an input is NaN or infinite.
 template <typename T>
-inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* halves, float* scales) {
+inline void split_group(const T* from, int8_t* codes, int32_t* halves, int64_t stride, float* scales) {
   constexpr float kTie = kDigitBase % 2 ? 0.0f : 0x1p-10f;  // 128 is -128 and one of the next digit
   InputGroup rest, digit;
   const float top = power_of_two(rest.load_from(from));
@@ -436,18 +453,18 @@ inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* h
       digit.x[v] = sub(rest.x[v], mul(upper, base));
       rest.x[v] = upper;
     }
-    scales[d * groups] = scale + digit.store_to(codes + d * kXChunk, halves + d * 2 * groups);
+    scales[d] = scale + digit.store_to(codes + d * kXChunk, halves + d, stride);
   }
   for (int64_t d = 1; d < kDigits; ++d)
     for (int64_t half = 0; half < 2; ++half)
-      halves[d * 2 * groups + half] += halves[(d - 1) * 2 * groups + half] * kDigitBase;
+      halves[half * stride + d] += halves[half * stride + d - 1] * kDigitBase;
 }
 
-// Writes 32 inputs as integers of 16 bits and the sums of their halves; returns the scale, which is NaN if an input is NaN
+// Writes 32 inputs as integers of 16 bits and the sums of their halves, `stride` apart; returns the scale, which is NaN if an input is NaN
 // or infinite. Numbers of eight bits down to 2^-7 of the largest, or of 2^-100, are exact; the error of others is at most
 // 2^-15 of it.
 template <typename T>
-inline float encode_words(const T* from, int16_t* words, int32_t* halves) {
+inline float encode_words(const T* from, int16_t* words, int32_t* halves, int64_t stride) {
   InputGroup group;
   const float top = power_of_two(group.load_from(from));
   const Vec inverse = set1(0x1p14f / top);
@@ -461,30 +478,39 @@ inline float encode_words(const T* from, int16_t* words, int32_t* halves) {
   float found[4];
   store_sums(found, sums[0], sums[1], zero(), zero());
   for (int half = 0; half < 2; ++half)
-    halves[half] = -0x1p20f < found[half] && found[half] < 0x1p20f ? static_cast<int32_t>(found[half]) : 0;
+    halves[half * stride] = -0x1p20f < found[half] && found[half] < 0x1p20f ? static_cast<int32_t>(found[half]) : 0;
   return top * 0x1p-14f + 0.0f * (found[0] + found[1]);
 }
 
-// Writes x as codes, in the layout of QuantArgs.
+// Writes x as codes, in the layout of QuantArgs. A task has a chunk of 16 rows: their scales of a group are in one cache
+// line, or two, which few other threads write.
 void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32_t* x_halves) {
-  const int64_t groups = args.in_features / 32;
-  const auto row = [&]<typename T>(int64_t i) {
+  constexpr int64_t kRows = 16;
+  const int64_t chunks = ceil_div(args.in_features, kXChunk), own = scale_rows(args), stride = args.rows * own;
+  const auto encode = [&]<typename T>(int64_t i, int64_t first) {
     const T* x = static_cast<const T*>(args.x.data) + i * args.x.stride;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t k = g * 32, at = i * args.digits * groups + g;
-      int8_t* const codes = x_codes + (k / kXChunk * args.rows + i) * args.digits * kXChunk + k % kXChunk;
+    int8_t* const codes = x_codes + (first * args.rows + i * kXChunk) * args.digits;
+    for (int64_t k = first; k < min(first + kXChunk, args.in_features); k += 32) {
+      float* const scales = x_scales + k / 32 * stride + i * own;
+      int32_t* const halves = x_halves + k / 16 * stride + i * own;
       if (args.digits == kDigits)
-        split_group(x + k, groups, codes, x_halves + at * 2, x_scales + at);
+        split_group(x + k, codes + (k - first), halves, stride, scales);
       else if (args.digits == kWords)
-        x_scales[at] = encode_words(x + k, reinterpret_cast<int16_t*>(codes + k % kXChunk), x_halves + at * 2);
+        *scales = encode_words(x + k, reinterpret_cast<int16_t*>(codes) + (k - first), halves, stride);
       else
-        x_scales[at] = encode_group(x + k, codes, x_halves + at * 2);
+        *scales = encode_group(x + k, codes + (k - first), halves, stride);
     }
   };
   with_dtype(args.dtype, [&]<typename T>() {
+    const auto task = [&](int64_t t) {
+      const int64_t begin = t / chunks * kRows;
+      for (int64_t i = begin; i < min(begin + kRows, args.rows); ++i)
+        encode.template operator()<T>(i, t % chunks * kXChunk);
+    };
+    const int64_t tasks = ceil_div(args.rows, kRows) * chunks;
     if (args.rows < 8)
-      for (int64_t i = 0; i < args.rows; ++i) row.template operator()<T>(i);
+      for (int64_t t = 0; t < tasks; ++t) task(t);
     else
-      run(args.rows, [&](int64_t i) { row.template operator()<T>(i); });
+      run(tasks, task);
   });
 }

@@ -1,9 +1,9 @@
 // Integer products of many rows with quantized weights. Included by quant_int8.h.
 //
-// A chunk's codes are written to the first-level cache once for all rows: as bytes for inputs in int8, or as 16-bit
-// integers for inputs of 16 bits. So a tile has more rows than one that reads packed codes. Inputs of 16 bits stand for
-// bf16 and fp16 numbers where the processor multiplies pairs of such integers, but not of bf16: two products take an
-// instruction, as one does in fp32.
+// A chunk's codes are written to the first-level cache once for all rows, which then read them in the order of the
+// products: as bytes for inputs in int8, or as 16-bit integers for inputs of 16 bits. These stand for bf16 and fp16
+// numbers where the processor multiplies pairs of such integers, but not of bf16: two products take an instruction, as
+// one does in fp32.
 #pragma once
 
 #if (defined(__AVX512VNNI__) && !defined(__AVX512BF16__)) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
@@ -11,14 +11,12 @@ constexpr bool kUsesWords = true;
 #else
 constexpr bool kUsesWords = false;
 #endif
-constexpr int64_t kWords = 2;          // args.digits of inputs of 16 bits
-constexpr int kManyRows = 12;          // per tile, at most
+constexpr int kManyVecs = 2;                     // of columns per tile
+constexpr int kManyRows = kLanes == 16 ? 8 : 6;  // per tile, at most
 constexpr int64_t kFewestManyRows = 7;
-// Minimum rows of int8 inputs: with fewer, or with such codes at all, reading packed codes takes no longer.
-constexpr int64_t fewest_many_bytes(const QuantForm& form) {
-  if (form.bits == 4 || (form.bits == 6 && kLanes == 16)) return INT64_MAX;
-  return kLanes == 16 ? 9 : kFewestManyRows;
-}
+constexpr int64_t kFewestManyBytes = kLanes == 16 ? 9 : 7;  // of int8 inputs: fewer take no longer with packed codes
+// Whether codes are written for int8 inputs. Sums that are small at first would need more registers.
+constexpr bool spreads_codes(const QuantForm& form) { return !(form.bits == 4 && kSumsAreSmall<4>); }
 constexpr int64_t kSpreadAt = kChunk / 8 * kPanel;  // floats: after a chunk's scales and addends
 
 // The codes of inputs 2 I and 2 I + 1 of a quad of eight as 16-bit integers, for a vector of columns. codes: those of a
@@ -77,61 +75,68 @@ void spread_codes(const Int8Chunk& chunk, int64_t groups, uint8_t* to) {
 }
 
 // Like int8_tile, with codes that `spread_codes` has written.
-template <typename Code, int Bits, int Group, int Rows>
+template <typename Code, int Bits, int Group, int Rows, bool HasAddends>
 void many_tile(const Int8Chunk& chunk, const uint8_t* spread, const Int8Rows& t, const Starts<Group, Rows>& starts,
                int64_t col, int64_t groups) {
   constexpr bool kAreBytes = sizeof(Code) == 1;
   constexpr int kParts = 32 / Group, kSteps = Group * sizeof(Code) / 4;
   constexpr int64_t kRowBytes = kXChunk * sizeof(Code);
-  const int64_t row_groups = t.groups * sizeof(Code);  // as many rows of scales and halves as bytes
+  static_assert(!HasAddends || kParts == 1);
+  const int8_t* x = t.x;
+  const float* x_scales = t.scales;
+  const int32_t* halves = t.halves;
+  const uint8_t* weights = spread + col * 4;
+  const float *scales = chunk.scales + col, *addends = HasAddends ? chunk.addends + col : nullptr;
+  Vec totals[Rows][kManyVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kManyVecs; ++v) totals[i][v] = load(t.sums + i * kPanel + col + v * kLanes);
   for (int64_t part = 0; part < groups * kParts; ++part) {
-    const int64_t g = part / kParts;
-    Ints acc[Rows][kInt8Vecs], small[Rows][kInt8Vecs];
-    auto& sums = kAreBytes && kSumsAreSmall<Bits> ? small : acc;
+    Ints acc[Rows][kManyVecs];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const Ints start = set1_int(kAreBytes ? starts.of[part][i] : 0);
 #pragma GCC unroll 2
-      for (int v = 0; v < kInt8Vecs; ++v) acc[i][v] = start, small[i][v] = set1_int(0);
+      for (int v = 0; v < kManyVecs; ++v) acc[i][v] = start;
     }
-    const uint8_t* weights = spread + (part * kSteps * kPanel + col) * 4;
-    const int8_t* x = t.x + part * kSteps * 4;
     repeat<kSteps>([&]<int S>() __attribute__((always_inline)) {
-      Words w[kInt8Vecs];
+      Words w[kManyVecs];
 #pragma GCC unroll 2
-      for (int v = 0; v < kInt8Vecs; ++v)
+      for (int v = 0; v < kManyVecs; ++v)
         __builtin_memcpy(&w[v], weights + (S * kPanel + v * kLanes) * 4, sizeof(Words));
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
         int four;
         __builtin_memcpy(&four, x + i * kRowBytes + S * 4, 4);
 #pragma GCC unroll 2
-        for (int v = 0; v < kInt8Vecs; ++v) {
-          if constexpr (kAreBytes) sums[i][v] = dot_codes<Bits>(sums[i][v], w[v], four);
-          else sums[i][v] = dot_words(sums[i][v], w[v], four);
+        for (int v = 0; v < kManyVecs; ++v) {
+          if constexpr (kAreBytes) acc[i][v] = dot_codes<Bits>(acc[i][v], w[v], four);
+          else acc[i][v] = dot_words(acc[i][v], w[v], four);
         }
       }
     });
-    if constexpr (kAreBytes) add_small<Bits>(acc, small);
-    const auto add_scaled = [&](auto has_addends) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kManyVecs; ++v) {
+      const Vec scale = load(scales + v * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
-        const float x_scale = t.scales[i * row_groups + g];
-        const int32_t* halves = t.halves + (i * row_groups + g) * 2;
-        const Vec sum = set1(has_addends ? static_cast<float>(halves[0] + halves[1]) * x_scale : 0.0f);
-#pragma GCC unroll 2
-        for (int v = 0; v < kInt8Vecs; ++v) {
-          const int64_t at = col + v * kLanes;
-          const Vec scale = mul(load(chunk.scales + part * kPanel + at), set1(x_scale));
-          Vec total = fma(to_floats(acc[i][v]), scale, load(t.sums + i * kPanel + at));
-          if constexpr (has_addends) total = fma(load(chunk.addends + g * kPanel + at), sum, total);
-          store(t.sums + i * kPanel + at, total);
+        totals[i][v] = fma(to_floats(acc[i][v]), mul(scale, set1(x_scales[i])), totals[i][v]);
+        if constexpr (HasAddends) {
+          const float sum = static_cast<float>(halves[i] + halves[t.stride + i]) * x_scales[i];
+          totals[i][v] = fma(load(addends + v * kLanes), set1(sum), totals[i][v]);
         }
       }
-    };
-    if (chunk.addends) add_scaled(std::true_type());
-    else add_scaled(std::false_type());
+    }
+    weights += kSteps * kPanel * 4, x += kSteps * 4, scales += kPanel;
+    if (part % kParts < kParts - 1) continue;
+    x_scales += t.stride;
+    if constexpr (HasAddends) addends += kPanel, halves += 2 * t.stride;
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kManyVecs; ++v) store(t.sums + i * kPanel + col + v * kLanes, totals[i][v]);
 }
 
 // sums [rows, kPanel] += rows [row, row + rows) times one panel. memory: kChunk * kPanel floats.
@@ -141,22 +146,19 @@ void many_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_
   constexpr int64_t kBytes = sizeof(Code);
   static_assert(kSpreadAt * sizeof(float) + kChunk * kPanel * kBytes <= kChunk * kPanel * sizeof(float));
   auto* const spread = reinterpret_cast<uint8_t*>(memory + kSpreadAt);
-  const int64_t tiles = ceil_div(rows, kManyRows), groups = args.in_features / 32;
+  const int64_t tiles = ceil_div(rows, kManyRows);
   for (int64_t first = 0; first < args.in_features; first += kChunk) {
     const int64_t inputs = min(kChunk, args.in_features - first);
     const Int8Chunk chunk = scales_of<F>(panel, first, inputs, memory);
     spread_codes<F, Code>(chunk, inputs / 32, spread);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = rows * tile / tiles, num = rows * (tile + 1) / tiles - begin;
-      const int64_t at = row + begin, scales_at = at * kBytes * groups + first / 32;
-      const int8_t* x = args.x_codes + ((first / kXChunk * args.rows + at) * kXChunk + first % kXChunk) * kBytes;
-      const Int8Rows t = {x, args.x_scales + scales_at, args.x_halves + scales_at * 2, groups, int8_offset(form),
-                          sums + begin * kPanel};
+      const Int8Rows t = tile_rows(args, row + begin, first, int8_offset(form), sums + begin * kPanel);
       // Rows of int8 inputs are many; those of 16 bits may be few, if they have a weight of their own.
       with_size<kManyRows, kBytes == 1 ? kManyRows / 2 : 1>(num, [&]<int Rows>() {
         const Starts<form.group, Rows> starts(t, kBytes == 1 ? inputs : 0);
-        for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
-          many_tile<Code, form.bits, form.group, Rows>(chunk, spread, t, starts, col, inputs / 32);
+        for (int64_t col = 0; col < kPanel; col += kManyVecs * kLanes)
+          many_tile<Code, form.bits, form.group, Rows, form.min>(chunk, spread, t, starts, col, inputs / 32);
       });
     }
   }
@@ -165,7 +167,7 @@ void many_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_
 using ManyPanel = void (*)(const QuantArgs&, const uint8_t*, int64_t, int64_t, float*, float*);
 template <int F, typename Code>
 constexpr ManyPanel many_panel_if_used() {
-  if constexpr (sizeof(Code) == 1 ? fewest_many_bytes(kQuantForms[F]) < INT64_MAX : kUsesWords)
+  if constexpr (sizeof(Code) == 1 ? spreads_codes(kQuantForms[F]) : kUsesWords)
     return many_panel<F, Code>;
   else
     return nullptr;
