@@ -1,5 +1,5 @@
-// How inputs of quantized weights are written for integer products: rounded to int8, or exactly, as digits or as integers
-// of 16 bits. Included by quant_int8.h.
+// How inputs of quantized weights are written for integer products: rounded to int8, or exactly, as digits or as
+// integers of 16 bits. Included by quant_int8.h.
 #pragma once
 
 // 32 inputs that share a scale.
@@ -45,8 +45,8 @@ inline float load_codes(const T* from, InputGroup& group) {
   return scale;
 }
 
-// Writes the codes of a group, and the sums of those of its halves, `stride` apart. Returns the scale, which is NaN if an input is NaN
-// or infinite.
+// Writes the codes of a group, and the sums of those of its halves, `stride` apart. Returns the scale, which is NaN if
+// an input is NaN or infinite.
 template <typename T>
 inline float encode_group(const T* from, int8_t* codes, int32_t* halves, int64_t stride) {
   InputGroup group;
@@ -135,9 +135,9 @@ inline void split_group(const T* from, int8_t* codes, int32_t* halves, int64_t s
       halves[half * stride + d] += halves[half * stride + d - 1] * kDigitBase;
 }
 
-// Writes 32 inputs as integers of 16 bits and the sums of their halves, `stride` apart; returns the scale, which is NaN if an input is NaN
-// or infinite. Numbers of eight bits down to 2^-7 of the largest, or of 2^-100, are exact; the error of others is at most
-// 2^-15 of it.
+// Writes 32 inputs as integers of 16 bits and the sums of their halves, `stride` apart. Returns the scale, which is NaN
+// if an input is NaN or infinite. Numbers of eight bits down to 2^-7 of the largest, or of 2^-100, are exact; the error
+// of others is at most 2^-15 of it.
 template <typename T>
 inline float encode_words(const T* from, int16_t* words, int32_t* halves, int64_t stride) {
   InputGroup group;
@@ -157,8 +157,8 @@ inline float encode_words(const T* from, int16_t* words, int32_t* halves, int64_
   return top * 0x1p-14f + 0.0f * (found[0] + found[1]);
 }
 
-// Writes x as codes, in the layout of QuantArgs. A task has a chunk of 16 rows: their scales of a group are in one cache
-// line, or two, which few other threads write.
+// Writes x as codes, in the layout of QuantArgs. A task has a chunk of 16 rows, whose scales of a group fill about one
+// cache line: threads that write to the same line would wait for each other.
 void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32_t* x_halves) {
   constexpr int64_t kRows = 16;
   const int64_t chunks = ceil_div(args.in_features, kXChunk), own = scale_rows(args), stride = args.rows * own;

@@ -15,8 +15,8 @@ constexpr int kManyVecs = 2;                     // of columns per tile
 constexpr int kManyRows = kLanes == 16 ? 8 : 6;  // per tile, at most
 constexpr int64_t kFewestManyRows = 7;
 constexpr int64_t kFewestManyBytes = kLanes == 16 ? 9 : 7;  // of int8 inputs: fewer take no longer with packed codes
-// Whether codes are written for int8 inputs. Sums that are small at first would need more registers.
-constexpr bool spreads_codes(const QuantForm& form) { return !(form.bits == 4 && kSumsAreSmall<4>); }
+// Whether codes are written for int8 inputs. Without VNNI, 4-bit codes that are read in place take no longer.
+constexpr bool spreads_codes(const QuantForm& form) { return form.bits > 4 || kUnsignedBytes; }
 constexpr int64_t kSpreadAt = kChunk / 8 * kPanel;  // floats: after a chunk's scales and addends
 
 // The codes of inputs 2 I and 2 I + 1 of a quad of eight as 16-bit integers, for a vector of columns. codes: those of a
