@@ -103,6 +103,17 @@ def test_siblings_of_several_kinds(impl: Impl) -> None:
     assert_close(product(x, weights, impl), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_times_many_panels(kind: Kind, native: Impl) -> None:
+    """A task may multiply several panels, and a panel may have parts, whose sums wait in memory for the next."""
+    block = quantised.block_inputs(kind)
+    for rows, n, k in ((65, 1000, 512 + block), (300, 410, 1280), (257, 410, 1536 + block)):
+        weights = [random_weight(kind, n, k), random_weight("q8_0", 40, k)]
+        x = randn(rows, k, dtype=BF16, seed=k)
+        expected = torch.cat([x.float() @ oracle(weight).T for weight in weights], dim=1)
+        assert_close(product(x, weights, native), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_inputs(kind: Kind, dtype: torch.dtype, impl: Impl) -> None:

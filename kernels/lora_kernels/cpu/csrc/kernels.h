@@ -93,6 +93,7 @@ struct QuantArgs {
   int64_t rows, in_features;
   int64_t weight_rows;  // that share a weight: all rows, or in groups an average; what pays depends on it
   bool fixed_sums;      // whether a row's sums must not depend on the number of rows
+  int num_threads;      // that share the tasks
 };
 
 struct LoraSiteArgs {

@@ -214,6 +214,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       .in_features = in_features,
       .weight_rows = groups ? rows / std::max<int64_t>(1, groups->list.size()) : rows,
       .fixed_sums = sums_are_fixed(),
+      .num_threads = num_threads(),
   };
   Tensor chunks, prepared;  // own the memory of data computed from x
   args.digits = active->quant_digits(args, int8_inputs);

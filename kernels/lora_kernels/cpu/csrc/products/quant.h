@@ -60,6 +60,18 @@ inline void float_panel(const QuantArgs& args, const QuantPart& part, const uint
   }
 }
 
+template <typename T>
+inline void store_panel(const QuantArgs& args, const float* sums, int64_t row, int64_t rows, int64_t col, int64_t width) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* to = static_cast<T*>(args.out.data) + (row + i) * args.out.stride + col;
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const int64_t n = min(kLanes, width - j);
+      const Vec b = args.bias ? load_n(static_cast<const T*>(args.bias) + col + j, n) : zero();
+      store_n(to + j, add(load(sums + i * kPanel + j), b), n);
+    }
+  }
+}
+
 #ifdef __AVX512BF16__
 // The operands of a tile's integer products, without the number of rows.
 struct IntegerTile {
@@ -140,7 +152,6 @@ void integer_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int
                    [[maybe_unused]] float* memory) {
   constexpr QuantForm form = kQuantForms[F];
 #ifdef __AMX_BF16__
-  if (rounds_weights(args)) return rounded_panel<F>(args, panel, row, rows, sums, memory);
   if (quant_in_tiles(args, form)) return integer_panel_in_tiles<F>(args, panel, row, rows, sums, memory);
 #endif
 #ifdef __AMX_BF16__
@@ -169,19 +180,7 @@ static_assert(sizeof(kIntegerPanel) / sizeof(IntegerPanel) == kNumQuantForms && 
               kChunk == kXChunk && kPanelVecs == 2);
 #endif
 
-template <typename T>
-inline void store_panel(const QuantArgs& args, const float* sums, int64_t row, int64_t rows, int64_t col, int64_t width) {
-  for (int64_t i = 0; i < rows; ++i) {
-    T* to = static_cast<T*>(args.out.data) + (row + i) * args.out.stride + col;
-    for (int64_t j = 0; j < width; j += kLanes) {
-      const int64_t n = min(kLanes, width - j);
-      const Vec b = args.bias ? load_n(static_cast<const T*>(args.bias) + col + j, n) : zero();
-      store_n(to + j, add(load(sums + i * kPanel + j), b), n);
-    }
-  }
-}
-
-// Rows [row, row + rows) times one panel. width: number of the panel's columns in use.
+// out = rows [row, row + rows) times one panel. width: number of the panel's columns in use.
 inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint8_t* panel, int64_t row, int64_t rows,
                         int64_t col, int64_t width) {
   float* memory = scratch(kQuantRows * kPanel + kChunk * kPanel);
@@ -197,6 +196,28 @@ inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint
 #endif
     float_panel(args, part, panel, row, rows, sums, memory);
   with_dtype(args.dtype, [&]<typename T>() { store_panel<T>(args, sums, row, rows, col, width); });
+}
+
+// Panels of a product that one task multiplies, at most. panels: of the product.
+inline int64_t most_panels(const QuantArgs& args, int64_t panels) {
+#ifdef __AMX_BF16__
+  if (args.x_chunks && rounds_weights(args))
+    return max(1, min(kRoundedPanels, panels * ceil_div(args.rows, kQuantRows) / (3 * args.num_threads)));
+#endif
+  return 1;
+}
+
+// out = rows [row, row + rows) times panels [first, last) of a part of the weight, whose first column is `col`.
+inline void quant_panels(const QuantArgs& args, const QuantPart& part, int64_t first, int64_t last, int64_t row,
+                         int64_t rows, int64_t col) {
+#ifdef __AMX_BF16__
+  if (args.x_chunks && rounds_weights(args))
+    return kRoundedPanelsOf[part.form](args, part, first, last, row, rows, col);
+#endif
+  const int64_t bytes = panel_bytes(kQuantForms[part.form], args.in_features);
+  for (int64_t panel = first; panel < last; ++panel)
+    quant_panel(args, part, part.panels + panel * bytes, row, rows, col + panel * kPanel,
+                min(kPanel, part.out_features - panel * kPanel));
 }
 
 // Computes what tasks read besides x or in place of it: x in fp32, or the sums of its groups.
@@ -232,36 +253,41 @@ bool quant_uses_integers(Dtype dtype) { return kBf16Products && dtype == Dtype::
 
 void quant_linear(const QuantArgs& args) {
   if (args.rows == 0) return;
-  int64_t panels = 0;
-  for (int64_t p = 0; p < args.num_parts; ++p) panels += ceil_div(args.parts[p].out_features, kPanel);
+  const auto panels_of = [&](const QuantPart& part) { return ceil_div(part.out_features, kPanel); };
+  int64_t panels = 0, runs = 0;  // runs of panels of one part
+  for (int64_t p = 0; p < args.num_parts; ++p) panels += panels_of(args.parts[p]);
+  const int64_t most = most_panels(args, panels);
+  const auto runs_of = [&](const QuantPart& part) { return ceil_div(panels_of(part), most); };
+  for (int64_t p = 0; p < args.num_parts; ++p) runs += runs_of(args.parts[p]);
   const int64_t blocks = ceil_div(args.rows, kQuantRows);
-  run(blocks * panels, [&](int64_t task) {
-    const int64_t block = task / panels, row = args.rows * block / blocks;
-    int64_t panel = task % panels, first_col = 0;
+  run(blocks * runs, [&](int64_t task) {
+    const int64_t block = task / runs, row = args.rows * block / blocks;
+    int64_t own = task % runs, col = 0;
     const QuantPart* part = args.parts;
-    for (; panel >= ceil_div(part->out_features, kPanel); ++part) {
-      panel -= ceil_div(part->out_features, kPanel);
-      first_col += part->out_features;
+    for (; own >= runs_of(*part); ++part) {
+      own -= runs_of(*part);
+      col += part->out_features;
     }
-    const uint8_t* from = part->panels + panel * panel_bytes(kQuantForms[part->form], args.in_features);
-    quant_panel(args, *part, from, row, args.rows * (block + 1) / blocks - row, first_col + panel * kPanel,
-                min(kPanel, part->out_features - panel * kPanel));
+    const int64_t first = panels_of(*part) * own / runs_of(*part), last = panels_of(*part) * (own + 1) / runs_of(*part);
+    quant_panels(args, *part, first, last, row, args.rows * (block + 1) / blocks - row, col);
   });
 }
 
 // Tasks are panels of groups in memory order, as in linear_groups.
 void quant_groups(const QuantArgs& args, const RowGroup* groups, int64_t num_groups) {
-  const QuantPart& part = *args.parts;
-  const int64_t panels = part.out_features / kPanel, bytes = panel_bytes(kQuantForms[part.form], args.in_features);
+  const int64_t panels = args.parts->out_features / kPanel;
+  const int64_t bytes = panel_bytes(kQuantForms[args.parts->form], args.in_features);
   run(num_groups * panels, [&](int64_t task) {
     const RowGroup& group = groups[task / panels];
-    const int64_t panel = task % panels, blocks = ceil_div(group.rows, kQuantRows);
+    const int64_t panel = task % panels;
     QuantArgs own = args;
+    QuantPart part = *args.parts;
     own.weight_rows = group.rows;
+    part.panels += group.panel * bytes;
+    const int64_t blocks = ceil_div(group.rows, kQuantRows);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = group.rows * block / blocks, end = group.rows * (block + 1) / blocks;
-      quant_panel(own, part, part.panels + (group.panel + panel) * bytes, group.first + begin, end - begin,
-                  panel * kPanel, kPanel);
+      quant_panels(own, part, panel, panel + 1, group.first + begin, end - begin, 0);
     }
   });
 }

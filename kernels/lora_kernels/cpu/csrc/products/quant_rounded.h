@@ -2,42 +2,49 @@
 //
 // To scale each group's sum in fp32 (quant_tiles.h) takes longer than the products themselves. For many rows, weights
 // are therefore scaled first, and rounded to bf16: the numbers that a model has whose file is dequantized to bf16. They
-// are computed once for all rows, those of the next chunk while the tile registers multiply by this one.
+// are computed once for all rows of a block, those of the next part while the tile registers multiply by this one.
 #pragma once
 
 constexpr int64_t kFewestRoundedRows = 64;
+constexpr int64_t kRoundedInputs = 512;    // approximate, per part of a panel: the first-level cache holds it
+constexpr int64_t kMostRoundedChunks = 3;  // of a part
+constexpr int64_t kRoundedPanels = 3;      // at most, in one task: the first part of a task is rounded beforehand
 
 // Whether weights are rounded: never if sums are fixed, since those of few rows have other bits.
 inline bool rounds_weights(const QuantArgs& args) { return !args.fixed_sums && args.weight_rows >= kFewestRoundedRows; }
 
-// The weights of a chunk in tile layout.
-struct RoundedChunk {
-  alignas(64) Pair pairs[kChunk / 2][kPanel];
+// The weights of a part of a panel in tile layout.
+struct RoundedPart {
+  alignas(64) Pair pairs[kMostRoundedChunks * kChunk / 2][kPanel];
 };
 
-// Rounds the weights of a chunk, 16 inputs and 16 columns at a time.
+// Rounds the weights of a part, 16 inputs and 16 columns at a time.
 template <int F>
 class Rounding {
  public:
   static constexpr int64_t kRun = 16;  // inputs
 
-  // at: start of the chunk.
-  Rounding(const uint8_t* at, int64_t inputs, RoundedChunk* to)
-      : chunk_(at), to_(to), left_(inputs / kRun * kPanelVecs) {}
+  // at: start of the part, which is that of a chunk.
+  Rounding(const uint8_t* at, int64_t inputs, RoundedPart* to)
+      : at_(at), chunk_(at), to_(to), left_(inputs / kRun * kPanelVecs) {}
 
   int64_t left() const { return left_; }
 
   // Rounds `num` blocks of 16 inputs and 16 columns, or those that are left.
   void advance(int64_t num) {
-    for (const int64_t end = next_ + min(num, left_); next_ < end; ++next_, --left_)
-      round(next_ / kPanelVecs, static_cast<int>(next_ % kPanelVecs));
+    for (const int64_t end = next_ + min(num, left_); next_ < end; ++next_, --left_) {
+      if (next_ % kBlocks == 0 && next_ > 0) chunk_ = Chunk(at_ += panel_bytes(form, kChunk));
+      round(next_ % kBlocks / kPanelVecs, static_cast<int>(next_ % kPanelVecs), to_->pairs + next_ / kPanelVecs * kRun / 2);
+    }
   }
 
  private:
   using Chunk = PackedChunk<F>;
   static constexpr QuantForm form = kQuantForms[F];
+  static constexpr int64_t kBlocks = kChunk / kRun * kPanelVecs;  // of a chunk
 
-  void round(int64_t run, int v) const {
+  // run: of the chunk.
+  void round(int64_t run, int v, Pair (*to)[kPanel]) const {
     constexpr int kRuns = Chunk::kGroup / kRun;  // that share a scale
     constexpr int64_t kBytes = (group_bytes(form) * kRun / 32 + 63) / 64 * 64;
     const int64_t part = run / kRuns;
@@ -52,7 +59,7 @@ class Rounding {
       repeat<4>([&]<int I>() __attribute__((always_inline)) {
         Vec even, odd;
         own.template codes<I, Q == 1>(even, odd);
-        store_pairs(to_->pairs[run * (kRun / 2) + Q * 4 + I] + v * kLanes, weight(even), weight(odd));
+        store_pairs(to[Q * 4 + I] + v * kLanes, weight(even), weight(odd));
       });
     });
   }
@@ -65,50 +72,61 @@ class Rounding {
     _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kPlaces), both));
   }
 
-  const Chunk chunk_;
-  RoundedChunk* const to_;
+  const uint8_t* at_;  // start of the chunk
+  Chunk chunk_;
+  RoundedPart* const to_;
   int64_t next_ = 0, left_;
 };
 
-// sums [rows, kPanel] = rows [row, row + rows) times one panel. sums has space for whole tiles of 32 rows. memory: two
-// chunks.
+// out = rows [row, row + rows) times panels [first, last) of a part of the weight, whose first column is `col`.
 template <int F>
-void rounded_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_t rows, float* sums, float* memory) {
+void rounded_panels(const QuantArgs& args, const QuantPart& part, int64_t first, int64_t last, int64_t row, int64_t rows,
+                    int64_t col) {
   constexpr QuantForm form = kQuantForms[F];
-  static_assert(2 * sizeof(RoundedChunk) <= kChunk * kPanel * sizeof(float));
   const Tiles registers(rows);
-  auto* const chunks = reinterpret_cast<RoundedChunk*>(memory);
-  auto* const kept = reinterpret_cast<TileSums*>(sums);  // of each tile
-  const int64_t tiles = ceil_div(rows, kTwoTiles);
-  int64_t left = args.in_features;
-  const uint8_t* at = panel;
-  for (Rounding<F> first(at, min(kChunk, left), chunks); first.left();) first.advance(first.left());
-  for (int64_t number = 0; left > 0; ++number) {
-    const int64_t inputs = min(kChunk, left), steps = inputs / kTileInputs;
-    const RoundedChunk& own = chunks[number % 2];
-    left -= inputs;
-    if (left) at += super_head_bytes(form) + inputs / 32 * group_bytes(form);
-    Rounding<F> next(at, min(kChunk, left), chunks + (number + 1) % 2);
-    const int64_t share = ceil_div(next.left(), tiles * steps);
+  const int64_t tiles = ceil_div(rows, kTwoTiles), chunks = ceil_div(args.in_features, kChunk);
+  const int64_t parts = max(1, (args.in_features + kRoundedInputs / 2) / kRoundedInputs);
+  float* const memory = scratch((2 * sizeof(RoundedPart) + (parts > 1 ? tiles : 0) * sizeof(TileSums)) / sizeof(float));
+  auto* const rounded = reinterpret_cast<RoundedPart*>(memory);
+  auto* const kept = reinterpret_cast<TileSums*>(rounded + 2);  // sums of each tile, between parts
+  const auto begin_of = [&](int64_t p) { return min(chunks * p / parts * kChunk, args.in_features); };
+  // Parts of all panels are numbered in the order of their products.
+  const auto rounding = [&](int64_t number, int64_t inputs) {
+    const int64_t panel = first + number / parts, begin = begin_of(number % parts);
+    const uint8_t* at = part.panels + panel * panel_bytes(form, args.in_features) + panel_bytes(form, begin);
+    return Rounding<F>(at, inputs, rounded + number % 2);
+  };
+  for (Rounding<F> own = rounding(0, begin_of(1)); own.left();) own.advance(own.left());
+  const int64_t end = (last - first) * parts;
+  for (int64_t number = 0; number < end; ++number) {
+    const int64_t p = number % parts, begin = begin_of(p), inputs = begin_of(p + 1) - begin, panel = first + number / parts;
+    const bool is_last = number + 1 == end, is_last_part = p + 1 == parts;
+    const int64_t next_inputs = is_last_part ? begin_of(1) : begin_of(p + 2) - begin_of(p + 1);
+    Rounding<F> next = is_last ? rounding(number, 0) : rounding(number + 1, next_inputs);
+    const int64_t share = ceil_div(next.left(), tiles * (inputs / kTileInputs));
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const RowsOfTile in(tile, rows);
-      const TileRows x(args.x_chunks + (number * args.rows + row + in.row) * kXChunk, in.num, kXChunk * sizeof(bf16));
+      const TileRows x(args.x_chunks + (row + in.row) * kXChunk, in.num, kXChunk * sizeof(bf16));
       with_size<2>(ceil_div(in.num, kTileSide), [&]<int Heights>() {
-        number ? load_tiles<Heights>(kept[tile]) : zero_tiles<Heights>();
-        for (int64_t step = 0; step < steps; ++step) {
-          const int64_t k = step * kTileInputs;
-          add_products<Heights>(x, k * sizeof(bf16), own.pairs[k / 2], sizeof(own.pairs[0]));
+        p ? load_tiles<Heights>(kept[tile]) : zero_tiles<Heights>();
+        for (int64_t k = 0; k < inputs; k += kTileInputs) {
+          const int64_t at = (begin + k) / kXChunk * args.rows * kXChunk + (begin + k) % kXChunk;
+          add_products<Heights>(x, at * sizeof(bf16), rounded[number % 2].pairs[k / 2], sizeof(rounded->pairs[0]));
           next.advance(share);
         }
-        store_tiles<Heights>(kept[tile]);
+        if (!is_last_part) return store_tiles<Heights>(kept[tile]);
+        TileSums sums;
+        store_tiles<Heights>(sums);
+        const int64_t to = col + panel * kPanel, width = min(kPanel, part.out_features - panel * kPanel);
+        store_panel<bf16>(args, sums.rows[0], row + in.row, min(in.num, kTileSide), to, width);
+        if (Heights == 2)
+          store_panel<bf16>(args, sums.rows[kTileSide], row + in.row + in.num - kTileSide, kTileSide, to, width);
       });
     }
   }
-  // The last tile's rows go behind the others'. Earlier tiles have some of them already if it starts before their end.
-  const RowsOfTile last(tiles - 1, rows);
-  with_size<2>(ceil_div(last.num, kTileSide), [&]<int Heights>() {
-    for (int64_t i = (tiles - 1) * kTwoTiles - last.row; i < last.num; ++i)
-      __builtin_memmove(sums + (last.row + i) * kPanel, kept[tiles - 1].template row<Heights>(i, last.num),
-                        kPanel * sizeof(float));
-  });
 }
+
+using RoundedPanels = void (*)(const QuantArgs&, const QuantPart&, int64_t, int64_t, int64_t, int64_t, int64_t);
+constexpr RoundedPanels kRoundedPanelsOf[] = {rounded_panels<0>, rounded_panels<1>, rounded_panels<2>, rounded_panels<3>,
+                                              rounded_panels<4>, rounded_panels<5>, rounded_panels<6>};
+static_assert(sizeof(kRoundedPanelsOf) / sizeof(RoundedPanels) == kNumQuantForms);
