@@ -1,10 +1,11 @@
-"""Device memory: its division between KV cache and adapters, and copies between host and device."""
+"""Device memory: its division between KV cache and adapters, memory ahead of use, copies between host and device."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,15 @@ from gpu_worker.host_memory import free_host_bytes
 from protocol.runtime.settings import Settings
 
 GiB = 1 << 30
+
+MIN_AHEAD_BYTES = 8 << 20
+"""Memory ahead of use that each cache on a CPU has at least; otherwise as much as its used units take."""
+
+PIECE_BYTES = 1 << 20
+"""Bytes of memory provided at once, or one unit's if that is larger: 0.2 to 2 ms, by which a request may be delayed."""
+
+_MADV_POPULATE_WRITE = 23  # not in Python's `mmap`; of Linux 5.14 and newer, others refuse it
+_libc = ctypes.CDLL(None)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -62,6 +72,48 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     pages = np.frombuffer(mmap.mmap(-1, num_bytes, **flags), np.uint8)
     return torch.from_numpy(pages).view(dtype).view(*shape)
+
+
+class MemoryAhead:
+    """Has the system provide memory for a cache on a CPU before it is used, at times when no step runs.
+
+    Units of the cache are used in the order of their numbers. The first write to a page of 4 KiB takes 1.3 µs, and 7 µs
+    where the host of a virtual machine must find the memory: up to a fifth of a prompt step (docs/measured/engine.md).
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], rows: int = 1, free_bytes: Callable[[], int] = free_host_bytes
+    ) -> None:
+        """tensors: [units * rows, …] from `zeros`, each row contiguous; those of other devices are left alone.
+
+        rows: of a tensor per unit. free_bytes: returns the free bytes of the host.
+        """
+        self._tensors = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.numel()]  # kept mapped
+        self._places = [(one.data_ptr(), one.stride(0) * one.itemsize * rows) for one in self._tensors]
+        self._num_units = min((len(one) // rows for one in self._tensors), default=0)
+        self._unit_bytes = max(1, sum(size for _, size in self._places))
+        self._free_bytes = free_bytes
+        self.num_provided = 0  # units that have memory, or had it provided by their use
+
+    def extend(self, num_used: int) -> bool:
+        """Have memory provided for a few more units if they are wanted; return whether it was.
+
+        As many are wanted ahead of use as are used, but none while the host has less free memory than the whole cache
+        takes, nor once the system has refused. num_used: the number of units ever used.
+        """
+        self.num_provided = max(self.num_provided, num_used)
+        wanted = min(num_used + max(num_used, MIN_AHEAD_BYTES // self._unit_bytes), self._num_units)
+        num = min(wanted - self.num_provided, max(1, PIECE_BYTES // self._unit_bytes))
+        if num <= 0 or self._free_bytes() < self._unit_bytes * self._num_units:
+            return False
+        for start, size in self._places:
+            first = (start + self.num_provided * size) // mmap.PAGESIZE * mmap.PAGESIZE
+            end = start + (self.num_provided + num) * size
+            if _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_POPULATE_WRITE):
+                self._num_units = 0
+                return False
+        self.num_provided += num
+        return True
 
 
 def host_tensor(array: np.ndarray, device: torch.device) -> Tensor:

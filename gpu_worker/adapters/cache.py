@@ -86,6 +86,11 @@ class AdapterCache:
         """Start no more jobs. Does not wait for running ones."""
         self._jobs.close()
 
+    def extend_memory(self) -> bool:
+        """Have memory provided for a few more pages of the pool, if they are wanted; return whether it was."""
+        pairs = zip(self.weights.ahead, self.pool.num_ever_used, strict=False)  # experts and extras are the last groups
+        return any(ahead.extend(num_used) for ahead, num_used in pairs)
+
     # ------------------------------------------------------------ the batcher's gate
 
     def acquire(self, digest: str) -> int | None:

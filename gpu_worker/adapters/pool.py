@@ -39,12 +39,14 @@ class PagePool:
     residents: dict[str, Resident] = field(default_factory=dict[str, Resident], init=False)
     pins: set[str] = field(default_factory=set[str], init=False)  # adapters that stay once they are in the pool
     queued: Set[str] = field(default=frozenset(), init=False)  # adapters that are evicted last
+    num_ever_used: list[int] = field(init=False)  # pages by group: the first ones, since low pages are taken first
     _free_pages: list[list[int]] = field(init=False)
     _free_slots: list[int] = field(init=False)
     _clock: float = field(default=0.0, init=False)  # highest priority of an evicted adapter: ages the others
 
     def __post_init__(self) -> None:
         self._free_pages = [list(range(num)) for num in self.capacity]  # heaps: low pages first, to touch less memory
+        self.num_ever_used = [0] * len(self.capacity)
         self._free_slots = list(range(self.num_slots))
 
     @property
@@ -107,6 +109,8 @@ class PagePool:
             self._clock = max(self._clock, victim.priority)
             self.remove(victim.digest)
         pages = [[heapq.heappop(free) for _ in range(n)] for free, n in zip(self._free_pages, num_pages, strict=True)]
+        for group, own in enumerate(pages):
+            self.num_ever_used[group] = max(self.num_ever_used[group], *(page + 1 for page in own), 0)
         resident = Resident(digest, heapq.heappop(self._free_slots), pages, self.bytes_of(num_pages))
         resident.pinned = digest in self.pins and self.can_pin(digest, num_pages)
         self.residents[digest] = resident

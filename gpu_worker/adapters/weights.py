@@ -18,7 +18,7 @@ from gpu_worker.adapters.pool import PagePool
 from gpu_worker.layers.adaptable_modules import AdaptableModules
 from gpu_worker.layers.extras import Extras, map_tensors, tensors_of
 from gpu_worker.layers.lora import GROUPS, SharedInput, SiteInfo
-from gpu_worker.memory import send, zeros
+from gpu_worker.memory import MemoryAhead, send, zeros
 from lora_kernels import ops
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 from protocol.wire.errors import BadRequest
@@ -66,12 +66,12 @@ class PoolWeights:
         if self._device.type != "cpu":
             self.table.host = _empty_table(self.num_slots, len(sites), max_pages, torch.device("cpu"))
         self.lora_sites = [self._lora_site(site) for site in sites]
-        # Targets of `ops.copy_rows_`: A and B of each site, and for int8 its factors.
-        parts = [(site.a_rows, site.b_rows, site.factors) for site in self.lora_sites]
-        self._tensors = [part for own in parts for part in own if part is not None]
+        self._tensors = _tensors_of(self.lora_sites)
         row_bytes = [tensor.stride(0) * tensor.itemsize for tensor in self._tensors]
         self._row_bytes = np.array(row_bytes, np.int64).reshape(-1, 3 if int8 else 2)
         self._groups = np.array([site.group for site in sites], np.int64)
+        by_group = [[site for site in self.lora_sites if site.group == group] for group in range(len(GROUPS))]
+        self.ahead = [MemoryAhead(_tensors_of(own), PAGE_ROWS) for own in by_group]
         first = 0
         for inputs in shared:
             inputs.lora_sites = self.lora_sites[first : first + inputs.num_siblings]
@@ -146,6 +146,11 @@ class PoolWeights:
             for group, group_pages in enumerate(pages[: len(GROUPS)]):
                 table.pages[slot, group, : len(group_pages)] = send(np.array(group_pages, np.int32), device)
         self.experts.publish(slot, adapter.experts, pages[len(GROUPS) : -1])
+
+
+def _tensors_of(sites: Sequence[LoraSite]) -> list[Tensor]:
+    """Return the targets of `ops.copy_rows_`: A and B of each site, and for int8 its factors."""
+    return [part for site in sites for part in (site.a_rows, site.b_rows, site.factors) if part is not None]
 
 
 def page_runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -58,6 +58,13 @@ class BaseEngine(ABC):
         give_back_freed()
         let_go_of_libraries()
 
+    def extend_memory(self) -> bool:
+        """Have a little memory of a cache provided ahead of use, if it is wanted; return whether it was.
+
+        It takes some ms at most. Called while there is no work.
+        """
+        return self.adapters.extend_memory()
+
     def cancel(self, rid: str) -> None:
         """Forget a request; no more output is emitted for it."""
         self._outputs = [output for output in self._outputs if output.rid != rid]

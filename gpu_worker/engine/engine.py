@@ -113,6 +113,10 @@ class Engine(BaseEngine):
         self.grammars.prepare()
         super().finish_start()
 
+    def extend_memory(self) -> bool:
+        """Have memory of keys and values, or else of adapters, provided ahead of use; see `BaseEngine`."""
+        return self.runner.ahead.extend(self.blocks.num_ever_used) or super().extend_memory()
+
     # ------------------------------------------------------------ a step
 
     def step(self) -> list[TokenOutput]:

@@ -188,6 +188,7 @@ class EngineThread:
                 self._hand_requests_over()
                 self._step()
                 self._check_when_idle()
+                self._extend_memory_when_idle()
         except BaseException as crash:  # noqa: BLE001  the thread's top level; also catches panics of libraries in Rust
             error = crash
         try:
@@ -200,17 +201,16 @@ class EngineThread:
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do. Return False when the thread must end."""
-
-        def has_work() -> bool:
-            may_step = self._is_woken or (self._can_step and self._num_unacked < MAX_UNACKED_STEPS)
-            return self._is_stopping or bool(self._commands or self._hand_overs) or may_step
-
         with self._changed:
             self.num_turns += 1
-            while not self._changed.wait_for(has_work, TURN_S):
+            while not self._changed.wait_for(self._has_work, TURN_S):
                 self.num_turns += 1
             self._is_woken = False
             return not self._is_stopping
+
+    def _has_work(self) -> bool:
+        may_step = self._is_woken or (self._can_step and self._num_unacked < MAX_UNACKED_STEPS)
+        return self._is_stopping or bool(self._commands or self._hand_overs) or may_step
 
     def _take_commands(self) -> None:
         """Run all commands given so far."""
@@ -250,6 +250,10 @@ class EngineThread:
         if not self.engine.has_work and time.monotonic() > self._check_due_s:
             self.engine.check_integrity()
             self._check_due_s = time.monotonic() + CHECK_S
+
+    def _extend_memory_when_idle(self) -> None:
+        while not self.engine.has_work and not self._has_work() and self.engine.extend_memory():
+            self.num_turns += 1
 
     def _end(self) -> None:
         """Resolve all futures and accept no more commands."""

@@ -20,7 +20,7 @@ from gpu_worker.layers.apply_extras import ExtraRows
 from gpu_worker.layers.extras import Extras
 from gpu_worker.layers.mixers import Run, StateBatch
 from gpu_worker.layers.step_rows import extra_rows, lora_batch
-from gpu_worker.memory import send
+from gpu_worker.memory import MemoryAhead, send
 from gpu_worker.model.logits_check import CODED_LIMIT
 from gpu_worker.model.model import BaseModel
 from gpu_worker.planning.request import EngineRequest
@@ -269,6 +269,8 @@ class Runner:
         for layer in model.layers:  # the last block is for the padding of captured steps
             layer.allocate(num_blocks + 1, model.cache_dtype, model.device)
         model.mixers.allocate(num_states + 1, model.device)
+        caches = [layer.k_cache for layer in model.layers if layer.owner is None and layer.k_cache is not None]
+        self.ahead = MemoryAhead(caches)  # on a CPU a block's values follow its keys
 
     def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int, max_step_tokens: int = 0) -> None:
         """Capture the steps of up to max_num_seqs sequences, to be replayed from now on. Raises Unrecordable.

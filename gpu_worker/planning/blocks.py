@@ -37,6 +37,7 @@ class BlockPool:
         self._owner = [""] * num_blocks  # owner of each published block, see `publish`
         self._block: dict[bytes, int] = {}  # hash -> published block
         self._owned: dict[str, set[int]] = {}  # owner -> its published blocks
+        self.num_ever_used = 0  # these are the first blocks: unused ones are allocated in ascending order
         self.on_forget: Callable[[bytes], object] = lambda _: None  # called with the hash of each evicted block
 
     @property
@@ -77,6 +78,8 @@ class BlockPool:
         for block in blocks:
             self._forget(block)
             self._refs[block] = 1
+        if blocks:
+            self.num_ever_used = max(self.num_ever_used, blocks[-1] + 1)
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import threading
+import warnings
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from gpu_worker.build import usable_bytes
 from gpu_worker.host_memory import MemoryBudget, let_go_of_libraries, unchanged_libraries
-from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out, zeros
+from gpu_worker.memory import CacheBytes, GiB, MemoryAhead, free_bytes, share_out, zeros
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import Unavailable
 
@@ -31,6 +34,74 @@ def test_zeros_take_memory_where_they_are_written() -> None:
 
 def test_nothing_is_zeros_too() -> None:
     assert zeros((0, 5), torch.float32, CPU).shape == (0, 5)
+
+
+MiB = 1 << 20
+
+
+def grown(process: psutil.Process, before: int) -> float:
+    """Return the MiB by which a process's memory has grown."""
+    return (process.memory_info().rss - before) / MiB
+
+
+def test_memory_is_provided_ahead_of_use() -> None:
+    """Of 64 units of 2 × 512 KiB, 8 MiB at first, later as much as is used; what was written stays."""
+    process = psutil.Process()
+    tensors = [zeros((128, 256 * 1024), torch.uint8, CPU) for _ in range(2)]
+    tensors[0][5] = 7
+    before = process.memory_info().rss
+    ahead = MemoryAhead(tensors, rows=2)
+    for num_used, wanted in ((0, 8), (3, 11), (20, 40), (10, 40), (60, 64), (64, 64)):
+        for tensor in tensors:
+            tensor[6 : 2 * num_used, ::4096] = 0
+        while ahead.extend(num_used):
+            pass
+        assert ahead.num_provided == wanted
+        assert abs(grown(process, before) - wanted) < 3
+    assert tensors[0].sum() == 7 * 256 * 1024
+    assert not tensors[1].any()
+
+
+def test_little_memory_is_provided_at_a_time() -> None:
+    small, large = zeros((64, 256 * 1024), torch.uint8, CPU), zeros((4, 3 * MiB), torch.uint8, CPU)
+    for tensor, units in ((small, 4), (large, 1)):
+        ahead = MemoryAhead([tensor])
+        assert ahead.extend(0)
+        assert ahead.num_provided == units
+
+
+def test_no_memory_is_provided_while_little_is_free() -> None:
+    free = [64 * MiB - 1]
+    ahead = MemoryAhead([zeros((64, MiB), torch.uint8, CPU)], free_bytes=lambda: free[0])
+    assert not ahead.extend(8)
+    assert ahead.num_provided == 8
+    free[0] += 1
+    assert ahead.extend(8)
+    assert ahead.num_provided == 9
+
+
+def test_memory_that_the_system_refuses_is_not_asked_for_again() -> None:
+    """A file mapped for reading cannot be written to, and older systems refuse every request."""
+    pages = np.frombuffer(mmap.mmap(-1, 16 * MiB, access=mmap.ACCESS_READ), np.uint8)
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it is not writable
+        tensor = torch.from_numpy(pages).view(16, -1)
+    asked: list[int] = []
+
+    def free() -> int:
+        asked.append(1)
+        return GiB
+
+    ahead = MemoryAhead([tensor], free_bytes=free)
+    assert not ahead.extend(0)
+    assert not ahead.extend(1)
+    assert len(asked) == 1
+
+
+def test_nothing_is_provided_for_caches_without_units() -> None:
+    for tensors in ([], [zeros((0, 5), torch.float32, CPU)], [torch.empty(5, 5, device="meta")]):
+        ahead = MemoryAhead(tensors)
+        assert not ahead.extend(0)
+        assert not ahead.extend(3)
 
 
 def test_caches_of_a_cpu_are_bounded_shares_or_as_given() -> None:

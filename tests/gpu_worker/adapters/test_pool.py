@@ -19,6 +19,7 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(CAPACITY, (100, 300, 1000), num_slots=4)
+        self.ever_used: list[set[int]] = [set() for _ in CAPACITY]
 
     def _pages_of(self, before: dict[str, Resident], digests: set[str]) -> list[int]:
         """Return per group how many pages these adapters had."""
@@ -51,6 +52,8 @@ class PoolMachine(RuleBasedStateMachine):
                 not (lost and have) for lost, have in zip(self._pages_of(before, queued), r.pages, strict=True)
             )
         assert [len(pages) for pages in self.pool.residents[digest].pages] == list(num_pages)
+        for ever, pages in zip(self.ever_used, self.pool.residents[digest].pages, strict=True):
+            ever.update(pages)
         assert self.pool.acquire(digest) is None, "it must not be seen before its weights have arrived"
 
     @precondition(lambda self: self.pool.residents)
@@ -103,6 +106,10 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.remove(digest)
         else:
             self.pool.remove(digest)
+
+    @invariant()
+    def pages_ever_used_are_the_first(self) -> None:
+        assert self.ever_used == [set(range(num)) for num in self.pool.num_ever_used]
 
     @invariant()
     def consistent(self) -> None:

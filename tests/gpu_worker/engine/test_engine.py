@@ -171,6 +171,22 @@ def test_nothing_waits_for_a_cold_adapter(running: Running) -> None:
     assert "cold" in running.thread.stats().resident
 
 
+def test_all_caches_have_memory_ahead_of_use(folder: Path) -> None:
+    """Those of keys and values, and of adapters' rows."""
+    running = Running(folder, kv_cache_bytes=64 << 20, adapter_pool_bytes=64 << 20)
+    engine = running.engine
+    keys, (attention, mlp, _) = engine.runner.ahead, engine.adapters.weights.ahead
+    running.thread.submit(request("a", "warm", prompt=range(5, 105)))
+    running.ends({"a"})
+    running.thread.stop()
+    while engine.extend_memory():
+        pass
+    assert keys.num_provided < engine.config.num_blocks
+    assert 0 < engine.blocks.num_ever_used < keys.num_provided
+    for ahead, num_used in zip((attention, mlp), engine.adapters.pool.num_ever_used, strict=False):
+        assert 0 < num_used < ahead.num_provided
+
+
 def test_what_ends_a_text_is_found_with_the_adapters_own_tokens(folder: Path) -> None:
     running = Running(folder)
     own = [AddedToken(i, f"word{i}", special=False) for i in range(running.served.vocab_size)]

@@ -28,6 +28,7 @@ class BlockMachine(RuleBasedStateMachine):
         self.pool = BlockPool(NUM_BLOCKS)
         self.held: dict[int, list[int]] = {}  # table id -> blocks
         self.content: dict[int, bytes] = {}  # block -> hash under which it was published, until it is reused
+        self.ever_used: set[int] = set()
         self.next_id = 0
 
     def _keep(self, blocks: list[int]) -> int:
@@ -47,6 +48,7 @@ class BlockMachine(RuleBasedStateMachine):
         assert not in_use & set(blocks)
         for block in blocks:
             self.content.pop(block, None)
+        self.ever_used |= set(blocks)
         return self._keep(blocks)
 
     @rule(table=tables, chain=st.integers(0, 3), owner=st.sampled_from(["a", "b"]))
@@ -81,6 +83,10 @@ class BlockMachine(RuleBasedStateMachine):
     @invariant()
     def consistent(self) -> None:
         self.pool.check_integrity(self.held.values())
+
+    @invariant()
+    def blocks_ever_used_are_the_first(self) -> None:
+        assert self.ever_used == set(range(self.pool.num_ever_used))
 
     @invariant()
     def free_and_used_blocks_are_all(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -34,6 +35,10 @@ class IdleEngine(BaseEngine):
         self.go.set()
         self.num_steps = 0
         self.held_at_start: list[str] | None = None
+        self.memory: Iterator[object] = iter(())  # a piece of it is provided at a time
+
+    def extend_memory(self) -> bool:
+        return next(self.memory, None) is not None
 
     def finish_start(self) -> None:
         self.held_at_start = self.held.copy()
@@ -134,6 +139,24 @@ def test_the_start_is_finished_before_the_first_request(run: Run) -> None:
     engine.go.set()
     eventually(lambda: engine.held == ["a"])
     assert engine.held_at_start == []
+
+
+def test_memory_is_provided_while_there_is_no_work(run: Run) -> None:
+    """Without an end here, so that the thread would answer nothing if it did not look for work between pieces."""
+    engine = IdleEngine()
+    pieces = itertools.count()
+    engine.memory = pieces
+    running = run(engine)
+    engine.wake()
+    eventually(lambda: next(pieces) > 10)
+    running.thread.submit(request("a"))
+    eventually(lambda: engine.held == ["a"])
+    running.hold()
+    engine.memory = provided = itertools.count()
+    engine.go.set()
+    engine.wake()
+    eventually(lambda: engine.num_steps > 2)
+    assert next(provided) == 0
 
 
 @pytest.mark.parametrize("crash", [broken, panicking])

@@ -46,7 +46,7 @@ class StuckEngine:
     def wake_with(self, wake):
         pass
 
-    check_integrity = close = finish_start = lambda self: None
+    check_integrity = close = finish_start = extend_memory = lambda self: None
 
 program.Loader = lambda bearer: SimpleNamespace(close=lambda: None, set_urls=lambda urls: None)
 program._load = lambda settings, loader: (EngineThread(StuckEngine()), fake_served())
