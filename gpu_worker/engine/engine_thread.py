@@ -203,12 +203,13 @@ class EngineThread:
         """Wait until there is something to do. Return False when the thread must end."""
         with self._changed:
             self.num_turns += 1
-            while not self._changed.wait_for(self._has_work, TURN_S):
+            while not self._changed.wait_for(self._has_turn, TURN_S):
                 self.num_turns += 1
             self._is_woken = False
             return not self._is_stopping
 
-    def _has_work(self) -> bool:
+    def _has_turn(self) -> bool:
+        """Return whether the loop has something to do now."""
         may_step = self._is_woken or (self._can_step and self._num_unacked < MAX_UNACKED_STEPS)
         return self._is_stopping or bool(self._commands or self._hand_overs) or may_step
 
@@ -252,7 +253,7 @@ class EngineThread:
             self._check_due_s = time.monotonic() + CHECK_S
 
     def _extend_memory_when_idle(self) -> None:
-        while not self.engine.has_work and not self._has_work() and self.engine.extend_memory():
+        while not self.engine.has_work and not self._has_turn() and self.engine.extend_memory():
             self.num_turns += 1
 
     def _end(self) -> None:
