@@ -88,7 +88,8 @@ class AdapterCache:
 
     def extend_memory(self) -> bool:
         """Have memory provided for a few more pages of the pool, if they are wanted; return whether it was."""
-        pairs = zip(self.weights.ahead, self.pool.num_ever_used, strict=False)  # experts and extras are the last groups
+        # Experts' pages and extras, the pool's last groups, get theirs when they are written.
+        pairs = zip(self.weights.ahead, self.pool.num_ever_used, strict=False)
         return any(ahead.extend(num_used) for ahead, num_used in pairs)
 
     # ------------------------------------------------------------ the batcher's gate

@@ -110,7 +110,8 @@ class PagePool:
             self.remove(victim.digest)
         pages = [[heapq.heappop(free) for _ in range(n)] for free, n in zip(self._free_pages, num_pages, strict=True)]
         for group, own in enumerate(pages):
-            self.num_ever_used[group] = max(self.num_ever_used[group], *(page + 1 for page in own), 0)
+            if own:
+                self.num_ever_used[group] = max(self.num_ever_used[group], own[-1] + 1)
         resident = Resident(digest, heapq.heappop(self._free_slots), pages, self.bytes_of(num_pages))
         resident.pinned = digest in self.pins and self.can_pin(digest, num_pages)
         self.residents[digest] = resident

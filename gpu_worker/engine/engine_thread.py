@@ -253,8 +253,12 @@ class EngineThread:
             self._check_due_s = time.monotonic() + CHECK_S
 
     def _extend_memory_when_idle(self) -> None:
-        while not self.engine.has_work and not self._has_turn() and self.engine.extend_memory():
+        while self._is_idle() and self.engine.extend_memory():
             self.num_turns += 1
+
+    def _is_idle(self) -> bool:
+        with self._changed:
+            return not self._has_turn() and not self.engine.has_work
 
     def _end(self) -> None:
         """Resolve all futures and accept no more commands."""

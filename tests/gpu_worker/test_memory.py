@@ -20,6 +20,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import Unavailable
 
 CPU = torch.device("cpu")
+MiB = 1 << 20
 
 
 def test_zeros_take_memory_where_they_are_written() -> None:
@@ -36,16 +37,13 @@ def test_nothing_is_zeros_too() -> None:
     assert zeros((0, 5), torch.float32, CPU).shape == (0, 5)
 
 
-MiB = 1 << 20
-
-
 def grown(process: psutil.Process, before: int) -> float:
     """Return the MiB by which a process's memory has grown."""
     return (process.memory_info().rss - before) / MiB
 
 
 def test_memory_is_provided_ahead_of_use() -> None:
-    """Of 64 units of 2 × 512 KiB, 8 MiB at first, later as much as is used; what was written stays."""
+    """A cache of 64 units of 1 MiB gets 8 at first, later as many as are used. Written numbers stay."""
     process = psutil.Process()
     tensors = [zeros((128, 256 * 1024), torch.uint8, CPU) for _ in range(2)]
     tensors[0][5] = 7

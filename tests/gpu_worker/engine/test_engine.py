@@ -172,7 +172,7 @@ def test_nothing_waits_for_a_cold_adapter(running: Running) -> None:
 
 
 def test_all_caches_have_memory_ahead_of_use(folder: Path) -> None:
-    """Those of keys and values, and of adapters' rows."""
+    """For keys and values as for adapters' rows, more of the cache has memory than was ever used."""
     running = Running(folder, kv_cache_bytes=64 << 20, adapter_pool_bytes=64 << 20)
     engine = running.engine
     keys, (attention, mlp, _) = engine.runner.ahead, engine.adapters.weights.ahead

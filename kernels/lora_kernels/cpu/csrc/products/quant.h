@@ -203,8 +203,8 @@ inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint
 // Panels of a product that one task multiplies, at most. panels: of the product.
 inline int64_t most_panels([[maybe_unused]] const QuantArgs& args, [[maybe_unused]] int64_t panels) {
 #ifdef __AMX_BF16__
-  if (args.x_chunks && rounds_weights(args))
-    return max(1, min(kRoundedPanels, panels * ceil_div(args.rows, kQuantRows) / (3 * args.num_threads)));
+  if (rounds_weights(args))
+    return max(1, min(kMostRoundedPanels, panels * ceil_div(args.rows, kQuantRows) / (3 * args.num_threads)));
 #endif
   return 1;
 }
@@ -213,8 +213,7 @@ inline int64_t most_panels([[maybe_unused]] const QuantArgs& args, [[maybe_unuse
 inline void quant_panels(const QuantArgs& args, const QuantPart& part, int64_t first, int64_t last, int64_t row,
                          int64_t rows, int64_t col) {
 #ifdef __AMX_BF16__
-  if (args.x_chunks && rounds_weights(args))
-    return kRoundedPanelsOf[part.form](args, part, first, last, row, rows, col);
+  if (rounds_weights(args)) return kRoundedPanels[part.form](args, part, first, last, row, rows, col);
 #endif
   const int64_t bytes = panel_bytes(kQuantForms[part.form], args.in_features);
   for (int64_t panel = first; panel < last; ++panel)

@@ -8,10 +8,12 @@
 constexpr int64_t kFewestRoundedRows = 64;
 constexpr int64_t kRoundedInputs = 512;    // approximate, per part of a panel: the first-level cache holds it
 constexpr int64_t kMostRoundedChunks = 3;  // of a part
-constexpr int64_t kRoundedPanels = 3;      // at most, in one task: the first part of a task is rounded beforehand
+constexpr int64_t kMostRoundedPanels = 3;  // of a task; only the first part of a task is rounded before its products
 
-// Whether weights are rounded: never if sums are fixed, since those of few rows have other bits.
-inline bool rounds_weights(const QuantArgs& args) { return !args.fixed_sums && args.weight_rows >= kFewestRoundedRows; }
+// Whether weights are rounded for bf16 products: never if sums are fixed, since those of few rows have other bits.
+inline bool rounds_weights(const QuantArgs& args) {
+  return args.x_chunks && !args.fixed_sums && args.weight_rows >= kFewestRoundedRows;
+}
 
 // The weights of a part of a panel in tile layout.
 struct RoundedPart {
@@ -89,6 +91,7 @@ void rounded_panels(const QuantArgs& args, const QuantPart& part, int64_t first,
   float* const memory = scratch((2 * sizeof(RoundedPart) + (parts > 1 ? tiles : 0) * sizeof(TileSums)) / sizeof(float));
   auto* const rounded = reinterpret_cast<RoundedPart*>(memory);
   auto* const kept = reinterpret_cast<TileSums*>(rounded + 2);  // sums of each tile, between parts
+  // A part is a run of whole chunks: with this number of parts, at most kMostRoundedChunks.
   const auto begin_of = [&](int64_t p) { return min(chunks * p / parts * kChunk, args.in_features); };
   // Parts of all panels are numbered in the order of their products.
   const auto rounding = [&](int64_t number, int64_t inputs) {
@@ -127,6 +130,6 @@ void rounded_panels(const QuantArgs& args, const QuantPart& part, int64_t first,
 }
 
 using RoundedPanels = void (*)(const QuantArgs&, const QuantPart&, int64_t, int64_t, int64_t, int64_t, int64_t);
-constexpr RoundedPanels kRoundedPanelsOf[] = {rounded_panels<0>, rounded_panels<1>, rounded_panels<2>, rounded_panels<3>,
-                                              rounded_panels<4>, rounded_panels<5>, rounded_panels<6>};
-static_assert(sizeof(kRoundedPanelsOf) / sizeof(RoundedPanels) == kNumQuantForms);
+constexpr RoundedPanels kRoundedPanels[] = {rounded_panels<0>, rounded_panels<1>, rounded_panels<2>, rounded_panels<3>,
+                                            rounded_panels<4>, rounded_panels<5>, rounded_panels<6>};
+static_assert(sizeof(kRoundedPanels) / sizeof(RoundedPanels) == kNumQuantForms);
