@@ -79,7 +79,7 @@ struct QuantArgs {
   const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is set
   // x as int8 codes, laid out as x_chunks, every eight in the order 0, 4, 1, 5, 2, 6, 3, 7; or null. A row of x is the
   // sum of `digits` rows of codes, each times its scales: one rounded row, or three exact ones. If `digits` is 2, the
-  // space of two rows has one of 16-bit integers, in order, with one row of scales and sums.
+  // space of two rows has one of 16-bit integers, rounded or not, in order, with one row of scales and sums.
   const int8_t* x_codes;
   const float* x_scales;    // of x_codes' groups: [in_features / 32, rows * digits]
   // Sums of x_codes' halves of groups, of digits with those before: [in_features / 16, rows * digits]. Three entries
@@ -92,6 +92,7 @@ struct QuantArgs {
   Matrix out;
   int64_t rows, in_features;
   int64_t weight_rows;  // that share a weight: all rows, or in groups an average; what pays depends on it
+  bool rounds_inputs;   // whether x's numbers are rounded to int8 codes
   bool fixed_sums;      // whether a row's sums must not depend on the number of rows
   int num_threads;      // that share the tasks
 };
@@ -346,9 +347,8 @@ struct Kernels {
   void (*linear_groups)(const LinearArgs&, const RowGroup*, int64_t num_groups);
   void (*weighted_rows)(const WeightedRowsArgs&);
   bool (*quant_uses_integers)(Dtype);
-  // rounds_inputs, here and below: x's numbers are rounded to int8 codes.
-  void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums, bool rounds_inputs);
-  int64_t (*quant_digits)(const QuantArgs&, bool rounds_inputs);  // see QuantArgs; 0: use x's numbers
+  void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
+  int64_t (*quant_digits)(const QuantArgs&);  // see QuantArgs; 0: use x's numbers
   void (*quant_encode)(const QuantArgs&, int8_t* x_codes, float* x_scales, int32_t* x_halves);
   void (*quant_linear)(const QuantArgs&);
   // The arguments have one part: the panels of all weights, each with its out_features, a multiple of kPanel; no bias.

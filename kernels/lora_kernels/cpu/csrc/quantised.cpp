@@ -213,11 +213,12 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       .rows = rows,
       .in_features = in_features,
       .weight_rows = groups ? rows / std::max<int64_t>(1, groups->list.size()) : rows,
+      .rounds_inputs = int8_inputs,
       .fixed_sums = sums_are_fixed(),
       .num_threads = num_threads(),
   };
   Tensor chunks, prepared;  // own the memory of data computed from x
-  args.digits = active->quant_digits(args, int8_inputs);
+  args.digits = active->quant_digits(args);
   if (args.digits) {
     const int64_t code_rows = rows * args.digits, groups = code_rows * (in_features / 32);
     const int64_t codes = (in_features + kXChunk - 1) / kXChunk * code_rows * kXChunk;
@@ -233,14 +234,14 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
     args.x_chunks = reinterpret_cast<const uint16_t*>(chunks.data);
     if (has_min) {
       prepared = empty({rows, in_features / 32}, Scalar::kFloat);
-      active->quant_prepare(args, nullptr, entries_of<float>(prepared, "x"), false);
+      active->quant_prepare(args, nullptr, entries_of<float>(prepared, "x"));
       args.x_sums = entries_of<float>(prepared, "x");
     }
   } else if (!int8_inputs && args.dtype == Dtype::kF32) {
     args.x32 = static_cast<const float*>(args.x.data), args.x32_stride = args.x.stride;
   } else {
     prepared = empty({rows, in_features}, Scalar::kFloat);
-    active->quant_prepare(args, entries_of<float>(prepared, "x"), nullptr, int8_inputs);
+    active->quant_prepare(args, entries_of<float>(prepared, "x"), nullptr);
     args.x32 = entries_of<float>(prepared, "x");
   }
   groups ? active->quant_groups(args, groups->list.data(), groups->list.size()) : active->quant_linear(args);

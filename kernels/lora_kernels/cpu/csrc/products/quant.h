@@ -222,11 +222,11 @@ inline void quant_panels(const QuantArgs& args, const QuantPart& part, int64_t f
 }
 
 // Computes what tasks read besides x or in place of it: x in fp32, or the sums of its groups.
-void quant_prepare(const QuantArgs& args, float* x32, float* x_sums, bool rounds_inputs) {
+void quant_prepare(const QuantArgs& args, float* x32, float* x_sums) {
   const auto row = [&]<typename T>(int64_t i) {
     const T* x = static_cast<const T*>(args.x.data) + i * args.x.stride;
     for (int64_t k = 0; k < args.in_features; k += 32) {
-      if (rounds_inputs) {
+      if (args.rounds_inputs) {
         InputGroup group;
         const Vec scale = set1(load_codes(x + k, group));
         for (int v = 0; v < InputGroup::kVecs; ++v)

@@ -75,21 +75,20 @@ inline int64_t most_digit_rows([[maybe_unused]] const QuantForm& form) {
 #endif
 }
 
-// Whether products of inputs in int8 take longer than those of the rounded numbers in fp32: of many rows, without VNNI,
-// and with codes of 8 bits, whose products need more instructions than those of 4 bits.
+// Whether rounded inputs of many rows take longer as bytes than as integers of 16 bits: without VNNI, with codes of 8
+// bits, whose signs must become those of the inputs. Sums are the same integers.
 inline bool are_bytes_slow([[maybe_unused]] const QuantArgs& args) {
 #if defined(__x86_64__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
-  constexpr int64_t kFewestFloatRows = 16;
   bool are_bytes = true;
   for (int64_t i = 0; i < args.num_parts; ++i) are_bytes = are_bytes && kQuantForms[args.parts[i].form].bits == 8;
-  return are_bytes && !args.fixed_sums && args.weight_rows >= kFewestFloatRows;
+  return are_bytes && args.weight_rows >= kFewestManyBytes;
 #else
   return false;
 #endif
 }
 
-int64_t quant_digits(const QuantArgs& args, bool rounds_inputs) {
-  if (rounds_inputs) return are_bytes_slow(args) ? 0 : 1;
+int64_t quant_digits(const QuantArgs& args) {
+  if (args.rounds_inputs) return are_bytes_slow(args) ? kWords : 1;
   if (args.fixed_sums) return 0;
   bool are_few = true;
   for (int64_t i = 0; i < args.num_parts; ++i)
@@ -136,14 +135,20 @@ inline void split_group(const T* from, int8_t* codes, int32_t* halves, int64_t s
 }
 
 // Writes 32 inputs as integers of 16 bits and the sums of their halves, `stride` apart. Returns the scale, which is NaN
-// if an input is NaN or infinite. Numbers of eight bits down to 2^-7 of the largest, or of 2^-100, are exact; the error
-// of others is at most 2^-15 of it.
+// if an input is NaN or infinite. rounds: the integers are those of int8 codes. Otherwise numbers of eight bits down to
+// 2^-7 of the largest, or of 2^-100, are exact; the error of others is at most 2^-15 of it.
 template <typename T>
-inline float encode_words(const T* from, int16_t* words, int32_t* halves, int64_t stride) {
+inline float encode_words(const T* from, int16_t* words, int32_t* halves, int64_t stride, bool rounds) {
   InputGroup group;
-  const float top = power_of_two(group.load_from(from));
-  const Vec inverse = set1(0x1p14f / top);
-  for (Vec& x : group.x) x = round(mul(x, inverse));
+  float scale;
+  if (rounds) {
+    scale = load_codes(from, group);
+  } else {
+    const float top = power_of_two(group.load_from(from));
+    scale = top * 0x1p-14f;
+    const Vec inverse = set1(0x1p14f / top);
+    for (Vec& x : group.x) x = round(mul(x, inverse));
+  }
   Vec sums[2] = {zero(), zero()};
   for (int v = 0; v < InputGroup::kVecs; ++v) {
     Vec& half = sums[v * 2 / InputGroup::kVecs];
@@ -154,7 +159,7 @@ inline float encode_words(const T* from, int16_t* words, int32_t* halves, int64_
   store_sums(found, sums[0], sums[1], zero(), zero());
   for (int half = 0; half < 2; ++half)
     halves[half * stride] = -0x1p20f < found[half] && found[half] < 0x1p20f ? static_cast<int32_t>(found[half]) : 0;
-  return top * 0x1p-14f + 0.0f * (found[0] + found[1]);
+  return scale + 0.0f * (found[0] + found[1]);
 }
 
 // Writes x as codes, in the layout of QuantArgs. A task has a chunk of 16 rows, whose scales of a group fill about one
@@ -171,7 +176,7 @@ void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32
       if (args.digits == kDigits)
         split_group(x + k, codes + (k - first), halves, stride, scales);
       else if (args.digits == kWords)
-        *scales = encode_words(x + k, reinterpret_cast<int16_t*>(codes) + (k - first), halves, stride);
+        *scales = encode_words(x + k, reinterpret_cast<int16_t*>(codes) + (k - first), halves, stride, args.rounds_inputs);
       else
         *scales = encode_group(x + k, codes + (k - first), halves, stride);
     }

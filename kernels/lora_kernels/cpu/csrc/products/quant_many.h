@@ -2,11 +2,12 @@
 //
 // A chunk's codes are written to the first-level cache once for all rows, which then read them in the order of the
 // products: as bytes for inputs in int8, or as 16-bit integers for inputs of 16 bits. These stand for bf16 and fp16
-// numbers where the processor multiplies pairs of such integers, but not of bf16: two products take an instruction, as
-// one does in fp32.
+// numbers where the processor multiplies pairs of such integers, but not of bf16. With VNNI an instruction has two
+// products and their sum, where one in fp32 has one of each. Without it the sum is an instruction of its own, which with
+// AVX2 has a third unit of the processor.
 #pragma once
 
-#if (defined(__AVX512VNNI__) && !defined(__AVX512BF16__)) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+#if defined(__x86_64__) && !defined(__AVX512BF16__)
 constexpr bool kUsesWords = true;
 #else
 constexpr bool kUsesWords = false;
@@ -15,8 +16,12 @@ constexpr int kManyVecs = 2;                     // of columns per tile
 constexpr int kManyRows = kLanes == 16 ? 8 : 6;  // per tile, at most
 constexpr int64_t kFewestManyRows = 7;
 constexpr int64_t kFewestManyBytes = kLanes == 16 ? 9 : 7;  // of int8 inputs: fewer take no longer with packed codes
-// Whether codes are written for int8 inputs. Without VNNI, 4-bit codes that are read in place take no longer.
-constexpr bool spreads_codes(const QuantForm& form) { return form.bits > 4 || kUnsignedBytes; }
+// Whether codes are written for int8 inputs: 4-bit codes were not measured on Arm.
+#ifdef __x86_64__
+constexpr bool spreads_codes(const QuantForm&) { return true; }
+#else
+constexpr bool spreads_codes(const QuantForm& form) { return form.bits > 4; }
+#endif
 constexpr int64_t kSpreadAt = kChunk / 8 * kPanel;  // floats: after a chunk's scales and addends
 
 // The codes of inputs 2 I and 2 I + 1 of a quad of eight as 16-bit integers, for a vector of columns. codes: those of a
@@ -78,7 +83,7 @@ void spread_codes(const Int8Chunk& chunk, int64_t groups, uint8_t* to) {
 template <typename Code, int Bits, int Group, int Rows, bool HasAddends>
 void many_tile(const Int8Chunk& chunk, const uint8_t* spread, const Int8Rows& t, const Starts<Group, Rows>& starts,
                int64_t col, int64_t groups) {
-  constexpr bool kAreBytes = sizeof(Code) == 1;
+  constexpr bool kAreBytes = sizeof(Code) == 1, kAreSmall = kAreBytes && kSumsAreSmall<Bits>;
   constexpr int kParts = 32 / Group, kSteps = Group * sizeof(Code) / 4;
   constexpr int64_t kRowBytes = kXChunk * sizeof(Code);
   static_assert(!HasAddends || kParts == 1);
@@ -96,7 +101,7 @@ void many_tile(const Int8Chunk& chunk, const uint8_t* spread, const Int8Rows& t,
     Ints acc[Rows][kManyVecs];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const Ints start = set1_int(kAreBytes ? starts.of[part][i] : 0);
+      const Ints start = set1_int(kAreBytes && !kAreSmall ? starts.of[part][i] : 0);
 #pragma GCC unroll 2
       for (int v = 0; v < kManyVecs; ++v) acc[i][v] = start;
     }
@@ -121,6 +126,7 @@ void many_tile(const Int8Chunk& chunk, const uint8_t* spread, const Int8Rows& t,
       const Vec scale = load(scales + v * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
+        if constexpr (kAreSmall) acc[i][v] = add_ints(set1_int(starts.of[part][i]), sum_pairs(acc[i][v]));
         totals[i][v] = fma(to_floats(acc[i][v]), mul(scale, set1(x_scales[i])), totals[i][v]);
         if constexpr (HasAddends) {
           const float sum = static_cast<float>(halves[i] + halves[t.stride + i]) * x_scales[i];

@@ -133,13 +133,19 @@ inline Ints set1_int(int x) { return _mm256_set1_epi32(x); }
 inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints times(Ints a, int b) { return reinterpret_cast<Ints>(reinterpret_cast<__v8si>(a) * b); }
 inline Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
+// A sum that is complete here. GCC would otherwise collect the products of a whole group before it adds them, and write
+// them to the stack meanwhile.
+inline Ints summed(Ints a) {
+  asm("" : "+x"(a));
+  return a;
+}
 // acc[i] += the sum of words[2 i + j] * (word j of x)
 inline Ints dot_words(Ints acc, Words words, int x) {
   const __m256i own = reinterpret_cast<__m256i>(words), all = _mm256_set1_epi32(x);
 #ifdef __AVXVNNI__
   return _mm256_dpwssd_avx_epi32(acc, own, all);
 #else
-  return add_ints(acc, _mm256_madd_epi16(own, all));
+  return summed(add_ints(acc, _mm256_madd_epi16(own, all)));
 #endif
 }
 // Signed bytes of two rows of kPanel columns, side by side.
@@ -167,6 +173,6 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
   // The sum of two products of 128 and 127 fits into 16 bits.
   const __m256i products = Bits < 8 ? _mm256_maddubs_epi16(own, all)
                                     : _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(all, own));
-  return kSumsAreSmall<Bits> ? _mm256_add_epi16(acc, products) : add_ints(acc, sum_pairs(products));
+  return summed(kSumsAreSmall<Bits> ? _mm256_add_epi16(acc, products) : add_ints(acc, sum_pairs(products)));
 #endif
 }

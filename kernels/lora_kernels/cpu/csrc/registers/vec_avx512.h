@@ -184,13 +184,19 @@ inline void spread_fours(const uint8_t* rows, uint8_t* to) {
   load_fours(rows, fours);
   for (int v = 0; v < 2; ++v) __builtin_memcpy(to + v * sizeof(Words), &fours[v], sizeof(Words));
 }
+// A sum that is complete here. GCC would otherwise collect the products of a whole group before it adds them, and write
+// them to the stack meanwhile.
+inline Ints summed(Ints a) {
+  asm("" : "+v"(a));
+  return a;
+}
 // acc[i] += the sum of words[2 i + j] * (word j of x)
 inline Ints dot_words(Ints acc, Words words, int x) {
   const __m512i own = reinterpret_cast<__m512i>(words), all = _mm512_set1_epi32(x);
 #ifdef __AVX512VNNI__
   return _mm512_dpwssd_epi32(acc, own, all);
 #else
-  return add_ints(acc, _mm512_madd_epi16(own, all));
+  return summed(add_ints(acc, _mm512_madd_epi16(own, all)));
 #endif
 }
 // Signed bytes of two rows of kPanel columns, side by side.
@@ -219,7 +225,7 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
       Bits < 8 ? _mm512_maddubs_epi16(own, all)
                : _mm512_maddubs_epi16(_mm512_abs_epi8(own), _mm512_mask_sub_epi8(all, _mm512_movepi8_mask(own),
                                                                                  _mm512_setzero_si512(), all));
-  return kSumsAreSmall<Bits> ? _mm512_add_epi16(acc, products) : add_ints(acc, sum_pairs(products));
+  return summed(kSumsAreSmall<Bits> ? _mm512_add_epi16(acc, products) : add_ints(acc, sum_pairs(products)));
 #endif
 }
 // Writes 32 integers as int8 codes, every eight in the order 0, 4, 1, 5, 2, 6, 3, 7.
