@@ -176,7 +176,8 @@ void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32
       if (args.digits == kDigits)
         split_group(x + k, codes + (k - first), halves, stride, scales);
       else if (args.digits == kWords)
-        *scales = encode_words(x + k, reinterpret_cast<int16_t*>(codes) + (k - first), halves, stride, args.rounds_inputs);
+        *scales = encode_words(x + k, reinterpret_cast<int16_t*>(codes) + (k - first), halves, stride,
+                               args.rounds_inputs);
       else
         *scales = encode_group(x + k, codes + (k - first), halves, stride);
     }
