@@ -3,8 +3,8 @@
 // A chunk's codes are written to the first-level cache once for all rows, which then read them in the order of the
 // products: as bytes for inputs in int8, or as 16-bit integers for inputs of 16 bits. These stand for bf16 and fp16
 // numbers where the processor multiplies pairs of such integers, but not of bf16. With VNNI an instruction has two
-// products and their sum, where one in fp32 has one of each. Without it the sum is an instruction of its own, which with
-// AVX2 has a third unit of the processor.
+// products and their sum, where one in fp32 has one of each. Without it the sum is an instruction of its own, for
+// which processors have more units with AVX2 than for products.
 #pragma once
 
 #if defined(__x86_64__) && !defined(__AVX512BF16__)
