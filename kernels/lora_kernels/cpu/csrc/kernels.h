@@ -73,7 +73,7 @@ struct QuantPart {
 struct QuantArgs {
   Dtype dtype;  // of x, bias and out
   Matrix x;     // [rows, in_features]
-  const float* x32;     // x in fp32, rounded or not, for fp32 products; null: products are of bf16 or of codes
+  const float* x32;     // x in fp32, for fp32 products; null: products are of bf16 or of codes
   int64_t x32_stride;
   const uint16_t* x_chunks;  // x as in LinearArgs, for bf16 products
   const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is set
@@ -348,7 +348,7 @@ struct Kernels {
   void (*weighted_rows)(const WeightedRowsArgs&);
   bool (*quant_uses_integers)(Dtype);
   void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
-  int64_t (*quant_digits)(const QuantArgs&);  // see QuantArgs; 0: use x's numbers
+  int64_t (*quant_digits)(const QuantArgs&);  // see QuantArgs; 0: use x's numbers, never if they are rounded
   void (*quant_encode)(const QuantArgs&, int8_t* x_codes, float* x_scales, int32_t* x_halves);
   void (*quant_linear)(const QuantArgs&);
   // The arguments have one part: the panels of all weights, each with its out_features, a multiple of kPanel; no bias.

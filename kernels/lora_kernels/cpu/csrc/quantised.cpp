@@ -229,7 +229,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
     auto* const x_halves = reinterpret_cast<int32_t*>(at + codes + groups * 4);
     active->quant_encode(args, x_codes, x_scales, x_halves);
     args.x_codes = x_codes, args.x_scales = x_scales, args.x_halves = x_halves;
-  } else if (!int8_inputs && active->quant_uses_integers(args.dtype)) {
+  } else if (active->quant_uses_integers(args.dtype)) {
     chunks = chunk_rows(x);
     args.x_chunks = reinterpret_cast<const uint16_t*>(chunks.data);
     if (has_min) {
@@ -237,7 +237,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       active->quant_prepare(args, nullptr, entries_of<float>(prepared, "x"));
       args.x_sums = entries_of<float>(prepared, "x");
     }
-  } else if (!int8_inputs && args.dtype == Dtype::kF32) {
+  } else if (args.dtype == Dtype::kF32) {
     args.x32 = static_cast<const float*>(args.x.data), args.x32_stride = args.x.stride;
   } else {
     prepared = empty({rows, in_features}, Scalar::kFloat);

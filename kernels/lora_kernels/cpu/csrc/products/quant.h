@@ -226,13 +226,6 @@ void quant_prepare(const QuantArgs& args, float* x32, float* x_sums) {
   const auto row = [&]<typename T>(int64_t i) {
     const T* x = static_cast<const T*>(args.x.data) + i * args.x.stride;
     for (int64_t k = 0; k < args.in_features; k += 32) {
-      if (args.rounds_inputs) {
-        InputGroup group;
-        const Vec scale = set1(load_codes(x + k, group));
-        for (int v = 0; v < InputGroup::kVecs; ++v)
-          store(x32 + i * args.x32_stride + k + v * kLanes, mul(group.x[v], scale));
-        continue;
-      }
       Vec total = zero();
       for (int64_t j = k; j < k + 32; j += kLanes) {
         const Vec part = load(x + j);
